@@ -1,0 +1,36 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package belfry is Tower for gRPC in Go: balancing, discovery and resilience
+// for gRPC clients, built from gRPC's own parts.
+//
+// In Tower everything is a Service. In gRPC-Go the same thing exists already and
+// every generated stub accepts it: [google.golang.org/grpc.ClientConnInterface].
+// So belfry invents no call abstraction. It decorates calls with gRPC's own
+// interceptors, balances inside gRPC's own balancer API, discovers through
+// gRPC's own resolver API and is configured with gRPC's own service config. A
+// program takes belfry up by adding dial options, and drops it by removing them.
+//
+//	stub ─► layers: shed ► timeout ► limit ► retry ► …       interceptor/…      what may happen to a call
+//	           │ one call, maybe several attempts
+//	           ▼
+//	      grpc.ClientConn ─► a few endpoints, the least load  balancer/p2c       where an attempt goes
+//	           ▲                      ▲
+//	           │ endpoints            │ load
+//	  resolver/discover             load                       which endpoints exist, how busy each one is
+//
+// Each part is a package of its own and works without the others. This package
+// has the two helpers that belong to no part: [WaitReady] makes a connection
+// connect and waits until it can carry calls, and [CallAll] makes a call for
+// each of a sequence of requests, several at a time:
+//
+//	if err := belfry.WaitReady(ctx, conn); err != nil {
+//		return err
+//	}
+//	for i, r := range belfry.CallAll(ctx, 16, requests, belfry.Bind(client.Unary)) {
+//		if r.Err != nil {
+//			return fmt.Errorf("request %d: %w", i, r.Err)
+//		}
+//		use(r.Response)
+//	}
+package belfry

@@ -1,0 +1,84 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package belfry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/status"
+)
+
+// ErrClosed is the error of [WaitReady] for a connection that was closed. It
+// carries no gRPC status.
+var ErrClosed = errors.New("belfry: connection is closed")
+
+// Connectable is what [WaitReady] needs of a connection. *grpc.ClientConn
+// implements it, and documents the methods.
+type Connectable interface {
+	Connect()
+	GetState() connectivity.State
+	WaitForStateChange(ctx context.Context, source connectivity.State) bool
+}
+
+// WaitReady makes conn connect and waits until it is READY, so that the first
+// call need not wait for a connection, or a program finds out at its start that
+// there is none. It returns nil at once if conn is READY already.
+//
+// Failed attempts to connect do not end the wait: gRPC tries again with
+// backoff, and a connection that falls idle meanwhile is made to connect again.
+// ctx bounds the wait; give it a deadline.
+//
+// It returns [ErrClosed] if conn is or gets closed. When ctx ends first, the
+// error wraps ctx.Err(), and its cause if it has one, names the last state
+// seen, and has the status code DEADLINE_EXCEEDED or CANCELLED.
+//
+// A READY connection may lose its server at any time: WaitReady tells that
+// calls can be made, not that they will succeed.
+//
+// It may be called for one connection from many goroutines.
+func WaitReady(ctx context.Context, conn Connectable) error {
+	for {
+		state := conn.GetState()
+		switch state {
+		case connectivity.Ready:
+			return nil
+		case connectivity.Shutdown:
+			return ErrClosed
+		case connectivity.Idle:
+			conn.Connect()
+		}
+		if !conn.WaitForStateChange(ctx, state) {
+			return newContextError(ctx, fmt.Sprintf("connection is not ready, its last state is %v", state))
+		}
+	}
+}
+
+// contextError says what the end of a context prevented.
+type contextError struct {
+	what  string
+	err   error // the context's Err
+	cause error // the context's Cause, which may be err
+}
+
+// newContextError requires that ctx has ended.
+func newContextError(ctx context.Context, what string) error {
+	return &contextError{what: what, err: ctx.Err(), cause: context.Cause(ctx)}
+}
+
+func (e *contextError) Error() string {
+	if e.cause == e.err {
+		return fmt.Sprintf("belfry: %s: %v", e.what, e.err)
+	}
+	return fmt.Sprintf("belfry: %s: %v: %v", e.what, e.err, e.cause)
+}
+
+func (e *contextError) Unwrap() []error { return []error{e.err, e.cause} }
+
+// GRPCStatus gives the error the code that a call ended by the same context has.
+func (e *contextError) GRPCStatus() *status.Status {
+	return status.New(status.FromContextError(e.err).Code(), e.Error())
+}
