@@ -1,0 +1,292 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package testserver
+
+import (
+	"context"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
+)
+
+const ms = time.Millisecond
+
+// inVirtualTime runs a test of one server in memory, connected and at rest,
+// whose calls are made through c.
+func inVirtualTime(t *testing.T, f func(t *testing.T, c *calls), opts ...Option) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		t.Helper()
+		s := New(t, append(opts, InMemory())...)
+		conn := Dial(t, s)
+		conn.Connect()
+		must(t, s.WaitConnections(t.Context(), 1))
+		f(t, &calls{t: t, server: s, client: testingv1.NewTestServiceClient(conn)})
+	})
+}
+
+// ends returns how long after begin the calls ended, all of them well.
+func (c *calls) ends(begin time.Time) []time.Duration {
+	c.t.Helper()
+	var ends []time.Duration
+	for i := range c.results {
+		r := c.wait(i)
+		must(c.t, r.err)
+		ends = append(ends, r.at.Sub(begin))
+	}
+	return ends
+}
+
+func (c *calls) wantEnds(begin time.Time, want ...time.Duration) {
+	c.t.Helper()
+	if got := c.ends(begin); !slices.Equal(got, want) {
+		c.t.Errorf("calls ended after: got %v, want %v", got, want)
+	}
+}
+
+func TestOverloadShowsAsQueueing(t *testing.T) {
+	tests := []struct {
+		name    string
+		workers int
+		want    []time.Duration
+	}{
+		{"no queue", 0, []time.Duration{10 * ms, 10 * ms, 10 * ms, 10 * ms, 10 * ms}},
+		{"1 worker", 1, []time.Duration{10 * ms, 20 * ms, 30 * ms, 40 * ms, 50 * ms}},
+		{"2 workers", 2, []time.Duration{10 * ms, 10 * ms, 20 * ms, 20 * ms, 30 * ms}},
+		{"5 workers", 5, []time.Duration{10 * ms, 10 * ms, 10 * ms, 10 * ms, 10 * ms}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			inVirtualTime(t, func(t *testing.T, c *calls) {
+				begin := time.Now()
+				for range tt.want {
+					c.start(t.Context())
+					synctest.Wait() // at work, or in the queue behind those before
+				}
+				if tt.workers > 0 {
+					if got, want := c.server.Stats().Queued, int64(5-tt.workers); got != want {
+						t.Errorf("queued: got %d, want %d", got, want)
+					}
+				}
+				c.wantEnds(begin, tt.want...)
+				if got, want := c.server.Stats().Busy, 50*ms; got != want {
+					t.Errorf("busy: got %v, want %v", got, want)
+				}
+			}, Workers(tt.workers), ServiceTime(Fixed(10*ms)))
+		})
+	}
+}
+
+// On the wall clock only bounds from below hold without exception.
+func TestQueueOnARealPortTakesAtLeastItsTime(t *testing.T) {
+	s := New(t, Workers(1), ServiceTime(Fixed(10*ms)))
+	client := dial(t, s)
+	ctx := testContext(t)
+	begin := time.Now()
+	errs := make(chan error)
+	for range 5 {
+		go func() { errs <- unary(ctx, client, nil) }()
+	}
+	for range 5 {
+		must(t, <-errs)
+	}
+	if got, want := time.Since(begin), 50*ms; got < want {
+		t.Errorf("five calls through one worker: got %v, want at least %v", got, want)
+	}
+}
+
+func TestSpeedAppliesToWorkInProgress(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T, c *calls) {
+		begin := time.Now()
+		c.start(t.Context())
+		time.Sleep(4 * ms)
+		must(t, c.server.SetSpeed(0.5)) // 6 ms of work left: 12 ms
+		c.start(t.Context())            // 10 ms of work: 20 ms
+		time.Sleep(14 * ms)             // 3 ms of work left of the second
+		must(t, c.server.SetSpeed(3))
+		c.wantEnds(begin, 16*ms, 19*ms)
+	}, ServiceTime(Fixed(10*ms)))
+}
+
+func TestSpeedChangesManyTimesDuringOneCall(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T, c *calls) {
+		begin := time.Now()
+		c.start(t.Context())
+		for range 10 {
+			must(t, c.server.SetSpeed(2))
+			time.Sleep(ms)
+			must(t, c.server.SetSpeed(1))
+			time.Sleep(ms)
+		}
+		c.wantEnds(begin, 70*ms) // 30 ms of the work in the first 20 ms
+	}, ServiceTime(Fixed(80*ms)))
+}
+
+func TestStallHoldsEverythingUntilResume(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T, c *calls) {
+		begin := time.Now()
+		c.start(t.Context())
+		synctest.Wait()
+		c.start(t.Context()) // queued
+		time.Sleep(3 * ms)
+		c.server.Stall()
+		must(t, c.server.Fail(codes.Internal, 1)) // also waits
+		c.start(t.Context())
+		time.Sleep(7 * ms)
+		c.server.Heal()
+		c.server.Resume()
+		c.wantEnds(begin, 17*ms, 27*ms, 37*ms)
+	}, Workers(1), ServiceTime(Fixed(10*ms)))
+}
+
+func TestStallForEndsByItself(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T, c *calls) {
+		begin := time.Now()
+		c.start(t.Context())
+		must(t, c.server.StallFor(5*ms))
+		must(t, c.server.StallFor(3*ms)) // within the first
+		time.Sleep(4 * ms)
+		must(t, c.server.StallFor(4*ms)) // ends at 8 ms
+		c.wantEnds(begin, 18*ms)
+	}, ServiceTime(Fixed(10*ms)))
+}
+
+func TestStallOutlastsAStallForAndResumeEndsBoth(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T, c *calls) {
+		begin := time.Now()
+		c.start(t.Context())
+		must(t, c.server.StallFor(5*ms))
+		c.server.Stall()
+		time.Sleep(20 * ms)
+		c.server.Resume()
+		must(t, c.server.StallFor(time.Hour))
+		time.Sleep(ms)
+		c.server.Resume()
+		c.wantEnds(begin, 31*ms)
+	}, ServiceTime(Fixed(10*ms)))
+}
+
+func TestCancelledCallGivesItsWorkerAndItsPlaceToTheNext(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T, c *calls) {
+		begin := time.Now()
+		atWork, cancelWork := context.WithCancel(t.Context())
+		inQueue, cancelQueue := context.WithCancel(t.Context())
+		for _, ctx := range []context.Context{atWork, inQueue, t.Context()} {
+			c.start(ctx)
+			synctest.Wait()
+		}
+		time.Sleep(2 * ms)
+		cancelQueue()
+		wantCode(t, c.wait(1).err, codes.Canceled)
+		synctest.Wait()
+		if got, want := c.server.Stats().Queued, int64(1); got != want {
+			t.Errorf("queued after a cancellation: got %d, want %d", got, want)
+		}
+		time.Sleep(2 * ms)
+		cancelWork()
+		wantCode(t, c.wait(0).err, codes.Canceled)
+		c.results = c.results[2:]
+		c.wantEnds(begin, 14*ms)
+		if got, want := c.server.Stats().Finished(codes.Canceled), int64(2); got != want {
+			t.Errorf("finished with CANCELLED: got %d, want %d", got, want)
+		}
+	}, Workers(1), ServiceTime(Fixed(10*ms)))
+}
+
+func TestKeepWorkingHoldsTheWorkerOfACancelledCall(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T, c *calls) {
+		begin := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), 4*ms)
+		defer cancel()
+		c.start(ctx)
+		synctest.Wait()
+		c.start(t.Context())
+		r := c.wait(0)
+		wantCode(t, r.err, codes.DeadlineExceeded)
+		if got := r.at.Sub(begin); got != 4*ms {
+			t.Errorf("the client gave up after: got %v, want 4ms", got)
+		}
+		c.results = c.results[1:]
+		c.wantEnds(begin, 20*ms)
+		// The deadline passes on the server at the time the client cancels.
+		if got := c.server.Stats().Finished(codes.DeadlineExceeded, codes.Canceled); got != 1 {
+			t.Errorf("finished without an answer: got %d, want 1", got)
+		}
+	}, Workers(1), ServiceTime(Fixed(10*ms)), KeepWorking())
+}
+
+func TestStopEndsWorkThatIsKept(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T, c *calls) {
+		begin := time.Now()
+		c.start(t.Context())
+		synctest.Wait()
+		c.start(t.Context())
+		synctest.Wait()
+		c.server.Stop()
+		for i := range 2 {
+			wantCode(t, c.wait(i).err, codes.Unavailable)
+		}
+		if got := time.Since(begin); got != 0 {
+			t.Errorf("Stop took %v, want no time", got)
+		}
+		if st := c.server.Stats(); st.InFlight != 0 || st.Queued != 0 || st.Connections != 0 {
+			t.Errorf("after Stop: got %v, want nothing in flight, queued or connected", st)
+		}
+	}, Workers(1), ServiceTime(Fixed(time.Hour)), KeepWorking())
+}
+
+func TestEachBidiMessageIsAPieceOfWork(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T, c *calls) {
+		begin := time.Now()
+		stream, err := c.client.Bidi(t.Context())
+		must(t, err)
+		for range 3 {
+			must(t, stream.Send(&testingv1.BidiRequest{}))
+		}
+		must(t, stream.CloseSend())
+		for i := range 3 {
+			_, err := stream.Recv()
+			must(t, err)
+			if got, want := time.Since(begin), time.Duration(i+1)*10*ms; got != want {
+				t.Errorf("response %d after: got %v, want %v", i, got, want)
+			}
+		}
+	}, ServiceTime(Fixed(10*ms)))
+}
+
+func TestSeedDecidesServiceTimes(t *testing.T) {
+	run := func(seed uint64) (ends []time.Duration) {
+		inVirtualTime(t, func(t *testing.T, c *calls) {
+			begin := time.Now()
+			for range 20 {
+				c.start(t.Context())
+				synctest.Wait()
+			}
+			ends = c.ends(begin)
+		}, ServiceTime(Exponential(10*ms)), Seed(seed))
+		return ends
+	}
+	first, again, other := run(5), run(5), run(6)
+	if !slices.Equal(first, again) {
+		t.Errorf("two servers with one seed: got %v and %v, want the same", first, again)
+	}
+	if slices.Equal(first, other) {
+		t.Errorf("two servers with two seeds: got %v twice", first)
+	}
+}
+
+func TestWorkBeyondTheRangeOfTimeNeverEnds(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T, c *calls) {
+		must(t, c.server.SetSpeed(1e-9))
+		ctx, cancel := context.WithTimeout(t.Context(), 1000*time.Hour)
+		defer cancel()
+		c.start(ctx)
+		wantCode(t, c.wait(0).err, codes.DeadlineExceeded)
+	}, ServiceTime(Fixed(1<<62)))
+}
