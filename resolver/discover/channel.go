@@ -1,0 +1,222 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package discover
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"sync"
+
+	"google.golang.org/grpc/resolver"
+)
+
+// Channel returns a source of the changes that are sent on ch: for a program
+// that knows by itself which servers there are. Send [Synced] after the first
+// set. Closing ch ends the source: the set stays as it is.
+//
+// The source remembers what it has received, so any number of gRPC channels may
+// use it at once, and each sees the same set, from the beginning. ch belongs to
+// the source: nothing else may receive from it.
+//
+// Nothing is received while no gRPC channel watches, which is so before the
+// first call and whenever all are idle or closed, and then sends block once ch
+// is full. A program that must not block gives ch room for what may change in
+// the meantime, or dials with grpc.WithIdleTimeout(0) and calls Connect.
+//
+// It returns an error if ch is nil.
+func Channel(ch <-chan Change) (Source, error) {
+	if ch == nil {
+		return nil, errors.New("discover: Channel: the channel is nil")
+	}
+	return &channelSource{
+		ch:        ch,
+		reading:   make(chan struct{}, 1),
+		endpoints: make(map[string]resolver.Endpoint),
+		watchers:  make(map[*channelWatcher]struct{}),
+	}, nil
+}
+
+// channelSource has no goroutine. Its watchers take turns to receive: the one
+// that holds reading does so for all of them, in the order of the sends.
+type channelSource struct {
+	ch      <-chan Change
+	reading chan struct{} // capacity 1; full while a watcher receives
+
+	// mu guards what follows, the fields of the watchers included. It is held
+	// for moments, and nothing else is locked or called under it.
+	mu            sync.Mutex
+	endpoints     map[string]resolver.Endpoint
+	serviceConfig string
+	synced        bool
+	closed        bool
+	watchers      map[*channelWatcher]struct{}
+}
+
+// channelWatcher is what one watch has yet to be told. However far behind it
+// falls, that is no more than the keys there are or were.
+type channelWatcher struct {
+	wake chan struct{} // capacity 1
+
+	keys          []string // whose state is to be told
+	queued        map[string]struct{}
+	serviceConfig bool
+	synced        bool
+}
+
+// Watch implements [Source].
+func (s *channelSource) Watch(ctx context.Context) iter.Seq2[Change, error] {
+	return func(yield func(Change, error) bool) {
+		w := s.add()
+		defer s.remove(w)
+		// Begin with the set as it is, not as it was when the last watcher left.
+		select {
+		case s.reading <- struct{}{}:
+			s.receiveReady()
+			<-s.reading
+		default:
+		}
+		for {
+			changes, more := s.take(w)
+			for _, c := range changes {
+				if ctx.Err() != nil || !yield(c, nil) {
+					return
+				}
+			}
+			if !more {
+				return
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-w.wake:
+			case s.reading <- struct{}{}:
+				ok := s.receive(ctx)
+				<-s.reading
+				if !ok {
+					return
+				}
+			}
+		}
+	}
+}
+
+// add adds a watcher that is to be told everything.
+func (s *channelSource) add() *channelWatcher {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	w := &channelWatcher{
+		wake:          make(chan struct{}, 1),
+		queued:        make(map[string]struct{}, len(s.endpoints)),
+		serviceConfig: s.serviceConfig != "",
+		synced:        s.synced,
+	}
+	for k := range s.endpoints {
+		w.queue(k)
+	}
+	s.watchers[w] = struct{}{}
+	return w
+}
+
+func (s *channelSource) remove(w *channelWatcher) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.watchers, w)
+}
+
+// queue notes that the key is to be told. Caller must hold the source's mu.
+func (w *channelWatcher) queue(key string) {
+	if _, ok := w.queued[key]; !ok {
+		w.queued[key] = struct{}{}
+		w.keys = append(w.keys, key)
+	}
+}
+
+// take returns what w has yet to be told, and whether there may be more later.
+func (s *channelSource) take(w *channelWatcher) (changes []Change, more bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, k := range w.keys {
+		if ep, ok := s.endpoints[k]; ok {
+			changes = append(changes, Insert(k, ep))
+		} else {
+			changes = append(changes, Remove(k))
+		}
+	}
+	if w.serviceConfig {
+		changes = append(changes, ServiceConfig(s.serviceConfig))
+	}
+	if w.synced {
+		changes = append(changes, Synced())
+	}
+	w.keys, w.serviceConfig, w.synced = nil, false, false
+	clear(w.queued)
+	return changes, !s.closed
+}
+
+// receive waits for a change and applies it and those behind it. It reports
+// false if ctx ended first. Caller must hold reading.
+func (s *channelSource) receive(ctx context.Context) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case c, ok := <-s.ch:
+		s.apply(c, ok)
+		s.receiveReady()
+		return true
+	}
+}
+
+// receiveReady applies the changes that can be received without waiting, up to
+// a bound, lest a sender that never rests keeps them from being told. Caller
+// must hold reading.
+func (s *channelSource) receiveReady() {
+	for range 1024 {
+		select {
+		case c, ok := <-s.ch:
+			s.apply(c, ok)
+			if !ok {
+				return
+			}
+		default:
+			return
+		}
+	}
+}
+
+// apply applies a change, or the end if ok is false, and tells the watchers.
+func (s *channelSource) apply(c Change, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	tell := func(w *channelWatcher) {}
+	switch {
+	case !ok:
+		s.closed = true
+	case c.Op == OpInsert:
+		s.endpoints[c.Key] = c.Endpoint
+		tell = func(w *channelWatcher) { w.queue(c.Key) }
+	case c.Op == OpRemove:
+		if _, known := s.endpoints[c.Key]; !known {
+			return
+		}
+		delete(s.endpoints, c.Key)
+		tell = func(w *channelWatcher) { w.queue(c.Key) }
+	case c.Op == OpServiceConfig:
+		s.serviceConfig = c.ServiceConfig
+		tell = func(w *channelWatcher) { w.serviceConfig = true }
+	case c.Op == OpSynced:
+		s.synced = true
+		tell = func(w *channelWatcher) { w.synced = true }
+	default:
+		logger.Warningf("Channel: ignored a Change with unknown Op %d", c.Op)
+		return
+	}
+	for w := range s.watchers {
+		tell(w)
+		select {
+		case w.wake <- struct{}{}:
+		default:
+		}
+	}
+}

@@ -1,0 +1,248 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package discover
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"google.golang.org/grpc/attributes"
+	"google.golang.org/grpc/experimental/balancer/weight"
+	"google.golang.org/grpc/resolver"
+)
+
+// An EndpointOption adds to the endpoint that [Endpoint] makes.
+type EndpointOption interface {
+	apply(*resolver.Endpoint) error
+}
+
+type endpointOption func(*resolver.Endpoint) error
+
+func (o endpointOption) apply(ep *resolver.Endpoint) error { return o(ep) }
+
+// Endpoint returns an endpoint with one address. The address is a host and
+// port such as "10.0.0.1:443", "[::1]:443" or "db.internal:443", a "unix:"
+// path, or whatever the channel's own dialer (grpc.WithContextDialer)
+// understands; gRPC connects to it as it stands and gives it no default port.
+//
+// It returns an error if an address is empty or contains white space, or if
+// an option's value is out of range.
+func Endpoint(address string, opts ...EndpointOption) (resolver.Endpoint, error) {
+	var ep resolver.Endpoint
+	if err := Address(address).apply(&ep); err != nil {
+		return resolver.Endpoint{}, err
+	}
+	for i, opt := range opts {
+		if opt == nil {
+			return resolver.Endpoint{}, fmt.Errorf("discover: endpoint %q: option %d is nil", address, i)
+		}
+		if err := opt.apply(&ep); err != nil {
+			return resolver.Endpoint{}, fmt.Errorf("discover: endpoint %q: %w", address, err)
+		}
+	}
+	return ep, nil
+}
+
+// MustEndpoint is [Endpoint] for addresses written in the program. It panics
+// where Endpoint returns an error.
+func MustEndpoint(address string, opts ...EndpointOption) resolver.Endpoint {
+	ep, err := Endpoint(address, opts...)
+	if err != nil {
+		panic(err)
+	}
+	return ep
+}
+
+// Address adds a further address of the same server, for example its IPv6
+// address. gRPC connects to one address of an endpoint at a time, and tries
+// them in the order given.
+func Address(address string) EndpointOption {
+	return endpointOption(func(ep *resolver.Endpoint) error {
+		if address == "" {
+			return errors.New("address is empty")
+		}
+		if strings.ContainsAny(address, " \t\r\n") {
+			return fmt.Errorf("address %q contains white space", address)
+		}
+		ep.Addresses = append(ep.Addresses, resolver.Address{Addr: address})
+		return nil
+	})
+}
+
+// Weight gives the endpoint a capacity relative to the others, from 1 up. An
+// endpoint without a weight counts as 1.
+func Weight(w uint32) EndpointOption {
+	return endpointOption(func(ep *resolver.Endpoint) error {
+		if w == 0 {
+			return errors.New("weight 0: must be at least 1; leave out an endpoint that is to get no calls")
+		}
+		*ep = weight.Set(*ep, weight.EndpointInfo{Weight: w})
+		return nil
+	})
+}
+
+// Zone says where the endpoint is: a datacentre, a region, a rack. The name
+// must not be empty.
+func Zone(name string) EndpointOption {
+	return endpointOption(func(ep *resolver.Endpoint) error {
+		if name == "" {
+			return errors.New("zone is empty: must be a name; leave the option out if there is none")
+		}
+		*ep = SetZone(*ep, name)
+		return nil
+	})
+}
+
+// Key names the endpoint within its set, for [List], [Poll] and [FullSets],
+// which take its addresses for its name otherwise. An endpoint that keeps its
+// key may change its address: that replaces it. The key must not be empty.
+func Key(key string) EndpointOption {
+	return endpointOption(func(ep *resolver.Endpoint) error {
+		if key == "" {
+			return errors.New("key is empty: must be a name; leave the option out to use the addresses")
+		}
+		*ep = SetKey(*ep, key)
+		return nil
+	})
+}
+
+// WeightOf returns the endpoint's weight as set by [Weight], or by
+// google.golang.org/grpc/experimental/balancer/weight, and 1 if there is none.
+func WeightOf(ep resolver.Endpoint) uint32 {
+	return max(1, weight.FromEndpoint(ep).Weight)
+}
+
+// A zone and a key have types of their own, so that no other package's
+// attributes can be taken for them, and an Equal, by which attributes compare.
+type (
+	zoneKey struct{}
+	zone    string
+	keyKey  struct{}
+	key     string
+)
+
+// Equal reports whether o is the same zone.
+func (z zone) Equal(o any) bool {
+	oz, ok := o.(zone)
+	return ok && oz == z
+}
+
+// String lets logs of the attributes show the name.
+func (z zone) String() string { return string(z) }
+
+func (zoneKey) String() string { return "belfry.zone" }
+
+// Equal reports whether o is the same key.
+func (k key) Equal(o any) bool {
+	other, ok := o.(key)
+	return ok && other == k
+}
+
+// String lets logs of the attributes show the name.
+func (k key) String() string { return string(k) }
+
+func (keyKey) String() string { return "belfry.key" }
+
+// SetZone returns a copy of the endpoint that is in the given zone. An empty
+// name means that the zone is not known.
+func SetZone(ep resolver.Endpoint, name string) resolver.Endpoint {
+	ep.Attributes = setAttribute(ep.Attributes, zoneKey{}, zone(name))
+	return ep
+}
+
+// ZoneOf returns the endpoint's zone, or "" if it has none.
+func ZoneOf(ep resolver.Endpoint) string {
+	z, _ := ep.Attributes.Value(zoneKey{}).(zone)
+	return string(z)
+}
+
+// SetKey returns a copy of the endpoint with the given key. Every endpoint that
+// this package publishes carries the key of the [Insert] it came with.
+func SetKey(ep resolver.Endpoint, name string) resolver.Endpoint {
+	ep.Attributes = setAttribute(ep.Attributes, keyKey{}, key(name))
+	return ep
+}
+
+// KeyOf returns the endpoint's key, or "" if it has none. Of several keys with
+// one endpoint it is the smallest.
+func KeyOf(ep resolver.Endpoint) string {
+	k, _ := ep.Attributes.Value(keyKey{}).(key)
+	return string(k)
+}
+
+// setAttribute does not lengthen the chain that attributes are if it would say
+// what they say already, so that an endpoint may pass through many hands.
+func setAttribute(attrs *attributes.Attributes, k any, v interface{ Equal(any) bool }) *attributes.Attributes {
+	if v.Equal(attrs.Value(k)) {
+		return attrs
+	}
+	return attrs.WithValue(k, v)
+}
+
+// checkEndpoint says why an endpoint cannot be published.
+func checkEndpoint(ep resolver.Endpoint) error {
+	if len(ep.Addresses) == 0 {
+		return errors.New("it has no addresses")
+	}
+	for i, a := range ep.Addresses {
+		if a.Addr == "" {
+			return fmt.Errorf("address %d is empty", i)
+		}
+	}
+	return nil
+}
+
+// addressID identifies an endpoint as gRPC's resolver.EndpointMap does: by the
+// unordered set of its addresses, attributes left aside.
+func addressID(ep resolver.Endpoint) string {
+	if len(ep.Addresses) == 1 {
+		return ep.Addresses[0].Addr
+	}
+	addrs := make([]string, len(ep.Addresses))
+	for i, a := range ep.Addresses {
+		addrs[i] = strconv.Quote(a.Addr)
+	}
+	slices.Sort(addrs)
+	return strings.Join(addrs, ",")
+}
+
+// nameOf returns the key of an endpoint in a full set: its own, or else its
+// addresses.
+func nameOf(ep resolver.Endpoint) string {
+	if k := KeyOf(ep); k != "" {
+		return k
+	}
+	return addressID(ep)
+}
+
+// keyed gives each endpoint of a full set its key. The same endpoint twice is
+// one endpoint; one key for two endpoints is an error.
+func keyed(endpoints []resolver.Endpoint) (map[string]resolver.Endpoint, error) {
+	set := make(map[string]resolver.Endpoint, len(endpoints))
+	for i, ep := range endpoints {
+		k := nameOf(ep)
+		if other, ok := set[k]; ok && addressID(other) != addressID(ep) {
+			return nil, fmt.Errorf("discover: endpoint %d: key %q is taken by another endpoint of the set, %s: keys must be unique", i, k, addressID(other))
+		}
+		ep.Addresses = slices.Clone(ep.Addresses) // full sets tend to be built in place, again and again
+		set[k] = ep
+	}
+	return set, nil
+}
+
+// equalEndpoints reports whether two endpoints would be the same to a
+// balancing policy and to the connections below it.
+func equalEndpoints(a, b resolver.Endpoint) (equal bool) {
+	// Attributes without an Equal are compared with ==, which panics on maps,
+	// slices and functions. What cannot be compared counts as changed.
+	defer func() {
+		if recover() != nil {
+			equal = false
+		}
+	}()
+	return slices.EqualFunc(a.Addresses, b.Addresses, resolver.Address.Equal) && a.Attributes.Equal(b.Attributes)
+}

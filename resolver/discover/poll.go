@@ -1,0 +1,184 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package discover
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"math/rand/v2"
+	"time"
+
+	"google.golang.org/grpc/resolver"
+)
+
+// FullSets returns a source from one that delivers its whole set each time,
+// as most registries do: each set becomes the changes from the one before, and
+// [Synced]. The key of an endpoint is the one it was given with [Key], or else
+// its addresses; an endpoint that is in a set twice counts once. An empty set
+// means that there are no endpoints.
+//
+// The function returns the sequence of one watch, and both are held to what
+// [Source] says of Watch, errors included. A set in which two different
+// endpoints have the same key is such an error, and the set before it stays.
+//
+// FullSets returns an error if watch is nil. If watch may be called
+// concurrently, the source may be used by any number of channels.
+func FullSets(watch func(ctx context.Context) iter.Seq2[[]resolver.Endpoint, error]) (Source, error) {
+	if watch == nil {
+		return nil, errors.New("discover: FullSets: the function is nil")
+	}
+	return fullSets(watch), nil
+}
+
+type fullSets func(ctx context.Context) iter.Seq2[[]resolver.Endpoint, error]
+
+// Watch implements [Source].
+func (watch fullSets) Watch(ctx context.Context) iter.Seq2[Change, error] {
+	sets := watch(ctx)
+	if sets == nil {
+		return nil
+	}
+	return func(yield func(Change, error) bool) {
+		var prev map[string]resolver.Endpoint
+		for endpoints, err := range sets {
+			var set map[string]resolver.Endpoint
+			if err == nil {
+				set, err = keyed(endpoints)
+			}
+			if err != nil {
+				if !yield(Change{}, err) {
+					return
+				}
+				continue
+			}
+			if !diff(prev, set, yield) || !yield(Synced(), nil) {
+				return
+			}
+			prev = set
+		}
+	}
+}
+
+// diff yields the changes that lead from prev to next. It reports whether yield
+// took them all.
+func diff(prev, next map[string]resolver.Endpoint, yield func(Change, error) bool) bool {
+	for k, ep := range next {
+		if old, ok := prev[k]; ok && equalEndpoints(old, ep) {
+			continue
+		}
+		if !yield(Insert(k, ep), nil) {
+			return false
+		}
+	}
+	for k := range prev {
+		if _, ok := next[k]; !ok && !yield(Remove(k), nil) {
+			return false
+		}
+	}
+	return true
+}
+
+const (
+	// pollJitter spreads the polls of clients that started together.
+	pollJitter = 0.1
+	// pollTimeout is the least deadline that a poll is given.
+	pollTimeout = 10 * time.Second
+	// A nudge is answered no sooner after the last poll than a tenth of the
+	// interval, and within these bounds.
+	minPollSpacing = time.Second
+	maxPollSpacing = 30 * time.Second
+)
+
+// Poll returns a source that calls f, which returns the full set of endpoints
+// as it is now, at once and then every interval, plus or minus a tenth. The set
+// is taken as in [FullSets]; an empty one without an error means that there are
+// no endpoints.
+//
+// If f fails, the error is reported, the last set stays, and f is called again
+// with the backoff of [WithBackoff], or after interval if that is shorter.
+// When a connection fails or is lost, f is called early, but not within a tenth
+// of interval (at least 1 s, at most 30 s) of the last call, nor during a
+// backoff.
+//
+// The context that f is given ends with the watch, and after interval, or 10 s
+// if that is longer; f must heed it. Each channel polls for itself, so f must be
+// safe for concurrent use if the source is used by several.
+//
+// Poll returns an error if f is nil or interval is not positive.
+func Poll(f func(ctx context.Context) ([]resolver.Endpoint, error), interval time.Duration) (Source, error) {
+	if f == nil {
+		return nil, errors.New("discover: Poll: the function is nil")
+	}
+	if interval <= 0 {
+		return nil, fmt.Errorf("discover: Poll: interval %v: must be positive", interval)
+	}
+	p := poller{
+		f:        f,
+		interval: interval,
+		timeout:  max(interval, pollTimeout),
+		spacing:  min(max(interval/10, minPollSpacing), maxPollSpacing),
+	}
+	return fullSets(p.poll), nil
+}
+
+type poller struct {
+	f                          func(ctx context.Context) ([]resolver.Endpoint, error)
+	interval, timeout, spacing time.Duration
+}
+
+func (p poller) poll(ctx context.Context) iter.Seq2[[]resolver.Endpoint, error] {
+	env := watchEnvOf(ctx)
+	return func(yield func([]resolver.Endpoint, error) bool) {
+		for failures := 0; ; {
+			// This call answers the nudges so far.
+			select {
+			case <-env.nudge:
+			default:
+			}
+			endpoints, err := p.call(ctx)
+			if ctx.Err() != nil || !yield(endpoints, err) {
+				return
+			}
+			wait := time.Duration(float64(p.interval) * (1 + pollJitter*(2*rand.Float64()-1)))
+			spacing := min(p.spacing, wait)
+			if err == nil {
+				failures = 0
+			} else {
+				failures++
+				wait = min(wait, retryDelay(env.backoff, failures))
+				spacing = wait
+			}
+			if !sleep(ctx, spacing) || !sleepOrNudge(ctx, wait-spacing, env.nudge) {
+				return
+			}
+		}
+	}
+}
+
+func (p poller) call(ctx context.Context) ([]resolver.Endpoint, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.timeout)
+	defer cancel()
+	endpoints, err := p.f(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return endpoints, nil
+}
+
+// sleepOrNudge waits for d or a nudge, and reports whether it was one of them
+// rather than ctx ending first.
+func sleepOrNudge(ctx context.Context, d time.Duration, nudge <-chan struct{}) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-nudge:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
