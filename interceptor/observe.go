@@ -1,0 +1,83 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptor
+
+import "time"
+
+// An Observer sees what a stack does. Its methods are called on the path of
+// every call, concurrently, and while layers hold their locks: they must not
+// block, and must not call back into the stack. Embed [NopObserver] to be
+// ready for methods that later versions add.
+type Observer interface {
+	// Admitted is called when a call has passed all gates, and again when a further
+	// attempt (attempt > 0) has passed those inside the layer that makes it.
+	Admitted(method string, kind Kind, attempt int)
+	// Refused is called when a layer refused a call, before or after it was sent,
+	// or refused a further attempt.
+	Refused(method, layer string, reason Reason)
+	// Waited is called when a gate has waited for d, in vain or not.
+	Waited(method, layer string, d time.Duration)
+	// Attempt is called when an attempt is handed to the connection; 0 is the first.
+	Attempt(method string, attempt int)
+	// Ended is called once for each call that was admitted, when it is over; err is
+	// what the caller got.
+	Ended(method string, kind Kind, o Outcome, err error)
+	// InFlight is called with +1 when the stack takes up a call, waiting included,
+	// and with -1 when the call is over or was refused.
+	InFlight(delta int)
+
+	// HedgeFired is called by a hedge layer when it starts an extra attempt,
+	// HedgeWon when the result of an extra attempt is the call's.
+	HedgeFired(method, layer string)
+	HedgeWon(method, layer string)
+	// Budget is called by a layer when the balance of its budget has changed.
+	Budget(layer string, balance float64)
+	// Limit is called by a layer when its limit has changed.
+	Limit(layer string, limit float64)
+}
+
+// NopObserver observes nothing. It is what a stack without [Observe] has.
+type NopObserver struct{}
+
+// Admitted does nothing.
+func (NopObserver) Admitted(string, Kind, int) {}
+
+// Refused does nothing.
+func (NopObserver) Refused(string, string, Reason) {}
+
+// Waited does nothing.
+func (NopObserver) Waited(string, string, time.Duration) {}
+
+// Attempt does nothing.
+func (NopObserver) Attempt(string, int) {}
+
+// Ended does nothing.
+func (NopObserver) Ended(string, Kind, Outcome, error) {}
+
+// InFlight does nothing.
+func (NopObserver) InFlight(int) {}
+
+// HedgeFired does nothing.
+func (NopObserver) HedgeFired(string, string) {}
+
+// HedgeWon does nothing.
+func (NopObserver) HedgeWon(string, string) {}
+
+// Budget does nothing.
+func (NopObserver) Budget(string, float64) {}
+
+// Limit does nothing.
+func (NopObserver) Limit(string, float64) {}
+
+// Observe returns a layer that lets o see the whole stack it stands in, wherever
+// it stands. A stack may have one; the same observer may serve many stacks.
+func Observe(o Observer) Layer { return &observe{o: o} }
+
+type observe struct {
+	GateOnly
+	CallOnly
+	o Observer
+}
+
+func (*observe) String() string { return "observe" }

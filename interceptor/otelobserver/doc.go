@@ -1,0 +1,27 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package otelobserver reports what a stack does as OpenTelemetry metrics. Use it
+// where a program exports metrics already; without an exporter it costs little
+// and shows nothing.
+//
+//	obs, err := otelobserver.New(otel.GetMeterProvider())
+//	…
+//	stack, err := interceptor.NewStack(interceptor.Observe(obs), limit, retry)
+//
+// The instruments, with their attributes:
+//
+//	belfry.calls           counter    rpc.method, belfry.kind, belfry.outcome, rpc.grpc.status   calls that were admitted and have ended
+//	belfry.admitted        counter    rpc.method, belfry.kind, belfry.attempt                    calls and further attempts that passed the gates
+//	belfry.refused         counter    rpc.method, belfry.layer, belfry.reason                    calls and further attempts refused
+//	belfry.wait            histogram  rpc.method, belfry.layer                                   seconds waited for admission
+//	belfry.attempts        counter    rpc.method, belfry.attempt                                 attempts handed to the connection
+//	belfry.hedges.fired    counter    rpc.method, belfry.layer                                   extra attempts of hedges
+//	belfry.hedges.won      counter    rpc.method, belfry.layer                                   calls whose result is an extra attempt's
+//	belfry.in_flight       up-down    none                                                       calls in the stack, waiting ones included
+//	belfry.budget.balance  gauge      belfry.layer                                               further attempts that the budget allows now
+//	belfry.limit           gauge      belfry.layer                                               the limit in force
+//
+// belfry.attempt is "first" or "further", belfry.outcome as interceptor.Outcome
+// prints it, and rpc.grpc.status the name of the status code.
+package otelobserver

@@ -1,0 +1,132 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package otelobserver_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"go.opentelemetry.io/otel/attribute"
+	sdk "go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/otelobserver"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// points reads every point as "instrument{attribute=value,…}".
+func points(t *testing.T, r sdk.Reader) map[string]float64 {
+	t.Helper()
+	var rm metricdata.ResourceMetrics
+	if err := r.Collect(context.Background(), &rm); err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]float64{}
+	put := func(name string, set attribute.Set, v float64) {
+		got[name+"{"+set.Encoded(attribute.DefaultEncoder())+"}"] = v
+	}
+	for _, sm := range rm.ScopeMetrics {
+		for _, m := range sm.Metrics {
+			switch d := m.Data.(type) {
+			case metricdata.Sum[int64]:
+				for _, p := range d.DataPoints {
+					put(m.Name, p.Attributes, float64(p.Value))
+				}
+			case metricdata.Gauge[float64]:
+				for _, p := range d.DataPoints {
+					put(m.Name, p.Attributes, p.Value)
+				}
+			case metricdata.Histogram[float64]:
+				for _, p := range d.DataPoints {
+					put(m.Name, p.Attributes, p.Sum)
+				}
+			default:
+				t.Fatalf("%s: data of type %T", m.Name, d)
+			}
+		}
+	}
+	return got
+}
+
+func TestAStackReportsItsCallsAsInstruments(t *testing.T) {
+	reader := sdk.NewManualReader()
+	provider := sdk.NewMeterProvider(sdk.WithReader(reader))
+	obs, err := otelobserver.New(provider)
+	if err != nil {
+		t.Fatal(err)
+	}
+	allow, err := interceptor.FromAllow("breaker", interceptor.ReasonBreakerOpen, func(ctx context.Context) (func(interceptor.Outcome, error), error) {
+		if ctx.Value(open{}) != nil {
+			return nil, errors.New("open")
+		}
+		return nil, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stack, err := interceptor.NewStack(interceptor.Observe(obs), allow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	results := map[string]error{"/s/ok": nil, "/s/bad": status.Error(codes.NotFound, "")}
+	invoker := func(_ context.Context, method string, _, _ any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
+		return results[method]
+	}
+	unary := stack.UnaryClientInterceptor()
+	ctx := context.Background()
+	for _, method := range []string{"/s/ok", "/s/ok", "/s/bad"} {
+		unary(ctx, method, nil, nil, nil, invoker)
+	}
+	unary(context.WithValue(ctx, open{}, true), "/s/ok", nil, nil, nil, invoker)
+	obs.Waited("/s/ok", "limit", 1500*time.Millisecond)
+	obs.Budget("retry", 12.5)
+	obs.Limit("limit", 10)
+	obs.HedgeFired("/s/ok", "hedge")
+	obs.HedgeWon("/s/ok", "hedge")
+	obs.Attempt("/s/ok", 2)
+
+	got := points(t, reader)
+	want := map[string]float64{
+		"belfry.admitted{belfry.attempt=first,belfry.kind=unary,rpc.method=/s/ok}":                         2,
+		"belfry.admitted{belfry.attempt=first,belfry.kind=unary,rpc.method=/s/bad}":                        1,
+		"belfry.attempts{belfry.attempt=first,rpc.method=/s/ok}":                                           2,
+		"belfry.attempts{belfry.attempt=further,rpc.method=/s/ok}":                                         1,
+		"belfry.attempts{belfry.attempt=first,rpc.method=/s/bad}":                                          1,
+		"belfry.calls{belfry.kind=unary,belfry.outcome=ok,rpc.grpc.status=OK,rpc.method=/s/ok}":            2,
+		"belfry.calls{belfry.kind=unary,belfry.outcome=failed,rpc.grpc.status=NotFound,rpc.method=/s/bad}": 1,
+		"belfry.refused{belfry.layer=breaker,belfry.reason=BREAKER_OPEN,rpc.method=/s/ok}":                 1,
+		"belfry.in_flight{}": 0,
+		"belfry.wait{belfry.layer=limit,rpc.method=/s/ok}":         1.5,
+		"belfry.budget.balance{belfry.layer=retry}":                12.5,
+		"belfry.limit{belfry.layer=limit}":                         10,
+		"belfry.hedges.fired{belfry.layer=hedge,rpc.method=/s/ok}": 1,
+		"belfry.hedges.won{belfry.layer=hedge,rpc.method=/s/ok}":   1,
+	}
+	for k, v := range want {
+		if g, ok := got[k]; !ok || g != v {
+			t.Errorf("%s = %v (present: %v), want %v", k, g, ok, v)
+		}
+	}
+	for k := range got {
+		if _, ok := want[k]; !ok {
+			t.Errorf("unexpected point %s", k)
+		}
+	}
+}
+
+type open struct{}
+
+func TestNewRejectsANilProvider(t *testing.T) {
+	if _, err := otelobserver.New(nil); err == nil {
+		t.Error("New(nil) returned no error")
+	}
+}

@@ -1,0 +1,192 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptor
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/protoadapt"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+// Domain is the domain of the ErrorInfo in a refusal's status.
+const Domain = "belfry"
+
+// Reason is why a layer refused: the reason of the ErrorInfo in a refusal's
+// status. A layer of yours may have a reason of its own; its code is then
+// UNAVAILABLE unless the refusal says otherwise.
+type Reason string
+
+// The reasons of belfry's own layers, and the codes that go with them.
+const (
+	ReasonRateLimit   Reason = "RATE_LIMIT"   // RESOURCE_EXHAUSTED
+	ReasonQuota       Reason = "QUOTA"        // RESOURCE_EXHAUSTED
+	ReasonConcurrency Reason = "CONCURRENCY"  // UNAVAILABLE: no permit
+	ReasonQueueFull   Reason = "QUEUE_FULL"   // UNAVAILABLE: no place in a queue
+	ReasonShed        Reason = "SHED"         // UNAVAILABLE: nothing ready inside a load shed
+	ReasonFailFast    Reason = "FAIL_FAST"    // UNAVAILABLE: not ready for too long
+	ReasonThrottled   Reason = "THROTTLED"    // UNAVAILABLE: client-side throttling
+	ReasonBreakerOpen Reason = "BREAKER_OPEN" // UNAVAILABLE
+	ReasonDrain       Reason = "DRAIN"        // UNAVAILABLE: the stack is draining
+	ReasonDeadline    Reason = "DEADLINE"     // DEADLINE_EXCEEDED: the named layer's, or the caller's
+	ReasonCancelled   Reason = "CANCELLED"    // CANCELLED: the caller gave up while waiting
+	ReasonFilter      Reason = "FILTER"       // PERMISSION_DENIED
+	ReasonBudget      Reason = "BUDGET"       // the server's last error
+)
+
+// Code is the status code that goes with the reason.
+func (r Reason) Code() codes.Code {
+	switch r {
+	case ReasonRateLimit, ReasonQuota:
+		return codes.ResourceExhausted
+	case ReasonDeadline:
+		return codes.DeadlineExceeded
+	case ReasonCancelled:
+		return codes.Canceled
+	case ReasonFilter:
+		return codes.PermissionDenied
+	}
+	return codes.Unavailable
+}
+
+// A Refusal is the error of a call that a layer refused or cut short; errors.As
+// finds it in what the stub returns. Its status carries an ErrorInfo with the
+// reason, the domain "belfry" and the layer, and a RetryInfo if RetryAfter is
+// positive. The status is built when somebody first asks for it, so that a layer
+// refuses with one value, made once, and a refusal costs nothing.
+//
+// A Refusal must not be changed once it has been returned.
+type Refusal struct {
+	Layer      string        // which layer, as its String names it
+	Reason     Reason        // why
+	Code       codes.Code    // the status code; OK, the zero value, means the reason's
+	Message    string        // more for humans; may be empty
+	RetryAfter time.Duration // when to try again; zero if not known
+	Err        error         // what it wraps: the server's last error, a context's error; may be nil
+	Sent       bool          // whether the call, or an attempt of it, was sent before it was cut short
+
+	status atomic.Pointer[status.Status]
+}
+
+// Refuse returns a refusal of a call that was not sent, for a layer to make once
+// and return many times.
+func Refuse(layer string, reason Reason, message string) *Refusal {
+	return &Refusal{Layer: layer, Reason: reason, Message: message}
+}
+
+// After returns a copy of r that asks to try again after d.
+func (r *Refusal) After(d time.Duration) *Refusal {
+	c := r.copy()
+	c.RetryAfter = d
+	return c
+}
+
+// Because returns a copy of r that wraps err. sent says whether the call, or an
+// attempt of it, had been sent.
+func (r *Refusal) Because(err error, sent bool) *Refusal {
+	c := r.copy()
+	c.Err, c.Sent = err, sent
+	return c
+}
+
+func (r *Refusal) copy() *Refusal {
+	return &Refusal{
+		Layer: r.Layer, Reason: r.Reason, Code: r.Code, Message: r.Message,
+		RetryAfter: r.RetryAfter, Err: r.Err, Sent: r.Sent,
+	}
+}
+
+// Ended is the refusal of a gate whose wait was ended by ctx: DEADLINE_EXCEEDED
+// or CANCELLED, wrapping ctx's error. If a layer outside ended ctx with a
+// refusal of its own as the cause, that one is returned.
+func Ended(ctx context.Context, layer string) error {
+	if r, ok := AsRefusal(context.Cause(ctx)); ok {
+		return r
+	}
+	r := &Refusal{Layer: layer, Reason: ReasonDeadline, Message: "the caller's deadline passed while waiting", Err: ctx.Err()}
+	if errors.Is(r.Err, context.Canceled) {
+		r.Reason, r.Message = ReasonCancelled, "the caller gave up while waiting"
+	} else if r.Err == nil { // The deadline would certainly have passed, see Wait.Sleep.
+		r.Err = context.DeadlineExceeded
+	}
+	return r
+}
+
+// AsRefusal returns the refusal in err's tree, if there is one.
+func AsRefusal(err error) (*Refusal, bool) {
+	if err == nil {
+		return nil, false
+	}
+	if r, ok := err.(*Refusal); ok { // Without the reflection of errors.As.
+		return r, true
+	}
+	var r *Refusal
+	ok := errors.As(err, &r)
+	return r, ok
+}
+
+// NotSent reports whether nothing was sent on behalf of the call.
+func (r *Refusal) NotSent() bool { return !r.Sent }
+
+// Error names the layer and the reason, then the message and what it wraps.
+func (r *Refusal) Error() string {
+	var b strings.Builder
+	b.WriteString("belfry: ")
+	b.WriteString(r.Layer)
+	b.WriteString(": ")
+	b.WriteString(string(r.Reason))
+	if r.Message != "" {
+		b.WriteString(": ")
+		b.WriteString(r.Message)
+	}
+	if r.Err != nil {
+		b.WriteString(": ")
+		b.WriteString(r.Err.Error())
+	}
+	return b.String()
+}
+
+// Unwrap returns what r wraps.
+func (r *Refusal) Unwrap() error { return r.Err }
+
+// GRPCStatus returns r as a status. For an exhausted budget that is the status
+// of the server's error, unchanged.
+func (r *Refusal) GRPCStatus() *status.Status {
+	if st := r.status.Load(); st != nil {
+		return st
+	}
+	st := r.buildStatus()
+	r.status.Store(st) // If two build it at once, both are right.
+	return st
+}
+
+func (r *Refusal) buildStatus() *status.Status {
+	if r.Reason == ReasonBudget && r.Code == codes.OK && r.Err != nil {
+		return status.Convert(r.Err)
+	}
+	code := r.Code
+	if code == codes.OK {
+		code = r.Reason.Code()
+	}
+	details := []protoadapt.MessageV1{&errdetails.ErrorInfo{
+		Reason:   string(r.Reason),
+		Domain:   Domain,
+		Metadata: map[string]string{"layer": r.Layer},
+	}}
+	if r.RetryAfter > 0 {
+		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(r.RetryAfter)})
+	}
+	st := status.New(code, r.Error())
+	if with, err := st.WithDetails(details...); err == nil {
+		st = with // It fails only on strings that are not UTF-8; the status stands without details then.
+	}
+	return st
+}
