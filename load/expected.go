@@ -1,0 +1,443 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package load
+
+import (
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// ExpectedLatencyConfig are the parameters of [ExpectedLatency]. Start from
+// [DefaultExpectedLatencyConfig].
+type ExpectedLatencyConfig struct {
+	// PriorSamples (n0) is how many samples the mean of all endpoints counts as
+	// beside an endpoint's own. Default 1, above 0, at most 1000.
+	PriorSamples float64
+	// QueueExponent (theta) says how much of a latency is owed to the attempts that
+	// were in flight when it began: it is divided by (pending+1)^theta, so that
+	// queueing is not counted twice. Default 0.5, from 0 (none) to 1 (all).
+	QueueExponent float64
+	// KeepSamples (keep) is the number of samples in which the weight of older
+	// ones falls to 1/e. Default 32, from 1 to 1e6.
+	KeepSamples float64
+	// ForgetRounds (ticks) is the number of rounds, of one sample per endpoint of
+	// the channel each, in which an endpoint without samples of its own is
+	// forgotten to 1/e. Default 32, above 0, at most 1e6.
+	ForgetRounds float64
+	// ForgetAfter (tau) is the time in which an endpoint without samples is
+	// forgotten to 1/e, resolved to about a millisecond. Default 60 s, must be
+	// above 0.
+	ForgetAfter time.Duration
+	// FailurePenalty (fail) is what a failed attempt counts as, however fast it
+	// failed, as a multiple of what an average endpoint costs. Default 10, from 1
+	// to 1e6.
+	FailurePenalty float64
+	// AgeLimit (old) bounds the age at which an attempt in flight counts, as a
+	// multiple of the mean latency, so that a stream that says nothing for an
+	// hour does not make its server look dead. Default 20, from 1 to 1e6.
+	AgeLimit float64
+}
+
+// DefaultExpectedLatencyConfig returns the defaults. They were chosen by
+// simulation over some thirty kinds of clusters and faults.
+func DefaultExpectedLatencyConfig() ExpectedLatencyConfig {
+	return ExpectedLatencyConfig{
+		PriorSamples:   1,
+		QueueExponent:  0.5,
+		KeepSamples:    32,
+		ForgetRounds:   32,
+		ForgetAfter:    time.Minute,
+		FailurePenalty: defaultFailurePenalty,
+		AgeLimit:       20,
+	}
+}
+
+func (c ExpectedLatencyConfig) validate() error {
+	if err := checkPositive("priorSamples", c.PriorSamples, 1000); err != nil {
+		return err
+	}
+	if err := checkRange("queueExponent", c.QueueExponent, 0, 1); err != nil {
+		return err
+	}
+	if err := checkRange("keepSamples", c.KeepSamples, 1, 1e6); err != nil {
+		return err
+	}
+	if err := checkPositive("forgetRounds", c.ForgetRounds, 1e6); err != nil {
+		return err
+	}
+	if err := checkDuration("forgetAfter", c.ForgetAfter); err != nil {
+		return err
+	}
+	if err := checkFailurePenalty(c.FailurePenalty); err != nil {
+		return err
+	}
+	return checkRange("ageLimit", c.AgeLimit, 1, 1e6)
+}
+
+// ExpectedLatency is what one more attempt to an endpoint is expected to take:
+//
+//			load = L * (q + 1)
+//			L    = (S*f + A + n0*G) / (N*f + n0)
+//
+//		  - q is the number of attempts in flight to the endpoint.
+//		  - S and N are the sum and the number of its latencies. Each latency is
+//		    divided by (pending+1)^theta, the attempts in flight when it began: the
+//		    price of a latency per attempt in flight.
+//		  - A is the sum of the ages of its attempts in flight, each divided alike.
+//		    They have no latency yet, but they took that long already, so an endpoint
+//		    that answers nothing costs more by the moment; nothing has to time out
+//		    first. An age counts up to old times the mean latency,
+//	    undivided.
+//		  - G is the mean of the divided latencies over all endpoints of the channel,
+//		    a moving mean of at most 200 samples. A newcomer costs what the average
+//		    endpoint does, so it is neither flooded nor starved.
+//		  - f forgets: exp(-t/tau - c/(ticks*n)), t after and c samples of the whole
+//		    channel after the endpoint's last sample, with n endpoints. At each sample
+//		    S and N are multiplied by f*(1-1/keep). An endpoint that is not heard of
+//		    drifts back to the average and is tried again.
+//
+// A failure counts as a latency of at least fail times the cost of an average
+// endpoint. An attempt cancelled by its caller, or never sent, counts as none.
+//
+// L is the posterior mean of an exponential law under a conjugate prior, with
+// right-censored observations. The formula and its constants are belfry's own.
+type ExpectedLatency struct {
+	params atomic.Pointer[expectedParams]
+	_      [56]byte // params are read at every pick, fleet is written at every finish
+	fleet  fleet
+	// undivided is the mean of the latencies as they are, as float64 bits; fleet
+	// has that of the divided ones.
+	undivided atomic.Uint64
+	// samples counts the samples of the channel.
+	samples atomic.Uint64
+	_       [40]byte
+	// perSample is 1/(ticks*n) as float64 bits: what one sample of the channel
+	// takes from the memory of each endpoint.
+	perSample atomic.Uint64
+
+	// mu guards meters and setting params and perSample, which belong together.
+	mu     sync.Mutex
+	meters int // endpoints of the channel
+}
+
+// expectedParams are the parameters in the form in which the hot path needs
+// them. Immutable.
+type expectedParams struct {
+	prior     float64 // n0
+	keep      float64 // 1 - 1/keep
+	rate      float64 // 1/tau, per unit of heard
+	rounds    float64 // 1/ticks
+	penalty   float64 // fail
+	ageLimit  float64 // old
+	exponent  float64 // theta
+	weightsAt [256]uint32
+}
+
+// weightOne is the weight of 1 in fixed point. What is added to the sum of ages
+// at the start of an attempt is subtracted at its end, so both must be integers.
+const weightOne = 1 << 12
+
+// Ages are summed in units of 1024 ns: the sum of weight times start time then
+// lasts for 70 years of weighted age before it could overflow.
+const ageUnitBits = 10
+
+// weight returns (pending+1)^-theta in fixed point, at least one unit.
+func (p *expectedParams) weight(pending uint32) uint32 {
+	if int(pending) < len(p.weightsAt) {
+		return p.weightsAt[pending]
+	}
+	return weightFor(pending, p.exponent)
+}
+
+func weightFor(pending uint32, exponent float64) uint32 {
+	return uint32(max(math.Round(weightOne*math.Pow(float64(pending)+1, -exponent)), 1))
+}
+
+// NewExpectedLatency returns the Metric, or an error that names the field, its
+// value and the rule it breaks.
+func NewExpectedLatency(c ExpectedLatencyConfig) (*ExpectedLatency, error) {
+	e := &ExpectedLatency{}
+	if err := e.Reconfigure(c); err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+// Reconfigure changes the parameters while attempts run. The Meters keep what
+// they know. On error nothing changes.
+func (e *ExpectedLatency) Reconfigure(c ExpectedLatencyConfig) error {
+	if err := c.validate(); err != nil {
+		return err
+	}
+	p := &expectedParams{
+		prior:    c.PriorSamples,
+		keep:     1 - 1/c.KeepSamples,
+		rate:     (1 << heardUnitBits) / float64(c.ForgetAfter),
+		rounds:   1 / c.ForgetRounds,
+		penalty:  c.FailurePenalty,
+		ageLimit: c.AgeLimit,
+		exponent: c.QueueExponent,
+	}
+	for q := range p.weightsAt {
+		p.weightsAt[q] = weightFor(uint32(q), c.QueueExponent)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.params.Store(p)
+	e.resizeLocked(0)
+	return nil
+}
+
+// resizeLocked counts d more endpoints.
+func (e *ExpectedLatency) resizeLocked(d int) {
+	e.meters += d
+	perSample := e.params.Load().rounds / float64(max(e.meters, 1))
+	e.perSample.Store(math.Float64bits(perSample))
+}
+
+// NewMeter returns the Meter of one more endpoint.
+func (e *ExpectedLatency) NewMeter() Meter {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.resizeLocked(1)
+	return &expectedMeter{metric: e}
+}
+
+// expectedMeter is the state of one endpoint. It fills one cache line, for with
+// many endpoints a pick spends its time on fetching these.
+//
+// flight is exact: it is zero when nothing is in flight. The rest may lose an
+// update to a race, which costs one sample or misjudges one pick, and is
+// overwritten soon.
+type expectedMeter struct {
+	metric *ExpectedLatency
+	// flight holds q, the attempts in flight, in its upper bits, and in its lower
+	// the sum of the weights of those that have no response yet. Two numbers in
+	// one word cost one atomic addition.
+	flight atomic.Int64
+	mean   atomic.Uint64 // S and N, two float32
+	heard  atomic.Uint64 // the last sample: when, in heardUnitBits, and which of the channel's, 32 bits each
+	ages   ages
+}
+
+const (
+	pendingBit = 40 // flight counts attempts in units of 1<<pendingBit
+	weightMask = 1<<pendingBit - 1
+)
+
+// Times of samples are kept in units of about a millisecond. They wrap after 52
+// days without a sample.
+const heardUnitBits = 20
+
+// Load implements [Meter].
+func (m *expectedMeter) Load(now Instant) float64 {
+	p := m.metric.params.Load()
+	g := m.metric.fleet.mean()
+	// Before the first sample of the channel the prior is one nanosecond: every
+	// endpoint then costs as many as it has attempts in flight.
+	sum, number := p.prior*max(g, 1), p.prior
+	if w := m.mean.Load(); w != 0 {
+		s, n := floats32(w)
+		f := m.forgetting(p, now)
+		sum += s * f
+		number += n * f
+	}
+	flight := m.flight.Load()
+	if w := flight & weightMask; w > 0 {
+		sum += m.ages.sum(now, w, m.metric.maxAge(p))
+	}
+	return sum / number * float64(flight>>pendingBit+1)
+}
+
+// maxAge returns the age up to which an attempt in flight counts, in
+// nanoseconds. While no latency is known there is no limit.
+func (e *ExpectedLatency) maxAge(p *expectedParams) float64 {
+	if mean := math.Float64frombits(e.undivided.Load()); mean > 0 {
+		return p.ageLimit * mean
+	}
+	return math.MaxInt64
+}
+
+// forgetting returns f.
+func (m *expectedMeter) forgetting(p *expectedParams, now Instant) float64 {
+	heard := m.heard.Load()
+	t := since32(uint32(uint64(now)>>heardUnitBits), uint32(heard>>32))
+	c := since32(uint32(m.metric.samples.Load()), uint32(heard))
+	return expNeg(t*p.rate + c*math.Float64frombits(m.metric.perSample.Load()))
+}
+
+// since32 returns a-b modulo 2^32, where an a that was read a little before b
+// counts as equal.
+func since32(a, b uint32) float64 {
+	const little = 1 << 16
+	d := a - b
+	if d > math.MaxUint32-little {
+		return 0
+	}
+	return float64(d)
+}
+
+// Start implements [Meter].
+func (m *expectedMeter) Start(now Instant) Ticket {
+	p := m.metric.params.Load()
+	t := Ticket{started: now, pending: uint32(m.flight.Load() >> pendingBit)}
+	t.weight = p.weight(t.pending)
+	t.epoch = m.ages.add(t, m.metric.maxAge(p))
+	m.flight.Add(1<<pendingBit + int64(t.weight))
+	return t
+}
+
+// Respond implements [Meter].
+func (m *expectedMeter) Respond(now Instant, t Ticket) {
+	m.ages.remove(t)
+	m.flight.Add(-int64(t.weight))
+	m.completed(now, t)
+}
+
+// Finish implements [Meter].
+func (m *expectedMeter) Finish(now Instant, s Sample) {
+	if s.Responded {
+		m.flight.Add(-1 << pendingBit)
+	} else {
+		m.ages.remove(s.Ticket)
+		m.flight.Add(-1<<pendingBit - int64(s.Ticket.weight))
+	}
+	switch {
+	case s.Outcome == Failed:
+		latency := m.metric.params.Load().penalty * m.metric.cost()
+		if !s.Responded { // the life of a stream after its first response is no latency
+			latency = max(latency, s.Ticket.latency(now)*s.Ticket.discount())
+		}
+		m.sample(now, latency)
+	case s.Outcome == Completed && !s.Responded:
+		m.completed(now, s.Ticket)
+	}
+}
+
+// Close implements [Meter].
+func (m *expectedMeter) Close() {
+	m.metric.mu.Lock()
+	defer m.metric.mu.Unlock()
+	m.metric.resizeLocked(-1)
+}
+
+func (m *expectedMeter) completed(now Instant, t Ticket) {
+	latency := t.latency(now)
+	divided := latency * t.discount()
+	share := m.metric.fleet.observe(divided, t.pending)
+	mean := math.Float64frombits(m.metric.undivided.Load())
+	m.metric.undivided.Store(math.Float64bits(mean + (latency-mean)*share))
+	m.sample(now, divided)
+}
+
+// cost returns what the average endpoint costs. Its q attempts in flight are, on
+// average, half a latency old, and with many of them their ages outweigh the
+// samples that it has, of which it keeps 1/(1-keep).
+func (e *ExpectedLatency) cost() float64 {
+	mean, queue := fleetMeans(e.fleet.means.Load())
+	samples := 1/(1-e.params.Load().keep) + 1
+	return mean * (queue + 1) * (1 + queue/2/samples)
+}
+
+// discount returns the weight of the latency as a number.
+func (t Ticket) discount() float64 { return float64(t.weight) / weightOne }
+
+func (m *expectedMeter) sample(now Instant, latency float64) {
+	p := m.metric.params.Load()
+	f := m.forgetting(p, now) * p.keep
+	for {
+		old := m.mean.Load()
+		s, n := floats32(old)
+		if m.mean.CompareAndSwap(old, bits32(s*f+latency, n*f+1)) {
+			break
+		}
+	}
+	count := m.metric.samples.Add(1)
+	m.heard.Store(uint64(now)>>heardUnitBits<<32 | uint64(uint32(count)))
+}
+
+// ages sums how long the attempts in flight have taken so far, each up to a
+// limit, without a list of them.
+//
+// For attempts of weight w_i that started at s_i the sum of the weighted ages at
+// time t is t*W - T with W the sum of w_i and T the sum of w_i*s_i. To bound
+// single ages, the attempts are kept in two such sums by generation: the current
+// one and the one before. When the current generation is as old as the limit, a
+// new one begins in the place of the older. The attempts that were in it are not
+// moved anywhere: they are the ones that the total weight knows and the two sums
+// do not, and each counts as the limit.
+//
+// A race between a new generation and the start or end of an attempt may leave
+// a sum a little off. It counts wrong by at most one limit, and is cleared when
+// its generation is reused.
+type ages struct {
+	starts  [2]atomic.Int64 // weight times start, in age units
+	weights [2]atomic.Int32
+	epoch   atomic.Uint32 // number of the current generation
+	began   atomic.Uint32 // when it began, in epochUnitBits
+}
+
+// The beginning of a generation is kept in units of 65 microseconds. They wrap
+// after 78 hours, and what comes of that is one generation that ends too late.
+const epochUnitBits = 16
+
+// add counts an attempt and returns its generation.
+func (a *ages) add(t Ticket, limit float64) uint32 {
+	began, now := a.began.Load(), uint32(uint64(t.started)>>epochUnitBits)
+	if since32(now, began)*(1<<epochUnitBits) > limit && a.began.CompareAndSwap(began, now) {
+		next := a.epoch.Load() + 1
+		a.weights[next&1].Store(0)
+		a.starts[next&1].Store(0)
+		a.epoch.Store(next)
+	}
+	epoch := a.epoch.Load()
+	// In this order, and in remove in the other, an attempt half counted has a
+	// negative age, which counts as none, and not an enormous one.
+	a.starts[epoch&1].Add(int64(t.weight) * (int64(t.started) >> ageUnitBits))
+	a.weights[epoch&1].Add(int32(t.weight))
+	return epoch
+}
+
+// remove takes an attempt out again.
+func (a *ages) remove(t Ticket) {
+	if a.epoch.Load()-t.epoch > 1 {
+		return // its generation is gone
+	}
+	a.weights[t.epoch&1].Add(-int32(t.weight))
+	a.starts[t.epoch&1].Add(-int64(t.weight) * (int64(t.started) >> ageUnitBits))
+}
+
+// sum returns the weighted ages in nanoseconds of attempts that weigh total.
+func (a *ages) sum(now Instant, total int64, limit float64) float64 {
+	const unit = float64(1<<ageUnitBits) / weightOne
+	t := int64(now) >> ageUnitBits
+	var sum float64
+	for i := range a.weights {
+		w := int64(a.weights[i].Load())
+		if w <= 0 {
+			continue
+		}
+		total -= w
+		age := float64(t*w-a.starts[i].Load()) * unit
+		sum += min(max(age, 0), limit*float64(w)/weightOne)
+	}
+	return sum + max(float64(total), 0)*limit/weightOne
+}
+
+// expNeg returns exp(-x) for x >= 0 within 0.02 %: 2^y with the integer part of
+// y as the exponent and a polynomial for the fraction. It is several times
+// faster than math.Exp, which is exact to the last bit.
+func expNeg(x float64) float64 {
+	y := x * math.Log2E
+	if !(y < 1000) {
+		return 0
+	}
+	whole := int64(y)
+	f := float64(whole) + 1 - y // in (0, 1]: 2^-y = 2^f * 2^-(whole+1)
+	// A cubic for 2^f that is exact at both ends, so that the result is continuous.
+	p := 1 + f*(0.6957+f*(0.2251+f*0.0792))
+	return p * math.Float64frombits(uint64(1022-whole)<<52)
+}

@@ -1,0 +1,412 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package load
+
+import (
+	"math"
+	"math/rand/v2"
+	"testing"
+	"time"
+)
+
+// reference is the formula of ExpectedLatency written down: a list of the
+// attempts in flight, exact powers and exponentials, no grouping.
+type reference struct {
+	c         ExpectedLatencyConfig
+	endpoints []*referenceEndpoint
+	mean      float64 // G
+	undivided float64 // the mean of the latencies as they are
+	queue     float64 // the mean of the attempts in flight when those latencies began
+	covered   float64 // samples that the means cover, at most 200
+	samples   int
+}
+
+type referenceEndpoint struct {
+	s, n     float64
+	heard    Instant
+	heardAt  int // samples of the channel when it was heard last
+	attempts map[int]*referenceAttempt
+}
+
+type referenceAttempt struct {
+	started   Instant
+	pending   int
+	responded bool
+}
+
+func newReference(c ExpectedLatencyConfig, endpoints int) *reference {
+	r := &reference{c: c}
+	for range endpoints {
+		r.endpoints = append(r.endpoints, &referenceEndpoint{attempts: make(map[int]*referenceAttempt)})
+	}
+	return r
+}
+
+func (r *reference) weight(a *referenceAttempt) float64 {
+	return math.Pow(float64(a.pending)+1, -r.c.QueueExponent)
+}
+
+func (r *reference) forgetting(e *referenceEndpoint, now Instant) float64 {
+	rounds := float64(r.samples-e.heardAt) / (r.c.ForgetRounds * float64(len(r.endpoints)))
+	return math.Exp(-float64(now-e.heard)/float64(r.c.ForgetAfter) - rounds)
+}
+
+// cost returns the cost with the sum of ages multiplied by agesTimes, and how
+// much of it is a rounding of each age by a microsecond.
+func (r *reference) cost(e *referenceEndpoint, now Instant, agesTimes float64) (cost, rounding float64) {
+	limit := math.Inf(1)
+	if r.mean > 0 {
+		limit = r.c.AgeLimit * r.undivided
+	}
+	var ages, weights float64
+	for _, a := range e.attempts {
+		if !a.responded {
+			weights += r.weight(a)
+			ages += r.weight(a) * min(float64(now-a.started), limit)
+		}
+	}
+	f := r.forgetting(e, now)
+	queue, number := float64(len(e.attempts)+1), e.n*f+r.c.PriorSamples
+	l := (e.s*f + ages*agesTimes + r.c.PriorSamples*max(r.mean, 1)) / number
+	return l * queue, 1100 * weights / number * queue
+}
+
+func (r *reference) sample(e *referenceEndpoint, now Instant, latency float64) {
+	f := r.forgetting(e, now) * (1 - 1/r.c.KeepSamples)
+	e.s, e.n = e.s*f+latency, e.n*f+1
+	r.samples++
+	e.heard, e.heardAt = now, r.samples
+}
+
+func (r *reference) completed(e *referenceEndpoint, now Instant, a *referenceAttempt) {
+	whole := max(float64(now-a.started), 1)
+	latency := whole * r.weight(a)
+	r.covered = min(r.covered+1, 200)
+	r.undivided += (whole - r.undivided) / r.covered
+	r.mean += (latency - r.mean) / r.covered
+	r.queue += (float64(a.pending) - r.queue) / r.covered
+	r.sample(e, now, latency)
+}
+
+func (r *reference) finish(e *referenceEndpoint, now Instant, id int, o Outcome) {
+	a := e.attempts[id]
+	delete(e.attempts, id)
+	switch {
+	case o == Failed:
+		// What the average endpoint costs, with the ages of what is in flight there.
+		average := r.mean * (r.queue + 1) * (1 + r.queue/2/(r.c.KeepSamples+1))
+		latency := r.c.FailurePenalty * average
+		if !a.responded {
+			latency = max(latency, max(float64(now-a.started), 1)*r.weight(a))
+		}
+		r.sample(e, now, latency)
+	case o == Completed && !a.responded:
+		r.completed(e, now, a)
+	}
+}
+
+// compare drives a metric and the reference side by side through random attempts
+// to five endpoints, and checks each cost against the reference's: at least that
+// with the ages as they are, at most that with them times agesAtMost, within 2 %.
+// attempt says how long the next attempt takes and how it ends; respond is
+// whether some have a first response on the way.
+func compare(t *testing.T, r *rand.Rand, c ExpectedLatencyConfig, attempt func() (Instant, Outcome), respond bool, agesAtMost float64) {
+	t.Helper()
+	const endpoints = 5
+	metric, err := NewExpectedLatency(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := newReference(c, endpoints)
+	meters := make([]Meter, endpoints)
+	now := interval(r, time.Second, time.Hour)
+	for i, e := range want.endpoints {
+		meters[i] = metric.NewMeter()
+		run(meters[i], now, 10*time.Millisecond, Completed)
+		want.completed(e, now+10*ms, &referenceAttempt{started: now})
+	}
+	now += 10 * ms
+
+	type planned struct {
+		flight
+		endpoint, id int
+		end          Instant
+		outcome      Outcome
+	}
+	var flying []*planned
+	for step := range 3000 {
+		now += interval(r, 10*time.Microsecond, 20*time.Millisecond)
+		for i := 0; i < len(flying); {
+			f := flying[i]
+			if f.end > now {
+				i++
+				continue
+			}
+			f.finish(f.end, f.outcome)
+			want.finish(want.endpoints[f.endpoint], f.end, f.id, f.outcome)
+			flying[i] = flying[len(flying)-1]
+			flying = flying[:len(flying)-1]
+		}
+		i := r.IntN(endpoints)
+		e := want.endpoints[i]
+		switch k := r.IntN(10); {
+		case k < 6 && len(e.attempts) < 60:
+			e.attempts[step] = &referenceAttempt{started: now, pending: len(e.attempts)}
+			takes, outcome := attempt()
+			flying = append(flying, &planned{flight{meter: meters[i], ticket: meters[i].Start(now)}, i, step, now + takes, outcome})
+		case k == 6 && respond && len(flying) > 0:
+			f := flying[r.IntN(len(flying))]
+			if e := want.endpoints[f.endpoint]; !f.responded {
+				a := e.attempts[f.id]
+				f.responded, a.responded = true, true
+				f.meter.Respond(now, f.ticket)
+				want.completed(e, now, a)
+			}
+		default:
+			got := meters[i].Load(now)
+			least, rounding := want.cost(e, now, 1)
+			most, _ := want.cost(e, now, agesAtMost)
+			if got < least*0.98-rounding || got > most*1.02+rounding {
+				t.Fatalf("step %d: cost of endpoint %d with %d in flight: got %v, want %v to %v within 2 %%", step, i, len(e.attempts), got, least, most)
+			}
+		}
+	}
+}
+
+// The cost is the formula's within 2 %, and a microsecond for each attempt in
+// flight. Weights are rounded to 1/4096: at most 0.8 % with 60 attempts in flight
+// and theta 1. The mean of the attempts in flight has a mantissa of 16 bits, which
+// over a window of 200 samples costs at most 0.6 % of a penalty. exp is within
+// 0.02 %, times are within a millisecond of the second or more that ForgetAfter
+// is here, and ages count in units of 1024 ns. These are bounds, not chances: no
+// false failure is expected.
+func TestExpectedLatencyIsTheFormula(t *testing.T) {
+	r := newRand(t)
+	for range 20 {
+		c := ExpectedLatencyConfig{
+			PriorSamples:   float64(interval(r, 1, 100)) / 10,
+			QueueExponent:  r.Float64(),
+			KeepSamples:    float64(interval(r, 10, 10_000)) / 10,
+			ForgetRounds:   float64(interval(r, 10, 10_000)) / 10,
+			ForgetAfter:    time.Duration(interval(r, time.Second, time.Hour)),
+			FailurePenalty: float64(interval(r, 10, 1000)) / 10,
+			AgeLimit:       1e6, // no age in this test is as old
+		}
+		compare(t, r, c, func() (Instant, Outcome) {
+			o := Completed
+			if r.IntN(2) == 0 {
+				o = Outcome(r.IntN(4))
+			}
+			return interval(r, 100*time.Microsecond, 2*time.Second), o
+		}, true, 1)
+	}
+}
+
+// Ages over the limit are bounded in groups of attempts that began within one
+// limit of each other, by the mean of the group. So the sum of ages is never too
+// small, and too large by at most a third: half of a group at one and a half
+// limits, half of it at half a limit. Latencies here are all 10 ms, so that the
+// limit stays the same.
+func TestExpectedLatencyBoundsAgesByGeneration(t *testing.T) {
+	r := newRand(t)
+	for _, limit := range []float64{1, 3, 20} {
+		c := DefaultExpectedLatencyConfig()
+		c.AgeLimit, c.QueueExponent = limit, 0
+		compare(t, r, c, func() (Instant, Outcome) {
+			if r.IntN(3) > 0 {
+				return 10 * ms, Completed
+			}
+			return interval(r, 20*time.Millisecond, 3*time.Second), Cancelled
+		}, false, 4.0/3)
+	}
+}
+
+// known returns a metric of n endpoints, the first of which has one sample: 10 ms.
+func known(t *testing.T, n int, change func(*ExpectedLatencyConfig)) (*ExpectedLatency, []Meter) {
+	t.Helper()
+	c := DefaultExpectedLatencyConfig()
+	change(&c)
+	e, err := NewExpectedLatency(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	meters := make([]Meter, n)
+	for i := range meters {
+		meters[i] = e.NewMeter()
+	}
+	run(meters[0], 0, 10*time.Millisecond, Completed)
+	return e, meters
+}
+
+func TestExpectedLatencyOfANewcomerIsTheAverages(t *testing.T) {
+	e, m := known(t, 2, func(*ExpectedLatencyConfig) {})
+	near(t, "cost of an endpoint without a sample", m[1].Load(10*ms), 10e6, 1e-6)
+	near(t, "cost of one that has just come", e.NewMeter().Load(10*ms), 10e6, 1e-6)
+}
+
+func TestExpectedLatencyBeforeAnySampleIsThePending(t *testing.T) {
+	e := must(NewExpectedLatency(DefaultExpectedLatencyConfig()))
+	a, b := e.NewMeter(), e.NewMeter()
+	if la, lb := a.Load(0), b.Load(0); la != lb {
+		t.Errorf("costs of two endpoints of which nothing is known are %v and %v, want them equal", la, lb)
+	}
+	a.Start(0)
+	if la, lb := a.Load(0), b.Load(0); !(la > lb) {
+		t.Errorf("cost of the endpoint with an attempt in flight is %v, want above the other's, %v", la, lb)
+	}
+}
+
+func TestPriorSamplesWeighTheAverageAgainstTheOwn(t *testing.T) {
+	for _, n0 := range []float64{0.5, 1, 10} {
+		_, m := known(t, 2, func(c *ExpectedLatencyConfig) { c.PriorSamples, c.ForgetRounds = n0, 1e6 })
+		run(m[1], 10*ms, 30*time.Millisecond, Completed)
+		// Own 10 ms, average 20 ms.
+		near(t, "cost", m[0].Load(40*ms), (10e6+n0*20e6)/(1+n0), 0.002)
+	}
+}
+
+func TestQueueExponentDividesALatencyByTheQueueItWasSentInto(t *testing.T) {
+	for _, theta := range []float64{0, 0.5, 1} {
+		e := must(NewExpectedLatency(func() ExpectedLatencyConfig {
+			c := DefaultExpectedLatencyConfig()
+			c.QueueExponent = theta
+			return c
+		}()))
+		m := e.NewMeter()
+		var ts []Ticket
+		for range 4 {
+			ts = append(ts, m.Start(0))
+		}
+		for _, ticket := range ts[:3] {
+			m.Finish(0, Sample{Ticket: ticket, Outcome: Cancelled})
+		}
+		m.Finish(40*ms, Sample{Ticket: ts[3]})
+		near(t, "cost after 40ms in a queue of 4", m.Load(40*ms), 40e6/math.Pow(4, theta), 0.002)
+	}
+}
+
+func TestKeepSamplesForgetsOldSamples(t *testing.T) {
+	for _, keep := range []float64{1, 2, 32} {
+		_, m := known(t, 1, func(c *ExpectedLatencyConfig) { c.KeepSamples, c.PriorSamples = keep, 1e-9 })
+		ticket := m[0].Start(10 * ms)
+		m[0].Finish(10*ms+20*ms, Sample{Ticket: ticket})
+		f := 1 - 1/keep
+		near(t, "cost after 10ms and 20ms", m[0].Load(30*ms), (10e6*f+20e6)/(f+1), 0.05)
+	}
+}
+
+func TestForgetAfterDriftsBackToTheAverageByTheClock(t *testing.T) {
+	for _, tau := range []time.Duration{time.Second, time.Minute} {
+		_, m := known(t, 2, func(c *ExpectedLatencyConfig) { c.ForgetAfter, c.ForgetRounds = tau, 1e6 })
+		run(m[1], 10*ms, 30*time.Millisecond, Completed)
+		f := math.Exp(-2)
+		near(t, "cost after two tau", m[0].Load(40*ms+2*Instant(tau)), (10e6*f+20e6)/(f+1), 0.005)
+	}
+}
+
+func TestForgetRoundsDriftsBackToTheAverageByTheSamplesOfOthers(t *testing.T) {
+	for _, rounds := range []float64{1, 8} {
+		const n = 4
+		_, m := known(t, n, func(c *ExpectedLatencyConfig) { c.ForgetAfter, c.ForgetRounds = math.MaxInt64, rounds })
+		for range int(rounds) * n {
+			run(m[1], 10*ms, 30*time.Millisecond, Completed)
+		}
+		k := rounds * n
+		g, f := (10e6+k*30e6)/(k+1), math.Exp(-1)
+		near(t, "cost after as many rounds", m[0].Load(40*ms), (10e6*f+g)/(f+1), 0.005)
+	}
+}
+
+func TestAClosedEndpointDoesNotCountInARound(t *testing.T) {
+	_, m := known(t, 4, func(c *ExpectedLatencyConfig) { c.ForgetAfter, c.ForgetRounds = math.MaxInt64, 1 })
+	m[2].Close()
+	m[3].Close()
+	run(m[1], 10*ms, 30*time.Millisecond, Completed)
+	run(m[1], 10*ms, 30*time.Millisecond, Completed)
+	g, f := 70e6/3, math.Exp(-1)
+	near(t, "cost after a round of two endpoints", m[0].Load(40*ms), (10e6*f+g)/(f+1), 0.005)
+}
+
+func TestFailurePenaltyIsAMultipleOfTheAverageCost(t *testing.T) {
+	for _, penalty := range []float64{1, 10} {
+		_, m := known(t, 2, func(c *ExpectedLatencyConfig) { c.FailurePenalty = penalty })
+		run(m[1], 10*ms, time.Microsecond, Failed)
+		near(t, "cost after a failure within 1us", m[1].Load(10*ms), (penalty*10e6+10e6)/2, 0.005)
+		run(m[1], 10*ms, time.Second, Failed)
+		if got := m[1].Load(10*ms + sec); !(got > 300e6) {
+			t.Errorf("cost after a failure that took 1s is %v, want it to have counted as at least 1s", time.Duration(got))
+		}
+	}
+}
+
+func TestAgeLimitBoundsWhatSilenceCosts(t *testing.T) {
+	for _, limit := range []float64{1, 20} {
+		_, m := known(t, 2, func(c *ExpectedLatencyConfig) { c.AgeLimit = limit })
+		m[1].Start(10 * ms)
+		var last float64
+		for age := ms; age <= Instant(time.Hour); age *= 2 {
+			got := m[1].Load(10*ms + age)
+			near(t, "cost at "+time.Duration(age).String(), got, 2*(10e6+min(float64(age), limit*10e6)), 0.005)
+			if got < last*0.999 {
+				t.Errorf("cost at %v is %v, below that before, %v", time.Duration(age), got, last)
+			}
+			last = got
+		}
+	}
+}
+
+// A black hole needs no timeout to be found out.
+func TestAnEndpointThatAnswersNothingCostsMoreByTheMoment(t *testing.T) {
+	_, m := known(t, 2, func(*ExpectedLatencyConfig) {})
+	m[1].Start(10 * ms)
+	healthy := m[0].Load(10 * ms)
+	if got := m[1].Load(10*ms + 50*ms); got < 10*healthy {
+		t.Errorf("cost of silence for five latencies is %v, want at least ten times the healthy %v", time.Duration(got), time.Duration(healthy))
+	}
+}
+
+func TestExpectedLatencyKeepsWhatItKnowsWhenReconfigured(t *testing.T) {
+	e, m := known(t, 1, func(c *ExpectedLatencyConfig) { c.PriorSamples = 1e-9 })
+	m[0].Start(10 * ms)
+	before := m[0].Load(10 * ms)
+	c := DefaultExpectedLatencyConfig()
+	c.KeepSamples, c.FailurePenalty = 2, 3
+	if err := e.Reconfigure(c); err != nil {
+		t.Fatal(err)
+	}
+	near(t, "cost after a new config", m[0].Load(10*ms), before, 1e-6)
+	if got := inFlight(m[0]); got != 1 {
+		t.Errorf("%d attempts in flight after a new config, want 1", got)
+	}
+}
+
+func TestManyAttemptsInFlightAreWeighedAndForgottenExactly(t *testing.T) {
+	_, m := known(t, 1, func(*ExpectedLatencyConfig) {})
+	var flying []Ticket
+	for range 5000 { // beyond the table of weights
+		flying = append(flying, m[0].Start(10*ms))
+	}
+	var ages float64
+	for q := range flying {
+		ages += 10e6 / math.Sqrt(float64(q)+1)
+	}
+	near(t, "cost of 5000 attempts, each 10ms old", m[0].Load(20*ms), (10e6+ages+10e6)/2*5001, 0.02)
+	for _, ticket := range flying {
+		m[0].Finish(20*ms, Sample{Ticket: ticket, Outcome: Cancelled})
+	}
+	near(t, "cost when they are gone", m[0].Load(20*ms), 10e6, 0.002)
+}
+
+func TestExpNegIsWithinTwoTenthsOfAPermille(t *testing.T) {
+	for x := 0.0; x < 690; x += 0.0137 {
+		if got, want := expNeg(x), math.Exp(-x); relative(got, want) > 2e-4 {
+			t.Fatalf("expNeg(%v) is %v, want %v within 0.02 %%", x, got, want)
+		}
+	}
+	for _, x := range []float64{1e4, 1e300, math.Inf(1), math.NaN()} {
+		if got := expNeg(x); got != 0 {
+			t.Errorf("expNeg(%v) is %v, want 0", x, got)
+		}
+	}
+}

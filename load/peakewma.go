@@ -1,0 +1,218 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package load
+
+import (
+	"math"
+	"sync/atomic"
+	"time"
+)
+
+// PeakEWMAConfig are the parameters of [PeakEWMA]. Start from
+// [DefaultPeakEWMAConfig].
+type PeakEWMAConfig struct {
+	// Decay is the time in which the weight of what was seen falls to 1/e.
+	// Default 10 s, must be above 0.
+	Decay time.Duration
+	// DefaultRTT is the latency of an endpoint before its first sample. It decays
+	// like any other. Default 1 s, must be above 0.
+	DefaultRTT time.Duration
+	// FailurePenalty is what a failed attempt counts as, however fast it failed,
+	// as a multiple of what an average endpoint costs. Default 10, at least 1, at
+	// most 1e6.
+	FailurePenalty float64
+}
+
+// DefaultPeakEWMAConfig returns the defaults: 10 s, 1 s and 10.
+func DefaultPeakEWMAConfig() PeakEWMAConfig {
+	return PeakEWMAConfig{Decay: 10 * time.Second, DefaultRTT: time.Second, FailurePenalty: defaultFailurePenalty}
+}
+
+func (c PeakEWMAConfig) validate() error {
+	if err := checkDuration("decay", c.Decay); err != nil {
+		return err
+	}
+	if err := checkDuration("defaultRtt", c.DefaultRTT); err != nil {
+		return err
+	}
+	return checkFailurePenalty(c.FailurePenalty)
+}
+
+// PeakEWMA is the peak-sensitive, exponentially weighted moving average of the
+// latency, times the attempts in flight and one more:
+//
+//	load = estimate * (pending + 1)
+//
+// A latency above the estimate replaces it at once. Any other is averaged in by
+// the time since the estimate was last read or updated:
+//
+//	estimate = estimate*d + latency*(1-d),  d = exp(-elapsed/decay)
+//
+// Reading lets the estimate decay towards zero, so an endpoint that is not heard
+// of is tried again.
+//
+// It is Tower's metric, which is Finagle's, with one repair: there, an attempt
+// that fails at once is a fast one, and the endpoint that fails draws the
+// traffic of all. Here a failure counts as a latency of at least FailurePenalty
+// times what an average endpoint costs, its queue included, and an attempt that
+// its caller cancelled counts as none. Without failures and cancellations the
+// two agree.
+type PeakEWMA struct {
+	params atomic.Pointer[PeakEWMAConfig]
+	_      [56]byte // params are read at every pick, fleet is written at every finish
+	fleet  fleet
+}
+
+// NewPeakEWMA returns the Metric, or an error that names the field, its value
+// and the rule it breaks.
+func NewPeakEWMA(c PeakEWMAConfig) (*PeakEWMA, error) {
+	p := &PeakEWMA{}
+	if err := p.Reconfigure(c); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// Reconfigure changes the parameters while attempts run. The Meters keep what
+// they know. On error nothing changes.
+func (p *PeakEWMA) Reconfigure(c PeakEWMAConfig) error {
+	if err := c.validate(); err != nil {
+		return err
+	}
+	p.params.Store(&c)
+	return nil
+}
+
+// NewMeter returns the Meter of one more endpoint.
+func (p *PeakEWMA) NewMeter() Meter {
+	m := &peakMeter{metric: p}
+	m.estimate.Store(math.Float64bits(float64(p.params.Load().DefaultRTT)) &^ tagMask)
+	return m
+}
+
+// The estimate and its time are two words that must be seen together. Each write
+// puts the same tag into both. A reader that sees two tags stands between the two
+// stores of a writer: the estimate is right and was written just now, so it takes
+// the elapsed time as zero. The tag costs the estimate its last 8 of 52 bits,
+// and the time its first: it wraps after 2.3 years.
+const (
+	tagBits = 8
+	tagMask = 1<<tagBits - 1
+)
+
+// stillBits: an estimate that was read less than decay/2^stillBits ago is not
+// written again. It changes the average of the next latency by less than one
+// millionth, and saves the write on the pick path.
+const stillBits = 20
+
+type peakMeter struct {
+	metric   *PeakEWMA
+	pending  atomic.Int64
+	estimate atomic.Uint64 // nanoseconds as float64 bits, tag in the low bits
+	stamp    atomic.Uint64 // Instant << tagBits | tag: when estimate was last read or updated; 0 before
+	// penalized is whether the estimate is what a failure was charged. What a
+	// failure is charged follows from the estimates of all endpoints, and must not
+	// follow from itself, or it would grow with each. They are estimates and not
+	// latencies because they are peaks: the mean latency is several times less.
+	penalized atomic.Bool
+	_         [28]byte
+}
+
+// read returns the estimate word and, in nanoseconds, its value and its age.
+func (m *peakMeter) read(now Instant) (word uint64, value, elapsed float64) {
+	word = m.estimate.Load()
+	stamp := m.stamp.Load()
+	value = math.Float64frombits(word &^ tagMask)
+	if word&tagMask != stamp&tagMask || stamp == 0 {
+		return word, value, 0
+	}
+	return word, value, max(float64(int64(uint64(now)<<tagBits-stamp&^tagMask)>>tagBits), 0)
+}
+
+// write replaces the estimate unless another goroutine did so since it was read.
+func (m *peakMeter) write(word uint64, value float64, now Instant) bool {
+	tag := (word + 1) & tagMask
+	if !m.estimate.CompareAndSwap(word, math.Float64bits(value)&^tagMask|tag) {
+		return false
+	}
+	m.stamp.Store(uint64(now)<<tagBits | tag)
+	return true
+}
+
+func (m *peakMeter) Load(now Instant) float64 {
+	decay := float64(m.metric.params.Load().Decay)
+	word, value, elapsed := m.read(now)
+	switch {
+	case elapsed*(1<<stillBits) >= decay:
+		value *= expSmall(elapsed / decay)
+		// Losing the race to another reader or to a sample loses nothing: that
+		// one has moved the time, or knows better.
+		m.write(word, value, now)
+	case elapsed > 0:
+		value -= value * elapsed / decay
+	case word&tagMask == 0 && m.stamp.Load() == 0:
+		m.write(word, value, now) // the first read starts the clock
+	}
+	return value * float64(m.pending.Load()+1)
+}
+
+func (m *peakMeter) Start(now Instant) Ticket {
+	return Ticket{started: now, pending: uint32(m.pending.Add(1) - 1)}
+}
+
+func (m *peakMeter) Respond(now Instant, t Ticket) { m.completed(now, t) }
+
+func (m *peakMeter) Finish(now Instant, s Sample) {
+	m.pending.Add(-1)
+	switch {
+	case s.Outcome == Failed:
+		latency := m.metric.params.Load().FailurePenalty * m.metric.fleet.cost()
+		if !s.Responded { // the life of a stream after its first response is no latency
+			latency = max(latency, s.Ticket.latency(now))
+		}
+		m.sample(now, latency, true)
+	case s.Outcome == Completed && !s.Responded:
+		m.completed(now, s.Ticket)
+	}
+}
+
+func (m *peakMeter) completed(now Instant, t Ticket) {
+	latency := t.latency(now)
+	estimate := m.sample(now, latency, false)
+	if m.penalized.Load() {
+		estimate = latency
+	}
+	m.metric.fleet.observe(estimate, t.pending)
+}
+
+// sample adds a latency to the estimate and returns the new one.
+func (m *peakMeter) sample(now Instant, latency float64, failed bool) float64 {
+	decay := float64(m.metric.params.Load().Decay)
+	for {
+		word, value, elapsed := m.read(now)
+		next := latency
+		if latency <= value {
+			d := expSmall(elapsed / decay)
+			next = value*d + latency*(1-d)
+		}
+		if m.write(word, next, now) {
+			if latency > value {
+				m.penalized.Store(failed)
+			}
+			return next
+		}
+	}
+}
+
+func (m *peakMeter) Close() {}
+
+// expSmall returns exp(-x) for x >= 0. Between two readings of an endpoint in use
+// x is small, and the first terms of the series are exact to twelve digits and
+// faster.
+func expSmall(x float64) float64 {
+	if x < 1.0/1024 {
+		return 1 - x*(1-x*(1.0/2-x*(1.0/6)))
+	}
+	return math.Exp(-x)
+}
