@@ -1,0 +1,477 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/balancer/base"
+	"google.golang.org/grpc/balancer/pickfirst"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/experimental/balancer/weight"
+	"google.golang.org/grpc/grpclog"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/serviceconfig"
+
+	"github.com/belfry-go/belfry/internal/env"
+	"github.com/belfry-go/belfry/load"
+)
+
+// Name is the name of the policy in a service config.
+const Name = "belfry.p2c"
+
+var logger = grpclog.Component("belfry-p2c")
+
+func init() { balancer.Register(builder{}) }
+
+type builder struct{}
+
+func (builder) Name() string { return Name }
+
+func (builder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalancingConfig, error) {
+	return parseConfig(js)
+}
+
+func (builder) Build(cc balancer.ClientConn, opts balancer.BuildOptions) balancer.Balancer {
+	start := time.Now()
+	b := &policy{
+		cc:        cc,
+		opts:      opts,
+		children:  balancer.Get(pickfirst.Name),
+		endpoints: resolver.NewEndpointMap[*endpoint](),
+		now:       func() int64 { return int64(time.Since(start)) },
+		random:    rand.Uint64,
+	}
+	b.picks.New = func() any {
+		k := &pick{pool: &b.picks}
+		k.done = k.onDone
+		return k
+	}
+	return b
+}
+
+// countedStates are the states in which an endpoint can be, in the order in
+// which the best of them is the state of the channel.
+var countedStates = []connectivity.State{
+	connectivity.Ready, connectivity.Connecting, connectivity.Idle, connectivity.TransientFailure,
+}
+
+// errNoEndpoints is what calls fail with when the resolver has given none. The
+// text is grpc-go's, for those who look for it.
+var errNoEndpoints = errors.New("no children to pick from")
+
+// policy is the balancer of one channel: a petiole with a pick_first child for
+// each endpoint.
+//
+// It keeps its endpoints itself instead of using grpc's endpointsharding, which
+// collects all children anew at each change of one: N endpoints that become
+// READY cost N² there. Here a change costs the same however many endpoints there
+// are. The READY ones stand in a set that the picker shares and that changes in
+// place; the picker itself is published again only when the state of the
+// channel changes, or when an endpoint leaves READY, because grpc holds back a
+// call that picked such an endpoint until the next picker.
+type policy struct {
+	// Immutable.
+	cc       balancer.ClientConn
+	opts     balancer.BuildOptions
+	children balancer.Builder
+	picks    sync.Pool // of *pick
+
+	// Used only by the methods of balancer.Balancer, whose calls are serialized.
+	endpoints *resolver.EndpointMap[*endpoint]
+	metric    load.Metric
+	updated   bool // an update was received
+
+	// Set by the first update, before there is an endpoint or a picker.
+	now     func() int64
+	random  func() uint64
+	metrics *metrics
+
+	// all is the endpoints of the last update, for the picker of a channel that
+	// has none READY. The slice is not changed.
+	all atomic.Pointer[[]*endpoint]
+
+	// mu guards the fields below, those of endpoint that say so, and writing to
+	// the READY set.
+	//
+	// Lock order: endpoint.childMu, mu, then the locks of cc. A child reports its
+	// state from within any call to it, so no child is called with mu held.
+	//
+	// An update from above sets inhibit, lets go of mu, goes through the children
+	// one by one, and at the end publishes once. Meanwhile children report to
+	// their endpoint and to the READY set, but nothing is published.
+	mu        sync.Mutex
+	inhibit   bool
+	closed    bool
+	picker    *picker // the current config's
+	count     [connectivity.Shutdown + 1]int
+	published connectivity.State // what cc was told last; SHUTDOWN before
+}
+
+// UpdateClientConnState implements balancer.Balancer.
+func (b *policy) UpdateClientConnState(ccs balancer.ClientConnState) error {
+	cfg, ok := ccs.BalancerConfig.(*config)
+	if !ok {
+		return fmt.Errorf("%s: received config of type %T, must be what the policy parsed", Name, ccs.BalancerConfig)
+	}
+	if logger.V(2) {
+		logger.Infof("[%p] received update with %d endpoints", b, len(ccs.ResolverState.Endpoints))
+	}
+	if !b.updated {
+		b.firstUpdate(ccs.ResolverState)
+	}
+	if err := b.configure(cfg); err != nil {
+		return err
+	}
+	err := b.updateEndpoints(ccs.ResolverState)
+
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.inhibit = false
+	b.publishLocked()
+	return err
+}
+
+func (b *policy) firstUpdate(state resolver.State) {
+	b.updated = true
+	b.published = connectivity.Shutdown
+	b.metrics = newMetrics(b.cc.MetricsRecorder(), b.opts.Target.String(), state)
+	if e := env.From(state.Attributes); e != nil {
+		b.now, b.random = e.Now, e.Uint64
+	}
+}
+
+// configure applies a config to the endpoints that are there, and inhibits
+// publishing. Meters are kept unless the metric is of another kind.
+func (b *policy) configure(cfg *config) error {
+	fresh := b.metric == nil || !cfg.metric.adopt(b.metric)
+	if fresh {
+		metric, err := cfg.metric.build()
+		if err != nil {
+			return err
+		}
+		b.metric = metric
+	}
+
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.inhibit = true
+	old := b.picker
+	b.picker = &picker{policy: b, config: cfg}
+	if old != nil && !fresh {
+		b.picker.ready = old.ready
+		b.picker.remember(old)
+		return nil
+	}
+	b.picker.ready = &readySet{}
+	for _, ep := range b.endpoints.All() {
+		ep.remeasureLocked(b.metric)
+	}
+	return nil
+}
+
+// updateEndpoints makes, updates and closes children so that there is one for
+// each endpoint of the state. It returns the first error of a child.
+func (b *policy) updateEndpoints(state resolver.State) error {
+	listed := resolver.NewEndpointMap[*endpoint]()
+	all := make([]*endpoint, 0, len(state.Endpoints))
+	attributes := pickfirst.EnableHealthListener(state).Attributes
+	var firstErr error
+	// Starting at a random endpoint keeps a fleet of clients from opening all its
+	// first connections to the same server.
+	for _, e := range rotate(state.Endpoints, b.random()) {
+		if len(e.Addresses) == 0 {
+			continue // its child would stay CONNECTING for ever
+		}
+		if _, ok := listed.Get(e); ok {
+			continue // the same addresses under another key
+		}
+		ep, ok := b.endpoints.Get(e)
+		if !ok {
+			ep = b.newEndpoint()
+		}
+		listed.Set(e, ep)
+		all = append(all, ep)
+		ep.setWeight(load.Weight(weight.FromEndpoint(e).Weight))
+		err := ep.update(balancer.ClientConnState{ResolverState: resolver.State{
+			Endpoints:  []resolver.Endpoint{e},
+			Attributes: attributes,
+		}})
+		if err != nil && firstErr == nil {
+			firstErr = err
+		}
+	}
+	for e, ep := range b.endpoints.All() {
+		if _, ok := listed.Get(e); !ok {
+			ep.close()
+		}
+	}
+	b.endpoints = listed
+	b.all.Store(&all)
+	if len(all) == 0 {
+		return balancer.ErrBadResolverState
+	}
+	return firstErr
+}
+
+func rotate(es []resolver.Endpoint, r uint64) []resolver.Endpoint {
+	if len(es) == 0 {
+		return es
+	}
+	k := int(r % uint64(len(es)))
+	return slices.Concat(es[k:], es[:k])
+}
+
+// ResolverError implements balancer.Balancer. Children that have addresses
+// ignore it; without any endpoint the channel fails with it.
+func (b *policy) ResolverError(err error) {
+	if b.endpoints.Len() == 0 {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.cc.UpdateState(balancer.State{
+			ConnectivityState: connectivity.TransientFailure,
+			Picker:            base.NewErrPicker(fmt.Errorf("name resolver error: %w", err)),
+		})
+		b.published = connectivity.TransientFailure
+		return
+	}
+	b.forAll(func(ep *endpoint) { ep.call(func() { ep.child.ResolverError(err) }) })
+}
+
+// UpdateSubConnState implements balancer.Balancer. It is never called: SubConns
+// belong to the children, which listen to them.
+func (b *policy) UpdateSubConnState(sc balancer.SubConn, s balancer.SubConnState) {
+	logger.Errorf("[%p] UpdateSubConnState(%v, %+v) called unexpectedly", b, sc, s)
+}
+
+// ExitIdle implements balancer.Balancer.
+func (b *policy) ExitIdle() {
+	b.forAll(func(ep *endpoint) { ep.call(ep.child.ExitIdle) })
+}
+
+// Close implements balancer.Balancer. Attempts in flight go on; their Done finds
+// its meter through the pick.
+func (b *policy) Close() {
+	b.mu.Lock()
+	b.inhibit, b.closed = true, true
+	b.mu.Unlock()
+	for _, ep := range b.endpoints.All() {
+		ep.close()
+	}
+}
+
+// forAll calls f for each endpoint and publishes once.
+func (b *policy) forAll(f func(*endpoint)) {
+	b.mu.Lock()
+	b.inhibit = true
+	b.mu.Unlock()
+	for _, ep := range b.endpoints.All() {
+		f(ep)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.inhibit = false
+	b.publishLocked()
+}
+
+// stateLocked returns the state of the channel: the best of the endpoints'.
+func (b *policy) stateLocked() connectivity.State {
+	for _, s := range countedStates {
+		if b.count[s] > 0 {
+			return s
+		}
+	}
+	return connectivity.TransientFailure
+}
+
+// publishLocked tells cc the state and the picker. Calls that wait for a picker
+// try again.
+func (b *policy) publishLocked() {
+	if b.closed || b.picker == nil {
+		return
+	}
+	state := b.stateLocked()
+	s := balancer.State{ConnectivityState: state}
+	switch all := b.all.Load(); {
+	case state == connectivity.Ready:
+		s.Picker = b.picker
+	case all == nil || len(*all) == 0:
+		s.Picker = base.NewErrPicker(errNoEndpoints)
+	default:
+		s.Picker = &fallbackPicker{endpoints: *all, state: state}
+	}
+	b.published = state
+	b.cc.UpdateState(s)
+}
+
+// reportLocked publishes after a child's report if the channel has to know: its
+// state has changed, or a call may be waiting that must pick again.
+func (b *policy) reportLocked(wake bool) {
+	if !b.inhibit && (wake || b.stateLocked() != b.published) {
+		b.publishLocked()
+	}
+}
+
+// endpointIDs numbers the endpoints of all channels. An identity is part of a
+// call's memory of the endpoints it tried, which may outlive a channel.
+var endpointIDs atomic.Uint64
+
+// endpoint is one endpoint that the resolver lists and the child that connects
+// to it. It embeds the ClientConn that it is for the child.
+type endpoint struct {
+	balancer.ClientConn // the channel's; UpdateState is intercepted
+
+	policy *policy
+	id     uint64
+	child  balancer.Balancer
+
+	// childMu serializes the calls to the child and guards closed. See policy.mu
+	// for the order.
+	childMu sync.Mutex
+	closed  bool
+
+	// reported is the child's last report. Never nil.
+	reported atomic.Pointer[balancer.State]
+
+	// Guarded by policy.mu.
+	candidate *candidate
+	gone      bool // the resolver lists it no more; reports are ignored
+}
+
+func (b *policy) newEndpoint() *endpoint {
+	ep := &endpoint{ClientConn: b.cc, policy: b, id: endpointIDs.Add(1)}
+	ep.reported.Store(&balancer.State{
+		ConnectivityState: connectivity.Connecting,
+		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
+	})
+	b.mu.Lock()
+	b.count[connectivity.Connecting]++
+	ep.candidate = newCandidate(ep, b.metric, 0)
+	b.mu.Unlock()
+	b.metrics.moved(connectivity.Shutdown, connectivity.Connecting)
+	ep.child = b.children.Build(ep, b.opts)
+	return ep
+}
+
+// remeasureLocked gives the endpoint a meter of a new metric, and puts it into
+// the new READY set. Attempts in flight finish on the meter that they started
+// on.
+func (ep *endpoint) remeasureLocked(m load.Metric) {
+	old := ep.candidate
+	old.meter.Close()
+	ep.candidate = newCandidate(ep, m, load.Weight(old.weight.Load()))
+	if ep.reported.Load().ConnectivityState == connectivity.Ready {
+		ep.policy.picker.ready.add(ep.candidate)
+	}
+}
+
+// UpdateState receives the reports of the child. It may be called from any
+// goroutine: pick_first leaves IDLE on the goroutine of a call.
+func (ep *endpoint) UpdateState(s balancer.State) {
+	b := ep.policy
+	b.mu.Lock()
+	if ep.gone {
+		b.mu.Unlock()
+		return
+	}
+	from := ep.moveLocked(s)
+	// A picker that was READY may have failed a pick, or its SubConn may be
+	// another now. One that has become READY wakes no call that is not woken by
+	// the state of the channel.
+	b.reportLocked(from == connectivity.Ready)
+	b.mu.Unlock()
+
+	b.metrics.moved(from, s.ConnectivityState)
+	if s.ConnectivityState == connectivity.Idle {
+		// Endpoints connect eagerly. The child holds its lock here.
+		go ep.call(ep.child.ExitIdle)
+	}
+}
+
+// moveLocked takes over a report and returns the state before it.
+func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
+	b := ep.policy
+	from, to := ep.reported.Load().ConnectivityState, s.ConnectivityState
+	ep.reported.Store(&s)
+	b.count[from]--
+	b.count[to]++
+	switch {
+	case to == connectivity.Ready && from != connectivity.Ready:
+		b.picker.ready.add(ep.candidate)
+	case from == connectivity.Ready && to != connectivity.Ready:
+		b.picker.forget(ep.candidate)
+		b.picker.ready.remove(ep.candidate)
+	}
+	return from
+}
+
+// setWeight sets the endpoint's relative capacity.
+func (ep *endpoint) setWeight(w load.Weight) {
+	ep.policy.mu.Lock()
+	defer ep.policy.mu.Unlock()
+	ep.candidate.weight.Store(uint32(w))
+}
+
+// call calls the child, unless it is closed.
+func (ep *endpoint) call(f func()) {
+	ep.childMu.Lock()
+	defer ep.childMu.Unlock()
+	if !ep.closed {
+		f()
+	}
+}
+
+func (ep *endpoint) update(ccs balancer.ClientConnState) error {
+	ep.childMu.Lock()
+	defer ep.childMu.Unlock()
+	return ep.child.UpdateClientConnState(ccs)
+}
+
+// close takes the endpoint out of the policy and closes the child.
+func (ep *endpoint) close() {
+	b := ep.policy
+	b.mu.Lock()
+	from := ep.moveLocked(balancer.State{
+		ConnectivityState: connectivity.Shutdown,
+		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
+	})
+	ep.gone = true
+	ep.candidate.meter.Close()
+	b.mu.Unlock()
+	b.metrics.moved(from, connectivity.Shutdown)
+
+	ep.childMu.Lock()
+	defer ep.childMu.Unlock()
+	ep.closed = true
+	ep.child.Close()
+}
+
+// fallbackPicker is the picker of a channel that has no READY endpoint. It asks
+// the children whose state is the channel's, in turn: those that failed say why,
+// those that connect make the call wait.
+type fallbackPicker struct {
+	endpoints []*endpoint
+	state     connectivity.State
+	next      atomic.Uint32
+}
+
+func (p *fallbackPicker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
+	n := uint32(len(p.endpoints))
+	first := p.next.Add(1)
+	for i := range n {
+		s := p.endpoints[(first+i)%n].reported.Load()
+		if s.ConnectivityState == p.state {
+			return s.Picker.Pick(info)
+		}
+	}
+	return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
+}

@@ -1,0 +1,666 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"net/url"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/experimental/balancer/weight"
+	estats "google.golang.org/grpc/experimental/stats"
+	"google.golang.org/grpc/resolver"
+
+	"github.com/belfry-go/belfry/internal/lbtest"
+)
+
+func TestOneEndpointGetsEveryCall(t *testing.T) {
+	for _, config := range []string{`{}`, pendingConfig, constantConfig, `{"load":{"peakEwma":{}}}`} {
+		bubble(t, func(t *testing.T, w *world) {
+			w.start(config, some("a")...)
+			if got := w.counts(20); got["a"] != 20 {
+				t.Errorf("%s: calls by endpoint are %v, want a:20", config, got)
+			}
+		})
+	}
+}
+
+func TestNoEndpointsIsTransientFailureAndABadResolverState(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		if err := w.update(`{}`); !errors.Is(err, balancer.ErrBadResolverState) {
+			t.Errorf("error of an update without endpoints is %v, want ErrBadResolverState", err)
+		}
+		w.wantState("no endpoints", connectivity.TransientFailure)
+		if _, _, err := w.pick(); err == nil || !strings.Contains(err.Error(), "no children to pick from") {
+			t.Errorf("error of a pick is %v, want \"no children to pick from\"", err)
+		}
+	})
+}
+
+func TestEmptyUpdateAfterAGoodOneClosesTheEndpoints(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(`{}`, some("a", "b")...)
+		if err := w.update(`{}`); !errors.Is(err, balancer.ErrBadResolverState) {
+			t.Errorf("error is %v, want ErrBadResolverState", err)
+		}
+		w.settle()
+		w.wantState("the endpoints are gone", connectivity.TransientFailure)
+		if _, _, err := w.pick(); err == nil || !strings.Contains(err.Error(), "no children to pick from") {
+			t.Errorf("error of a pick is %v, want \"no children to pick from\"", err)
+		}
+		w.start(`{}`, some("a")...)
+		w.wantState("an endpoint is there again", connectivity.Ready)
+	})
+}
+
+// The child of such an endpoint would be CONNECTING for ever, and calls with it.
+func TestEndpointsWithoutAddressesAreLeftOut(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		if err := w.update(`{}`, one(), one()); !errors.Is(err, balancer.ErrBadResolverState) {
+			t.Errorf("error of an update whose endpoints have no addresses is %v, want ErrBadResolverState", err)
+		}
+		w.wantState("no addresses", connectivity.TransientFailure)
+		if err := w.update(`{}`, one(), one("a")); err != nil {
+			t.Errorf("error of an update one of whose endpoints has no address: %v", err)
+		}
+		w.settle()
+		w.fail("a")
+		w.wantState("the endpoint that has an address failed", connectivity.TransientFailure)
+		w.move("a", connectivity.Idle)
+		w.ready("a")
+		w.wantState("it is READY", connectivity.Ready)
+		if got := w.counts(5); got["a"] != 5 {
+			t.Errorf("calls by endpoint are %v, want a:5", got)
+		}
+	})
+}
+
+func TestWhileAllConnectCallsWait(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		if err := w.update(`{}`, some("a", "b")...); err != nil {
+			t.Fatal(err)
+		}
+		w.settle()
+		w.wantState("at first", connectivity.Connecting)
+		if _, _, err := w.pick(); err != balancer.ErrNoSubConnAvailable {
+			t.Errorf("error of a pick is %v, want ErrNoSubConnAvailable itself", err)
+		}
+		w.fail("a")
+		w.wantState("one has failed and one connects", connectivity.Connecting)
+		if _, _, err := w.pick(); err != balancer.ErrNoSubConnAvailable {
+			t.Errorf("error of a pick is %v, want ErrNoSubConnAvailable itself", err)
+		}
+	})
+}
+
+func TestAllEndpointsConnectEagerly(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.cc.Hold = false // Connect connects
+		if err := w.update(`{}`, some("a", "b", "c")...); err != nil {
+			t.Fatal(err)
+		}
+		w.settle()
+		w.wantState("without a call", connectivity.Ready)
+		if got := w.p.count[connectivity.Ready]; got != 3 {
+			t.Errorf("%d endpoints are READY, want 3", got)
+		}
+		w.subConn("b").SetState(connectivity.Idle, nil)
+		w.settle()
+		if got := w.p.count[connectivity.Ready]; got != 3 {
+			t.Errorf("%d endpoints are READY after one lost its connection, want 3: it connects again by itself", got)
+		}
+	})
+}
+
+// Tower's single_endpoint and two_endpoints_with_equal_load, but that an endpoint
+// that fails is not dropped.
+func TestOnlyReadyEndpointsGetCalls(t *testing.T) {
+	for _, config := range []string{`{}`, pendingConfig, constantConfig, `{"load":{"peakEwma":{}}}`, `{"choiceCount":2,"memory":2}`} {
+		bubble(t, func(t *testing.T, w *world) {
+			want := func(when string, addrs ...string) {
+				t.Helper()
+				if got := keys(w.counts(200)); fmt.Sprint(got) != fmt.Sprint(addrs) {
+					t.Errorf("%s, %s: endpoints that got calls are %v, want %v", config, when, got, addrs)
+				}
+			}
+			if err := w.update(config, some("a", "b", "c")...); err != nil {
+				t.Fatal(err)
+			}
+			w.settle()
+			w.ready("a")
+			want("only a is READY", "a")
+			w.ready("b")
+			w.ready("c")
+			want("all are READY", "a", "b", "c")
+			w.lose("a")
+			want("a has lost its connection", "b", "c")
+			w.fail("a")
+			want("a cannot be reached", "b", "c")
+			w.sick("b")
+			want("b is ejected", "c")
+			w.healthy("b")
+			want("b is back", "b", "c")
+			w.move("a", connectivity.Idle)
+			w.ready("a")
+			want("a is back", "a", "b", "c")
+		})
+	}
+}
+
+func TestTransientFailureIsStickyAndSaysWhy(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		if err := w.update(`{}`, some("a", "b")...); err != nil {
+			t.Fatal(err)
+		}
+		w.settle()
+		w.fail("a")
+		w.fail("b")
+		w.wantState("both have failed", connectivity.TransientFailure)
+		errorsSeen := make(map[string]int)
+		for range 10 {
+			_, _, err := w.pick()
+			if err == nil {
+				t.Fatal("a pick succeeded")
+			}
+			for _, a := range []string{"a", "b"} {
+				if strings.Contains(err.Error(), "cannot reach "+a) {
+					errorsSeen[a]++
+				}
+			}
+		}
+		if errorsSeen["a"] != 5 || errorsSeen["b"] != 5 {
+			t.Errorf("errors of ten picks by the endpoint they name are %v, want 5 of each", errorsSeen)
+		}
+		w.move("a", connectivity.Idle)
+		w.wantState("one waits to connect again", connectivity.TransientFailure)
+		w.move("a", connectivity.Connecting)
+		w.wantState("one connects again", connectivity.TransientFailure)
+		w.move("a", connectivity.Ready)
+		w.wantState("one is READY again", connectivity.Ready)
+	})
+}
+
+func TestResolverErrorBeforeAnyUpdateFailsCallsWithIt(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.b.ResolverError(errors.New("no such name"))
+		w.wantState("after the error", connectivity.TransientFailure)
+		if _, _, err := w.pick(); err == nil || !strings.Contains(err.Error(), "no such name") {
+			t.Errorf("error of a pick is %v, want it to contain the resolver's", err)
+		}
+		w.start(`{}`, some("a")...)
+		w.wantState("after a good update", connectivity.Ready)
+	})
+}
+
+func TestResolverErrorAfterAGoodUpdateChangesNothing(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(`{}`, some("a", "b")...)
+		w.b.ResolverError(errors.New("no such name"))
+		w.settle()
+		w.wantState("after the error", connectivity.Ready)
+		if got := keys(w.counts(100)); len(got) != 2 {
+			t.Errorf("endpoints that got calls are %v, want a and b", got)
+		}
+	})
+}
+
+func TestResolverErrorReachesChildrenThatHaveFailed(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		if err := w.update(`{}`, some("a")...); err != nil {
+			t.Fatal(err)
+		}
+		w.settle()
+		w.fail("a")
+		w.b.ResolverError(errors.New("no such name"))
+		w.settle()
+		if _, _, err := w.pick(); err == nil || !strings.Contains(err.Error(), "no such name") {
+			t.Errorf("error of a pick is %v, want it to contain the resolver's", err)
+		}
+	})
+}
+
+func TestResolverErrorAfterAnEmptyUpdateIsWhatCallsFailWith(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		if err := w.update(`{}`); err == nil {
+			t.Fatal("got no error for an empty update")
+		}
+		w.b.ResolverError(errors.New("no such name"))
+		if _, _, err := w.pick(); err == nil || !strings.Contains(err.Error(), "no such name") {
+			t.Errorf("error of a pick is %v, want it to contain the resolver's", err)
+		}
+	})
+}
+
+func TestExitIdleIsForwardedAndHarmless(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.b.ExitIdle() // before any update
+		w.start(`{}`, some("a", "b")...)
+		w.b.ExitIdle()
+		w.settle()
+		w.wantState("after ExitIdle", connectivity.Ready)
+	})
+}
+
+func TestCloseShutsConnectionsDownAndPublishesNoMore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.start(pendingConfig, some("a", "b")...)
+		_, done := w.mustPick()
+		before := w.updates()
+		eps := *w.p.all.Load()
+		w.b.Close()
+		w.settle()
+		if got := w.updates(); got != before {
+			t.Errorf("published %d times after Close, want none", got-before)
+		}
+		for _, a := range []string{"a", "b"} {
+			if !w.cc.isShutdown(a) {
+				t.Errorf("the connection to %s is not shut down", a)
+			}
+		}
+		done(success)
+		for _, ep := range eps {
+			if got := ep.load(); got != 0 {
+				t.Errorf("%v attempts in flight after Done, want 0", got)
+			}
+		}
+	})
+}
+
+func TestARemovedEndpointIsShutDownAndGetsNoCalls(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(`{}`, some("a", "b", "c")...)
+		w.start(`{}`, some("a", "c")...)
+		if !w.cc.isShutdown("b") {
+			t.Error("the connection to b is not shut down")
+		}
+		if got := keys(w.counts(200)); fmt.Sprint(got) != "[a c]" {
+			t.Errorf("endpoints that got calls are %v, want [a c]", got)
+		}
+	})
+}
+
+func TestALateReportOfARemovedEndpointIsIgnored(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(`{}`, some("a")...)
+		removed := w.endpoint("a")
+		last := *removed.reported.Load()
+		if err := w.update(`{}`, some("b")...); err != nil {
+			t.Fatal(err)
+		}
+		w.settle()
+		before := w.updates()
+		removed.UpdateState(last) // READY
+		w.wantState("b connects", connectivity.Connecting)
+		if got := w.updates() - before; got != 0 {
+			t.Errorf("the channel was told %d times, want none", got)
+		}
+		w.ready("b")
+		if got := w.counts(50); got["b"] != 50 {
+			t.Errorf("calls by endpoint are %v, want b:50", got)
+		}
+	})
+}
+
+// Tower's issue 856: a pick by index lands on another endpoint after a removal.
+func TestAPickerFromBeforeARemovalPicksOnlyWhatIsReady(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(pendingConfig, some("a", "b", "c")...)
+		old, _ := w.cc.State()
+		w.start(pendingConfig, some("a", "c")...)
+		for range 200 {
+			r, err := old.Picker.Pick(balancer.PickInfo{Ctx: context.Background()})
+			if err != nil {
+				t.Fatalf("pick by the old picker: %v", err)
+			}
+			if got := r.SubConn.(*lbtest.SubConn).Address.Addr; got == "b" {
+				t.Fatal("the old picker picked the endpoint that was removed")
+			}
+			r.Done(success)
+		}
+	})
+}
+
+func TestIdentityOfAnEndpointIsTheSetOfItsAddresses(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(pendingConfig, one("a", "b"), one("c"))
+		ep := w.endpoint("a", "b")
+		w.start(pendingConfig, one("c"), one("b", "a"))
+		if w.endpoint("a", "b") != ep {
+			t.Error("another order of addresses made a new endpoint")
+		}
+		w.start(pendingConfig, one("c", "a"), one("b"))
+		if got, ok := w.p.endpoints.Get(one("a", "b")); ok {
+			t.Errorf("endpoint %v is still there after its addresses moved", got)
+		}
+		if w.endpoint("a", "c") == ep || w.endpoint("b") == ep {
+			t.Error("an endpoint with other addresses is the old one")
+		}
+	})
+}
+
+func TestTwoEndpointsWithOneAddressAreOne(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(pendingConfig, one("a"), one("a"), one("b"))
+		if got := w.p.endpoints.Len(); got != 2 {
+			t.Fatalf("%d endpoints, want 2", got)
+		}
+		if got := w.p.count[connectivity.Ready]; got != 2 {
+			t.Errorf("%d endpoints READY, want 2", got)
+		}
+		w.start(pendingConfig, one("a"), one("b"))
+		if w.cc.isShutdown("a") {
+			t.Error("a is shut down although one of its two entries is left")
+		}
+	})
+}
+
+// What an endpoint's meter knows lives as long as the resolver lists it.
+func TestMetersSurviveWhatDoesNotRemoveTheEndpoint(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		do   func(w *world, config string)
+	}{
+		{"an identical resolver update", func(w *world, config string) { w.start(config, some("a", "b")...) }},
+		{"an update with another endpoint", func(w *world, config string) { w.start(config, some("b", "x", "a")...) }},
+		{"new attributes", func(w *world, config string) {
+			w.start(config, weight.Set(one("a"), weight.EndpointInfo{Weight: 1}), one("b"))
+		}},
+		{"another choiceCount and memory", func(w *world, config string) {
+			w.start(strings.Replace(config, "{", `{"choiceCount":5,"memory":1,`, 1), some("a", "b")...)
+		}},
+		{"other failure codes", func(w *world, config string) {
+			w.start(strings.Replace(config, "{", `{"failureCodes":["ABORTED"],`, 1), some("a", "b")...)
+		}},
+		{"a reconnect", func(w *world, config string) {
+			w.lose("a")
+			w.ready("a")
+		}},
+		{"an ejection", func(w *world, config string) {
+			w.sick("a")
+			w.healthy("a")
+		}},
+		{"a resolver error", func(w *world, config string) { w.b.ResolverError(errors.New("no such name")) }},
+	} {
+		for _, config := range []string{pendingConfig, `{"load":{"peakEwma":{}}}`, `{"load":{"expectedLatency":{}}}`} {
+			bubble(t, func(t *testing.T, w *world) {
+				w.start(config, some("a", "b")...)
+				var dones []func(balancer.DoneInfo)
+				for range 8 {
+					_, done := w.mustPick()
+					dones = append(dones, done)
+				}
+				time.Sleep(10 * time.Millisecond) // virtual
+				dones[0](success)
+				before := map[string]float64{"a": w.load("a"), "b": w.load("b")}
+				test.do(w, config)
+				for _, a := range []string{"a", "b"} {
+					// A reading lets the estimate of peakEwma be written again, rounded.
+					if got := w.load(a); math.Abs(got-before[a]) > 1e-9*before[a] {
+						t.Errorf("%s after %s: load of %s is %v, want %v as before", config, test.name, a, got, before[a])
+					}
+				}
+				for _, done := range dones[1:] {
+					done(success)
+				}
+				if strings.Contains(config, "pending") {
+					if got := w.p.totalLoad(); got != 0 {
+						t.Errorf("after %s: %v attempts in flight at rest, want 0", test.name, got)
+					}
+				}
+			})
+		}
+	}
+}
+
+func TestMetersSurviveNewParametersOfTheirMetric(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(`{"load":{"peakEwma":{}}}`, some("a")...)
+		_, done := w.mustPick()
+		time.Sleep(3 * time.Second)
+		done(success)
+		w.load("a")
+		w.start(`{"load":{"peakEwma":{"decay":"1s","defaultRtt":"2s"}}}`, some("a", "b")...)
+		if got := w.load("a"); got != 3e9 {
+			t.Errorf("load of a is %v, want 3e9 as before", got)
+		}
+		if got := w.load("b"); got != 2e9 {
+			t.Errorf("load of the newcomer is %v, want the new default of 2e9", got)
+		}
+		time.Sleep(time.Second)
+		if got := w.load("a"); got > 1.2e9 || got < 1e9 {
+			t.Errorf("load of a after 1s is %v, want 3e9/e: the new decay of 1s holds", got)
+		}
+	})
+}
+
+func TestMetersAreReplacedWhenTheMetricChanges(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(pendingConfig, some("a", "b")...)
+		var dones []func(balancer.DoneInfo)
+		for range 4 {
+			_, done := w.mustPick()
+			dones = append(dones, done)
+		}
+		old, _ := w.cc.State()
+		w.start(constantConfig, some("a", "b")...)
+		w.start(pendingConfig, some("a", "b")...)
+		if got := w.p.totalLoad(); got != 0 {
+			t.Errorf("%v attempts in flight on new meters, want 0", got)
+		}
+		for _, done := range dones {
+			done(success)
+		}
+		if got := w.p.totalLoad(); got != 0 {
+			t.Errorf("%v attempts in flight after attempts on the old meters ended, want 0", got)
+		}
+		if got := keys(w.counts(100)); len(got) != 2 {
+			t.Errorf("endpoints that got calls are %v, want both", got)
+		}
+		// A pick that was under way with the old picker.
+		if r, err := old.Picker.Pick(balancer.PickInfo{Ctx: context.Background()}); err == nil {
+			r.Done(success)
+		}
+		if got := w.p.totalLoad(); got != 0 {
+			t.Errorf("%v attempts in flight at rest, want 0", got)
+		}
+	})
+}
+
+func TestDoneAfterItsEndpointWasRemoved(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(pendingConfig, some("a")...)
+		ep := w.endpoint("a")
+		_, done := w.mustPick()
+		w.start(pendingConfig, some("b")...)
+		if got := ep.load(); got != 1 {
+			t.Errorf("%v attempts in flight to the removed endpoint, want 1", got)
+		}
+		done(success)
+		if got := ep.load(); got != 0 {
+			t.Errorf("%v attempts in flight to the removed endpoint after Done, want 0", got)
+		}
+		// An endpoint with the same address is a new one.
+		w.start(pendingConfig, some("a", "b")...)
+		if w.endpoint("a") == ep {
+			t.Error("an endpoint that was removed and came back is the old one")
+		}
+	})
+}
+
+// grpc replaces its picker, and wakes all calls that wait, at every publishing.
+func TestHowOftenTheChannelIsTold(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		const n = 50
+		told := func(what string, want int, f func()) {
+			t.Helper()
+			before := w.updates()
+			f()
+			if got := w.updates() - before; got != want {
+				t.Errorf("%s: told %d times, want %d", what, got, want)
+			}
+		}
+		es := endpoints(n)
+		addr := func(i int) string { return es[i].Addresses[0].Addr }
+		told("the first update with 50 endpoints", 1, func() {
+			if err := w.update(`{}`, es...); err != nil {
+				t.Fatal(err)
+			}
+		})
+		w.settle()
+		told("50 endpoints become READY", 1, func() {
+			for i := range es {
+				w.ready(addr(i))
+			}
+		})
+		told("an identical resolver update", 1, func() { w.start(`{}`, es...) })
+		told("a resolver update that removes 25", 1, func() { w.start(`{}`, es[:25]...) })
+		told("one loses its connection", 1, func() { w.lose(addr(0)) })
+		told("it comes back", 0, func() { w.ready(addr(0)) })
+		told("one is ejected", 1, func() { w.sick(addr(1)) })
+		told("it comes back", 0, func() { w.healthy(addr(1)) })
+	})
+}
+
+func TestTheStateOfTheChannelIsTheBestOfItsEndpoints(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(`{}`, some("a", "b")...)
+		w.wantState("both READY", connectivity.Ready)
+		w.lose("a")
+		w.wantState("one connecting", connectivity.Ready)
+		w.lose("b")
+		w.wantState("both connecting", connectivity.Connecting)
+		w.fail("a")
+		w.wantState("one failed", connectivity.Connecting)
+		w.fail("b")
+		w.wantState("both failed", connectivity.TransientFailure)
+		w.move("b", connectivity.Idle)
+		w.ready("b")
+		w.wantState("one is READY", connectivity.Ready)
+	})
+}
+
+// A picker that the channel still uses asks an endpoint that has left meanwhile.
+// The call must wait for the next picker, and not fail with the endpoint's error
+// while another endpoint is READY.
+func TestAPickOfAnEndpointThatHasJustFailedWaits(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		o, recorder := newObserver(t)
+		w.start(`{`+recorder+`,"load":{"pendingRequests":{}}}`, some("a", "b")...)
+		busy, _ := w.mustPick()
+		idle := map[string]string{"a": "b", "b": "a"}[busy]
+		// The idle one, which is the next to be picked, fails while it is measured.
+		var once sync.Once
+		o.onLoad = func() {
+			once.Do(func() { w.subConn(idle).SetHealth(connectivity.TransientFailure, errors.New("ejected")) })
+		}
+		addr, _, err := w.pick()
+		if err != balancer.ErrNoSubConnAvailable {
+			t.Errorf("picking an endpoint that is ejected meanwhile: got %q, %v, want ErrNoSubConnAvailable", addr, err)
+		}
+		if addr, _ := w.mustPick(); addr != busy {
+			t.Errorf("the next pick got %s, want %s", addr, busy)
+		}
+	})
+}
+
+func TestEveryMetricIsRecordedWithItsLabels(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &fakeRecorder{values: make(map[string]int64)}
+		w := newWorld(t)
+		w.cc.Recorder = r
+		w.p.opts.Target = resolver.Target{URL: url.URL{Scheme: "test", Path: "/orders"}}
+		c, err := parseConfig([]byte(`{}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		state := resolver.State{Endpoints: some("a", "b", "c")}
+		err = w.b.UpdateClientConnState(balancer.ClientConnState{BalancerConfig: c, ResolverState: state})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.settle()
+		w.ready("a")
+		w.ready("b")
+		w.fail("c")
+		r.want(t, "two READY, one failed", map[string]int64{
+			"endpoints READY": 2, "endpoints TRANSIENT_FAILURE": 1, "endpoints CONNECTING": 0,
+		})
+		for _, info := range []balancer.DoneInfo{
+			success,
+			{BytesSent: true, Err: errors.New("broken")},
+			{}, // not READY any more
+			{BytesSent: false, Err: context.Canceled},
+		} {
+			_, done := w.mustPick()
+			done(info)
+		}
+		r.want(t, "four picks", map[string]int64{"picks": 4, "tried_picks": 0, "dropped_samples not_sent": 2, "dropped_samples cancelled": 0})
+
+		_, done, err := w.pickWith(tried(w.endpoint("a")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		done(success)
+		r.want(t, "an untried endpoint picked", map[string]int64{"picks": 5, "tried_picks": 0})
+		_, done, err = w.pickWith(tried(w.endpoint("a"), w.endpoint("b")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		done(success)
+		r.want(t, "a tried endpoint picked", map[string]int64{"picks": 6, "tried_picks": 1})
+
+		w.b.Close()
+		w.settle()
+		r.want(t, "after Close", map[string]int64{"endpoints READY": 0, "endpoints TRANSIENT_FAILURE": 0, "endpoints CONNECTING": 0, "endpoints IDLE": 0})
+	})
+}
+
+// fakeRecorder adds up what is recorded, by name without the prefix and the
+// labels but for target and locality.
+type fakeRecorder struct {
+	estats.UnimplementedMetricsRecorder
+	values map[string]int64
+}
+
+func (r *fakeRecorder) add(d *estats.MetricDescriptor, v int64, labels []string) {
+	if len(labels) != len(d.Labels)+len(d.OptionalLabels) {
+		panic(fmt.Sprintf("%s: %d labels, want %d", d.Name, len(labels), len(d.Labels)+len(d.OptionalLabels)))
+	}
+	if d.Labels[0] != "grpc.target" || labels[0] != "test:///orders" {
+		panic(fmt.Sprintf("%s: label %s is %q, want grpc.target and the channel's", d.Name, d.Labels[0], labels[0]))
+	}
+	name := strings.TrimPrefix(d.Name, "belfry.lb.p2c.")
+	for _, l := range labels[1:len(d.Labels)] {
+		name += " " + l
+	}
+	r.values[name] += v
+}
+
+func (r *fakeRecorder) RecordInt64Count(h *estats.Int64CountHandle, v int64, labels ...string) {
+	r.add(h.Descriptor(), v, labels)
+}
+
+func (r *fakeRecorder) RecordInt64UpDownCount(h *estats.Int64UpDownCountHandle, v int64, labels ...string) {
+	r.add(h.Descriptor(), v, labels)
+}
+
+func (r *fakeRecorder) want(t *testing.T, when string, want map[string]int64) {
+	t.Helper()
+	for name, v := range want {
+		if got := r.values[name]; got != v {
+			t.Errorf("%s: %s is %d, want %d (all: %v)", when, name, got, v, maps.Clone(r.values))
+		}
+	}
+}

@@ -1,0 +1,173 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/balancer"
+	_ "google.golang.org/grpc/balancer/leastrequest"
+	"google.golang.org/grpc/balancer/roundrobin"
+	"google.golang.org/grpc/balancer/weightedroundrobin"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/resolver"
+
+	"github.com/belfry-go/belfry/internal/lbtest"
+)
+
+// subject is a policy in a benchmark.
+type subject struct{ name, policy, config string }
+
+var subjects = []subject{
+	{"expectedLatency", Name, `{}`},
+	{"expectedLatency-2", Name, `{"choiceCount":2,"memory":0}`},
+	{"peakEwma", Name, `{"load":{"peakEwma":{}}}`},
+	{"pendingRequests", Name, `{"load":{"pendingRequests":{}}}`},
+	{"constant", Name, `{"load":{"constant":{}}}`},
+}
+
+var peers = []subject{
+	{"grpc-round_robin", roundrobin.Name, `{}`},
+	{"grpc-least_request", "least_request_experimental", `{"choiceCount":2}`},
+	{"grpc-weighted_round_robin", weightedroundrobin.Name, `{}`},
+}
+
+// endpoints returns n endpoints of one address each.
+func endpoints(n int) []resolver.Endpoint {
+	es := make([]resolver.Endpoint, n)
+	for i := range es {
+		es[i].Addresses = []resolver.Address{{Addr: fmt.Sprintf("10.%d.%d.%d:443", i>>16, i>>8&255, i&255)}}
+	}
+	return es
+}
+
+// start builds the policy and brings n endpoints to READY.
+func (s subject) start(tb testing.TB, n int) (*lbtest.Channel, balancer.Balancer) {
+	tb.Helper()
+	builder := balancer.Get(s.policy)
+	cc := &lbtest.Channel{}
+	b := builder.Build(cc, balancer.BuildOptions{})
+	state := balancer.ClientConnState{ResolverState: resolver.State{Endpoints: endpoints(n)}}
+	if p, ok := builder.(balancer.ConfigParser); ok {
+		cfg, err := p.ParseConfig(json.RawMessage(s.config))
+		if err != nil {
+			tb.Fatal(err)
+		}
+		state.BalancerConfig = cfg
+	}
+	if err := b.UpdateClientConnState(state); err != nil {
+		tb.Fatal(err)
+	}
+	cc.Drain()
+	if s, _ := cc.State(); s.ConnectivityState != connectivity.Ready {
+		tb.Fatalf("state of the channel is %v, want READY", s.ConnectivityState)
+	}
+	return cc, b
+}
+
+// BenchmarkPick is Pick plus Done. The floor is what no policy of this kind can
+// do without: two readings of the clock, and the random numbers of the number of
+// choices.
+func BenchmarkPick(b *testing.B) {
+	for _, choices := range []int{2, 8} {
+		b.Run(fmt.Sprintf("floor-%d", choices), func(b *testing.B) {
+			start := time.Now()
+			b.Run("serial", func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					floor(start, choices)
+				}
+			})
+			b.Run("parallel", func(b *testing.B) {
+				b.ReportAllocs()
+				b.RunParallel(func(pb *testing.PB) {
+					for pb.Next() {
+						floor(start, choices)
+					}
+				})
+			})
+		})
+	}
+	for _, s := range append(subjects[:len(subjects):len(subjects)], peers...) {
+		for _, n := range []int{10, 100, 1000, 10000} {
+			if s.policy != Name && n > 1000 {
+				continue // grpc's own need minutes to get there
+			}
+			b.Run(fmt.Sprintf("%s/n=%d", s.name, n), func(b *testing.B) {
+				cc, lb := s.start(b, n)
+				defer lb.Close()
+				state, _ := cc.State()
+				info := balancer.PickInfo{FullMethodName: "/belfry.testing.v1.TestService/Unary", Ctx: context.Background()}
+				done := balancer.DoneInfo{BytesSent: true, BytesReceived: true}
+				one := func() {
+					r, err := state.Picker.Pick(info)
+					if err != nil {
+						b.Fatal(err)
+					}
+					if r.Done != nil {
+						r.Done(done)
+					}
+				}
+				for range 10 * n {
+					one()
+				}
+				b.Run("serial", func(b *testing.B) {
+					b.ReportAllocs()
+					for b.Loop() {
+						one()
+					}
+				})
+				b.Run("parallel", func(b *testing.B) {
+					b.ReportAllocs()
+					b.RunParallel(func(pb *testing.PB) {
+						for pb.Next() {
+							one()
+						}
+					})
+				})
+			})
+		}
+	}
+}
+
+var sink uint64
+
+func floor(start time.Time, choices int) {
+	picked := time.Since(start)
+	r := random(rand.Uint64())
+	var sum uint64
+	for range choices {
+		sum += uint64(r.below(1000))
+	}
+	done := time.Since(start)
+	if sum == uint64(picked) && picked == done {
+		sink++
+	}
+}
+
+// BenchmarkReady is the time from one resolver update with n endpoints until the
+// last of them is READY.
+func BenchmarkReady(b *testing.B) {
+	for _, s := range append([]subject{subjects[0]}, peers...) {
+		for _, n := range []int{100, 1000, 10000} {
+			if s.policy != Name && n > 1000 {
+				continue
+			}
+			b.Run(fmt.Sprintf("%s/n=%d", s.name, n), func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					_, lb := s.start(b, n)
+					b.StopTimer()
+					lb.Close()
+					b.StartTimer()
+				}
+			})
+		}
+	}
+}

@@ -1,0 +1,54 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"context"
+
+	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/load"
+)
+
+// This file says what the end of an attempt means for the load of its endpoint.
+// It is the only place that does.
+
+// classify returns the outcome of an attempt that was sent and ended with err,
+// which is its true status. ctx is the context of the attempt.
+func classify(ctx context.Context, err error, failures codeSet) load.Outcome {
+	if err == nil {
+		return load.Completed
+	}
+	switch code := status.Code(err); {
+	case code == codes.Canceled && ctx.Err() != nil:
+		return load.Cancelled
+	case code == codes.Canceled:
+		// Nobody on this side gave up: the server, or a proxy, reset the stream.
+		return load.Failed
+	case failures.has(code):
+		return load.Failed
+	default:
+		return load.Completed
+	}
+}
+
+// classifyUnsent returns the outcome of an attempt for which no stream was made.
+func classifyUnsent(ctx context.Context, info balancer.DoneInfo) load.Outcome {
+	switch {
+	case info.Err == nil:
+		// The zero DoneInfo: the SubConn was not READY any more and grpc picks
+		// again.
+		return load.NotSent
+	case ctx.Err() == context.Canceled:
+		return load.Cancelled
+	case status.Code(info.Err) == codes.DeadlineExceeded:
+		// It waited for a stream until its deadline passed: the connection is at
+		// MAX_CONCURRENT_STREAMS, and that is a wait like any other.
+		return load.Failed
+	default:
+		return load.NotSent
+	}
+}

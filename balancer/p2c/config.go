@@ -1,0 +1,239 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/serviceconfig"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/belfry-go/belfry/load"
+	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
+)
+
+// Ranges and defaults of the fields of belfry.config.v1.P2C.
+const (
+	minChoices = 2
+	maxChoices = 16
+	maxMemory  = 8
+
+	// Two choices and no memory are the power of two choices as in Tower.
+	defaultChoices = 2
+	defaultMemory  = 0
+
+	// ExpectedLatency tells endpoints apart well enough for a closer look to pay.
+	// Memory is what breaks the bound of random choices: however good the metric,
+	// under plain two choices the worst endpoint is picked when it is drawn with
+	// one that is no better. Mitzenmacher, Prabhakar, Shah, "Load balancing with
+	// memory", FOCS 2002.
+	defaultChoicesExpectedLatency = 8
+	defaultMemoryExpectedLatency  = 2
+)
+
+// config is the parsed form of belfry.config.v1.P2C. Immutable.
+type config struct {
+	serviceconfig.LoadBalancingConfig
+
+	message  *configv1.P2C // as it was given
+	choices  int
+	memory   int
+	failures codeSet
+	metric   metricConfig
+}
+
+// MarshalJSON returns the config as it was given. Some parents, such as
+// random_subsetting, marshal the parsed config of their child and parse it
+// again.
+func (c *config) MarshalJSON() ([]byte, error) { return protojson.Marshal(c.message) }
+
+// parseConfig parses the proto3 JSON form of belfry.config.v1.P2C. Unknown
+// fields are ignored, as the service config demands (gRFC A21).
+func parseConfig(js json.RawMessage) (*config, error) {
+	m := &configv1.P2C{}
+	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(js, m); err != nil {
+		return nil, fmt.Errorf("%s: cannot parse config %s: %w", Name, js, err)
+	}
+	c := &config{message: m, choices: defaultChoices, memory: defaultMemory, failures: defaultFailures}
+
+	var err error
+	if c.metric, err = newMetricConfig(m.GetLoad()); err != nil {
+		return nil, err
+	}
+	if _, ok := c.metric.(expectedLatency); ok {
+		c.choices, c.memory = defaultChoicesExpectedLatency, defaultMemoryExpectedLatency
+	}
+	if m.ChoiceCount != nil {
+		if v := m.GetChoiceCount(); v < minChoices || v > maxChoices {
+			return nil, configError("choiceCount", v, fmt.Sprintf("between %d and %d", minChoices, maxChoices))
+		}
+		c.choices = int(m.GetChoiceCount())
+	}
+	if m.Memory != nil {
+		if v := m.GetMemory(); v > maxMemory {
+			return nil, configError("memory", v, fmt.Sprintf("between 0 and %d", maxMemory))
+		}
+		c.memory = int(m.GetMemory())
+	}
+	if names := m.GetFailureCodes(); len(names) > 0 {
+		if c.failures, err = parseCodes(names); err != nil {
+			return nil, err
+		}
+	}
+	return c, nil
+}
+
+func configError(field string, value any, rule string) error {
+	return fmt.Errorf("%s: %s: %v, must be %s", Name, field, value, rule)
+}
+
+// metricConfig is the configuration of one kind of metric.
+type metricConfig interface {
+	// build returns a new metric. The parameters have been checked.
+	build() (load.Metric, error)
+	// adopt gives the parameters to a metric that is in use, and reports whether
+	// it is of the same kind. If so its meters keep what they know.
+	adopt(load.Metric) bool
+}
+
+type (
+	expectedLatency struct{ load.ExpectedLatencyConfig }
+	peakEWMA        struct{ load.PeakEWMAConfig }
+	pendingRequests struct{}
+	constant        struct{ load float64 }
+)
+
+func (c expectedLatency) build() (load.Metric, error) {
+	return load.NewExpectedLatency(c.ExpectedLatencyConfig)
+}
+
+func (c expectedLatency) adopt(m load.Metric) bool {
+	e, ok := m.(*load.ExpectedLatency)
+	return ok && e.Reconfigure(c.ExpectedLatencyConfig) == nil
+}
+
+func (c peakEWMA) build() (load.Metric, error) { return load.NewPeakEWMA(c.PeakEWMAConfig) }
+
+func (c peakEWMA) adopt(m load.Metric) bool {
+	e, ok := m.(*load.PeakEWMA)
+	return ok && e.Reconfigure(c.PeakEWMAConfig) == nil
+}
+
+func (pendingRequests) build() (load.Metric, error) { return load.NewPendingRequests(), nil }
+
+func (pendingRequests) adopt(m load.Metric) bool {
+	_, ok := m.(*load.PendingRequests)
+	return ok
+}
+
+func (c constant) build() (load.Metric, error) { return load.NewConstant(c.load) }
+
+// A constant keeps nothing, so a new one loses nothing.
+func (constant) adopt(load.Metric) bool { return false }
+
+// newMetricConfig checks the parameters of the metric by building one.
+func newMetricConfig(m *configv1.Load) (metricConfig, error) {
+	var c metricConfig
+	var field string
+	switch metric := m.GetMetric().(type) {
+	case *configv1.Load_PeakEwma:
+		field, c = "peakEwma", newPeakEWMA(metric.PeakEwma)
+	case *configv1.Load_PendingRequests:
+		field, c = "pendingRequests", pendingRequests{}
+	case *configv1.Load_Constant:
+		v := 1.0
+		if metric.Constant.Load != nil {
+			v = metric.Constant.GetLoad()
+		}
+		field, c = "constant", constant{v}
+	default:
+		field, c = "expectedLatency", newExpectedLatency(m.GetExpectedLatency())
+	}
+	if _, err := c.build(); err != nil {
+		if e := (*load.ConfigError)(nil); errors.As(err, &e) {
+			return nil, configError("load."+field+"."+e.Field, e.Value, e.Rule)
+		}
+		return nil, fmt.Errorf("%s: load.%s: %w", Name, field, err)
+	}
+	return c, nil
+}
+
+func newPeakEWMA(m *configv1.PeakEwma) peakEWMA {
+	c := load.DefaultPeakEWMAConfig()
+	if m.GetDecay() != nil {
+		c.Decay = m.GetDecay().AsDuration()
+	}
+	if m.GetDefaultRtt() != nil {
+		c.DefaultRTT = m.GetDefaultRtt().AsDuration()
+	}
+	set(&c.FailurePenalty, m.GetFailurePenalty(), m != nil && m.FailurePenalty != nil)
+	return peakEWMA{c}
+}
+
+func newExpectedLatency(m *configv1.ExpectedLatency) expectedLatency {
+	c := load.DefaultExpectedLatencyConfig()
+	if m == nil {
+		return expectedLatency{c}
+	}
+	set(&c.PriorSamples, m.GetPriorSamples(), m.PriorSamples != nil)
+	set(&c.QueueExponent, m.GetQueueExponent(), m.QueueExponent != nil)
+	set(&c.KeepSamples, m.GetKeepSamples(), m.KeepSamples != nil)
+	set(&c.ForgetRounds, m.GetForgetRounds(), m.ForgetRounds != nil)
+	if m.GetForgetAfter() != nil {
+		c.ForgetAfter = m.GetForgetAfter().AsDuration()
+	}
+	set(&c.FailurePenalty, m.GetFailurePenalty(), m.FailurePenalty != nil)
+	set(&c.AgeLimit, m.GetAgeLimit(), m.AgeLimit != nil)
+	return expectedLatency{c}
+}
+
+func set(field *float64, v float64, present bool) {
+	if present {
+		*field = v
+	}
+}
+
+// codeSet is a set of status codes, one bit for each.
+type codeSet uint32
+
+func (s codeSet) has(c codes.Code) bool { return c < 32 && s&(1<<c) != 0 }
+
+func setOf(cs ...codes.Code) codeSet {
+	var s codeSet
+	for _, c := range cs {
+		s |= 1 << c
+	}
+	return s
+}
+
+// defaultFailures are the codes by which a server or the path to it says that
+// it could not do the work, rather than that it did and the answer is no. They
+// are linkerd's failures without PERMISSION_DENIED, which is an answer, and with
+// RESOURCE_EXHAUSTED and UNIMPLEMENTED: an endpoint that sheds its load or does
+// not know the method answers fast, and must not draw more.
+var defaultFailures = setOf(codes.Unknown, codes.DeadlineExceeded, codes.ResourceExhausted,
+	codes.Unimplemented, codes.Internal, codes.Unavailable, codes.DataLoss)
+
+func parseCodes(names []string) (codeSet, error) {
+	var s codeSet
+	for i, name := range names {
+		field := fmt.Sprintf("failureCodes[%d]", i)
+		var c codes.Code
+		quoted, err := json.Marshal(name)
+		if err == nil {
+			err = c.UnmarshalJSON(quoted)
+		}
+		switch {
+		case err != nil || c == codes.OK:
+			return 0, configError(field, name, `the name of a status code other than OK, such as "UNAVAILABLE"`)
+		case s.has(c):
+			return 0, configError(field, name, "named only once")
+		}
+		s |= 1 << c
+	}
+	return s, nil
+}

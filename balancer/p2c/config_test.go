@@ -1,0 +1,273 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"encoding/json"
+	"math"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/balancer"
+	_ "google.golang.org/grpc/balancer/randomsubsetting" // registers the parent
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/belfry-go/belfry/load"
+)
+
+func TestConfigDefaults(t *testing.T) {
+	expected := expectedLatency{load.DefaultExpectedLatencyConfig()}
+	for _, test := range []struct {
+		json            string
+		choices, memory int
+		metric          metricConfig
+	}{
+		{`{}`, 8, 2, expected},
+		{`{"load":{}}`, 8, 2, expected},
+		{`{"load":{"expectedLatency":{}}}`, 8, 2, expected},
+		{`{"load":{"peakEwma":{}}}`, 2, 0, peakEWMA{load.DefaultPeakEWMAConfig()}},
+		{`{"load":{"pendingRequests":{}}}`, 2, 0, pendingRequests{}},
+		{`{"load":{"constant":{}}}`, 2, 0, constant{1}},
+	} {
+		c, err := parseConfig(json.RawMessage(test.json))
+		if err != nil {
+			t.Errorf("%s: %v", test.json, err)
+			continue
+		}
+		if c.choices != test.choices || c.memory != test.memory {
+			t.Errorf("%s: %d choices and memory %d, want %d and %d", test.json, c.choices, c.memory, test.choices, test.memory)
+		}
+		if c.metric != test.metric {
+			t.Errorf("%s: metric is %+v, want %+v", test.json, c.metric, test.metric)
+		}
+		if c.failures != defaultFailures {
+			t.Errorf("%s: failure codes are %b, want the default %b", test.json, c.failures, defaultFailures)
+		}
+	}
+}
+
+func TestConfigSetsEveryField(t *testing.T) {
+	for _, test := range []struct {
+		json string
+		want metricConfig
+	}{
+		{`{"expectedLatency":{"priorSamples":0.5,"queueExponent":0,"keepSamples":7,"forgetRounds":9.5,"forgetAfter":"1.5s","failurePenalty":2,"ageLimit":3}}`,
+			expectedLatency{load.ExpectedLatencyConfig{PriorSamples: 0.5, QueueExponent: 0, KeepSamples: 7, ForgetRounds: 9.5,
+				ForgetAfter: 1500 * time.Millisecond, FailurePenalty: 2, AgeLimit: 3}}},
+		{`{"peakEwma":{"decay":"0.000000001s","defaultRtt":"3600s","failurePenalty":1}}`,
+			peakEWMA{load.PeakEWMAConfig{Decay: 1, DefaultRTT: time.Hour, FailurePenalty: 1}}},
+		{`{"constant":{"load":0}}`, constant{0}},
+		{`{"constant":{"load":2.5}}`, constant{2.5}},
+	} {
+		c, err := parseConfig(json.RawMessage(`{"choiceCount":3,"memory":1,"failureCodes":["ABORTED","UNAVAILABLE"],"load":` + test.json + `}`))
+		if err != nil {
+			t.Errorf("%s: %v", test.json, err)
+			continue
+		}
+		if c.choices != 3 || c.memory != 1 {
+			t.Errorf("%s: %d choices and memory %d, want 3 and 1", test.json, c.choices, c.memory)
+		}
+		if want := setOf(codes.Aborted, codes.Unavailable); c.failures != want {
+			t.Errorf("%s: failure codes are %b, want %b", test.json, c.failures, want)
+		}
+		if c.metric != test.want {
+			t.Errorf("%s: metric is %+v, want %+v", test.json, c.metric, test.want)
+		}
+	}
+}
+
+func TestConfigRejectsWithFieldValueAndRule(t *testing.T) {
+	for _, test := range []struct{ json, field, value, rule string }{
+		{`{"choiceCount":0}`, "choiceCount", "0", "between 2 and 16"},
+		{`{"choiceCount":1}`, "choiceCount", "1", "between 2 and 16"},
+		{`{"choiceCount":17}`, "choiceCount", "17", "between 2 and 16"},
+		{`{"memory":9}`, "memory", "9", "between 0 and 8"},
+		{`{"failureCodes":["NOPE"]}`, "failureCodes[0]", "NOPE", "the name of a status code"},
+		{`{"failureCodes":["ABORTED","OK"]}`, "failureCodes[1]", "OK", "other than OK"},
+		{`{"failureCodes":["ABORTED","ABORTED"]}`, "failureCodes[1]", "ABORTED", "named only once"},
+		{`{"failureCodes":[""]}`, "failureCodes[0]", "", "the name of a status code"},
+		{`{"failureCodes":["unavailable"]}`, "failureCodes[0]", "unavailable", "the name of a status code"},
+		{`{"failureCodes":["14"]}`, "failureCodes[0]", "14", "the name of a status code"},
+		{`{"load":{"peakEwma":{"decay":"0s"}}}`, "load.peakEwma.decay", "0s", "above 0s"},
+		{`{"load":{"peakEwma":{"decay":"-1s"}}}`, "load.peakEwma.decay", "-1s", "above 0s"},
+		{`{"load":{"peakEwma":{"defaultRtt":"0s"}}}`, "load.peakEwma.defaultRtt", "0s", "above 0s"},
+		{`{"load":{"peakEwma":{"failurePenalty":0}}}`, "load.peakEwma.failurePenalty", "0", "between 1 and 1e+06"},
+		{`{"load":{"peakEwma":{"failurePenalty":"NaN"}}}`, "load.peakEwma.failurePenalty", "NaN", "between 1 and 1e+06"},
+		{`{"load":{"constant":{"load":-1}}}`, "load.constant.load", "-1", "finite and at least 0"},
+		{`{"load":{"constant":{"load":"Infinity"}}}`, "load.constant.load", "+Inf", "finite and at least 0"},
+		{`{"load":{"expectedLatency":{"priorSamples":0}}}`, "load.expectedLatency.priorSamples", "0", "above 0 and at most 1000"},
+		{`{"load":{"expectedLatency":{"queueExponent":1.5}}}`, "load.expectedLatency.queueExponent", "1.5", "between 0 and 1"},
+		{`{"load":{"expectedLatency":{"keepSamples":0.5}}}`, "load.expectedLatency.keepSamples", "0.5", "between 1 and 1e+06"},
+		{`{"load":{"expectedLatency":{"forgetRounds":-2}}}`, "load.expectedLatency.forgetRounds", "-2", "above 0"},
+		{`{"load":{"expectedLatency":{"forgetAfter":"0s"}}}`, "load.expectedLatency.forgetAfter", "0s", "above 0s"},
+		{`{"load":{"expectedLatency":{"failurePenalty":0.5}}}`, "load.expectedLatency.failurePenalty", "0.5", "between 1 and 1e+06"},
+		{`{"load":{"expectedLatency":{"ageLimit":0}}}`, "load.expectedLatency.ageLimit", "0", "between 1 and 1e+06"},
+	} {
+		t.Run(test.json, func(t *testing.T) {
+			_, err := parseConfig(json.RawMessage(test.json))
+			if err == nil {
+				t.Fatal("got no error")
+			}
+			if want := "belfry.p2c: " + test.field + ": " + test.value + ", must be "; !strings.HasPrefix(err.Error(), want) {
+				t.Errorf("error is %q, want it to begin with %q", err, want)
+			}
+			if !strings.Contains(err.Error(), test.rule) {
+				t.Errorf("error is %q, want it to state the rule %q", err, test.rule)
+			}
+		})
+	}
+}
+
+func TestConfigRejectsWhatIsNotTheMessage(t *testing.T) {
+	for _, js := range []string{
+		``, `[]`, `"x"`, `1`, `{`, `{"choiceCount":"two"}`, `{"choiceCount":-1}`, `{"choiceCount":2.5}`, `{"choiceCount":1e20}`,
+		`{"load":"peakEwma"}`, `{"load":{"peakEwma":{"decay":"10"}}}`, `{"load":{"peakEwma":{"decay":10}}}`, `{"load":{"peakEwma":{"decay":"1h"}}}`,
+		`{"load":{"peakEwma":{},"constant":{}}}`, `{"failureCodes":"UNAVAILABLE"}`, `{"failureCodes":[14]}`,
+		`{"memory":1,"memory":2}`,
+	} {
+		c, err := parseConfig(json.RawMessage(js))
+		if err == nil {
+			t.Errorf("%s: got %+v, want an error", js, c.message)
+		} else if !strings.HasPrefix(err.Error(), "belfry.p2c: ") {
+			t.Errorf("%s: error is %q, want it to begin with the name of the policy", js, err)
+		}
+	}
+}
+
+func TestConfigIgnoresUnknownFields(t *testing.T) {
+	c, err := parseConfig(json.RawMessage(`{"future":{"a":[1]},"choiceCount":4,"load":{"peakEwma":{"decay":"2s","shape":"round"}}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.choices != 4 || c.metric.(peakEWMA).Decay != 2*time.Second {
+		t.Errorf("%d choices and decay %v, want 4 and 2s", c.choices, c.metric.(peakEWMA).Decay)
+	}
+}
+
+// A metric of a later version is not silently another one: within "load" an
+// unknown name leaves none, and that is the documented default.
+func TestConfigOfAnUnknownMetricIsTheDefault(t *testing.T) {
+	c, err := parseConfig(json.RawMessage(`{"load":{"clairvoyance":{}}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := c.metric.(expectedLatency); !ok {
+		t.Errorf("metric is %T, want expectedLatency", c.metric)
+	}
+}
+
+// Through xDS numbers arrive as JSON doubles.
+func TestConfigTakesIntegersWrittenAsFloats(t *testing.T) {
+	for _, js := range []string{`{"choiceCount":4.0,"memory":3.0}`, `{"choiceCount":4e0,"memory":0.3e1}`, `{"choice_count":4,"memory":3}`, `{"choiceCount":"4","memory":"3"}`} {
+		c, err := parseConfig(json.RawMessage(js))
+		if err != nil {
+			t.Errorf("%s: %v", js, err)
+			continue
+		}
+		if c.choices != 4 || c.memory != 3 {
+			t.Errorf("%s: %d choices and memory %d, want 4 and 3", js, c.choices, c.memory)
+		}
+	}
+}
+
+var configs = []string{
+	`{}`,
+	`{"memory":0}`,
+	`{"choiceCount":2,"memory":0,"load":{"peakEwma":{"decay":"1.5s","defaultRtt":"0.000000001s"}}}`,
+	`{"choiceCount":16,"memory":8,"failureCodes":["ABORTED"],"load":{"expectedLatency":{"queueExponent":0,"forgetAfter":"315576000000s"}}}`,
+	`{"load":{"pendingRequests":{}}}`,
+	`{"load":{"constant":{"load":0}}}`,
+	`{"load":{"constant":{}},"unknown":1}`,
+}
+
+func TestConfigSurvivesMarshalAndParse(t *testing.T) {
+	for _, js := range configs {
+		c, err := parseConfig(json.RawMessage(js))
+		if err != nil {
+			t.Errorf("%s: %v", js, err)
+			continue
+		}
+		checkRoundTrip(t, js, c)
+	}
+}
+
+func checkRoundTrip(t *testing.T, js string, c *config) {
+	t.Helper()
+	out, err := json.Marshal(c)
+	if err != nil {
+		t.Errorf("%s: marshal: %v", js, err)
+		return
+	}
+	again, err := parseConfig(out)
+	if err != nil {
+		t.Errorf("%s, marshalled as %s: parse: %v", js, out, err)
+		return
+	}
+	if again.choices != c.choices || again.memory != c.memory || again.failures != c.failures ||
+		!reflect.DeepEqual(again.metric, c.metric) || !proto.Equal(again.message, c.message) {
+		t.Errorf("%s, marshalled as %s: got %+v, want %+v", js, out, again, c)
+	}
+}
+
+// The default of memory is 2, so a 0 that is lost on the way would show.
+func TestConfigMemoryZeroSurvivesRandomSubsetting(t *testing.T) {
+	js := `{"subsetSize":3,"childPolicy":[{"belfry.p2c":{"memory":0,"choiceCount":2}}]}`
+	subsetting := balancer.Get("random_subsetting_experimental")
+	parsed, err := subsetting.(balancer.ConfigParser).ParseConfig(json.RawMessage(js))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What random_subsetting does with the parsed config of its child.
+	child := reflect.ValueOf(parsed).Elem().FieldByName("ChildPolicy").Elem()
+	marshalled, err := json.Marshal(child.FieldByName("Config").Interface())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := parseConfig(marshalled)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.memory != 0 || c.choices != 2 {
+		t.Errorf("%d choices and memory %d after the round trip, want 2 and 0", c.choices, c.memory)
+	}
+}
+
+func TestConfigOfAnotherTypeIsRefused(t *testing.T) {
+	w := newWorld(t)
+	err := w.b.UpdateClientConnState(balancer.ClientConnState{})
+	if err == nil || !strings.Contains(err.Error(), "<nil>") {
+		t.Errorf("error for a missing config is %v, want one that names its type, <nil>", err)
+	}
+}
+
+func FuzzParseConfig(f *testing.F) {
+	for _, js := range configs {
+		f.Add([]byte(js))
+	}
+	f.Add([]byte(`{"choiceCount":1e0,"failureCodes":["DATA_LOSS","UNKNOWN"]}`))
+	f.Add([]byte(`{"load":{"expectedLatency":{"priorSamples":1e-300,"keepSamples":"Infinity"}}}`))
+	f.Fuzz(func(t *testing.T, js []byte) {
+		c, err := parseConfig(js)
+		if err != nil {
+			if !strings.HasPrefix(err.Error(), Name+": ") {
+				t.Errorf("error is %q, want it to begin with the name of the policy", err)
+			}
+			return
+		}
+		if c.choices < minChoices || c.choices > maxChoices || c.memory < 0 || c.memory > maxMemory {
+			t.Errorf("%d choices and memory %d accepted", c.choices, c.memory)
+		}
+		m, err := c.metric.build()
+		if err != nil {
+			t.Fatalf("the metric of an accepted config: %v", err)
+		}
+		if l := m.NewMeter().Load(0); !(l >= 0 && l <= math.MaxFloat64) {
+			t.Errorf("load of a new endpoint is %v, want finite and at least 0", l)
+		}
+		checkRoundTrip(t, string(js), c)
+	})
+}

@@ -1,0 +1,136 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"context"
+	"sync/atomic"
+
+	"google.golang.org/grpc"
+
+	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/load"
+)
+
+// DialOptions returns what lets the policy see what a picker does not: whether a
+// call is a stream, when its first response message arrives, and its true end.
+// The policy works without it, but then
+//
+//   - the latency of a stream is its whole life, and a stream that goes on looks
+//     like one that is not answered;
+//   - a call that the server rejects before it has read the request may look like
+//     a fast success, because grpc tells the balancer no error then;
+//   - a retry by grpc's own retryPolicy may go to the endpoint that just failed.
+//
+// The options are a pair of chained interceptors. Give them to grpc.NewClient
+// after other interceptors, so that they see each attempt by itself where
+// another interceptor repeats calls. It costs a unary call three
+// allocations.
+func DialOptions() []grpc.DialOption {
+	return []grpc.DialOption{
+		grpc.WithChainUnaryInterceptor(trackUnary),
+		grpc.WithChainStreamInterceptor(trackStream),
+	}
+}
+
+// tracker follows one call, or one attempt of it if an outer interceptor repeats
+// the call.
+type tracker struct {
+	ctx     context.Context // the caller's; grpc cancels those of attempts when the call is over
+	info    attempt.Info
+	tried   attempt.Tried
+	used    atomic.Bool          // first is taken
+	first   pick                 // the first attempt's, to save an allocation
+	current atomic.Pointer[pick] // the last attempt's
+	err     error                // the call's, set before ended
+	ended   atomic.Bool
+}
+
+func newTracker(ctx context.Context) *tracker {
+	t := &tracker{ctx: ctx}
+	t.info = attempt.Info{Tried: &t.tried, Tracker: t}
+	t.first.track, t.first.done = t, t.first.onDone
+	if outer := attempt.FromContext(ctx); outer != nil && outer.Tried != nil {
+		t.info.Tried = outer.Tried
+	}
+	return t
+}
+
+// begin returns the pick for a new attempt. If the last one still waits for its
+// true end, grpc has retried it, so it failed.
+func (t *tracker) begin() *pick {
+	if last := t.current.Load(); last != nil && last.state.Load()&pickAwaiting != 0 {
+		last.finish(last.doneAt, load.Failed)
+	}
+	k := &t.first
+	if !t.used.CompareAndSwap(false, true) {
+		k = &pick{track: t}
+		k.done = k.onDone
+	}
+	t.current.Store(k)
+	return k
+}
+
+// await is called when grpc says of an attempt that it ended without an error.
+// That is not always so: an attempt that the server ends before it has read all
+// of the request ends with io.EOF inside grpc, which reports it as none. The true
+// status is what the call returns, a moment later for a unary call, and when the
+// application reads it for a stream.
+func (t *tracker) await(k *pick) {
+	k.state.Or(pickAwaiting)
+	if t.ended.Load() {
+		k.finish(k.doneAt, classify(t.ctx, t.err, k.picker.config.failures))
+	}
+}
+
+// end is called when the call has ended, with its true status. Only its first
+// call counts: of a stream that could not be made both grpc and trackStream say
+// so.
+func (t *tracker) end(err error) {
+	if t.ended.Load() {
+		return
+	}
+	t.err = err
+	t.ended.Store(true)
+	if k := t.current.Load(); k != nil && k.state.Load()&pickAwaiting != 0 {
+		k.finish(k.doneAt, classify(t.ctx, err, k.picker.config.failures))
+	}
+}
+
+func trackUnary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) (err error) {
+	t := newTracker(ctx)
+	defer func() { t.end(err) }()
+	return invoker(attempt.NewContext(ctx, &t.info), method, req, reply, cc, opts...)
+}
+
+func trackStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	t := newTracker(ctx)
+	// OnFinish is called once, with the true status, also for a stream that nobody
+	// reads any more. The caller's options are not ours to append to.
+	opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(t.end))
+	s, err := streamer(attempt.NewContext(ctx, &t.info), desc, cc, method, opts...)
+	if err != nil {
+		t.end(err)
+		return nil, err
+	}
+	return &trackedStream{ClientStream: s, track: t}, nil
+}
+
+// trackedStream sees the first response message.
+type trackedStream struct {
+	grpc.ClientStream
+	track     *tracker
+	responded bool // of the one goroutine that may call RecvMsg
+}
+
+func (s *trackedStream) RecvMsg(m any) error {
+	err := s.ClientStream.RecvMsg(m)
+	if err == nil && !s.responded {
+		s.responded = true
+		if k := s.track.current.Load(); k != nil {
+			k.respond()
+		}
+	}
+	return err
+}

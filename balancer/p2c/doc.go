@@ -1,0 +1,85 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package p2c is the load-balancing policy belfry.p2c: every call goes to the
+// endpoint that will likely answer soonest.
+//
+// A pick looks at a few READY endpoints, drawn at random, and takes the one with
+// the least load: the power of d choices (Mitzenmacher, "The power of two choices
+// in randomized load balancing", 2001). What load is, package load says; the
+// default, the expected latency, needs no tuning. Use the policy wherever
+// round_robin or least_request would be used, and above all where servers are not
+// equally fast, slow down at times, or fail.
+//
+// Choose it in the service config, and give its DialOptions to the channel:
+//
+//	conn, err := grpc.NewClient("example:///orders", append(p2c.DialOptions(),
+//		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`),
+//		grpc.WithTransportCredentials(insecure.NewCredentials()),
+//		grpc.WithResolvers(discovery),
+//	)...)
+//
+// A program that does not use DialOptions must import the package all the same,
+// for the policy registers itself:
+//
+//	import _ "github.com/belfry-go/belfry/balancer/p2c"
+//
+// Without that import grpc fails on a loadBalancingConfig that lists no other
+// policy, and takes pick_first without a word for the old loadBalancingPolicy
+// field.
+//
+// # Config
+//
+// The config is the message belfry.config.v1.P2C in its JSON form. All fields are
+// optional, and {} is the best default:
+//
+//	{"choiceCount": 2,                            // endpoints that a pick looks at: 2 to 16
+//	 "memory": 0,                                 // of the last pick that it looks at besides: 0 to 8
+//	 "failureCodes": ["UNAVAILABLE", "INTERNAL"], // what counts as a failure of the endpoint
+//	 "load": {"peakEwma": {"decay": "10s"}}}      // expectedLatency, peakEwma, pendingRequests or constant
+//
+// Without choiceCount and memory they are 8 and 2 for expectedLatency, and 2 and 0
+// for the other metrics, as in Tower. Without failureCodes they are UNKNOWN,
+// DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE and
+// DATA_LOSS. A value out of its range is an error that names field, value and
+// rule; unknown fields are ignored. A new config takes effect at once, and the
+// meters keep what they know unless the kind of metric changes.
+//
+// The weight of an endpoint (google.golang.org/grpc/experimental/balancer/weight)
+// divides its load: one of weight 2 gets twice the calls of one of weight 1 before
+// it counts as equally busy.
+//
+// # Endpoints
+//
+// Each endpoint is a pick_first child: endpoints connect without waiting for a
+// call and connect again when they lose their connection; an endpoint may have
+// several addresses; client-side health checks work, and so does ejection by
+// outlier_detection. The policy may be the child of any other (outlier_detection,
+// random_subsetting, weighted_target, priority), also through xDS by a TypedStruct
+// of its name (gRFC A52).
+//
+// An endpoint is the set of its addresses. What its meter knows lives as long as
+// the resolver lists it, through reconnects, ejections and updates. It is lost
+// when the channel goes idle, by default after 30 minutes without a call, for grpc
+// then closes the policy; grpc.WithIdleTimeout(0) keeps it.
+//
+// A call that is repeated, by grpc's own retryPolicy or by a layer of belfry,
+// passes over the endpoints that it was sent to before while another is READY.
+//
+// With a proxy in the environment (HTTPS_PROXY) grpc replaces the addresses of all
+// endpoints by the proxy's, and there is but one endpoint left to choose. Use
+// grpc.WithNoProxy, or NO_PROXY, for servers that are balanced here.
+//
+// # What it cannot see without DialOptions
+//
+// Grpc tells a policy little about calls. Without [DialOptions] the policy works,
+// but the latency of a stream is its whole life; a call that the server rejects
+// before it has read the request may count as a fast success; and grpc's own
+// retries may go to the endpoint that just failed.
+//
+// # Metrics
+//
+// With a stats plugin, such as grpc's OpenTelemetry plugin, the policy records
+// belfry.lb.p2c.picks, .tried_picks, .endpoints by state and .dropped_samples by
+// reason. They are off until enabled by name.
+package p2c

@@ -1,0 +1,250 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/serviceconfig"
+
+	"github.com/belfry-go/belfry/load"
+)
+
+func TestMain(m *testing.M) {
+	// From here on the policy under its own name is the real one, but for two
+	// things that tests ask for: which policies were built for a target, and what
+	// they told their meters.
+	balancer.Register(observedBuilder{})
+	goleak.VerifyTestMain(m)
+}
+
+var seedFlag = flag.Uint64("seed", 0, "seed of the randomised tests; 0 draws one")
+
+// newRand returns a generator whose seed is logged, for a failure to be repeated
+// with -seed.
+func newRand(t *testing.T) *rand.Rand {
+	t.Helper()
+	seed := *seedFlag
+	if seed == 0 {
+		seed = rand.Uint64()
+	}
+	t.Logf("seed %d", seed)
+	return rand.New(rand.NewPCG(seed, 0))
+}
+
+// testContext returns a context that ends long after a test should have.
+func testContext(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+// built maps the endpoint of a target to the policies built for it, in order:
+// target name → *builds.
+var built sync.Map
+
+type builds struct {
+	mu       sync.Mutex // guards policies
+	policies []*policy
+}
+
+// policiesOf returns the policies that were built for a target.
+func policiesOf(target string) []*policy {
+	b, ok := built.Load(target)
+	if !ok {
+		return nil
+	}
+	builds := b.(*builds)
+	builds.mu.Lock()
+	defer builds.mu.Unlock()
+	return slices.Clone(builds.policies)
+}
+
+// observedBuilder is builder, and notes what it builds. A config whose field
+// "recorder" names an observer gets a metric that reports to it.
+type observedBuilder struct{ builder }
+
+func (observedBuilder) Build(cc balancer.ClientConn, opts balancer.BuildOptions) balancer.Balancer {
+	b := builder{}.Build(cc, opts).(*policy)
+	entry, _ := built.LoadOrStore(opts.Target.Endpoint(), &builds{})
+	builds := entry.(*builds)
+	builds.mu.Lock()
+	defer builds.mu.Unlock()
+	builds.policies = append(builds.policies, b)
+	return b
+}
+
+func (observedBuilder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalancingConfig, error) {
+	c, err := parseConfig(js)
+	if err != nil {
+		return nil, err
+	}
+	var extra struct{ Recorder string }
+	if json.Unmarshal(js, &extra) == nil && extra.Recorder != "" {
+		if o, ok := observers.Load(extra.Recorder); ok {
+			c.metric = observedConfig{c.metric, o.(*observer)}
+		}
+	}
+	return c, nil
+}
+
+// observers are the observers by name.
+var observers sync.Map
+
+// An observer sees what the meters of one channel are told.
+type observer struct {
+	onLoad func() // if set, called when a load is read; set it before the pick
+
+	mu       sync.Mutex // guards the fields below
+	started  int
+	responds int
+	finished []finished
+	changed  chan struct{} // closed at the next change
+}
+
+type finished struct {
+	outcome   load.Outcome
+	responded bool
+	took      load.Instant
+}
+
+// newObserver returns an observer and the config field that names it.
+func newObserver(t *testing.T) (o *observer, field string) {
+	t.Helper()
+	o = &observer{changed: make(chan struct{})}
+	observers.Store(t.Name(), o)
+	t.Cleanup(func() { observers.Delete(t.Name()) })
+	return o, `"recorder":` + string(must(json.Marshal(t.Name())))
+}
+
+func (o *observer) note(f func()) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	f()
+	close(o.changed)
+	o.changed = make(chan struct{})
+}
+
+// wait returns when cond holds, which is called with mu held. It fails the test
+// when the test's context ends first.
+func (o *observer) wait(t *testing.T, what string, cond func() bool) {
+	t.Helper()
+	ctx := testContext(t)
+	for {
+		o.mu.Lock()
+		ok, changed := cond(), o.changed
+		started, responds, ended := o.started, o.responds, slices.Clone(o.finished)
+		o.mu.Unlock()
+		if ok {
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			t.Fatalf("waiting until %s: %d attempts started, %d responded, %d ended: %v", what, started, responds, len(ended), ended)
+		}
+	}
+}
+
+// rest waits until as many attempts have ended as have started, at least n.
+func (o *observer) rest(t *testing.T, n int) {
+	t.Helper()
+	o.wait(t, "nothing is in flight", func() bool { return o.started >= n && len(o.finished) == o.started })
+}
+
+// ended returns the outcomes so far.
+func (o *observer) ended() []load.Outcome {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	var outcomes []load.Outcome
+	for _, f := range o.finished {
+		outcomes = append(outcomes, f.outcome)
+	}
+	return outcomes
+}
+
+// observedConfig makes metrics that report to an observer.
+type observedConfig struct {
+	metricConfig
+	observer *observer
+}
+
+func (c observedConfig) build() (load.Metric, error) {
+	m, err := c.metricConfig.build()
+	return &observedMetric{m, c.observer}, err
+}
+
+func (c observedConfig) adopt(m load.Metric) bool {
+	o, ok := m.(*observedMetric)
+	return ok && c.metricConfig.adopt(o.Metric)
+}
+
+type observedMetric struct {
+	load.Metric
+	observer *observer
+}
+
+func (m *observedMetric) NewMeter() load.Meter {
+	return &observedMeter{m.Metric.NewMeter(), m.observer, sync.Mutex{}, nil}
+}
+
+type observedMeter struct {
+	load.Meter
+	observer *observer
+	mu       sync.Mutex // guards starts
+	starts   map[load.Ticket][]load.Instant
+}
+
+func (m *observedMeter) Load(now load.Instant) float64 {
+	if m.observer.onLoad != nil {
+		m.observer.onLoad()
+	}
+	return m.Meter.Load(now)
+}
+
+func (m *observedMeter) Start(now load.Instant) load.Ticket {
+	m.observer.note(func() { m.observer.started++ })
+	t := m.Meter.Start(now)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.starts == nil {
+		m.starts = make(map[load.Ticket][]load.Instant)
+	}
+	m.starts[t] = append(m.starts[t], now)
+	return t
+}
+
+func (m *observedMeter) Respond(now load.Instant, t load.Ticket) {
+	m.observer.note(func() { m.observer.responds++ })
+	m.Meter.Respond(now, t)
+}
+
+func (m *observedMeter) Finish(now load.Instant, s load.Sample) {
+	m.mu.Lock()
+	started := m.starts[s.Ticket]
+	took := now - started[0]
+	m.starts[s.Ticket] = started[1:]
+	m.mu.Unlock()
+	m.Meter.Finish(now, s)
+	m.observer.note(func() {
+		m.observer.finished = append(m.observer.finished, finished{s.Outcome, s.Responded, took})
+	})
+}

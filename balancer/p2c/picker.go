@@ -1,0 +1,394 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"context"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+
+	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/connectivity"
+
+	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/load"
+)
+
+// This file is the hot path: Pick, and Done. It takes no lock, and allocates
+// nothing.
+
+// candidate is what a pick needs of an endpoint.
+type candidate struct {
+	meter    load.Meter
+	weight   atomic.Uint32 // a load.Weight
+	slot     atomic.Int32  // in the READY set, or notReady
+	endpoint *endpoint
+}
+
+func newCandidate(ep *endpoint, m load.Metric, w load.Weight) *candidate {
+	c := &candidate{meter: m.NewMeter(), endpoint: ep}
+	c.weight.Store(uint32(w))
+	c.slot.Store(notReady)
+	return c
+}
+
+// measure returns the load in proportion to the weight, and the weight.
+func (c *candidate) measure(now load.Instant) (l, w float64) {
+	l = c.meter.Load(now)
+	if weight := load.Weight(c.weight.Load()); weight > 1 {
+		return weight.Divide(l), weight.Value()
+	}
+	return l, 1
+}
+
+// picker picks the least loaded of a few READY endpoints: config.choices of them
+// at random, and those that were the least loaded at the last pick.
+//
+// It holds the READY set itself, not a copy, so it stays good while endpoints
+// come and go; there is a new picker for a new config.
+type picker struct {
+	policy *policy
+	config *config
+	ready  *readySet
+
+	// remembered holds the least loaded of the last pick, config.memory of them.
+	// Goroutines that pick at the same time overwrite each other's, which does no
+	// harm: any of them is a good candidate. One that is not READY any more is
+	// taken out, and is not picked even if a late write puts it back.
+	remembered [maxMemory]atomic.Pointer[candidate]
+}
+
+// Pick implements balancer.Picker.
+func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
+	var tried *attempt.Tried
+	var track *tracker
+	if a := attempt.FromContext(info.Ctx); a != nil {
+		tried = a.Tried
+		track, _ = a.Tracker.(*tracker)
+	}
+
+	b := p.policy
+	now := load.Instant(b.now())
+	c, retried := p.choose(now, tried)
+	if c == nil {
+		// The last one has just left; the channel hears of it next.
+		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
+	}
+	child := c.endpoint.reported.Load()
+	if child.ConnectivityState != connectivity.Ready {
+		// It has just left. Its own picker may say that it failed, which is not for
+		// this call to hear: the channel gets a new picker, and then it picks again.
+		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
+	}
+	result, err := child.Picker.Pick(info)
+	if err != nil {
+		return result, err
+	}
+
+	var k *pick
+	if track != nil {
+		k = track.begin()
+	} else {
+		k = b.picks.Get().(*pick)
+	}
+	k.picker, k.candidate, k.ctx, k.tried, k.inner = p, c, info.Ctx, tried, result.Done
+	k.ticket = c.meter.Start(now)
+	if tried != nil {
+		tried.Add(c.endpoint.id)
+	}
+	b.metrics.picked(retried)
+	result.Done = k.done
+	return result, nil
+}
+
+// choose returns the candidate to pick, and whether the call has been there
+// before. It returns nil if no endpoint is READY.
+func (p *picker) choose(now load.Instant, tried *attempt.Tried) (c *candidate, retried bool) {
+	if tried != nil && !tried.Empty() {
+		if c := p.chooseUntried(now, tried); c != nil {
+			return c, false
+		}
+		c := p.chooseAny(now)
+		return c, c != nil && tried.Has(c.endpoint.id)
+	}
+	return p.chooseAny(now), false
+}
+
+func (p *picker) chooseAny(now load.Instant) *candidate {
+	slots := p.ready.view()
+	n, d, m := len(slots), p.config.choices, p.config.memory
+	if n == 1 {
+		return slots[0].Load()
+	}
+	if d == 2 && m == 0 && n > 0 {
+		return p.chooseOfTwo(slots, now)
+	}
+	s := selection{random: random(p.policy.random())}
+	if n <= d {
+		for i := range slots {
+			s.look(slots[i].Load())
+		}
+		return s.least(now)
+	}
+
+	// d distinct indexes by Floyd's algorithm (Bentley, "Programming Pearls: a
+	// sample of brilliance", CACM 1987): d random numbers, whatever n.
+	var index [maxChoices]uint32
+	for i := range d {
+		last := uint32(n - d + i)
+		k := s.random.below(last + 1)
+		for _, earlier := range index[:i] {
+			if earlier == k {
+				k = last
+				break
+			}
+		}
+		index[i] = k
+		s.look(slots[k].Load())
+	}
+	if m == 0 {
+		return s.least(now)
+	}
+	for i := range m {
+		if c := p.remembered[i].Load(); c != nil && c.slot.Load() != notReady && !s.looksAt(c) {
+			s.look(c)
+		}
+	}
+	best := s.least(now)
+	for i, c := range s.leastOf(m) {
+		if p.remembered[i].Load() != c {
+			p.remembered[i].Store(c)
+		}
+	}
+	return best
+}
+
+// chooseOfTwo is the power of two choices: chooseAny without what more choices
+// and memory need.
+func (p *picker) chooseOfTwo(slots []atomic.Pointer[candidate], now load.Instant) *candidate {
+	r := random(p.policy.random())
+	i, j := r.below(uint32(len(slots))), r.below(uint32(len(slots)-1))
+	if j >= i {
+		j++
+	}
+	a, b := slots[i].Load(), slots[j].Load()
+	if a == nil || b == nil {
+		if a == nil {
+			return b
+		}
+		return a
+	}
+	la, wa := a.measure(now)
+	lb, wb := b.measure(now)
+	if la < lb || la == lb && r.float()*(wa+wb) < wa {
+		return a
+	}
+	return b
+}
+
+// chooseUntried chooses like chooseAny, but for memory, among the endpoints that
+// the call has not tried. It returns nil if there is none.
+func (p *picker) chooseUntried(now load.Instant, tried *attempt.Tried) *candidate {
+	slots := p.ready.view()
+	n, d := len(slots), p.config.choices
+	if n == 0 {
+		return nil
+	}
+	s := selection{random: random(p.policy.random())}
+	look := func(c *candidate) {
+		if c != nil && !tried.Has(c.endpoint.id) && !s.looksAt(c) {
+			s.look(c)
+		}
+	}
+	// Few endpoints are tried, so a few draws more than d find d others. Where
+	// there are hardly any, all are looked at.
+	if n > 2*d {
+		for i := 0; i < 2*d && s.count < d; i++ {
+			look(slots[s.random.below(uint32(n))].Load())
+		}
+	}
+	first := int(s.random.below(uint32(n)))
+	for i := 0; i < n && s.count < d; i++ {
+		look(slots[(first+i)%n].Load())
+	}
+	return s.least(now)
+}
+
+// remember takes over what another picker of the same READY set remembers.
+func (p *picker) remember(old *picker) {
+	for i := range p.config.memory {
+		p.remembered[i].Store(old.remembered[i].Load())
+	}
+}
+
+// forget takes a candidate out of memory.
+func (p *picker) forget(c *candidate) {
+	for i := range p.remembered {
+		p.remembered[i].CompareAndSwap(c, nil)
+	}
+}
+
+// selection is the candidates that one pick looks at, and finds the least loaded
+// of them. It works in passes, first gathering, then measuring, then comparing:
+// with many endpoints each is a miss in the cache, and so the processor fetches
+// them side by side, where a comparison after each would make it wait.
+type selection struct {
+	random  random
+	count   int
+	seen    [maxChoices + maxMemory]*candidate
+	loads   [maxChoices + maxMemory]float64
+	weights [maxChoices + maxMemory]float64
+}
+
+// look adds a candidate, unless it is nil.
+func (s *selection) look(c *candidate) {
+	if c != nil {
+		s.seen[s.count] = c
+		s.count++
+	}
+}
+
+// looksAt reports whether the candidate was added.
+func (s *selection) looksAt(c *candidate) bool {
+	for _, other := range s.seen[:s.count] {
+		if other == c {
+			return true
+		}
+	}
+	return false
+}
+
+// least measures the candidates and returns the least loaded, nil if there are
+// none. Of equal ones each is chosen with a probability in proportion to its
+// weight, never by the order in which they were added.
+func (s *selection) least(now load.Instant) *candidate {
+	for i, c := range s.seen[:s.count] {
+		s.loads[i], s.weights[i] = c.measure(now)
+	}
+	var best *candidate
+	var bestLoad, equals float64
+	for i, c := range s.seen[:s.count] {
+		switch l, w := s.loads[i], s.weights[i]; {
+		case best == nil || l < bestLoad:
+			best, bestLoad, equals = c, l, w
+		case l == bestLoad:
+			equals += w
+			if s.random.float()*equals < w {
+				best = c
+			}
+		}
+	}
+	return best
+}
+
+// leastOf returns the m least loaded of the measured candidates, nil where there
+// are fewer. It reorders the selection.
+func (s *selection) leastOf(m int) []*candidate {
+	for i := range min(m, s.count) {
+		k := i
+		for j := i + 1; j < s.count; j++ {
+			if s.loads[j] < s.loads[k] {
+				k = j
+			}
+		}
+		s.seen[i], s.seen[k] = s.seen[k], s.seen[i]
+		s.loads[i], s.loads[k] = s.loads[k], s.loads[i]
+	}
+	return s.seen[:m]
+}
+
+// random is a generator for one pick: SplitMix64 (Steele, Lea, Flood, "Fast
+// splittable pseudorandom number generators", OOPSLA 2014), seeded by one number
+// of the policy's source.
+type random uint64
+
+func (r *random) next() uint64 {
+	*r += 0x9e3779b97f4a7c15
+	z := uint64(*r)
+	z = (z ^ z>>30) * 0xbf58476d1ce4e5b9
+	z = (z ^ z>>27) * 0x94d049bb133111eb
+	return z ^ z>>31
+}
+
+// below returns a number in [0, n). The bias is below n/2^64.
+func (r *random) below(n uint32) uint32 {
+	hi, _ := bits.Mul64(r.next(), uint64(n))
+	return uint32(hi)
+}
+
+// float returns a number in [0, 1).
+func (r *random) float() float64 { return float64(r.next()>>11) / (1 << 53) }
+
+// pick is an attempt in flight, from Pick to Done and, where a tracker has more
+// to say, to the end of the call. Without a tracker it comes from a pool.
+type pick struct {
+	done func(balancer.DoneInfo) // its onDone
+	pool *sync.Pool              // where it belongs, if not to a tracker
+
+	picker    *picker
+	candidate *candidate
+	ticket    load.Ticket
+	ctx       context.Context
+	tried     *attempt.Tried
+	inner     func(balancer.DoneInfo) // the child's Done
+
+	// Of a pick with a tracker.
+	track  *tracker
+	state  atomic.Uint32
+	doneAt load.Instant // when Done was called, before pickAwaiting is set
+}
+
+// Bits of pick.state. They are only ever set.
+const (
+	pickResponded = 1 << iota // the first response has been seen
+	pickAwaiting              // Done was called with a nil error: the true one comes from the tracker
+	pickFinished              // the meter has been told
+)
+
+// onDone is called by grpc exactly once.
+func (k *pick) onDone(info balancer.DoneInfo) {
+	if k.inner != nil {
+		k.inner(info)
+	}
+	now := load.Instant(k.picker.policy.now())
+	switch {
+	case !info.BytesSent:
+		outcome := classifyUnsent(k.ctx, info)
+		if outcome == load.NotSent && k.tried != nil {
+			k.tried.Remove(k.candidate.endpoint.id)
+		}
+		k.finish(now, outcome)
+	case info.Err == nil && k.track != nil:
+		k.doneAt = now
+		k.track.await(k)
+	default:
+		k.finish(now, classify(k.ctx, info.Err, k.picker.config.failures))
+	}
+}
+
+// respond says that the first message of a stream has arrived.
+func (k *pick) respond() {
+	if k.state.CompareAndSwap(0, pickResponded) {
+		k.candidate.meter.Respond(load.Instant(k.picker.policy.now()), k.ticket)
+	}
+}
+
+// finish tells the meter, once.
+func (k *pick) finish(now load.Instant, o load.Outcome) {
+	responded := false
+	if k.track != nil {
+		old := k.state.Or(pickFinished)
+		if old&pickFinished != 0 {
+			return
+		}
+		responded = old&pickResponded != 0
+	}
+	k.picker.policy.metrics.ended(o, responded)
+	k.candidate.meter.Finish(now, load.Sample{Ticket: k.ticket, Outcome: o, Responded: responded})
+	if k.track == nil {
+		k.picker, k.candidate, k.ctx, k.tried, k.inner = nil, nil, nil, nil, nil
+		k.pool.Put(k)
+	}
+}
