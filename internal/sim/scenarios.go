@@ -1,0 +1,338 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package sim
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"time"
+)
+
+// A Scenario is a cluster, what its clients want of it, and what goes wrong. The
+// work of a call is lognormal, but for Tower's example.
+type Scenario struct {
+	Name    string
+	Clients int // each with a policy of its own
+	Servers int
+	// Workers is the number of calls that a server serves side by side; more wait
+	// in one queue in the order of their arrival. 0 is no limit.
+	Workers int
+	// Sharing makes the calls of a server share the workers evenly instead of
+	// waiting.
+	Sharing bool
+	// Speeds are given to the servers in turn. Default all 1.
+	Speeds []float64
+	// Mean is the mean service time at speed 1.
+	Mean time.Duration
+	// Network and Jitter are the constant part of the one-way delay and the mean
+	// of its exponential part.
+	Network, Jitter time.Duration
+	// Deadline is when a client gives a call up; the server goes on. 0 is never.
+	Deadline time.Duration
+	// WarmUp passes before calls are measured, or WarmUpCalls are sent, whichever
+	// comes first if WarmUpCalls is not 0.
+	WarmUp      time.Duration
+	WarmUpCalls int
+	// Load is the rate of the calls, Poisson, as a share of what the servers can
+	// do at most in the long run, with what goes wrong. Only if InFlight is 0.
+	Load float64
+	// InFlight is the number of calls that are always in flight, a closed loop.
+	InFlight int
+	// Period is that of what goes wrong; the measurement covers whole ones.
+	Period time.Duration
+
+	capacity float64 // the share of the servers' speeds that the faults leave, 0 for 1
+	faults   func(*cluster)
+	law      func(*rand.Rand) float64 // of the service time, with mean 1; nil for lognormal
+}
+
+func (s *Scenario) validate() error {
+	switch {
+	case s.Clients < 1:
+		return fmt.Errorf("sim: Scenario.Clients: %d, must be at least 1", s.Clients)
+	case s.Servers < 1:
+		return fmt.Errorf("sim: Scenario.Servers: %d, must be at least 1", s.Servers)
+	case s.Workers < 0:
+		return fmt.Errorf("sim: Scenario.Workers: %d, must not be negative", s.Workers)
+	case s.Mean <= 0:
+		return fmt.Errorf("sim: Scenario.Mean: %v, must be above 0s", s.Mean)
+	case s.Network < 0:
+		return fmt.Errorf("sim: Scenario.Network: %v, must not be negative", s.Network)
+	case s.Jitter < 0:
+		return fmt.Errorf("sim: Scenario.Jitter: %v, must not be negative", s.Jitter)
+	case s.WarmUp < 0:
+		return fmt.Errorf("sim: Scenario.WarmUp: %v, must not be negative", s.WarmUp)
+	case s.Deadline < 0:
+		return fmt.Errorf("sim: Scenario.Deadline: %v, must not be negative", s.Deadline)
+	case s.InFlight < 0:
+		return fmt.Errorf("sim: Scenario.InFlight: %d, must not be negative", s.InFlight)
+	case s.InFlight == 0 && !(s.Load > 0 && s.Workers > 0):
+		return fmt.Errorf("sim: Scenario.Load: %v with %d workers, both must be above 0 without InFlight", s.Load, s.Workers)
+	case s.Sharing && s.Workers == 0:
+		return errors.New("sim: Scenario.Workers: 0, must be above 0 to be shared")
+	}
+	for i, speed := range s.Speeds {
+		if !(speed > 0) {
+			return fmt.Errorf("sim: Scenario.Speeds[%d]: %v, must be above 0", i, speed)
+		}
+	}
+	return nil
+}
+
+// transit returns the mean one-way delay.
+func (s *Scenario) transit() time.Duration { return s.Network + s.Jitter }
+
+// rate returns the arrivals per nanosecond of an open loop.
+func (s *Scenario) rate() float64 {
+	speeds := float64(s.Servers)
+	if len(s.Speeds) > 0 {
+		speeds = 0
+		for i := range s.Servers {
+			speeds += s.Speeds[i%len(s.Speeds)]
+		}
+	}
+	if s.capacity > 0 {
+		speeds *= s.capacity
+	}
+	return s.Load * speeds * float64(s.Workers) / float64(s.Mean)
+}
+
+// lognormal has a mean of 1 and a 99th percentile of 3.4.
+func lognormal(r *rand.Rand) float64 { return math.Exp(0.6*r.NormFloat64() - 0.18) }
+
+// uniform is uniform up to 2.
+func uniform(r *rand.Rand) float64 { return 2 * r.Float64() }
+
+// oneSlowInTen is the speeds of servers every tenth of which is slow.
+var oneSlowInTen = []float64{1, 1, 1, 1, 1, 1, 1, 1, 1, 0.2}
+
+// base is what the scenarios have in common.
+func base() Scenario {
+	return Scenario{
+		Clients:  10,
+		Servers:  20,
+		Workers:  4,
+		Mean:     10 * time.Millisecond,
+		Network:  250 * time.Microsecond,
+		Jitter:   50 * time.Microsecond,
+		Deadline: time.Second,
+		WarmUp:   30 * time.Second,
+		Load:     0.7,
+	}
+}
+
+// Scenarios returns all scenarios.
+func Scenarios() []Scenario {
+	var all []Scenario
+	add := func(name string, change func(*Scenario)) {
+		s := base()
+		s.Name = name
+		change(&s)
+		all = append(all, s)
+	}
+	add("homogeneous 70 %", func(*Scenario) {})
+	add("homogeneous 90 %", func(s *Scenario) { s.Load = 0.9 })
+	add("2 of 20 servers 5× slower", func(s *Scenario) { s.Speeds = oneSlowInTen })
+	add("speeds 1:2:4", func(s *Scenario) { s.Speeds = []float64{0.5, 1, 2} })
+	add("antagonists", func(s *Scenario) { s.antagonists() })
+	add("brownout", func(s *Scenario) {
+		s.Load, s.capacity = 0.75, 0.9
+		s.Period = 20 * time.Second
+		s.faults = brownout
+	})
+	add("one server stops", func(s *Scenario) {
+		s.capacity = 0.99
+		s.Period = 5 * time.Second
+		s.faults = stopOne
+	})
+	add("every server stops (GC)", func(s *Scenario) {
+		s.capacity = 0.975
+		s.faults = collectGarbage
+	})
+	add("6 of 20 never answer at times", func(s *Scenario) {
+		s.Load, s.capacity = 0.5, 0.95
+		s.Period = 30 * time.Second
+		s.faults = blackHoles
+	})
+	add("2 of 20 replaced by cold ones", func(s *Scenario) {
+		s.capacity = 0.98
+		s.Period = 10 * time.Second
+		s.faults = restart
+	})
+	add("2 clients, 100 servers, 10 slow", func(s *Scenario) {
+		s.Clients, s.Servers, s.Speeds = 2, 100, oneSlowInTen
+	})
+	add("processor sharing, 2 slow", func(s *Scenario) {
+		s.Sharing, s.Load, s.Speeds = true, 0.8, oneSlowInTen
+	})
+	add("processor sharing, antagonists", func(s *Scenario) {
+		s.Sharing = true
+		s.antagonists()
+	})
+	add("100 clients, 100 servers", func(s *Scenario) { s.hundred() })
+	add("100 clients, 100 servers, 10 slow", func(s *Scenario) {
+		s.hundred()
+		s.Speeds = oneSlowInTen
+	})
+	add("Tower's example", func(s *Scenario) {
+		// No queues, so a server that takes uniform up to 1 ms at speed 1 takes
+		// up to 1 s at speed 1/1000.
+		s.Clients, s.Servers, s.Workers = 1, 10, 0
+		s.InFlight = 500
+		s.Mean, s.law = 500*time.Microsecond, uniform
+		s.Speeds = []float64{1, 1. / 5, 1. / 10, 1. / 10, 1. / 10, 1. / 100, 1. / 100, 1. / 100, 1. / 500, 1. / 1000}
+		s.Network, s.Jitter = 10*time.Microsecond, 0
+		s.Deadline = 0
+		// A policy that finds the fast ones sends half a million calls a second.
+		s.WarmUpCalls = 1_000_000
+	})
+	add("one server fails at once", func(s *Scenario) { s.failing(fails) })
+	add("one server fails half its calls", func(s *Scenario) { s.failing(failsHalf) })
+	add("surge", func(s *Scenario) {
+		s.Load = 0.6
+		s.Period = 3 * time.Second
+		s.faults = surge
+	})
+	return all
+}
+
+// hundred is many clients of few calls each.
+func (s *Scenario) hundred() {
+	s.Clients, s.Servers = 100, 100
+	s.Mean = 50 * time.Millisecond
+	s.Deadline = 5 * time.Second
+	s.WarmUp = time.Minute
+}
+
+// antagonists share the machines of the servers: each server redraws its speed
+// after exponential 1 s.
+func (s *Scenario) antagonists() {
+	s.Load, s.capacity = 0.75, 0.82
+	s.faults = func(c *cluster) {
+		for _, srv := range c.servers {
+			var redraw func()
+			redraw = func() {
+				speed := 1.0
+				if c.faults.Float64() >= 0.7 {
+					speed = 0.2 + 0.4*c.faults.Float64()
+				}
+				srv.setSpeed(speed)
+				c.after(time.Duration(c.faults.ExpFloat64()*float64(time.Second)), redraw)
+			}
+			redraw()
+		}
+	}
+}
+
+// every calls f each period, for the first time after one.
+func (c *cluster) every(period time.Duration, f func()) {
+	c.after(period, func() {
+		f()
+		c.every(period, f)
+	})
+}
+
+// some returns n servers at random.
+func (c *cluster) some(n int) []*server {
+	chosen := make([]*server, n)
+	for i, k := range c.faults.Perm(len(c.servers))[:n] {
+		chosen[i] = c.servers[k]
+	}
+	return chosen
+}
+
+// brownout slows 6 servers down to a third for 10 s of every 20.
+func brownout(c *cluster) {
+	c.every(20*time.Second, func() {
+		for _, s := range c.some(6) {
+			s.setSpeed(1. / 3)
+			c.after(10*time.Second, func() { s.setSpeed(1) })
+		}
+	})
+}
+
+// stopOne stops one server for 1 s of every 5.
+func stopOne(c *cluster) {
+	c.every(5*time.Second, func() {
+		s := c.some(1)[0]
+		s.stop(true)
+		c.after(time.Second, func() { s.stop(false) })
+	})
+}
+
+// collectGarbage stops each server for 50 to 150 ms, every 4 s on average.
+func collectGarbage(c *cluster) {
+	for _, s := range c.servers {
+		var run func()
+		run = func() {
+			// With the 100 ms of the pause that makes 4 s.
+			c.after(time.Duration(c.faults.ExpFloat64()*float64(3900*time.Millisecond)), func() {
+				s.stop(true)
+				pause := 50*time.Millisecond + time.Duration(c.faults.Float64()*float64(100*time.Millisecond))
+				c.after(pause, func() {
+					s.stop(false)
+					run()
+				})
+			})
+		}
+		run()
+	}
+}
+
+// blackHoles makes the first 6 servers silent for 5 s of every 30.
+func blackHoles(c *cluster) {
+	c.every(30*time.Second, func() {
+		for _, s := range c.servers[:6] {
+			s.behaviour = silent
+			c.after(5*time.Second, func() { s.behaviour = answers })
+		}
+	})
+}
+
+// restart replaces the 2 oldest servers every 10 s by cold ones.
+func restart(c *cluster) {
+	c.every(10*time.Second, func() {
+		for range 2 {
+			c.removeOldest()
+			c.warm(c.addServer(coldSpeed))
+			c.update()
+		}
+	})
+}
+
+const coldSpeed = 0.2
+
+// warm brings a cold server up to speed 1 in 5 s.
+func (c *cluster) warm(s *server) {
+	const steps = 50
+	for i := range steps {
+		c.after(time.Duration(i+1)*5*time.Second/steps, func() {
+			s.setSpeed(coldSpeed + (1-coldSpeed)*float64(i+1)/steps)
+		})
+	}
+}
+
+// failing makes one server fail for 10 s of every 20.
+func (s *Scenario) failing(how behaviour) {
+	s.Load = 0.6
+	s.Period = 20 * time.Second
+	s.faults = func(c *cluster) {
+		c.every(s.Period, func() {
+			srv := c.some(1)[0]
+			srv.behaviour = how
+			c.after(10*time.Second, func() { srv.behaviour = answers })
+		})
+	}
+}
+
+// surge doubles the rate for 300 ms of every 3 s.
+func surge(c *cluster) {
+	normal := c.scenario.rate()
+	c.every(3*time.Second, func() {
+		c.setRate(2 * normal)
+		c.after(300*time.Millisecond, func() { c.setRate(normal) })
+	})
+}

@@ -1,0 +1,383 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package sim
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// Options are what a run has besides its scenario and its policy.
+type Options struct {
+	// Calls is the number of measured calls, at least 1. A scenario whose faults
+	// come periodically is measured for whole periods, which makes it more.
+	Calls int
+	// Seed determines the run. Runs of one scenario with one seed have the same
+	// arrivals, the same work in each call and the same faults, whatever the
+	// policy.
+	Seed uint64
+
+	// span, if not 0, is how long calls are measured, however many they are.
+	span time.Duration
+	// observe, if not nil, is told of each call when it is sent, warm-up included.
+	observe func(now time.Duration, s *server)
+}
+
+// Result is what the measured calls of a run met with.
+type Result struct {
+	Calls   int // measured
+	Failed  int // of these, answered with an error; they have no latency
+	Expired int // of these, given up at the deadline, which is their latency
+
+	// Elapsed is the time in which they were sent.
+	Elapsed time.Duration
+
+	latencies []int64 // sorted
+}
+
+// Percentile returns the latency that the share p of the calls did not exceed,
+// p from 0 to 1. It is exact. It returns 0 if there was no call with a latency.
+func (r *Result) Percentile(p float64) time.Duration {
+	if len(r.latencies) == 0 {
+		return 0
+	}
+	i := int(math.Ceil(p*float64(len(r.latencies)))) - 1
+	return time.Duration(r.latencies[min(max(i, 0), len(r.latencies)-1)])
+}
+
+// Mean returns the mean latency.
+func (r *Result) Mean() time.Duration {
+	var sum float64
+	for _, l := range r.latencies {
+		sum += float64(l)
+	}
+	return time.Duration(sum / float64(max(len(r.latencies), 1)))
+}
+
+// Run simulates the scenario under the policy.
+func Run(s Scenario, p Policy, o Options) (*Result, error) {
+	if o.Calls < 1 && o.span == 0 {
+		return nil, fmt.Errorf("sim: Options.Calls: %d, must be at least 1", o.Calls)
+	}
+	if err := s.validate(); err != nil {
+		return nil, err
+	}
+	c := newCluster(s, o)
+	defer c.close()
+	if err := c.start(p); err != nil {
+		return nil, fmt.Errorf("sim: %s under %s: %w", s.Name, p.Name, err)
+	}
+	if err := c.run(); err != nil {
+		return nil, fmt.Errorf("sim: %s under %s: %w", s.Name, p.Name, err)
+	}
+	c.result.Elapsed = time.Duration(c.end - c.begin)
+	slices.Sort(c.result.latencies)
+	return &c.result, nil
+}
+
+// cluster is a run: the servers, the clients, the calls between them, and the
+// clock. A single goroutine uses it.
+type cluster struct {
+	scenario Scenario
+	options  Options
+	now      int64
+	agenda   agenda
+	err      error // ends the run
+
+	// Streams of random numbers apart, so that what a policy draws changes
+	// neither the calls nor the faults.
+	calls, faults, choice *rand.Rand
+
+	servers []*server          // those that are listed, the oldest first
+	byAddr  map[string]*server // those that ever were
+	clients []*client
+	expiry  fifo[expiry] // the deadlines of the calls in flight, in order
+	idle    []*call      // to be used again
+	callID  uint64
+
+	rate    float64 // arrivals per nanosecond, of an open loop
+	arrival uint64  // the number of the valid arrival event
+
+	sent     int   // calls so far
+	begin    int64 // when calls begin to be measured
+	end      int64 // and when no more are; math.MaxInt64 while not known
+	measured int   // measured calls in flight
+	result   Result
+}
+
+// client is a client with a policy of its own. The oracle is one for all.
+type client struct{ chooser }
+
+// expiry is the time at which a client gives a call up.
+type expiry struct {
+	at   int64
+	call *call
+	id   uint64
+}
+
+// call is a call from its beginning until neither the client nor a server knows
+// of it any more. One whose reply arrives is used again.
+type call struct {
+	cluster *cluster
+	id      uint64
+	client  *client
+	server  *server
+	sentAt  int64
+	there   int64   // time on the network to the server
+	back    int64   // and from it
+	work    float64 // nanoseconds at speed 1
+	coin    bool    // decides for a server that fails half of its calls
+	doneAt  float64 // reading of the server's clock at which it is done
+
+	measured bool
+	arrived  bool // at the server
+	failed   bool // by the server
+	lost     bool // there will be no reply
+	over     bool // for the client
+	done     doneFunc
+}
+
+func newCluster(s Scenario, o Options) *cluster {
+	stream := func(n uint64) *rand.Rand { return rand.New(rand.NewPCG(o.Seed, n)) }
+	c := &cluster{
+		scenario: s,
+		options:  o,
+		calls:    stream(1),
+		faults:   stream(2),
+		choice:   stream(3),
+		byAddr:   make(map[string]*server),
+		begin:    int64(s.WarmUp),
+		end:      math.MaxInt64,
+	}
+	if s.law == nil {
+		c.scenario.law = lognormal
+	}
+	for i := range s.Servers {
+		speed := 1.0
+		if len(s.Speeds) > 0 {
+			speed = s.Speeds[i%len(s.Speeds)]
+		}
+		c.addServer(speed)
+	}
+	return c
+}
+
+// addServer makes a server and lists it. The clients hear of it at their next
+// update.
+func (c *cluster) addServer(speed float64) *server {
+	s := &server{
+		cluster: c,
+		addr:    fmt.Sprintf("server-%d", len(c.byAddr)),
+		workers: c.scenario.Workers,
+		sharing: c.scenario.Sharing,
+		speed:   speed,
+		clockAt: c.now,
+		free:    make([]float64, c.scenario.Workers),
+	}
+	c.servers = append(c.servers, s)
+	c.byAddr[s.addr] = s
+	return s
+}
+
+// removeOldest takes the oldest server off the list. It finishes what it has.
+func (c *cluster) removeOldest() { c.servers = slices.Delete(c.servers, 0, 1) }
+
+// update tells the clients which servers are listed. Between two updates at most
+// one should leave: a policy may take leave of several in any order, and the run
+// would depend on it.
+func (c *cluster) update() {
+	for _, cl := range c.clients {
+		if err := cl.update(); err != nil && c.err == nil {
+			c.err = err
+		}
+	}
+}
+
+// after schedules f.
+func (c *cluster) after(d time.Duration, f func()) { c.agenda.add(c.now+int64(d), action(f)) }
+
+// start makes the clients, and schedules the faults and the first calls.
+func (c *cluster) start(p Policy) error {
+	shared := &oracle{cluster: c}
+	for range c.scenario.Clients {
+		if p.Balancer == "" {
+			c.clients = append(c.clients, &client{shared})
+			continue
+		}
+		b, err := newBalanced(c, p)
+		if err != nil {
+			return err
+		}
+		c.clients = append(c.clients, &client{b})
+	}
+	if c.scenario.faults != nil {
+		c.scenario.faults(c)
+	}
+	if c.options.span > 0 {
+		c.end = c.begin + int64(c.options.span)
+	}
+	if n := c.scenario.InFlight; n > 0 {
+		for i := range n {
+			c.send(c.clients[i%len(c.clients)])
+		}
+		return nil
+	}
+	c.setRate(c.scenario.rate())
+	if c.options.span > 0 {
+		return nil
+	}
+	span := float64(c.options.Calls) / c.rate
+	if period := float64(c.scenario.Period); period > 0 {
+		span = math.Ceil(span/period) * period
+	}
+	c.end = c.begin + int64(span)
+	return nil
+}
+
+func (c *cluster) close() {
+	for _, cl := range c.clients {
+		cl.close()
+	}
+}
+
+// run lets time pass until the last measured call is over.
+func (c *cluster) run() error {
+	for c.err == nil && (c.now < c.end || c.measured > 0) {
+		switch {
+		case c.expiry.len() > 0 && (c.agenda.len() == 0 || c.expiry.front().at <= c.agenda.next().at):
+			e := c.expiry.pop()
+			if e.call.id == e.id && !e.call.over {
+				c.now = e.at
+				e.call.finish(errDeadline)
+			}
+		case c.agenda.len() > 0:
+			e := c.agenda.pop()
+			c.now = e.at
+			e.fire(e.number)
+		default:
+			return errors.New("all calls wait for ever: they need a deadline")
+		}
+	}
+	return c.err
+}
+
+// setRate changes the rate of an open loop. Waiting for the next arrival begins
+// anew, which is the same for an exponential law.
+func (c *cluster) setRate(perNanosecond float64) {
+	c.rate = perNanosecond
+	c.arrival = c.agenda.add(c.now+c.exponential(1/c.rate), c)
+}
+
+// fire is the next arrival of an open loop.
+func (c *cluster) fire(number uint64) {
+	if number != c.arrival {
+		return
+	}
+	cl := c.clients[c.calls.IntN(len(c.clients))]
+	c.arrival = c.agenda.add(c.now+c.exponential(1/c.rate), c)
+	c.send(cl)
+}
+
+func (c *cluster) exponential(mean float64) int64 {
+	return int64(math.Round(c.calls.ExpFloat64() * mean))
+}
+
+// send begins a call.
+func (c *cluster) send(cl *client) {
+	var k *call
+	if n := len(c.idle); n > 0 {
+		k = c.idle[n-1]
+		c.idle = c.idle[:n-1]
+	} else {
+		k = &call{}
+	}
+	c.callID++
+	*k = call{cluster: c, id: c.callID, client: cl, sentAt: c.now}
+	sc := &c.scenario
+	k.work = sc.law(c.calls) * float64(sc.Mean)
+	k.there = int64(sc.Network) + c.exponential(float64(sc.Jitter))
+	k.back = int64(sc.Network) + c.exponential(float64(sc.Jitter))
+	k.coin = c.calls.Uint64()&1 == 0
+
+	c.sent++
+	if sc.WarmUpCalls > 0 && c.sent == sc.WarmUpCalls {
+		c.begin = min(c.begin, c.now)
+	}
+	if k.measured = c.now >= c.begin && c.now < c.end; k.measured {
+		c.measured++
+		c.result.Calls++
+		if sc.InFlight > 0 && c.options.span == 0 && c.result.Calls == c.options.Calls {
+			c.end = c.now
+		}
+	}
+
+	s, err := cl.choose(k)
+	if err != nil {
+		c.err = err
+		return
+	}
+	k.server = s
+	s.onWire++
+	if c.options.observe != nil {
+		c.options.observe(time.Duration(c.now), s)
+	}
+	c.agenda.add(c.now+k.there, k)
+	if sc.Deadline > 0 {
+		c.expiry.push(expiry{c.now + int64(sc.Deadline), k, k.id})
+	}
+}
+
+// fire is the call's arrival at the server, or that of the reply at the client.
+func (k *call) fire(uint64) {
+	if !k.arrived {
+		k.arrived = true
+		k.server.receive(k)
+		return
+	}
+	switch {
+	case k.over:
+	case k.failed:
+		k.finish(errUnavailable)
+	default:
+		k.finish(nil)
+	}
+	k.cluster.idle = append(k.cluster.idle, k)
+}
+
+// reply sends the reply off.
+func (k *call) reply() { k.cluster.agenda.add(k.cluster.now+k.back, k) }
+
+// What a policy gets to see of calls that fail.
+var (
+	errUnavailable = status.Error(codes.Unavailable, "the server fails at once")
+	errDeadline    = status.Error(codes.DeadlineExceeded, "the client gave up")
+)
+
+// finish ends the call for the client.
+func (k *call) finish(err error) {
+	c := k.cluster
+	k.over = true
+	k.client.finished(k, err)
+	if k.measured {
+		c.measured--
+		if k.failed && err != errDeadline {
+			c.result.Failed++
+		} else {
+			c.result.latencies = append(c.result.latencies, c.now-k.sentAt)
+		}
+		if err == errDeadline {
+			c.result.Expired++
+		}
+	}
+	if c.scenario.InFlight > 0 {
+		c.send(k.client)
+	}
+}

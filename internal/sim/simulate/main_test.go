@@ -1,0 +1,54 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"io"
+	"regexp"
+	"strings"
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"github.com/belfry-go/belfry/internal/sim"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestTableHasARowPerScenarioAndAColumnPerPolicy(t *testing.T) {
+	args := []string{"-scenarios", "^homogeneous", "-policies", "oracle,default,random", "-calls", "100", "-warmup", "100ms", "-runs", "2", "-parallel", "2"}
+	var out strings.Builder
+	if err := run(args, &out, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	number := `\d+\.\d / \d+\.\d`
+	ratio := number + ` \(\d+\.\d\d\)`
+	want := regexp.MustCompile(`^\| p99 .* \| oracle \| default \| random \|
+\| --- \| --- \| --- \| --- \|
+\| homogeneous 70 % \| ` + number + ` \| ` + ratio + ` \| ` + ratio + ` \|
+\| homogeneous 90 % \| ` + number + ` \| ` + ratio + ` \| ` + ratio + ` \|
+$`)
+	if got := out.String(); !want.MatchString(got) {
+		t.Errorf("table is\n%s, want it to match\n%s", got, want)
+	}
+}
+
+func TestFailedCallsAreInTheTable(t *testing.T) {
+	c := cell{results: []*sim.Result{{Calls: 200, Failed: 1}, {Calls: 200, Failed: 3}, {Calls: 200, Failed: 5}}}
+	if got, want := c.format(&c), "0.0 / 0.0 1.50 % failed"; got != want {
+		t.Errorf("cell is %q, want %q", got, want)
+	}
+}
+
+func TestBadFlagsAreErrorsThatNameTheFlag(t *testing.T) {
+	for _, c := range []struct{ flag, value string }{
+		{"calls", "0"}, {"runs", "-1"}, {"warmup", "-1s"}, {"parallel", "0"},
+		{"scenarios", "("}, {"scenarios", "no such"}, {"policies", "oracle,nosuch"}, {"seed", "x"},
+	} {
+		err := run([]string{"-" + c.flag, c.value}, io.Discard, io.Discard)
+		if err == nil || !strings.Contains(err.Error(), "-"+c.flag) {
+			t.Errorf("-%s %s: error is %v, want one that names the flag", c.flag, c.value, err)
+		}
+	}
+}
