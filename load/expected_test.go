@@ -211,14 +211,16 @@ func TestExpectedLatencyIsTheFormula(t *testing.T) {
 func TestExpectedLatencyBoundsAgesByGeneration(t *testing.T) {
 	r := newRand(t)
 	for _, limit := range []float64{1, 3, 20} {
-		c := DefaultExpectedLatencyConfig()
-		c.AgeLimit, c.QueueExponent = limit, 0
-		compare(t, r, c, func() (Instant, Outcome) {
-			if r.IntN(3) > 0 {
-				return 10 * ms, Completed
-			}
-			return interval(r, 20*time.Millisecond, 3*time.Second), Cancelled
-		}, false, 4.0/3)
+		for _, theta := range []float64{0, 0.5} {
+			c := DefaultExpectedLatencyConfig()
+			c.AgeLimit, c.QueueExponent = limit, theta
+			compare(t, r, c, func() (Instant, Outcome) {
+				if r.IntN(3) > 0 {
+					return 10 * ms, Completed
+				}
+				return interval(r, 20*time.Millisecond, 3*time.Second), Cancelled
+			}, false, 4.0/3)
+		}
 	}
 }
 

@@ -385,6 +385,27 @@ func TestFailingAtOnceNeverLooksFast(t *testing.T) {
 	}
 }
 
+// What a failure is charged follows from what endpoints cost. If the charges
+// counted among those costs, each would raise the next.
+func TestChargesForFailuresDoNotFeedOnThemselves(t *testing.T) {
+	for _, metric := range []Metric{
+		must(NewPeakEWMA(PeakEWMAConfig{Decay: 10 * time.Second, DefaultRTT: 1, FailurePenalty: 10})),
+		must(NewExpectedLatency(DefaultExpectedLatencyConfig())),
+	} {
+		m := metric.NewMeter()
+		var now Instant
+		for range 300 {
+			run(m, now, 10*time.Millisecond, Completed)
+			now += 10 * ms
+			run(m, now, time.Microsecond, Failed)
+			now += ms
+		}
+		if got, limit := m.Load(now), 10*10e6*1.1; got > limit {
+			t.Errorf("%T: load after 300 failures among latencies of 10ms is %v, want at most %v", metric, time.Duration(got), time.Duration(limit))
+		}
+	}
+}
+
 func TestDeadlineExceededCountsAtLeastTheTimeWaited(t *testing.T) {
 	for _, metric := range []Metric{
 		must(NewPeakEWMA(DefaultPeakEWMAConfig())),

@@ -691,10 +691,10 @@ func TestWireABlackHoleGetsAlmostNothing(t *testing.T) {
 	wg.Wait()
 	got := w.servers[0].Stats().Started - before
 	t.Logf("the black hole got %d of %d calls", got, calls)
-	// A fair share is 500. In 40 runs XX; a busy machine makes the others look slow
-	// too.
-	if got > 100 {
-		t.Errorf("the black hole got %d of %d calls, want at most 100", got, calls)
+	// A fair share is 500. In 40 runs it got 3 to 7; a busy machine makes the others
+	// look slow too.
+	if got > 50 {
+		t.Errorf("the black hole got %d of %d calls, want at most 50", got, calls)
 	}
 	w.wantRest(calls)
 }
