@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+
+	"github.com/belfry-go/belfry/internal/message"
 )
 
 // A Releaser takes back what a gate took for a call. Its dynamic type must be
@@ -59,6 +61,7 @@ type Call struct {
 
 	// What became of it.
 	stream grpc.ClientStream
+	kept   kept
 	sent   bool  // The innermost Next was reached.
 	failed error // Of a fork: how it ended.
 
@@ -304,7 +307,7 @@ func (c *Call) Origin() Origin {
 func (o *Origin) Fork() *Call {
 	f := o.fork()
 	f.attempt = int(f.root.attempts.Add(1))
-	f.reply = newLike(o.reply)
+	f.reply = message.NewLike(o.reply)
 	f.outs, f.opts = redirect(o.opts)
 	return f
 }
@@ -332,7 +335,7 @@ func (o *Origin) fork() *Call {
 // with the call.
 func (c *Call) Detach() *Call {
 	f := c.detach()
-	f.reply = newLike(c.reply)
+	f.reply = message.NewLike(c.reply)
 	f.outs, f.opts = redirect(c.opts)
 	return f
 }
@@ -372,7 +375,7 @@ func (c *Call) Retain() { c.root.forked.Store(true) }
 // called as soon as the layer has settled on f, also while it runs.
 func (c *Call) Adopt(f *Call) {
 	if f.kind == Unary && f.failed == nil && f.sent {
-		copyInto(c.reply, f.reply)
+		message.CopyInto(c.reply, f.reply)
 	}
 	f.outs.adopt()
 }

@@ -23,6 +23,18 @@ func WithWait(w Wait) grpc.CallOption {
 	return waitOption{w: w}
 }
 
+// WaitOf returns the Wait that [WithWait] options among opts allow together, and
+// Forever without one: for a connection of yours that has something to wait for.
+func WaitOf(opts []grpc.CallOption) Wait {
+	w := Forever
+	for _, o := range opts {
+		if o, ok := o.(waitOption); ok {
+			w = min(w, o.w)
+		}
+	}
+	return w
+}
+
 type waitOption struct {
 	grpc.EmptyCallOption
 	w Wait

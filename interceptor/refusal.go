@@ -38,7 +38,7 @@ const (
 	ReasonDrain       Reason = "DRAIN"        // UNAVAILABLE: the stack is draining
 	ReasonDeadline    Reason = "DEADLINE"     // DEADLINE_EXCEEDED: the named layer's, or the caller's
 	ReasonCancelled   Reason = "CANCELLED"    // CANCELLED: the caller gave up while waiting
-	ReasonFilter      Reason = "FILTER"       // PERMISSION_DENIED
+	ReasonFilter      Reason = "FILTER"       // PERMISSION_DENIED, or what the predicate says
 	ReasonBudget      Reason = "BUDGET"       // the server's last error
 )
 
@@ -158,7 +158,8 @@ func (r *Refusal) Error() string {
 func (r *Refusal) Unwrap() error { return r.Err }
 
 // GRPCStatus returns r as a status. For an exhausted budget that is the status
-// of the server's error, unchanged.
+// of the server's error, unchanged. For a filter without a Code whose predicate's
+// error has a status it is that one, with the ErrorInfo added.
 func (r *Refusal) GRPCStatus() *status.Status {
 	if st := r.status.Load(); st != nil {
 		return st
@@ -185,6 +186,12 @@ func (r *Refusal) buildStatus() *status.Status {
 		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(r.RetryAfter)})
 	}
 	st := status.New(code, r.Error())
+	if r.Reason == ReasonFilter && r.Code == codes.OK {
+		// A predicate that has a status of its own means it to be seen.
+		if own, ok := status.FromError(r.Err); ok && own.Code() != codes.OK {
+			st = own
+		}
+	}
 	if with, err := st.WithDetails(details...); err == nil {
 		st = with // It fails only on strings that are not UTF-8; the status stands without details then.
 	}

@@ -4,52 +4,12 @@
 package interceptor
 
 import (
-	"reflect"
 	"sync"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
-	"google.golang.org/protobuf/proto"
 )
-
-// newLike returns a new, empty message of m's type: a reply for an attempt of its
-// own. m is a protocol buffer message, or whatever the call's codec can fill,
-// which is a pointer or a map.
-func newLike(m any) any {
-	if p, ok := m.(proto.Message); ok {
-		return p.ProtoReflect().New().Interface()
-	}
-	v := reflect.ValueOf(m)
-	switch v.Kind() {
-	case reflect.Pointer:
-		return reflect.New(v.Type().Elem()).Interface()
-	case reflect.Map:
-		return reflect.MakeMap(v.Type()).Interface()
-	}
-	return m // Nothing that a codec could write to.
-}
-
-// copyInto makes dst equal to src, which is of the same type and not used again.
-func copyInto(dst, src any) {
-	if p, ok := dst.(proto.Message); ok {
-		proto.Reset(p)
-		proto.Merge(p, src.(proto.Message))
-		return
-	}
-	d, s := reflect.ValueOf(dst), reflect.ValueOf(src)
-	switch d.Kind() {
-	case reflect.Pointer:
-		if !d.IsNil() {
-			d.Elem().Set(s.Elem())
-		}
-	case reflect.Map:
-		d.Clear()
-		for it := s.MapRange(); it.Next(); {
-			d.SetMapIndex(it.Key(), it.Value())
-		}
-	}
-}
 
 // outs is where an attempt writes what the caller asked for by Header, Trailer
 // and Peer options. If the attempt is adopted it is copied to the caller's
@@ -138,3 +98,35 @@ func (o *outs) copyLocked() {
 		}
 	}
 }
+
+// kept is where a unary attempt leaves its trailer for a layer ([Call.KeepTrailer]).
+// It lives in the Call, so that asking for a trailer costs no allocation.
+type kept struct {
+	md   metadata.MD
+	on   bool
+	opts [6]grpc.CallOption // Room for the options with one more.
+}
+
+// KeepTrailer asks for the trailer of a unary attempt, for a layer that obeys
+// what a server says in it. It is called before the call is passed on, after
+// Origin, so that forks do not share it; [Call.Trailer] returns the trailer
+// afterwards. It does nothing for a stream, which has a Trailer of its own.
+func (c *Call) KeepTrailer() {
+	k := &c.kept
+	k.md = nil
+	if k.on || c.kind != Unary {
+		return
+	}
+	k.on = true
+	c.opts = append(append(k.opts[:0], c.opts...), grpc.Trailer(&k.md))
+}
+
+// Trailer returns the trailer of a unary attempt that has ended, if
+// [Call.KeepTrailer] was called before it began; otherwise, or if the server
+// sent none, nil.
+func (c *Call) Trailer() metadata.MD { return c.kept.md }
+
+// Balanced reports whether a picker may choose the endpoint of the attempt,
+// which is so for every connection. It is not for an interceptor that was given
+// none, as in a test; a layer then need not say for the picker what it knows.
+func (c *Call) Balanced() bool { return c.cc != nil || c.conn != nil }

@@ -43,6 +43,22 @@ type program struct {
 	boundaries int // Layers in the call path; boundary i is inside the i-th, counted from 1.
 	obs        Observer
 	calls      sync.Pool // *Call of unary calls
+
+	// choose and lists are set instead of all but stack and layers if the program
+	// depends on the method.
+	choose func(method string) int
+	lists  []*program // The last one has no layers.
+}
+
+// of returns the program for a method.
+func (p *program) of(method string) *program {
+	if p.choose == nil {
+		return p
+	}
+	if i := p.choose(method); i >= 0 && i < len(p.lists)-1 {
+		return p.lists[i]
+	}
+	return p.lists[len(p.lists)-1]
 }
 
 // NewStack compiles layers, the first outermost. It fails if a layer is nil, if
@@ -63,20 +79,57 @@ func NewStack(layers ...Layer) (*Stack, error) {
 // nothing has changed. What layers know is theirs: a layer value in both the old
 // and the new list keeps its state.
 func (s *Stack) Replace(layers ...Layer) error {
+	p, err := s.compile(layers)
+	if err != nil {
+		return err
+	}
+	s.prog.Store(p)
+	return nil
+}
+
+// ReplaceByMethod is [Stack.Replace] with several lists of layers, of which each
+// call goes through one: the one whose index choose returns for its method, or
+// none if there is no such list. choose is called once for each call,
+// concurrently. The same layer value may stand in several lists, whose calls it
+// then sees all.
+func (s *Stack) ReplaceByMethod(choose func(method string) int, lists ...[]Layer) error {
+	if choose == nil {
+		return errors.New("interceptor: ReplaceByMethod: choose is nil")
+	}
+	p := &program{stack: s, choose: choose}
+	for i, layers := range lists {
+		q, err := s.compile(layers)
+		if err != nil {
+			return fmt.Errorf("%w (of list %d)", err, i)
+		}
+		p.lists = append(p.lists, q)
+		p.layers = append(p.layers, q.layers...)
+	}
+	none, err := s.compile(nil)
+	if err != nil {
+		return err
+	}
+	p.lists = append(p.lists, none)
+	s.prog.Store(p)
+	return nil
+}
+
+// compile compiles layers.
+func (s *Stack) compile(layers []Layer) (*program, error) {
 	p := &program{stack: s}
 	for i, l := range layers {
 		if isNil(l) {
-			return fmt.Errorf("interceptor: layer %d is nil", i)
+			return nil, fmt.Errorf("interceptor: layer %d is nil", i)
 		}
 		switch l := l.(type) {
 		case off:
 			continue
 		case *observe:
 			if isNil(l.o) {
-				return fmt.Errorf("interceptor: layer %d: Observe: the observer is nil", i)
+				return nil, fmt.Errorf("interceptor: layer %d: Observe: the observer is nil", i)
 			}
 			if p.obs != nil {
-				return fmt.Errorf("interceptor: layer %d: a stack has one observer, this is the second", i)
+				return nil, fmt.Errorf("interceptor: layer %d: a stack has one observer, this is the second", i)
 			}
 			p.obs = l.o
 		}
@@ -85,12 +138,12 @@ func (s *Stack) Replace(layers ...Layer) error {
 	for i, l := range p.layers {
 		for j, m := range p.layers[:i] {
 			if same(l, m) {
-				return fmt.Errorf("interceptor: layer %d (%s) is the same value as layer %d: each call would take from it twice", i, nameOf(l), j)
+				return nil, fmt.Errorf("interceptor: layer %d (%s) is the same value as layer %d: each call would take from it twice", i, nameOf(l), j)
 			}
 		}
 		if v, ok := l.(Validator); ok {
 			if err := v.Validate(p.layers[i+1:]); err != nil {
-				return fmt.Errorf("interceptor: layer %d (%s): %w", i, nameOf(l), err)
+				return nil, fmt.Errorf("interceptor: layer %d (%s): %w", i, nameOf(l), err)
 			}
 		}
 		if !isGateOnly(l) {
@@ -108,10 +161,10 @@ func (s *Stack) Replace(layers ...Layer) error {
 			id--
 		}
 		if p.gate = l.WrapGate(gate); isNil(p.gate) {
-			return fmt.Errorf("interceptor: layer %d (%s): WrapGate returned nil", i, nameOf(l))
+			return nil, fmt.Errorf("interceptor: layer %d (%s): WrapGate returned nil", i, nameOf(l))
 		}
 		if p.next = l.WrapCall(next, gate); p.next == nil {
-			return fmt.Errorf("interceptor: layer %d (%s): WrapCall returned nil", i, nameOf(l))
+			return nil, fmt.Errorf("interceptor: layer %d (%s): WrapCall returned nil", i, nameOf(l))
 		}
 	}
 	p.calls.New = func() any {
@@ -120,8 +173,7 @@ func (s *Stack) Replace(layers ...Layer) error {
 		c.tickets = c.inline[:0]
 		return c
 	}
-	s.prog.Store(p)
-	return nil
+	return p, nil
 }
 
 // isNil reports whether v is nil or a nil pointer, map, func or the like in an interface.
@@ -221,17 +273,30 @@ func (w *wrapped) NewStream(ctx context.Context, desc *grpc.StreamDesc, method s
 	return w.stack.open(ctx, desc, method, target{conn: w.conn}, opts)
 }
 
-// String prints the order of the layers, the outermost first.
+// String prints the order of the layers, the outermost first; of several lists
+// ([Stack.ReplaceByMethod]) each.
 func (s *Stack) String() string {
-	layers := s.prog.Load().layers
-	names := make([]string, len(layers))
-	for i, l := range layers {
+	p := s.prog.Load()
+	if p.choose == nil {
+		return p.String()
+	}
+	lists := make([]string, len(p.lists)-1)
+	for i := range lists {
+		lists[i] = p.lists[i].String()
+	}
+	return strings.Join(lists, " | ")
+}
+
+func (p *program) String() string {
+	names := make([]string, len(p.layers))
+	for i, l := range p.layers {
 		names[i] = nameOf(l)
 	}
 	return "[" + strings.Join(names, " > ") + "]"
 }
 
-// Layers returns the layers of the stack, the outermost first. Layers that are
+// Layers returns the layers of the stack, the outermost first, and those of
+// several lists ([Stack.ReplaceByMethod]) one after the other. Layers that are
 // off are not among them.
 func (s *Stack) Layers() []Layer {
 	return append([]Layer(nil), s.prog.Load().layers...)
@@ -326,11 +391,14 @@ func (p *program) recycle(c *Call) {
 	c.method, c.req, c.reply, c.opts = "", nil, nil, nil
 	c.cc, c.conn, c.invoker, c.streamer = nil, nil, nil, nil
 	c.bound, c.now, c.running, c.sent, c.at = 0, 0, false, false, 0
+	if c.kept.on {
+		c.kept = kept{}
+	}
 	p.calls.Put(c)
 }
 
 func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t target, opts []grpc.CallOption) (err error) {
-	p := s.prog.Load()
+	p := s.prog.Load().of(method)
 	if err := s.begin(); err != nil {
 		p.refused(method, err)
 		return err

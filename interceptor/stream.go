@@ -70,7 +70,7 @@ type streamCall struct {
 }
 
 func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, t target, opts []grpc.CallOption) (_ grpc.ClientStream, err error) {
-	p := s.prog.Load()
+	p := s.prog.Load().of(method)
 	if err := s.begin(); err != nil {
 		p.refused(method, err)
 		return nil, err
@@ -229,7 +229,7 @@ func (s *scope) end(err error, superseded bool) {
 		err = nil
 	}
 	o := outcomeOf(s.ctx, err, sent)
-	if superseded && sent && s.ctx.Err() != context.DeadlineExceeded {
+	if superseded && sent && s.ctx.Err() != context.DeadlineExceeded && !cutShort(s.ctx) {
 		o = Ignored
 		if err == nil {
 			err = errSuperseded

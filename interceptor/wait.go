@@ -169,10 +169,11 @@ func (w Wait) On(ctx context.Context, ready <-chan struct{}) error {
 // or will certainly end first because of its deadline, ctx's error. A gate that
 // took something for the call beforehand gives it back on any error.
 func (w Wait) Sleep(ctx context.Context, i Instant) error {
-	d := i.Sub(Now())
-	if d <= 0 {
+	now := Now()
+	if i <= now {
 		return nil
 	}
+	d := i.Sub(now)
 	if Wait(i) > w {
 		return ErrWaitOver
 	}

@@ -79,28 +79,28 @@ func (c ExpectedLatencyConfig) validate() error {
 
 // ExpectedLatency is what one more attempt to an endpoint is expected to take:
 //
-//			load = L * (q + 1)
-//			L    = (S*f + A + n0*G) / (N*f + n0)
+//	load = L * (q + 1)
+//	L    = (S*f + A + n0*G) / (N*f + n0)
 //
-//		  - q is the number of attempts in flight to the endpoint.
-//		  - S and N are the sum and the number of its latencies. Each latency is
-//		    divided by (pending+1)^theta, the attempts in flight when it began: the
-//		    price of a latency per attempt in flight.
-//		  - A is the sum of the ages of its attempts in flight, each divided alike.
-//		    They have no latency yet, but they took that long already, so an endpoint
-//		    that answers nothing costs more by the moment; nothing has to time out
-//		    first. An age counts up to old times the mean latency,
-//	    undivided.
-//		  - G is the mean of the divided latencies over all endpoints of the channel,
-//		    a moving mean of at most 200 samples. A newcomer costs what the average
-//		    endpoint does, so it is neither flooded nor starved.
-//		  - f forgets: exp(-t/tau - c/(ticks*n)), t after and c samples of the whole
-//		    channel after the endpoint's last sample, with n endpoints. At each sample
-//		    S and N are multiplied by f*(1-1/keep). An endpoint that is not heard of
-//		    drifts back to the average and is tried again.
+//   - q is the number of attempts in flight to the endpoint.
+//   - S and N are the sum and the number of its latencies. Each latency is
+//     divided by (pending+1)^theta, the attempts in flight when it began: the
+//     price of a latency per attempt in flight.
+//   - A is the sum of the ages of its attempts in flight, each divided alike.
+//     They have no latency yet, but they took that long already, so an endpoint
+//     that answers nothing costs more by the moment; nothing has to time out
+//     first. An age counts up to old times the mean latency, the undivided one.
+//   - G is the mean of the divided latencies over all endpoints of the channel,
+//     a moving mean of at most 200 samples. A newcomer costs what the average
+//     endpoint does, so it is neither flooded nor starved.
+//   - f forgets: exp(-t/tau - c/(ticks*n)), t after and c samples of the whole
+//     channel after the endpoint's last sample, with n endpoints. At each sample
+//     S and N are multiplied by f*(1-1/keep). An endpoint that is not heard of
+//     drifts back to the average and is tried again.
 //
-// A failure counts as a latency of at least fail times the cost of an average
-// endpoint. An attempt cancelled by its caller, or never sent, counts as none.
+// A failure counts as a latency of at least fail times what an average endpoint
+// costs, its attempts in flight included. An attempt cancelled by its caller, or
+// never sent, counts as none.
 //
 // L is the posterior mean of an exponential law under a conjugate prior, with
 // right-censored observations. The formula and its constants are belfry's own.

@@ -1,0 +1,269 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package filter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/codeset"
+)
+
+// Config is what can be said of a filter as data. The zero Config is the default.
+type Config struct {
+	// Code is the status code of a rejection whose predicate's error has no status
+	// of its own. Any code of an error; zero means PERMISSION_DENIED. The errors of
+	// package context are DEADLINE_EXCEEDED and CANCELLED, whatever Code is.
+	Code codes.Code
+}
+
+func (c Config) validate() error {
+	if c.Code > codeset.Last {
+		return fmt.Errorf("filter: Code is %v, must be one of gRPC's codes, or 0 for %v", c.Code, codes.PermissionDenied)
+	}
+	return nil
+}
+
+// A Predicate decides over a call: nil lets it pass, an error rejects it. req is
+// the request of a unary call, which c.SetRequest replaces; nil for a stream. The
+// context it returns is the call's from here on, and is derived from ctx; nil
+// leaves it as it is. It must not modify req, which is the caller's, and must not
+// keep c. It is called concurrently.
+type Predicate func(ctx context.Context, c *interceptor.Call, req any) (context.Context, error)
+
+// A MessagePredicate decides over a message that is to be sent on a stream: it
+// returns what to send in its place, nil for m itself, or an error, which ends the
+// stream. It must not modify m. It is called for one message of a stream after
+// the other, and concurrently for different streams.
+type MessagePredicate func(ctx context.Context, method string, m any) (any, error)
+
+// core is what both forms share.
+type core struct {
+	name   string
+	config atomic.Pointer[Config]
+	last   atomic.Pointer[rejection]
+}
+
+// A rejection is a refusal and what it was made from.
+type rejection struct {
+	err     error
+	code    codes.Code
+	refusal *interceptor.Refusal
+}
+
+// Update replaces the config while calls run. A bad config changes nothing. It may
+// be called concurrently.
+func (f *core) Update(config Config) error {
+	if err := config.validate(); err != nil {
+		return err
+	}
+	f.config.Store(&config)
+	return nil
+}
+
+// String returns the layer's name.
+func (f *core) String() string { return f.name }
+
+// refuse makes a refusal of a predicate's error. For an error that is returned
+// again and again, such as a variable, it is made once.
+func (f *core) refuse(ctx context.Context, err error, sent bool) error {
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) && !sent {
+		return interceptor.Ended(ctx, f.name)
+	}
+	code := f.config.Load().Code
+	keep := !sent && reflect.TypeOf(err).Kind() == reflect.Pointer // So that == is safe, and cheap.
+	if keep {
+		if l := f.last.Load(); l != nil && l.err == err && l.code == code {
+			return l.refusal
+		}
+	}
+	if _, ok := interceptor.AsRefusal(err); ok && !sent {
+		return err
+	}
+	r := interceptor.Refuse(f.name, interceptor.ReasonFilter, "rejected").Because(err, sent)
+	if st, ok := status.FromError(err); !ok || st.Code() == codes.OK {
+		r.Code = code
+		switch c := status.FromContextError(err).Code(); {
+		case c != codes.Unknown:
+			r.Code = c
+		case code == codes.OK:
+			r.Code = codes.PermissionDenied
+		}
+	}
+	if keep {
+		f.last.Store(&rejection{err, code, r})
+	}
+	return r
+}
+
+// A Filter is the layer of the call path. It may stand in any number of stacks.
+type Filter struct {
+	interceptor.CallOnly
+	core
+	predicate Predicate
+	messages  MessagePredicate
+}
+
+// An Option configures what is not data.
+type Option func(*options)
+
+type options struct {
+	name     string
+	messages MessagePredicate
+}
+
+// WithName sets the name of the layer in refusals and in the stack's String; by
+// default "filter". It tells several filters apart.
+func WithName(name string) Option { return func(o *options) { o.name = name } }
+
+// WithMessages has p decide over each message that is sent on a stream. If it
+// rejects one, SendMsg returns the refusal, and so does RecvMsg from then on; the
+// stream is cancelled. It costs a context for each stream. It is for a [Filter];
+// a [Gate] sees no messages.
+func WithMessages(p MessagePredicate) Option { return func(o *options) { o.messages = p } }
+
+// New returns a Filter. An error names the field, its value and the rule.
+func New(config Config, predicate Predicate, opts ...Option) (*Filter, error) {
+	o := options{name: "filter"}
+	for _, opt := range opts {
+		opt(&o)
+	}
+	if predicate == nil {
+		return nil, errors.New("filter: predicate is nil, must be a function")
+	}
+	f := &Filter{predicate: predicate, messages: o.messages}
+	f.name = o.name
+	if err := f.Update(config); err != nil {
+		return nil, err
+	}
+	return f, nil
+}
+
+// WrapCall returns the call path.
+func (f *Filter) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) error {
+		changed, err := f.predicate(ctx, c, c.Request())
+		if err != nil {
+			return f.refuse(ctx, err, false)
+		}
+		if changed != nil {
+			ctx = changed
+		}
+		if f.messages == nil || c.Kind() == interceptor.Unary {
+			return next(ctx, c)
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		if err := next(ctx, c); err != nil {
+			cancel()
+			return err
+		}
+		c.SetStream(&stream{
+			ClientStream: c.Stream(), filter: f, ctx: ctx, cancel: cancel, method: c.Method(), single: !c.Desc().ServerStreams,
+		})
+		return nil
+	}
+}
+
+// stream is a stream whose messages are filtered.
+type stream struct {
+	grpc.ClientStream
+	filter   *Filter
+	ctx      context.Context
+	cancel   context.CancelFunc
+	method   string
+	single   bool                  // The server sends one message.
+	rejected atomic.Pointer[error] // Set by SendMsg, and read by RecvMsg.
+}
+
+func (s *stream) SendMsg(m any) error {
+	if r := s.rejected.Load(); r != nil {
+		return *r
+	}
+	replaced, err := s.filter.messages(s.ctx, s.method, m)
+	if err != nil {
+		err = s.filter.refuse(s.ctx, err, true)
+		s.rejected.Store(&err)
+		// Without a cause: for the layers inside it is a call that its caller gave up.
+		s.cancel()
+		return err
+	}
+	if replaced != nil {
+		m = replaced
+	}
+	return s.ClientStream.SendMsg(m)
+}
+
+func (s *stream) RecvMsg(m any) error {
+	err := s.ClientStream.RecvMsg(m)
+	if err == nil {
+		if s.single {
+			s.cancel() // The stream has ended.
+		}
+		return nil
+	}
+	s.cancel()
+	if r := s.rejected.Load(); r != nil {
+		return *r
+	}
+	return err
+}
+
+// A Gate is the layer of the admission. It may stand in any number of stacks.
+type Gate struct {
+	interceptor.GateOnly
+	core
+	predicate func(ctx context.Context, c *interceptor.Call, req any) error
+}
+
+// slow is from when on the time of a predicate is waiting.
+const slow = time.Millisecond
+
+// NewGate returns a Gate whose predicate lets a call pass with nil and rejects it
+// with an error. req is the request of a unary call, nil for a stream. The
+// predicate must change neither it nor c, must not keep c, and is called
+// concurrently. What it takes, if that is a millisecond or more, is reported to
+// the observer as waiting. It may take its time also where the call must not wait
+// for capacity. An error names the field, its value and the rule.
+func NewGate(config Config, predicate func(ctx context.Context, c *interceptor.Call, req any) error, opts ...Option) (*Gate, error) {
+	o := options{name: "filter"}
+	for _, opt := range opts {
+		opt(&o)
+	}
+	if predicate == nil {
+		return nil, errors.New("filter: predicate is nil, must be a function")
+	}
+	if o.messages != nil {
+		return nil, errors.New("filter: WithMessages is set, must not be with NewGate, which sees no messages")
+	}
+	g := &Gate{predicate: predicate}
+	g.name = o.name
+	if err := g.Update(config); err != nil {
+		return nil, err
+	}
+	return g, nil
+}
+
+// WrapGate returns the gate.
+func (g *Gate) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		since := interceptor.Now()
+		err := g.predicate(ctx, c, c.Request())
+		if interceptor.Now().Sub(since) >= slow {
+			c.Waited(g.name, since) // The gates inside have to read the clock anew.
+		}
+		if err != nil {
+			return g.refuse(ctx, err, false)
+		}
+		return inner.Admit(ctx, c, w)
+	})
+}

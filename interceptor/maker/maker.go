@@ -1,0 +1,575 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package maker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+)
+
+// ReasonMake is the reason of the refusal of a call whose key or connection could
+// not be made. The refusal wraps the error. Its code is the error's own if that
+// has a gRPC status; otherwise UNAVAILABLE for a connection and INVALID_ARGUMENT
+// for a key. Nothing was sent.
+const ReasonMake interceptor.Reason = "MAKE_FAILED"
+
+// A Conn is a connection that can be closed, such as a *grpc.ClientConn.
+type Conn interface {
+	grpc.ClientConnInterface
+	Close() error
+}
+
+// Config bounds the connections. The zero Config is the default.
+type Config struct {
+	// MaxConns is how many connections there are at most, those included that are
+	// being made or closed. At least 1; zero means 100.
+	MaxConns int
+
+	// IdleTimeout is for how long a connection must not have been used to be closed.
+	// At least 1 ms; zero means 5 minutes; negative is never.
+	IdleTimeout time.Duration
+
+	// MaxWait is for how long a call may wait while all connections are in use. Zero
+	// is no bound but the call's own; negative is not to wait.
+	MaxWait time.Duration
+}
+
+// Defaults of [Config].
+const (
+	DefaultMaxConns    = 100
+	DefaultIdleTimeout = 5 * time.Minute
+)
+
+// withDefaults returns c with its defaults filled in, if it is good.
+func (c Config) withDefaults() (Config, error) {
+	d := c
+	if d.MaxConns == 0 {
+		d.MaxConns = DefaultMaxConns
+	}
+	if d.MaxConns < 1 {
+		return c, fmt.Errorf("maker: MaxConns is %d, must be at least 1, or 0 for %d", c.MaxConns, DefaultMaxConns)
+	}
+	if d.IdleTimeout == 0 {
+		d.IdleTimeout = DefaultIdleTimeout
+	}
+	if d.IdleTimeout > 0 && d.IdleTimeout < time.Millisecond {
+		return c, fmt.Errorf("maker: IdleTimeout is %v, must be at least 1ms, 0 for %v, or negative for never", c.IdleTimeout, DefaultIdleTimeout)
+	}
+	return d, nil
+}
+
+// A KeyFunc says which connection a call belongs to. args is the request of a unary
+// call, and nil for a stream, which has not sent any when it is opened. It is
+// called once for each call, concurrently. An error refuses the call.
+type KeyFunc func(ctx context.Context, method string, args any) (key string, err error)
+
+// A MakeFunc makes the connection of a key. ctx has the values of the call that
+// asked first, but not its deadline: a connection is made for all calls to come,
+// and if those that wait for it give up, the next one finds it made. ctx ends when
+// the Maker is closed, and a MakeFunc must then return. It is called concurrently
+// for different keys. A panic is an error with code INTERNAL.
+type MakeFunc func(ctx context.Context, key string) (Conn, error)
+
+// A Maker is a grpc.ClientConnInterface that makes connections on demand. All its
+// methods may be called concurrently.
+type Maker struct {
+	name string
+	key  KeyFunc
+	make MakeFunc
+
+	full, closedRefusal *interceptor.Refusal
+
+	done chan struct{}  // Closed when Close has done its work.
+	wg   sync.WaitGroup // Goroutines, and the timer while it is armed. Added to with mu held.
+
+	// mu guards the fields below and those of entries. Nothing is locked under it,
+	// and no function of the user's is called.
+	mu      sync.Mutex
+	config  Config
+	entries map[string]*entry
+	closing int         // Of slots, those whose connection is being closed for good.
+	slots   int         // Connections that are made, being made, or being closed.
+	idle    list        // Entries that are not in use, the longest idle first.
+	queue   list        // Entries that have no slot, the first come first.
+	timer   *time.Timer // Closes idle ones; nil if it is not armed.
+	closed  bool
+	errs    []error // Of closing, by Close.
+}
+
+// An entry is the connection of a key, from when the first call asks for it to when
+// it is closed.
+type entry struct {
+	maker   *Maker
+	key     string
+	granted chan struct{} // Closed when it has a slot, or err.
+	made    chan struct{} // Closed when conn or err is set, which do not change after that.
+
+	conn    Conn
+	streams grpc.ClientConnInterface // conn, with a stack that knows the end of streams.
+	err     error
+
+	asked      context.Context    // Of the call that asked first; nil once it is being made.
+	cancel     context.CancelFunc // Of making it; nil before and afterwards.
+	refs       int                // Calls that use it or wait for it, and streams.
+	in         *list              // It is in at most one list.
+	prev, next *entry
+	since      interceptor.Instant // When it became idle.
+}
+
+// An Option configures what is not data.
+type Option func(*Maker)
+
+// WithName sets the name of the Maker in refusals; by default "maker".
+func WithName(name string) Option { return func(m *Maker) { m.name = name } }
+
+// New returns a Maker, which has to be closed. An error names the field, its value
+// and the rule.
+func New(config Config, key KeyFunc, makeConn MakeFunc, opts ...Option) (*Maker, error) {
+	config, err := config.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	if key == nil {
+		return nil, errors.New("maker: key is nil, must be a function")
+	}
+	if makeConn == nil {
+		return nil, errors.New("maker: makeConn is nil, must be a function")
+	}
+	m := &Maker{name: "maker", key: key, make: makeConn, config: config, entries: map[string]*entry{}, done: make(chan struct{})}
+	for _, o := range opts {
+		o(m)
+	}
+	m.full = interceptor.Refuse(m.name, interceptor.ReasonConcurrency, "all connections are in use")
+	m.closedRefusal = interceptor.Refuse(m.name, interceptor.ReasonDrain, "it is closed")
+	return m, nil
+}
+
+// Update replaces the config while calls run. If MaxConns becomes less, idle
+// connections are closed at once, and others when they become idle; if it becomes
+// more, calls that wait go on. A bad config changes nothing.
+func (m *Maker) Update(config Config) error {
+	config, err := config.withDefaults()
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return nil // It has nothing to bound any more.
+	}
+	m.config = config
+	m.grantLocked()
+	for m.slots-m.closing > config.MaxConns && m.idle.first != nil {
+		m.evictLocked(m.idle.first)
+	}
+	m.disarmLocked()
+	m.armLocked()
+	return nil
+}
+
+// Stats are how many connections there are.
+type Stats struct {
+	Conns  int // made, being made or being closed: at most Config.MaxConns
+	Idle   int // of these, the ones that are not in use
+	Queued int // keys that wait for one of the others to become idle
+}
+
+// Stats returns the stats.
+func (m *Maker) Stats() Stats {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return Stats{Conns: m.slots, Idle: m.idle.len, Queued: m.queue.len}
+}
+
+// Invoke makes a unary call on the connection of its key.
+func (m *Maker) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	e, err := m.acquire(ctx, method, args, opts)
+	if err != nil {
+		return err
+	}
+	defer m.release(e)
+	return e.conn.Invoke(ctx, method, args, reply, opts...)
+}
+
+// NewStream opens a stream on the connection of its key. The connection is in use
+// until the stream has ended: until it was read to its end or its context has
+// ended, one of which gRPC requires anyway.
+func (m *Maker) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	e, err := m.acquire(ctx, method, nil, opts)
+	if err != nil {
+		return nil, err
+	}
+	defer m.release(e) // The stream has a reference of its own, see inUse.
+	return e.streams.NewStream(ctx, desc, method, opts...)
+}
+
+// inUse is the layer that keeps a connection while a stream uses it.
+type inUse struct {
+	interceptor.GateOnly
+	entry *entry
+}
+
+func (l *inUse) String() string { return "inuse" }
+
+func (l *inUse) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		l.entry.maker.retain(l.entry)
+		c.Hold(l, 0)
+		return inner.Admit(ctx, c, w)
+	})
+}
+
+// Release is called when the stream has ended.
+func (l *inUse) Release(int64, interceptor.Outcome, error) { l.entry.maker.release(l.entry) }
+
+func (m *Maker) retain(e *entry) {
+	m.mu.Lock()
+	e.refs++ // It is in use already, by the call that opens the stream.
+	m.mu.Unlock()
+}
+
+// refuse is the refusal of a call for which something could not be made.
+func (m *Maker) refuse(what string, err error, code codes.Code) error {
+	r := interceptor.Refuse(m.name, ReasonMake, what).Because(err, false)
+	r.Code = code
+	if st, ok := status.FromError(err); ok && st.Code() != codes.OK {
+		r.Code = st.Code()
+	}
+	return r
+}
+
+// acquire returns the connection of a call, which is then in use until release.
+func (m *Maker) acquire(ctx context.Context, method string, args any, opts []grpc.CallOption) (*entry, error) {
+	key, err := m.key(ctx, method, args)
+	if err != nil {
+		return nil, m.refuse("no key", err, codes.InvalidArgument)
+	}
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return nil, m.closedRefusal
+	}
+	e := m.entries[key]
+	if e == nil {
+		e = m.addLocked(ctx, key)
+	}
+	e.refs++
+	if e.in == &m.idle {
+		m.idle.remove(e)
+	}
+	maxWait := m.config.MaxWait
+	m.mu.Unlock()
+
+	select {
+	case <-e.made: // As it is nearly always.
+	default:
+		if err := m.await(ctx, e, maxWait, opts); err != nil {
+			m.release(e)
+			return nil, err
+		}
+	}
+	if e.err != nil {
+		m.release(e)
+		return nil, e.err
+	}
+	return e, nil
+}
+
+// await waits for a slot and then until the connection is made.
+func (m *Maker) await(ctx context.Context, e *entry, maxWait time.Duration, opts []grpc.CallOption) error {
+	w := interceptor.WaitOf(opts)
+	switch {
+	case maxWait < 0:
+		w = interceptor.None
+	case maxWait > 0:
+		w = w.Narrow(interceptor.For(maxWait))
+	}
+	switch err := w.On(ctx, e.granted); {
+	case err == interceptor.ErrWaitOver:
+		return m.full
+	case err != nil:
+		return interceptor.Ended(ctx, m.name)
+	}
+	select {
+	case <-e.made:
+		return nil
+	case <-ctx.Done():
+		return interceptor.Ended(ctx, m.name)
+	}
+}
+
+// release ends one use of e.
+func (m *Maker) release(e *entry) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e.refs--
+	if e.refs > 0 || m.closed || m.entries[e.key] != e {
+		return
+	}
+	if e.in == &m.queue { // Nobody waits for it any more.
+		m.queue.remove(e)
+		delete(m.entries, e.key)
+		return
+	}
+	if e.conn != nil {
+		m.idleLocked(e)
+	}
+	// Otherwise it is being made, and whoever makes it goes on.
+}
+
+// idleLocked has e, which is made and not in use, wait for calls, or give its slot
+// away. Caller must hold m.mu, and so for all functions whose names end like this.
+func (m *Maker) idleLocked(e *entry) {
+	switch {
+	case m.slots-m.closing > m.config.MaxConns:
+		m.evictLocked(e)
+	case m.queue.first != nil:
+		next := m.queue.first
+		m.queue.remove(next)
+		delete(m.entries, e.key)
+		m.runLocked(next, e.conn)
+	default:
+		e.since = interceptor.Now()
+		m.idle.push(e)
+		m.armLocked()
+	}
+}
+
+// addLocked makes the entry of a key and finds it a slot, or a place in the queue.
+func (m *Maker) addLocked(ctx context.Context, key string) *entry {
+	e := &entry{maker: m, key: key, asked: ctx, granted: make(chan struct{}), made: make(chan struct{})}
+	m.entries[key] = e
+	switch {
+	case m.slots < m.config.MaxConns:
+		m.slots++
+		m.runLocked(e, nil)
+	case m.idle.first != nil:
+		victim := m.idle.first
+		m.idle.remove(victim)
+		delete(m.entries, victim.key)
+		m.runLocked(e, victim.conn)
+	default:
+		m.queue.push(e)
+	}
+	return e
+}
+
+// grantLocked gives free slots to those that wait.
+func (m *Maker) grantLocked() {
+	for m.slots < m.config.MaxConns && m.queue.first != nil {
+		e := m.queue.first
+		m.queue.remove(e)
+		m.slots++
+		m.runLocked(e, nil)
+	}
+}
+
+// runLocked makes the connection of e, which has a slot, after it has closed the
+// one that had the slot before.
+func (m *Maker) runLocked(e *entry, before Conn) {
+	// Without the values of the call for longer than needed.
+	ctx, cancel := context.WithCancel(context.WithoutCancel(e.asked))
+	e.asked, e.cancel = nil, cancel
+	close(e.granted)
+	m.wg.Go(func() {
+		defer cancel()
+		var conn Conn
+		err := error(status.Error(codes.Internal, "make did not return")) // As after runtime.Goexit.
+		defer func() { m.settle(e, conn, err) }()
+		if before != nil {
+			before.Close() // Its calls are over, so there is nobody to tell of an error.
+		}
+		conn, err = m.call(ctx, e.key)
+	})
+}
+
+// call calls make.
+func (m *Maker) call(ctx context.Context, key string) (conn Conn, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = status.Errorf(codes.Internal, "make panicked: %v\n\n%s", v, debug.Stack())
+		}
+	}()
+	conn, err = m.make(ctx, key)
+	if err == nil && conn == nil {
+		err = status.Error(codes.Internal, "make returned neither a connection nor an error")
+	}
+	return conn, err
+}
+
+// settle takes what came of making the connection of e.
+func (m *Maker) settle(e *entry, conn Conn, err error) {
+	var streams grpc.ClientConnInterface
+	if err == nil {
+		var stack *interceptor.Stack
+		if stack, err = interceptor.NewStack(&inUse{entry: e}); err == nil {
+			streams = stack.Wrap(conn)
+		}
+	}
+	m.mu.Lock()
+	e.cancel = nil
+	switch {
+	case m.closed:
+		e.err = m.closedRefusal
+	case err != nil:
+		e.err = m.refuse("no connection for "+e.key, err, codes.Unavailable)
+		delete(m.entries, e.key)
+		m.slots--
+		m.grantLocked()
+	default:
+		e.conn, e.streams = conn, streams
+		if e.refs == 0 {
+			m.idleLocked(e)
+		}
+	}
+	close(e.made)
+	closed := m.closed
+	m.mu.Unlock()
+	if closed && err == nil {
+		m.closeConn(conn)
+	}
+}
+
+// closeConn closes a connection on behalf of Close.
+func (m *Maker) closeConn(conn Conn) {
+	if err := conn.Close(); err != nil {
+		m.mu.Lock()
+		m.errs = append(m.errs, err)
+		m.mu.Unlock()
+	}
+}
+
+// evictLocked closes the connection of e, which is not in use.
+func (m *Maker) evictLocked(e *entry) {
+	if e.in == &m.idle {
+		m.idle.remove(e)
+	}
+	delete(m.entries, e.key)
+	m.closing++
+	m.wg.Go(func() {
+		e.conn.Close() // As in runLocked.
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.closing--
+		m.slots--
+		if !m.closed {
+			m.grantLocked()
+		}
+	})
+}
+
+// armLocked sets the timer for the entry that has been idle for longest.
+func (m *Maker) armLocked() {
+	if m.timer != nil || m.idle.first == nil || m.config.IdleTimeout < 0 {
+		return
+	}
+	at := m.idle.first.since.Add(m.config.IdleTimeout)
+	m.wg.Add(1)
+	m.timer = time.AfterFunc(at.Sub(interceptor.Now()), m.expire)
+}
+
+// disarmLocked stops the timer. If it is too late for that, expire finds out.
+func (m *Maker) disarmLocked() {
+	if m.timer != nil && m.timer.Stop() {
+		m.wg.Done()
+	}
+	m.timer = nil
+}
+
+// expire closes what has been idle for long enough. It is called by the timer, which
+// is not set again each time a connection is used: it looks, and waits for what is
+// the longest idle then.
+func (m *Maker) expire() {
+	defer m.wg.Done()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return
+	}
+	m.disarmLocked() // Itself, or one that was set while it waited for the lock.
+	now := interceptor.Now()
+	for e := m.idle.first; e != nil && m.config.IdleTimeout >= 0 && now.Sub(e.since) >= m.config.IdleTimeout; e = m.idle.first {
+		m.evictLocked(e)
+	}
+	m.armLocked()
+}
+
+// Close closes all connections and waits until that is done and nothing that the
+// Maker has started runs any more. Calls in flight end with what their connection
+// says to that; calls that wait, and later ones, are refused with UNAVAILABLE and
+// reason DRAIN. It returns the errors of closing. Called again it waits and returns
+// the same.
+func (m *Maker) Close() error {
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		<-m.done
+		return errors.Join(m.errs...)
+	}
+	m.closed = true
+	m.disarmLocked()
+	for _, e := range m.entries {
+		switch {
+		case e.conn != nil:
+			m.wg.Go(func() { m.closeConn(e.conn) })
+		case e.cancel != nil:
+			e.cancel()
+		default: // In the queue.
+			e.err = m.closedRefusal
+			close(e.granted)
+			close(e.made)
+		}
+	}
+	clear(m.entries)
+	m.idle, m.queue = list{}, list{}
+	m.mu.Unlock()
+	m.wg.Wait()
+	m.mu.Lock()
+	m.slots = 0
+	m.mu.Unlock()
+	close(m.done)
+	return errors.Join(m.errs...)
+}
+
+// A list is a queue of entries from which any can be removed.
+type list struct {
+	first, last *entry
+	len         int
+}
+
+func (l *list) push(e *entry) {
+	e.in, e.prev, e.next = l, l.last, nil
+	if l.last == nil {
+		l.first = e
+	} else {
+		l.last.next = e
+	}
+	l.last = e
+	l.len++
+}
+
+func (l *list) remove(e *entry) {
+	if e.prev == nil {
+		l.first = e.next
+	} else {
+		e.prev.next = e.next
+	}
+	if e.next == nil {
+		l.last = e.prev
+	} else {
+		e.next.prev = e.prev
+	}
+	e.in, e.prev, e.next = nil, nil, nil
+	l.len--
+}

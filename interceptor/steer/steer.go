@@ -1,0 +1,131 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package steer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"sync/atomic"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+
+	"github.com/belfry-go/belfry/interceptor"
+)
+
+// ReasonNoRoute is the reason of the refusal of a call for which the function has
+// chosen a connection that there is not. Its code is INTERNAL: the mistake is the
+// program's, and trying again does not mend it. Nothing was sent.
+const ReasonNoRoute interceptor.Reason = "NO_ROUTE"
+
+// A Steer is a grpc.ClientConnInterface over several. It is safe for concurrent
+// use. It owns none of the connections and closes none.
+type Steer struct {
+	route atomic.Pointer[route]
+}
+
+// route finds the connection of a call.
+type route func(ctx context.Context, method string, args any) (grpc.ClientConnInterface, error)
+
+// New returns a Steer that sends a call to conns[choose(…)]. args is the request of
+// a unary call, and nil for a stream, which has not sent any when it is opened.
+// choose is called once for each call, concurrently.
+func New(choose func(ctx context.Context, method string, args any) int, conns ...grpc.ClientConnInterface) (*Steer, error) {
+	if choose == nil {
+		return nil, errors.New("steer: choose is nil, must be a function")
+	}
+	if len(conns) == 0 {
+		return nil, errors.New("steer: conns is empty, must hold a connection")
+	}
+	for i, c := range conns {
+		if isNil(c) {
+			return nil, fmt.Errorf("steer: conns[%d] is nil, must be a connection", i)
+		}
+	}
+	conns = slices.Clone(conns)
+	return newSteer(func(ctx context.Context, method string, args any) (grpc.ClientConnInterface, error) {
+		i := choose(ctx, method, args)
+		if i < 0 || i >= len(conns) {
+			return nil, refuse("%d was chosen for %s, must be between 0 and %d", i, method, len(conns)-1)
+		}
+		return conns[i], nil
+	}), nil
+}
+
+// NewKeyed is New for connections that have names, or keys of any kind, instead of
+// numbers.
+func NewKeyed[K comparable](choose func(ctx context.Context, method string, args any) K, conns map[K]grpc.ClientConnInterface) (*Steer, error) {
+	if choose == nil {
+		return nil, errors.New("steer: choose is nil, must be a function")
+	}
+	if len(conns) == 0 {
+		return nil, errors.New("steer: conns is empty, must hold a connection")
+	}
+	for k, c := range conns {
+		if isNil(c) {
+			return nil, fmt.Errorf("steer: conns[%#v] is nil, must be a connection", k)
+		}
+	}
+	conns = maps.Clone(conns)
+	return newSteer(func(ctx context.Context, method string, args any) (grpc.ClientConnInterface, error) {
+		k := choose(ctx, method, args)
+		c, ok := conns[k]
+		if !ok {
+			return nil, refuse("%#v was chosen for %s, must be one of %d keys", k, method, len(conns))
+		}
+		return c, nil
+	}), nil
+}
+
+func newSteer(r route) *Steer {
+	s := &Steer{}
+	s.route.Store(&r)
+	return s
+}
+
+func refuse(format string, args ...any) error {
+	r := interceptor.Refuse("steer", ReasonNoRoute, fmt.Sprintf(format, args...))
+	r.Code = codes.Internal
+	return r
+}
+
+// isNil reports whether c is nil or a nil pointer in the interface.
+func isNil(c grpc.ClientConnInterface) bool {
+	if c == nil {
+		return true
+	}
+	v := reflect.ValueOf(c)
+	return v.Kind() == reflect.Pointer && v.IsNil()
+}
+
+// Replace lets calls that begin from now on go where those of by go. Calls in
+// flight stay where they are, so a connection that is not among the new ones may
+// be closed when they have ended. A nil by changes nothing.
+func (s *Steer) Replace(by *Steer) {
+	if by != nil {
+		s.route.Store(by.route.Load())
+	}
+}
+
+// Invoke makes a unary call on the connection chosen for it.
+func (s *Steer) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	c, err := (*s.route.Load())(ctx, method, args)
+	if err != nil {
+		return err
+	}
+	return c.Invoke(ctx, method, args, reply, opts...)
+}
+
+// NewStream opens a stream on the connection chosen for it.
+func (s *Steer) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	c, err := (*s.route.Load())(ctx, method, nil)
+	if err != nil {
+		return nil, err
+	}
+	return c.NewStream(ctx, desc, method, opts...)
+}

@@ -1,0 +1,494 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package throttle
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math"
+	"math/rand/v2"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/layertest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const method = "/s/m"
+
+// server is a connection that answers with what answer says.
+type server struct {
+	answer func(method string) error
+	calls  atomic.Int64
+}
+
+func (s *server) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.CallOption) error {
+	s.calls.Add(1)
+	return s.answer(method)
+}
+
+func (s *server) NewStream(ctx context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	s.calls.Add(1)
+	return &stream{ctx: ctx, end: s.answer(method)}, nil
+}
+
+type stream struct {
+	grpc.ClientStream
+	ctx context.Context
+	end error
+}
+
+func (s *stream) RecvMsg(any) error {
+	if s.end == nil {
+		return io.EOF
+	}
+	return s.end
+}
+
+func answering(err error) *server { return &server{answer: func(string) error { return err }} }
+
+func mustNew(t testing.TB, c Config) *Throttle {
+	t.Helper()
+	l, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func wrap(t testing.TB, conn grpc.ClientConnInterface, layers ...interceptor.Layer) grpc.ClientConnInterface {
+	t.Helper()
+	s, err := interceptor.NewStack(layers...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.Wrap(conn)
+}
+
+func call(c grpc.ClientConnInterface) error {
+	return c.Invoke(context.Background(), method, nil, nil)
+}
+
+func throttled(err error) bool {
+	r, ok := interceptor.AsRefusal(err)
+	return ok && r.Reason == interceptor.ReasonThrottled
+}
+
+var (
+	unavailable = status.Error(codes.Unavailable, "overloaded")
+	notFound    = status.Error(codes.NotFound, "no such thing")
+)
+
+func wantStats(t *testing.T, l *Throttle, m string, requests, accepts int64) {
+	t.Helper()
+	if s := l.Stats(m); s.Requests != requests || s.Accepts != accepts {
+		t.Errorf("%d requests, %d accepted, want %d and %d", s.Requests, s.Accepts, requests, accepts)
+	}
+}
+
+func TestTheProbabilityIsTheBooksFormulaUpToTheStatedShare(t *testing.T) {
+	for _, tc := range []struct {
+		k, share          float64
+		requests, accepts int64
+		want              float64
+	}{
+		{2, 1, 100, 100, 0},
+		{2, 1, 100, 50, 0}, // Every second one: the edge.
+		{2, 1, 100, 49, 2.0 / 101},
+		{2, 1, 100, 30, 40.0 / 101},
+		{2, 1, 100, 0, 100.0 / 101},
+		{2, 0.9, 100, 0, 0.9},
+		{2, 0.75, 100, 0, 0.75},
+		{1.1, 1, 100, 50, 45.0 / 101},
+		{1, 1, 100, 50, 50.0 / 101},
+		{2, 1, 9, 0, 0}, // Fewer than MinRequests.
+		{2, 1, 10, 0, 10.0 / 11},
+	} {
+		s, err := Config{K: tc.k, MaxRefused: tc.share}.settings()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := s.probability(tc.requests, tc.accepts); math.Abs(got-tc.want) > 1e-12 {
+			t.Errorf("K %v, share %v, %d requests, %d accepts: probability %v, want %v", tc.k, tc.share, tc.requests, tc.accepts, got, tc.want)
+		}
+	}
+	s, err := Config{MinRequests: 1}.settings()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := s.probability(1, 0); got != 0.5 {
+		t.Errorf("MinRequests 1: probability %v after one failure, want the formula's 0.5", got)
+	}
+}
+
+func TestACallIsRefusedIfTheRandomNumberIsBelowTheProbability(t *testing.T) {
+	l := mustNew(t, Config{})
+	next := 1.0 // Never below.
+	l.random = func() float64 { return next }
+	srv := answering(unavailable)
+	c := wrap(t, srv, l)
+	for range 100 {
+		if err := call(c); err != unavailable {
+			t.Fatalf("call: %v, want the server's error", err)
+		}
+	}
+	wantStats(t, l, "", 100, 0)
+	next = 0.89
+	err := call(c)
+	if !throttled(err) || status.Code(err) != codes.Unavailable {
+		t.Errorf("call at 0.89 with probability 0.9: %v, want a refusal with UNAVAILABLE and reason THROTTLED", err)
+	}
+	wantStats(t, l, "", 101, 0) // The refused is a request.
+	next = 0.9
+	if err := call(c); err != unavailable {
+		t.Errorf("call at 0.9 with probability 0.9: %v, want it to reach the server", err)
+	}
+	if got := srv.calls.Load(); got != 101 {
+		t.Errorf("%d calls reached the server, want 101", got)
+	}
+}
+
+func TestCallsInFlightSayNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{MinRequests: 1})
+		c := wrap(t, &server{answer: func(string) error { time.Sleep(time.Second); return nil }}, l)
+		done := make(chan error, 100)
+		for range 100 {
+			go func() { done <- call(c) }()
+		}
+		synctest.Wait()
+		wantStats(t, l, "", 0, 0)
+		for range 100 {
+			if err := <-done; err != nil {
+				t.Errorf("a call of a burst at the start: %v, want no error", err)
+			}
+		}
+		wantStats(t, l, "", 100, 100)
+	})
+}
+
+func TestWhatCountsIsDecidedByOutcomeAndCode(t *testing.T) {
+	cancelled, cancel := context.WithCancel(context.Background())
+	cancel()
+	refuse := interceptor.Refuse("inner", interceptor.ReasonConcurrency, "")
+	for _, tc := range []struct {
+		name              string
+		ctx               context.Context
+		err               error
+		requests, accepts int64
+	}{
+		{"success", context.Background(), nil, 1, 1},
+		{"an error that is an answer", context.Background(), notFound, 1, 1},
+		{"UNAVAILABLE", context.Background(), unavailable, 1, 0},
+		{"RESOURCE_EXHAUSTED", context.Background(), status.Error(codes.ResourceExhausted, ""), 1, 0},
+		{"DEADLINE_EXCEEDED", context.Background(), status.Error(codes.DeadlineExceeded, ""), 1, 0},
+		{"cancelled by the caller", cancelled, status.Error(codes.Canceled, ""), 0, 0},
+		{"refused behind the stack", context.Background(), refuse, 0, 0},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			l := mustNew(t, Config{})
+			wrap(t, answering(tc.err), l).Invoke(tc.ctx, method, nil, nil)
+			wantStats(t, l, "", tc.requests, tc.accepts)
+		})
+	}
+	t.Run("refused by a gate inside", func(t *testing.T) {
+		l := mustNew(t, Config{})
+		inner, err := interceptor.FromAllow("inner", interceptor.ReasonConcurrency, func(context.Context) (func(interceptor.Outcome, error), error) {
+			return nil, refuse
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := call(wrap(t, answering(nil), l, inner)); err != error(refuse) {
+			t.Errorf("call: %v, want the inner refusal", err)
+		}
+		wantStats(t, l, "", 0, 0)
+	})
+	t.Run("other codes by config", func(t *testing.T) {
+		l := mustNew(t, Config{RejectCodes: []codes.Code{codes.NotFound}})
+		call(wrap(t, answering(notFound), l))
+		call(wrap(t, answering(unavailable), l))
+		wantStats(t, l, "", 2, 1)
+	})
+}
+
+func TestAStreamCountsOnceWithTheStatusOfItsEnd(t *testing.T) {
+	l := mustNew(t, Config{})
+	for _, end := range []error{nil, unavailable} {
+		s, err := wrap(t, answering(end), l).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, method)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := l.Stats("").Requests
+		for range 3 {
+			s.RecvMsg(nil)
+		}
+		if got := l.Stats("").Requests - before; got != 1 {
+			t.Errorf("a stream that ended with %v counted %d times, want once", end, got)
+		}
+	}
+	wantStats(t, l, "", 2, 1)
+}
+
+func TestMethodsAreCountedApartIfSoConfigured(t *testing.T) {
+	l := mustNew(t, Config{PerMethod: true})
+	l.random = func() float64 { return 0 }
+	c := wrap(t, &server{answer: func(m string) error {
+		if m == "/s/bad" {
+			return unavailable
+		}
+		return nil
+	}}, l)
+	for range 20 {
+		c.Invoke(context.Background(), "/s/bad", nil, nil)
+		if err := c.Invoke(context.Background(), "/s/good", nil, nil); err != nil {
+			t.Fatalf("a call of the good method: %v, want no error", err)
+		}
+	}
+	wantStats(t, l, "/s/good", 20, 20)
+	wantStats(t, l, "/s/bad", 20, 0)
+	wantStats(t, l, "/s/never", 0, 0)
+	if err := c.Invoke(context.Background(), "/s/bad", nil, nil); !throttled(err) {
+		t.Errorf("a call of the bad method: %v, want a refusal", err)
+	}
+}
+
+func TestTheWindowForgets(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{Window: 20 * time.Second})
+		c := wrap(t, answering(notFound), l)
+		call(c)
+		time.Sleep(18 * time.Second)
+		call(c)
+		wantStats(t, l, "", 2, 2)
+		time.Sleep(2 * time.Second)
+		wantStats(t, l, "", 1, 1)
+		time.Sleep(20 * time.Second)
+		wantStats(t, l, "", 0, 0)
+	})
+}
+
+// Sixty calls a second, to a server that works for two minutes, rejects
+// everything for four, and works again. False failures: the share below is the mean of 7,200
+// independent draws, so its standard deviation is below 0.4 %; the bounds are at
+// least five of those away, which is less than one run in a million.
+func TestAnOutageIsSparedAndRecoveredFrom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		seed := rand.Uint64()
+		t.Logf("seed %d", seed)
+		rng := rand.New(rand.NewPCG(seed, 0))
+		l := mustNew(t, Config{})
+		l.random = rng.Float64
+		var down bool
+		srv := &server{answer: func(string) error {
+			if down {
+				return unavailable
+			}
+			return nil
+		}}
+		c := wrap(t, srv, l)
+		run := func(d time.Duration) (share float64) {
+			n, reached := 0, srv.calls.Load()
+			for range int(d / time.Second) {
+				for range 60 {
+					call(c)
+					n++
+				}
+				time.Sleep(time.Second)
+			}
+			return float64(srv.calls.Load()-reached) / float64(n)
+		}
+		if got := run(2 * time.Minute); got != 1 {
+			t.Errorf("healthy: %v of the calls reach the server, want all", got)
+		}
+		down = true
+		run(2 * time.Minute)
+		if got := run(2 * time.Minute); got < 0.08 || got > 0.12 {
+			t.Errorf("down for a window: %v of the calls reach the server, want a tenth", got)
+		}
+		down = false
+		took := time.Duration(0)
+		for took < 10*time.Minute && l.Stats("").Probability > 0 {
+			run(time.Second)
+			took += time.Second
+		}
+		// Its standard deviation is about 6 s.
+		if took < 2*time.Minute+30*time.Second || took > 4*time.Minute+30*time.Second {
+			t.Errorf("no call is refused any more after %v, want about one and three quarters of a window, 3m30s", took)
+		}
+		if got := run(time.Minute); got != 1 {
+			t.Errorf("recovered: %v of the calls reach the server, want all", got)
+		}
+	})
+}
+
+// The server takes one call in ten. What reaches it settles at K times that
+// share: with K 2 a fifth.
+func TestTheServerSeesAboutKTimesWhatItAccepts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{})
+		seed := rand.Uint64()
+		t.Logf("seed %d", seed)
+		l.random = rand.New(rand.NewPCG(seed, 0)).Float64
+		capacity := 0
+		srv := &server{answer: func(string) error {
+			if capacity--; capacity < 0 {
+				return unavailable
+			}
+			return nil
+		}}
+		c := wrap(t, srv, l)
+		var last int64
+		for second := range 600 {
+			capacity = 10
+			if second == 480 {
+				last = srv.calls.Load()
+			}
+			for range 100 {
+				call(c)
+			}
+			time.Sleep(time.Second)
+		}
+		// 20 of 100 in each of 120 s. A standard deviation is 1.7 %: six of them.
+		if got := float64(srv.calls.Load()-last) / 120; got < 18 || got > 22 {
+			t.Errorf("%v calls a second reach a server that accepts 10, want about 20", got)
+		}
+	})
+}
+
+func TestUpdateKeepsWhatWasCountedAndABadConfigChangesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{})
+		l.random = func() float64 { return 0 }
+		c := wrap(t, answering(unavailable), l)
+		for range 10 {
+			call(c)
+		}
+		for _, bad := range []Config{{K: 0.5}, {K: 3, MaxRefused: 2}, {PerMethod: true, Window: time.Nanosecond}} {
+			if err := l.Update(bad); err == nil {
+				t.Errorf("Update(%+v) returned no error", bad)
+			}
+		}
+		if s := l.Stats(""); s.Probability != 0.9 || s.Requests != 10 {
+			t.Errorf("after bad updates: %+v, want 10 requests and probability 0.9", s)
+		}
+		if err := l.Update(Config{K: 3, MaxRefused: 0.5, Window: time.Minute}); err != nil {
+			t.Fatal(err)
+		}
+		if s := l.Stats(""); s.Probability != 0.5 || s.Requests != 10 {
+			t.Errorf("after an update: %+v, want the 10 requests kept and probability 0.5", s)
+		}
+		time.Sleep(time.Minute)
+		wantStats(t, l, "", 0, 0)
+	})
+}
+
+func TestBadConfigsAreErrorsThatNameTheField(t *testing.T) {
+	for _, tc := range []struct {
+		c    Config
+		want string
+	}{
+		{Config{K: 0.99}, "throttle: K is 0.99, must be"},
+		{Config{K: math.NaN()}, "throttle: K is NaN, must be"},
+		{Config{K: math.Inf(1)}, "throttle: K is +Inf, must be"},
+		{Config{Window: time.Millisecond}, "throttle: Window is 1ms, must be"},
+		{Config{Window: -1}, "throttle: Window is -1ns, must be"},
+		{Config{Window: 48 * time.Hour}, "throttle: Window is 48h0m0s, must be"},
+		{Config{MaxRefused: -0.1}, "throttle: MaxRefused is -0.1, must be"},
+		{Config{MaxRefused: 1.1}, "throttle: MaxRefused is 1.1, must be"},
+		{Config{MaxRefused: math.NaN()}, "throttle: MaxRefused is NaN, must be"},
+		{Config{MinRequests: -1}, "throttle: MinRequests is -1, must be"},
+		{Config{RejectCodes: []codes.Code{codes.Unavailable, codes.OK}}, "throttle: RejectCodes[1] is OK, must be"},
+		{Config{RejectCodes: []codes.Code{}}, "throttle: RejectCodes is empty, must"},
+	} {
+		if _, err := New(tc.c); err == nil || !strings.HasPrefix(err.Error(), tc.want) {
+			t.Errorf("New(%+v): %v, want an error that begins with %q", tc.c, err, tc.want)
+		}
+	}
+}
+
+func TestTheNameIsInRefusalsAndInTheStack(t *testing.T) {
+	l, err := New(Config{MinRequests: 1}, WithName("orders-throttle"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.random = func() float64 { return 0 }
+	c := wrap(t, answering(unavailable), l)
+	call(c)
+	if r, ok := interceptor.AsRefusal(call(c)); !ok || r.Layer != "orders-throttle" || l.String() != "orders-throttle" {
+		t.Errorf("refusal %v of layer %v, want both to be orders-throttle's", r, l)
+	}
+}
+
+func TestConformance(t *testing.T) {
+	for _, perMethod := range []bool{false, true} {
+		t.Run(fmt.Sprintf("per_method_%v", perMethod), func(t *testing.T) {
+			layertest.Run(t, func() (interceptor.Layer, func() error) {
+				l := mustNew(t, Config{PerMethod: perMethod})
+				return l, func() error {
+					if s := l.Stats(""); s.Accepts > s.Requests {
+						return fmt.Errorf("%d of %d requests accepted", s.Accepts, s.Requests)
+					}
+					return nil
+				}
+			})
+		})
+	}
+}
+
+func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
+
+func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
+	out := map[string]grpc.UnaryClientInterceptor{}
+	for name, c := range map[string]Config{"admitted": {}, "admitted_per_method": {PerMethod: true}, "refused": {}} {
+		l := mustNew(t, c)
+		if name == "refused" {
+			l.random = func() float64 { return 0 }
+			for range DefaultMinRequests {
+				l.all.Release(0, interceptor.Failed, unavailable)
+			}
+		}
+		s, err := interceptor.NewStack(l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out[name] = s.UnaryClientInterceptor()
+	}
+	return out
+}
+
+func TestNothingIsAllocated(t *testing.T) {
+	ctx := context.Background()
+	for name, unary := range benchmarks(t) {
+		unary(ctx, method, nil, nil, nil, noop)
+		got := testing.AllocsPerRun(200, func() { unary(ctx, method, nil, nil, nil, noop) })
+		// The stack's own pool may be emptied by the collector, and is by the race detector.
+		if got != 0 && !raceEnabled {
+			t.Errorf("%s: %v allocations, want 0", name, got)
+		}
+	}
+}
+
+func BenchmarkThrottle(b *testing.B) {
+	ctx := context.Background()
+	for name, unary := range benchmarks(b) {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				unary(ctx, method, nil, nil, nil, noop)
+			}
+		})
+	}
+}

@@ -1,0 +1,31 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package codeset
+
+import (
+	"testing"
+
+	"google.golang.org/grpc/codes"
+)
+
+func TestASetHasWhatItIsMadeOf(t *testing.T) {
+	s, err := Of(codes.Unavailable, codes.Canceled, codes.Unauthenticated)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for c := codes.OK; c < 40; c++ {
+		want := c == codes.Unavailable || c == codes.Canceled || c == codes.Unauthenticated
+		if got := s.Has(c); got != want {
+			t.Errorf("Has(%v) = %v, want %v", c, got, want)
+		}
+	}
+}
+
+func TestOKAndUnknownNumbersAreRejected(t *testing.T) {
+	for _, c := range []codes.Code{codes.OK, 17, 1 << 20} {
+		if _, err := Of(codes.Internal, c); err == nil {
+			t.Errorf("Of(Internal, %v) returned no error", c)
+		}
+	}
+}

@@ -1,0 +1,131 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package rolling counts events, and those of them that are of note, over a
+// window of time that moves, without locks: what a throttle and a breaker judge
+// by.
+package rolling
+
+import (
+	"math"
+	"sync/atomic"
+	"time"
+)
+
+// Buckets is how many parts a window has. The window moves by one of them at a
+// time, so what it sees of the past is between (Buckets-1)/Buckets of its span
+// and all of it.
+const Buckets = 20
+
+// Each bucket is one word, so that a change of its turn and of its counts is one
+// step: 20 bits for the turn of the ring it counts in, 22 bits for the events of
+// note, 22 for all.
+const (
+	countBits = 22
+	turnBits  = 64 - 2*countBits
+	countMask = 1<<countBits - 1
+	turnMask  = 1<<turnBits - 1
+	one       = 1
+	oneNoted  = 1 << countBits
+	turnShift = 2 * countBits
+)
+
+// A Window counts the events of the last span. Its methods may be called
+// concurrently; they neither block nor allocate, but for Resized. A bucket that
+// has counted 4,194,303 events counts no more of them, which leaves the ratio
+// of its counts as it is. Times are nanoseconds since any moment, never negative.
+type Window struct {
+	span    time.Duration
+	width   int64
+	buckets [Buckets]atomic.Uint64
+}
+
+// New returns an empty Window. span is at least [Buckets] nanoseconds.
+func New(span time.Duration) *Window {
+	return &Window{span: span, width: max(int64(span)/Buckets, 1)}
+}
+
+// Span is the span that New was given.
+func (w *Window) Span() time.Duration { return w.span }
+
+// place is the bucket of the slot'th part of time, and its turn of the ring.
+func place(slot int64) (i int64, turn uint64) {
+	return slot % Buckets, uint64(slot/Buckets) & turnMask
+}
+
+// Add counts an event at now, and that it is of note.
+func (w *Window) Add(now int64, noted bool) {
+	n := uint64(0)
+	if noted {
+		n = 1
+	}
+	w.add(now, 1, n)
+}
+
+func (w *Window) add(now int64, all, noted uint64) {
+	i, turn := place(now / w.width)
+	b := &w.buckets[i]
+	for {
+		old := b.Load()
+		next := old
+		if have := old >> turnShift; have != turn {
+			// A bucket that has counted something in a later turn stays: this event is
+			// a whole window late. Turns are compared around the end of their scale.
+			if old&(1<<turnShift-1) != 0 && (have-turn)&turnMask < turnMask/2 {
+				return
+			}
+			next = turn << turnShift
+		}
+		if next&countMask+all > countMask {
+			return
+		}
+		next += all*one + noted*oneNoted
+		if b.CompareAndSwap(old, next) {
+			return
+		}
+	}
+}
+
+// Sum returns how many events there were in the span that ends now, and how many
+// of them were of note.
+func (w *Window) Sum(now int64) (all, noted int64) {
+	last, turn := place(now / w.width)
+	for i := last; i >= 0; i-- {
+		if v := w.buckets[i].Load(); v>>turnShift == turn {
+			all += int64(v & countMask)
+			noted += int64(v >> countBits & countMask)
+		}
+	}
+	turn = (turn - 1) & turnMask // The rest of the ring is of the turn before.
+	for i := last + 1; i < Buckets; i++ {
+		if v := w.buckets[i].Load(); v>>turnShift == turn {
+			all += int64(v & countMask)
+			noted += int64(v >> countBits & countMask)
+		}
+	}
+	return all, noted
+}
+
+// Resized returns a Window of another span that has counted what w has, as far as
+// it reaches back. Events that are added to w while it runs may be missed.
+func (w *Window) Resized(now int64, span time.Duration) *Window {
+	to := New(span)
+	last := now / w.width
+	for slot := max(last-Buckets+1, 0); slot <= last; slot++ {
+		i, turn := place(slot)
+		v := w.buckets[i].Load()
+		if v>>turnShift != turn {
+			continue
+		}
+		// The end of the old bucket is taken for the time of all its events: rather
+		// remembered a little too long than forgotten too early.
+		end := now
+		if slot < last && slot < math.MaxInt64/w.width {
+			end = (slot+1)*w.width - 1
+		}
+		if now/to.width-end/to.width < Buckets {
+			to.add(end, v&countMask, v>>countBits&countMask)
+		}
+	}
+	return to
+}
