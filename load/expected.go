@@ -82,6 +82,8 @@ func (c ExpectedLatencyConfig) validate() error {
 //	load = L * (q + 1)
 //	L    = (S*f + A + n0*G) / (N*f + n0)
 //
+// Per endpoint:
+//
 //   - q is the number of attempts in flight to the endpoint.
 //   - S and N are the sum and the number of its latencies. Each latency is
 //     divided by (pending+1)^theta, the attempts in flight when it began: the
