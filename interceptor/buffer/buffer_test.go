@@ -1,0 +1,367 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package buffer_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/buffer"
+	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/internal/layertest"
+)
+
+func must[T any](t testing.TB) func(T, error) T {
+	return func(v T, err error) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+func places(t testing.TB, n int) *buffer.Layer {
+	t.Helper()
+	return must[*buffer.Layer](t)(buffer.New(buffer.Config{Size: n}))
+}
+
+func limit(t testing.TB, n int64) *concurrency.Layer {
+	t.Helper()
+	return must[*concurrency.Layer](t)(concurrency.New(concurrency.Config{Limit: n}))
+}
+
+func shed(t testing.TB) *loadshed.Layer {
+	t.Helper()
+	return must[*loadshed.Layer](t)(loadshed.New(loadshed.Config{}))
+}
+
+func checkRest(t *testing.T, b *buffer.Layer) {
+	t.Helper()
+	if n := b.Waiting(); n != 0 {
+		t.Errorf("%d places taken at rest, want none", n)
+	}
+}
+
+func TestACallThatNeedNotWaitPassesAndTakesNoPlace(t *testing.T) {
+	b := places(t, 1)
+	c := stackOf(t, b, limit(t, 2)).Wrap(server(func(context.Context) error {
+		if n := b.Waiting(); n != 0 {
+			t.Errorf("%d places taken while a call runs, want none", n)
+		}
+		return status.Error(codes.NotFound, "the server's")
+	}))
+	for range 10 {
+		if err := c.Invoke(context.Background(), method, nil, nil); status.Code(err) != codes.NotFound {
+			t.Errorf("got %v, want the server's answer", err)
+		}
+	}
+}
+
+// Tower's Shed(Buffer(2, Limit(1))).
+func TestInsideAShedOneRunsTwoWaitAndTheFourthIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := places(t, 2)
+		c := stackOf(t, shed(t), b, limit(t, 1)).Wrap(takes(time.Second))
+		for range 2 {
+			ends := begin(c, 4)
+			if got := b.Waiting(); got != 2 {
+				t.Errorf("%d calls wait, want 2", got)
+			}
+			expect(t, ends(), ok(time.Second), ok(2*time.Second), ok(3*time.Second), refused(0, interceptor.ReasonQueueFull))
+			checkRest(t, b)
+		}
+	})
+}
+
+func TestAPlaceIsFreeAgainWhenItsCallRuns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := stackOf(t, places(t, 1), limit(t, 1)).Wrap(takes(time.Second))
+		first := begin(c, 3) // Runs, waits, refused.
+		time.Sleep(1500 * time.Millisecond)
+		second := begin(c, 2) // The second of the first runs.
+		expect(t, first(), ok(time.Second), ok(2*time.Second), refused(0, interceptor.ReasonQueueFull))
+		expect(t, second(), ok(1500*time.Millisecond), refused(0, interceptor.ReasonQueueFull))
+	})
+}
+
+func TestACancelledWaiterIsNeverSentAndLeavesNoTrace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := places(t, 2)
+		type name struct{}
+		var sent []string
+		c := stackOf(t, b, limit(t, 1)).Wrap(server(func(ctx context.Context) error {
+			sent = append(sent, ctx.Value(name{}).(string))
+			time.Sleep(time.Second)
+			return nil
+		}))
+		call := func(ctx context.Context, n string) <-chan error {
+			done := make(chan error, 1)
+			go func() { done <- c.Invoke(context.WithValue(ctx, name{}, n), method, nil, nil) }()
+			synctest.Wait()
+			return done
+		}
+		bg := context.Background()
+		ctx, cancel := context.WithCancel(bg)
+		one, two, three := call(bg, "hello1"), call(ctx, "hello2"), call(bg, "hello3")
+		cancel()
+		if err := <-two; reason(err) != interceptor.ReasonCancelled || status.Code(err) != codes.Canceled {
+			t.Errorf("the cancelled call: %v, want CANCELLED", err)
+		}
+		four := call(bg, "hello4") // Takes the place that is free again.
+		if err := errors.Join(<-one, <-three, <-four); err != nil {
+			t.Error(err)
+		}
+		if want := []string{"hello1", "hello3", "hello4"}; !slices.Equal(sent, want) {
+			t.Errorf("sent %q, want %q", sent, want)
+		}
+		checkRest(t, b)
+	})
+}
+
+// notReady is a gate that is not ready until a moment, and then fails or admits.
+type notReady struct {
+	interceptor.GateOnly
+	until time.Time
+	err   error
+	asked atomic.Int64
+}
+
+func (g *notReady) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	busy := interceptor.Refuse("inner", interceptor.ReasonConcurrency, "not ready")
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		g.asked.Add(1)
+		switch err := w.Sleep(ctx, interceptor.InstantOf(g.until)); {
+		case err == interceptor.ErrWaitOver:
+			return busy
+		case err != nil:
+			return interceptor.Ended(ctx, "inner")
+		case g.err != nil:
+			return g.err
+		}
+		return inner.Admit(ctx, c, w)
+	})
+}
+
+func TestWhenInnerIsNotReadyTheCallWaitsAndWhenItFailsTheCallGetsItsError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := places(t, 10)
+		inner := &notReady{until: time.Now().Add(time.Second)}
+		c := stackOf(t, shed(t), b, inner).Wrap(takes(0))
+		expect(t, burst(c, 2), ok(time.Second), ok(time.Second))
+
+		inner.until, inner.err = time.Now().Add(time.Second), interceptor.Refuse("inner", interceptor.ReasonBreakerOpen, "foobar")
+		ends := begin(c, 3)
+		if got := b.Waiting(); got != 3 {
+			t.Errorf("%d calls wait, want 3", got)
+		}
+		open := refused(time.Second, interceptor.ReasonBreakerOpen)
+		expect(t, ends(), open, open, open)
+		checkRest(t, b)
+	})
+}
+
+func TestWhatWaitingCannotHelpIsAskedOnce(t *testing.T) {
+	inner := &notReady{until: time.Now(), err: interceptor.Refuse("inner", interceptor.ReasonFilter, "")}
+	c := stackOf(t, places(t, 1), inner).Wrap(takes(0))
+	if err := c.Invoke(context.Background(), method, nil, nil); reason(err) != interceptor.ReasonFilter || status.Code(err) != codes.PermissionDenied {
+		t.Errorf("got %v, want the filter's refusal", err)
+	}
+	if got := inner.asked.Load(); got != 1 {
+		t.Errorf("the filter was asked %d times, want once", got)
+	}
+}
+
+func TestMaxWaitAndTheCallersDeadlineEndTheWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := must[*buffer.Layer](t)(buffer.New(buffer.Config{Size: 5, MaxWait: 300 * time.Millisecond}))
+		c := stackOf(t, shed(t), b, limit(t, 1)).Wrap(takes(time.Second))
+		ends := begin(c, 2)
+		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+		defer cancel()
+		start := time.Now()
+		err := c.Invoke(ctx, method, nil, nil)
+		if reason(err) != interceptor.ReasonDeadline || time.Since(start) != 100*time.Millisecond {
+			t.Errorf("a call with a deadline: %v after %v, want DEADLINE after 100ms", err, time.Since(start))
+		}
+		expect(t, ends(), ok(time.Second), refused(300*time.Millisecond, interceptor.ReasonConcurrency))
+		checkRest(t, b)
+	})
+}
+
+func TestUpdateKeepsWaitersAndABadOneChangesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := places(t, 3)
+		c := stackOf(t, b, limit(t, 1)).Wrap(takes(time.Second))
+		ends := begin(c, 4)
+		for _, bad := range []buffer.Config{{}, {Size: 1, MaxWait: -1}} {
+			if err := b.Update(bad); err == nil || b.Config() != (buffer.Config{Size: 3}) {
+				t.Errorf("Update(%+v) = %v, Config() = %+v; want an error and no change", bad, err, b.Config())
+			}
+		}
+		if err := b.Update(buffer.Config{Size: 1}); err != nil {
+			t.Fatal(err)
+		}
+		expect(t, burst(c, 1), refused(0, interceptor.ReasonQueueFull))
+		if err := b.Update(buffer.Config{Size: 4}); err != nil {
+			t.Fatal(err)
+		}
+		expect(t, burst(c, 1), ok(5*time.Second))
+		expect(t, ends(), ok(time.Second), ok(2*time.Second), ok(3*time.Second), ok(4*time.Second))
+		checkRest(t, b)
+	})
+}
+
+func TestAPlaceOfAnOuterBufferIsFreeWhenTheWaitFurtherInEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		outer, inner := places(t, 3), places(t, 1)
+		c := stackOf(t, outer, inner, limit(t, 1)).Wrap(takes(time.Second))
+		ends := begin(c, 3)
+		// The third finds the inner one full and waiting there does not help it.
+		expect(t, ends(), ok(time.Second), ok(2*time.Second), refused(0, interceptor.ReasonQueueFull))
+		checkRest(t, outer)
+		checkRest(t, inner)
+	})
+}
+
+// Tower sheds 116 of such 5,000 calls.
+func TestNoneOf5000CallsIsRefusedUnderAQueueOf10000(t *testing.T) {
+	b := places(t, 10_000)
+	c := stackOf(t, shed(t), b, limit(t, 10)).Wrap(server(func(context.Context) error { return nil }))
+	var wg sync.WaitGroup
+	var failed atomic.Int64
+	for range 5000 {
+		wg.Go(func() {
+			if err := c.Invoke(context.Background(), method, nil, nil); err != nil {
+				failed.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	if n := failed.Load(); n != 0 {
+		t.Errorf("%d of 5,000 calls were refused, want none", n)
+	}
+	checkRest(t, b)
+}
+
+// As many clients as there are permits and places, each with one call at a time:
+// there is always room. It is refused if a place is still taken by a call that was
+// handed a permit but has not run since.
+func TestClientsThatFitAreNeverRefused(t *testing.T) {
+	b := places(t, 2)
+	c := stackOf(t, shed(t), b, limit(t, 1)).Wrap(server(func(context.Context) error { return nil }))
+	var wg sync.WaitGroup
+	var failed atomic.Int64
+	for range 3 {
+		wg.Go(func() {
+			for range 10_000 {
+				if err := c.Invoke(context.Background(), method, nil, nil); err != nil {
+					failed.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if n := failed.Load(); n != 0 {
+		t.Errorf("%d of 30,000 calls were refused, want none", n)
+	}
+	checkRest(t, b)
+}
+
+func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
+	for _, tc := range []struct {
+		cfg  buffer.Config
+		opts []buffer.Option
+		want string
+	}{
+		{buffer.Config{}, nil, "buffer: Size 0: must be from 1 to 2147483647"},
+		{buffer.Config{Size: -3}, nil, "buffer: Size -3"},
+		{buffer.Config{Size: 1, MaxWait: -time.Second}, nil, "buffer: MaxWait -1s: must not be negative"},
+		{buffer.Config{Size: 1}, []buffer.Option{buffer.WithName("")}, `buffer: WithName ""`},
+	} {
+		if _, err := buffer.New(tc.cfg, tc.opts...); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("New(%+v) = %v, want an error that says %q", tc.cfg, err, tc.want)
+		}
+	}
+	if _, err := interceptor.NewStack(limit(t, 1), places(t, 1)); err == nil || !strings.Contains(err.Error(), "buffer") {
+		t.Errorf("NewStack with a buffer innermost = %v, want an error", err)
+	}
+}
+
+func TestConformance(t *testing.T) {
+	layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
+		b := places(t, 200)
+		return []interceptor.Layer{b, limit(t, 20)}, func() error {
+			if n := b.Waiting(); n != 0 {
+				return fmt.Errorf("%d places taken, want none", n)
+			}
+			return nil
+		}
+	})
+}
+
+func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
+
+// unary are the calls of the benchmarks: one that passes, one that is refused.
+func unary(tb testing.TB) map[string]func() {
+	full := limit(tb, 1)
+	if err := full.SetLimit(0); err != nil {
+		tb.Fatal(err)
+	}
+	taken := places(tb, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	wait := stackOf(tb, taken, full).UnaryClientInterceptor()
+	waiting := make(chan struct{})
+	go func() {
+		defer close(waiting)
+		wait(ctx, method, nil, nil, nil, noop)
+	}()
+	for taken.Waiting() == 0 { // It is on its way.
+		runtime.Gosched()
+	}
+	tb.Cleanup(func() { cancel(); <-waiting })
+	calls := make(map[string]func())
+	for name, layers := range map[string][]interceptor.Layer{
+		"admitted": {places(tb, 100), limit(tb, 1024)},
+		"refused":  {taken, full},
+	} {
+		ic := stackOf(tb, layers...).UnaryClientInterceptor()
+		calls[name] = func() { ic(ctx, method, nil, nil, nil, noop) }
+	}
+	return calls
+}
+
+func TestNoCallThatNeedNotWaitAllocates(t *testing.T) {
+	for name, call := range unary(t) {
+		if n := testing.AllocsPerRun(1000, call); n >= 1 {
+			t.Errorf("%s: %v allocations per call, want 0", name, n)
+		}
+	}
+}
+
+func BenchmarkBuffer(b *testing.B) {
+	for name, call := range unary(b) {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				call()
+			}
+		})
+	}
+}

@@ -1,0 +1,433 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package concurrency_test
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/concurrency"
+)
+
+const ms = time.Millisecond
+
+// feed gives a limit one round of samples after the other: as many as it allows,
+// or inFlight if that is not zero, all begun at once and ended at once.
+type feed struct {
+	limit concurrency.Limit
+	now   interceptor.Instant
+}
+
+func newFeed(l concurrency.Limit) *feed { return &feed{limit: l, now: interceptor.Instant(time.Hour)} }
+
+func (f *feed) round(n int64, rtt time.Duration, dropped int64) {
+	if n == 0 {
+		n = f.limit.Limit()
+	}
+	for i := range n {
+		f.limit.OnSample(concurrency.Sample{Start: f.now, RTT: rtt, InFlight: n, Dropped: i < dropped})
+	}
+	f.now = f.now.Add(rtt + 1)
+}
+
+// queueing is a server that works on n calls at a time, base each.
+func queueing(n int64, base time.Duration) func(inFlight int64) time.Duration {
+	return func(inFlight int64) time.Duration {
+		return max(base, base*time.Duration(inFlight)/time.Duration(n))
+	}
+}
+
+func check(t *testing.T, what string, got, lo, hi int64) {
+	t.Helper()
+	if got < lo || got > hi {
+		t.Errorf("%s: limit %d, want %d to %d", what, got, lo, hi)
+	}
+}
+
+func must[T any](t testing.TB) func(T, error) T {
+	return func(v T, err error) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+func TestAIMDAddsOnePerRoundAndBacksOffOncePerOverload(t *testing.T) {
+	f := newFeed(must[*concurrency.AIMD](t)(concurrency.NewAIMD(concurrency.AIMDConfig{Initial: 30, Max: 40})))
+	for i := range int64(5) {
+		f.round(0, 10*ms, 0)
+		// A round of L samples adds 1/L each, to a limit that grows meanwhile.
+		check(t, "after a round of successes", f.limit.Limit(), 30+i, 31+i)
+	}
+	for range 20 {
+		f.round(0, 10*ms, 0)
+	}
+	check(t, "at the upper bound", f.limit.Limit(), 40, 40)
+	f.round(0, 10*ms, 40)
+	check(t, "after 40 drops of one round", f.limit.Limit(), 36, 36) // Netflix's ratio, 0.9.
+	f.round(0, 10*ms, 1)
+	check(t, "after a drop of the next round", f.limit.Limit(), 32, 33)
+	for range 100 {
+		f.round(0, 10*ms, 1)
+	}
+	check(t, "a drop in every round, where +1 and -10% balance", f.limit.Limit(), 8, 11)
+}
+
+func TestAIMDDoesNotGrowWhileLessThanHalfIsUsed(t *testing.T) {
+	f := newFeed(must[*concurrency.AIMD](t)(concurrency.NewAIMD(concurrency.AIMDConfig{Initial: 30})))
+	for range 100 {
+		f.round(14, 10*ms, 0)
+	}
+	check(t, "a client that uses 14 of 30", f.limit.Limit(), 30, 30)
+	for range 3 {
+		f.round(15, 10*ms, 0)
+	}
+	check(t, "a client that uses half", f.limit.Limit(), 31, 31)
+}
+
+func TestAIMDTakesATimeoutForADrop(t *testing.T) {
+	f := newFeed(must[*concurrency.AIMD](t)(concurrency.NewAIMD(concurrency.AIMDConfig{Initial: 30, Timeout: 50 * ms})))
+	f.round(0, 51*ms, 0)
+	check(t, "successes over the timeout", f.limit.Limit(), 27, 27)
+	f.round(0, 50*ms, 0)
+	check(t, "successes at the timeout", f.limit.Limit(), 27, 28)
+}
+
+func TestGradient2ComputesThePublishedFormula(t *testing.T) {
+	// As published: it acts on each sample.
+	g := must[*concurrency.Gradient2](t)(concurrency.NewGradient2(concurrency.Gradient2Config{Initial: 50, Window: 1, WindowSamples: 1}))
+	at := interceptor.Instant(time.Hour)
+	limit := 50.0
+	sample := func(what string, rtt time.Duration) {
+		t.Helper()
+		at = at.Add(time.Second)
+		g.OnSample(concurrency.Sample{Start: at, RTT: rtt, InFlight: g.Limit()})
+		check(t, what, g.Limit(), int64(limit), int64(limit))
+	}
+	for range 10 {
+		limit = 0.8*limit + 0.2*(limit+4)
+		sample("no queueing: gradient 1", 10*ms)
+	}
+	long := 10 + 2.0/601*(40-10)
+	limit = 0.8*limit + 0.2*(0.5*limit+4)
+	sample("1.5·10.1/40 is below the least gradient, 0.5", 40*ms)
+	long += 2.0 / 601 * (20 - long)
+	limit = 0.8*limit + 0.2*(1.5*long/20*limit+4)
+	sample("1.5·10.13/20: gradient 0.76", 20*ms)
+	long += 2.0 / 601 * (4 - long)
+	limit += 0.8
+	sample("faster than ever", 4*ms)
+	long *= 0.95 // For it was more than twice as long.
+	long += 2.0 / 601 * (20 - long)
+	limit = 0.8*limit + 0.2*(1.5*long/20*limit+4)
+	sample("1.5·9.63/20: gradient 0.72", 20*ms)
+}
+
+func TestGradient2ConvergesUpBacksOffOnLatencyAndDropsAndIgnoresIdleClients(t *testing.T) {
+	cfg := concurrency.Gradient2Config{Window: 10 * ms}
+	newG := func() *feed { return newFeed(must[*concurrency.Gradient2](t)(concurrency.NewGradient2(cfg))) }
+
+	f := newG()
+	for range 200 {
+		f.round(0, 10*ms, 0)
+	}
+	up := f.limit.Limit()
+	check(t, "200 rounds without queueing", up, 80, 200)
+
+	// Four times the long-term latency: gradient 0.5, at first.
+	for range 10 {
+		f.round(0, 40*ms, 0)
+	}
+	check(t, "ten slow rounds", f.limit.Limit(), up/4, up*3/4)
+
+	f = newG()
+	for range 200 {
+		f.round(9, 10*ms, 0)
+	}
+	check(t, "a client that uses 9 of 20", f.limit.Limit(), 20, 20)
+
+	f = newG()
+	f.round(0, 10*ms, 20)
+	check(t, "a round of drops", f.limit.Limit(), 18, 18)
+
+	// A server of 40 workers, 10 ms each: what is in flight settles where the round
+	// trip is about Tolerance times the long-term one, so not below the workers
+	// and not at the upper bound.
+	f = newG()
+	rtt := queueing(40, 10*ms)
+	for range 300 {
+		f.round(0, rtt(f.limit.Limit()), 0)
+	}
+	check(t, "a server of 40 workers", f.limit.Limit(), 40, 120)
+}
+
+func TestVegasKeepsAFewCallsQueueing(t *testing.T) {
+	f := newFeed(must[*concurrency.Vegas](t)(concurrency.NewVegas(concurrency.VegasConfig{Window: 10 * ms})))
+	rtt := queueing(60, 10*ms)
+	for range 200 {
+		f.round(0, rtt(f.limit.Limit()), 0)
+	}
+	// With log10(limit) = 1, three to six calls queue.
+	check(t, "a server of 60 workers", f.limit.Limit(), 62, 67)
+
+	rtt = queueing(30, 10*ms) // The server loses half its workers.
+	for range 100 {
+		f.round(0, rtt(f.limit.Limit()), 0)
+	}
+	check(t, "the server at half its speed", f.limit.Limit(), 32, 37)
+
+	rtt = queueing(1_000_000, 10*ms)
+	for range 1000 {
+		f.round(0, rtt(f.limit.Limit()), 0)
+	}
+	check(t, "no queueing at all", f.limit.Limit(), 1000, 1000)
+	f.round(0, 10*ms, 1000)
+	check(t, "drops", f.limit.Limit(), 997, 997) // By log10(1000), once.
+}
+
+func TestVegasFindsANewBestRoundTripAfterAProbe(t *testing.T) {
+	f := newFeed(must[*concurrency.Vegas](t)(concurrency.NewVegas(concurrency.VegasConfig{Window: 10 * ms, ProbeWindows: 50})))
+	for range 60 {
+		f.round(10, 10*ms, 0)
+	}
+	check(t, "a client that uses 10 of 20, at first", f.limit.Limit(), 21, 26)
+	before := f.limit.Limit()
+	for range 45 { // The path has become longer; so far that looks like a queue.
+		f.round(before, 30*ms, 0)
+	}
+	if got := f.limit.Limit(); got >= before {
+		t.Errorf("limit %d after the round trip became longer, want less than %d", got, before)
+	}
+	low := f.limit.Limit()
+	for range 200 {
+		f.round(0, 30*ms, 0)
+	}
+	if got := f.limit.Limit(); got <= low {
+		t.Errorf("limit %d after the new round trip was found to be the best, want more than %d", got, low)
+	}
+}
+
+func TestUpdatingAnAlgorithmKeepsWhatItKnows(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limit(t, concurrency.Config{Limit: 40})
+		update := func(cfg concurrency.Config, want int64) {
+			t.Helper()
+			if err := l.Update(cfg); err != nil {
+				t.Fatal(err)
+			}
+			if got := l.Limit(); got != want {
+				t.Errorf("limit %d after Update(%+v), want %d", got, cfg, want)
+			}
+		}
+		update(concurrency.Config{AIMD: &concurrency.AIMDConfig{}}, 40) // Begins where the fixed one was.
+		burst(stackOf(t, l).Wrap(server(func(context.Context) error { return status.Error(codes.Unavailable, "") })), 1)
+		if got := l.Limit(); got != 36 {
+			t.Fatalf("limit %d after a drop, want 36", got)
+		}
+		update(concurrency.Config{AIMD: &concurrency.AIMDConfig{BackoffRatio: 0.5}}, 36)
+		update(concurrency.Config{AIMD: &concurrency.AIMDConfig{Initial: 5, Max: 30}}, 30)
+		update(concurrency.Config{Vegas: &concurrency.VegasConfig{}}, 30)
+		update(concurrency.Config{Gradient2: &concurrency.Gradient2Config{Min: 35}}, 35)
+		update(concurrency.Config{Limit: 3}, 3)
+	})
+}
+
+// recorder is an algorithm that only takes notes.
+type recorder struct {
+	n       int64
+	samples []concurrency.Sample
+}
+
+func (r *recorder) Limit() int64                  { return r.n }
+func (r *recorder) OnSample(s concurrency.Sample) { r.samples = append(r.samples, s) }
+
+func TestAnAlgorithmSeesSuccessesAndSignsOfOverloadOnly(t *testing.T) {
+	unavailable, notFound := status.Error(codes.Unavailable, ""), status.Error(codes.NotFound, "")
+	call := func(l *concurrency.Layer, ctx context.Context, err error, inside ...interceptor.Layer) {
+		c := stackOf(t, append([]interceptor.Layer{l}, inside...)...).Wrap(server(func(ctx context.Context) error {
+			select {
+			case <-time.After(20 * ms):
+				return err
+			case <-ctx.Done():
+				return status.FromContextError(ctx.Err()).Err()
+			}
+		}))
+		c.Invoke(ctx, method, nil, nil)
+	}
+	bg := context.Background()
+	for _, tc := range []struct {
+		name string
+		cfg  concurrency.Config
+		do   func(l *concurrency.Layer)
+		want []concurrency.Sample
+	}{
+		{"success", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, nil) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1}}},
+		{"waiting further in is not part of the round trip", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, nil, &slow{50 * ms}) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1}}},
+		{"a sign of overload", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, unavailable) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Dropped: true}}},
+		{"the caller's deadline", concurrency.Config{}, func(l *concurrency.Layer) {
+			ctx, cancel := context.WithTimeout(bg, 10*ms)
+			defer cancel()
+			call(l, ctx, nil)
+		}, []concurrency.Sample{{RTT: 10 * ms, InFlight: 1, Dropped: true}}},
+		{"another failure", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, notFound) }, nil},
+		{"a configured code", concurrency.Config{DropCodes: []codes.Code{codes.NotFound}}, func(l *concurrency.Layer) {
+			call(l, bg, notFound)
+			call(l, bg, unavailable)
+		}, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Dropped: true}}},
+		{"a cancelled call", concurrency.Config{}, func(l *concurrency.Layer) {
+			ctx, cancel := context.WithCancel(bg)
+			time.AfterFunc(10*ms, cancel)
+			call(l, ctx, nil)
+		}, nil},
+		{"a call that was refused further in", concurrency.Config{}, func(l *concurrency.Layer) {
+			call(l, bg, nil, &hold{err: interceptor.Refuse("x", interceptor.ReasonRateLimit, "")})
+		}, nil},
+		{"a deadline that a layer inside has set", concurrency.Config{}, func(l *concurrency.Layer) {
+			call(l, bg, interceptor.Refuse("timeout", interceptor.ReasonDeadline, "").Because(context.DeadlineExceeded, true))
+		}, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Dropped: true}}},
+		{"a stream", concurrency.Config{}, stream20, nil},
+		{"a stream that is to be sampled", concurrency.Config{SampleStreams: true}, stream20, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1}}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := &recorder{n: 5}
+				l := limit(t, tc.cfg, concurrency.WithAlgorithm(r))
+				tc.do(l)
+				if len(r.samples) != len(tc.want) {
+					t.Fatalf("%d samples %+v, want %d", len(r.samples), r.samples, len(tc.want))
+				}
+				for i, got := range r.samples {
+					if got.Start == 0 {
+						t.Errorf("sample %d has no start", i)
+					}
+					got.Start = 0
+					if got != tc.want[i] {
+						t.Errorf("sample %d = %+v, want %+v", i, got, tc.want[i])
+					}
+				}
+				checkRest(t, l)
+			})
+		})
+	}
+}
+
+// stream20 receives the one message and the end of a stream that lives for 20ms.
+func stream20(l *concurrency.Layer) {
+	s, err := interceptor.NewStack(l)
+	if err != nil {
+		panic(err)
+	}
+	c := s.Wrap(&streams{errs: []error{nil}})
+	st, err := c.NewStream(context.Background(), &grpc.StreamDesc{ClientStreams: true}, method)
+	if err != nil {
+		panic(err)
+	}
+	time.Sleep(20 * ms)
+	st.RecvMsg(nil)
+}
+
+// slow is a gate that takes its time, and says so.
+type slow struct{ d time.Duration }
+
+func (s *slow) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next { return next }
+
+func (s *slow) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		since := c.Now()
+		time.Sleep(s.d)
+		c.Waited("slow", since)
+		return inner.Admit(ctx, c, w)
+	})
+}
+
+func TestTheLayerEnforcesAtLeastOneWhateverAnAlgorithmSays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &recorder{n: -3}
+		l := limit(t, concurrency.Config{}, concurrency.WithAlgorithm(r))
+		c := stackOf(t, l).Wrap(takes(time.Second))
+		expect(t, burst(c, 2), ok(time.Second), ok(2*time.Second))
+		r.n = 2 // Takes effect with the next sample.
+		expect(t, burst(c, 3), ok(time.Second), ok(2*time.Second), ok(2*time.Second))
+	})
+}
+
+// A server of ten workers, 20 ms each, and a hundred clients that never rest. Each
+// algorithm, through a whole stack and in virtual time, finds a limit at which the
+// workers are busy and the queue in the server is short; Gradient2 lets it grow
+// slowly, as latency that lasts becomes its new normal.
+func TestAdaptiveLimitsFindTheCapacityOfAServer(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		cfg     concurrency.Config
+		refuses int64 // In flight in the server when it answers UNAVAILABLE.
+		lo, hi  int64
+	}{
+		{"aimd", concurrency.Config{AIMD: &concurrency.AIMDConfig{}}, 25, 12, 26},
+		{"gradient2", concurrency.Config{Gradient2: &concurrency.Gradient2Config{}}, math.MaxInt64, 10, 80},
+		{"vegas", concurrency.Config{Vegas: &concurrency.VegasConfig{}}, math.MaxInt64, 12, 18},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := limit(t, tc.cfg)
+				workers := semaphore.NewWeighted(10)
+				var served, inFlight int64 // Written by whoever runs; one at a time, see mu.
+				mu := make(chan struct{}, 1)
+				add := func(p *int64, n int64) int64 {
+					mu <- struct{}{}
+					defer func() { <-mu }()
+					*p += n
+					return *p
+				}
+				c := stackOf(t, l).Wrap(server(func(ctx context.Context) error {
+					defer add(&inFlight, -1)
+					if add(&inFlight, 1) > tc.refuses {
+						time.Sleep(ms)
+						return status.Error(codes.Unavailable, "overloaded")
+					}
+					if err := workers.Acquire(ctx, 1); err != nil {
+						return status.FromContextError(err).Err()
+					}
+					defer workers.Release(1)
+					time.Sleep(20 * ms)
+					add(&served, 1)
+					return nil
+				}))
+				ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+				defer cancel()
+				var clients sync.WaitGroup
+				for range 100 {
+					clients.Go(func() {
+						for ctx.Err() == nil {
+							c.Invoke(ctx, method, nil, nil)
+						}
+					})
+				}
+				time.Sleep(10 * time.Second)
+				for i := range 18 {
+					time.Sleep(time.Second)
+					check(t, fmt.Sprintf("after %d seconds", i+11), l.Limit(), tc.lo, tc.hi)
+				}
+				clients.Wait()
+				// 500 a second, and a little for the start.
+				if n := add(&served, 0); n < 14_500 {
+					t.Errorf("%d calls served in 30s, want at least 14,500 of 15,000", n)
+				}
+				checkRest(t, l)
+			})
+		})
+	}
+}

@@ -1,0 +1,94 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package concurrency
+
+import (
+	"fmt"
+	"time"
+)
+
+// AIMDConfig configures [AIMD]. The zero value is fit for use.
+type AIMDConfig struct {
+	// Initial, Min and Max are the limit to begin with and its bounds: 20, 1 and
+	// 1000 if zero. 1 <= Min <= Initial <= Max.
+	Initial, Min, Max int64
+	// BackoffRatio is what the limit is multiplied with on a drop, from 0.5 to
+	// 0.99; 0.9 if zero.
+	BackoffRatio float64
+	// Increase is by how much the limit grows when as many calls as it allows have
+	// succeeded, from 0.01 to 100; 1 if zero.
+	Increase float64
+	// Timeout makes a drop of a success that took longer; none does if zero. It
+	// must not be negative.
+	Timeout time.Duration
+}
+
+// AIMD is additive increase, multiplicative decrease, as TCP does it (Jacobson
+// 1988; Chiu and Jain 1989 show that it is fair between clients):
+//
+//	on a success   limit += Increase/limit
+//	on a drop      limit *= BackoffRatio, once for all drops of calls that were
+//	               running at the time
+//
+// Successes count only while at least half the limit is in use; a client that
+// does not use its limit cannot tell whether more would be well received.
+//
+// It looks at latency only through Timeout, so it finds the limit of a server
+// that refuses or times out when overloaded, by running into it now and then.
+// Drops that have nothing to do with load hold it down as well: with a share p of
+// them, and the defaults, it settles near sqrt(10/p) however idle the server is.
+type AIMD struct {
+	bounds
+	cfg   AIMDConfig
+	limit float64
+	recovery
+}
+
+// NewAIMD returns an AIMD at its initial limit.
+func NewAIMD(cfg AIMDConfig) (*AIMD, error) {
+	a := new(AIMD)
+	if err := a.Update(cfg); err != nil {
+		return nil, err
+	}
+	a.limit = float64(a.initial)
+	return a, nil
+}
+
+// Update changes the configuration and keeps the limit, within the new bounds.
+// On an error nothing has changed.
+func (a *AIMD) Update(cfg AIMDConfig) error {
+	b, err := newBounds("AIMD", cfg.Initial, cfg.Min, cfg.Max)
+	if err != nil {
+		return err
+	}
+	if cfg.BackoffRatio, err = inRange("AIMD.BackoffRatio", cfg.BackoffRatio, backoffRatio, 0.5, 0.99); err != nil {
+		return err
+	}
+	if cfg.Increase, err = inRange("AIMD.Increase", cfg.Increase, 1, 0.01, 100); err != nil {
+		return err
+	}
+	if cfg.Timeout < 0 {
+		return fmt.Errorf("concurrency: AIMD.Timeout %v: must not be negative", cfg.Timeout)
+	}
+	a.bounds, a.cfg = b, cfg
+	a.limit = b.clamp(a.limit)
+	return nil
+}
+
+// Limit is the limit now.
+func (a *AIMD) Limit() int64 { return int64(a.limit) }
+
+func (a *AIMD) start(limit float64) { a.limit = a.clamp(limit) }
+
+// OnSample applies the formulas above.
+func (a *AIMD) OnSample(s Sample) {
+	switch {
+	case s.Dropped || a.cfg.Timeout > 0 && s.RTT > a.cfg.Timeout:
+		if a.counts(s) {
+			a.limit = a.clamp(a.limit * a.cfg.BackoffRatio)
+		}
+	case float64(s.InFlight)*2 >= float64(a.Limit()):
+		a.limit = a.clamp(a.limit + a.cfg.Increase/a.limit)
+	}
+}

@@ -1,0 +1,69 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package concurrency_test
+
+import (
+	"context"
+	"testing"
+
+	"google.golang.org/grpc"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/concurrency"
+)
+
+func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
+
+// admitAndRefuse are the rows of the benchmarks: a call, how to make it, and
+// whether it is refused.
+func admitAndRefuse(tb testing.TB) map[string]func() error {
+	unary := func(layers ...interceptor.Layer) func() error {
+		ic := stackOf(tb, layers...).UnaryClientInterceptor()
+		none := []grpc.CallOption{interceptor.WithWait(interceptor.None)}
+		ctx, cancel := context.WithCancel(context.Background())
+		tb.Cleanup(cancel)
+		return func() error { return ic(ctx, method, nil, nil, nil, noop, none...) }
+	}
+	full := fixed(tb, 1)
+	if err := full.SetLimit(0); err != nil {
+		tb.Fatal(err)
+	}
+	return map[string]func() error{
+		"empty_stack":      unary(),
+		"fixed":            unary(fixed(tb, 1024)),
+		"weighted":         unary(limit(tb, concurrency.Config{Limit: 1024}, concurrency.WithCost(func(context.Context, *interceptor.Call) int64 { return 3 }))),
+		"aimd":             unary(limit(tb, concurrency.Config{AIMD: &concurrency.AIMDConfig{}})),
+		"gradient2":        unary(limit(tb, concurrency.Config{Gradient2: &concurrency.Gradient2Config{}})),
+		"vegas":            unary(limit(tb, concurrency.Config{Vegas: &concurrency.VegasConfig{}})),
+		"fixed_refusing":   unary(full),
+		"fixed_with_queue": unary(limit(tb, concurrency.Config{Limit: 1024, MaxWaiters: 10, Discipline: concurrency.CoDel})),
+	}
+}
+
+func TestNoCallThatNeedNotWaitAllocates(t *testing.T) {
+	for name, call := range admitAndRefuse(t) {
+		if n := testing.AllocsPerRun(1000, func() { call() }); n >= 1 {
+			t.Errorf("%s: %v allocations per call, want 0", name, n)
+		}
+	}
+}
+
+func BenchmarkAdmit(b *testing.B) {
+	for name, call := range admitAndRefuse(b) {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				call()
+			}
+		})
+		b.Run(name+"/parallel", func(b *testing.B) {
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					call()
+				}
+			})
+		})
+	}
+}

@@ -1,0 +1,661 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package concurrency_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/internal/layertest"
+)
+
+func limit(t testing.TB, cfg concurrency.Config, opts ...concurrency.Option) *concurrency.Layer {
+	t.Helper()
+	l, err := concurrency.New(cfg, opts...)
+	if err != nil {
+		t.Fatalf("New(%+v): %v", cfg, err)
+	}
+	return l
+}
+
+func fixed(t testing.TB, n int64) *concurrency.Layer {
+	t.Helper()
+	return limit(t, concurrency.Config{Limit: n})
+}
+
+func atRest(l *concurrency.Layer) error {
+	if n, w := l.InUse(), l.Waiting(); n != 0 || w != 0 {
+		return fmt.Errorf("%d permits in use and %d calls waiting, want none", n, w)
+	}
+	return nil
+}
+
+func checkRest(t *testing.T, ls ...*concurrency.Layer) {
+	t.Helper()
+	for _, l := range ls {
+		if err := atRest(l); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// invoke starts a call and returns where its error will be.
+func invoke(ctx context.Context, c grpc.ClientConnInterface, opts ...grpc.CallOption) <-chan error {
+	done := make(chan error, 1)
+	go func() { done <- c.Invoke(ctx, method, nil, nil, opts...) }()
+	return done
+}
+
+func TestCallsBeyondTheLimitWaitAndEachEndAdmitsOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := fixed(t, 2)
+		c := stackOf(t, l).Wrap(takes(time.Second))
+		begin(c, 4)
+		time.Sleep(500 * time.Millisecond)
+		if got := [2]int{int(l.InUse()), l.Waiting()}; got != [2]int{2, 2} {
+			t.Errorf("%v calls running and waiting, want 2 and 2", got)
+		}
+		time.Sleep(1600 * time.Millisecond)
+		checkRest(t, l)
+		expect(t, burst(c, 5), ok(time.Second), ok(time.Second), ok(2*time.Second), ok(2*time.Second), ok(3*time.Second))
+	})
+}
+
+func TestALimitOfZeroAdmitsNobodyUntilItIsRaised(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := fixed(t, 1)
+		if err := l.SetLimit(0); err != nil {
+			t.Fatal(err)
+		}
+		c := stackOf(t, l).Wrap(takes(0))
+		ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+		defer cancel()
+		start := time.Now()
+		err := c.Invoke(ctx, method, nil, nil)
+		if reason(err) != interceptor.ReasonDeadline || status.Code(err) != codes.DeadlineExceeded || time.Since(start) != time.Hour {
+			t.Errorf("a call at a limit of 0 ended with %v after %v, want DEADLINE after its deadline, 1h", err, time.Since(start))
+		}
+		done := invoke(context.Background(), c)
+		synctest.Wait()
+		if err := l.SetLimit(1); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil {
+			t.Errorf("a call that waited for the limit to be raised: %v", err)
+		}
+		checkRest(t, l)
+	})
+}
+
+// hold is a gate that calls wait in for d, after they have got what gates outside gave.
+type hold struct {
+	interceptor.GateOnly
+	d   time.Duration
+	err error
+}
+
+func (h *hold) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		if err := w.Sleep(ctx, interceptor.Now().Add(h.d)); err != nil {
+			return interceptor.Ended(ctx, "hold")
+		}
+		if h.err != nil {
+			return h.err
+		}
+		return inner.Admit(ctx, c, w)
+	})
+}
+
+func TestAPermitIsHeldByACallThatWaitsFurtherIn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := fixed(t, 1)
+		c := stackOf(t, l, &hold{d: time.Second}).Wrap(takes(time.Second))
+		expect(t, burst(c, 2), ok(2*time.Second), ok(4*time.Second))
+		checkRest(t, l)
+	})
+}
+
+func TestACallThatIsRefusedFurtherInGivesItsPermitToTheNext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := fixed(t, 1)
+		no := interceptor.Refuse("no", interceptor.ReasonFilter, "")
+		c := stackOf(t, l, &hold{d: time.Second, err: no}).Wrap(takes(0))
+		expect(t, burst(c, 2), refused(time.Second, interceptor.ReasonFilter), refused(2*time.Second, interceptor.ReasonFilter))
+		checkRest(t, l)
+	})
+}
+
+func TestAFailedAndACancelledCallGiveTheirPermitsToTheNext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := fixed(t, 1)
+		boom := status.Error(codes.Internal, "boom")
+		answers := []error{boom, nil, nil}
+		c := stackOf(t, l).Wrap(server(func(ctx context.Context) error {
+			err := answers[0]
+			answers = answers[1:]
+			select {
+			case <-time.After(time.Second):
+				return err
+			case <-ctx.Done():
+				return status.FromContextError(ctx.Err()).Err()
+			}
+		}))
+		start := time.Now()
+		ctx, cancel := context.WithCancel(context.Background())
+		first := invoke(context.Background(), c)
+		synctest.Wait()
+		second := invoke(ctx, c)
+		synctest.Wait()
+		third := invoke(context.Background(), c)
+		if err := <-first; err != boom {
+			t.Errorf("first: %v, want the server's error", err)
+		}
+		synctest.Wait()
+		cancel()
+		if err := <-second; status.Code(err) != codes.Canceled || time.Since(start) != time.Second {
+			t.Errorf("second: %v after %v, want CANCELLED after 1s", err, time.Since(start))
+		}
+		if err := <-third; err != nil || time.Since(start) != 2*time.Second {
+			t.Errorf("third: %v after %v, want success after 2s", err, time.Since(start))
+		}
+		checkRest(t, l)
+	})
+}
+
+func TestAWaiterThatIsCancelledLeavesTheQueueToTheOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := fixed(t, 1)
+		c := stackOf(t, l).Wrap(takes(time.Second))
+		start := time.Now()
+		invoke(context.Background(), c)
+		synctest.Wait()
+		ctx, cancel := context.WithCancel(context.Background())
+		second := invoke(ctx, c)
+		synctest.Wait()
+		third := invoke(context.Background(), c)
+		synctest.Wait()
+		time.Sleep(100 * time.Millisecond)
+		cancel()
+		err := <-second
+		if reason(err) != interceptor.ReasonCancelled || status.Code(err) != codes.Canceled || !errors.Is(err, context.Canceled) || time.Since(start) != 100*time.Millisecond {
+			t.Errorf("the cancelled waiter: %v after %v, want CANCELLED at once", err, time.Since(start))
+		}
+		if err := <-third; err != nil || time.Since(start) != 2*time.Second {
+			t.Errorf("the waiter behind it: %v after %v, want success after 2s", err, time.Since(start))
+		}
+		checkRest(t, l)
+	})
+}
+
+func TestOneLayerLimitsTheCallsOfAllConnectionsTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := fixed(t, 1)
+		a, b := stackOf(t, l).Wrap(takes(time.Second)), stackOf(t, l).Wrap(takes(time.Second))
+		start := time.Now()
+		first, second := invoke(context.Background(), a), invoke(context.Background(), b)
+		if err := errors.Join(<-first, <-second); err != nil || time.Since(start) != 2*time.Second {
+			t.Errorf("two calls of two connections ended with %v after %v, want success after 2s", err, time.Since(start))
+		}
+	})
+}
+
+func TestACallThatMayNotWaitIsRefusedWithUnavailable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := stackOf(t, fixed(t, 1)).Wrap(takes(time.Second))
+		expect(t, burst(c, 3, interceptor.WithWait(interceptor.None)),
+			ok(time.Second), refused(0, interceptor.ReasonConcurrency), refused(0, interceptor.ReasonConcurrency))
+		expect(t, burst(c, 2, interceptor.WithWait(interceptor.For(300*time.Millisecond))),
+			ok(time.Second), refused(300*time.Millisecond, interceptor.ReasonConcurrency))
+		expect(t, burst(c, 2, interceptor.WithWait(interceptor.Until(time.Now().Add(-time.Second)))),
+			ok(time.Second), refused(0, interceptor.ReasonConcurrency))
+	})
+}
+
+func TestMaxWaitBoundsHowLongCallsWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limit(t, concurrency.Config{Limit: 1, MaxWait: 300 * time.Millisecond})
+		c := stackOf(t, l).Wrap(takes(time.Second))
+		expect(t, burst(c, 2), ok(time.Second), refused(300*time.Millisecond, interceptor.ReasonConcurrency))
+		expect(t, burst(c, 2, interceptor.WithWait(interceptor.For(100*time.Millisecond))),
+			ok(time.Second), refused(100*time.Millisecond, interceptor.ReasonConcurrency))
+		checkRest(t, l)
+	})
+}
+
+// order starts a call that runs for a second, then one call each of the named
+// contexts, 10 ms apart, and returns in which order they were admitted.
+func order(t *testing.T, l *concurrency.Layer, calls ...context.Context) (admitted []int) {
+	t.Helper()
+	var mu sync.Mutex
+	type key struct{}
+	c := stackOf(t, l).Wrap(server(func(ctx context.Context) error {
+		mu.Lock()
+		if n, ok := ctx.Value(key{}).(int); ok {
+			admitted = append(admitted, n)
+		}
+		mu.Unlock()
+		time.Sleep(time.Second)
+		return nil
+	}))
+	var all []<-chan error
+	all = append(all, invoke(context.Background(), c))
+	synctest.Wait()
+	for i, ctx := range calls {
+		all = append(all, invoke(context.WithValue(ctx, key{}, i), c))
+		time.Sleep(10 * time.Millisecond)
+	}
+	for _, done := range all {
+		<-done
+	}
+	checkRest(t, l)
+	return admitted
+}
+
+func TestTheDisciplineSaysWhoseTurnItIs(t *testing.T) {
+	bg := context.Background()
+	high, low := concurrency.ContextWithPriority(bg, 5), concurrency.ContextWithPriority(bg, -1)
+	withMD := func(p string) context.Context { return metadata.AppendToOutgoingContext(bg, "x-priority", p) }
+	for _, tc := range []struct {
+		name  string
+		cfg   concurrency.Config
+		opts  []concurrency.Option
+		calls []context.Context
+		want  []int
+	}{
+		{"FIFO admits who has waited longest", concurrency.Config{}, nil, []context.Context{bg, bg, bg}, []int{0, 1, 2}},
+		{"LIFO admits who came last", concurrency.Config{Discipline: concurrency.LIFO}, nil, []context.Context{bg, bg, bg}, []int{2, 1, 0}},
+		{"a higher priority goes first", concurrency.Config{}, nil, []context.Context{low, bg, high, bg, high}, []int{2, 4, 1, 3, 0}},
+		{"LIFO is within a priority", concurrency.Config{Discipline: concurrency.LIFO}, nil, []context.Context{high, bg, high, bg}, []int{2, 0, 3, 1}},
+		{"priorities come from metadata", concurrency.Config{}, []concurrency.Option{concurrency.WithPriority(concurrency.MetadataPriority("x-priority"))},
+			[]context.Context{withMD("-3"), withMD("none"), bg, withMD("7")}, []int{3, 1, 2, 0}},
+		{"a full FIFO queue refuses who comes last", concurrency.Config{MaxWaiters: 2}, nil, []context.Context{bg, bg, bg, bg}, []int{0, 1}},
+		{"a full LIFO queue refuses who has waited longest", concurrency.Config{MaxWaiters: 2, Discipline: concurrency.LIFO}, nil, []context.Context{bg, bg, bg}, []int{2, 1}},
+		{"a full queue refuses the lowest priority", concurrency.Config{MaxWaiters: 2}, nil, []context.Context{low, bg, high, low}, []int{2, 1}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				tc.cfg.Limit = 1
+				if got := order(t, limit(t, tc.cfg, tc.opts...), tc.calls...); !slices.Equal(got, tc.want) {
+					t.Errorf("admitted %v, want %v", got, tc.want)
+				}
+			})
+		})
+	}
+}
+
+func TestAFullQueueRefusesAtOnceWithQueueFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limit(t, concurrency.Config{Limit: 1, MaxWaiters: 1})
+		expect(t, burst(stackOf(t, l).Wrap(takes(time.Second)), 3), ok(time.Second), ok(2*time.Second), refused(0, interceptor.ReasonQueueFull))
+		l = limit(t, concurrency.Config{Limit: 1, MaxWaiters: 1, Discipline: concurrency.LIFO})
+		expect(t, burst(stackOf(t, l).Wrap(takes(time.Second)), 3), ok(time.Second), refused(0, interceptor.ReasonQueueFull), ok(2*time.Second))
+	})
+}
+
+// The queue is standing from the first call to be admitted later than the target
+// until the interval has passed; from then on CoDel refuses.
+func TestCoDelRefusesFromAStandingQueueAndNotFromABurst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := concurrency.Config{Limit: 1, Discipline: concurrency.CoDel, CoDelTarget: 20 * time.Millisecond, CoDelInterval: 100 * time.Millisecond}
+		c := stackOf(t, limit(t, cfg)).Wrap(takes(10 * time.Millisecond))
+		for i, e := range burst(c, 10) { // A burst that is over within the interval.
+			if e.reason != "" {
+				t.Errorf("call %d of a burst was refused: %v", i, e)
+			}
+		}
+		var refusals int
+		for _, e := range burst(c, 200) {
+			if e.reason == interceptor.ReasonConcurrency {
+				refusals++
+			} else if e.reason != "" {
+				t.Errorf("a call ended with %v", e)
+			}
+		}
+		// The nth refusal comes 100ms/sqrt(n) after the one before, so by t there are
+		// about (t/200ms)²; 146 calls served in 1.46s and 53 refused make 200.
+		if refusals < 50 || refusals > 57 {
+			t.Errorf("%d of 200 calls were refused, want about 53", refusals)
+		}
+		fifo := cfg
+		fifo.Discipline = concurrency.FIFO
+		for i, e := range burst(stackOf(t, limit(t, fifo)).Wrap(takes(10*time.Millisecond)), 200) {
+			if want := ok(time.Duration(i+1) * 10 * time.Millisecond); e != want {
+				t.Errorf("call %d of a FIFO queue ended as %v, want %v", i, e, want)
+			}
+		}
+	})
+}
+
+func costOf(ctx context.Context, _ *interceptor.Call) int64 {
+	n, _ := ctx.Value(costKey{}).(int64)
+	return n
+}
+
+type costKey struct{}
+
+func costs(n int64) context.Context { return context.WithValue(context.Background(), costKey{}, n) }
+
+func TestAHeavyCallTakesItsPermitsAndIsNotOvertakenWhileItWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limit(t, concurrency.Config{Limit: 4}, concurrency.WithCost(costOf))
+		c := stackOf(t, l).Wrap(takes(time.Second))
+		start := time.Now()
+		at := func(done <-chan error) time.Duration {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			return time.Since(start)
+		}
+		call := func(n int64) <-chan error {
+			done := invoke(costs(n), c)
+			synctest.Wait()
+			return done
+		}
+		a := call(3)
+		heavy := call(2) // Does not fit beside a.
+		light := call(1) // Would fit, but heavy is first.
+		none := call(0)  // Counts as 1.
+		if err := c.Invoke(costs(1), method, nil, nil, interceptor.WithWait(interceptor.None)); reason(err) != interceptor.ReasonConcurrency {
+			t.Errorf("a call that may not wait, while a permit is free but promised: %v, want a refusal", err)
+		}
+		got := []time.Duration{at(a), at(heavy), at(light), at(none)}
+		if want := []time.Duration{time.Second, 2 * time.Second, 2 * time.Second, 2 * time.Second}; !slices.Equal(got, want) {
+			t.Errorf("calls ended after %v, want %v", got, want)
+		}
+		checkRest(t, l)
+	})
+}
+
+func TestACallThatCostsMoreThanTheLimitRunsAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limit(t, concurrency.Config{Limit: 2}, concurrency.WithCost(costOf))
+		c := stackOf(t, l).Wrap(takes(time.Second))
+		start := time.Now()
+		small := invoke(costs(1), c)
+		synctest.Wait()
+		big := invoke(costs(10), c)
+		synctest.Wait()
+		after := invoke(costs(1), c)
+		if err := errors.Join(<-small, <-big); err != nil || time.Since(start) != 2*time.Second {
+			t.Errorf("the heavy call: %v after %v, want success after 2s", err, time.Since(start))
+		}
+		if err := <-after; err != nil || time.Since(start) != 3*time.Second {
+			t.Errorf("the call behind it: %v after %v, want success after 3s", err, time.Since(start))
+		}
+		checkRest(t, l)
+	})
+}
+
+func TestAHeavyWaiterThatGivesUpLetsTheOthersPass(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limit(t, concurrency.Config{Limit: 2}, concurrency.WithCost(costOf))
+		c := stackOf(t, l).Wrap(takes(time.Second))
+		start := time.Now()
+		first := invoke(costs(1), c)
+		synctest.Wait()
+		heavy := invoke(costs(2), c, interceptor.WithWait(interceptor.For(100*time.Millisecond)))
+		synctest.Wait()
+		light := invoke(costs(1), c)
+		if err := <-heavy; reason(err) != interceptor.ReasonConcurrency {
+			t.Errorf("the heavy call: %v, want a refusal", err)
+		}
+		if err := errors.Join(<-first, <-light); err != nil || time.Since(start) != 1100*time.Millisecond {
+			t.Errorf("the light call: %v after %v, want success after 1.1s, from when the heavy one gave up", err, time.Since(start))
+		}
+	})
+}
+
+func TestALimitChangesWhileCallsRunAndWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := fixed(t, 3)
+		c := stackOf(t, l).Wrap(takes(time.Second))
+		ends := begin(c, 8)
+		if err := l.SetLimit(1); err != nil {
+			t.Fatal(err)
+		}
+		if got := l.InUse(); got != 3 {
+			t.Errorf("%d permits in use after shrinking, want the 3 that are out", got)
+		}
+		time.Sleep(1500 * time.Millisecond) // One runs since 1s.
+		if got := l.InUse(); got != 1 {
+			t.Errorf("%d permits in use after calls ended, want 1", got)
+		}
+		if err := l.SetLimit(4); err != nil { // Admits three waiters at 1.5s, for 2.5s.
+			t.Fatal(err)
+		}
+		if got := l.InUse(); got != 4 {
+			t.Errorf("%d permits in use at once after growing, want 4", got)
+		}
+		s := time.Second
+		expect(t, ends(), ok(s), ok(s), ok(s), ok(2*s), ok(2500*time.Millisecond), ok(2500*time.Millisecond), ok(2500*time.Millisecond), ok(3*s))
+		checkRest(t, l)
+	})
+}
+
+func TestUpdateKeepsPermitsAndQueueAndABadOneChangesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := concurrency.Config{Limit: 1}
+		l := limit(t, cfg)
+		c := stackOf(t, l).Wrap(takes(time.Second))
+		ends := begin(c, 4)
+		bad := concurrency.Config{Limit: 50, MaxWaiters: -1}
+		if err := l.Update(bad); err == nil || !reflect.DeepEqual(l.Config(), cfg) || l.Limit() != 1 || l.InUse() != 1 {
+			t.Errorf("Update(%+v) = %v, and the layer has %+v with limit %d; want an error and no change", bad, err, l.Config(), l.Limit())
+		}
+		// An algorithm that is not valid, along with rules that are.
+		if err := l.Update(concurrency.Config{AIMD: &concurrency.AIMDConfig{Min: 9, Max: 3}, Discipline: concurrency.LIFO}); err == nil || l.Config().Discipline != concurrency.FIFO {
+			t.Errorf("Update with a bad algorithm = %v, Config() = %+v", err, l.Config())
+		}
+		if err := l.Update(concurrency.Config{Limit: 1, Discipline: concurrency.LIFO, MaxWaiters: 1}); err != nil {
+			t.Fatal(err)
+		}
+		if l.Waiting() != 3 {
+			t.Errorf("%d calls wait, want all 3 that did before", l.Waiting())
+		}
+		s := time.Second
+		expect(t, ends(), ok(s), ok(4*s), ok(3*s), ok(2*s))
+		checkRest(t, l)
+	})
+}
+
+// stream sends one message, then its end.
+type stream struct {
+	grpc.ClientStream
+	ctx  context.Context
+	errs []error
+}
+
+func (s *stream) Context() context.Context { return s.ctx }
+func (s *stream) RecvMsg(any) error {
+	err := s.errs[0]
+	s.errs = s.errs[1:]
+	return err
+}
+
+// streams is a connection whose streams receive errs, or cannot be opened.
+type streams struct {
+	errs []error
+	open error
+}
+
+func (c *streams) Invoke(context.Context, string, any, any, ...grpc.CallOption) error { return nil }
+
+func (c *streams) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	if c.open != nil {
+		return nil, c.open
+	}
+	return &stream{ctx: ctx, errs: slices.Clone(c.errs)}, nil
+}
+
+func TestAStreamHoldsItsPermitForItsLifeAndGivesItBackOnce(t *testing.T) {
+	desc := &grpc.StreamDesc{ServerStreams: true}
+	l := fixed(t, 2)
+	holding := func(want int64, when string) {
+		t.Helper()
+		if got := l.InUse(); got != want {
+			t.Errorf("%d permits in use %s, want %d", got, when, want)
+		}
+	}
+	c := stackOf(t, l).Wrap(&streams{errs: []error{nil, io.EOF, io.EOF}})
+	s, err := c.NewStream(context.Background(), desc, method)
+	if err != nil {
+		t.Fatal(err)
+	}
+	holding(1, "by an open stream")
+	if err := s.RecvMsg(nil); err != nil {
+		t.Fatal(err)
+	}
+	holding(1, "after a message")
+	for range 2 {
+		if err := s.RecvMsg(nil); err != io.EOF {
+			t.Errorf("the end: %v, want EOF", err)
+		}
+		holding(0, "after EOF")
+	}
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(context.Background())
+		if _, err := c.NewStream(ctx, desc, method); err != nil {
+			t.Fatal(err)
+		}
+		holding(1, "by an abandoned stream")
+		cancel()
+		synctest.Wait()
+		holding(0, "after its context was cancelled")
+	})
+	if _, err := stackOf(t, l).Wrap(&streams{open: io.ErrUnexpectedEOF}).NewStream(context.Background(), desc, method); err == nil {
+		t.Error("a stream that cannot be opened was opened")
+	}
+	holding(0, "after a creation failure")
+}
+
+func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
+	type cfg = concurrency.Config
+	for _, tc := range []struct {
+		cfg  cfg
+		opts []concurrency.Option
+		want string
+	}{
+		{cfg{}, nil, "0 of Limit, AIMD, Gradient2 and Vegas are set: exactly one must be"},
+		{cfg{Limit: 1, Vegas: &concurrency.VegasConfig{}}, nil, "2 of Limit, AIMD"},
+		{cfg{Limit: -1}, nil, "Limit -1: must be from 1"},
+		{cfg{Limit: 1 << 40}, nil, "Limit 1099511627776: must be from 1 to 2147483647"},
+		{cfg{Limit: 1}, []concurrency.Option{concurrency.WithName("")}, `WithName ""`},
+		{cfg{Limit: 1}, []concurrency.Option{concurrency.WithAlgorithm(new(concurrency.AIMD))}, "none must be with WithAlgorithm"},
+		{cfg{Limit: 1, Discipline: 7}, nil, "Discipline 7"},
+		{cfg{Limit: 1, MaxWaiters: -2}, nil, "MaxWaiters -2"},
+		{cfg{Limit: 1, MaxWait: -time.Second}, nil, "MaxWait -1s"},
+		{cfg{Limit: 1, CoDelTarget: -1}, nil, "CoDelTarget -1ns"},
+		{cfg{Limit: 1, CoDelInterval: -1}, nil, "CoDelInterval -1ns"},
+		{cfg{Limit: 1, DropCodes: []codes.Code{codes.Internal, codes.OK}}, nil, "DropCodes[1] OK"},
+		{cfg{Limit: 1, DropCodes: []codes.Code{77}}, nil, "DropCodes[0] Code(77)"},
+		{cfg{AIMD: &concurrency.AIMDConfig{Min: -1}}, nil, "AIMD.Min -1"},
+		{cfg{AIMD: &concurrency.AIMDConfig{Min: 5, Max: 4}}, nil, "AIMD.Max 4: must be from Min, 5"},
+		{cfg{AIMD: &concurrency.AIMDConfig{Initial: 5000}}, nil, "AIMD.Initial 5000: must be from Min to Max, 1 to 1000"},
+		{cfg{AIMD: &concurrency.AIMDConfig{BackoffRatio: 1}}, nil, "AIMD.BackoffRatio 1: must be from 0.5 to 0.99"},
+		{cfg{AIMD: &concurrency.AIMDConfig{Increase: -1}}, nil, "AIMD.Increase -1"},
+		{cfg{AIMD: &concurrency.AIMDConfig{Timeout: -1}}, nil, "AIMD.Timeout -1ns"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{Smoothing: 2}}, nil, "Gradient2.Smoothing 2"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{Tolerance: 0.5}}, nil, "Gradient2.Tolerance 0.5"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{QueueSize: -1}}, nil, "Gradient2.QueueSize -1"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{LongWindow: 3}}, nil, "Gradient2.LongWindow 3"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{BackoffRatio: 0.1}}, nil, "Gradient2.BackoffRatio 0.1"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{Window: -1}}, nil, "Gradient2.Window -1ns"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{Max: -7}}, nil, "Gradient2.Max -7"},
+		{cfg{Vegas: &concurrency.VegasConfig{WindowSamples: -1}}, nil, "Vegas.WindowSamples -1"},
+		{cfg{Vegas: &concurrency.VegasConfig{ProbeWindows: 1}}, nil, "Vegas.ProbeWindows 1"},
+		{cfg{Vegas: &concurrency.VegasConfig{Smoothing: -0.1}}, nil, "Vegas.Smoothing -0.1"},
+		{cfg{Vegas: &concurrency.VegasConfig{Initial: -3}}, nil, "Vegas.Initial -3"},
+	} {
+		_, err := concurrency.New(tc.cfg, tc.opts...)
+		if err == nil || !strings.HasPrefix(err.Error(), "concurrency: ") || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("New(%+v) = %v, want an error that says %q", tc.cfg, err, tc.want)
+		}
+	}
+	l := fixed(t, 5)
+	for _, n := range []int64{-1, 1 << 31} {
+		if err := l.SetLimit(n); err == nil || l.Limit() != 5 {
+			t.Errorf("SetLimit(%d) = %v, limit %d; want an error and 5", n, err, l.Limit())
+		}
+	}
+	if err := limit(t, concurrency.Config{AIMD: &concurrency.AIMDConfig{}}).SetLimit(3); err == nil || !strings.Contains(err.Error(), "AIMD") {
+		t.Errorf("SetLimit of an adaptive limit = %v, want an error that names the algorithm", err)
+	}
+}
+
+func TestTheZeroOptionsAreTheDefaults(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limit(t, concurrency.Config{Limit: 1}, concurrency.WithCost(nil), concurrency.WithPriority(nil), concurrency.WithAlgorithm(nil))
+		expect(t, burst(stackOf(t, l).Wrap(takes(time.Second)), 2), ok(time.Second), ok(2*time.Second))
+		if got := l.String(); got != "concurrency" {
+			t.Errorf("String() = %q", got)
+		}
+	})
+}
+
+type observer struct {
+	interceptor.NopObserver
+	mu     sync.Mutex
+	events []string
+}
+
+func (o *observer) add(format string, args ...any) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.events = append(o.events, fmt.Sprintf(format, args...))
+}
+func (o *observer) Limit(layer string, n float64) { o.add("limit %s %v", layer, n) }
+func (o *observer) Waited(_, layer string, d time.Duration) {
+	o.add("waited %s %v", layer, d)
+}
+func (o *observer) Refused(_, layer string, r interceptor.Reason) { o.add("refused %s %s", layer, r) }
+
+func TestTheObserverSeesTheLimitWaitsAndRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		obs := &observer{}
+		l := limit(t, concurrency.Config{Limit: 1}, concurrency.WithName("orders"))
+		c := stackOf(t, interceptor.Observe(obs), l).Wrap(takes(time.Second))
+		burst(c, 2)
+		burst(c, 2, interceptor.WithWait(interceptor.None))
+		if err := l.SetLimit(2); err != nil {
+			t.Fatal(err)
+		}
+		burst(c, 1)
+		want := []string{"limit orders 1", "waited orders 1s", "refused orders CONCURRENCY", "limit orders 2"}
+		if !slices.Equal(obs.events, want) {
+			t.Errorf("observed %q, want %q", obs.events, want)
+		}
+	})
+}
+
+func TestConformance(t *testing.T) {
+	for name, cfg := range map[string]concurrency.Config{
+		"fixed":     {Limit: 20},
+		"priority":  {Limit: 20, MaxWaiters: 100, Discipline: concurrency.LIFO},
+		"codel":     {Limit: 20, MaxWait: time.Second, Discipline: concurrency.CoDel},
+		"gradient2": {Gradient2: &concurrency.Gradient2Config{WindowSamples: 1, Window: 1}, SampleStreams: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			layertest.Run(t, func() (interceptor.Layer, func() error) {
+				l := limit(t, cfg)
+				return l, func() error { return atRest(l) }
+			})
+		})
+	}
+}

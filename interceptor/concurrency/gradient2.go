@@ -1,0 +1,155 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package concurrency
+
+import (
+	"fmt"
+	"time"
+)
+
+// Gradient2Config configures [Gradient2]. The zero value is fit for use.
+type Gradient2Config struct {
+	// Initial, Min and Max are the limit to begin with and its bounds: 20, 1 and
+	// 1000 if zero. 1 <= Min <= Initial <= Max.
+	Initial, Min, Max int64
+	// QueueSize is how many calls may queue in the server: what the limit grows by
+	// when there is no sign of queueing, before smoothing. From 0.1 to 1000; 4 if
+	// zero.
+	QueueSize float64
+	// Smoothing is how much of a new value enters the limit, from 0.01 to 1; 0.2 if
+	// zero.
+	Smoothing float64
+	// Tolerance is how many times the long-term round trip is still no sign of
+	// queueing, from 1 to 10; 1.5 if zero.
+	Tolerance float64
+	// LongWindow is over how many windows the long-term round trip is averaged,
+	// from 10 to 1,000,000; 600 if zero.
+	LongWindow int
+	// BackoffRatio is what the limit is multiplied with on a drop, from 0.5 to
+	// 0.99; 0.9 if zero.
+	BackoffRatio float64
+	// Window and WindowSamples are for how long, and for how many successes at
+	// least, samples are gathered before the limit is computed anew: 100ms and 10
+	// if zero. They must not be negative.
+	Window        time.Duration
+	WindowSamples int
+}
+
+// Gradient2 is Netflix's algorithm of that name (concurrency-limits). It compares
+// the round trip now with its long-term average:
+//
+//	gradient = max(0.5, min(1, Tolerance × long / now))
+//	limit    = (1 - Smoothing) × limit + Smoothing × (gradient × limit + QueueSize)
+//
+// long is an exponential average over LongWindow windows; while it is more than
+// twice the round trip now it is reduced by 5 % per window, to recover faster
+// from a time of high latency. The limit stays while less than half of it is in
+// use.
+//
+// Two things differ from the original: it acts on the mean of a window of samples,
+// as Netflix recommends, and on a drop, which the original ignores, it backs off
+// as [AIMD] does: a server that refuses fast has the best round trip of all. Like
+// the original it takes a latency that lasts for the new normal, within about
+// LongWindow windows: clients that always want more than the server can do see
+// the limit creep upwards. Where that is the rule, [Vegas] is the better choice.
+type Gradient2 struct {
+	bounds
+	cfg    Gradient2Config
+	limit  float64
+	window window
+	long   average
+	recovery
+}
+
+// NewGradient2 returns a Gradient2 at its initial limit.
+func NewGradient2(cfg Gradient2Config) (*Gradient2, error) {
+	g := new(Gradient2)
+	if err := g.Update(cfg); err != nil {
+		return nil, err
+	}
+	g.limit = float64(g.initial)
+	return g, nil
+}
+
+// Update changes the configuration and keeps the limit, within the new bounds,
+// and the averages. On an error nothing has changed.
+func (g *Gradient2) Update(cfg Gradient2Config) error {
+	b, err := newBounds("Gradient2", cfg.Initial, cfg.Min, cfg.Max)
+	if err != nil {
+		return err
+	}
+	if cfg.QueueSize, err = inRange("Gradient2.QueueSize", cfg.QueueSize, 4, 0.1, 1000); err != nil {
+		return err
+	}
+	if cfg.Smoothing, err = inRange("Gradient2.Smoothing", cfg.Smoothing, 0.2, 0.01, 1); err != nil {
+		return err
+	}
+	if cfg.Tolerance, err = inRange("Gradient2.Tolerance", cfg.Tolerance, 1.5, 1, 10); err != nil {
+		return err
+	}
+	if cfg.BackoffRatio, err = inRange("Gradient2.BackoffRatio", cfg.BackoffRatio, backoffRatio, 0.5, 0.99); err != nil {
+		return err
+	}
+	if cfg.LongWindow == 0 {
+		cfg.LongWindow = 600
+	}
+	if cfg.LongWindow < 10 || cfg.LongWindow > 1_000_000 {
+		return fmt.Errorf("concurrency: Gradient2.LongWindow %d: must be from 10 to 1000000, or 0 for 600", cfg.LongWindow)
+	}
+	w := g.window
+	if err := w.configure("Gradient2", cfg.Window, cfg.WindowSamples); err != nil {
+		return err
+	}
+	g.bounds, g.cfg, g.window = b, cfg, w
+	g.limit = b.clamp(g.limit)
+	return nil
+}
+
+// Limit is the limit now.
+func (g *Gradient2) Limit() int64 { return int64(g.limit) }
+
+func (g *Gradient2) start(limit float64) { g.limit = g.clamp(limit) }
+
+// OnSample applies the formulas above when a window is complete.
+func (g *Gradient2) OnSample(s Sample) {
+	if s.Dropped {
+		if g.counts(s) {
+			g.limit = g.clamp(g.limit * g.cfg.BackoffRatio)
+			g.window.reset()
+		}
+		return
+	}
+	mean, inFlight, complete := g.window.add(s)
+	if !complete {
+		return
+	}
+	now := float64(mean)
+	long := g.long.add(now, g.cfg.LongWindow)
+	if long/now > 2 {
+		g.long.value *= 0.95
+	}
+	if float64(inFlight) < g.limit/2 {
+		return
+	}
+	gradient := max(0.5, min(1, g.cfg.Tolerance*long/now))
+	target := gradient*g.limit + g.cfg.QueueSize
+	g.limit = g.clamp((1-g.cfg.Smoothing)*g.limit + g.cfg.Smoothing*target)
+}
+
+// average is the mean of the first ten values and from then on an exponential
+// average with the weight 2/(n+1) for a new one.
+type average struct {
+	value float64
+	seen  int
+}
+
+func (a *average) add(v float64, n int) float64 {
+	if a.seen < 10 {
+		a.seen++
+		a.value += (v - a.value) / float64(a.seen)
+	} else {
+		a.value += (v - a.value) * 2 / float64(n+1)
+	}
+	return a.value
+}

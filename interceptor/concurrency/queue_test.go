@@ -1,0 +1,139 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package concurrency
+
+import (
+	"math/rand/v2"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/belfry-go/belfry/interceptor"
+)
+
+func newWaiter(cost int64) *waiter { return &waiter{cost: cost, done: make(chan struct{}, 1)} }
+
+// Tower's multi_waiters: a permit that was given to a waiter which has gone is
+// given to the next.
+func TestAPermitGivenToAWaiterThatHasGoneIsHandedOn(t *testing.T) {
+	p := &permits{limit: 1}
+	if !p.try(1, nil) {
+		t.Fatal("no permit at rest")
+	}
+	second, third := newWaiter(1), newWaiter(1)
+	p.enqueue(second)
+	p.enqueue(third)
+	p.release(1)
+	if len(second.done) != 1 || len(third.done) != 0 {
+		t.Fatalf("after a release %d, %d of the waiters have ended, want 1, 0", len(second.done), len(third.done))
+	}
+	if p.abandon(second) || second.why != admitted {
+		t.Fatal("the second was taken from the queue, want: admitted already")
+	}
+	p.release(second.cost)
+	if len(third.done) != 1 || third.why != admitted {
+		t.Error("the permit was not handed on to the third")
+	}
+}
+
+// A queue of random calls against a model that is a plain sum: what is in use is
+// what was admitted and not released, never more than the limit but for a call
+// that runs alone, and nobody waits who could run.
+func TestNoPermitIsLostOrInventedInRandomHistories(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	for range 200 {
+		synctest.Test(t, func(t *testing.T) {
+			p := &permits{}
+			p.configure(1+rng.Int64N(8), Discipline(rng.IntN(3)), rng.IntN(6), time.Millisecond, 5*time.Millisecond)
+			var waiting []*waiter
+			var running []int64
+			settle := func() {
+				still := waiting[:0]
+				for _, w := range waiting {
+					if len(w.done) == 0 {
+						still = append(still, w)
+					} else if w.why == admitted {
+						running = append(running, w.cost)
+					}
+				}
+				waiting = still
+			}
+			for step := range 300 {
+				switch rng.IntN(6) {
+				case 0:
+					if cost := 1 + rng.Int64N(4); p.try(cost, nil) {
+						running = append(running, cost)
+					}
+				case 1, 2:
+					w := newWaiter(1 + rng.Int64N(4))
+					w.priority, w.since = rng.IntN(3), interceptor.Now()
+					waiting = append(waiting, w)
+					p.enqueue(w)
+				case 3:
+					if len(running) > 0 {
+						i := rng.IntN(len(running))
+						cost := running[i]
+						running = append(running[:i], running[i+1:]...)
+						p.release(cost)
+					}
+				case 4:
+					if len(waiting) > 0 {
+						i := rng.IntN(len(waiting))
+						if !p.abandon(waiting[i]) {
+							t.Fatalf("step %d: a waiter could not leave the queue", step)
+						}
+						waiting = append(waiting[:i], waiting[i+1:]...)
+					}
+				default:
+					if rng.IntN(4) == 0 {
+						p.setLimit(rng.Int64N(9))
+					}
+					time.Sleep(time.Duration(rng.IntN(3)) * time.Millisecond)
+				}
+				settle()
+				var sum int64
+				for _, cost := range running {
+					sum += cost
+				}
+				if p.inUse != sum || p.waiting != len(waiting) {
+					t.Fatalf("step %d: %d in use and %d waiting, want %d and %d", step, p.inUse, p.waiting, sum, len(waiting))
+				}
+				if p.waiting > 0 && p.fitsLocked(p.firstLocked().cost) {
+					t.Fatalf("step %d: the first waiter, of cost %d, could run: %d of %d in use", step, p.firstLocked().cost, p.inUse, p.limit)
+				}
+			}
+		})
+	}
+}
+
+// RFC 8289, 5.4: the law sets refusals interval/sqrt(count) apart.
+func TestCoDelsControlLaw(t *testing.T) {
+	const ms = interceptor.Instant(time.Millisecond)
+	c := codel{target: 5 * time.Millisecond, interval: 100 * time.Millisecond}
+	var drops []interceptor.Instant
+	for now := ms; now <= 400*ms; now += ms {
+		if c.drop(now, 6*time.Millisecond, false) {
+			drops = append(drops, now/ms)
+		}
+	}
+	// Standing from 1ms, so 101ms; then +100, +70.7, +57.7, +50.
+	want := []interceptor.Instant{101, 201, 272, 330, 380}
+	if len(drops) != len(want) {
+		t.Fatalf("refused at %v ms, want %v", drops, want)
+	}
+	for i := range want {
+		if drops[i] != want[i] {
+			t.Errorf("refused at %v ms, want %v", drops, want)
+			break
+		}
+	}
+	if c.drop(401*ms, 4*time.Millisecond, false) || c.dropping {
+		t.Error("refusing goes on below the target")
+	}
+	if c.drop(402*ms, time.Second, true) {
+		t.Error("the last one of a queue was refused")
+	}
+}

@@ -1,0 +1,143 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package concurrency
+
+import (
+	"fmt"
+	"math"
+	"time"
+)
+
+// VegasConfig configures [Vegas]. The zero value is fit for use.
+type VegasConfig struct {
+	// Initial, Min and Max are the limit to begin with and its bounds: 20, 1 and
+	// 1000 if zero. 1 <= Min <= Initial <= Max.
+	Initial, Min, Max int64
+	// Smoothing is how much of a new value enters the limit, from 0.01 to 1; 1 if
+	// zero.
+	Smoothing float64
+	// ProbeWindows is after how many windows the best round trip is looked for
+	// anew, from 10 to 1,000,000; 300 if zero.
+	ProbeWindows int
+	// Window and WindowSamples are for how long, and for how many successes at
+	// least, samples are gathered before the limit is computed anew: 100ms and 10
+	// if zero. They must not be negative.
+	Window        time.Duration
+	WindowSamples int
+}
+
+// Vegas follows TCP Vegas (Brakmo and Peterson 1995) with the constants of
+// Netflix's concurrency-limits: it estimates how many calls queue in the server
+// from how far the round trip is above the best one,
+//
+//	queue = ceil(limit × (1 - best/now))
+//
+// and with l = max(1, floor(log10(limit))) moves the limit
+//
+//	by +6l   if queue <= l
+//	by +l    if queue < 3l
+//	by -l    if queue > 6l, or on a drop
+//
+// so that between 3l and 6l calls queue. The limit stays while less than half of
+// it is in use.
+//
+// Two things differ from Netflix's: it acts on the mean of a window of samples,
+// not on each; and when it looks for the best round trip anew, every ProbeWindows
+// windows, it takes the best of the windows since the last time, not the one that
+// happens to come next, so that one slow window does not open the gates.
+type Vegas struct {
+	bounds
+	cfg    VegasConfig
+	limit  float64
+	window window
+	recovery
+
+	best    float64 // Round trip without queueing, in nanoseconds; 0 before the first window.
+	next    float64 // The best since the last probe.
+	windows int     // Since the last probe.
+}
+
+// NewVegas returns a Vegas at its initial limit.
+func NewVegas(cfg VegasConfig) (*Vegas, error) {
+	v := new(Vegas)
+	if err := v.Update(cfg); err != nil {
+		return nil, err
+	}
+	v.limit = float64(v.initial)
+	return v, nil
+}
+
+// Update changes the configuration and keeps the limit, within the new bounds,
+// and the best round trip. On an error nothing has changed.
+func (v *Vegas) Update(cfg VegasConfig) error {
+	b, err := newBounds("Vegas", cfg.Initial, cfg.Min, cfg.Max)
+	if err != nil {
+		return err
+	}
+	if cfg.Smoothing, err = inRange("Vegas.Smoothing", cfg.Smoothing, 1, 0.01, 1); err != nil {
+		return err
+	}
+	if cfg.ProbeWindows == 0 {
+		cfg.ProbeWindows = 300
+	}
+	if cfg.ProbeWindows < 10 || cfg.ProbeWindows > 1_000_000 {
+		return fmt.Errorf("concurrency: Vegas.ProbeWindows %d: must be from 10 to 1000000, or 0 for 300", cfg.ProbeWindows)
+	}
+	w := v.window
+	if err := w.configure("Vegas", cfg.Window, cfg.WindowSamples); err != nil {
+		return err
+	}
+	v.bounds, v.cfg, v.window = b, cfg, w
+	v.limit = b.clamp(v.limit)
+	return nil
+}
+
+// Limit is the limit now.
+func (v *Vegas) Limit() int64 { return int64(v.limit) }
+
+func (v *Vegas) start(limit float64) { v.limit = v.clamp(limit) }
+
+// OnSample applies the formulas above when a window is complete.
+func (v *Vegas) OnSample(s Sample) {
+	step := max(1, math.Floor(math.Log10(v.limit)))
+	if s.Dropped {
+		if v.counts(s) {
+			v.move(-step)
+			v.window.reset()
+		}
+		return
+	}
+	mean, inFlight, complete := v.window.add(s)
+	if !complete {
+		return
+	}
+	now := float64(mean)
+	v.probe(now)
+	if float64(inFlight)*2 < v.limit {
+		return
+	}
+	switch queue := math.Ceil(v.limit * (1 - v.best/now)); {
+	case queue <= step:
+		v.move(6 * step)
+	case queue < 3*step:
+		v.move(step)
+	case queue > 6*step:
+		v.move(-step)
+	}
+}
+
+// probe keeps best up to date with the round trip of a window.
+func (v *Vegas) probe(now float64) {
+	if v.next == 0 || now < v.next {
+		v.next = now
+	}
+	if v.best == 0 || now < v.best {
+		v.best = now
+	}
+	if v.windows++; v.windows >= v.cfg.ProbeWindows {
+		v.best, v.next, v.windows = v.next, 0, 0
+	}
+}
+
+func (v *Vegas) move(by float64) { v.limit = v.clamp(v.limit + v.cfg.Smoothing*by) }

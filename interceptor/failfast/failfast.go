@@ -1,0 +1,261 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package failfast
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/belfry-go/belfry/interceptor"
+)
+
+// DefaultAfter is how long calls wait unless configured otherwise: linkerd's value.
+const DefaultAfter = 3 * time.Second
+
+// Config configures a [Layer]. The zero value is fit for use.
+type Config struct {
+	// After is how long a call waits at most, and how long nothing may be admitted
+	// before all that wait fail; 3s if zero. It must not be negative.
+	After time.Duration
+}
+
+func (cfg Config) after() (time.Duration, error) {
+	if cfg.After < 0 {
+		return 0, fmt.Errorf("failfast: After %v: must be positive, or 0 for %v", cfg.After, DefaultAfter)
+	}
+	if cfg.After == 0 {
+		return DefaultAfter, nil
+	}
+	return cfg.After, nil
+}
+
+// An Option sets what is not plain data.
+type Option func(*Layer)
+
+// WithName names the layer in refusals, metrics and the stack's String. The
+// default is "failfast"; it must not be empty.
+func WithName(name string) Option { return func(l *Layer) { l.name = name } }
+
+// A Layer fails fast. It is safe for concurrent use, also by several stacks, which
+// then fail together. It keeps a mutex only for calls that wait; a call that need
+// not wait, or fails at once, costs no lock and no allocation.
+type Layer struct {
+	interceptor.GateOnly
+
+	// Set by New and not changed.
+	name    string
+	failing *interceptor.Refusal
+	tooLong *interceptor.Refusal
+
+	// failed says that nothing was admitted for too long. It is set under mu, and
+	// reset by the call that is admitted.
+	failed   atomic.Bool
+	waiting  atomic.Int64 // len(waiters)
+	admitted atomic.Int64 // The Instant when a call was last admitted while others waited.
+
+	// mu guards the fields below, and the setting of failed. Of belfry's locks none
+	// is taken under it.
+	mu      sync.Mutex
+	config  Config
+	after   time.Duration
+	waiters map[*waiter]struct{}
+	since   interceptor.Instant // When the first of the waiters began to wait.
+	timer   *time.Timer         // Runs while somebody waits.
+}
+
+// waiter is a call that waits. cancel ends that.
+type waiter struct{ cancel context.CancelCauseFunc }
+
+// New returns a fail-fast. It fails if cfg is not valid, and says which field,
+// which value and which rule.
+func New(cfg Config, opts ...Option) (*Layer, error) {
+	l := &Layer{name: "failfast", waiters: make(map[*waiter]struct{})}
+	for _, o := range opts {
+		o(l)
+	}
+	if l.name == "" {
+		return nil, errors.New(`failfast: WithName "": must not be empty`)
+	}
+	l.failing = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "nothing inside has been ready for too long")
+	l.tooLong = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "the call has waited for too long")
+	if err := l.Update(cfg); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// Update changes the configuration while calls wait: they keep their own bound,
+// and all that concerns them together follows the new one. A layer that fails
+// fast goes on until readiness returns. On an error nothing has changed.
+func (l *Layer) Update(cfg Config) error {
+	after, err := cfg.after()
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.config, l.after = cfg, after
+	if len(l.waiters) > 0 {
+		l.judgeLocked(interceptor.Now())
+	}
+	return nil
+}
+
+// Config returns the configuration.
+func (l *Layer) Config() Config {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.config
+}
+
+// Failing reports whether the layer fails fast.
+func (l *Layer) Failing() bool { return l.failed.Load() }
+
+// Waiting returns how many calls wait.
+func (l *Layer) Waiting() int { return int(l.waiting.Load()) }
+
+// String returns the layer's name.
+func (l *Layer) String() string { return l.name }
+
+// Validate rejects a fail-fast as the innermost layer.
+func (l *Layer) Validate(inner []interceptor.Layer) error {
+	if len(inner) == 0 {
+		return errors.New("there is no layer inside that a call could wait for")
+	}
+	return nil
+}
+
+// WrapGate returns the gate.
+func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return &gate{layer: l, inner: inner}
+}
+
+type gate struct {
+	layer *Layer
+	inner interceptor.Gate
+}
+
+// Admit asks for capacity that is there first, which all calls may, whatever the
+// state; only a call that has to wait meets the state.
+func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	l := g.layer
+	mark := c.Mark()
+	err := g.inner.Admit(ctx, c, interceptor.None)
+	switch {
+	case err == nil:
+		l.ready(c)
+		return nil
+	case !interceptor.WaitMayHelp(err) || ctx.Err() != nil:
+		return err
+	case l.failed.Load():
+		return l.failing
+	case w == interceptor.None:
+		return err
+	}
+	c.Rollback(mark, err)
+	return g.wait(ctx, c, w)
+}
+
+// wait lets the call wait inside.
+func (g *gate) wait(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	l := g.layer
+	waitCtx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	me := &waiter{cancel: cancel}
+	start := interceptor.Now()
+	after, err := l.enter(me, start)
+	if err != nil {
+		return err
+	}
+	defer l.leave(me)
+	bound := start.Add(after)
+	err = g.inner.Admit(waitCtx, c, w.Narrow(bound.Wait()))
+	switch {
+	case err == nil:
+		l.ready(c)
+		return nil
+	case ctx.Err() != nil:
+		return err
+	case waitCtx.Err() != nil:
+		return l.failing
+	}
+	if now := interceptor.Now(); now >= bound && bound.Wait() < w {
+		if l.judge(now) {
+			return l.failing
+		}
+		return l.tooLong.Because(err, false)
+	}
+	return err
+}
+
+// ready notes that a call was admitted.
+func (l *Layer) ready(c *interceptor.Call) {
+	if l.waiting.Load() > 0 {
+		l.admitted.Store(int64(c.Now()))
+	}
+	if l.failed.Load() {
+		l.failed.Store(false)
+	}
+}
+
+// enter lets w wait, unless the layer fails fast.
+func (l *Layer) enter(w *waiter, now interceptor.Instant) (after time.Duration, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.failed.Load() {
+		return 0, l.failing
+	}
+	l.waiters[w] = struct{}{}
+	l.waiting.Store(int64(len(l.waiters)))
+	if len(l.waiters) == 1 {
+		l.since = now
+		l.timer = time.AfterFunc(l.after, l.expire)
+	}
+	return l.after, nil
+}
+
+// leave ends w's waiting.
+func (l *Layer) leave(w *waiter) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.waiters, w)
+	l.waiting.Store(int64(len(l.waiters)))
+	if len(l.waiters) == 0 {
+		l.timer.Stop()
+	}
+}
+
+// expire is called by the timer.
+func (l *Layer) expire() { l.judge(interceptor.Now()) }
+
+// judge lets everything fail that waits if nothing was admitted for too long, and
+// reports whether that is so.
+func (l *Layer) judge(now interceptor.Instant) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.judgeLocked(now)
+}
+
+func (l *Layer) judgeLocked(now interceptor.Instant) bool {
+	if l.failed.Load() {
+		return true
+	}
+	if len(l.waiters) == 0 {
+		return false // The timer fired when the last one had just gone.
+	}
+	end := max(l.since, interceptor.Instant(l.admitted.Load())).Add(l.after)
+	if now < end {
+		l.timer.Reset(end.Sub(now))
+		return false
+	}
+	l.failed.Store(true)
+	for w := range l.waiters {
+		w.cancel(l.failing)
+	}
+	return true
+}

@@ -1,0 +1,282 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package failfast_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/failfast"
+	"github.com/belfry-go/belfry/internal/layertest"
+)
+
+const ms = time.Millisecond
+
+func after(t testing.TB, d time.Duration) *failfast.Layer {
+	t.Helper()
+	l, err := failfast.New(failfast.Config{After: d})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func limit(t testing.TB, n int64) *concurrency.Layer {
+	t.Helper()
+	l, err := concurrency.New(concurrency.Config{Limit: n})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func checkState(t *testing.T, f *failfast.Layer, failing bool, waiting int) {
+	t.Helper()
+	if f.Failing() != failing || f.Waiting() != waiting {
+		t.Errorf("failing %v with %d waiting, want %v with %d", f.Failing(), f.Waiting(), failing, waiting)
+	}
+}
+
+func invoke(ctx context.Context, c grpc.ClientConnInterface, opts ...grpc.CallOption) <-chan error {
+	done := make(chan error, 1)
+	go func() { done <- c.Invoke(ctx, method, nil, nil, opts...) }()
+	synctest.Wait()
+	return done
+}
+
+func TestACallWaitsForAtMostTheBound(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := stackOf(t, after(t, 300*ms), limit(t, 1)).Wrap(takes(time.Second))
+		expect(t, burst(c, 2), ok(time.Second), refused(300*ms, interceptor.ReasonFailFast))
+		c = stackOf(t, after(t, 0), limit(t, 1)).Wrap(takes(time.Minute))
+		expect(t, burst(c, 2), ok(time.Minute), refused(failfast.DefaultAfter, interceptor.ReasonFailFast))
+	})
+}
+
+func TestWhenNothingWasAdmittedForTheBoundAllThatWaitsAndAllThatComesFailsUntilReadinessReturns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := after(t, 300*ms)
+		s := stackOf(t, f, limit(t, 1))
+		c := s.Wrap(takes(time.Second))
+		start := time.Now()
+		running := invoke(context.Background(), c)
+		first := begin(c, 2)
+		time.Sleep(100 * ms)
+		second := begin(c, 2)
+		time.Sleep(199 * ms)
+		checkState(t, f, false, 4)
+		third := begin(c, 1) // Has waited for a millisecond.
+		// All at 300ms, however long they have waited.
+		failFast := func(d time.Duration) end { return refused(d, interceptor.ReasonFailFast) }
+		expect(t, first(), failFast(300*ms), failFast(300*ms))
+		expect(t, second(), failFast(200*ms), failFast(200*ms))
+		expect(t, third(), failFast(1*ms))
+		checkState(t, f, true, 0)
+		// New calls at once.
+		expect(t, burst(c, 3), failFast(0), failFast(0), failFast(0))
+		time.Sleep(699 * ms)
+		expect(t, burst(c, 1), failFast(0))
+		if err := <-running; err != nil || time.Since(start) != time.Second {
+			t.Fatalf("the call that ran: %v after %v", err, time.Since(start))
+		}
+		// The permit is free. The first call finds it; the second may wait again.
+		ends := begin(c, 2)
+		checkState(t, f, false, 1)
+		expect(t, ends(), ok(time.Second), failFast(300*ms))
+		if err := s.Drain(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAQueueThatMovesDoesNotFailAsAWhole(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := after(t, 300*ms)
+		c := stackOf(t, f, limit(t, 1)).Wrap(takes(200 * ms))
+		ends := begin(c, 3)
+		time.Sleep(250 * ms)
+		late := begin(c, 1) // Is admitted at 400ms, after the bound of the first has passed.
+		expect(t, ends(), ok(200*ms), ok(400*ms), refused(300*ms, interceptor.ReasonFailFast))
+		synctest.Wait()
+		checkState(t, f, false, 0)
+		expect(t, late(), ok(350*ms))
+	})
+}
+
+func TestACallThatGivesUpDoesNotProlongTheWaitingOfTheOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := after(t, 300*ms)
+		c := stackOf(t, f, limit(t, 1)).Wrap(takes(time.Second))
+		start := time.Now()
+		running := invoke(context.Background(), c)
+		ctx, cancel := context.WithCancel(context.Background())
+		gives := invoke(ctx, c)
+		time.Sleep(100 * ms)
+		stays := invoke(context.Background(), c)
+		cancel()
+		if err := <-gives; reason(err) != interceptor.ReasonCancelled || time.Since(start) != 100*ms {
+			t.Errorf("the cancelled call: %v after %v, want CANCELLED after 100ms", err, time.Since(start))
+		}
+		if err := <-stays; reason(err) != interceptor.ReasonFailFast || time.Since(start) != 300*ms {
+			t.Errorf("the other one: %v after %v, want FAIL_FAST after 300ms", err, time.Since(start))
+		}
+		checkState(t, f, true, 0)
+		<-running
+	})
+}
+
+func TestATighterWaitOrDeadlineEndsACallAndNotTheOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := after(t, 300*ms)
+		c := stackOf(t, f, limit(t, 1)).Wrap(takes(time.Second))
+		expect(t, burst(c, 2, interceptor.WithWait(interceptor.None)), ok(time.Second), refused(0, interceptor.ReasonConcurrency))
+		expect(t, burst(c, 2, interceptor.WithWait(interceptor.For(100*ms))), ok(time.Second), refused(100*ms, interceptor.ReasonConcurrency))
+		checkState(t, f, false, 0)
+		running := invoke(context.Background(), c)
+		ctx, cancel := context.WithTimeout(context.Background(), 100*ms)
+		defer cancel()
+		if err := c.Invoke(ctx, method, nil, nil); reason(err) != interceptor.ReasonDeadline || status.Code(err) != codes.DeadlineExceeded {
+			t.Errorf("a call with a deadline of 100ms: %v, want DEADLINE", err)
+		}
+		checkState(t, f, false, 0)
+		<-running
+	})
+}
+
+func TestTheRefusalOfACallThatWaitedTooLongTellsTheInnerReason(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, l := after(t, 300*ms), limit(t, 1)
+		c := stackOf(t, f, l).Wrap(takes(200 * ms))
+		a, b := invoke(context.Background(), c), invoke(context.Background(), c)
+		err := <-invoke(context.Background(), c)
+		r, _ := interceptor.AsRefusal(err)
+		var inner *interceptor.Refusal
+		if r == nil || r.Reason != interceptor.ReasonFailFast || !errors.As(r.Err, &inner) || inner.Reason != interceptor.ReasonConcurrency {
+			t.Errorf("got %v, want FAIL_FAST around CONCURRENCY", err)
+		}
+		if err := errors.Join(<-a, <-b); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// decides is a gate that refuses for a reason that waiting does not change.
+type decides struct {
+	interceptor.GateOnly
+	asked int
+}
+
+func (g *decides) WrapGate(interceptor.Gate) interceptor.Gate {
+	no := interceptor.Refuse("filter", interceptor.ReasonFilter, "")
+	return interceptor.GateFunc(func(context.Context, *interceptor.Call, interceptor.Wait) error {
+		g.asked++
+		return no
+	})
+}
+
+func TestWhatWaitingCannotHelpIsAskedOnceAndSaysNothingAboutReadiness(t *testing.T) {
+	f, g := after(t, 300*ms), &decides{}
+	err := stackOf(t, f, g).Wrap(takes(0)).Invoke(context.Background(), method, nil, nil)
+	if reason(err) != interceptor.ReasonFilter || g.asked != 1 {
+		t.Errorf("got %v after asking %d times, want the filter's refusal after once", err, g.asked)
+	}
+	checkState(t, f, false, 0)
+}
+
+func TestUpdateHoldsForThoseThatWaitAndABadOneChangesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := after(t, time.Minute)
+		c := stackOf(t, f, limit(t, 1)).Wrap(takes(time.Second))
+		ends := begin(c, 2)
+		time.Sleep(100 * ms)
+		if err := f.Update(failfast.Config{After: -1}); err == nil || f.Config().After != time.Minute {
+			t.Errorf("Update(-1) = %v, Config() = %+v; want an error and no change", err, f.Config())
+		}
+		if err := f.Update(failfast.Config{After: 300 * ms}); err != nil {
+			t.Fatal(err)
+		}
+		expect(t, ends(), ok(time.Second), refused(300*ms, interceptor.ReasonFailFast))
+		checkState(t, f, true, 0)
+		if err := f.Update(failfast.Config{After: 200 * ms}); err != nil || !f.Failing() {
+			t.Errorf("Update = %v, failing %v; want the state kept", err, f.Failing())
+		}
+		expect(t, burst(c, 2), ok(time.Second), refused(200*ms, interceptor.ReasonFailFast))
+	})
+}
+
+func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
+	if _, err := failfast.New(failfast.Config{After: -time.Second}); err == nil || !strings.Contains(err.Error(), "failfast: After -1s: must be positive, or 0 for 3s") {
+		t.Errorf("New = %v", err)
+	}
+	if _, err := failfast.New(failfast.Config{}, failfast.WithName("")); err == nil || !strings.Contains(err.Error(), `failfast: WithName ""`) {
+		t.Errorf("New = %v", err)
+	}
+	if _, err := interceptor.NewStack(limit(t, 1), after(t, 0)); err == nil || !strings.Contains(err.Error(), "failfast") {
+		t.Errorf("NewStack with a fail-fast innermost = %v, want an error", err)
+	}
+}
+
+func TestConformance(t *testing.T) {
+	layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
+		f, l := after(t, 10*ms), limit(t, 20)
+		return []interceptor.Layer{f, l}, func() error {
+			if f.Waiting() != 0 || l.InUse() != 0 || l.Waiting() != 0 {
+				return fmt.Errorf("%d calls wait here and %d inside, %d permits in use; want none", f.Waiting(), l.Waiting(), l.InUse())
+			}
+			return nil
+		}
+	})
+}
+
+func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
+
+func unary(tb testing.TB) map[string]func() {
+	calls := make(map[string]func())
+	for name, failing := range map[string]bool{"admitted": false, "failing": true} {
+		f, l := after(tb, ms), limit(tb, 1)
+		ic := stackOf(tb, f, l).UnaryClientInterceptor()
+		call := func() { ic(context.Background(), method, nil, nil, nil, noop) }
+		if failing {
+			if err := l.SetLimit(0); err != nil {
+				tb.Fatal(err)
+			}
+			call() // Waits in vain.
+		}
+		if f.Failing() != failing {
+			tb.Fatalf("failing %v, want %v", f.Failing(), failing)
+		}
+		calls[name] = call
+	}
+	return calls
+}
+
+func TestNoCallThatNeedNotWaitAllocates(t *testing.T) {
+	for name, call := range unary(t) {
+		if n := testing.AllocsPerRun(1000, call); n >= 1 {
+			t.Errorf("%s: %v allocations per call, want 0", name, n)
+		}
+	}
+}
+
+func BenchmarkFailFast(b *testing.B) {
+	for name, call := range unary(b) {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				call()
+			}
+		})
+	}
+}

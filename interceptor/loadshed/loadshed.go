@@ -1,0 +1,75 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package loadshed
+
+import (
+	"context"
+	"errors"
+
+	"github.com/belfry-go/belfry/interceptor"
+)
+
+// Config configures a [Layer]. There is nothing to configure: what overload is,
+// the layers inside say.
+type Config struct{}
+
+// An Option sets what is not plain data.
+type Option func(*Layer)
+
+// WithName names the layer in the stack's String and in the refusals it makes
+// itself. The default is "loadshed"; it must not be empty.
+func WithName(name string) Option { return func(l *Layer) { l.name = name } }
+
+// A Layer sheds load. It has no state and is safe for concurrent use, also by
+// several stacks. It takes nothing for a call, keeps no lock and allocates
+// nothing.
+type Layer struct {
+	interceptor.GateOnly
+	name string
+	shed *interceptor.Refusal
+}
+
+// New returns a load shed. It fails if the name is empty.
+func New(_ Config, opts ...Option) (*Layer, error) {
+	l := &Layer{name: "loadshed"}
+	for _, o := range opts {
+		o(l)
+	}
+	if l.name == "" {
+		return nil, errors.New(`loadshed: WithName "": must not be empty`)
+	}
+	l.shed = interceptor.Refuse(l.name, interceptor.ReasonShed, "nothing inside is ready")
+	return l, nil
+}
+
+// Update changes nothing, for there is nothing to change, and returns nil.
+func (l *Layer) Update(Config) error { return nil }
+
+// Config returns the configuration.
+func (l *Layer) Config() Config { return Config{} }
+
+// String returns the layer's name.
+func (l *Layer) String() string { return l.name }
+
+// WrapGate returns the gate.
+func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return &gate{layer: l, inner: inner}
+}
+
+type gate struct {
+	layer *Layer
+	inner interceptor.Gate
+}
+
+func (g *gate) Admit(ctx context.Context, c *interceptor.Call, _ interceptor.Wait) error {
+	err := g.inner.Admit(ctx, c, interceptor.None)
+	if err == nil {
+		return nil
+	}
+	if _, ok := interceptor.AsRefusal(err); ok {
+		return err
+	}
+	// A gate of somebody else's that does not say in gRPC's terms why it refused.
+	return g.layer.shed.Because(err, false)
+}

@@ -1,0 +1,156 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package loadshed_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/internal/layertest"
+)
+
+func shed(t testing.TB, opts ...loadshed.Option) *loadshed.Layer {
+	t.Helper()
+	l, err := loadshed.New(loadshed.Config{}, opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func limit(t testing.TB, n int64) *concurrency.Layer {
+	t.Helper()
+	l, err := concurrency.New(concurrency.Config{Limit: n})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// refuses is a gate that is not ready for a reason of its own.
+type refuses struct {
+	interceptor.GateOnly
+	err error
+}
+
+func (g *refuses) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		if w != interceptor.None {
+			return errors.New("asked to wait")
+		}
+		if g.err != nil {
+			return g.err
+		}
+		return inner.Admit(ctx, c, w)
+	})
+}
+
+func TestAReadyInnerAnswersAndOneThatIsNotIsNotCalled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		calls := 0
+		c := stackOf(t, shed(t), limit(t, 1)).Wrap(server(func(context.Context) error {
+			calls++
+			time.Sleep(time.Second)
+			return status.Error(codes.NotFound, "the server's")
+		}))
+		expect(t, burst(c, 3), end{time.Second, "", codes.NotFound}, refused(0, interceptor.ReasonConcurrency), refused(0, interceptor.ReasonConcurrency))
+		if calls != 1 {
+			t.Errorf("%d calls were sent, want 1", calls)
+		}
+		expect(t, burst(c, 1), end{time.Second, "", codes.NotFound})
+	})
+}
+
+func TestItShedsForWhateverReasonInnerIsNotReadyAndTellsIt(t *testing.T) {
+	for _, r := range []interceptor.Reason{
+		interceptor.ReasonConcurrency, interceptor.ReasonRateLimit, interceptor.ReasonQueueFull,
+		interceptor.ReasonBreakerOpen, "A_REASON_OF_ITS_OWN",
+	} {
+		inner := interceptor.Refuse("inner", r, "").After(time.Second)
+		err := stackOf(t, shed(t), &refuses{err: inner}).Wrap(takes(0)).Invoke(context.Background(), method, nil, nil)
+		if err != error(inner) || status.Code(err) != r.Code() {
+			t.Errorf("an inner layer that refuses with %s: %v, want its own refusal with %v", r, err, r.Code())
+		}
+	}
+	boom := errors.New("boom")
+	err := stackOf(t, shed(t, loadshed.WithName("edge")), &refuses{err: boom}).Wrap(takes(0)).Invoke(context.Background(), method, nil, nil)
+	got, ok := interceptor.AsRefusal(err)
+	if !ok || got.Reason != interceptor.ReasonShed || got.Layer != "edge" || !errors.Is(err, boom) || status.Code(err) != codes.Unavailable || !got.NotSent() {
+		t.Errorf("an inner layer that fails with an error that is no refusal: %v, want SHED around it", err)
+	}
+}
+
+func TestItStandsAnywhereAndShedsNothingThatIsOutsideIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := stackOf(t, limit(t, 1), shed(t)).Wrap(takes(time.Second))
+		expect(t, burst(c, 2), ok(time.Second), ok(2*time.Second))
+	})
+}
+
+func TestAnEmptyNameIsAnError(t *testing.T) {
+	if _, err := loadshed.New(loadshed.Config{}, loadshed.WithName("")); err == nil || !strings.Contains(err.Error(), `loadshed: WithName ""`) {
+		t.Errorf("New = %v, want an error that names the option", err)
+	}
+	l := shed(t)
+	if err := l.Update(loadshed.Config{}); err != nil || l.Config() != (loadshed.Config{}) || l.String() != "loadshed" {
+		t.Errorf("Update = %v, Config() = %+v, String() = %q", err, l.Config(), l)
+	}
+}
+
+func TestConformance(t *testing.T) {
+	layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
+		l := limit(t, 20)
+		return []interceptor.Layer{shed(t), l}, func() error {
+			if n := l.InUse(); n != 0 {
+				return errors.New("permits in use")
+			}
+			return nil
+		}
+	})
+}
+
+func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
+
+func unary(tb testing.TB) map[string]func() {
+	full := limit(tb, 1)
+	if err := full.SetLimit(0); err != nil {
+		tb.Fatal(err)
+	}
+	calls := make(map[string]func())
+	for name, l := range map[string]interceptor.Layer{"admitted": limit(tb, 1024), "refused": full} {
+		ic := stackOf(tb, shed(tb), l).UnaryClientInterceptor()
+		calls[name] = func() { ic(context.Background(), method, nil, nil, nil, noop) }
+	}
+	return calls
+}
+
+func TestItNeverAllocates(t *testing.T) {
+	for name, call := range unary(t) {
+		if n := testing.AllocsPerRun(1000, call); n >= 1 {
+			t.Errorf("%s: %v allocations per call, want 0", name, n)
+		}
+	}
+}
+
+func BenchmarkShed(b *testing.B) {
+	for name, call := range unary(b) {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				call()
+			}
+		})
+	}
+}
