@@ -6,12 +6,13 @@ package interceptor
 // A Place is where a call waits on behalf of a gate further out, such as one of
 // the places of a buffer, which is taken only while the call waits.
 //
-// A gate that ends the wait of a call from another goroutine, because it hands a
-// permit on, calls Leave at that moment, before it wakes the call. Otherwise the
-// place stays taken until the call's goroutine happens to run, and a call that
-// comes in between is refused for lack of a place that nobody waits in. A gate
-// that wakes by itself need not care: the gate that gave the place takes it back
-// when the inner gates have answered.
+// A gate that shares a state among calls, such as a limit, calls Leave in the same
+// moment in which it gives the call what it waits for, under the lock of that
+// state if it has one, and before it wakes the call. Otherwise the place stays
+// taken until the call's goroutine happens to run, and a call that comes in
+// between is refused for lack of a place that nobody waits in. A gate may leave
+// this to the gate that gave the place: it takes it back when the inner gates have
+// answered.
 //
 // Leave may be called from any goroutine, also more than once. It does not block.
 type Place interface {

@@ -31,6 +31,7 @@ import (
 //     interceptor of others behind the stack would make it heard for each attempt;
 //   - when its context ends and gRPC does not say so, for outer scopes and for
 //     connections that are not gRPC's;
+//   - when a layer inside cuts it short ([StreamEnd]);
 //   - when the scope around it ends.
 //
 // Whichever comes first, and only that.

@@ -1,0 +1,1139 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package ratelimit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/time/rate"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/layertest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const ms = time.Millisecond
+
+// server notes when calls reached it, counted from when it was made.
+type server struct {
+	grpc.ClientConnInterface
+	start time.Time
+	mu    sync.Mutex
+	begun []time.Duration
+	names []string
+}
+
+func newServer() *server { return &server{start: time.Now()} }
+
+func (s *server) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.CallOption) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.begun = append(s.begun, time.Since(s.start))
+	s.names = append(s.names, method)
+	return nil
+}
+
+func (s *server) times() []time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.begun)
+}
+
+func (s *server) methods() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.names)
+}
+
+func mustNew(t testing.TB, cfg Config, opts ...Option) *Layer {
+	t.Helper()
+	l, err := New(cfg, opts...)
+	if err != nil {
+		t.Fatalf("New(%+v): %v", cfg, err)
+	}
+	return l
+}
+
+func mustStack(t testing.TB, layers ...interceptor.Layer) *interceptor.Stack {
+	t.Helper()
+	s, err := interceptor.NewStack(layers...)
+	if err != nil {
+		t.Fatalf("NewStack: %v", err)
+	}
+	return s
+}
+
+var noWait = interceptor.WithWait(interceptor.None)
+
+func call(conn grpc.ClientConnInterface, opts ...grpc.CallOption) error {
+	return conn.Invoke(context.Background(), "/s/m", nil, nil, opts...)
+}
+
+func wantOK(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Errorf("got %v, want no error", err)
+	}
+}
+
+// wantRefused checks a refusal of the rate limit and returns when it says to retry.
+func wantRefused(t *testing.T, err error, retryAfter time.Duration) {
+	t.Helper()
+	var r *interceptor.Refusal
+	if !errors.As(err, &r) || r.Reason != interceptor.ReasonRateLimit || !r.NotSent() {
+		t.Fatalf("got %v, want a refusal with reason RATE_LIMIT that was not sent", err)
+	}
+	st := status.Convert(err)
+	if st.Code() != codes.ResourceExhausted {
+		t.Errorf("code %v, want RESOURCE_EXHAUSTED", st.Code())
+	}
+	var got time.Duration
+	for _, d := range st.Details() {
+		if info, ok := d.(*errdetails.RetryInfo); ok {
+			got = info.GetRetryDelay().AsDuration()
+		}
+	}
+	if got < retryAfter || got > retryAfter+max(retryAfter/16, step) {
+		t.Errorf("RetryInfo says %v, want %v or up to a sixteenth more", got, retryAfter)
+	}
+}
+
+func wantTimes(t *testing.T, got []time.Duration, want ...time.Duration) {
+	t.Helper()
+	if !slices.Equal(got, want) {
+		t.Errorf("calls reached the server at %v, want %v", got, want)
+	}
+}
+
+// refuseInside refuses what reaches it while on.
+type refuseInside struct {
+	interceptor.GateOnly
+	on atomic.Bool
+}
+
+func (l *refuseInside) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	no := interceptor.Refuse("inside", interceptor.ReasonShed, "")
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		if l.on.Load() {
+			return no
+		}
+		return inner.Admit(ctx, c, w)
+	})
+}
+
+// Tower's reaching_capacity.
+func TestOnePer100msLetsTheSecondCallBeginAt100ms(t *testing.T) {
+	for _, cfg := range []Config{{Limit: 1, Per: 100 * ms, Algorithm: Window}, {Limit: 1, Per: 100 * ms}} {
+		t.Run(cfg.Algorithm.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				srv := newServer()
+				conn := mustStack(t, mustNew(t, cfg)).Wrap(srv)
+				wantOK(t, call(conn))
+				wantRefused(t, call(conn, noWait), 100*ms)
+				wantTimes(t, srv.times(), 0)
+				wantOK(t, call(conn))
+				wantTimes(t, srv.times(), 0, 100*ms)
+			})
+		})
+	}
+}
+
+// Tower's remaining_gets_reset.
+func TestAWindowThatHasPassedCountsNoMore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conn := mustStack(t, mustNew(t, Config{Limit: 3, Per: 100 * ms, Algorithm: Window})).Wrap(newServer())
+		wantOK(t, call(conn))
+		time.Sleep(100 * ms)
+		for range 3 {
+			wantOK(t, call(conn, noWait))
+		}
+		wantRefused(t, call(conn, noWait), 100*ms)
+	})
+}
+
+// Tower lets 199 calls of 100 per 200 ms pass within 10 ms around a window's edge.
+func TestNoWindowHasMoreThanTheLimitNotEvenAtAnEdge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv := newServer()
+		conn := mustStack(t, mustNew(t, Config{Limit: 100, Per: 200 * ms, Algorithm: Window})).Wrap(srv)
+		wantOK(t, call(conn))
+		time.Sleep(195 * ms)
+		for range 10 { // 99 before what Tower takes for the edge, and as many as possible after it.
+			for range 200 {
+				call(conn, noWait)
+			}
+			time.Sleep(ms)
+		}
+		if n := len(srv.times()); n != 101 {
+			t.Errorf("%d calls began in 205 ms, want 101: the first and, once it had left the window, 100", n)
+		}
+		wantWindow(t, srv.times(), 100, 200*ms)
+	})
+}
+
+// wantWindow checks that no interval of length per has more than limit calls.
+func wantWindow(t *testing.T, times []time.Duration, limit int, per time.Duration) {
+	t.Helper()
+	for i := limit; i < len(times); i++ {
+		if d := times[i] - times[i-limit]; d < per {
+			t.Fatalf("%d calls began within %v, want at most %d in %v", limit+1, d, limit, per)
+		}
+	}
+}
+
+// wantSmooth checks that no interval of length t has more than burst + t/interval
+// calls.
+func wantSmooth(t *testing.T, times []time.Duration, burst int, interval time.Duration) {
+	t.Helper()
+	for i := range times {
+		for j := i + burst; j < len(times); j++ {
+			if d, want := times[j]-times[i], time.Duration(j-i+1-burst)*interval; d < want {
+				t.Fatalf("%d calls began within %v, want at least %v", j-i+1, d, want)
+			}
+		}
+	}
+}
+
+func TestASmoothLimitLetsItsBurstPassAndThenOneCallEachInterval(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv := newServer()
+		conn := mustStack(t, mustNew(t, Config{Limit: 10, Burst: 3})).Wrap(srv)
+		for range 6 {
+			wantOK(t, call(conn))
+		}
+		wantTimes(t, srv.times(), 0, 0, 0, 100*ms, 200*ms, 300*ms)
+		time.Sleep(time.Hour) // No more than the burst is saved.
+		for range 3 {
+			wantOK(t, call(conn, noWait))
+		}
+		wantRefused(t, call(conn, noWait), 100*ms)
+	})
+}
+
+func TestNeitherAlgorithmExceedsItsBoundWhateverIsTakenGivenBackAndRefused(t *testing.T) {
+	for _, cfg := range []Config{
+		{Limit: 7, Per: 100 * ms, Burst: 4},
+		{Limit: 3, Per: 10 * ms, Burst: 1},
+		{Limit: 5, Per: 50 * ms, Algorithm: Window},
+		{Limit: 1, Per: 10 * ms, Algorithm: Window},
+		{Limit: 40, Per: 300 * ms, Algorithm: Window},
+	} {
+		t.Run(fmt.Sprintf("%v_%d_per_%v", cfg.Algorithm, cfg.Limit, cfg.Per), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				seed := rand.Uint64()
+				t.Logf("seed %d", seed)
+				rng := rand.New(rand.NewPCG(seed, 0))
+				inside, srv := new(refuseInside), newServer()
+				l := mustNew(t, cfg)
+				conn := mustStack(t, l, inside).Wrap(srv)
+				var wg sync.WaitGroup
+				for range 3000 {
+					inside.on.Store(rng.IntN(4) == 0)
+					ctx, cancel := context.WithTimeout(context.Background(), time.Duration(rng.IntN(40))*ms)
+					wg.Go(func() {
+						defer cancel()
+						conn.Invoke(ctx, "/s/m", nil, nil) // It may be refused.
+					})
+					if rng.IntN(3) == 0 {
+						synctest.Wait()
+					}
+					time.Sleep(time.Duration(rng.ExpFloat64() * float64(cfg.Per) / float64(cfg.Limit) / 3))
+				}
+				wg.Wait()
+				if n := l.Waiting(); n != 0 {
+					t.Errorf("%d calls wait at the end, want 0", n)
+				}
+				times := srv.times()
+				if len(times) < 500 {
+					t.Errorf("%d calls began, want at least 500 of about 1000 tokens", len(times))
+				}
+				if cfg.Algorithm == Window {
+					wantWindow(t, times, cfg.Limit, cfg.Per)
+				} else {
+					wantSmooth(t, times, cfg.Burst, cfg.Per/time.Duration(cfg.Limit))
+				}
+			})
+		})
+	}
+}
+
+func TestCallsRefusedFurtherInBurnNoToken(t *testing.T) {
+	for _, algorithm := range []Algorithm{Smooth, Window} {
+		t.Run(algorithm.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				inside, srv := new(refuseInside), newServer()
+				conn := mustStack(t, mustNew(t, Config{Limit: 2, Algorithm: algorithm}), inside).Wrap(srv)
+				inside.on.Store(true)
+				for range 10 {
+					if r, ok := interceptor.AsRefusal(call(conn, noWait)); !ok || r.Layer != "inside" {
+						t.Fatalf("refused by %v, want the layer inside", r)
+					}
+				}
+				inside.on.Store(false)
+				wantOK(t, call(conn, noWait))
+			})
+		})
+	}
+}
+
+func TestAReadyLayerThatIsNotCalledKeepsItsTokens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{Limit: 1})
+		conn := mustStack(t, l).Wrap(newServer())
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		wantOK(t, call(conn))
+		if err := conn.Invoke(ctx, "/s/m", nil, nil); status.Code(err) != codes.Canceled {
+			t.Errorf("a cancelled call that would have to wait: %v, want CANCELLED", err)
+		}
+		time.Sleep(time.Second)
+		wantOK(t, call(conn, noWait))
+	})
+}
+
+// start makes calls, one after the other, in the background.
+func start(t *testing.T, conn grpc.ClientConnInterface, ctx context.Context, name string) <-chan error {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- conn.Invoke(ctx, name, nil, nil) }()
+	synctest.Wait()
+	return done
+}
+
+func TestCallsWaitFirstComeFirstServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv := newServer()
+		conn := mustStack(t, mustNew(t, Config{Limit: 10})).Wrap(srv)
+		var done []<-chan error
+		for _, m := range []string{"a", "b", "c", "d"} {
+			done = append(done, start(t, conn, context.Background(), m))
+		}
+		for _, d := range done {
+			wantOK(t, <-d)
+		}
+		wantTimes(t, srv.times(), 0, 100*ms, 200*ms, 300*ms)
+		if got, want := srv.methods(), []string{"a", "b", "c", "d"}; !slices.Equal(got, want) {
+			t.Errorf("served in the order %v, want %v", got, want)
+		}
+	})
+}
+
+func TestACallThatMayNotWaitDoesNotOvertakeOneThatDoes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv := newServer()
+		conn := mustStack(t, mustNew(t, Config{Limit: 10})).Wrap(srv)
+		wantOK(t, call(conn))
+		a, b := start(t, conn, context.Background(), "a"), start(t, conn, context.Background(), "b")
+		time.Sleep(50 * ms)
+		wantRefused(t, call(conn, noWait), 250*ms) // After a's turn and b's.
+		wantOK(t, <-a)
+		wantRefused(t, call(conn, noWait), 200*ms)
+		wantOK(t, <-b)
+		wantTimes(t, srv.times(), 0, 100*ms, 200*ms)
+	})
+}
+
+func TestAWaiterThatGivesUpLeavesNoTraceAndTheOthersMoveUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv := newServer()
+		l := mustNew(t, Config{Limit: 10})
+		conn := mustStack(t, l).Wrap(srv)
+		wantOK(t, call(conn))
+		ctx, cancel := context.WithCancel(context.Background())
+		a, b, c := start(t, conn, ctx, "a"), start(t, conn, context.Background(), "b"), start(t, conn, context.Background(), "c")
+		time.Sleep(50 * ms)
+		if n := l.Waiting(); n != 3 {
+			t.Errorf("Waiting() = %d, want 3", n)
+		}
+		cancel()
+		if err := <-a; status.Code(err) != codes.Canceled {
+			t.Errorf("the cancelled call: %v, want CANCELLED", err)
+		}
+		wantOK(t, <-b)
+		wantOK(t, <-c)
+		wantTimes(t, srv.times(), 0, 100*ms, 200*ms)
+		if n := l.Waiting(); n != 0 {
+			t.Errorf("Waiting() = %d, want 0", n)
+		}
+	})
+}
+
+// slowGate holds calls up and then refuses them.
+type slowGate struct {
+	interceptor.GateOnly
+	d time.Duration
+}
+
+func (l *slowGate) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		if c.Method() == "slow" {
+			time.Sleep(l.d)
+			return interceptor.Refuse("slow", interceptor.ReasonShed, "")
+		}
+		return inner.Admit(ctx, c, w)
+	})
+}
+
+func TestATokenThatIsGivenBackGoesToTheFirstInTheQueueAtOnce(t *testing.T) {
+	for _, algorithm := range []Algorithm{Smooth, Window} {
+		t.Run(algorithm.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				srv := newServer()
+				conn := mustStack(t, mustNew(t, Config{Limit: 1, Algorithm: algorithm}), &slowGate{d: 300 * ms}).Wrap(srv)
+				slow := start(t, conn, context.Background(), "slow")
+				a, b := start(t, conn, context.Background(), "a"), start(t, conn, context.Background(), "b")
+				if r, ok := interceptor.AsRefusal(<-slow); !ok || r.Layer != "slow" {
+					t.Errorf("refused by %v, want slow", r)
+				}
+				wantOK(t, <-a)
+				wantOK(t, <-b)
+				wantTimes(t, srv.times(), 300*ms, 1300*ms)
+			})
+		})
+	}
+}
+
+func TestACallWhoseTurnComesAfterItsDeadlineIsRefusedAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv := newServer()
+		conn := mustStack(t, mustNew(t, Config{Limit: 1})).Wrap(srv)
+		wantOK(t, call(conn))
+		begin := time.Now()
+		for _, d := range []time.Duration{10 * ms, time.Second} { // At its deadline a call is over.
+			ctx, cancel := context.WithTimeout(context.Background(), d)
+			wantRefused(t, conn.Invoke(ctx, "/s/m", nil, nil), time.Second)
+			cancel()
+		}
+		wantRefused(t, call(conn, interceptor.WithWait(interceptor.For(time.Second-1))), time.Second)
+		if d := time.Since(begin); d != 0 {
+			t.Errorf("refused after %v, want at once", d)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second+1)
+		defer cancel()
+		wantOK(t, conn.Invoke(ctx, "/s/m", nil, nil))
+		wantOK(t, call(conn, interceptor.WithWait(interceptor.For(time.Second))))
+		wantTimes(t, srv.times(), 0, time.Second, 2*time.Second)
+	})
+}
+
+func TestOneValueInTwoStacksIsOneLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{Limit: 2, Algorithm: Window})
+		a, b := mustStack(t, l).Wrap(newServer()), mustStack(t, l).Wrap(newServer())
+		wantOK(t, call(a, noWait))
+		wantOK(t, call(b, noWait))
+		wantRefused(t, call(a, noWait), time.Second)
+		wantRefused(t, call(b, noWait), time.Second)
+	})
+}
+
+func TestConcurrentCallsTakeNoMoreThanThereIs(t *testing.T) {
+	for _, algorithm := range []Algorithm{Smooth, Window} {
+		t.Run(algorithm.String(), func(t *testing.T) {
+			l := mustNew(t, Config{Limit: 1000, Per: time.Hour, Algorithm: algorithm})
+			var n, taken atomic.Int64
+			var wg sync.WaitGroup
+			for range 8 {
+				wg.Go(func() {
+					for range 1000 {
+						at, ok := l.one.src.take(interceptor.Now())
+						if !ok {
+							continue
+						}
+						if taken.Add(1)%3 == 0 {
+							l.one.src.refund(at)
+							continue
+						}
+						n.Add(1)
+					}
+				})
+			}
+			wg.Wait()
+			want := int64(1000)
+			if algorithm == Smooth {
+				want = 100 // The default burst.
+			}
+			if got := n.Load(); got != want {
+				t.Errorf("%d tokens taken and kept, want %d", got, want)
+			}
+		})
+	}
+}
+
+func TestAHigherLimitHoldsForThoseWhoWaitAlready(t *testing.T) {
+	for _, algorithm := range []Algorithm{Smooth, Window} {
+		t.Run(algorithm.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				srv := newServer()
+				l := mustNew(t, Config{Limit: 1, Algorithm: algorithm})
+				conn := mustStack(t, l).Wrap(srv)
+				wantOK(t, call(conn))
+				a, b := start(t, conn, context.Background(), "a"), start(t, conn, context.Background(), "b")
+				time.Sleep(500 * ms) // Half a token.
+				want := []time.Duration{0, 550 * ms, 650 * ms}
+				cfg := Config{Limit: 10, Burst: 1}
+				if algorithm == Window {
+					want = []time.Duration{0, 500 * ms, 500 * ms}
+					cfg = Config{Limit: 10, Algorithm: Window}
+				}
+				wantOK(t, l.Update(cfg))
+				wantOK(t, <-a)
+				wantOK(t, <-b)
+				wantTimes(t, srv.times(), want...)
+			})
+		})
+	}
+}
+
+func TestALowerLimitRefusesThoseWhoWouldWaitInVain(t *testing.T) {
+	for _, algorithm := range []Algorithm{Smooth, Window} {
+		t.Run(algorithm.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				srv := newServer()
+				l := mustNew(t, Config{Limit: 10, Per: time.Second, Burst: 0, Algorithm: algorithm})
+				conn := mustStack(t, l).Wrap(srv)
+				n := 10
+				if algorithm == Smooth {
+					n = 1
+				}
+				for range n {
+					wantOK(t, call(conn))
+				}
+				ctx, cancel := context.WithTimeout(context.Background(), 1500*ms)
+				defer cancel()
+				a, b := start(t, conn, ctx, "a"), start(t, conn, context.Background(), "b")
+				wantOK(t, l.Update(Config{Limit: 1, Per: 2 * time.Second, Algorithm: algorithm}))
+				wantRefused(t, <-a, 2*time.Second)
+				wantOK(t, <-b)
+				if got := srv.times(); got[len(got)-1] != 2*time.Second {
+					t.Errorf("the other waiter began at %v, want 2s", got[len(got)-1])
+				}
+			})
+		})
+	}
+}
+
+func TestUpdateKeepsWhatWasTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{Limit: 10, Burst: 10})
+		conn := mustStack(t, l).Wrap(newServer())
+		for range 6 {
+			wantOK(t, call(conn, noWait))
+		}
+		wantOK(t, l.Update(Config{Limit: 20, Burst: 8})) // 6 of them are taken.
+		wantOK(t, call(conn, noWait))
+		wantOK(t, call(conn, noWait))
+		wantRefused(t, call(conn, noWait), 50*ms)
+		wantOK(t, l.Update(Config{Limit: 20, Burst: 2})) // No more than all can be missing.
+		wantRefused(t, call(conn, noWait), 50*ms)
+		time.Sleep(100 * ms)
+		wantOK(t, call(conn, noWait))
+		wantOK(t, call(conn, noWait))
+		wantRefused(t, call(conn, noWait), 50*ms)
+		want := Config{Limit: 20, Per: time.Second, Burst: 2, MaxKeys: 10_000}
+		if got := l.Config(); got != want {
+			t.Errorf("Config() = %+v, want %+v", got, want)
+		}
+	})
+}
+
+func TestABadConfigIsAnErrorThatNamesTheFieldAndChangesNothing(t *testing.T) {
+	for _, tt := range []struct {
+		cfg  Config
+		want string
+	}{
+		{Config{}, "Limit is 0"},
+		{Config{Limit: -1}, "Limit is -1"},
+		{Config{Limit: 1e9 + 1}, "Limit is 1000000001"},
+		{Config{Limit: 1e6 + 1, Algorithm: Window}, "Limit is 1000001"},
+		{Config{Limit: 1e8, Per: ms}, "Limit is 100000000"},
+		{Config{Limit: 1, Per: -1}, "Per is -1ns"},
+		{Config{Limit: 1, Per: 1}, "Per is 1ns"},
+		{Config{Limit: 1, Per: maxPer + 1}, "Per is 8760h0m0.000000001s"},
+		{Config{Limit: 1, Burst: -1}, "Burst is -1"},
+		{Config{Limit: 1, Burst: 1e9 + 1}, "Burst is 1000000001"},
+		{Config{Limit: 1, Per: time.Hour, Burst: 8761}, "Burst is 8761"},
+		{Config{Limit: 1, Burst: 1, Algorithm: Window}, "Burst is 1"},
+		{Config{Limit: 1, Algorithm: 7}, "Algorithm is Algorithm(7)"},
+		{Config{Limit: 1, KeyBy: 7}, "KeyBy is KeyBy(7)"},
+		{Config{Limit: 1, KeyBy: KeyMetadata}, `KeyName is ""`},
+		{Config{Limit: 1, KeyBy: KeyMethod, KeyName: "x"}, `KeyName is "x"`},
+		{Config{Limit: 1, MaxKeys: -1}, "MaxKeys is -1"},
+		{Config{Limit: 1, MaxKeys: 1e6 + 1}, "MaxKeys is 1000001"},
+	} {
+		l := mustNew(t, Config{Limit: 5})
+		before := l.Config()
+		for what, err := range map[string]error{
+			"New":    func() error { _, err := New(tt.cfg); return err }(),
+			"Update": l.Update(tt.cfg),
+		} {
+			if err == nil || !strings.HasPrefix(err.Error(), "ratelimit: "+tt.want) {
+				t.Errorf("%s(%+v): %v, want an error that begins with %q", what, tt.cfg, err, "ratelimit: "+tt.want)
+			}
+		}
+		if l.Config() != before {
+			t.Errorf("after a bad Update: %+v, want %+v", l.Config(), before)
+		}
+	}
+	for _, cfg := range []Config{
+		{Limit: 1, Algorithm: Window}, {Limit: 1, KeyBy: KeyMethod}, {Limit: 1, KeyBy: KeyMetadata, KeyName: "x"},
+	} {
+		if err := mustNew(t, Config{Limit: 1}).Update(cfg); err == nil || !strings.Contains(err.Error(), "must stay") {
+			t.Errorf("Update(%+v): %v, want an error: it cannot change", cfg, err)
+		}
+	}
+	if _, err := New(Config{Limit: 1, KeyBy: KeyMethod}, WithKey(byMethod)); err == nil {
+		t.Error("New with two keys returned no error")
+	}
+	if _, err := New(Config{Limit: 1}, WithFailOpen()); err == nil {
+		t.Error("New with WithFailOpen returned no error")
+	}
+}
+
+func TestEveryMethodHasItsOwnRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{Limit: 1, KeyBy: KeyMethod})
+		conn := mustStack(t, l).Wrap(newServer())
+		for _, m := range []string{"/s/a", "/s/b"} {
+			wantOK(t, conn.Invoke(context.Background(), m, nil, nil, noWait))
+		}
+		wantRefused(t, conn.Invoke(context.Background(), "/s/a", nil, nil, noWait), time.Second)
+		if n := l.Keys(); n != 2 {
+			t.Errorf("Keys() = %d, want 2", n)
+		}
+	})
+}
+
+func TestEveryValueOfAMetadataEntryHasItsOwnRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conn := mustStack(t, mustNew(t, Config{Limit: 1, KeyBy: KeyMetadata, KeyName: "Tenant"})).Wrap(newServer())
+		as := func(tenant string) error {
+			ctx := metadata.AppendToOutgoingContext(context.Background(), "tenant", tenant)
+			return conn.Invoke(ctx, "/s/m", nil, nil, noWait)
+		}
+		wantOK(t, as("a"))
+		wantOK(t, as("b"))
+		wantOK(t, call(conn, noWait)) // None is a key too.
+		wantRefused(t, as("a"), time.Second)
+		wantRefused(t, call(conn, noWait), time.Second)
+	})
+}
+
+// byName takes the method's name for the key.
+func byName(_ context.Context, c *interceptor.Call) string { return c.Method() }
+
+func TestKeysBeyondTheBoundShareARateUntilIdleOnesMakeRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{Limit: 1, MaxKeys: 2}, WithKey(byName))
+		conn := mustStack(t, l).Wrap(newServer())
+		as := func(key string) error { return conn.Invoke(context.Background(), key, nil, nil, noWait) }
+		wantOK(t, as("a"))
+		time.Sleep(500 * ms)
+		wantOK(t, as("b"))
+		wantOK(t, as("c")) // The rest's one token,
+		wantRefused(t, as("d"), time.Second)
+		wantRefused(t, as("b"), time.Second)
+		wantRefused(t, as("a"), 500*ms) // and a is not forgiven anything.
+		time.Sleep(500 * ms)            // a's token has come: it is idle.
+		wantOK(t, as("d"))              // Its place,
+		wantRefused(t, as("d"), time.Second)
+		wantRefused(t, as("a"), 500*ms) // and a shares now what c has taken.
+		if n := l.Keys(); n != 2 {
+			t.Errorf("Keys() = %d, want 2", n)
+		}
+	})
+}
+
+func TestIdleKeysAreDroppedAsNewOnesComeLongBeforeTheBound(t *testing.T) {
+	for _, algorithm := range []Algorithm{Smooth, Window} {
+		synctest.Test(t, func(t *testing.T) {
+			l := mustNew(t, Config{Limit: 1, Algorithm: algorithm}, WithKey(byName))
+			conn := mustStack(t, l).Wrap(newServer())
+			most := 0
+			for i := range 5000 { // Ten keys a second, of which ten are in use.
+				wantOK(t, conn.Invoke(context.Background(), fmt.Sprint(i), nil, nil))
+				time.Sleep(100 * ms)
+				most = max(most, l.Keys())
+			}
+			if most > 500 {
+				t.Errorf("%v: up to %d keys were kept, want some 10 and at most 500", algorithm, most)
+			}
+		})
+	}
+}
+
+func TestAKeyThatSomebodyWaitsForIsNotDroppedAndAnUpdateReachesAllKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{Limit: 1, MaxKeys: 1}, WithKey(byName))
+		srv := newServer()
+		conn := mustStack(t, l).Wrap(srv)
+		wantOK(t, conn.Invoke(context.Background(), "a", nil, nil))
+		a := start(t, conn, context.Background(), "a")
+		wantOK(t, conn.Invoke(context.Background(), "b", nil, nil))
+		b := start(t, conn, context.Background(), "b")
+		if n := l.Waiting(); n != 2 {
+			t.Errorf("Waiting() = %d, want 2", n)
+		}
+		wantOK(t, l.Update(Config{Limit: 10, MaxKeys: 1}))
+		wantOK(t, <-a)
+		wantOK(t, <-b)
+		wantTimes(t, srv.times(), 0, 0, 100*ms, 100*ms)
+	})
+}
+
+func TestKeysMayComeAndGoConcurrently(t *testing.T) {
+	l := mustNew(t, Config{Limit: 1000, Per: ms, Burst: 1, MaxKeys: 50}, WithKey(byName))
+	conn := mustStack(t, l).Wrap(newServer())
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	var wg sync.WaitGroup
+	for i := range 8 {
+		rng := rand.New(rand.NewPCG(seed, uint64(i)))
+		wg.Go(func() {
+			for range 2000 {
+				conn.Invoke(context.Background(), fmt.Sprint(rng.IntN(200)), nil, nil)
+			}
+		})
+	}
+	wg.Wait()
+	if n := l.Keys(); n > 50 {
+		t.Errorf("Keys() = %d, want at most 50", n)
+	}
+	kept := 0
+	l.keys.each(func(q *queue) {
+		kept++
+		if n := q.users.Load(); n != 0 {
+			t.Errorf("a key has %d users at rest, want 0", n)
+		}
+	})
+	if kept-1 != l.Keys() { // Without the rest.
+		t.Errorf("%d keys are kept, but Keys() = %d", kept-1, l.Keys())
+	}
+}
+
+// stream is a stream of three responses.
+type streams struct {
+	grpc.ClientConnInterface
+}
+
+func (streams) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	return &stream{ctx: ctx, left: 3}, nil
+}
+
+type stream struct {
+	grpc.ClientStream
+	ctx  context.Context
+	left int
+}
+
+func (s *stream) RecvMsg(any) error {
+	if s.left--; s.left < 0 {
+		return io.EOF
+	}
+	return nil
+}
+
+func TestAStreamTakesOneTokenHoweverManyMessages(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conn := mustStack(t, mustNew(t, Config{Limit: 2, Burst: 2})).Wrap(streams{})
+		for range 2 {
+			s, err := conn.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, "/s/m", noWait)
+			if err != nil {
+				t.Fatalf("NewStream: %v", err)
+			}
+			for err == nil {
+				err = s.RecvMsg(nil)
+			}
+			if err != io.EOF {
+				t.Errorf("the stream ended with %v, want io.EOF", err)
+			}
+		}
+		_, err := conn.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, "/s/m", noWait)
+		wantRefused(t, err, 500*ms)
+	})
+}
+
+func TestALimiterOfXTimeRateWaitsRefusesAndTakesTokensBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv, inside := newServer(), new(refuseInside)
+		lim := rate.NewLimiter(10, 2)
+		l, err := FromRate(lim, WithName("xrate"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		stack := mustStack(t, l, inside)
+		if got := stack.String(); !strings.HasPrefix(got, "[xrate > ") {
+			t.Errorf("String() = %q, want the layer's name in it", got)
+		}
+		conn := stack.Wrap(srv)
+		inside.on.Store(true)
+		for range 10 {
+			call(conn, noWait) // Refused further in.
+		}
+		if got := lim.Tokens(); got != 2 {
+			t.Errorf("%v tokens after refusals further in, want 2", got)
+		}
+		inside.on.Store(false)
+		for range 4 {
+			wantOK(t, call(conn))
+		}
+		wantRefused(t, call(conn, noWait), 100*ms)
+		wantTimes(t, srv.times(), 0, 0, 100*ms, 200*ms)
+		lim.SetLimit(0)
+		wantRefused(t, call(conn), 0)
+		lim.SetLimit(rate.Inf)
+		for range 10 {
+			wantOK(t, call(conn, noWait))
+		}
+	})
+}
+
+func TestFromRateAndFromLimiterRejectNil(t *testing.T) {
+	if _, err := FromRate(nil); err == nil {
+		t.Error("FromRate(nil) returned no error")
+	}
+	if _, err := FromRate(rate.NewLimiter(1, 1), WithKey(byMethod)); err == nil {
+		t.Error("FromRate with a key returned no error")
+	}
+	if _, err := FromRate(rate.NewLimiter(1, 1), WithFailOpen()); err == nil {
+		t.Error("FromRate with WithFailOpen returned no error")
+	}
+	if _, err := FromLimiter(nil); err == nil {
+		t.Error("FromLimiter(nil) returned no error")
+	}
+	if _, err := FromLimiter((*store)(nil)); err == nil {
+		t.Error("FromLimiter of a nil pointer returned no error")
+	}
+}
+
+// store is a Limiter with a number of tokens for each key, and one more every
+// retry.
+type store struct {
+	mu     sync.Mutex
+	tokens map[string]int
+	retry  time.Duration
+	err    error
+	asked  int
+}
+
+func (s *store) Take(ctx context.Context, key string) (Decision, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.asked++
+	switch {
+	case s.err != nil:
+		return Decision{}, s.err
+	case s.tokens[key] == 0:
+		return Decision{RetryAfter: s.retry}, nil
+	}
+	s.tokens[key]--
+	return Decision{OK: true}, nil
+}
+
+func (s *store) Refund(key string) { s.add(key) }
+
+func (s *store) add(key string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.tokens[key]++
+}
+
+func TestALimiterElsewhereIsAskedAgainAsLongAsACallMayWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv, inside := newServer(), new(refuseInside)
+		st := &store{tokens: map[string]int{"/s/m": 1}, retry: 70 * ms}
+		l, err := FromLimiter(st, WithKey(byMethod))
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn := mustStack(t, l, inside).Wrap(srv)
+		inside.on.Store(true)
+		call(conn)
+		inside.on.Store(false)
+		wantOK(t, call(conn)) // With the token that came back.
+		wantRefused(t, call(conn, noWait), 70*ms)
+		wantRefused(t, call(conn, interceptor.WithWait(interceptor.For(69*ms))), 70*ms)
+		time.AfterFunc(200*ms, func() { st.add("/s/m") })
+		wantOK(t, call(conn))
+		wantTimes(t, srv.times(), 0, 210*ms)
+
+		st.retry = 0 // It does not know.
+		time.AfterFunc(250*ms, func() { st.add("/s/m") })
+		wantOK(t, call(conn))
+		wantTimes(t, srv.times(), 0, 210*ms, 510*ms)
+		wantRefused(t, call(conn, noWait), 0)
+
+		ctx, cancel := context.WithCancel(context.Background())
+		time.AfterFunc(50*ms, cancel)
+		if err := conn.Invoke(ctx, "/s/m", nil, nil); status.Code(err) != codes.Canceled {
+			t.Errorf("cancelled while waiting: %v, want CANCELLED", err)
+		}
+	})
+}
+
+func TestALimiterThatFailsRefusesUnlessItFailsOpen(t *testing.T) {
+	down := errors.New("the store is down")
+	for _, tt := range []struct {
+		opts []Option
+		want codes.Code
+	}{
+		{nil, codes.Unavailable},
+		{[]Option{WithFailOpen()}, codes.OK},
+	} {
+		st := &store{tokens: map[string]int{}, err: down}
+		l, err := FromLimiter(st, tt.opts...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = call(mustStack(t, l).Wrap(newServer()))
+		if status.Code(err) != tt.want || err != nil && !errors.Is(err, down) {
+			t.Errorf("with a limiter that fails: %v, want %v and the limiter's error in it", err, tt.want)
+		}
+		if n := st.tokens[""]; n != 0 {
+			t.Errorf("%d tokens were given back that were not taken", n)
+		}
+	}
+}
+
+// watcher notes what an observer of a rate limit sees.
+type watcher struct {
+	interceptor.NopObserver
+	mu  sync.Mutex
+	log []string
+}
+
+func (w *watcher) add(format string, args ...any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.log = append(w.log, fmt.Sprintf(format, args...))
+}
+
+func (w *watcher) Waited(_, layer string, d time.Duration) { w.add("%s waited %v", layer, d) }
+func (w *watcher) Refused(_, layer string, r interceptor.Reason) {
+	w.add("%s refused %s", layer, r)
+}
+
+func TestTheObserverSeesWaitsAndRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		obs := new(watcher)
+		conn := mustStack(t, interceptor.Observe(obs), mustNew(t, Config{Limit: 10})).Wrap(newServer())
+		call(conn)
+		call(conn)
+		call(conn, noWait)
+		want := []string{"ratelimit waited 100ms", "ratelimit refused RATE_LIMIT"}
+		if !slices.Equal(obs.log, want) {
+			t.Errorf("observed %q, want %q", obs.log, want)
+		}
+	})
+}
+
+// places is a gate with a place, and whether it has been left.
+type places struct {
+	interceptor.GateOnly
+	left atomic.Int64
+}
+
+func (p *places) Leave() { p.left.Add(1) }
+
+func (p *places) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		defer c.SetPlace(c.SetPlace(p))
+		return inner.Admit(ctx, c, w)
+	})
+}
+
+func TestAWaiterLeavesItsPlaceWhenItGetsItsToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := new(places)
+		conn := mustStack(t, p, mustNew(t, Config{Limit: 10})).Wrap(newServer())
+		wantOK(t, call(conn))
+		if n := p.left.Load(); n != 0 {
+			t.Errorf("the place was left %d times by a call that did not wait, want 0", n)
+		}
+		wantOK(t, call(conn))
+		if n := p.left.Load(); n != 1 {
+			t.Errorf("the place was left %d times, want once", n)
+		}
+	})
+}
+
+func TestRetryTimesAreRoundedUpByLessThanASixteenth(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	lengths := map[int]time.Duration{}
+	for range 100_000 {
+		d := max(time.Duration(rng.Uint64()>>1)>>rng.IntN(60), 1)
+		i, up := roundUp(d)
+		if i < 0 || i >= times {
+			t.Fatalf("roundUp(%d) has number %d, want one below %d", d, i, times)
+		}
+		if d <= 1<<62 && (up < d || up-d >= max(d/16+step/16, step)) {
+			t.Fatalf("roundUp(%v) = %v, want at most a sixteenth more", d, up)
+		}
+		if old, ok := lengths[i]; ok && old != up {
+			t.Fatalf("number %d is both %v and %v", i, old, up)
+		}
+		lengths[i] = up
+		if j, again := roundUp(up); up <= 1<<62 && (j != i || again != up) {
+			t.Fatalf("roundUp(%v) = %v, number %d, want itself and %d", up, again, j, i)
+		}
+	}
+}
+
+func TestConformance(t *testing.T) {
+	st := func() *store { return &store{tokens: map[string]int{"": 200}, retry: ms} }
+	for name, newLayer := range map[string]func(t *testing.T) (interceptor.Layer, func() error){
+		"smooth": func(t *testing.T) (interceptor.Layer, func() error) {
+			l := mustNew(t, Config{Limit: 5000, Burst: 100})
+			return l, atRest(l)
+		},
+		"window": func(t *testing.T) (interceptor.Layer, func() error) {
+			l := mustNew(t, Config{Limit: 300, Per: 100 * ms, Algorithm: Window})
+			return l, atRest(l)
+		},
+		"keyed": func(t *testing.T) (interceptor.Layer, func() error) {
+			l := mustNew(t, Config{Limit: 2000, KeyBy: KeyMethod, MaxKeys: 10})
+			return l, atRest(l)
+		},
+		"x/time": func(t *testing.T) (interceptor.Layer, func() error) {
+			l, err := FromRate(rate.NewLimiter(5000, 10))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return l, func() error {
+				if n := l.(*rateLayer).queue.waiting.Load(); n != 0 {
+					return fmt.Errorf("%d calls wait", n)
+				}
+				return nil
+			}
+		},
+		"elsewhere": func(t *testing.T) (interceptor.Layer, func() error) {
+			l, err := FromLimiter(st())
+			if err != nil {
+				t.Fatal(err)
+			}
+			return interceptor.Layer(&bounded{l}), nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			layertest.Run(t, func() (interceptor.Layer, func() error) { return newLayer(t) })
+		})
+	}
+}
+
+// bounded lets no call wait, for a store whose tokens run out.
+type bounded struct{ interceptor.Layer }
+
+func (b *bounded) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	g := b.Layer.WrapGate(inner)
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		return g.Admit(ctx, c, interceptor.None)
+	})
+}
+
+func atRest(l *Layer) func() error {
+	return func() error {
+		if n := l.Waiting(); n != 0 {
+			return fmt.Errorf("%d calls wait", n)
+		}
+		var err error
+		check := func(q *queue) {
+			if n := q.users.Load(); n != 0 {
+				err = fmt.Errorf("a key has %d users", n)
+			}
+		}
+		if l.keys != nil {
+			l.keys.each(check)
+		}
+		return err
+	}
+}
+
+// noop is an invoker.
+func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
+
+func cases(t testing.TB) map[string]grpc.UnaryClientInterceptor {
+	xrate, err := FromRate(rate.NewLimiter(1e12, 1e6))
+	if err != nil {
+		t.Fatal(err)
+	}
+	empty, err := FromRate(rate.NewLimiter(rate.Every(time.Hour), 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := map[string]grpc.UnaryClientInterceptor{}
+	for name, l := range map[string]interceptor.Layer{
+		"smooth/admitting":      mustNew(t, Config{Limit: 1e9, Burst: 1e9}),
+		"smooth/refusing":       mustNew(t, Config{Limit: 1, Per: time.Hour}),
+		"window/admitting":      mustNew(t, Config{Limit: 100_000, Per: ms, Algorithm: Window}),
+		"window/refusing":       mustNew(t, Config{Limit: 1, Per: time.Hour, Algorithm: Window}),
+		"by_method/admitting":   mustNew(t, Config{Limit: 1e9, Burst: 1e9, KeyBy: KeyMethod}),
+		"by_method/refusing":    mustNew(t, Config{Limit: 1, Per: time.Hour, KeyBy: KeyMethod}),
+		"x_time_rate/admitting": xrate,
+		"x_time_rate/refusing":  empty,
+	} {
+		m[name] = mustStack(t, l).UnaryClientInterceptor()
+	}
+	m["no_layer"] = mustStack(t).UnaryClientInterceptor()
+	return m
+}
+
+func TestNoGateAllocatesAdmittedOrRefused(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	ctx, opts := context.Background(), []grpc.CallOption{noWait}
+	for name, unary := range cases(t) {
+		if n := testing.AllocsPerRun(1000, func() { unary(ctx, "/s/m", nil, nil, nil, noop, opts...) }); n != 0 {
+			t.Errorf("%s: %v allocations a call, want 0", name, n)
+		}
+	}
+}
+
+func BenchmarkUnary(b *testing.B) {
+	m := cases(b)
+	names := make([]string, 0, len(m))
+	for name := range m {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+		opts := []grpc.CallOption{noWait}
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				m[name](ctx, "/s/m", nil, nil, nil, noop, opts...)
+			}
+		})
+		b.Run(name+"/parallel", func(b *testing.B) {
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					m[name](ctx, "/s/m", nil, nil, nil, noop, opts...)
+				}
+			})
+		})
+		cancel()
+	}
+}

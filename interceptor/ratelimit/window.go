@@ -1,0 +1,116 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package ratelimit
+
+import (
+	"math"
+	"sort"
+	"sync"
+	"time"
+
+	"github.com/belfry-go/belfry/interceptor"
+)
+
+// window is a sliding log: when each call of the last Per began. A call is let
+// through if fewer than Limit did. That is exact, for eight bytes a call; a pair
+// of counters that approximates the same would let more than Limit calls pass in
+// some windows.
+type window struct {
+	// mu guards the fields below. It is held for a few comparisons, and for a copy
+	// when the log grows; nothing is locked under it.
+	mu    sync.Mutex
+	rate  *params
+	log   []interceptor.Instant // A ring. Its length is a power of two.
+	first int                   // Where the oldest is.
+	n     int                   // How many there are.
+}
+
+func newWindow(p *params) *window { return &window{rate: p} }
+
+// at returns the place of the i-th oldest call, from 0. Caller must hold w.mu.
+func (w *window) at(i int) *interceptor.Instant { return &w.log[(w.first+i)&(len(w.log)-1)] }
+
+// expireLocked forgets the calls that have left the window. Caller must hold w.mu.
+func (w *window) expireLocked(now interceptor.Instant) {
+	for w.n > 0 && w.at(0).Add(w.rate.per) <= now {
+		w.first, w.n = (w.first+1)&(len(w.log)-1), w.n-1
+	}
+}
+
+func (w *window) take(now interceptor.Instant) (interceptor.Instant, bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.n > 0 {
+		now = max(now, *w.at(w.n - 1)) // Readings of the clock may arrive out of order.
+	}
+	w.expireLocked(now)
+	if w.n >= w.rate.limit {
+		return 0, false
+	}
+	if w.n == len(w.log) {
+		w.growLocked()
+	}
+	w.n++
+	*w.at(w.n - 1) = now
+	return now, true
+}
+
+// growLocked doubles the log. Caller must hold w.mu.
+func (w *window) growLocked() {
+	log := make([]interceptor.Instant, max(2*len(w.log), 8))
+	for i := range w.n {
+		log[i] = *w.at(i)
+	}
+	w.log, w.first = log, 0
+}
+
+func (w *window) next(now interceptor.Instant, ahead int) interceptor.Instant {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.expireLocked(now)
+	// The next calls begin now as long as there is room, then each as an older one
+	// leaves, and after Limit of them as these leave again.
+	limit := w.rate.limit
+	turn := now
+	i := ahead % limit
+	if room := limit - w.n; i >= room {
+		// If the limit was lowered there may be more in the log than it: i counts from
+		// the oldest that will make room.
+		turn = w.at(i - room).Add(w.rate.per)
+	}
+	rounds := time.Duration(ahead / limit)
+	if rounds > (math.MaxInt64-time.Duration(turn))/w.rate.per {
+		return never
+	}
+	return turn.Add(rounds * w.rate.per)
+}
+
+// refund forgets a call that began at t. It is mostly the last one or among the
+// last, so the newer ones move.
+func (w *window) refund(t interceptor.Instant) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	i := sort.Search(w.n, func(i int) bool { return *w.at(i) > t }) - 1
+	if i < 0 || *w.at(i) != t {
+		return // It has left the window.
+	}
+	for ; i < w.n-1; i++ {
+		*w.at(i) = *w.at(i + 1)
+	}
+	w.n--
+}
+
+func (w *window) full(now interceptor.Instant) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.expireLocked(now)
+	return w.n == 0
+}
+
+func (w *window) update(now interceptor.Instant, p *params) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.expireLocked(now)
+	w.rate = p
+}

@@ -1,0 +1,275 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package timeout
+
+import (
+	"context"
+	"io"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/belfry-go/belfry/interceptor"
+)
+
+func (l *Layer) stream(ctx context.Context, c *interceptor.Call, next interceptor.Next) error {
+	s := l.settings.Load()
+	if s.Lifetime == 0 && s.FirstResponse == 0 && s.Message == 0 && s.Idle == 0 {
+		err := next(ctx, c)
+		if err != nil {
+			err = l.explain(ctx, ctx, nil, err)
+		}
+		return err
+	}
+	begun := c.Now()
+	if token, ok := c.Token(l); ok {
+		begun = interceptor.Instant(token)
+	}
+	st := &stream{layer: l, settings: s, kind: c.Kind(), ctx: ctx, end: c.StreamEnd()}
+	st.own = ctx
+	if s.Lifetime > 0 {
+		deadline := begun.Add(s.Lifetime)
+		if t, ok := ctx.Deadline(); !ok || deadline < interceptor.InstantOf(t) {
+			st.due.lifetime = deadline
+			st.own, st.release = context.WithDeadlineCause(ctx, deadline.Time(), s.causes[Lifetime])
+		}
+	}
+	st.own, st.cancel = context.WithCancelCause(st.own)
+	if s.FirstResponse > 0 && st.kind == interceptor.ServerStream {
+		st.due.first = begun.Add(s.FirstResponse)
+	}
+	opened := false
+	defer func() {
+		if !opened {
+			st.stop()
+		}
+	}()
+	now := interceptor.Now()
+	st.mu.Lock()
+	b, t := st.earliestLocked()
+	st.armLocked(now)
+	st.mu.Unlock()
+	if t != 0 && t <= now { // A gate that cannot be bounded has admitted it too late.
+		return s.causes[b].Because(s.causes[b].Err, false)
+	}
+	if err := next(st.own, c); err != nil {
+		return st.explain(err)
+	}
+	opened = true
+	st.ClientStream = c.Stream()
+	st.moved(nil, nil)
+	c.SetStream(st)
+	return nil
+}
+
+// A stream is a stream with bounds. A bound that is running has a moment when it is
+// due, and one timer fires at the earliest of them. As bounds mostly end before they
+// are due, and the next of their kind is due later, the timer is left alone when a
+// bound ends or is put off, and looks when it fires what is due by then: so it is set
+// about once in the length of a bound and not for each message.
+type stream struct {
+	grpc.ClientStream // Set when the stream is open.
+
+	layer    *Layer
+	settings *settings
+	kind     interceptor.Kind
+	ctx      context.Context         // The caller's,
+	own      context.Context         // and the stream's.
+	release  context.CancelFunc      // Frees the deadline in own; nil if there is none.
+	cancel   context.CancelCauseFunc // Ends own.
+	end      interceptor.StreamEnd
+
+	// mu guards the fields below. Nothing is called under it but the timer's methods.
+	mu        sync.Mutex
+	due       dues
+	fires     interceptor.Instant // When the timer fires; 0 if it does not.
+	timer     *time.Timer
+	responded bool
+	over      bool
+}
+
+// dues are when the bounds are due that are running; 0 if they are not.
+type dues struct {
+	lifetime, first, idle interceptor.Instant
+	recv, send            interceptor.Instant // Both are Message, for one may send and receive at the same time.
+}
+
+// earliestLocked returns what is due first; 0 if nothing is. Caller must hold s.mu.
+func (s *stream) earliestLocked() (b Bound, at interceptor.Instant) {
+	for _, d := range [...]struct {
+		b  Bound
+		at interceptor.Instant
+	}{
+		{Lifetime, s.due.lifetime},
+		{FirstResponse, s.due.first},
+		{Message, s.due.recv},
+		{Message, s.due.send},
+		{Idle, s.due.idle},
+	} {
+		if d.at != 0 && (at == 0 || d.at < at) {
+			b, at = d.b, d.at
+		}
+	}
+	return b, at
+}
+
+// armLocked sees to it that the timer fires when something is due. Caller must hold
+// s.mu.
+func (s *stream) armLocked(now interceptor.Instant) {
+	_, at := s.earliestLocked()
+	if at == 0 || s.over || s.fires != 0 && s.fires <= at {
+		return
+	}
+	s.fires = at
+	d := max(at.Sub(now), 0)
+	if s.timer == nil {
+		s.timer = time.AfterFunc(d, s.fire)
+		return
+	}
+	s.timer.Reset(d)
+}
+
+// fire cuts the stream short if something is due.
+func (s *stream) fire() {
+	s.mu.Lock()
+	s.fires = 0
+	now := interceptor.Now()
+	b, at := s.earliestLocked()
+	if s.over || at == 0 || at > now {
+		s.armLocked(now)
+		s.mu.Unlock()
+		return
+	}
+	s.over = true
+	s.mu.Unlock()
+	s.cancel(s.settings.causes[b])
+	if s.release != nil {
+		s.release()
+	}
+	s.end.End(s.settings.causes[b])
+}
+
+// stop frees what the bounds need, when the stream has ended.
+func (s *stream) stop() {
+	s.mu.Lock()
+	s.over = true
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+	s.mu.Unlock()
+	s.cancel(nil)
+	if s.release != nil {
+		s.release()
+	}
+}
+
+// explain says which bound it was that made an operation fail with err, and stops
+// the stream.
+func (s *stream) explain(err error) error {
+	mine, _ := context.Cause(s.own).(*interceptor.Refusal)
+	if mine != nil && !s.settings.caused(mine) {
+		mine = nil
+	}
+	err = s.layer.explain(s.ctx, s.own, mine, err)
+	s.stop()
+	return err
+}
+
+// caused reports whether r is one of the causes.
+func (s *settings) caused(r *interceptor.Refusal) bool {
+	for _, c := range s.causes {
+		if c == r {
+			return true
+		}
+	}
+	return false
+}
+
+// begins is the beginning of an operation on a message, whose bound is at in s.due.
+func (s *stream) begins(at *interceptor.Instant) {
+	if s.settings.Message == 0 {
+		return
+	}
+	now := interceptor.Now()
+	s.mu.Lock()
+	*at = now.Add(s.settings.Message)
+	s.armLocked(now)
+	s.mu.Unlock()
+}
+
+// moved is the end of an operation on a message, or the beginning of the stream.
+func (s *stream) moved(at *interceptor.Instant, err error) {
+	var now interceptor.Instant
+	if s.settings.Idle > 0 && err == nil {
+		now = interceptor.Now()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if at != nil {
+		*at = 0
+	}
+	if at == &s.due.recv {
+		s.responded, s.due.first = true, 0
+	}
+	if now != 0 {
+		s.due.idle = now.Add(s.settings.Idle)
+		s.armLocked(now)
+	}
+}
+
+// asked says that there is something to respond to.
+func (s *stream) asked() {
+	if s.settings.FirstResponse == 0 {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.responded || s.due.first != 0 {
+		return
+	}
+	now := interceptor.Now()
+	s.due.first = now.Add(s.settings.FirstResponse)
+	s.armLocked(now)
+}
+
+func (s *stream) Header() (metadata.MD, error) {
+	md, err := s.ClientStream.Header()
+	if err != nil {
+		err = s.explain(err)
+	}
+	return md, err
+}
+
+func (s *stream) CloseSend() error {
+	s.asked()
+	return s.ClientStream.CloseSend()
+}
+
+func (s *stream) SendMsg(m any) error {
+	if s.kind == interceptor.BidiStream {
+		s.asked()
+	}
+	s.begins(&s.due.send)
+	err := s.ClientStream.SendMsg(m)
+	s.moved(&s.due.send, err)
+	if err != nil && err != io.EOF { // Of io.EOF RecvMsg says the reason.
+		err = s.explain(err)
+	}
+	return err
+}
+
+func (s *stream) RecvMsg(m any) error {
+	s.begins(&s.due.recv)
+	err := s.ClientStream.RecvMsg(m)
+	s.moved(&s.due.recv, err)
+	switch {
+	case err == io.EOF || err == nil && s.kind == interceptor.ClientStream:
+		s.stop()
+	case err != nil:
+		err = s.explain(err)
+	}
+	return err
+}

@@ -1,0 +1,471 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package timeout
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/latency"
+)
+
+// Config says how long calls may take. It is plain data. Each bound is off if it is
+// 0, and must not be negative; at least one must be on.
+type Config struct {
+	// Timeout bounds a unary call, or an attempt of one, waiting included. With
+	// Adaptive it is the greatest timeout.
+	Timeout time.Duration
+	// Adaptive lets the timeout of unary calls follow their latency. Nil is off.
+	Adaptive *Adaptive
+
+	// Lifetime bounds a stream as Timeout bounds a unary call.
+	Lifetime time.Duration
+	// FirstResponse bounds how long the first response message of a stream may take
+	// from when there is something to respond to. For a server stream that is the
+	// beginning, waiting included; for a client stream when it is closed for
+	// sending; for a bidirectional stream the first message that is sent. Headers
+	// are not a response.
+	FirstResponse time.Duration
+	// Message bounds how long one RecvMsg may wait for a message, and one SendMsg for
+	// room to send one.
+	Message time.Duration
+	// Idle bounds how long a stream may be without a message received or sent. It
+	// also counts while nobody reads from the stream, and so ends streams that were
+	// abandoned.
+	Idle time.Duration
+}
+
+// Adaptive is a timeout of Multiple times the latency that a share Percentile of the
+// successful calls of the last Window did not exceed, but not less than Min nor more
+// than [Config.Timeout]. A call that this timeout cuts short counts as one that took
+// as long, so if a server becomes slower the timeout grows.
+type Adaptive struct {
+	// Percentile is a share of the calls, above 0 and below 1; 0 is the default, 0.99.
+	Percentile float64
+	// Multiple is from 1 to 100; 0 is the default, 3: a call that takes three times as
+	// long as the slowest hundredth is not going to be answered.
+	Multiple float64
+	// Min is the least timeout, above 0 and not more than Timeout. Required: it keeps
+	// a server that is fast from being held to it.
+	Min time.Duration
+	// Window is how long latencies count, from 1 s to 1 h; 0 is the default, 1 min.
+	Window time.Duration
+	// MinSamples is how many latencies there must be; with fewer the timeout is
+	// Timeout. From 1 to 1e6; 0 is the default, 100, below which the 99th percentile is
+	// the slowest call.
+	MinSamples int
+}
+
+const (
+	defaultPercentile = 0.99
+	defaultMultiple   = 3
+	defaultWindow     = time.Minute
+	defaultSamples    = 100
+	maxMultiple       = 100
+	minWindow         = time.Second
+	maxWindow         = time.Hour
+	maxSamples        = 1e6
+)
+
+// A Bound is what cut a call short.
+type Bound uint8
+
+// The bounds.
+const (
+	Caller        Bound = iota // the caller's deadline, or that of an interceptor outside the stack
+	Timeout                    // Config.Timeout, or the adaptive one
+	Lifetime                   // Config.Lifetime
+	FirstResponse              // Config.FirstResponse
+	Message                    // Config.Message
+	Idle                       // Config.Idle
+	bounds
+)
+
+// String says what has happened when the bound was exceeded.
+func (b Bound) String() string {
+	switch b {
+	case Caller:
+		return "the caller's deadline has passed"
+	case Timeout:
+		return "the call's timeout has passed"
+	case Lifetime:
+		return "the stream's lifetime has passed"
+	case FirstResponse:
+		return "there was no response"
+	case Message:
+		return "no message could be received or sent"
+	case Idle:
+		return "the stream was idle"
+	}
+	return fmt.Sprintf("Bound(%d)", uint8(b))
+}
+
+// Exceeded is in the [interceptor.Refusal] of a call that was cut short: errors.As
+// finds it. errors.Is says that it is [context.DeadlineExceeded].
+type Exceeded struct {
+	Bound Bound
+	// Limit is how long the bound allowed; 0 if it was the caller's.
+	Limit time.Duration
+	// Err is what the call or the gate that it waited at returned; may be nil.
+	Err error
+}
+
+// Error says what has happened.
+func (e *Exceeded) Error() string {
+	s := e.Bound.String()
+	if e.Limit > 0 {
+		s += " (" + e.Limit.String() + ")"
+	}
+	if e.Err != nil {
+		s += ": " + e.Err.Error()
+	}
+	return s
+}
+
+// Unwrap returns Err.
+func (e *Exceeded) Unwrap() error { return e.Err }
+
+// Is reports whether target is [context.DeadlineExceeded].
+func (e *Exceeded) Is(target error) bool { return target == context.DeadlineExceeded }
+
+// settings is a valid Config, its defaults filled in, and what follows from it. It
+// is not changed.
+type settings struct {
+	Config
+	adaptive Adaptive // If Config.Adaptive is not nil.
+	// causes are what contexts are cancelled with, for each bound: errors of calls that
+	// were sent.
+	causes [bounds]*interceptor.Refusal
+}
+
+func invalid(field string, value any, rule string) error {
+	return fmt.Errorf("timeout: %s is %v, %s", field, value, rule)
+}
+
+func newSettings(name string, cfg Config) (*settings, error) {
+	s := &settings{Config: cfg}
+	limits := [bounds]time.Duration{
+		Timeout: cfg.Timeout, Lifetime: cfg.Lifetime, FirstResponse: cfg.FirstResponse, Message: cfg.Message, Idle: cfg.Idle,
+	}
+	fields := [bounds]string{
+		Timeout: "Timeout", Lifetime: "Lifetime", FirstResponse: "FirstResponse", Message: "Message", Idle: "Idle",
+	}
+	some := false
+	for b, d := range limits {
+		if d < 0 {
+			return nil, invalid(fields[b], d, "must not be negative")
+		}
+		some = some || d > 0
+		s.causes[b] = exceeded(name, Bound(b), d, nil, true)
+	}
+	if cfg.Adaptive != nil {
+		if err := s.setAdaptive(*cfg.Adaptive); err != nil {
+			return nil, err
+		}
+	}
+	if !some {
+		return nil, errors.New("timeout: Timeout, Lifetime, FirstResponse, Message and Idle are all 0, at least one must be positive")
+	}
+	return s, nil
+}
+
+func (s *settings) setAdaptive(a Adaptive) error {
+	if s.Timeout == 0 {
+		return invalid("Timeout", s.Timeout, "must be positive, as Adaptive needs an upper bound")
+	}
+	if a.Percentile == 0 {
+		a.Percentile = defaultPercentile
+	}
+	if !(a.Percentile > 0 && a.Percentile < 1) {
+		return invalid("Adaptive.Percentile", a.Percentile, "must be above 0 and below 1, or 0 for 0.99")
+	}
+	if a.Multiple == 0 {
+		a.Multiple = defaultMultiple
+	}
+	if !(a.Multiple >= 1 && a.Multiple <= maxMultiple) {
+		return invalid("Adaptive.Multiple", a.Multiple, "must be from 1 to 100, or 0 for 3")
+	}
+	if a.Min <= 0 || a.Min > s.Timeout {
+		return invalid("Adaptive.Min", a.Min, fmt.Sprintf("must be positive and not more than Timeout, %v", s.Timeout))
+	}
+	if a.Window == 0 {
+		a.Window = defaultWindow
+	}
+	if a.Window < minWindow || a.Window > maxWindow {
+		return invalid("Adaptive.Window", a.Window, "must be from 1s to 1h, or 0 for 1m")
+	}
+	if a.MinSamples == 0 {
+		a.MinSamples = defaultSamples
+	}
+	if a.MinSamples < 0 || a.MinSamples > maxSamples {
+		return invalid("Adaptive.MinSamples", a.MinSamples, "must be from 1 to 1e6, or 0 for 100")
+	}
+	s.adaptive = a
+	s.Adaptive = &s.adaptive
+	return nil
+}
+
+// exceeded is the error of a call that was cut short.
+func exceeded(layer string, b Bound, limit time.Duration, err error, sent bool) *interceptor.Refusal {
+	return &interceptor.Refusal{
+		Layer: layer, Reason: interceptor.ReasonDeadline, Sent: sent,
+		Err: &Exceeded{Bound: b, Limit: limit, Err: err},
+	}
+}
+
+// An Option changes what a layer is besides its Config.
+type Option func(*Layer)
+
+// WithName names the layer, for errors, metrics and Stack.String: a stack with a
+// timeout for the call and one for each attempt wants to tell them apart. By default
+// it is "timeout".
+func WithName(name string) Option { return func(l *Layer) { l.name = name } }
+
+// Layer is a timeout. It may stand in any number of stacks.
+type Layer struct {
+	name     string
+	settings atomic.Pointer[settings]
+	// recent are the latencies for an adaptive timeout; nil until there was one.
+	recent atomic.Pointer[latency.Window]
+	timing timing // What holds the tickets that say when an adaptive call began.
+
+	mu sync.Mutex // Held by Update. The lock of recent is taken under it.
+}
+
+// timing releases nothing. It has a size so that it has an address of its own.
+type timing struct{ _ byte }
+
+// Release does nothing.
+func (*timing) Release(int64, interceptor.Outcome, error) {}
+
+// New makes a layer.
+func New(cfg Config, opts ...Option) (*Layer, error) {
+	l := &Layer{name: "timeout"}
+	for _, o := range opts {
+		o(l)
+	}
+	if err := l.Update(cfg); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// Update changes the configuration while calls run. Calls that have been admitted
+// keep their deadline, and streams that are open all their bounds; latencies for an
+// adaptive timeout are kept. On an error nothing has changed.
+func (l *Layer) Update(cfg Config) error {
+	s, err := newSettings(l.name, cfg)
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if s.Adaptive != nil {
+		if w := l.recent.Load(); w != nil {
+			w.SetWindow(s.adaptive.Window)
+		} else {
+			l.recent.Store(latency.New(s.adaptive.Window))
+		}
+	}
+	l.settings.Store(s)
+	return nil
+}
+
+// Config returns the configuration, its defaults filled in.
+func (l *Layer) Config() Config {
+	s := l.settings.Load()
+	cfg := s.Config
+	if cfg.Adaptive != nil {
+		a := s.adaptive
+		cfg.Adaptive = &a
+	}
+	return cfg
+}
+
+// Timeout returns the timeout that a unary call has which begins now; 0 if it has
+// none.
+func (l *Layer) Timeout() time.Duration { return l.timeout(l.settings.Load()) }
+
+func (l *Layer) timeout(s *settings) time.Duration {
+	if s.Adaptive == nil {
+		return s.Timeout
+	}
+	d, n := l.recent.Load().Quantile(s.adaptive.Percentile)
+	if n < s.adaptive.MinSamples {
+		return s.Timeout
+	}
+	return min(max(time.Duration(float64(d)*s.adaptive.Multiple), s.adaptive.Min), s.Timeout)
+}
+
+// String returns the layer's name.
+func (l *Layer) String() string { return l.name }
+
+// Release does nothing: a ticket only carries a moment from the gate to the call.
+func (l *Layer) Release(int64, interceptor.Outcome, error) {}
+
+// WrapGate returns the gate that bounds the time spent in the gates inside.
+func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return &gate{layer: l, inner: inner}
+}
+
+type gate struct {
+	layer *Layer
+	inner interceptor.Gate
+}
+
+// Admit lets the gates inside wait no longer than the call may take. The ticket of
+// a unary call is its deadline, if it is earlier than the caller's. The ticket of a
+// stream is when it began. No context is made for a call that may be refused.
+func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	l := g.layer
+	s := l.settings.Load()
+	b, limit := Timeout, time.Duration(0)
+	if c.Kind() == interceptor.Unary {
+		limit = l.timeout(s)
+		if s.Adaptive != nil {
+			c.Hold(&l.timing, int64(c.Now()))
+		}
+	} else {
+		b, limit = s.untilOpen(c.Kind())
+		if s.startCounts(c.Kind()) {
+			c.Hold(l, int64(c.Now()))
+		}
+	}
+	if limit == 0 {
+		return l.explainWait(ctx, g.inner.Admit(ctx, c, w))
+	}
+	deadline := c.Now().Add(limit)
+	if t, ok := ctx.Deadline(); ok && interceptor.InstantOf(t) <= deadline {
+		return l.explainWait(ctx, g.inner.Admit(ctx, c, w))
+	}
+	if c.Kind() == interceptor.Unary {
+		c.Hold(l, int64(deadline))
+	}
+	before := c.Bound(deadline)
+	err := g.inner.Admit(ctx, c, w.Narrow(deadline.Wait()))
+	c.SetBound(before)
+	if err == nil || isExceeded(err) {
+		return err
+	}
+	// What refused may have waited without saying so to c.
+	if ctx.Err() == nil && interceptor.Now() >= deadline {
+		return exceeded(l.name, b, limit, err, false)
+	}
+	return l.explainWait(ctx, err)
+}
+
+// untilOpen is the bound on opening a stream, and so on waiting for it, that ends
+// first; 0 if there is none.
+func (s *settings) untilOpen(k interceptor.Kind) (Bound, time.Duration) {
+	if k == interceptor.ServerStream && s.FirstResponse > 0 && (s.Lifetime == 0 || s.FirstResponse < s.Lifetime) {
+		return FirstResponse, s.FirstResponse
+	}
+	return Lifetime, s.Lifetime
+}
+
+// startCounts reports whether a bound of a stream is counted from its beginning.
+func (s *settings) startCounts(k interceptor.Kind) bool {
+	return s.Lifetime > 0 || k == interceptor.ServerStream && s.FirstResponse > 0
+}
+
+// isExceeded reports whether it has been said already whose deadline err is.
+func isExceeded(err error) bool {
+	r, ok := interceptor.AsRefusal(err)
+	if ok {
+		_, ok = r.Err.(*Exceeded)
+	}
+	return ok
+}
+
+// explainWait says that it was the caller's deadline that ended the wait for a gate.
+func (l *Layer) explainWait(ctx context.Context, err error) error {
+	if err == nil || ctx.Err() != context.DeadlineExceeded || isExceeded(err) {
+		return err
+	}
+	if r, ok := interceptor.AsRefusal(err); !ok || r.Reason != interceptor.ReasonDeadline {
+		return err
+	}
+	return exceeded(l.name, Caller, 0, err, false)
+}
+
+// WrapCall returns the call path that bounds the time of the call itself.
+func (l *Layer) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) error {
+		if c.Kind() == interceptor.Unary {
+			return l.unary(ctx, c, next)
+		}
+		return l.stream(ctx, c, next)
+	}
+}
+
+func (l *Layer) unary(ctx context.Context, c *interceptor.Call, next interceptor.Next) error {
+	begun, adaptive := c.Token(&l.timing)
+	token, tightens := c.Token(l)
+	if !tightens {
+		err := next(ctx, c)
+		if err != nil {
+			return l.explain(ctx, ctx, nil, err)
+		}
+		if adaptive {
+			l.record(interceptor.Instant(begun))
+		}
+		return nil
+	}
+	deadline := interceptor.Instant(token)
+	cause := l.settings.Load().causes[Timeout]
+	if adaptive {
+		cause = exceeded(l.name, Timeout, deadline.Sub(interceptor.Instant(begun)), nil, true)
+	}
+	own, cancel := context.WithDeadlineCause(ctx, deadline.Time(), cause)
+	defer cancel()
+	if context.Cause(own) == error(cause) { // A gate that cannot be bounded has admitted it too late.
+		return cause.Because(cause.Err, false)
+	}
+	err := next(own, c)
+	if err != nil {
+		err = l.explain(ctx, own, cause, err)
+	}
+	if adaptive && (err == nil || context.Cause(own) == error(cause) && isExceeded(err)) {
+		l.record(interceptor.Instant(begun))
+	}
+	return err
+}
+
+// record notes the latency of a call that began at a moment and is over.
+func (l *Layer) record(begun interceptor.Instant) {
+	l.recent.Load().Record(interceptor.Now().Sub(begun))
+}
+
+// explain says whose deadline it was that made a call, or an operation on a stream,
+// fail with err, if it was one. own is the context that the layer has given it,
+// maybe ctx itself, and mine what it was cancelled with, if it was by this layer.
+func (l *Layer) explain(ctx, own context.Context, mine *interceptor.Refusal, err error) error {
+	if _, ok := interceptor.AsRefusal(err); ok {
+		return err
+	}
+	deadline := errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded
+	cancelled := errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled
+	if !deadline && !cancelled {
+		return err
+	}
+	cause := context.Cause(own)
+	if mine != nil && cause == error(mine) {
+		e := mine.Err.(*Exceeded)
+		return exceeded(l.name, e.Bound, e.Limit, err, true)
+	}
+	if deadline && ctx.Err() == context.DeadlineExceeded {
+		if _, ok := interceptor.AsRefusal(cause); !ok { // Otherwise a layer outside says it.
+			return exceeded(l.name, Caller, 0, err, true)
+		}
+	}
+	return err
+}

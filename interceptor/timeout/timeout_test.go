@@ -1,0 +1,950 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package timeout
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sync/semaphore"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/layertest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const ms = time.Millisecond
+
+func mustNew(t testing.TB, cfg Config, opts ...Option) *Layer {
+	t.Helper()
+	l, err := New(cfg, opts...)
+	if err != nil {
+		t.Fatalf("New(%+v): %v", cfg, err)
+	}
+	return l
+}
+
+func mustStack(t testing.TB, layers ...interceptor.Layer) *interceptor.Stack {
+	t.Helper()
+	s, err := interceptor.NewStack(layers...)
+	if err != nil {
+		t.Fatalf("NewStack: %v", err)
+	}
+	return s
+}
+
+// limit lets n calls run at a time.
+func limit(t testing.TB, n int64) interceptor.Layer {
+	t.Helper()
+	l, err := interceptor.FromSemaphore("limit", semaphore.NewWeighted(n))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// conn is a connection made of two functions.
+type conn struct {
+	invoke func(ctx context.Context) error
+	stream func(ctx context.Context) (grpc.ClientStream, error)
+}
+
+func (c conn) Invoke(ctx context.Context, _ string, _, _ any, _ ...grpc.CallOption) error {
+	return c.invoke(ctx)
+}
+
+func (c conn) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	return c.stream(ctx)
+}
+
+// takes is a server that answers after d, or when the call's context has ended as
+// gRPC does.
+func takes(d time.Duration) conn {
+	return conn{invoke: func(ctx context.Context) error { return wait(ctx, d) }}
+}
+
+func wait(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	}
+}
+
+func call(ctx context.Context, cc grpc.ClientConnInterface) error {
+	return cc.Invoke(ctx, "/s/m", nil, nil)
+}
+
+// occupy makes a call on cc that lasts until the test ends.
+func occupy(t *testing.T, cc grpc.ClientConnInterface) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- call(ctx, cc) }()
+	synctest.Wait()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+}
+
+// wantExceeded checks that err says that the bound of the layer was exceeded.
+func wantExceeded(t *testing.T, err error, layer string, b Bound, limit time.Duration, sent bool) {
+	t.Helper()
+	var e *Exceeded
+	var r *interceptor.Refusal
+	if !errors.As(err, &e) || !errors.As(err, &r) {
+		t.Fatalf("got %v, want a refusal with an Exceeded in it", err)
+	}
+	if e.Bound != b || e.Limit != limit {
+		t.Errorf("exceeded was %q (%v), want %q (%v)", e.Bound, e.Limit, b, limit)
+	}
+	if r.Layer != layer || r.Reason != interceptor.ReasonDeadline || r.NotSent() == sent {
+		t.Errorf("refusal of %s with reason %s, not sent: %t, want %s, DEADLINE, %t", r.Layer, r.Reason, r.NotSent(), layer, !sent)
+	}
+	if code := status.Code(err); code != codes.DeadlineExceeded {
+		t.Errorf("code %v, want DEADLINE_EXCEEDED", code)
+	}
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("errors.Is(%v, context.DeadlineExceeded) is false", err)
+	}
+	if !strings.Contains(err.Error(), b.String()) {
+		t.Errorf("the error %q does not say %q", err, b)
+	}
+}
+
+// took checks how much time has passed since begin.
+func took(t *testing.T, begin time.Time, want time.Duration) {
+	t.Helper()
+	if d := time.Since(begin); d != want {
+		t.Errorf("it took %v, want %v", d, want)
+	}
+}
+
+func TestACallIsCutShortAtItsTimeoutAndTheErrorSaysSo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cc := mustStack(t, mustNew(t, Config{Timeout: 100 * ms}, WithName("per-call"))).Wrap(takes(time.Hour))
+		begin := time.Now()
+		err := call(context.Background(), cc)
+		took(t, begin, 100*ms)
+		wantExceeded(t, err, "per-call", Timeout, 100*ms, true)
+		const want = "belfry: per-call: DEADLINE: the call's timeout has passed (100ms): rpc error: code = DeadlineExceeded desc = context deadline exceeded"
+		if err.Error() != want {
+			t.Errorf("error\n%q, want\n%q", err, want)
+		}
+	})
+}
+
+func TestACallWithinItsTimeoutIsLeftAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		if err := call(context.Background(), mustStack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(takes(100*ms-1))); err != nil {
+			t.Errorf("a call 1 ns faster than its timeout: %v", err)
+		}
+	})
+}
+
+// Tower polls the response before the timer.
+func TestAResponseThatIsReadyWins(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		late := conn{invoke: func(context.Context) error { time.Sleep(time.Second); return nil }}
+		if err := call(context.Background(), mustStack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(late)); err != nil {
+			t.Errorf("a response that arrived after the deadline: %v, want it delivered", err)
+		}
+	})
+}
+
+func TestTheCallersDeadlineIsNeverLoosenedAndTheErrorSaysThatItWasTheCallers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var seen time.Time
+		cc := mustStack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(conn{invoke: func(ctx context.Context) error {
+			seen, _ = ctx.Deadline()
+			return wait(ctx, time.Hour)
+		}})
+		begin := time.Now()
+		ctx, cancel := context.WithTimeout(context.Background(), 30*ms)
+		defer cancel()
+		wantExceeded(t, call(ctx, cc), "timeout", Caller, 0, true)
+		took(t, begin, 30*ms)
+		if want, _ := ctx.Deadline(); !seen.Equal(want) {
+			t.Errorf("the call's deadline was %v, want the caller's, %v", seen, want)
+		}
+	})
+}
+
+func TestErrorsOfTheServerAndOfACancelledCallerAreLeftAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{Timeout: 100 * ms})
+		for _, want := range []error{
+			status.Error(codes.DeadlineExceeded, "the server's own"),
+			status.Error(codes.Unavailable, "down"),
+			status.Error(codes.Canceled, "the server gave up"),
+		} {
+			cc := mustStack(t, l).Wrap(conn{invoke: func(context.Context) error { return want }})
+			if err := call(context.Background(), cc); err != want {
+				t.Errorf("got %v, want the server's %v", err, want)
+			}
+		}
+		// One that arrives as the deadline passes is still the server's.
+		want := status.Error(codes.Unavailable, "down")
+		cc := mustStack(t, l).Wrap(conn{invoke: func(ctx context.Context) error { <-ctx.Done(); return want }})
+		if err := call(context.Background(), cc); err != want {
+			t.Errorf("got %v, want the server's %v", err, want)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		time.AfterFunc(10*ms, cancel)
+		if err := call(ctx, mustStack(t, l).Wrap(takes(time.Hour))); status.Code(err) != codes.Canceled {
+			t.Errorf("a call cancelled by its caller: %v, want CANCELLED", err)
+		}
+	})
+}
+
+// Tower's timer starts when the call does: of these 20 calls all succeed there, the
+// last after 800 ms.
+func TestWaitingForAdmissionCounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var sent atomic.Int64
+		cc := mustStack(t, mustNew(t, Config{Timeout: 50 * ms}), limit(t, 1)).Wrap(conn{invoke: func(ctx context.Context) error {
+			sent.Add(1)
+			return wait(ctx, 40*ms)
+		}})
+		var mu sync.Mutex
+		bySent := map[bool]int{}
+		ok := 0
+		var wg sync.WaitGroup
+		begin := time.Now()
+		for range 20 {
+			wg.Go(func() {
+				err := call(context.Background(), cc)
+				mu.Lock()
+				defer mu.Unlock()
+				if err == nil {
+					ok++
+					return
+				}
+				r, _ := interceptor.AsRefusal(err)
+				bySent[!r.NotSent()]++
+				wantExceeded(t, err, "timeout", Timeout, 50*ms, !r.NotSent())
+			})
+		}
+		wg.Wait()
+		took(t, begin, 50*ms)
+		if ok != 1 || bySent[true] != 1 || bySent[false] != 18 {
+			t.Errorf("%d calls succeeded, %d were cut short, %d in the queue, want 1, 1, 18", ok, bySent[true], bySent[false])
+		}
+		if n := sent.Load(); n != 2 {
+			t.Errorf("%d calls were sent, want 2", n)
+		}
+	})
+}
+
+func TestTheRefusalOfAGateIsInTheErrorAndOneThatComesAtOnceIsLeftAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cc := mustStack(t, mustNew(t, Config{Timeout: 50 * ms}), limit(t, 1)).Wrap(takes(time.Hour))
+		occupy(t, cc)
+		err := cc.Invoke(context.Background(), "/s/m", nil, nil, interceptor.WithWait(interceptor.None))
+		if r, ok := interceptor.AsRefusal(err); !ok || r.Layer != "limit" || r.Reason != interceptor.ReasonConcurrency {
+			t.Errorf("refused at once with %v, want limit's refusal", err)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		l := limit(t, 1)
+		occupy(t, mustStack(t, l).Wrap(takes(time.Second)))
+		err := call(context.Background(), mustStack(t, mustNew(t, Config{Timeout: 50 * ms}), l).Wrap(takes(0)))
+		wantExceeded(t, err, "timeout", Timeout, 50*ms, false)
+		var e *Exceeded
+		errors.As(err, &e)
+		if r, ok := interceptor.AsRefusal(e.Err); !ok || r.Layer != "limit" {
+			t.Errorf("inside is %v, want limit's refusal", e.Err)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 20*ms)
+		defer cancel()
+		err = call(ctx, mustStack(t, mustNew(t, Config{Timeout: 50 * ms}), l).Wrap(takes(0)))
+		wantExceeded(t, err, "timeout", Caller, 0, false)
+	})
+}
+
+// stalls waits without asking how long it may.
+type stalls struct {
+	interceptor.GateOnly
+	d time.Duration
+}
+
+func (l *stalls) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		time.Sleep(l.d)
+		return inner.Admit(ctx, c, w)
+	})
+}
+
+func TestACallThatIsAdmittedTooLateIsNotSent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := Config{Timeout: 50 * ms, Lifetime: 50 * ms}
+		cc := mustStack(t, mustNew(t, cfg), &stalls{d: 60 * ms}).Wrap(conn{
+			invoke: func(context.Context) error { t.Error("the call was sent"); return nil },
+			stream: func(context.Context) (grpc.ClientStream, error) { t.Error("the stream was opened"); return nil, io.EOF },
+		})
+		wantExceeded(t, call(context.Background(), cc), "timeout", Timeout, 50*ms, false)
+		_, err := open(cc, interceptor.BidiStream)
+		wantExceeded(t, err, "timeout", Lifetime, 50*ms, false)
+	})
+}
+
+// retry is an interceptor that makes a second attempt at once.
+func retry(t *testing.T) interceptor.Layer {
+	t.Helper()
+	l, err := interceptor.Foreign("retry", func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if err := invoker(ctx, method, req, reply, cc, opts...); err == nil {
+			return nil
+		}
+		return invoker(ctx, method, req, reply, cc, opts...)
+	}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func TestInsideARetryEachAttemptHasItsOwnTimeoutAndOutsideTheCallHasOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		perCall, perAttempt := mustNew(t, Config{Timeout: time.Second}, WithName("call")), mustNew(t, Config{Timeout: 300 * ms}, WithName("attempt"))
+		cc := mustStack(t, perCall, retry(t), perAttempt).Wrap(takes(time.Hour))
+		begin := time.Now()
+		wantExceeded(t, call(context.Background(), cc), "attempt", Timeout, 300*ms, true)
+		took(t, begin, 600*ms)
+
+		if err := perAttempt.Update(Config{Timeout: 700 * ms}); err != nil {
+			t.Fatal(err)
+		}
+		begin = time.Now()
+		wantExceeded(t, call(context.Background(), cc), "call", Timeout, time.Second, true)
+		took(t, begin, time.Second)
+	})
+}
+
+func TestTheDeadlineGoesToTheServer(t *testing.T) {
+	lis := bufconn.Listen(1 << 16)
+	left := make(chan time.Duration, 1)
+	srv := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, s grpc.ServerStream) error {
+		d, ok := s.Context().Deadline()
+		if !ok {
+			left <- 0
+		} else {
+			left <- time.Until(d)
+		}
+		if err := s.RecvMsg(new(emptypb.Empty)); err != nil {
+			return err
+		}
+		return s.SendMsg(new(emptypb.Empty))
+	}))
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(lis) }()
+	opts := append(mustStack(t, mustNew(t, Config{Timeout: time.Minute, Lifetime: time.Hour})).DialOptions(),
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }))
+	cc, err := grpc.NewClient("passthrough:///bufconn", opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		cc.Close()
+		srv.Stop()
+		<-served
+	}()
+	if err := cc.Invoke(context.Background(), "/s/m", new(emptypb.Empty), new(emptypb.Empty)); err != nil {
+		t.Fatal(err)
+	}
+	if d := <-left; d < 30*time.Second || d > time.Minute {
+		t.Errorf("the server had %v for a unary call, want a minute or a little less", d)
+	}
+	s, err := cc.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, "/s/m")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SendMsg(new(emptypb.Empty)); err != nil {
+		t.Fatal(err)
+	}
+	if d := <-left; d < 30*time.Minute || d > time.Hour {
+		t.Errorf("the server had %v for a stream, want an hour or a little less", d)
+	}
+	for err == nil {
+		err = s.RecvMsg(new(emptypb.Empty))
+	}
+	if err != io.EOF {
+		t.Errorf("the stream ended with %v, want io.EOF", err)
+	}
+}
+
+func TestAnAdaptiveTimeoutFollowsTheLatencyBetweenItsBounds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{Timeout: time.Second, Adaptive: &Adaptive{Multiple: 2, Min: 10 * ms, MinSamples: 10, Window: time.Minute}})
+		at := func(d time.Duration) error {
+			return call(context.Background(), mustStack(t, l).Wrap(takes(d)))
+		}
+		want := func(want time.Duration) {
+			t.Helper()
+			if d := l.Timeout(); d < want || float64(d) > 1.02*float64(want) {
+				t.Errorf("Timeout() = %v, want %v", d, want)
+			}
+		}
+		for range 9 {
+			at(50 * ms)
+		}
+		want(time.Second) // Too few to know.
+		at(50 * ms)
+		want(100 * ms)
+		timeout := l.Timeout()
+		begin := time.Now()
+		wantExceeded(t, at(time.Hour), "timeout", Timeout, timeout, true)
+		took(t, begin, timeout)
+		want(200 * ms) // For the hundredth slowest took at least 100 ms.
+		for range 10 {
+			at(time.Hour)
+		}
+		want(time.Second)
+		time.Sleep(time.Minute) // They are forgotten.
+		for range 10 {
+			at(ms)
+		}
+		want(10 * ms)
+		// A caller's deadline that is earlier tells nothing about the server, an error neither.
+		ctx, cancel := context.WithTimeout(context.Background(), 5*ms)
+		defer cancel()
+		for range 50 {
+			call(ctx, mustStack(t, l).Wrap(takes(time.Hour)))
+			call(context.Background(), mustStack(t, l).Wrap(conn{invoke: func(context.Context) error {
+				return status.Error(codes.Unavailable, "")
+			}}))
+		}
+		if _, n := l.recent.Load().Quantile(0.5); n != 10 {
+			t.Errorf("%d latencies are known, want 10", n)
+		}
+		ctx, cancel = context.WithTimeout(context.Background(), 5*ms)
+		defer cancel()
+		call(ctx, mustStack(t, l).Wrap(takes(ms))) // A success under one does.
+		if _, n := l.recent.Load().Quantile(0.5); n != 11 {
+			t.Errorf("%d latencies are known, want 11", n)
+		}
+
+		// Off and on again, the latencies are still there.
+		for _, cfg := range []Config{{Timeout: 5 * time.Second}, {Timeout: 5 * time.Second, Adaptive: &Adaptive{Multiple: 20, Min: ms, MinSamples: 10}}} {
+			if err := l.Update(cfg); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want(20 * ms)
+	})
+}
+
+func TestABadConfigIsAnErrorThatNamesTheFieldAndChangesNothing(t *testing.T) {
+	for _, tt := range []struct {
+		cfg  Config
+		want string
+	}{
+		{Config{}, "Timeout, Lifetime, FirstResponse, Message and Idle are all 0"},
+		{Config{Timeout: -1}, "Timeout is -1ns"},
+		{Config{Timeout: 1, Lifetime: -1}, "Lifetime is -1ns"},
+		{Config{Timeout: 1, FirstResponse: -1}, "FirstResponse is -1ns"},
+		{Config{Timeout: 1, Message: -1}, "Message is -1ns"},
+		{Config{Timeout: 1, Idle: -1}, "Idle is -1ns"},
+		{Config{Idle: 1, Adaptive: &Adaptive{Min: 1}}, "Timeout is 0s"},
+		{Config{Timeout: 1, Adaptive: &Adaptive{}}, "Adaptive.Min is 0s"},
+		{Config{Timeout: 1, Adaptive: &Adaptive{Min: 2}}, "Adaptive.Min is 2ns"},
+		{Config{Timeout: 1, Adaptive: &Adaptive{Min: 1, Percentile: 1}}, "Adaptive.Percentile is 1"},
+		{Config{Timeout: 1, Adaptive: &Adaptive{Min: 1, Percentile: math.NaN()}}, "Adaptive.Percentile is NaN"},
+		{Config{Timeout: 1, Adaptive: &Adaptive{Min: 1, Multiple: 0.5}}, "Adaptive.Multiple is 0.5"},
+		{Config{Timeout: 1, Adaptive: &Adaptive{Min: 1, Multiple: 101}}, "Adaptive.Multiple is 101"},
+		{Config{Timeout: 1, Adaptive: &Adaptive{Min: 1, Window: 1}}, "Adaptive.Window is 1ns"},
+		{Config{Timeout: 1, Adaptive: &Adaptive{Min: 1, Window: 2 * time.Hour}}, "Adaptive.Window is 2h"},
+		{Config{Timeout: 1, Adaptive: &Adaptive{Min: 1, MinSamples: -1}}, "Adaptive.MinSamples is -1"},
+		{Config{Timeout: 1, Adaptive: &Adaptive{Min: 1, MinSamples: 1e6 + 1}}, "Adaptive.MinSamples is 1000001"},
+	} {
+		before := Config{Timeout: time.Second, Idle: time.Minute}
+		l := mustNew(t, before)
+		for what, err := range map[string]error{
+			"New":    func() error { _, err := New(tt.cfg); return err }(),
+			"Update": l.Update(tt.cfg),
+		} {
+			if err == nil || !strings.HasPrefix(err.Error(), "timeout: "+tt.want) {
+				t.Errorf("%s(%+v): %v, want an error that begins with %q", what, tt.cfg, err, "timeout: "+tt.want)
+			}
+		}
+		if l.Config() != before {
+			t.Errorf("after a bad Update: %+v, want %+v", l.Config(), before)
+		}
+	}
+	got := *mustNew(t, Config{Timeout: time.Second, Adaptive: &Adaptive{Min: ms}}).Config().Adaptive
+	if want := (Adaptive{Percentile: 0.99, Multiple: 3, Min: ms, Window: time.Minute, MinSamples: 100}); got != want {
+		t.Errorf("with defaults: %+v, want %+v", got, want)
+	}
+}
+
+// open opens a stream of a kind.
+func open(cc grpc.ClientConnInterface, k interceptor.Kind) (grpc.ClientStream, error) {
+	return cc.NewStream(context.Background(), &grpc.StreamDesc{
+		ClientStreams: k != interceptor.ServerStream, ServerStreams: k != interceptor.ClientStream,
+	}, "/s/m")
+}
+
+// tape is a stream whose messages come after given times, and whose sends take one.
+type tape struct {
+	grpc.ClientStream
+	ctx   context.Context
+	recvs []time.Duration // The last is the end of the stream.
+	send  time.Duration
+}
+
+func (s *tape) Context() context.Context { return s.ctx }
+func (s *tape) CloseSend() error         { return nil }
+func (s *tape) SendMsg(any) error        { return wait(s.ctx, s.send) }
+func (s *tape) Header() (metadata.MD, error) {
+	return nil, wait(s.ctx, time.Hour)
+}
+
+func (s *tape) RecvMsg(any) error {
+	if err := wait(s.ctx, s.recvs[0]); err != nil {
+		return err
+	}
+	if s.recvs = s.recvs[1:]; len(s.recvs) == 0 {
+		return io.EOF
+	}
+	return nil
+}
+
+func taped(send time.Duration, recvs ...time.Duration) conn {
+	return conn{stream: func(ctx context.Context) (grpc.ClientStream, error) {
+		return &tape{ctx: ctx, recvs: append(slices.Clone(recvs), 0), send: send}, nil
+	}}
+}
+
+func mustOpen(t *testing.T, cc grpc.ClientConnInterface, k interceptor.Kind) grpc.ClientStream {
+	t.Helper()
+	s, err := open(cc, k)
+	if err != nil {
+		t.Fatalf("NewStream: %v", err)
+	}
+	return s
+}
+
+// drain reads s to its end.
+func drain(s grpc.ClientStream) (n int, err error) {
+	for {
+		if err := s.RecvMsg(nil); err != nil {
+			return n, err
+		}
+		n++
+	}
+}
+
+func TestTimeoutIsNotForStreams(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := mustOpen(t, mustStack(t, mustNew(t, Config{Timeout: ms})).Wrap(taped(0, time.Hour)), interceptor.ServerStream)
+		if n, err := drain(s); n != 1 || err != io.EOF {
+			t.Errorf("received %d messages and %v, want 1 and io.EOF", n, err)
+		}
+	})
+}
+
+func TestAStreamEndsAtItsLifetimeWaitingIncluded(t *testing.T) {
+	for _, k := range []interceptor.Kind{interceptor.ClientStream, interceptor.ServerStream, interceptor.BidiStream} {
+		t.Run(k.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				begin := time.Now()
+				stack := mustStack(t, mustNew(t, Config{Lifetime: time.Second}), &stalls{d: 300 * ms})
+				s := mustOpen(t, stack.Wrap(taped(0, 400*ms, 400*ms)), k)
+				took(t, begin, 300*ms)
+				if err := s.RecvMsg(nil); err != nil {
+					t.Errorf("a message after 700 ms: %v", err)
+				}
+				if k != interceptor.ClientStream { // Which is over by now.
+					wantExceeded(t, s.RecvMsg(nil), "timeout", Lifetime, time.Second, true)
+					took(t, begin, time.Second)
+				}
+			})
+		})
+	}
+}
+
+func TestTheFirstResponseIsAwaitedFromWhenThereIsSomethingToRespondTo(t *testing.T) {
+	for _, tt := range []struct {
+		kind interceptor.Kind
+		want time.Duration // When the stream is cut short.
+	}{
+		{interceptor.ServerStream, 100 * ms}, // From the beginning,
+		{interceptor.BidiStream, 150 * ms},   // from the first message at 50 ms,
+		{interceptor.ClientStream, 170 * ms}, // from CloseSend at 70 ms.
+	} {
+		t.Run(tt.kind.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := mustNew(t, Config{FirstResponse: 100 * ms})
+				for _, late := range []bool{true, false} {
+					begin := time.Now()
+					first := time.Hour
+					if !late {
+						first = tt.want - 70*ms - 1
+					}
+					s := mustOpen(t, mustStack(t, l).Wrap(taped(0, first, time.Hour)), tt.kind)
+					time.Sleep(50 * ms)
+					s.SendMsg(nil)
+					time.Sleep(20 * ms)
+					s.CloseSend()
+					err := s.RecvMsg(nil)
+					if late {
+						wantExceeded(t, err, "timeout", FirstResponse, 100*ms, true)
+						took(t, begin, tt.want)
+						continue
+					}
+					if err != nil {
+						t.Errorf("a response 1 ns before the bound: %v", err)
+					}
+					if tt.kind != interceptor.ClientStream {
+						if err := s.RecvMsg(nil); err != nil { // The second may take an hour.
+							t.Errorf("the second message: %v", err)
+						}
+					}
+				}
+			})
+		})
+	}
+}
+
+func TestTheFirstResponseOfAServerStreamBoundsItsOpeningAndTheWaitForIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{FirstResponse: 100 * ms, Lifetime: time.Second})
+		begin := time.Now()
+		_, err := open(mustStack(t, l).Wrap(conn{stream: func(ctx context.Context) (grpc.ClientStream, error) {
+			return nil, wait(ctx, time.Hour)
+		}}), interceptor.ServerStream)
+		wantExceeded(t, err, "timeout", FirstResponse, 100*ms, true)
+		took(t, begin, 100*ms)
+
+		one := limit(t, 1)
+		occupy(t, mustStack(t, one).Wrap(takes(time.Minute)))
+		begin = time.Now()
+		_, err = open(mustStack(t, l, one).Wrap(taped(0)), interceptor.ServerStream)
+		wantExceeded(t, err, "timeout", FirstResponse, 100*ms, false)
+		_, err = open(mustStack(t, l, one).Wrap(taped(0)), interceptor.BidiStream)
+		wantExceeded(t, err, "timeout", Lifetime, time.Second, false)
+		took(t, begin, 1100*ms)
+	})
+}
+
+func TestOneRecvMsgOrSendMsgMayTakeNoLongerThanMessage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{Message: 100 * ms})
+		s := mustOpen(t, mustStack(t, l).Wrap(taped(0, 99*ms, 99*ms, 99*ms, 101*ms)), interceptor.ServerStream)
+		time.Sleep(time.Hour) // It is not about the time between them.
+		begin := time.Now()
+		n, err := drain(s)
+		wantExceeded(t, err, "timeout", Message, 100*ms, true)
+		took(t, begin, 397*ms)
+		if n != 3 {
+			t.Errorf("received %d messages, want 3", n)
+		}
+
+		s = mustOpen(t, mustStack(t, l).Wrap(taped(101*ms, time.Hour)), interceptor.BidiStream)
+		begin = time.Now()
+		wantExceeded(t, s.SendMsg(nil), "timeout", Message, 100*ms, true)
+		took(t, begin, 100*ms)
+
+		// One sends while the other receives, and each has its own time.
+		s = mustOpen(t, mustStack(t, l).Wrap(taped(80*ms, 99*ms)), interceptor.BidiStream)
+		done := make(chan error, 1)
+		go func() {
+			time.Sleep(50 * ms)
+			done <- s.SendMsg(nil)
+		}()
+		if err := s.RecvMsg(nil); err != nil {
+			t.Errorf("RecvMsg: %v", err)
+		}
+		if err := <-done; err != nil {
+			t.Errorf("SendMsg: %v", err)
+		}
+		if err := s.RecvMsg(nil); err != io.EOF {
+			t.Errorf("the end: %v, want io.EOF", err)
+		}
+	})
+}
+
+func TestAStreamThatIsIdleIsCutShortAndMessagesInEitherDirectionKeepItAlive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{Idle: 100 * ms})
+		begin := time.Now()
+		s := mustOpen(t, mustStack(t, l).Wrap(taped(0, 99*ms, 90*ms, time.Hour)), interceptor.BidiStream)
+		for range 2 {
+			if err := s.RecvMsg(nil); err != nil {
+				t.Errorf("RecvMsg: %v", err)
+			}
+		}
+		time.Sleep(60 * ms)
+		if err := s.SendMsg(nil); err != nil {
+			t.Errorf("SendMsg: %v", err)
+		}
+		wantExceeded(t, s.RecvMsg(nil), "timeout", Idle, 100*ms, true)
+		took(t, begin, 349*ms)
+		wantExceeded(t, s.RecvMsg(nil), "timeout", Idle, 100*ms, true) // And so it stays.
+		if _, err := s.Header(); err == nil {
+			t.Error("Header() of a stream that was cut short returned no error")
+		}
+
+		s = mustOpen(t, mustStack(t, l).Wrap(taped(0, time.Hour)), interceptor.ServerStream)
+		_, err := s.Header()
+		wantExceeded(t, err, "timeout", Idle, 100*ms, true)
+	})
+}
+
+// ledger notes how what is outside or inside a timeout was released.
+type ledger struct {
+	interceptor.GateOnly
+	mu  sync.Mutex
+	log []string
+}
+
+func (l *ledger) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		c.Hold(l, 0)
+		return inner.Admit(ctx, c, w)
+	})
+}
+
+func (l *ledger) Release(_ int64, o interceptor.Outcome, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.log = append(l.log, fmt.Sprintf("%v %v", o, status.Code(err)))
+}
+
+func (l *ledger) events() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.log)
+}
+
+func TestAnAbandonedStreamThatIsCutShortGivesBackWhatLayersHoldForIt(t *testing.T) {
+	for name, cfg := range map[string]Config{
+		"idle":     {Idle: time.Second},
+		"lifetime": {Lifetime: time.Second},
+		"first":    {FirstResponse: time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				outside, inside := new(ledger), new(ledger)
+				stack := mustStack(t, outside, mustNew(t, cfg), inside)
+				mustOpen(t, stack.Wrap(taped(0, time.Hour)), interceptor.ServerStream)
+				time.Sleep(time.Second - 1)
+				if e := append(outside.events(), inside.events()...); len(e) != 0 {
+					t.Errorf("released before the bound was exceeded: %v", e)
+				}
+				time.Sleep(time.Nanosecond)
+				synctest.Wait()
+				for where, l := range map[string]*ledger{"outside": outside, "inside": inside} {
+					if got, want := l.events(), []string{"failed DeadlineExceeded"}; !slices.Equal(got, want) {
+						t.Errorf("%s was released as %v, want %v", where, got, want)
+					}
+				}
+				if err := stack.Drain(t.Context()); err != nil {
+					t.Errorf("Drain: %v", err)
+				}
+			})
+		})
+	}
+}
+
+func TestTheCallersDeadlineOnAStreamWithBoundsIsSaidToBeTheCallers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cc := mustStack(t, mustNew(t, Config{Lifetime: time.Hour, Idle: time.Minute})).Wrap(taped(0, time.Hour))
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		s, err := cc.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, "/s/m")
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantExceeded(t, s.RecvMsg(nil), "timeout", Caller, 0, true)
+	})
+}
+
+func TestTheTimerIsNotSetForEachMessage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		recvs := make([]time.Duration, 1000)
+		for i := range recvs {
+			recvs[i] = ms
+		}
+		l := mustNew(t, Config{Idle: time.Second, Message: time.Second})
+		ctx, cancel := context.WithCancelCause(context.Background())
+		st := &stream{
+			ClientStream: &tape{ctx: ctx, recvs: append(recvs, 0)},
+			layer:        l, settings: l.settings.Load(), kind: interceptor.ServerStream, ctx: ctx, own: ctx, cancel: cancel,
+		}
+		st.moved(nil, nil)
+		set, last := 0, interceptor.Instant(0)
+		for {
+			if err := st.RecvMsg(nil); err == io.EOF {
+				break
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			st.mu.Lock()
+			if st.fires != last {
+				set, last = set+1, st.fires
+			}
+			st.mu.Unlock()
+		}
+		if set > 3 {
+			t.Errorf("the timer was set %d times in 1000 messages, want at most 3", set)
+		}
+	})
+}
+
+func TestConformance(t *testing.T) {
+	for name, cfg := range map[string]Config{
+		"unary":    {Timeout: 10 * time.Second},
+		"streams":  {Lifetime: 10 * time.Second, FirstResponse: 9 * time.Second, Message: 8 * time.Second, Idle: 7 * time.Second},
+		"tight":    {Timeout: 500 * ms, Lifetime: 500 * ms, FirstResponse: 400 * ms, Message: 400 * ms, Idle: 400 * ms},
+		"adaptive": {Timeout: 10 * time.Second, Adaptive: &Adaptive{Min: time.Second, MinSamples: 1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
+				outside, inside := semaphore.NewWeighted(5000), semaphore.NewWeighted(5000)
+				a, err := interceptor.FromSemaphore("outside", outside)
+				if err != nil {
+					t.Fatal(err)
+				}
+				b, err := interceptor.FromSemaphore("inside", inside)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return []interceptor.Layer{a, mustNew(t, cfg), b}, func() error {
+					if !outside.TryAcquire(5000) || !inside.TryAcquire(5000) {
+						return errors.New("a permit is still held")
+					}
+					return nil
+				}
+			})
+		})
+	}
+}
+
+// noop is an invoker.
+func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
+
+func cases(t testing.TB) []struct {
+	name   string
+	unary  grpc.UnaryClientInterceptor
+	allocs float64
+} {
+	adaptive := &Adaptive{Min: ms, MinSamples: 1}
+	hour := 2 * time.Hour // Later than the deadline of the benchmark's calls.
+	full := limit(t, 0)
+	type c = struct {
+		name   string
+		unary  grpc.UnaryClientInterceptor
+		allocs float64
+	}
+	return []c{
+		{"no_layer", mustStack(t).UnaryClientInterceptor(), 0},
+		{"not_tightening", mustStack(t, mustNew(t, Config{Timeout: hour})).UnaryClientInterceptor(), 0},
+		{"not_tightening_adaptive", mustStack(t, mustNew(t, Config{Timeout: hour, Adaptive: &Adaptive{Min: hour}})).UnaryClientInterceptor(), 0},
+		{"refused_inside", mustStack(t, mustNew(t, Config{Timeout: time.Minute}), full).UnaryClientInterceptor(), 0},
+		{"tightening", mustStack(t, mustNew(t, Config{Timeout: time.Minute})).UnaryClientInterceptor(), 4},
+		{"tightening_adaptive", mustStack(t, mustNew(t, Config{Timeout: time.Minute, Adaptive: adaptive})).UnaryClientInterceptor(), 6},
+	}
+}
+
+func TestOnlyACallWhoseDeadlineIsTightenedCostsAnAllocation(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+	defer cancel()
+	opts := []grpc.CallOption{interceptor.WithWait(interceptor.None)}
+	for _, c := range cases(t) {
+		if n := testing.AllocsPerRun(1000, func() { c.unary(ctx, "/s/m", nil, nil, nil, noop, opts...) }); n > c.allocs {
+			t.Errorf("%s: %v allocations a call, want at most %v", c.name, n, c.allocs)
+		}
+	}
+}
+
+func BenchmarkUnary(b *testing.B) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+	defer cancel()
+	opts := []grpc.CallOption{interceptor.WithWait(interceptor.None)}
+	for _, c := range cases(b) {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				c.unary(ctx, "/s/m", nil, nil, nil, noop, opts...)
+			}
+		})
+	}
+}
+
+// constant is a stream whose RecvMsg always returns the same.
+type constant struct {
+	grpc.ClientStream
+	err error
+}
+
+func (s constant) RecvMsg(any) error { return s.err }
+
+func BenchmarkStream(b *testing.B) {
+	cc := conn{stream: func(context.Context) (grpc.ClientStream, error) { return constant{}, nil }}
+	empty := conn{stream: func(context.Context) (grpc.ClientStream, error) { return constant{err: io.EOF}, nil }}
+	for _, c := range []struct {
+		name   string
+		layers []interceptor.Layer
+	}{
+		{"no_layer", nil},
+		{"all_bounds", []interceptor.Layer{mustNew(b, Config{Lifetime: time.Hour, FirstResponse: time.Minute, Message: time.Minute, Idle: time.Minute})}},
+		{"idle", []interceptor.Layer{mustNew(b, Config{Idle: time.Minute})}},
+		{"lifetime", []interceptor.Layer{mustNew(b, Config{Lifetime: time.Minute})}},
+	} {
+		stack := mustStack(b, c.layers...)
+		b.Run(c.name+"/open_and_end", func(b *testing.B) {
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			w := stack.Wrap(empty)
+			b.ReportAllocs()
+			for b.Loop() {
+				s, err := w.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, "/s/m")
+				if err != nil {
+					b.Fatal(err)
+				}
+				s.RecvMsg(nil)
+			}
+		})
+		b.Run(c.name+"/message", func(b *testing.B) {
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			s, err := stack.Wrap(cc).NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, "/s/m")
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				s.RecvMsg(nil)
+			}
+		})
+	}
+}

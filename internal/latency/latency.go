@@ -1,0 +1,132 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package latency keeps the recent latencies of a layer that derives a bound
+// from them: a hedge's delay, an adaptive timeout.
+//
+//	w := latency.New(time.Minute)
+//	w.Record(12 * time.Millisecond)
+//	p99, n := w.Quantile(0.99)
+package latency
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+)
+
+const (
+	// lowest and highest bound what is told apart; latencies beyond count as these.
+	lowest  = time.Microsecond
+	highest = time.Hour
+	// digits makes a quantile at most 1 % greater than the latency it stands for,
+	// at 25 kB for a histogram.
+	digits = 2
+	// stale says when a quantile is computed anew: when one more in so many of the
+	// data has come in. A scan of the histogram costs about a microsecond, which
+	// this spreads over many calls; with few data every new one counts at once.
+	stale = 32
+)
+
+// A Window holds the latencies of a window of time that ends now: all that are
+// younger than half of it, and none that is older than the whole. It is safe for
+// concurrent use, and recording and asking do not allocate.
+type Window struct {
+	epoch time.Time // Where times are counted from.
+
+	// mu guards the fields below. It is held for an increment or a look at last, now
+	// and then for a scan of the histogram, and once in half a window for a rotation.
+	mu       sync.Mutex
+	half     time.Duration           // Half the window.
+	turn     time.Duration           // When the halves turn next, since epoch.
+	cur, old *hdrhistogram.Histogram // The current half and the one before.
+	all      *hdrhistogram.Histogram // Both together, so that a quantile needs no merging.
+	last     answer
+}
+
+// answer is a quantile as it was when n latencies were in.
+type answer struct {
+	q    float64 // 0 is no answer.
+	d    time.Duration
+	n    int64
+	turn time.Duration // The turn that the answer ends with.
+}
+
+// New returns an empty Window. It panics if window is not positive: what users
+// configure is checked by who asks them.
+func New(window time.Duration) *Window {
+	w := &Window{epoch: time.Now(), cur: histogram(), old: histogram(), all: histogram()}
+	w.SetWindow(window)
+	return w
+}
+
+func histogram() *hdrhistogram.Histogram {
+	return hdrhistogram.New(int64(lowest/time.Microsecond), int64(highest/time.Microsecond), digits)
+}
+
+// SetWindow changes the window. The latencies in it are kept as long as a longer
+// one would have kept them, or a shorter one from now on.
+func (w *Window) SetWindow(window time.Duration) {
+	if window <= 0 {
+		panic(fmt.Sprintf("latency: window %v, must be positive", window))
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Since(w.epoch)
+	if w.half > 0 {
+		w.rotateLocked(now)
+	}
+	half := max(window/2, 1)
+	begun := w.turn - w.half // When the current half began.
+	w.half, w.turn = half, max(begun+half, now)
+	w.last = answer{}
+}
+
+// Record adds a latency, rounded up to microseconds. One that is negative counts
+// as zero.
+func (w *Window) Record(d time.Duration) {
+	v := int64((min(max(d, 0), highest) + time.Microsecond - 1) / time.Microsecond)
+	now := time.Since(w.epoch)
+	w.mu.Lock()
+	w.rotateLocked(now)
+	// Neither fails, for v is within the range.
+	w.cur.RecordValue(v) //nolint:errcheck
+	w.all.RecordValue(v) //nolint:errcheck
+	w.mu.Unlock()
+}
+
+// Quantile returns the latency that a share q of those in the window does not
+// exceed, and how many there are. 0 < q <= 1. Without any it returns 0, 0. The
+// latency may be out of date by one more in 32 of the data.
+func (w *Window) Quantile(q float64) (d time.Duration, n int) {
+	now := time.Since(w.epoch)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.rotateLocked(now)
+	count := w.all.TotalCount()
+	if a := &w.last; a.q != q || a.turn != w.turn || count-a.n > a.n/stale {
+		*a = answer{
+			q: q, n: count, turn: w.turn,
+			d: time.Duration(w.all.ValueAtQuantile(q*100)) * time.Microsecond,
+		}
+	}
+	return w.last.d, int(count)
+}
+
+// rotateLocked drops what has become too old. Caller must hold w.mu.
+func (w *Window) rotateLocked(now time.Duration) {
+	if now < w.turn {
+		return
+	}
+	w.cur, w.old = w.old, w.cur
+	if now >= w.turn+w.half {
+		w.old.Reset() // Nothing was recorded for more than a half.
+	}
+	w.cur.Reset()
+	w.all.Reset()
+	w.all.Merge(w.old)
+	// The halves keep their rhythm, so that the time of a record says which it is in.
+	w.turn += w.half * ((now-w.turn)/w.half + 1)
+}
