@@ -240,7 +240,10 @@ func (m *expectedMeter) Load(now Instant) float64 {
 	g := m.metric.fleet.mean()
 	// Before the first sample of the channel the prior is one nanosecond: every
 	// endpoint then costs as many as it has attempts in flight.
-	sum, number := p.prior*max(g, 1), p.prior
+	if g < 1 {
+		g = 1
+	}
+	sum, number := p.prior*g, p.prior
 	if w := m.mean.Load(); w != 0 {
 		s, n := floats32(w)
 		f := m.forgetting(p, now)

@@ -59,7 +59,7 @@ func (c PeakEWMAConfig) validate() error {
 // its caller cancelled counts as none. Without failures and cancellations the
 // two agree.
 type PeakEWMA struct {
-	params atomic.Pointer[PeakEWMAConfig]
+	params atomic.Pointer[peakParams]
 	_      [56]byte // params are read at every pick, fleet is written at every finish
 	fleet  fleet
 }
@@ -80,14 +80,26 @@ func (p *PeakEWMA) Reconfigure(c PeakEWMAConfig) error {
 	if err := c.validate(); err != nil {
 		return err
 	}
-	p.params.Store(&c)
+	p.params.Store(&peakParams{
+		rate:       1 / float64(c.Decay),
+		defaultRTT: float64(c.DefaultRTT),
+		penalty:    c.FailurePenalty,
+	})
 	return nil
+}
+
+// peakParams are the parameters in the form in which the hot path needs them.
+// Immutable.
+type peakParams struct {
+	rate       float64 // 1/decay, per nanosecond
+	defaultRTT float64 // nanoseconds
+	penalty    float64
 }
 
 // NewMeter returns the Meter of one more endpoint.
 func (p *PeakEWMA) NewMeter() Meter {
 	m := &peakMeter{metric: p}
-	m.estimate.Store(math.Float64bits(float64(p.params.Load().DefaultRTT)) &^ tagMask)
+	m.estimate.Store(math.Float64bits(p.params.Load().defaultRTT) &^ tagMask)
 	return m
 }
 
@@ -141,16 +153,16 @@ func (m *peakMeter) write(word uint64, value float64, now Instant) bool {
 }
 
 func (m *peakMeter) Load(now Instant) float64 {
-	decay := float64(m.metric.params.Load().Decay)
 	word, value, elapsed := m.read(now)
+	age := elapsed * m.metric.params.Load().rate
 	switch {
-	case elapsed*(1<<stillBits) >= decay:
-		value *= expSmall(elapsed / decay)
+	case age >= 1.0/(1<<stillBits):
+		value *= expSmall(age)
 		// Losing the race to another reader or to a sample loses nothing: that
 		// one has moved the time, or knows better.
 		m.write(word, value, now)
-	case elapsed > 0:
-		value -= value * elapsed / decay
+	case age > 0:
+		value -= value * age
 	case word&tagMask == 0 && m.stamp.Load() == 0:
 		m.write(word, value, now) // the first read starts the clock
 	}
@@ -167,7 +179,7 @@ func (m *peakMeter) Finish(now Instant, s Sample) {
 	m.pending.Add(-1)
 	switch {
 	case s.Outcome == Failed:
-		latency := m.metric.params.Load().FailurePenalty * m.metric.fleet.cost()
+		latency := m.metric.params.Load().penalty * m.metric.fleet.cost()
 		if !s.Responded { // the life of a stream after its first response is no latency
 			latency = max(latency, s.Ticket.latency(now))
 		}
@@ -188,16 +200,16 @@ func (m *peakMeter) completed(now Instant, t Ticket) {
 
 // sample adds a latency to the estimate and returns the new one.
 func (m *peakMeter) sample(now Instant, latency float64, failed bool) float64 {
-	decay := float64(m.metric.params.Load().Decay)
+	rate := m.metric.params.Load().rate
 	for {
 		word, value, elapsed := m.read(now)
 		next := latency
 		if latency <= value {
-			d := expSmall(elapsed / decay)
+			d := expSmall(elapsed * rate)
 			next = value*d + latency*(1-d)
 		}
 		if m.write(word, next, now) {
-			if latency > value {
+			if latency > value && m.penalized.Load() != failed {
 				m.penalized.Store(failed)
 			}
 			return next

@@ -402,6 +402,7 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 	b := ep.policy
 	from, to := ep.reported.Load().ConnectivityState, s.ConnectivityState
 	ep.reported.Store(&s)
+	ep.candidate.child.Store(&s)
 	b.count[from]--
 	b.count[to]++
 	switch {
@@ -418,7 +419,7 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 func (ep *endpoint) setWeight(w load.Weight) {
 	ep.policy.mu.Lock()
 	defer ep.policy.mu.Unlock()
-	ep.candidate.weight.Store(uint32(w))
+	ep.candidate.setWeight(w)
 }
 
 // call calls the child, unless it is closed.

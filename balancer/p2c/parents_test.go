@@ -7,25 +7,7 @@ import (
 	"testing"
 
 	_ "google.golang.org/grpc/balancer/randomsubsetting" // a parent that marshals its child's config
-
-	"github.com/belfry-go/belfry/internal/testserver"
-	"github.com/belfry-go/belfry/load"
 )
-
-// meterOf returns the meter of a server's endpoint.
-func (w *wire) meterOf(s *testserver.Server) load.Meter {
-	w.t.Helper()
-	ps := policiesOf(w.target)
-	p := ps[len(ps)-1]
-	// Written before the first call, and not again where no update follows.
-	ep, ok := p.endpoints.Get(s.Endpoint())
-	if !ok {
-		w.t.Fatalf("the policy has no endpoint %s", s.Addr())
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return ep.candidate.meter
-}
 
 func TestUnderRandomSubsettingOnlyTheSubsetGetsCalls(t *testing.T) {
 	t.Parallel()

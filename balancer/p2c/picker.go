@@ -19,28 +19,35 @@ import (
 // This file is the hot path: Pick, and Done. It takes no lock, and allocates
 // nothing.
 
-// candidate is what a pick needs of an endpoint.
+// candidate is what a pick needs of an endpoint, together in one cache line.
 type candidate struct {
-	meter    load.Meter
-	weight   atomic.Uint32 // a load.Weight
-	slot     atomic.Int32  // in the READY set, or notReady
-	endpoint *endpoint
+	meter  load.Meter
+	weight atomic.Uint32 // a load.Weight, at least 1
+	slot   atomic.Int32  // in the READY set, or notReady
+	id     uint64        // the endpoint's
+	// child is the endpoint's last report, which stands here too because the
+	// endpoint is a cache line further away.
+	child atomic.Pointer[balancer.State]
+	_     [24]byte
 }
 
 func newCandidate(ep *endpoint, m load.Metric, w load.Weight) *candidate {
-	c := &candidate{meter: m.NewMeter(), endpoint: ep}
-	c.weight.Store(uint32(w))
+	c := &candidate{meter: m.NewMeter(), id: ep.id}
+	c.child.Store(ep.reported.Load())
+	c.setWeight(w)
 	c.slot.Store(notReady)
 	return c
 }
 
-// measure returns the load in proportion to the weight, and the weight.
-func (c *candidate) measure(now load.Instant) (l, w float64) {
-	l = c.meter.Load(now)
-	if weight := load.Weight(c.weight.Load()); weight > 1 {
-		return weight.Divide(l), weight.Value()
+func (c *candidate) setWeight(w load.Weight) { c.weight.Store(uint32(max(w, 1))) }
+
+// measure returns the load in proportion to the weight.
+func (c *candidate) measure(now load.Instant) float64 {
+	l := c.meter.Load(now)
+	if w := c.weight.Load(); w != 1 {
+		return load.Weight(w).Divide(l)
 	}
-	return l, 1
+	return l
 }
 
 // picker picks the least loaded of a few READY endpoints: config.choices of them
@@ -76,7 +83,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		// The last one has just left; the channel hears of it next.
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
-	child := c.endpoint.reported.Load()
+	child := c.child.Load()
 	if child.ConnectivityState != connectivity.Ready {
 		// It has just left. Its own picker may say that it failed, which is not for
 		// this call to hear: the channel gets a new picker, and then it picks again.
@@ -96,7 +103,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	k.picker, k.candidate, k.ctx, k.tried, k.inner = p, c, info.Ctx, tried, result.Done
 	k.ticket = c.meter.Start(now)
 	if tried != nil {
-		tried.Add(c.endpoint.id)
+		tried.Add(c.id)
 	}
 	b.metrics.picked(retried)
 	result.Done = k.done
@@ -111,7 +118,7 @@ func (p *picker) choose(now load.Instant, tried *attempt.Tried) (c *candidate, r
 			return c, false
 		}
 		c := p.chooseAny(now)
-		return c, c != nil && tried.Has(c.endpoint.id)
+		return c, c != nil && tried.Has(c.id)
 	}
 	return p.chooseAny(now), false
 }
@@ -180,9 +187,15 @@ func (p *picker) chooseOfTwo(slots []atomic.Pointer[candidate], now load.Instant
 		}
 		return a
 	}
-	la, wa := a.measure(now)
-	lb, wb := b.measure(now)
-	if la < lb || la == lb && r.float()*(wa+wb) < wa {
+	la, lb := a.measure(now), b.measure(now)
+	if la != lb {
+		if la < lb {
+			return a
+		}
+		return b
+	}
+	wa, wb := float64(a.weight.Load()), float64(b.weight.Load())
+	if r.float()*(wa+wb) < wa {
 		return a
 	}
 	return b
@@ -198,7 +211,7 @@ func (p *picker) chooseUntried(now load.Instant, tried *attempt.Tried) *candidat
 	}
 	s := selection{random: random(p.policy.random())}
 	look := func(c *candidate) {
-		if c != nil && !tried.Has(c.endpoint.id) && !s.looksAt(c) {
+		if c != nil && !tried.Has(c.id) && !s.looksAt(c) {
 			s.look(c)
 		}
 	}
@@ -235,11 +248,10 @@ func (p *picker) forget(c *candidate) {
 // with many endpoints each is a miss in the cache, and so the processor fetches
 // them side by side, where a comparison after each would make it wait.
 type selection struct {
-	random  random
-	count   int
-	seen    [maxChoices + maxMemory]*candidate
-	loads   [maxChoices + maxMemory]float64
-	weights [maxChoices + maxMemory]float64
+	random random
+	count  int
+	seen   [maxChoices + maxMemory]*candidate
+	loads  [maxChoices + maxMemory]float64
 }
 
 // look adds a candidate, unless it is nil.
@@ -265,15 +277,19 @@ func (s *selection) looksAt(c *candidate) bool {
 // weight, never by the order in which they were added.
 func (s *selection) least(now load.Instant) *candidate {
 	for i, c := range s.seen[:s.count] {
-		s.loads[i], s.weights[i] = c.measure(now)
+		s.loads[i] = c.measure(now)
 	}
 	var best *candidate
-	var bestLoad, equals float64
+	var bestLoad, equals float64 // equals is the sum of the weights of the equal ones
 	for i, c := range s.seen[:s.count] {
-		switch l, w := s.loads[i], s.weights[i]; {
+		switch l := s.loads[i]; {
 		case best == nil || l < bestLoad:
-			best, bestLoad, equals = c, l, w
+			best, bestLoad, equals = c, l, 0
 		case l == bestLoad:
+			if equals == 0 {
+				equals = float64(best.weight.Load())
+			}
+			w := float64(c.weight.Load())
 			equals += w
 			if s.random.float()*equals < w {
 				best = c
@@ -357,7 +373,7 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	case !info.BytesSent:
 		outcome := classifyUnsent(k.ctx, info)
 		if outcome == load.NotSent && k.tried != nil {
-			k.tried.Remove(k.candidate.endpoint.id)
+			k.tried.Remove(k.candidate.id)
 		}
 		k.finish(now, outcome)
 	case info.Err == nil && k.track != nil:

@@ -303,7 +303,7 @@ func TestMemoryForgetsWhatLeftReady(t *testing.T) {
 				if c == nil {
 					t.Fatal("nothing is remembered after 100 picks")
 				}
-				a := c.endpoint.addrForTest(w)
+				a := c.addrForTest(w)
 				leave.do(w, a)
 				s, _ := w.cc.State()
 				p = s.Picker.(*picker)
@@ -323,9 +323,9 @@ func TestMemoryForgetsWhatLeftReady(t *testing.T) {
 }
 
 // addrForTest returns the address of an endpoint of one address.
-func (ep *endpoint) addrForTest(w *world) string {
-	for e, other := range w.p.endpoints.All() {
-		if other == ep {
+func (c *candidate) addrForTest(w *world) string {
+	for e, ep := range w.p.endpoints.All() {
+		if ep.id == c.id {
 			return e.Addresses[0].Addr
 		}
 	}

@@ -828,3 +828,18 @@ func TestWireMeterSurvivesARestartOfItsServer(t *testing.T) {
 		t.Errorf("meter after the restart is %p, want %p as before", after, before)
 	}
 }
+
+// meterOf returns the meter of a server's endpoint.
+func (w *wire) meterOf(s *testserver.Server) load.Meter {
+	w.t.Helper()
+	ps := policiesOf(w.target)
+	p := ps[len(ps)-1]
+	// Written before the first call, and not again where no update follows.
+	ep, ok := p.endpoints.Get(s.Endpoint())
+	if !ok {
+		w.t.Fatalf("the policy has no endpoint %s", s.Addr())
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return ep.candidate.meter
+}

@@ -255,8 +255,7 @@ func (ep *endpoint) load() float64 {
 	ep.policy.mu.Lock()
 	c := ep.candidate
 	ep.policy.mu.Unlock()
-	l, _ := c.measure(load.Instant(ep.policy.now()))
-	return l
+	return c.measure(load.Instant(ep.policy.now()))
 }
 
 // totalLoad returns the sum over all endpoints of a policy that uses
