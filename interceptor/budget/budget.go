@@ -1,0 +1,290 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package budget
+
+import (
+	"fmt"
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/belfry-go/belfry/interceptor"
+)
+
+const (
+	// DefaultTTL, DefaultRatio and DefaultMinPerSecond are Finagle's and Tower's.
+	DefaultTTL          = 10 * time.Second
+	DefaultRatio        = 0.2
+	DefaultMinPerSecond = 10
+
+	// None, as a Ratio or a MinPerSecond, is zero where the zero value is the default.
+	None = -1
+)
+
+// Config says how many further attempts there may be. The zero value is the
+// default: two for ten calls, and ten a second besides.
+type Config struct {
+	// TTL is how long a call counts, and how long an attempt that was paid for is
+	// remembered. 1 s to 60 s; zero means 10 s.
+	TTL time.Duration
+	// Ratio is how many further attempts a call pays for: 0.2 is one for five
+	// calls, 1.5 three for two. It counts in steps of a millionth, from there to
+	// 1,000; zero means 0.2, [None] that calls pay for nothing.
+	Ratio float64
+	// MinPerSecond is how many further attempts there may be in each second
+	// whatever the calls pay for, so that a client with few calls can repeat some
+	// of them. All those of a TTL may come at once. Up to 1,000,000; zero means 10,
+	// [None] that there is no such reserve.
+	MinPerSecond float64
+}
+
+// settings is a Config in the units that are computed with.
+type settings struct {
+	ttl     time.Duration
+	deposit int64 // For each call.
+	reserve int64
+}
+
+// one is what a further attempt costs. Balances are counted in millionths of an
+// attempt, so that every Ratio with up to six decimals is exact, and adds up
+// exactly.
+const one = 1_000_000
+
+func (c Config) settings() (s settings, err error) {
+	if c.TTL == 0 {
+		c.TTL = DefaultTTL
+	}
+	if c.TTL < time.Second || c.TTL > time.Minute {
+		return s, fmt.Errorf("budget: TTL is %v, must be from 1s to 60s", c.TTL)
+	}
+	if s.deposit, err = units("Ratio", c.Ratio, DefaultRatio, 1000); err != nil {
+		return s, err
+	}
+	perSecond, err := units("MinPerSecond", c.MinPerSecond, DefaultMinPerSecond, 1_000_000)
+	if err != nil {
+		return s, err
+	}
+	s.ttl = c.TTL
+	s.reserve = int64(math.Round(float64(perSecond) * c.TTL.Seconds()))
+	return s, nil
+}
+
+func units(field string, v, def, most float64) (int64, error) {
+	switch {
+	case v == 0:
+		v = def
+	case v == None:
+		return 0, nil
+	case !(v >= 1.0/one && v <= most): // Not a number neither.
+		return 0, fmt.Errorf("budget: %s is %v, must be from 0.000001 to %v, 0 for the default or -1 for none", field, v, most)
+	}
+	return int64(math.Round(v * one)), nil
+}
+
+const (
+	// periods is how finely a TTL is told apart: an amount is forgotten when it is
+	// between one TTL and a hundredth more old.
+	periods = 100
+	slots   = periods + 1
+)
+
+// A Budget is what further attempts are paid from, by all layers and stacks that
+// share it. Its methods may be called concurrently; all but Update are
+// lock-free and allocate nothing.
+//
+// At any moment its balance is the reserve, plus Ratio for each call of the last
+// TTL, minus one for each further attempt of the last TTL. It is counted in a
+// ring of periods, whose oldest is dropped when a new one begins, by whoever
+// comes first.
+type Budget struct {
+	deposit atomic.Int64 // For each call.
+	w       atomic.Pointer[window]
+
+	// mu serialises Update. Nothing is locked under it.
+	mu sync.Mutex
+	s  settings // What holds; guarded by mu.
+}
+
+// window is the amounts of the last TTL. A window is replaced when the TTL
+// changes.
+type window struct {
+	period  interceptor.Instant // How long a period is.
+	balance atomic.Int64        // The reserve, and the sum of all slots.
+	turned  atomic.Int64        // The last period that all slots were made ready for.
+	slots   [slots]slot
+}
+
+// slot holds what came in and went out in one period: the one of epoch, which
+// falls on the slot modulo their number.
+type slot struct {
+	epoch  atomic.Int64
+	amount atomic.Int64
+}
+
+// New returns a budget with its whole reserve.
+func New(c Config) (*Budget, error) {
+	s, err := c.settings()
+	if err != nil {
+		return nil, err
+	}
+	b := &Budget{s: s}
+	b.deposit.Store(s.deposit)
+	b.w.Store(newWindow(s))
+	return b, nil
+}
+
+func newWindow(s settings) *window {
+	w := &window{period: interceptor.Instant(s.ttl / periods)}
+	w.balance.Store(s.reserve)
+	return w
+}
+
+// Update changes the configuration. What was paid in and spent stays as it was,
+// and is forgotten by the new TTL; calls count by the new Ratio from now on. On an
+// error nothing has changed. If the TTL changes, amounts that are booked at the
+// very moment may be lost.
+func (b *Budget) Update(c Config) error {
+	s, err := c.settings()
+	if err != nil {
+		return err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.deposit.Store(s.deposit)
+	old := b.w.Load()
+	if s.ttl == b.s.ttl {
+		old.balance.Add(s.reserve - b.s.reserve)
+		b.s = s
+		return nil
+	}
+	w := newWindow(s)
+	now := interceptor.Now()
+	old.turn(now)
+	w.turn(now)
+	for i := range old.slots {
+		at := interceptor.Instant(old.slots[i].epoch.Load()) * old.period
+		w.book(int64(at/w.period), old.slots[i].amount.Load())
+	}
+	b.w.Store(w)
+	b.s = s
+	return nil
+}
+
+// Deposit counts a call at the moment now.
+func (b *Budget) Deposit(now interceptor.Instant) {
+	w := b.w.Load()
+	w.book(w.turn(now), b.deposit.Load())
+}
+
+// Undo takes back the Deposit of the moment at, for a call that was not sent.
+func (b *Budget) Undo(at interceptor.Instant) {
+	w := b.w.Load()
+	w.turn(interceptor.Now())
+	w.book(int64(at/w.period), -b.deposit.Load())
+}
+
+// Withdraw pays for a further attempt at the moment now, if the balance is enough.
+func (b *Budget) Withdraw(now interceptor.Instant) bool {
+	w := b.w.Load()
+	p := w.turn(now)
+	for {
+		have := w.balance.Load()
+		if have < one {
+			return false
+		}
+		if w.balance.CompareAndSwap(have, have-one) {
+			break
+		}
+	}
+	if !w.note(p, -one) {
+		w.balance.Add(one) // The period is over already; so is what was spent in it.
+	}
+	return true
+}
+
+// Refund takes back the Withdraw of the moment at, for an attempt that was not
+// sent.
+func (b *Budget) Refund(at interceptor.Instant) {
+	w := b.w.Load()
+	w.turn(interceptor.Now())
+	w.book(int64(at/w.period), one)
+}
+
+// Balance is how many further attempts could be made now. It is below zero when
+// what paid for the attempts of the last TTL has become older than that. It is
+// as of the last call or attempt, for nothing else moves the budget on.
+func (b *Budget) Balance() float64 { return float64(b.w.Load().balance.Load()) / one }
+
+// book adds an amount to period p, unless that is forgotten.
+func (w *window) book(p, amount int64) {
+	if amount != 0 && w.note(p, amount) {
+		w.balance.Add(amount)
+	}
+}
+
+// note adds an amount to the slot of period p, and reports whether there still is
+// one. If the slot turns at this moment the amount counts for its next period,
+// which shows in nothing but the age at which it is forgotten.
+func (w *window) note(p, amount int64) bool {
+	s := &w.slots[p%slots]
+	if s.epoch.Load() > p {
+		return false
+	}
+	s.amount.Add(amount)
+	return true
+}
+
+// turn makes all slots ready for the period of now: what has become too old
+// leaves the balance. All who find slots to be turned turn them; each slot is
+// turned by one. It returns that period.
+func (w *window) turn(now interceptor.Instant) (p int64) {
+	p = int64(now / w.period)
+	last := w.turned.Load()
+	if last >= p {
+		return p
+	}
+	for q := max(last+1, p-slots+1); q <= p; q++ {
+		s := &w.slots[q%slots]
+		epoch := s.epoch.Load()
+		if epoch >= q {
+			continue
+		}
+		// What is added from here on is added for q, or by somebody who is late.
+		// Either way it is in the balance, and leaves it when the slot turns again.
+		amount := s.amount.Load()
+		if s.epoch.CompareAndSwap(epoch, q) && amount != 0 {
+			s.amount.Add(-amount)
+			w.balance.Add(-amount)
+		}
+	}
+	for last < p && !w.turned.CompareAndSwap(last, p) {
+		last = w.turned.Load()
+	}
+	return p
+}
+
+// Count is what the gate of a layer that spends the budget calls: it deposits for
+// a call, and takes that back if the call turns out not to have been sent.
+// Further attempts do not count, and a call that passes several layers with the
+// same budget counts once. The layer is named to the observer.
+func (b *Budget) Count(c *interceptor.Call, layer string) {
+	if c.Attempt() != 0 {
+		return
+	}
+	if _, counted := c.Token(b); counted {
+		return
+	}
+	now := c.Now()
+	b.Deposit(now)
+	c.Hold(b, int64(now))
+	c.Observer().Budget(layer, b.Balance())
+}
+
+// Release is for [interceptor.Call]: it ends what Count began.
+func (b *Budget) Release(token int64, o interceptor.Outcome, _ error) {
+	if o == interceptor.NotSent {
+		b.Undo(interceptor.Instant(token))
+	}
+}

@@ -1,0 +1,74 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package hedge makes a second attempt of calls that take unusually long, and
+// takes whichever answers first. It is Tower's hedge and Finagle's backup
+// requests ("The Tail at Scale", Dean and Barroso, 2013), for gRPC calls of all
+// four kinds. Use it for methods that may be carried out twice, where now and then
+// one of several servers is slow: it trades a few more calls for a shorter tail.
+//
+//	layer, err := hedge.New(hedge.Config{MaxExtraLoad: 0.02})
+//	…
+//	stack, err := interceptor.NewStack(timeout, layer, limit)
+//
+// # When an extra attempt is made
+//
+// An extra attempt is made after a delay, which is a percentile of the recent
+// latencies, or a fixed one; or at once when an attempt fails with one of
+// Config.NonFatal, as in gRFC A6. Config.MaxExtraLoad sets the percentile and the
+// budget together, as Finagle's. It is not made
+//
+//   - before MinDataPoints latencies are known, unless the delay is fixed;
+//   - when the call has made MaxAttempts, or the budget is spent (package budget),
+//     which allows MaxExtraLoad of the calls. So a server that becomes slow
+//     altogether is not sent twice the calls;
+//   - when the layers inside have no capacity for it at once: it never queues;
+//   - after a server has answered with a negative grpc-retry-pushback-ms, and
+//     before the time that it asks for, by that or by RetryInfo;
+//   - after a failure that is not one of NonFatal;
+//   - for methods that Config.DeclaredOnly or [WithIdempotent] rule out. By default
+//     no method is ruled out: hedge nothing that must not be done twice.
+//
+// # Who wins
+//
+// The first success. A failure never beats a success that is still possible; when
+// all attempts have failed the caller gets the last failure. The others are
+// cancelled as soon as there is a winner; they are neither failures nor successes
+// to the layers inside and to the balancing policy. Each attempt has its own
+// reply, and its own results for Header, Trailer and Peer options; the caller gets
+// the winner's. Further attempts carry grpc-previous-rpc-attempts, and the policy
+// belfry.p2c sends them to endpoints that the call has not tried.
+//
+// # Latencies
+//
+// Successes are recorded, each attempt from its own start, and the first attempt
+// also when another one won, with the time it took until then: left out, the
+// slowest calls would be missing, and the delay would become shorter and shorter.
+// Failures are not. All calls through one layer share the latencies; where methods
+// differ much, give each its own layer, with interceptor.Only.
+//
+// # Streams
+//
+// A stream is hedged while its first RecvMsg waits for its first message, and its
+// latency is how long that takes. What was sent is kept until then and sent to
+// extra attempts as well, so it must not be modified, as gRPC says of SendMsg
+// anyway. A stream is not hedged if it sends more than BufferBytes before, if its
+// Header is asked for before, or if it cannot be opened.
+//
+// # Order
+//
+// Hedge outside retry: an extra attempt is then repeated like the first. A timeout
+// outside covers all attempts. A limit outside counts calls, a limit inside counts
+// attempts. Give retry and hedge one budget to bound both together.
+//
+// # Cost
+//
+// The first attempt runs on the caller's goroutine, and nothing else is started
+// unless an extra attempt is made. A call that may be hedged costs a timer and a
+// context, five allocations; one that may not costs none.
+//
+// When there is a winner the call waits for the other attempts to notice that they
+// are cancelled, so that no goroutine outlives it and nothing reads a request that
+// the caller has got back. For gRPC that is at once; a layer inside that does not
+// heed its context delays the winner.
+package hedge

@@ -1,0 +1,47 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package hedge_test
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/hedge"
+)
+
+func Example() {
+	layer, err := hedge.New(hedge.Config{Delay: 10 * time.Millisecond})
+	if err != nil {
+		log.Fatal(err)
+	}
+	stack, err := interceptor.NewStack(layer)
+	if err != nil {
+		log.Fatal(err)
+	}
+	// stack.DialOptions() puts it into a connection; here it stands in front of
+	// servers of which the first has stalled.
+	var attempts atomic.Int32
+	invoker := func(ctx context.Context, _ string, _, _ any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
+		if attempts.Add(1) == 1 {
+			<-ctx.Done()
+			fmt.Println("the first attempt was cancelled")
+			return status.FromContextError(ctx.Err()).Err()
+		}
+		fmt.Println("the second attempt answers")
+		return nil
+	}
+	err = stack.UnaryClientInterceptor()(context.Background(), "/orders.Orders/Get", nil, nil, nil, invoker)
+	fmt.Println("error:", err)
+	// Output:
+	// the second attempt answers
+	// the first attempt was cancelled
+	// error: <nil>
+}

@@ -1,0 +1,371 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package hedge
+
+import (
+	"context"
+	"io"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/message"
+	"github.com/belfry-go/belfry/internal/repeat"
+)
+
+// inline is up to how many bytes an extra attempt is sent before its first
+// response is waited for. It is less than gRPC's windows, so that does not block
+// on a server that waits for its responses to be read. More is sent by a goroutine
+// of its own.
+const inline = 32 << 10
+
+// open opens a stream that is hedged until its first response message.
+func (l *Layer) open(ctx context.Context, c *interceptor.Call, set *settings, delay time.Duration, hedged bool, next interceptor.Next, inner interceptor.Gate) error {
+	if !hedged {
+		err := next(ctx, c)
+		if err == nil && set.fixed == 0 {
+			c.SetStream(&measured{ClientStream: c.Stream(), layer: l})
+		}
+		return err
+	}
+	s := &stream{single: !c.Desc().ServerStreams}
+	s.race = race{
+		layer: l, set: set, delay: delay, ctx: ctx, call: c, origin: c.Origin(), next: next, inner: inner,
+		observer: c.Observer(), stream: s,
+	}
+	first := &s.race.first
+	first.call = c
+	first.ctx, first.cancel = context.WithCancel(ctx)
+	s.race.change.L = &s.race.mu
+	opened := false
+	defer func() {
+		if !opened {
+			first.cancel()
+		}
+	}()
+	if err := next(first.ctx, c); err != nil {
+		return err
+	}
+	opened = true
+	first.lane = &lane{stream: c.Stream(), caughtUp: true}
+	c.SetStream(s)
+	return nil
+}
+
+// measured is a stream that is not hedged. It measures how long the first
+// response message is waited for.
+type measured struct {
+	grpc.ClientStream
+	layer *Layer
+	done  atomic.Bool
+}
+
+func (m *measured) RecvMsg(msg any) error {
+	if m.done.Load() {
+		return m.ClientStream.RecvMsg(msg)
+	}
+	m.done.Store(true)
+	start := interceptor.Now()
+	err := m.ClientStream.RecvMsg(msg)
+	if err == nil || err == io.EOF {
+		m.layer.latencies.Record(interceptor.Now().Sub(start))
+	}
+	return err
+}
+
+// stream is a stream that can be hedged until its first response message. The
+// race is run by the first RecvMsg.
+//
+// What the caller sends goes to the first attempt directly, and is kept for
+// others, each of which is sent it at its own pace, by pump.
+type stream struct {
+	race   race
+	single bool // The server sends one message.
+
+	// decided is the attempt that is the stream, once the first RecvMsg has returned,
+	// and chosen the same attempt, once it has been sent all that was kept: from
+	// then on nothing is left to do here for what is received and what is sent.
+	decided, chosen atomic.Pointer[chosen]
+
+	// Guarded by race.mu.
+	choice  *try // The attempt that will be chosen.
+	started bool // The first RecvMsg has begun.
+	target  any  // What it receives to.
+	sent    []any
+	size    int
+	closed  bool // CloseSend was called.
+	pinned  bool // The first attempt is the only one, and nothing is kept.
+}
+
+// lane is an open attempt.
+type lane struct {
+	stream grpc.ClientStream
+	reply  any  // Of an extra attempt, what its first message is received to.
+	eof    bool // It ended well without a message.
+
+	caughtUp bool // It has been sent all that was kept. Guarded by race.mu.
+}
+
+// chosen is the attempt that a stream has become.
+type chosen struct {
+	grpc.ClientStream
+	cancel context.CancelFunc
+	single bool
+}
+
+func (c *chosen) RecvMsg(m any) error {
+	err := c.ClientStream.RecvMsg(m)
+	if err != nil || c.single {
+		c.cancel() // It has ended; only its context is left.
+	}
+	return err
+}
+
+// chooseLocked makes an attempt the stream, at once or as soon as it has caught
+// up. Caller must hold race.mu.
+func (s *stream) chooseLocked(t *try) {
+	if s.choice == nil {
+		s.choice = t
+		s.race.closeLocked(t)
+	}
+	s.race.change.Broadcast()
+	if s.choice != t || !t.lane.caughtUp || s.chosen.Load() != nil {
+		return
+	}
+	s.sent = nil
+	s.chosen.Store(&chosen{ClientStream: t.lane.stream, cancel: t.cancel, single: s.single})
+}
+
+func (s *stream) RecvMsg(m any) error {
+	if c := s.decided.Load(); c != nil {
+		return c.RecvMsg(m)
+	}
+	r := &s.race
+	s.start(m)
+	ran := false
+	defer func() {
+		if !ran { // A panic, which must not leave a SendMsg waiting.
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			s.chooseLocked(&r.first)
+		}
+	}()
+	t, err := r.run()
+	ran = true
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if t.lane == nil { // An extra attempt that could not be opened was the last to fail.
+		t = &r.first
+	}
+	s.chooseLocked(t)
+	if t != &r.first {
+		r.call.Adopt(t.call)
+		if err == nil && !t.lane.eof {
+			message.CopyInto(m, t.lane.reply)
+		}
+	}
+	if err == nil && t.lane.eof {
+		err = io.EOF
+	}
+	if err != nil || s.single {
+		t.cancel()
+	}
+	s.decided.Store(&chosen{ClientStream: t.lane.stream, cancel: t.cancel, single: s.single})
+	return err
+}
+
+// start notes that the first RecvMsg has begun.
+func (s *stream) start(m any) {
+	r := &s.race
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s.started, s.target = true, m
+	r.closed = s.pinned
+}
+
+// receive carries out an attempt up to its first response message.
+func (s *stream) receive(t *try) error {
+	r := &s.race
+	if t == &r.first {
+		return s.end(t, t.lane.stream.RecvMsg(s.target))
+	}
+	if err := r.next(t.ctx, t.call); err != nil {
+		return err
+	}
+	l := &lane{stream: t.call.Stream(), reply: message.NewLike(s.target)}
+	r.mu.Lock()
+	t.lane = l
+	wait := s.closed && s.size <= inline
+	r.change.Broadcast()
+	r.mu.Unlock()
+	if wait {
+		s.pump(t)
+	} else {
+		go s.pump(t)
+	}
+	return s.end(t, l.stream.RecvMsg(l.reply))
+}
+
+// end turns the end of a stream without a message into a success.
+func (s *stream) end(t *try, err error) error {
+	if err == io.EOF {
+		t.lane.eof = true
+		return nil
+	}
+	return err
+}
+
+// pump sends an extra attempt what was sent before and what comes meanwhile,
+// until the attempt is chosen and has caught up, or has ended, or nothing more
+// can come.
+func (s *stream) pump(t *try) {
+	r, l := &s.race, t.lane
+	for i := 0; ; i++ {
+		r.mu.Lock()
+		for i >= len(s.sent) && !s.closed && s.choice == nil && !t.lost && !t.over {
+			r.change.Wait()
+		}
+		if i >= len(s.sent) || t.lost { // What was kept is dropped once there is a choice.
+			l.caughtUp = true
+			closed := s.closed
+			if s.choice == t {
+				s.chooseLocked(t)
+			}
+			r.mu.Unlock()
+			if closed {
+				l.stream.CloseSend()
+			}
+			return
+		}
+		m := s.sent[i]
+		r.mu.Unlock()
+		if l.stream.SendMsg(m) != nil {
+			r.mu.Lock()
+			l.caughtUp = true // It has ended. RecvMsg says how.
+			if s.choice == t {
+				s.chooseLocked(t)
+			}
+			r.mu.Unlock()
+			return
+		}
+	}
+}
+
+func (s *stream) SendMsg(m any) error {
+	if c := s.chosen.Load(); c != nil {
+		return c.SendMsg(m)
+	}
+	first, ok := s.keep(m)
+	if !ok {
+		return s.chosen.Load().SendMsg(m)
+	}
+	err := first.SendMsg(m)
+	if err == nil {
+		return nil
+	}
+	s.race.mu.Lock()
+	defer s.race.mu.Unlock()
+	if s.race.first.lost || err == io.EOF && !s.pinned && s.choice != &s.race.first {
+		return nil // The attempt has ended, or lost. RecvMsg will find out.
+	}
+	return err
+}
+
+// keep keeps a message for extra attempts and returns the first one, which it is
+// to be sent to. If it cannot be kept there will be no extra attempts, or, if the
+// first has failed already, no others; keep returns false if it has to be sent to
+// the chosen attempt.
+func (s *stream) keep(m any) (first grpc.ClientStream, ok bool) {
+	r := &s.race
+	n, known := repeat.Size(m)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	first = r.first.lane.stream
+	if s.pinned {
+		return first, true
+	}
+	if s.choice == nil {
+		if known && s.size+n <= s.race.set.buffer {
+			s.sent = append(s.sent, m)
+			s.size += n
+			r.change.Broadcast()
+			return first, true
+		}
+		if !s.started {
+			s.pinned, s.sent = true, nil
+			return first, true
+		}
+		if !r.first.over {
+			s.chooseLocked(&r.first)
+		}
+	}
+	for s.choice == nil {
+		for _, t := range r.extra {
+			if t.lane != nil && !t.over {
+				s.chooseLocked(t)
+				break
+			}
+		}
+		if s.choice == nil {
+			r.change.Wait()
+		}
+	}
+	for s.chosen.Load() == nil {
+		r.change.Wait()
+	}
+	return nil, false
+}
+
+func (s *stream) CloseSend() error {
+	if c := s.chosen.Load(); c != nil {
+		return c.CloseSend()
+	}
+	r := &s.race
+	r.mu.Lock()
+	s.closed = true
+	r.change.Broadcast()
+	c := s.chosen.Load()
+	r.mu.Unlock()
+	if c != nil { // Chosen a moment ago, by a pump that has not seen this.
+		return c.CloseSend()
+	}
+	return r.first.lane.stream.CloseSend()
+}
+
+// Header waits for the header of the chosen attempt. Before the first RecvMsg
+// that is the first one, and a caller who asks for it gives up hedging: it could
+// tell if another attempt came after it.
+func (s *stream) Header() (metadata.MD, error) {
+	if c := s.decided.Load(); c != nil {
+		return c.Header()
+	}
+	r := &s.race
+	r.mu.Lock()
+	if !s.started {
+		s.pinned, s.sent = true, nil
+	}
+	for !s.pinned && s.choice == nil {
+		r.change.Wait()
+	}
+	t := s.choice
+	r.mu.Unlock()
+	if t == nil {
+		t = &r.first
+	}
+	return t.lane.stream.Header()
+}
+
+// now is the attempt that the stream is, as far as is known.
+func (s *stream) now() grpc.ClientStream {
+	if c := s.decided.Load(); c != nil {
+		return c
+	}
+	return s.race.first.lane.stream
+}
+
+func (s *stream) Trailer() metadata.MD     { return s.now().Trailer() }
+func (s *stream) Context() context.Context { return s.now().Context() }

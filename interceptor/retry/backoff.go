@@ -1,0 +1,146 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package retry
+
+import (
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"time"
+)
+
+// Jitter is how back-offs are spread, so that calls that failed together do not
+// come back together.
+type Jitter uint8
+
+// The jitters, as in "Exponential Backoff And Jitter" (Brooker, 2015), which
+// measured that full jitter causes the least load and decorrelated jitter the
+// least delay.
+const (
+	// FullJitter draws between zero and the exponential delay. It is the default.
+	FullJitter Jitter = iota
+	// EqualJitter keeps half of the exponential delay and draws the other half.
+	EqualJitter
+	// DecorrelatedJitter draws between Initial and three times the last delay.
+	// Multiplier has no part in it.
+	DecorrelatedJitter
+	// NoJitter is the exponential delay itself. Calls that fail together then
+	// stay together.
+	NoJitter
+)
+
+// String returns the jitter's name: full, equal, decorrelated, none.
+func (j Jitter) String() string {
+	switch j {
+	case FullJitter:
+		return "full"
+	case EqualJitter:
+		return "equal"
+	case DecorrelatedJitter:
+		return "decorrelated"
+	case NoJitter:
+		return "none"
+	}
+	return fmt.Sprintf("Jitter(%d)", uint8(j))
+}
+
+const (
+	// DefaultInitialBackoff and DefaultMaxBackoff bound the back-offs.
+	DefaultInitialBackoff = 50 * time.Millisecond
+	DefaultMaxBackoff     = 5 * time.Second
+	// DefaultMultiplier is by how much a back-off is longer than the one before.
+	DefaultMultiplier = 2
+)
+
+// A Backoff is how long a call waits before each further attempt: before the
+// i-th retry, counted from 0, Initial·Multiplierⁱ, at most Max, and jittered. The
+// zero value is the default. Each delay of each call is drawn by itself.
+type Backoff struct {
+	// Initial is the delay before the first retry, and the least of decorrelated
+	// jitter. Zero means 50 ms; negative is an error.
+	Initial time.Duration
+	// Max is the longest delay, jitter included. Zero means 5 s, or Initial if
+	// that is longer; less than Initial is an error.
+	Max time.Duration
+	// Multiplier is at least 1; zero means 2.
+	Multiplier float64
+	// Jitter is FullJitter unless set.
+	Jitter Jitter
+}
+
+// withDefaults returns b with all fields set, or says which is wrong.
+func (b Backoff) withDefaults() (Backoff, error) {
+	if b.Initial == 0 {
+		b.Initial = DefaultInitialBackoff
+	}
+	if b.Initial < 0 {
+		return b, fmt.Errorf("retry: Backoff.Initial is %v, must be positive, or 0 for the default", b.Initial)
+	}
+	if b.Max == 0 {
+		b.Max = max(DefaultMaxBackoff, b.Initial)
+	}
+	if b.Max < b.Initial {
+		return b, fmt.Errorf("retry: Backoff.Max is %v, must be at least Initial, %v", b.Max, b.Initial)
+	}
+	if b.Multiplier == 0 {
+		b.Multiplier = DefaultMultiplier
+	}
+	if !(b.Multiplier >= 1) || math.IsInf(b.Multiplier, 0) {
+		return b, fmt.Errorf("retry: Backoff.Multiplier is %v, must be a number of at least 1, or 0 for the default", b.Multiplier)
+	}
+	if b.Jitter > NoJitter {
+		return b, fmt.Errorf("retry: Backoff.Jitter is %v, must be FullJitter, EqualJitter, DecorrelatedJitter or NoJitter", b.Jitter)
+	}
+	return b, nil
+}
+
+// base is the delay before retry n without jitter.
+func (b *Backoff) base(n int) time.Duration {
+	// Beyond the range of a float64 it is infinite, and so more than Max.
+	d := float64(b.Initial) * math.Pow(b.Multiplier, float64(n))
+	if d >= float64(b.Max) {
+		return b.Max
+	}
+	return time.Duration(d)
+}
+
+// delays is where a call stands in its back-offs.
+type delays struct {
+	n    int           // Retries delayed since the start or since a server's pushback.
+	last time.Duration // The last delay.
+}
+
+// next draws the delay before the next retry.
+func (d *delays) next(b *Backoff) time.Duration {
+	base := b.base(d.n)
+	switch b.Jitter {
+	case FullJitter:
+		base = between(0, base)
+	case EqualJitter:
+		base = between(base/2, base)
+	case DecorrelatedJitter:
+		last := max(d.last, b.Initial)
+		most := b.Max
+		if last < b.Max/3 {
+			most = 3 * last
+		}
+		base = between(b.Initial, most)
+	}
+	d.n++
+	d.last = base
+	return base
+}
+
+// reset starts over, as gRFC A6 wants it after a pushback.
+func (d *delays) reset() { *d = delays{} }
+
+// between draws from lo to hi, both included. The generator is the runtime's, so
+// no two calls draw the same sequence.
+func between(lo, hi time.Duration) time.Duration {
+	if hi <= lo {
+		return lo
+	}
+	n := uint64(hi-lo) + 1 // At most 2⁶³, which an int64 would not hold.
+	return lo + time.Duration(rand.Uint64N(n))
+}

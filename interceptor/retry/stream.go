@@ -1,0 +1,296 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package retry
+
+import (
+	"context"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/repeat"
+)
+
+// inline is up to how many bytes are sent again by the goroutine that found the
+// failure. It is less than gRPC's windows, so that does not block on a server
+// that waits for its responses to be read. More is sent by a goroutine of its own.
+const inline = 32 << 10
+
+// open opens a stream that is repeated until it commits.
+func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.Next, inner interceptor.Gate) error {
+	set := l.set.Load()
+	if set.max == 1 || !l.mayRepeat(set, c.Method()) {
+		return next(ctx, c)
+	}
+	s := &stream{
+		ctx: ctx, limit: set.buffer, live: true,
+		series: series{layer: l, call: c, origin: c.Origin(), next: next, inner: inner, made: 1},
+	}
+	s.caughtUp.L = &s.mu
+	last := c
+	err := next(ctx, c)
+	for err != nil {
+		f, ferr, again := s.series.step(ctx, nil, err, nil)
+		if !again {
+			return ferr
+		}
+		last, err = f, ferr
+	}
+	s.cur, s.attempt = last.Stream(), last
+	c.SetStream(s)
+	return nil
+}
+
+// stream is a stream that can still be repeated, until it commits.
+//
+// What the caller sends is kept in sent, and goes to the current attempt directly
+// as long as that is live. A new attempt is not: replay sends it all that was
+// kept, and what comes meanwhile, until it has caught up.
+type stream struct {
+	ctx   context.Context
+	limit int
+
+	// committed is the stream once it has committed and is live: from then on
+	// nothing is left to do here.
+	committed atomic.Pointer[grpc.ClientStream]
+
+	// retrying serialises retries, which Header and RecvMsg may both come upon. It
+	// is held through back-off and opening, and locked before mu. It guards series.
+	retrying sync.Mutex
+	series   series
+
+	// mu guards the fields below. It is not held while a message is sent or
+	// received, for these may block on one another.
+	mu       sync.Mutex
+	caughtUp sync.Cond // Signals live.
+	cur      grpc.ClientStream
+	attempt  *interceptor.Call // Whose stream cur is.
+	gen      int               // Counts attempts.
+	live     bool              // cur has been sent all that there is.
+	final    bool              // cur will not be repeated.
+	sent     []any
+	size     int
+	closed   bool // CloseSend was called.
+}
+
+// current returns the attempt of the moment.
+func (s *stream) current() (cur grpc.ClientStream, gen int, final bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cur, s.gen, s.final
+}
+
+// commit makes the current attempt the last.
+func (s *stream) commit() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.commitLocked()
+}
+
+// commitLocked is commit. Caller must hold s.mu.
+func (s *stream) commitLocked() {
+	s.final = true
+	if !s.live {
+		return // replay calls it again.
+	}
+	s.sent = nil
+	if s.attempt != s.series.call {
+		s.series.call.Adopt(s.attempt)
+	}
+	s.committed.CompareAndSwap(nil, &s.cur) // cur is not changed any more.
+	s.caughtUp.Broadcast()
+}
+
+func (s *stream) RecvMsg(m any) error {
+	if c := s.committed.Load(); c != nil {
+		return (*c).RecvMsg(m)
+	}
+	for {
+		cur, gen, final := s.current()
+		err := cur.RecvMsg(m)
+		if err == nil || err == io.EOF {
+			s.commit()
+		}
+		if err == nil || err == io.EOF || final {
+			return err
+		}
+		if again, err := s.retry(cur, gen, err); !again {
+			return err
+		}
+	}
+}
+
+// Header waits for the header of an attempt that has one. A caller that has seen
+// it could tell if another attempt came after it, so it commits the stream.
+func (s *stream) Header() (metadata.MD, error) {
+	if c := s.committed.Load(); c != nil {
+		return (*c).Header()
+	}
+	for {
+		cur, gen, final := s.current()
+		md, err := cur.Header()
+		if err == nil && len(md) > 0 {
+			s.commit()
+		}
+		if err == nil || final {
+			return md, err
+		}
+		if again, err := s.retry(cur, gen, err); !again {
+			return nil, err
+		}
+	}
+}
+
+// retry replaces the attempt gen, which failed with err, by another one. If it
+// does not, err is the stream's.
+func (s *stream) retry(cur grpc.ClientStream, gen int, err error) (again bool, _ error) {
+	s.retrying.Lock()
+	defer s.retrying.Unlock()
+	s.mu.Lock()
+	if s.gen != gen || s.final {
+		defer s.mu.Unlock()
+		return s.gen != gen, err
+	}
+	s.gen++
+	gen = s.gen
+	s.live = false
+	s.mu.Unlock()
+	defer func() {
+		if !again { // Or a panic.
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.live = true // What is sent from now on meets the end of the last attempt.
+			s.commitLocked()
+		}
+	}()
+	trailer := cur.Trailer()
+	for {
+		f, ferr, again := s.series.step(s.ctx, nil, err, trailer)
+		if !again {
+			return false, ferr
+		}
+		if err, trailer = ferr, nil; err != nil {
+			continue
+		}
+		s.mu.Lock()
+		s.cur, s.attempt = f.Stream(), f
+		big := s.size > inline
+		s.mu.Unlock()
+		if big {
+			go s.replay(f.Stream(), gen)
+		} else {
+			s.replay(f.Stream(), gen)
+		}
+		return true, nil
+	}
+}
+
+// replay sends an attempt what was sent before, until it has caught up or ended.
+func (s *stream) replay(cur grpc.ClientStream, gen int) {
+	var err error
+	for i := 0; ; i++ {
+		s.mu.Lock()
+		if s.gen != gen {
+			s.mu.Unlock()
+			return
+		}
+		if i == len(s.sent) || err != nil { // If it has ended, RecvMsg says how.
+			s.live = true
+			closed := s.closed
+			if s.final {
+				s.commitLocked()
+			}
+			s.mu.Unlock()
+			if closed && err == nil {
+				cur.CloseSend()
+			}
+			return
+		}
+		m := s.sent[i]
+		s.mu.Unlock()
+		err = cur.SendMsg(m)
+	}
+}
+
+func (s *stream) SendMsg(m any) error {
+	if c := s.committed.Load(); c != nil {
+		return (*c).SendMsg(m)
+	}
+	cur, gen, ok := s.keep(m)
+	if !ok {
+		return (*s.committed.Load()).SendMsg(m)
+	}
+	if cur == nil {
+		return nil // For replay to send.
+	}
+	err := cur.SendMsg(m)
+	if err == nil {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.gen != gen {
+		return nil // It was sent to the next attempt, too.
+	}
+	if err == io.EOF {
+		if s.final {
+			return err
+		}
+		return nil // The attempt has ended. RecvMsg will find out how, and may repeat it.
+	}
+	s.commitLocked() // The message cannot be sent, to nobody.
+	return err
+}
+
+// keep keeps a message for further attempts and returns the attempt to send it to;
+// nil if that is replay's to do. If it cannot be kept the stream commits; keep then
+// returns false as soon as it is live.
+func (s *stream) keep(m any) (cur grpc.ClientStream, gen int, ok bool) {
+	n, known := repeat.Size(m)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.final && (!known || s.size+n > s.limit) {
+		s.commitLocked()
+	}
+	if s.final {
+		for !s.live {
+			s.caughtUp.Wait()
+		}
+		return nil, 0, false
+	}
+	s.sent = append(s.sent, m)
+	s.size += n
+	if !s.live {
+		return nil, 0, true
+	}
+	return s.cur, s.gen, true
+}
+
+func (s *stream) CloseSend() error {
+	if c := s.committed.Load(); c != nil {
+		return (*c).CloseSend()
+	}
+	s.mu.Lock()
+	s.closed = true
+	cur, live := s.cur, s.live
+	s.mu.Unlock()
+	if !live {
+		return nil // replay does it.
+	}
+	return cur.CloseSend()
+}
+
+func (s *stream) Trailer() metadata.MD {
+	cur, _, _ := s.current()
+	return cur.Trailer()
+}
+
+func (s *stream) Context() context.Context {
+	cur, _, _ := s.current()
+	return cur.Context()
+}

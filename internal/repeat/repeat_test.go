@@ -1,0 +1,90 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package repeat
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+func TestAWishIsReadFromThePushbackAndThenFromTheStatus(t *testing.T) {
+	st, err := status.New(codes.Unavailable, "").WithDetails(&errdetails.DebugInfo{}, &errdetails.RetryInfo{RetryDelay: durationpb.New(2 * time.Second)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pushback := func(v ...string) metadata.MD { return metadata.MD{pushbackKey: v} }
+	for name, tc := range map[string]struct {
+		err     error
+		trailer metadata.MD
+		want    Wish
+	}{
+		"nothing":         {status.Error(codes.Unavailable, ""), nil, Wish{}},
+		"no status":       {errors.New("no status"), metadata.MD{}, Wish{}},
+		"RetryInfo":       {st.Err(), nil, Wish{Asked: true, After: 2 * time.Second}},
+		"wrapped":         {fmt.Errorf("wrapped: %w", st.Err()), nil, Wish{Asked: true, After: 2 * time.Second}},
+		"pushback first":  {st.Err(), pushback("7"), Wish{Asked: true, Exact: true, After: 7 * time.Millisecond}},
+		"negative":        {st.Err(), pushback("-1"), Wish{Stop: true}},
+		"not a number":    {st.Err(), pushback("1.5"), Wish{Stop: true}},
+		"empty":           {st.Err(), pushback(""), Wish{Stop: true}},
+		"more than int32": {st.Err(), pushback("2147483648"), Wish{Stop: true}},
+		"two":             {st.Err(), pushback("1", "1"), Wish{Stop: true}},
+	} {
+		if got := WishOf(tc.err, tc.trailer); got != tc.want {
+			t.Errorf("%s: WishOf = %+v, want %+v", name, got, tc.want)
+		}
+	}
+}
+
+func TestTheNumberOfPreviousAttemptsReplacesAnOuterOneAndKeepsTheRest(t *testing.T) {
+	outer := metadata.AppendToOutgoingContext(context.Background(), "key", "value")
+	ctx := WithPrevious(WithPrevious(outer, 1), 2)
+	md, _ := metadata.FromOutgoingContext(ctx)
+	if got := md.Get(previousKey); !slices.Equal(got, []string{"2"}) || !slices.Equal(md.Get("key"), []string{"value"}) {
+		t.Errorf("metadata %v, want %s: 2 and the caller's key", md, previousKey)
+	}
+	if md, _ := metadata.FromOutgoingContext(outer); len(md.Get(previousKey)) != 0 {
+		t.Errorf("the caller's metadata was changed: %v", md)
+	}
+	if md, _ := metadata.FromOutgoingContext(WithPrevious(context.Background(), 3)); !slices.Equal(md.Get(previousKey), []string{"3"}) {
+		t.Errorf("metadata %v, want %s: 3", md, previousKey)
+	}
+}
+
+type sized struct{}
+
+func (sized) Size() int { return 5 }
+
+func TestTheSizeOfAMessageIsThatOnTheWire(t *testing.T) {
+	b := []byte("1234")
+	for _, tc := range []struct {
+		m    any
+		n    int
+		know bool
+	}{
+		{wrapperspb.String("abc"), 5, true}, {b, 4, true}, {&b, 4, true}, {sized{}, 5, true}, {nil, 0, false}, {struct{}{}, 0, false},
+	} {
+		if n, ok := Size(tc.m); n != tc.n || ok != tc.know {
+			t.Errorf("Size(%T) = %d, %v; want %d, %v", tc.m, n, ok, tc.n, tc.know)
+		}
+	}
+}
+
+func TestAMethodThatIsNotLinkedInIsNotDeclaredIdempotent(t *testing.T) {
+	for _, m := range []string{"", "/", "/a", "/a/b", "a/b", "/grpc.health.v1.Health/Nothing", "//"} {
+		if Declared(m) {
+			t.Errorf("Declared(%q) = true, want false", m)
+		}
+	}
+}
