@@ -138,12 +138,12 @@ func (s *server) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.Ca
 }
 
 // call makes a call through the layers. It returns the time it took, too.
-func (s *server) call(opts []grpc.CallOption, layers ...interceptor.Layer) (reply string, err error, took time.Duration) {
+func (s *server) call(opts []grpc.CallOption, layers ...interceptor.Layer) (reply string, took time.Duration, err error) {
 	s.t.Helper()
 	start := time.Now()
 	r := wrapperspb.String("before")
 	err = mustStack(s.t, layers...).Wrap(s).Invoke(s.t.Context(), method, wrapperspb.String("hello"), r, opts...)
-	return r.GetValue(), err, time.Since(start)
+	return r.GetValue(), time.Since(start), err
 }
 
 func (s *server) want(log ...string) {
@@ -168,7 +168,7 @@ func tower(t *testing.T, opts ...hedge.Option) *hedge.Layer {
 		if i >= 8 {
 			a.after = 10 * ms
 		}
-		if _, err, _ := newServer(t, a).call(nil, l); err != nil {
+		if _, _, err := newServer(t, a).call(nil, l); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -183,7 +183,7 @@ func tower(t *testing.T, opts ...hedge.Option) *hedge.Layer {
 func TestTowerOrigCompletesFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, answer{after: 15 * ms, reply: "orig-done"}, answer{after: 15 * ms, reply: "hedge-done"})
-		if got, err, took := s.call(nil, tower(t)); got != "orig-done" || err != nil || took != 15*ms {
+		if got, took, err := s.call(nil, tower(t)); got != "orig-done" || err != nil || took != 15*ms {
 			t.Errorf("got %q, %v after %v; want orig-done after 15ms", got, err, took)
 		}
 		s.want("0s 0 sent", "10ms 1 sent", "15ms 0 answered", "15ms 1 cancelled")
@@ -193,7 +193,7 @@ func TestTowerOrigCompletesFirst(t *testing.T) {
 func TestTowerHedgeCompletesFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, answer{after: 50 * ms, reply: "orig-done"}, answer{after: 5 * ms, reply: "hedge-done"})
-		got, err, took := s.call(nil, tower(t))
+		got, took, err := s.call(nil, tower(t))
 		if got != "hedge-done" || err != nil || took.Round(ms) != 15*ms {
 			t.Errorf("got %q, %v after %v; want hedge-done after 15ms", got, err, took)
 		}
@@ -204,7 +204,7 @@ func TestTowerHedgeCompletesFirst(t *testing.T) {
 func TestTowerCompletesBeforeHedge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, answer{reply: "orig-done"})
-		if got, err, _ := s.call(nil, tower(t)); got != "orig-done" || err != nil {
+		if got, _, err := s.call(nil, tower(t)); got != "orig-done" || err != nil {
 			t.Errorf("got %q, %v; want orig-done", got, err)
 		}
 		time.Sleep(time.Second)
@@ -216,7 +216,7 @@ func TestTowerRequestNotRetryableOrClonableIsNotHedged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, answer{after: 50 * ms, reply: "orig-done"})
 		l := tower(t, hedge.WithIdempotent(func(m string) bool { return m != method }))
-		if got, err, took := s.call(nil, l); got != "orig-done" || err != nil || took != 50*ms {
+		if got, took, err := s.call(nil, l); got != "orig-done" || err != nil || took != 50*ms {
 			t.Errorf("got %q, %v after %v; want orig-done after 50ms", got, err, took)
 		}
 		s.want("0s 0 sent", "50ms 0 answered")
@@ -240,7 +240,7 @@ func TestAnErrorNeverBeatsASuccessThatIsStillPossible(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				got, err, took := newServer(t, tc.answers...).call(nil, mustNew(t, fixed))
+				got, took, err := newServer(t, tc.answers...).call(nil, mustNew(t, fixed))
 				if err != tc.err || took != tc.took || err == nil && got != tc.want {
 					t.Errorf("got %q, %v after %v; want %q, %v after %v", got, err, took, tc.want, tc.err, tc.took)
 				}
@@ -306,7 +306,7 @@ func TestAWinnerDoesNotWaitForAPushback(t *testing.T) {
 		s := newServer(t, answer{after: 20 * ms, reply: "orig"}, answer{err: unavailable, trailer: metadata.Pairs("grpc-retry-pushback-ms", "5000")})
 		c := fixed
 		c.MaxAttempts = 3
-		if got, err, took := s.call(nil, mustNew(t, c)); got != "orig" || err != nil || took != 20*ms {
+		if got, took, err := s.call(nil, mustNew(t, c)); got != "orig" || err != nil || took != 20*ms {
 			t.Errorf("got %q, %v after %v; want the original's answer after 20ms", got, err, took)
 		}
 	})
@@ -391,7 +391,7 @@ func TestAttemptsHaveTheirOwnResultsAndTheCallerGetsTheWinners(t *testing.T) {
 			var header, trailer metadata.MD
 			finished := 0
 			s := newServer(t, answers...)
-			got, err, _ := s.call([]grpc.CallOption{grpc.Header(&header), grpc.Trailer(&trailer), grpc.OnFinish(func(error) { finished++ })}, mustNew(t, fixed))
+			got, _, err := s.call([]grpc.CallOption{grpc.Header(&header), grpc.Trailer(&trailer), grpc.OnFinish(func(error) { finished++ })}, mustNew(t, fixed))
 			want := fmt.Sprint(min(winner, 1))
 			if got != want || err != nil || finished != 1 || !slices.Equal(header.Get("attempt"), []string{want}) || !slices.Equal(trailer.Get("n"), []string{want}) {
 				t.Errorf("got %q, %v, header %v, trailer %v, %d OnFinish; want those of attempt %s and one", got, err, header, trailer, finished, want)
@@ -449,7 +449,7 @@ func TestAHedgeNeverQueuesAndTakesNoSlotBeforeItFires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, inside := mustNew(t, fixed), &limit{n: 1}
 		s := newServer(t, answer{after: 50 * ms, reply: "orig"})
-		if got, err, took := s.call(nil, l, inside); got != "orig" || err != nil || took != 50*ms {
+		if got, took, err := s.call(nil, l, inside); got != "orig" || err != nil || took != 50*ms {
 			t.Errorf("got %q, %v after %v; want the original's answer", got, err, took)
 		}
 		if want := []interceptor.Wait{interceptor.Forever, interceptor.None}; !slices.Equal(inside.waits, want) {
@@ -477,7 +477,7 @@ func (*refusing) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor
 func TestAnAttemptThatIsRefusedInsideCostsNothingAndIsNotTheResult(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, fixed)
-		if _, err, _ := newServer(t, answer{err: unavailable}).call(nil, l, &refusing{}); err != unavailable {
+		if _, _, err := newServer(t, answer{err: unavailable}).call(nil, l, &refusing{}); err != unavailable {
 			t.Errorf("got %v, want the server's error", err)
 		}
 		if got := l.Budget().Balance(); got != 1000.05 {
@@ -588,7 +588,7 @@ func TestAPanicOfAnAttemptReachesTheCallerAfterTheOthersHaveEnded(t *testing.T) 
 						t.Errorf("%d attempts, released %q; want all to have ended", s.n, inside.log)
 					}
 				}()
-				_, err, _ := s.call(nil, mustNew(t, fixed), inside)
+				_, _, err := s.call(nil, mustNew(t, fixed), inside)
 				t.Errorf("the call returned %v, want a panic", err)
 			})
 		})

@@ -63,7 +63,7 @@ func mustStack(t testing.TB, layers ...interceptor.Layer) *interceptor.Stack {
 // server answers unary attempts.
 type server struct {
 	t      *testing.T
-	answer func(n int, req string) (reply string, err error, trailer metadata.MD) // n counts from 1.
+	answer func(n int, req string) (reply string, trailer metadata.MD, err error) // n counts from 1.
 
 	mu   sync.Mutex
 	seen []string    // Requests.
@@ -73,9 +73,9 @@ type server struct {
 
 // fails answers with the errors in turn, and then with success.
 func fails(t *testing.T, errs ...error) *server {
-	return &server{t: t, answer: func(n int, _ string) (string, error, metadata.MD) {
+	return &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) {
 		if n <= len(errs) {
-			return "", errs[n-1], nil
+			return "", nil, errs[n-1]
 		}
 		return "ok", nil, nil
 	}}
@@ -83,7 +83,7 @@ func fails(t *testing.T, errs ...error) *server {
 
 // always answers with err.
 func always(t *testing.T, err error, trailer metadata.MD) *server {
-	return &server{t: t, answer: func(int, string) (string, error, metadata.MD) { return "", err, trailer }}
+	return &server{t: t, answer: func(int, string) (string, metadata.MD, error) { return "", trailer, err }}
 }
 
 func (s *server) Invoke(ctx context.Context, _ string, req, reply any, opts ...grpc.CallOption) error {
@@ -93,7 +93,7 @@ func (s *server) Invoke(ctx context.Context, _ string, req, reply any, opts ...g
 	s.ctxs = append(s.ctxs, ctx)
 	n := len(s.seen)
 	s.mu.Unlock()
-	r, err, trailer := s.answer(n, req.(*wrapperspb.StringValue).GetValue())
+	r, trailer, err := s.answer(n, req.(*wrapperspb.StringValue).GetValue())
 	for _, o := range opts {
 		switch o := o.(type) {
 		case grpc.TrailerCallOption:
@@ -141,8 +141,8 @@ func TestTowerRetryErrorsTheSameRequestIsSentAgainAndItsSuccessReturned(t *testi
 
 func TestTowerRetryLimitTheThirdErrorIsTheResultOfThreeAttempts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &server{t: t, answer: func(n int, _ string) (string, error, metadata.MD) {
-			return "", status.Errorf(codes.Unavailable, "retry %d", n), nil
+		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) {
+			return "", nil, status.Errorf(codes.Unavailable, "retry %d", n)
 		}}
 		_, err := s.call(t.Context(), nil, mustNew(t, quick))
 		if s.attempts() != 3 || status.Convert(err).Message() != "retry 3" {
@@ -210,7 +210,7 @@ func TestTowerRetryMutatingPolicyAPolicyRetriesSuccessesReplacesRequestsAndTheRe
 
 func TestASuccessThatCannotBeRepeatedStands(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &server{t: t, answer: func(n int, _ string) (string, error, metadata.MD) { return fmt.Sprint("answer ", n), nil, nil }}
+		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) { return fmt.Sprint("answer ", n), nil, nil }}
 		l := mustNew(t, retry.Config{MaxAttempts: 9, Backoff: quick.Backoff, Budget: budget.Config{MinPerSecond: 0.4, Ratio: budget.None}},
 			retry.WithPolicy(func(context.Context, *retry.Attempt) bool { return true }))
 		if got, err := s.call(t.Context(), nil, l); got != "answer 5" || err != nil {
@@ -302,11 +302,11 @@ func TestServersSayWhenToComeBack(t *testing.T) {
 func TestAPushbackStartsTheBackoffOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
-		s := &server{t: t, answer: func(n int, _ string) (string, error, metadata.MD) {
+		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) {
 			if n == 3 {
-				return "", unavailable, metadata.Pairs("grpc-retry-pushback-ms", "100")
+				return "", metadata.Pairs("grpc-retry-pushback-ms", "100"), unavailable
 			}
-			return "", unavailable, nil
+			return "", nil, unavailable
 		}}
 		c := quick
 		c.MaxAttempts = 6
@@ -564,11 +564,11 @@ func TestAttemptsTellTheServerTheirNumberAndShareWhatWasTried(t *testing.T) {
 
 func TestTheCallerGetsTheReplyAndTheResultsOfTheLastAttemptAndOneOnFinish(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &server{t: t, answer: func(n int, _ string) (string, error, metadata.MD) {
+		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) {
 			if n < 3 {
-				return "of a failure", unavailable, metadata.Pairs("n", fmt.Sprint(n), "grpc-retry-pushback-ms", "1")
+				return "of a failure", metadata.Pairs("n", fmt.Sprint(n), "grpc-retry-pushback-ms", "1"), unavailable
 			}
-			return "ok", nil, metadata.Pairs("n", fmt.Sprint(n))
+			return "ok", metadata.Pairs("n", fmt.Sprint(n)), nil
 		}}
 		var header, trailer metadata.MD
 		finished := 0
@@ -586,11 +586,11 @@ func TestTheCallerGetsTheReplyAndTheResultsOfTheLastAttemptAndOneOnFinish(t *tes
 
 func TestANestedRetryObeysAndPassesOnThePushbackOfTheInnerOnesLastAttempt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &server{t: t, answer: func(n int, _ string) (string, error, metadata.MD) {
+		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) {
 			if n == 2 {
-				return "", unavailable, metadata.Pairs("grpc-retry-pushback-ms", "-1")
+				return "", metadata.Pairs("grpc-retry-pushback-ms", "-1"), unavailable
 			}
-			return "", unavailable, nil
+			return "", nil, unavailable
 		}}
 		if _, err := s.call(t.Context(), nil, mustNew(t, quick), mustNew(t, quick)); err != unavailable || s.attempts() != 2 {
 			t.Errorf("%d attempts, %v; want both layers to stop at the pushback of the second", s.attempts(), err)
@@ -639,11 +639,11 @@ func (l *limit) Release(int64, interceptor.Outcome, error) {
 func TestARetryNeverQueuesAndOneThatIsNotAdmittedLeavesTheServersError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, inside := mustNew(t, quick), &limit{n: 1}
-		s := &server{t: t, answer: func(n int, _ string) (string, error, metadata.MD) {
+		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) {
 			if n == 2 {
 				time.AfterFunc(time.Millisecond, func() { inside.take() }) // Taken by others during the back-off.
 			}
-			return "", unavailable, nil
+			return "", nil, unavailable
 		}}
 		if _, err := s.call(t.Context(), nil, l, inside); err != unavailable || s.attempts() != 2 {
 			t.Errorf("%d attempts, %v; want 2 and the server's error", s.attempts(), err)
@@ -704,7 +704,7 @@ func TestASpentBudgetReturnsTheServersErrorAndIsObserved(t *testing.T) {
 	})
 }
 
-func (s *server) answer1() error { _, err, _ := s.answer(1, ""); return err }
+func (s *server) answer1() error { _, _, err := s.answer(1, ""); return err }
 
 func TestStacksShareABudget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -761,13 +761,13 @@ func TestUpdateAppliesToCallsInFlightAndKeepsTheBalance(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, quick)
 		s := &server{t: t}
-		s.answer = func(n int, _ string) (string, error, metadata.MD) {
+		s.answer = func(n int, _ string) (string, metadata.MD, error) {
 			if n == 2 {
 				if err := l.Update(retry.Config{MaxAttempts: 5, Backoff: quick.Backoff, Budget: budget.Config{MinPerSecond: 20}}); err != nil {
 					t.Error(err)
 				}
 			}
-			return "", unavailable, nil
+			return "", nil, unavailable
 		}
 		s.call(t.Context(), nil, l)
 		if s.attempts() != 5 {
