@@ -113,33 +113,39 @@ const (
 	tagMask = 1<<tagBits - 1
 )
 
-// stillBits: an estimate that was read less than decay/2^stillBits ago is not
-// written again. It changes the average of the next latency by less than one
+// stillBits: a reading less than decay/2^stillBits after the last one that was
+// noted is not noted. It changes the average of the next latency by less than one
 // millionth, and saves the write on the pick path.
 const stillBits = 20
 
+// peakMeter is the state of one endpoint, one cache line.
+//
+// Tower lets each reading of an estimate store what is left of it. What is left
+// after two readings is what is left after the time of both, so here the estimate
+// stays as the last sample left it, and a reading notes its time alone.
 type peakMeter struct {
 	metric   *PeakEWMA
 	pending  atomic.Int64
 	estimate atomic.Uint64 // nanoseconds as float64 bits, tag in the low bits
-	stamp    atomic.Uint64 // Instant << tagBits | tag: when estimate was last read or updated; 0 before
+	stamp    atomic.Uint64 // Instant << tagBits | tag: when estimate was written; 0 before
+	read     atomic.Int64  // Instant of the last reading
 	// penalized is whether the estimate is what a failure was charged. What a
 	// failure is charged follows from the estimates of all endpoints, and must not
 	// follow from itself, or it would grow with each. They are estimates and not
 	// latencies because they are peaks: the mean latency is several times less.
 	penalized atomic.Bool
-	_         [28]byte
+	_         [20]byte
 }
 
-// read returns the estimate word and, in nanoseconds, its value and its age.
-func (m *peakMeter) read(now Instant) (word uint64, value, elapsed float64) {
+// current returns the estimate word and, in nanoseconds, its value and its age.
+func (m *peakMeter) current(now Instant) (word uint64, value, age float64) {
 	word = m.estimate.Load()
 	stamp := m.stamp.Load()
 	value = math.Float64frombits(word &^ tagMask)
 	if word&tagMask != stamp&tagMask || stamp == 0 {
 		return word, value, 0
 	}
-	return word, value, max(float64(int64(uint64(now)<<tagBits-stamp&^tagMask)>>tagBits), 0)
+	return word, value, float64(max(int64(uint64(now)<<tagBits-stamp&^tagMask)>>tagBits, 0))
 }
 
 // write replaces the estimate unless another goroutine did so since it was read.
@@ -153,18 +159,16 @@ func (m *peakMeter) write(word uint64, value float64, now Instant) bool {
 }
 
 func (m *peakMeter) Load(now Instant) float64 {
-	word, value, elapsed := m.read(now)
-	age := elapsed * m.metric.params.Load().rate
+	rate := m.metric.params.Load().rate
+	word, value, age := m.current(now)
 	switch {
-	case age >= 1.0/(1<<stillBits):
-		value *= expSmall(age)
-		// Losing the race to another reader or to a sample loses nothing: that
-		// one has moved the time, or knows better.
-		m.write(word, value, now)
 	case age > 0:
-		value -= value * age
+		value *= expSmall(age * rate)
 	case word&tagMask == 0 && m.stamp.Load() == 0:
-		m.write(word, value, now) // the first read starts the clock
+		m.write(word, value, now) // the first reading starts the clock
+	}
+	if float64(int64(now)-m.read.Load())*rate >= 1.0/(1<<stillBits) {
+		m.read.Store(int64(now))
 	}
 	return value * float64(m.pending.Load()+1)
 }
@@ -192,6 +196,12 @@ func (m *peakMeter) Finish(now Instant, s Sample) {
 func (m *peakMeter) completed(now Instant, t Ticket) {
 	latency := t.latency(now)
 	estimate := m.sample(now, latency, false)
+	// The means serve failures alone, so a part of the samples is enough for them:
+	// about one in four, which is which by a hash of the time (Knuth, "The art of
+	// computer programming", 6.4).
+	if uint64(now)*0x9e3779b97f4a7c15>>62 != 0 && m.metric.fleet.means.Load() != 0 {
+		return
+	}
 	if m.penalized.Load() {
 		estimate = latency
 	}
@@ -202,10 +212,16 @@ func (m *peakMeter) completed(now Instant, t Ticket) {
 func (m *peakMeter) sample(now Instant, latency float64, failed bool) float64 {
 	rate := m.metric.params.Load().rate
 	for {
-		word, value, elapsed := m.read(now)
+		word, value, age := m.current(now)
+		// The estimate as the last reading left it, and the time since.
+		unread := float64(max(int64(now)-m.read.Load(), 0))
+		if unread > age {
+			unread = age
+		}
+		value *= expSmall((age - unread) * rate)
 		next := latency
 		if latency <= value {
-			d := expSmall(elapsed * rate)
+			d := expSmall(unread * rate)
 			next = value*d + latency*(1-d)
 		}
 		if m.write(word, next, now) {

@@ -44,6 +44,7 @@ type config struct {
 	memory   int
 	failures codeSet
 	metric   metricConfig
+	timeless bool // the metric has no use for the time
 }
 
 // MarshalJSON returns the config as it was given. Some parents, such as
@@ -64,8 +65,11 @@ func parseConfig(js json.RawMessage) (*config, error) {
 	if c.metric, err = newMetricConfig(m.GetLoad()); err != nil {
 		return nil, err
 	}
-	if _, ok := c.metric.(expectedLatency); ok {
+	switch c.metric.(type) {
+	case expectedLatency:
 		c.choices, c.memory = defaultChoicesExpectedLatency, defaultMemoryExpectedLatency
+	case pendingRequests, constant:
+		c.timeless = true
 	}
 	if m.ChoiceCount != nil {
 		if v := m.GetChoiceCount(); v < minChoices || v > maxChoices {
