@@ -36,8 +36,6 @@ const (
 
 	// steady is the part of MaxExtraLoad that the percentile asks for.
 	steady = 0.8
-
-	name = "hedge"
 )
 
 // Config is when extra attempts are made, and how many. The zero value is the
@@ -176,6 +174,18 @@ func (c Config) settings() (*settings, error) {
 // An Option is what cannot be said in a Config.
 type Option func(*Layer) error
 
+// WithName names the layer in metrics and the stack's String. The default is
+// "hedge"; it must not be empty.
+func WithName(name string) Option {
+	return func(l *Layer) error {
+		if name == "" {
+			return errors.New(`hedge: WithName "": must not be empty`)
+		}
+		l.name = name
+		return nil
+	}
+}
+
 // WithBudget makes the layer spend b, which it may share with other layers and
 // stacks. By default it has a budget of its own.
 func WithBudget(b *budget.Budget) Option {
@@ -204,6 +214,8 @@ func WithIdempotent(f func(method string) bool) Option {
 // A Layer hedges calls; see the package's documentation. It is an
 // [interceptor.Layer].
 type Layer struct {
+	// Set by New and not changed.
+	name       string
 	budget     *budget.Budget
 	shared     bool // The budget was given.
 	idempotent func(method string) bool
@@ -221,7 +233,7 @@ func New(c Config, opts ...Option) (*Layer, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Layer{latencies: latency.New(s.window)}
+	l := &Layer{name: "hedge", latencies: latency.New(s.window)}
 	for _, o := range opts {
 		if err := o(l); err != nil {
 			return nil, err
@@ -287,8 +299,8 @@ func (l *Layer) mayHedge(set *settings, method string) bool {
 	return l.idempotent != nil && l.idempotent(method) || set.declared && repeat.Declared(method)
 }
 
-// String returns "hedge".
-func (l *Layer) String() string { return name }
+// String returns the layer's name.
+func (l *Layer) String() string { return l.name }
 
 // WrapGate returns a gate that counts calls for the budget.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate { return &gate{l, inner} }
@@ -299,7 +311,7 @@ type gate struct {
 }
 
 func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-	g.layer.budget.Count(c, name)
+	g.layer.budget.Count(c, g.layer.name)
 	return g.inner.Admit(ctx, c, w)
 }
 

@@ -227,8 +227,8 @@ func (r *race) another(follows bool) (again bool) {
 func (r *race) attempt(t *try) (made bool, err error) {
 	b := r.layer.budget
 	if !b.Withdraw(t.start) {
-		r.observer.Budget(name, b.Balance())
-		r.observer.Refused(r.call.Method(), name, interceptor.ReasonBudget)
+		r.observer.Budget(r.layer.name, b.Balance())
+		r.observer.Refused(r.call.Method(), r.layer.name, interceptor.ReasonBudget)
 		r.mu.Lock()
 		r.noMoreLocked() // A call does not live long enough for that to change.
 		r.mu.Unlock()
@@ -238,7 +238,7 @@ func (r *race) attempt(t *try) (made bool, err error) {
 		if !made {
 			b.Refund(t.start)
 		}
-		r.observer.Budget(name, b.Balance())
+		r.observer.Budget(r.layer.name, b.Balance())
 	}()
 	f := r.origin.Fork()
 	f.KeepTrailer()
@@ -247,7 +247,7 @@ func (r *race) attempt(t *try) (made bool, err error) {
 		return false, nil // The stack has told the observer.
 	}
 	t.call, t.ctx = f, ctx
-	r.observer.HedgeFired(r.call.Method(), name)
+	r.observer.HedgeFired(r.call.Method(), r.layer.name)
 	err = r.carryOut(t)
 	if refusal, ok := interceptor.AsRefusal(err); ok && refusal.NotSent() {
 		return false, nil
@@ -290,7 +290,7 @@ func (r *race) ended(t *try, err error) (again bool) {
 		}
 		r.layer.latencies.Record(now.Sub(t.start))
 		if t != &r.first {
-			r.observer.HedgeWon(r.call.Method(), name)
+			r.observer.HedgeWon(r.call.Method(), r.layer.name)
 		}
 		return false
 	}

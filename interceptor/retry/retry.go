@@ -27,8 +27,6 @@ const (
 	DefaultMaxAttempts = 3
 	// DefaultBufferBytes is also gRPC's own limit for what is kept of a stream.
 	DefaultBufferBytes = 256 << 10
-
-	name = "retry"
 )
 
 // Config is what is repeated, how often and when. The zero value is the default.
@@ -116,6 +114,18 @@ type Policy func(ctx context.Context, a *Attempt) bool
 // An Option is what cannot be said in a Config.
 type Option func(*Layer) error
 
+// WithName names the layer in refusals, metrics and the stack's String. The
+// default is "retry"; it must not be empty.
+func WithName(name string) Option {
+	return func(l *Layer) error {
+		if name == "" {
+			return errors.New(`retry: WithName "": must not be empty`)
+		}
+		l.name = name
+		return nil
+	}
+}
+
 // WithBudget makes the layer spend b, which it may share with other layers and
 // stacks. By default it has a budget of its own.
 func WithBudget(b *budget.Budget) Option {
@@ -155,6 +165,10 @@ func WithPolicy(p Policy) Option {
 // A Layer repeats calls; see the package's documentation. It is an
 // [interceptor.Layer].
 type Layer struct {
+	// Set by New and not changed.
+	name       string
+	exhausted  *interceptor.Refusal
+	cancelled  *interceptor.Refusal
 	budget     *budget.Budget
 	shared     bool // The budget was given.
 	idempotent func(method string) bool
@@ -167,12 +181,14 @@ type Layer struct {
 
 // New returns a layer.
 func New(c Config, opts ...Option) (*Layer, error) {
-	l := new(Layer)
+	l := &Layer{name: "retry"}
 	for _, o := range opts {
 		if err := o(l); err != nil {
 			return nil, err
 		}
 	}
+	l.exhausted = interceptor.Refuse(l.name, interceptor.ReasonBudget, "the budget for further attempts is spent")
+	l.cancelled = interceptor.Refuse(l.name, interceptor.ReasonCancelled, "the caller gave up before the next attempt")
 	if !l.shared {
 		b, err := budget.New(c.Budget)
 		if err != nil {
@@ -210,8 +226,8 @@ func (l *Layer) Update(c Config) error {
 // Budget returns the budget that the layer spends.
 func (l *Layer) Budget() *budget.Budget { return l.budget }
 
-// String returns "retry".
-func (l *Layer) String() string { return name }
+// String returns the layer's name.
+func (l *Layer) String() string { return l.name }
 
 // WrapGate returns a gate that counts calls for the budget.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate { return &gate{l, inner} }
@@ -222,7 +238,7 @@ type gate struct {
 }
 
 func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-	g.layer.budget.Count(c, name)
+	g.layer.budget.Count(c, g.layer.name)
 	return g.inner.Admit(ctx, c, w)
 }
 
@@ -290,25 +306,25 @@ func (s *series) step(ctx context.Context, reply any, last error, trailer metada
 	}
 	b, o := s.layer.budget, s.call.Observer()
 	if !b.Withdraw(now) {
-		o.Budget(name, b.Balance())
+		o.Budget(s.layer.name, b.Balance())
 		if last == nil {
 			return nil, nil, false
 		}
-		return nil, exhausted.Because(last, true), false
+		return nil, s.layer.exhausted.Because(last, true), false
 	}
-	o.Budget(name, b.Balance())
+	o.Budget(s.layer.name, b.Balance())
 	sent := false
 	defer func() {
 		if !sent {
 			b.Refund(now)
-			o.Budget(name, b.Balance())
+			o.Budget(s.layer.name, b.Balance())
 		}
 	}()
 	if delay > 0 && interceptor.Forever.Sleep(ctx, now.Add(delay)) != nil {
 		if last == nil || ctx.Err() != context.Canceled {
 			return nil, last, false
 		}
-		return nil, cancelled.Because(last, true), false
+		return nil, s.layer.cancelled.Because(last, true), false
 	}
 	f = s.origin.Fork()
 	if s.inner.Admit(ctx, f, interceptor.None) != nil {
@@ -327,11 +343,6 @@ func (s *series) step(ctx context.Context, reply any, last error, trailer metada
 	}
 	return f, err, true
 }
-
-var (
-	exhausted = interceptor.Refuse(name, interceptor.ReasonBudget, "the budget for further attempts is spent")
-	cancelled = interceptor.Refuse(name, interceptor.ReasonCancelled, "the caller gave up before the next attempt")
-)
 
 // judge decides whether an attempt should be repeated, and after which delay. If
 // not, err is the call's.

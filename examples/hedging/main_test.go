@@ -1,0 +1,36 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"regexp"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestBothClientsAreInTheTable(t *testing.T) {
+	var out bytes.Buffer
+	if err := run(t.Context(), &out, time.Second, 0.05); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`(?m)^without a hedge +\d+ +0 .* 0\.0%$`,
+		`(?m)^with a hedge +\d+ +0 .* ([1-9]\.\d|0\.[1-9])%$`,
+	} {
+		if !regexp.MustCompile(want).MatchString(out.String()) {
+			t.Errorf("the output does not match %s:\n%s", want, &out)
+		}
+	}
+}
+
+func TestABadShareIsAnError(t *testing.T) {
+	if err := run(t.Context(), &bytes.Buffer{}, time.Second, 2); err == nil {
+		t.Errorf("run returned no error")
+	}
+}

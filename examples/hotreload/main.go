@@ -1,0 +1,201 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Hotreload changes what happens to calls while they run: a client calls a gRPC
+// server on loopback without a pause, while the limit, the timeout and the order of
+// its layers are replaced by those of one JSON after another. One of them has a
+// mistake, which changes nothing.
+//
+//	go run ./examples/hotreload
+//
+// The lines that a program needs are in run: stackconfig.Parse, NewStackFromConfig
+// and Update. It takes about nine seconds; -step makes each of its steps longer or
+// shorter.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"maps"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/stackconfig"
+	"github.com/belfry-go/belfry/internal/testserver"
+	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
+)
+
+// steps are the configs, as a file or a control plane would bring them. The limit
+// has a name, so it is one and the same through all of them, with the calls that
+// hold its permits and those that wait.
+var steps = []struct{ title, config string }{
+	{"ten calls at a time; the others wait", `{
+		"methodConfig": [{"name": [{}], "layers": [
+			{"name": "limit", "concurrency": {"limit": 10}}
+		]}]}`},
+	{"a tenth of a second for each call, waiting included", `{
+		"methodConfig": [{"name": [{}], "layers": [
+			{"timeout": {"call": "0.1s"}},
+			{"name": "limit", "concurrency": {"limit": 10}}
+		]}]}`},
+	{"a limit of minus twenty", `{
+		"methodConfig": [{"name": [{}], "layers": [
+			{"timeout": {"call": "0.1s"}},
+			{"name": "limit", "concurrency": {"limit": -20}}
+		]}]}`},
+	{"of those that wait, the one that came last goes first", `{
+		"methodConfig": [{"name": [{}], "layers": [
+			{"timeout": {"call": "0.1s"}},
+			{"name": "limit", "concurrency": {"limit": 10, "discipline": "DISCIPLINE_LIFO"}}
+		]}]}`},
+	{"who would have to wait is refused, but for five", `{
+		"methodConfig": [{"name": [{}], "layers": [
+			{"loadShed": {}},
+			{"timeout": {"call": "0.1s"}},
+			{"buffer": {"size": 5}},
+			{"name": "limit", "concurrency": {"limit": 10}}
+		]}]}`},
+	{"forty calls at a time", `{
+		"methodConfig": [{"name": [{}], "layers": [
+			{"loadShed": {}},
+			{"timeout": {"call": "0.1s"}},
+			{"buffer": {"size": 5}},
+			{"name": "limit", "concurrency": {"limit": 40}}
+		]}]}`},
+}
+
+func main() {
+	step := flag.Duration("step", 1500*time.Millisecond, "how long each config holds")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if err := run(ctx, os.Stdout, *step); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// run is the program.
+func run(ctx context.Context, out io.Writer, step time.Duration) error {
+	server, err := testserver.Start(testserver.ServiceTime(testserver.Uniform(20*time.Millisecond, 60*time.Millisecond)))
+	if err != nil {
+		return err
+	}
+	defer server.Close()
+
+	seen := newObserver()
+	config, err := stackconfig.Parse([]byte(`{}`))
+	if err != nil {
+		return err
+	}
+	stack, err := stackconfig.NewStackFromConfig(config, stackconfig.WithObserver(seen))
+	if err != nil {
+		return err
+	}
+	conn, err := server.NewClient(stack.DialOptions()...)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+
+	loading, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { load(loading, conn) })
+	defer wg.Wait()
+	defer cancel()
+	for _, s := range steps {
+		fmt.Fprintf(out, "%s\n", s.title)
+		config, err := stackconfig.Parse([]byte(s.config))
+		if err == nil {
+			err = stack.Update(config)
+		}
+		if err != nil {
+			fmt.Fprintf(out, "  nothing has changed: %v\n", err)
+		}
+		fmt.Fprintf(out, "  %v\n", stack)
+		seen.take() // What happened until now.
+		begin := time.Now()
+		select {
+		case <-time.After(step):
+		case <-ctx.Done():
+			return nil
+		}
+		fmt.Fprintf(out, "  %s; %d in flight\n", seen.take().per(time.Since(begin)), stack.InFlight())
+	}
+	return nil
+}
+
+// load makes 500 calls a second, which is more than ten at a time can be, until ctx
+// ends.
+func load(ctx context.Context, conn grpc.ClientConnInterface) {
+	client := testingv1.NewTestServiceClient(conn)
+	ticker := time.NewTicker(2 * time.Millisecond)
+	defer ticker.Stop()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		select {
+		case <-ticker.C:
+			wg.Go(func() { client.Unary(ctx, &testingv1.UnaryRequest{}) }) // The observer sees how it ends.
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// observer counts how calls end.
+type observer struct {
+	interceptor.NopObserver
+	mu     sync.Mutex // Guards counts.
+	counts counts
+}
+
+type counts map[string]int
+
+func newObserver() *observer { return &observer{counts: counts{}} }
+
+func (o *observer) add(what string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.counts[what]++
+}
+
+// Ended is called for each call that was admitted.
+func (o *observer) Ended(_ string, _ interceptor.Kind, _ interceptor.Outcome, err error) {
+	if _, refused := interceptor.AsRefusal(err); !refused { // Those are counted below.
+		o.add(status.Code(err).String())
+	}
+}
+
+// Refused is called for each call that a layer refused or cut short.
+func (o *observer) Refused(_, layer string, reason interceptor.Reason) {
+	o.add(fmt.Sprintf("%s by %s", reason, layer))
+}
+
+// take returns the counts since it was last called.
+func (o *observer) take() counts {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	c := o.counts
+	o.counts = counts{}
+	return c
+}
+
+// per is the counts per second.
+func (c counts) per(d time.Duration) string {
+	var s []string
+	for _, what := range slices.Sorted(maps.Keys(c)) {
+		s = append(s, fmt.Sprintf("%.0f %s", float64(c[what])/d.Seconds(), what))
+	}
+	return "a second: " + strings.Join(s, ", ")
+}

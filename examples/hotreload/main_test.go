@@ -1,0 +1,32 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestEachConfigChangesWhatHappensToCalls(t *testing.T) {
+	var out bytes.Buffer
+	if err := run(t.Context(), &out, 400*time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"*: [limit]\n",
+		"*: [timeout > limit]\n", "DEADLINE by timeout",
+		"nothing has changed: stackconfig: methodConfig[0].layers[1].concurrency.limit: -20, must be",
+		"*: [loadshed > timeout > buffer > limit]\n", "QUEUE_FULL by buffer",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("the output lacks %q:\n%s", want, &out)
+		}
+	}
+}

@@ -1,0 +1,243 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package stackconfig
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"regexp"
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/dynamicpb"
+
+	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
+)
+
+// An Error says which field of a config is wrong, and why. errors.As finds it in
+// what this package returns.
+type Error struct {
+	// Field is the path of the field by its JSON names, such as
+	// methodConfig[1].layers[2].concurrency.limit. It is empty if the config as a
+	// whole is wrong.
+	Field string
+	// Err has the value and the rule.
+	Err error
+}
+
+// Error names the field, the value and the rule.
+func (e *Error) Error() string {
+	if e.Field == "" {
+		return "stackconfig: " + e.Err.Error()
+	}
+	return "stackconfig: " + e.Field + ": " + e.Err.Error()
+}
+
+// Unwrap returns e.Err.
+func (e *Error) Unwrap() error { return e.Err }
+
+func wrong(field, format string, args ...any) *Error {
+	return &Error{Field: field, Err: fmt.Errorf(format, args...)}
+}
+
+// Parse reads the JSON form of a config: proto3 JSON, except that a field that is
+// not known is an error. It checks the form; whether the values are within their
+// ranges, [NewStackFromConfig] and [Stack.Update] say. The error is an [*Error].
+func Parse(js []byte) (*configv1.Stack, error) {
+	m := new(configv1.Stack)
+	err := protojson.Unmarshal(js, m)
+	if err == nil {
+		return m, nil
+	}
+	if e := locate(js, m.ProtoReflect().Descriptor(), ""); e != nil {
+		return nil, e
+	}
+	return nil, &Error{Err: err}
+}
+
+// locate finds the first field of a message in JSON that cannot be parsed, for
+// protojson says at which line and column, but not in which entry. It returns nil
+// if it finds none.
+func locate(js []byte, md protoreflect.MessageDescriptor, path string) *Error {
+	var fields map[string]json.RawMessage
+	if err := json.Unmarshal(js, &fields); err != nil {
+		if syntax := (*json.SyntaxError)(nil); errors.As(err, &syntax) {
+			return wrong(path, "%w at byte %d", err, syntax.Offset)
+		}
+		return wrong(path, "%s, must be an object", brief(js))
+	}
+	set := map[protoreflect.FullName]string{}
+	for _, key := range slices.Sorted(maps.Keys(fields)) {
+		value := fields[key]
+		field := join(path, key)
+		fd := md.Fields().ByJSONName(key)
+		if fd == nil {
+			fd = md.Fields().ByTextName(key)
+		}
+		if fd == nil {
+			return wrong(field, "unknown field, must be one of %s", fieldNames(md))
+		}
+		if isNull(value) {
+			continue
+		}
+		if o := fd.ContainingOneof(); o != nil && !o.IsSynthetic() {
+			if other, ok := set[o.FullName()]; ok {
+				return wrong(field, "set beside %s, must be set alone", other)
+			}
+			set[o.FullName()] = key
+		}
+		if e := locateValue(value, fd, field); e != nil {
+			return e
+		}
+	}
+	return nil
+}
+
+func locateValue(js json.RawMessage, fd protoreflect.FieldDescriptor, field string) *Error {
+	switch {
+	case fd.IsMap():
+		var entries map[string]json.RawMessage
+		if json.Unmarshal(js, &entries) != nil {
+			return wrong(field, "%s, must be an object", brief(js))
+		}
+		for _, key := range slices.Sorted(maps.Keys(entries)) {
+			if e := locateOne(entries[key], fd.MapValue(), fmt.Sprintf("%s[%q]", field, key)); e != nil {
+				return e
+			}
+		}
+		return nil
+	case fd.IsList():
+		var entries []json.RawMessage
+		if json.Unmarshal(js, &entries) != nil {
+			return wrong(field, "%s, must be an array", brief(js))
+		}
+		for i, entry := range entries {
+			if e := locateOne(entry, fd, fmt.Sprintf("%s[%d]", field, i)); e != nil {
+				return e
+			}
+		}
+		return nil
+	}
+	return locateOne(js, fd, field)
+}
+
+const durationName = "google.protobuf.Duration"
+
+// locateOne looks at one value of a field, even if the field is a list.
+func locateOne(js json.RawMessage, fd protoreflect.FieldDescriptor, field string) *Error {
+	if m := fd.Message(); m != nil && m.FullName() != durationName {
+		if isNull(js) {
+			return wrong(field, "null, must be an object")
+		}
+		return locate(js, m, field)
+	}
+	value := []byte(js)
+	if fd.IsList() {
+		value = slices.Concat([]byte("["), js, []byte("]"))
+	}
+	object := slices.Concat([]byte(`{"`+fd.JSONName()+`":`), value, []byte("}"))
+	if protojson.Unmarshal(object, dynamicpb.NewMessage(fd.ContainingMessage())) != nil {
+		return wrong(field, "%s, must be %s", brief(js), describe(fd))
+	}
+	return nil
+}
+
+// describe says what a value of the field looks like.
+func describe(fd protoreflect.FieldDescriptor) string {
+	switch fd.Kind() {
+	case protoreflect.BoolKind:
+		return "true or false"
+	case protoreflect.StringKind:
+		return "a string"
+	case protoreflect.DoubleKind:
+		return "a number"
+	case protoreflect.EnumKind:
+		return "one of " + enumNames(fd.Enum())
+	case protoreflect.MessageKind:
+		return `a duration in seconds, such as "1.5s"`
+	}
+	return "an integer"
+}
+
+func fieldNames(md protoreflect.MessageDescriptor) string {
+	var names []string
+	for i := range md.Fields().Len() {
+		names = append(names, md.Fields().Get(i).JSONName())
+	}
+	if names == nil {
+		return "none"
+	}
+	return strings.Join(names, ", ")
+}
+
+func isNull(js json.RawMessage) bool { return string(bytes.TrimSpace(js)) == "null" }
+
+// brief is a piece of JSON for an error message.
+func brief(js []byte) string {
+	const most = 60
+	s := strings.ToValidUTF8(string(bytes.TrimSpace(js)), "?")
+	if len(s) > most {
+		s = strings.ToValidUTF8(s[:most], "") + "…"
+	}
+	return s
+}
+
+func join(path, field string) string {
+	if path == "" || field == "" {
+		return path + field
+	}
+	return path + "." + field
+}
+
+// inLayer says which field of a layer an error of the layer's own package is about.
+// Those begin with the package and then, as a rule, with the name of a field of
+// its Config, which differs from the name in the schema in nothing but case; but
+// for Timeout.Timeout, which is called call there.
+func inLayer(path string, md protoreflect.MessageDescriptor, err error) *Error {
+	if m := goField.FindStringSubmatch(err.Error()); m != nil {
+		for name := range strings.SplitSeq(m[1], ".") {
+			name, index, _ := strings.Cut(name, "[")
+			fd := fieldLike(md, name)
+			if fd == nil {
+				break
+			}
+			path = join(path, fd.JSONName())
+			if index != "" {
+				path += "[" + index
+			}
+			if fd.Message() == nil {
+				break
+			}
+			md = fd.Message()
+		}
+	}
+	return &Error{Field: path, Err: err}
+}
+
+var goField = regexp.MustCompile(`^[a-z]+: ([A-Z]\w*(?:\[\d+\])?(?:\.[A-Z]\w*(?:\[\d+\])?)*)[ :]`)
+
+func fieldLike(md protoreflect.MessageDescriptor, name string) protoreflect.FieldDescriptor {
+	if string(md.Name()) == name {
+		name = "call"
+	}
+	for i := range md.Fields().Len() {
+		if fd := md.Fields().Get(i); strings.EqualFold(fd.JSONName(), name) {
+			return fd
+		}
+	}
+	return nil
+}
+
+func enumNames(ed protoreflect.EnumDescriptor) string {
+	var names []string
+	for i := range ed.Values().Len() {
+		names = append(names, string(ed.Values().Get(i).Name()))
+	}
+	return strings.Join(names, ", ")
+}

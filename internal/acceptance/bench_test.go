@@ -1,0 +1,202 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package acceptance
+
+import (
+	"context"
+	"io"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/buffer"
+	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/interceptor/ratelimit"
+	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/interceptor/timeout"
+)
+
+func layer[L interceptor.Layer](l L, err error) func(testing.TB) interceptor.Layer {
+	return func(t testing.TB) interceptor.Layer {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+}
+
+// six are the layers whose cost is promised: none refuses, and the timeout does not
+// tighten the deadline of the calls, which end in half an hour.
+func six(t testing.TB) []interceptor.Layer {
+	return []interceptor.Layer{
+		layer(loadshed.New(loadshed.Config{}))(t),
+		layer(timeout.New(timeout.Config{Timeout: time.Hour}))(t),
+		layer(retry.New(retry.Config{}))(t),
+		layer(buffer.New(buffer.Config{Size: 100}))(t),
+		layer(ratelimit.New(ratelimit.Config{Limit: 1e9, Burst: 1e9}))(t),
+		layer(concurrency.New(concurrency.Config{Limit: 1000}))(t),
+	}
+}
+
+// gate is the one layer of a stream through a gate.
+func gate(t testing.TB) []interceptor.Layer {
+	return []interceptor.Layer{layer(concurrency.New(concurrency.Config{Limit: 1000}))(t)}
+}
+
+// refusing is six with a rate that is used up.
+func refusing(t testing.TB) []interceptor.Layer {
+	layers := six(t)
+	layers[4] = layer(ratelimit.New(ratelimit.Config{Limit: 1, Per: 24 * time.Hour}))(t)
+	return layers
+}
+
+const sixAsData = `{"methodConfig": [{"name": [{"service": "s.S"}], "layers": [
+	{"loadShed": {}}, {"timeout": {"call": "3600s"}}, {"retry": {}}, {"buffer": {"size": 100}},
+	{"rateLimit": {"limit": 1000000000, "burst": 1000000000}}, {"concurrency": {"limit": 1000}}]}]}`
+
+func newInterceptorStack(t testing.TB, layers []interceptor.Layer) *interceptor.Stack {
+	t.Helper()
+	s, err := interceptor.NewStack(layers...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+const benchMethod = "/s.S/M"
+
+func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
+
+// unaryCases are what BenchmarkUnary measures and a test counts the allocations of.
+func unaryCases(t testing.TB) map[string]grpc.UnaryClientInterceptor {
+	return map[string]grpc.UnaryClientInterceptor{
+		"shed_timeout_retry_buffer_rate_limit":           newInterceptorStack(t, six(t)).UnaryClientInterceptor(),
+		"shed_timeout_retry_buffer_rate_limit_from_data": newStackOf(t, sixAsData).UnaryClientInterceptor(),
+		"shed_timeout_retry_buffer_rate_limit_refusing":  newInterceptorStack(t, refusing(t)).UnaryClientInterceptor(),
+	}
+}
+
+func BenchmarkUnary(b *testing.B) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
+	defer cancel()
+	opts := []grpc.CallOption{grpc.StaticMethod()} // As generated code passes.
+	run := func(name string, unary grpc.UnaryClientInterceptor) {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				unary(ctx, benchMethod, nil, nil, nil, noop, opts...)
+			}
+		})
+	}
+	// The baseline: gRPC's own way to chain six interceptors that only pass on.
+	run("baseline_grpc_chain_of_6", chain(6))
+	for name, unary := range unaryCases(b) {
+		run(name, unary)
+	}
+	b.Run("shed_timeout_retry_buffer_rate_limit_parallel", func(b *testing.B) {
+		unary := newInterceptorStack(b, six(b)).UnaryClientInterceptor()
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				unary(ctx, benchMethod, nil, nil, nil, noop, opts...)
+			}
+		})
+	})
+	b.Run("shed_timeout_retry_buffer_rate_limit_on_a_connection", func(b *testing.B) {
+		// A connection has a picker, which a retry tells where the call has been.
+		conn := newInterceptorStack(b, six(b)).Wrap(nothing{})
+		b.ReportAllocs()
+		for b.Loop() {
+			conn.Invoke(ctx, benchMethod, nil, nil, opts...)
+		}
+	})
+}
+
+// nothing is a connection whose calls are over at once.
+type nothing struct{ grpc.ClientConnInterface }
+
+func (nothing) Invoke(context.Context, string, any, any, ...grpc.CallOption) error { return nil }
+
+// chain composes n passing interceptors as grpc.WithChainUnaryInterceptor does,
+// which makes a closure for each interceptor and call.
+func chain(n int) grpc.UnaryClientInterceptor {
+	pass := func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		return next(ctx, method, req, reply, cc, opts...)
+	}
+	all := make([]grpc.UnaryClientInterceptor, n)
+	for i := range all {
+		all[i] = pass
+	}
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, last grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		return all[0](ctx, method, req, reply, cc, invokerFrom(all, 0, last), opts...)
+	}
+}
+
+func invokerFrom(all []grpc.UnaryClientInterceptor, i int, last grpc.UnaryInvoker) grpc.UnaryInvoker {
+	if i == len(all)-1 {
+		return last
+	}
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, opts ...grpc.CallOption) error {
+		return all[i+1](ctx, method, req, reply, cc, invokerFrom(all, i+1, last), opts...)
+	}
+}
+
+// over is a stream that has ended.
+type over struct{ grpc.ClientStream }
+
+func (over) RecvMsg(any) error { return io.EOF }
+
+// openAndEnd returns a function that runs a stream through a stack.
+func openAndEnd(t testing.TB, layers []interceptor.Layer) func() {
+	stream := newInterceptorStack(t, layers).StreamClientInterceptor()
+	cc := new(grpc.ClientConn) // It is not used, but there, as gRPC passes one.
+	desc := &grpc.StreamDesc{ServerStreams: true}
+	opts := []grpc.CallOption{grpc.StaticMethod()}
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
+	t.Cleanup(cancel)
+	return func() {
+		s, err := stream(ctx, desc, cc, benchMethod, func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+			return over{}, nil
+		}, opts...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.RecvMsg(nil); err != io.EOF {
+			t.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkStream(b *testing.B) {
+	for name, layers := range map[string]func(testing.TB) []interceptor.Layer{"limit": gate, "shed_timeout_retry_buffer_rate_limit": six} {
+		b.Run(name, func(b *testing.B) {
+			run := openAndEnd(b, layers(b))
+			b.ReportAllocs()
+			for b.Loop() {
+				run()
+			}
+		})
+	}
+}
+
+func TestSixLayersCostNoAllocationAndAStreamThroughAGateThree(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector makes pools forget")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
+	defer cancel()
+	opts := []grpc.CallOption{grpc.StaticMethod()}
+	for name, unary := range unaryCases(t) {
+		if got := testing.AllocsPerRun(1000, func() { unary(ctx, benchMethod, nil, nil, nil, noop, opts...) }); got != 0 {
+			t.Errorf("%s: %v allocations a call, want 0", name, got)
+		}
+	}
+	if got := testing.AllocsPerRun(1000, openAndEnd(t, gate(t))); got > 3 {
+		t.Errorf("a stream through a gate: %v allocations, want at most 3", got)
+	}
+}

@@ -1,0 +1,218 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package acceptance
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/stackconfig"
+	"github.com/belfry-go/belfry/internal/testserver"
+	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
+)
+
+const (
+	stallFor   = 100 * time.Millisecond
+	stallEvery = 2 * time.Second
+)
+
+// tails are two clients of servers that each stall for 100 ms every 2 s, which call
+// them at the same time through stacks that differ in the hedge alone: they meet
+// the same stalls.
+type tails struct{ without, with *client }
+
+func newTails(t *testing.T, cluster *testserver.Cluster) tails {
+	const plain = `{"timeout": {"call": "5s"}}, {"concurrency": {"limit": 1000}}`
+	return tails{
+		without: newClient(t, cluster, `{"methodConfig": [{"name": [{}], "layers": [`+plain+`]}]}`),
+		// The budget is the promise: 6 % of the calls, and nothing besides.
+		with: newClient(t, cluster, `{"methodConfig": [{"name": [{}], "layers": [
+			{"hedge": {"percentile": 0.95, "maxExtraLoad": 0.055}}, `+plain+`]}], "budgets": {"hedges": {"ratio": 0.06, "minPerSecond": 0}}}`),
+	}
+}
+
+// warmUp makes calls for d while nothing stalls, for connections, latencies to take a
+// percentile of, and a budget that has something in hand, as after hours it has.
+func (c tails) warmUp(t *testing.T, d time.Duration) {
+	c.both(t.Context(), t, d)
+	c.without.reset()
+	c.with.reset()
+}
+
+func (c tails) both(ctx context.Context, t *testing.T, d time.Duration) {
+	var wg sync.WaitGroup
+	wg.Go(func() { c.without.load(ctx, t, d) })
+	wg.Go(func() { c.with.load(ctx, t, d) })
+	wg.Wait()
+}
+
+// stalled makes calls for d while the servers stall, each at its own time, and
+// returns p99.9 of both clients. It checks that there were no more than 6 % further
+// attempts since the start.
+func (c tails) stalled(t *testing.T, cluster *testserver.Cluster, d time.Duration) (base, hedged time.Duration) {
+	c.without.reset()
+	c.with.reset()
+	ctx, cancel := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer cancel()
+	for i, srv := range cluster.Servers() {
+		all.Go(func() {
+			begin := time.Now()
+			for next := time.Duration(i) * stallEvery / time.Duration(len(cluster.Servers())); ; next += stallEvery {
+				select {
+				case <-time.After(time.Until(begin.Add(next))):
+				case <-ctx.Done():
+					return
+				}
+				if err := srv.StallFor(stallFor); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	c.both(ctx, t, d)
+	base, hedged = c.without.p999(), c.with.p999()
+	extra := float64(c.with.attempts.Load())/float64(c.with.calls.Load()) - 1
+	t.Logf("p99.9 without hedges %v, with them %v, in ratio %.1f; %.2f %% more calls", base, hedged, float64(base)/float64(hedged), 100*extra)
+	if extra > 0.06 {
+		t.Errorf("hedges made %.2f %% more calls, want at most 6 %%", 100*extra)
+	}
+	return base, hedged
+}
+
+func newStalling(t *testing.T, opts ...testserver.Option) *testserver.Cluster {
+	return testserver.NewCluster(t, 5, func(int) []testserver.Option {
+		return append([]testserver.Option{testserver.ServiceTime(testserver.Lognormal(2*time.Millisecond, 0.3))}, opts...)
+	})
+}
+
+// In virtual time nothing but the servers takes any, so the numbers are theirs. How
+// many calls a stall catches is a matter of chance still; of RUNS runs the worst had
+// p99.9 at WORST.
+func TestHedgingHalvesTheTailForSixPercentMoreCalls(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cluster := newStalling(t, testserver.InMemory())
+		c := newTails(t, cluster)
+		c.warmUp(t, 10*time.Second)
+		base, hedged := c.stalled(t, cluster, 12*time.Second)
+		if base < stallFor/2 {
+			t.Errorf("without hedges p99.9 is %v, want that of the stalls of %v", base, stallFor)
+		}
+		if hedged*2 > base {
+			t.Errorf("hedges lowered p99.9 from %v to %v, want at least twofold", base, hedged)
+		}
+	})
+}
+
+// The same on loopback and by the clock on the wall. A machine that is busy with
+// something else makes every call late, which no hedge mends, so a round counts only
+// if timers were on time, and without such a round the test says nothing.
+func TestHedgingHalvesTheTailOnTheWire(t *testing.T) {
+	if raceEnabled || testing.Short() {
+		t.Skip("it takes seconds of an idle machine")
+	}
+	const rounds = 4
+	cluster := newStalling(t)
+	c := newTails(t, cluster)
+	c.warmUp(t, 2*time.Second)
+	for range rounds {
+		late := lateness(t.Context())
+		base, hedged := c.stalled(t, cluster, 2*time.Second)
+		const most = 5 * time.Millisecond
+		if d := late(); d > most {
+			t.Logf("a round is void: this machine was late by %v, want at most %v", d, most)
+		} else if base >= stallFor/2 && hedged*2 <= base {
+			return
+		}
+	}
+	t.Skipf("in none of %d rounds the machine was idle and hedges lowered p99.9 at least twofold", rounds)
+}
+
+// lateness measures, until the function it returns is called, by how much one in
+// two hundred timers of a millisecond is late.
+func lateness(ctx context.Context) (stop func() time.Duration) {
+	ctx, cancel := context.WithCancel(ctx)
+	worst := make(chan time.Duration)
+	go func() {
+		var late []time.Duration
+		for ctx.Err() == nil {
+			begin := time.Now()
+			select {
+			case <-time.After(time.Millisecond):
+				late = append(late, time.Since(begin)-time.Millisecond)
+			case <-ctx.Done():
+			}
+		}
+		slices.Sort(late)
+		worst <- late[len(late)*199/200]
+	}()
+	return func() time.Duration {
+		cancel()
+		return <-worst
+	}
+}
+
+// client is a channel with counts of what went through it.
+type client struct {
+	interceptor.NopObserver
+	conn            *grpc.ClientConn
+	calls, attempts atomic.Int64
+
+	mu        sync.Mutex // Guards latencies.
+	latencies []time.Duration
+}
+
+func newClient(t *testing.T, cluster *testserver.Cluster, config string) *client {
+	c := new(client)
+	c.conn = dial(t, newStackOf(t, config, stackconfig.WithObserver(c)), cluster.Endpoints(), cluster.DialOptions()...)
+	return c
+}
+
+// Attempt counts an attempt.
+func (c *client) Attempt(string, int) { c.attempts.Add(1) }
+
+// load makes 500 calls a second for d, however long they take.
+func (c *client) load(ctx context.Context, t *testing.T, d time.Duration) {
+	stub := testingv1.NewTestServiceClient(c.conn)
+	ticker := time.NewTicker(2 * time.Millisecond)
+	defer ticker.Stop()
+	var wg sync.WaitGroup
+	for begin := time.Now(); time.Since(begin) < d; <-ticker.C {
+		c.calls.Add(1)
+		wg.Go(func() {
+			begin := time.Now()
+			if _, err := stub.Unary(ctx, &testingv1.UnaryRequest{}); err != nil {
+				t.Errorf("a call: %v", err)
+			}
+			took := time.Since(begin)
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.latencies = append(c.latencies, took)
+		})
+	}
+	wg.Wait()
+}
+
+func (c *client) reset() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.latencies = nil
+}
+
+// p999 is the latency that no more than one in a thousand calls exceeds.
+func (c *client) p999() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	slices.Sort(c.latencies)
+	return c.latencies[(len(c.latencies)*999+999)/1000-1]
+}
