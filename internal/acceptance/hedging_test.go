@@ -92,7 +92,7 @@ func (c tails) stalled(t *testing.T, cluster *testserver.Cluster, d time.Duratio
 
 func newStalling(t *testing.T, opts ...testserver.Option) *testserver.Cluster {
 	return testserver.NewCluster(t, 5, func(int) []testserver.Option {
-		return append([]testserver.Option{testserver.ServiceTime(testserver.Lognormal(2*time.Millisecond, 0.3))}, opts...)
+		return append([]testserver.Option{testserver.ServiceTime(testserver.Lognormal(2*time.Millisecond, 0.6))}, opts...)
 	})
 }
 
@@ -103,8 +103,8 @@ func TestHedgingHalvesTheTailForSixPercentMoreCalls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cluster := newStalling(t, testserver.InMemory())
 		c := newTails(t, cluster)
-		c.warmUp(t, 10*time.Second)
-		base, hedged := c.stalled(t, cluster, 12*time.Second)
+		c.warmUp(t, 1*time.Second)
+		base, hedged := c.stalled(t, cluster, 20*time.Second)
 		if base < stallFor/2 {
 			t.Errorf("without hedges p99.9 is %v, want that of the stalls of %v", base, stallFor)
 		}
@@ -184,7 +184,7 @@ func (c *client) Attempt(string, int) { c.attempts.Add(1) }
 // load makes 500 calls a second for d, however long they take.
 func (c *client) load(ctx context.Context, t *testing.T, d time.Duration) {
 	stub := testingv1.NewTestServiceClient(c.conn)
-	ticker := time.NewTicker(2 * time.Millisecond)
+	ticker := time.NewTicker(4 * time.Millisecond)
 	defer ticker.Stop()
 	var wg sync.WaitGroup
 	for begin := time.Now(); time.Since(begin) < d; <-ticker.C {
