@@ -96,21 +96,34 @@ func newStalling(t *testing.T, opts ...testserver.Option) *testserver.Cluster {
 }
 
 // In virtual time nothing but the servers takes any, so the numbers are theirs. How
-// many calls a stall catches is a matter of chance still; of RUNS runs the worst had
-// p99.9 at WORST.
+// many calls a stall catches, and how much of the budget the stall before it left,
+// is a matter of chance still, so the median of five rounds counts. A round by
+// itself halved the tail in nine of ten; that three of five do not is a matter of
+// one run in a hundred, so such a run is made once more: one false failure in 1e4.
 func TestHedgingHalvesTheTailForSixPercentMoreCalls(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		cluster := newStalling(t, testserver.InMemory())
-		c := newTails(t, cluster)
-		c.warmUp(t, time.Second)
-		base, hedged := c.stalled(t, cluster, 20*time.Second)
-		if base < stallFor/2 {
-			t.Errorf("without hedges p99.9 is %v, want that of the stalls of %v", base, stallFor)
+	const rounds, tries = 5, 2
+	for try := range tries {
+		halved := 0
+		synctest.Test(t, func(t *testing.T) {
+			cluster := newStalling(t, testserver.InMemory())
+			c := newTails(t, cluster)
+			c.warmUp(t, 5*time.Second)
+			for range rounds {
+				base, hedged := c.stalled(t, cluster, 5*time.Second)
+				if base < stallFor/2 {
+					t.Errorf("without hedges p99.9 is %v, want that of the stalls of %v", base, stallFor)
+				}
+				if hedged*2 <= base {
+					halved++
+				}
+			}
+		})
+		if halved > rounds/2 {
+			return
 		}
-		if hedged*2 > base {
-			t.Errorf("hedges lowered p99.9 from %v to %v, want at least twofold", base, hedged)
-		}
-	})
+		t.Logf("try %d: hedges lowered p99.9 at least twofold in %d of %d rounds", try, halved, rounds)
+	}
+	t.Errorf("hedges lowered p99.9 at least twofold in less than half of %d rounds, %d times over", rounds, tries)
 }
 
 // The same on loopback and by the clock on the wall. A machine that is busy with
