@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/belfry-go/belfry/internal/slab"
 )
 
 // ExpectedLatencyConfig are the parameters of [ExpectedLatency]. Start from
@@ -120,9 +122,11 @@ type ExpectedLatency struct {
 	// takes from the memory of each endpoint.
 	perSample atomic.Uint64
 
-	// mu guards meters and setting params and perSample, which belong together.
+	// mu guards meters, and setting params and perSample by size, which belong
+	// together.
 	mu     sync.Mutex
-	meters int // endpoints of the channel
+	size   int // endpoints of the channel
+	meters slab.Slab[expectedMeter]
 }
 
 // expectedParams are the parameters in the form in which the hot path needs
@@ -195,8 +199,8 @@ func (e *ExpectedLatency) Reconfigure(c ExpectedLatencyConfig) error {
 
 // resizeLocked counts d more endpoints.
 func (e *ExpectedLatency) resizeLocked(d int) {
-	e.meters += d
-	perSample := e.params.Load().rounds / float64(max(e.meters, 1))
+	e.size += d
+	perSample := e.params.Load().rounds / float64(max(e.size, 1))
 	e.perSample.Store(math.Float64bits(perSample))
 }
 
@@ -205,7 +209,9 @@ func (e *ExpectedLatency) NewMeter() Meter {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.resizeLocked(1)
-	return &expectedMeter{metric: e}
+	m := e.meters.New()
+	m.metric = e
+	return m
 }
 
 // expectedMeter is the state of one endpoint. It fills one cache line, for with
@@ -246,7 +252,7 @@ func (m *expectedMeter) Load(now Instant) float64 {
 	sum, number := p.prior*g, p.prior
 	if w := m.mean.Load(); w != 0 {
 		s, n := floats32(w)
-		f := m.forgetting(p, now)
+		f := expNeg(m.metric.unheard(p.rate, now, m.heard.Load()))
 		sum += s * f
 		number += n * f
 	}
@@ -266,12 +272,13 @@ func (e *ExpectedLatency) maxAge(p *expectedParams) float64 {
 	return math.MaxInt64
 }
 
-// forgetting returns f.
-func (m *expectedMeter) forgetting(p *expectedParams, now Instant) float64 {
-	heard := m.heard.Load()
-	t := since32(uint32(uint64(now)>>heardUnitBits), uint32(heard>>32))
-	c := since32(uint32(m.metric.samples.Load()), uint32(heard))
-	return expNeg(t*p.rate + c*math.Float64frombits(m.metric.perSample.Load()))
+// unheard returns how much is gone of the memory of an endpoint that was heard of
+// last at heard, for then f = exp(-unheard). The two are apart so that each can be
+// inlined.
+func (e *ExpectedLatency) unheard(rate float64, now Instant, heard uint64) float64 {
+	t := since32(uint32(now>>heardUnitBits), uint32(heard>>32))
+	c := since32(uint32(e.samples.Load()), uint32(heard))
+	return t*rate + c*math.Float64frombits(e.perSample.Load())
 }
 
 // since32 returns a-b modulo 2^32, where an a that was read a little before b
@@ -333,9 +340,16 @@ func (m *expectedMeter) completed(now Instant, t Ticket) {
 	latency := t.latency(now)
 	divided := latency * t.discount()
 	share := m.metric.fleet.observe(divided, t.pending)
-	mean := math.Float64frombits(m.metric.undivided.Load())
-	m.metric.undivided.Store(math.Float64bits(mean + (latency-mean)*share))
-	m.sample(now, divided)
+	count := m.sample(now, divided)
+	// The undivided mean only bounds ages. Once it covers its window, one sample in
+	// undividedEvery, taken for so many, is enough for it.
+	if share > 1.0/fleetWindow || count%undividedEvery == 0 {
+		if share == 1.0/fleetWindow {
+			share *= undividedEvery
+		}
+		mean := math.Float64frombits(m.metric.undivided.Load())
+		m.metric.undivided.Store(math.Float64bits(mean + (latency-mean)*share))
+	}
 }
 
 // cost returns what the average endpoint costs. Its q attempts in flight are, on
@@ -350,9 +364,12 @@ func (e *ExpectedLatency) cost() float64 {
 // discount returns the weight of the latency as a number.
 func (t Ticket) discount() float64 { return float64(t.weight) / weightOne }
 
-func (m *expectedMeter) sample(now Instant, latency float64) {
+const undividedEvery = 8
+
+// sample takes in a latency and returns the number of samples of the channel.
+func (m *expectedMeter) sample(now Instant, latency float64) uint64 {
 	p := m.metric.params.Load()
-	f := m.forgetting(p, now) * p.keep
+	f := expNeg(m.metric.unheard(p.rate, now, m.heard.Load())) * p.keep
 	for {
 		old := m.mean.Load()
 		s, n := floats32(old)
@@ -362,6 +379,7 @@ func (m *expectedMeter) sample(now Instant, latency float64) {
 	}
 	count := m.metric.samples.Add(1)
 	m.heard.Store(uint64(now)>>heardUnitBits<<32 | uint64(uint32(count)))
+	return count
 }
 
 // ages sums how long the attempts in flight have taken so far, each up to a

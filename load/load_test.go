@@ -192,7 +192,7 @@ func TestAtRestNothingIsInFlightAfterAnyInterleaving(t *testing.T) {
 			p, g := e.metric.params.Load(), e.metric.fleet.mean()
 			now := 100 * sec
 			s, n := floats32(e.mean.Load())
-			f := e.forgetting(p, now)
+			f := expNeg(e.metric.unheard(p.rate, now, e.heard.Load()))
 			near(t, "load at rest, with no age", m.Load(now), (s*f+p.prior*g)/(n*f+p.prior), 1e-9)
 		}
 	})

@@ -5,8 +5,11 @@ package load
 
 import (
 	"math"
+	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/belfry-go/belfry/internal/slab"
 )
 
 // PeakEWMAConfig are the parameters of [PeakEWMA]. Start from
@@ -62,6 +65,9 @@ type PeakEWMA struct {
 	params atomic.Pointer[peakParams]
 	_      [56]byte // params are read at every pick, fleet is written at every finish
 	fleet  fleet
+
+	mu     sync.Mutex // guards meters
+	meters slab.Slab[peakMeter]
 }
 
 // NewPeakEWMA returns the Metric, or an error that names the field, its value
@@ -98,7 +104,10 @@ type peakParams struct {
 
 // NewMeter returns the Meter of one more endpoint.
 func (p *PeakEWMA) NewMeter() Meter {
-	m := &peakMeter{metric: p}
+	p.mu.Lock()
+	m := p.meters.New()
+	p.mu.Unlock()
+	m.metric = p
 	m.estimate.Store(math.Float64bits(p.params.Load().defaultRTT) &^ tagMask)
 	return m
 }
@@ -236,11 +245,11 @@ func (m *peakMeter) sample(now Instant, latency float64, failed bool) float64 {
 func (m *peakMeter) Close() {}
 
 // expSmall returns exp(-x) for x >= 0. Between two readings of an endpoint in use
-// x is small, and the first terms of the series are exact to twelve digits and
-// faster.
+// x is small, and the first terms of the series are exact to nine digits, faster,
+// and short enough to be inlined.
 func expSmall(x float64) float64 {
 	if x < 1.0/1024 {
-		return 1 - x*(1-x*(1.0/2-x*(1.0/6)))
+		return 1 - x*(1-x/2)
 	}
 	return math.Exp(-x)
 }

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/serviceconfig"
 
 	"github.com/belfry-go/belfry/internal/env"
+	"github.com/belfry-go/belfry/internal/slab"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -115,6 +116,8 @@ type policy struct {
 	picker    *picker // the current config's
 	count     [connectivity.Shutdown + 1]int
 	published connectivity.State // what cc was told last; SHUTDOWN before
+
+	candidates slab.Slab[candidate]
 }
 
 // UpdateClientConnState implements balancer.Balancer.
@@ -343,8 +346,10 @@ type endpoint struct {
 	reported atomic.Pointer[balancer.State]
 
 	// Guarded by policy.mu.
-	candidate *candidate
-	gone      bool // the resolver lists it no more; reports are ignored
+	meter     load.Meter
+	weight    load.Weight
+	candidate *candidate // in the READY set; nil while not READY
+	gone      bool       // the resolver lists it no more; reports are ignored
 }
 
 func (b *policy) newEndpoint() *endpoint {
@@ -355,7 +360,7 @@ func (b *policy) newEndpoint() *endpoint {
 	})
 	b.mu.Lock()
 	b.count[connectivity.Connecting]++
-	ep.candidate = newCandidate(ep, b.metric, 0)
+	ep.meter = b.metric.NewMeter()
 	b.mu.Unlock()
 	b.metrics.moved(connectivity.Shutdown, connectivity.Connecting)
 	ep.child = b.children.Build(ep, b.opts)
@@ -366,10 +371,10 @@ func (b *policy) newEndpoint() *endpoint {
 // the new READY set. Attempts in flight finish on the meter that they started
 // on.
 func (ep *endpoint) remeasureLocked(m load.Metric) {
-	old := ep.candidate
-	old.meter.Close()
-	ep.candidate = newCandidate(ep, m, load.Weight(old.weight.Load()))
-	if ep.reported.Load().ConnectivityState == connectivity.Ready {
+	ep.meter.Close()
+	ep.meter = m.NewMeter()
+	if ep.candidate != nil {
+		ep.candidate = newCandidate(ep)
 		ep.policy.picker.ready.add(ep.candidate)
 	}
 }
@@ -402,15 +407,18 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 	b := ep.policy
 	from, to := ep.reported.Load().ConnectivityState, s.ConnectivityState
 	ep.reported.Store(&s)
-	ep.candidate.child.Store(&s)
 	b.count[from]--
 	b.count[to]++
 	switch {
-	case to == connectivity.Ready && from != connectivity.Ready:
+	case to == connectivity.Ready && from == connectivity.Ready:
+		ep.replaceLocked()
+	case to == connectivity.Ready:
+		ep.candidate = newCandidate(ep)
 		b.picker.ready.add(ep.candidate)
-	case from == connectivity.Ready && to != connectivity.Ready:
-		b.picker.forget(ep.candidate)
+	case from == connectivity.Ready:
 		b.picker.ready.remove(ep.candidate)
+		b.picker.remind(ep.candidate, nil)
+		ep.candidate = nil
 	}
 	return from
 }
@@ -419,7 +427,22 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 func (ep *endpoint) setWeight(w load.Weight) {
 	ep.policy.mu.Lock()
 	defer ep.policy.mu.Unlock()
-	ep.candidate.setWeight(w)
+	if ep.weight == w {
+		return
+	}
+	ep.weight = w
+	if ep.candidate != nil {
+		ep.replaceLocked()
+	}
+}
+
+// replaceLocked puts a candidate with what is known now in the place of the
+// endpoint's last one.
+func (ep *endpoint) replaceLocked() {
+	old := ep.candidate
+	ep.candidate = newCandidate(ep)
+	ep.policy.picker.ready.replace(old, ep.candidate)
+	ep.policy.picker.remind(old, ep.candidate)
 }
 
 // call calls the child, unless it is closed.
@@ -446,7 +469,7 @@ func (ep *endpoint) close() {
 		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
 	})
 	ep.gone = true
-	ep.candidate.meter.Close()
+	ep.meter.Close()
 	b.mu.Unlock()
 	b.metrics.moved(from, connectivity.Shutdown)
 

@@ -72,12 +72,9 @@ func newMetrics(recorder estats.MetricsRecorder, target string, state resolver.S
 	return m
 }
 
-func (m *metrics) picked(retried bool) {
-	picksMetric.Record(m.recorder, 1, m.target...)
-	if retried {
-		triedPicksMetric.Record(m.recorder, 1, m.target...)
-	}
-}
+func (m *metrics) picked() { picksMetric.Record(m.recorder, 1, m.target...) }
+
+func (m *metrics) pickedTried() { triedPicksMetric.Record(m.recorder, 1, m.target...) }
 
 // moved records that an endpoint went from one state to another. SHUTDOWN is
 // before its beginning and after its end.
@@ -93,8 +90,7 @@ func (m *metrics) moved(from, to connectivity.State) {
 	}
 }
 
-func (m *metrics) ended(o load.Outcome, responded bool) {
-	if (o == load.Cancelled || o == load.NotSent) && !responded {
-		droppedSamplesMetric.Record(m.recorder, 1, m.dropped[o]...)
-	}
+// sampleDropped records an attempt whose latency does not count.
+func (m *metrics) sampleDropped(o load.Outcome) {
+	droppedSamplesMetric.Record(m.recorder, 1, m.dropped[o]...)
 }

@@ -5,12 +5,12 @@ package p2c
 
 import (
 	"context"
+	"math"
 	"math/bits"
 	"sync"
 	"sync/atomic"
 
 	"google.golang.org/grpc/balancer"
-	"google.golang.org/grpc/connectivity"
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/load"
@@ -19,33 +19,32 @@ import (
 // This file is the hot path: Pick, and Done. It takes no lock, and allocates
 // nothing.
 
-// candidate is what a pick needs of an endpoint, together in one cache line.
+// candidate is what a pick needs of a READY endpoint, together in one cache line.
+// It is immutable but for slot: when the endpoint's weight changes, or its child
+// reports anew, another takes its place.
 type candidate struct {
 	meter  load.Meter
-	weight atomic.Uint32 // a load.Weight, at least 1
-	slot   atomic.Int32  // in the READY set, or notReady
-	id     uint64        // the endpoint's
-	// child is the endpoint's last report, which stands here too because the
-	// endpoint is a cache line further away.
-	child atomic.Pointer[balancer.State]
-	_     [24]byte
+	child  balancer.Picker
+	id     uint64       // the endpoint's
+	weight load.Weight  // at least 1
+	slot   atomic.Int32 // in the READY set, or notReady
+	_      [16]byte
 }
 
-func newCandidate(ep *endpoint, m load.Metric, w load.Weight) *candidate {
-	c := &candidate{meter: m.NewMeter(), id: ep.id}
-	c.child.Store(ep.reported.Load())
-	c.setWeight(w)
+// newCandidate makes the candidate of a READY endpoint. The caller holds
+// policy.mu.
+func newCandidate(ep *endpoint) *candidate {
+	c := ep.policy.candidates.New()
+	c.meter, c.child, c.id, c.weight = ep.meter, ep.reported.Load().Picker, ep.id, max(ep.weight, 1)
 	c.slot.Store(notReady)
 	return c
 }
 
-func (c *candidate) setWeight(w load.Weight) { c.weight.Store(uint32(max(w, 1))) }
-
 // measure returns the load in proportion to the weight.
 func (c *candidate) measure(now load.Instant) float64 {
 	l := c.meter.Load(now)
-	if w := c.weight.Load(); w != 1 {
-		return load.Weight(w).Divide(l)
+	if c.weight != 1 {
+		return c.weight.Divide(l)
 	}
 	return l
 }
@@ -87,18 +86,23 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 
 	b := p.policy
 	now := p.now()
-	c, retried := p.choose(now, tried)
+	var c *candidate
+	if tried != nil && !tried.Empty() {
+		c = p.chooseUntried(now, tried)
+	}
+	if c == nil {
+		c = p.chooseAny(now)
+	}
 	if c == nil {
 		// The last one has just left; the channel hears of it next.
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
-	child := c.child.Load()
-	if child.ConnectivityState != connectivity.Ready {
-		// It has just left. Its own picker may say that it failed, which is not for
-		// this call to hear: the channel gets a new picker, and then it picks again.
+	if c.slot.Load() == notReady {
+		// It has just left, or another stands in its place. The channel gets a new
+		// picker, and then it picks again.
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
-	result, err := child.Picker.Pick(info)
+	result, err := c.child.Pick(info)
 	if err != nil {
 		return result, err
 	}
@@ -111,27 +115,18 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	}
 	k.picker, k.candidate, k.ctx, k.tried, k.inner = p, c, info.Ctx, tried, result.Done
 	k.ticket = c.meter.Start(now)
+	b.metrics.picked()
 	if tried != nil {
+		if tried.Has(c.id) {
+			b.metrics.pickedTried()
+		}
 		tried.Add(c.id)
 	}
-	b.metrics.picked(retried)
 	result.Done = k.done
 	return result, nil
 }
 
-// choose returns the candidate to pick, and whether the call has been there
-// before. It returns nil if no endpoint is READY.
-func (p *picker) choose(now load.Instant, tried *attempt.Tried) (c *candidate, retried bool) {
-	if tried != nil && !tried.Empty() {
-		if c := p.chooseUntried(now, tried); c != nil {
-			return c, false
-		}
-		c := p.chooseAny(now)
-		return c, c != nil && tried.Has(c.id)
-	}
-	return p.chooseAny(now), false
-}
-
+// chooseAny returns the candidate to pick, nil if no endpoint is READY.
 func (p *picker) chooseAny(now load.Instant) *candidate {
 	slots := p.ready.view()
 	n, d, m := len(slots), p.config.choices, p.config.memory
@@ -184,8 +179,11 @@ func (p *picker) chooseAny(now load.Instant) *candidate {
 // chooseOfTwo is the power of two choices: chooseAny without what more choices
 // and memory need.
 func (p *picker) chooseOfTwo(slots []atomic.Pointer[candidate], now load.Instant) *candidate {
-	r := random(p.policy.random())
-	i, j := r.below(uint32(len(slots))), r.below(uint32(len(slots)-1))
+	// One random number is enough for both indexes: each takes a half of it, with
+	// a bias below n/2^32.
+	u := p.policy.random()
+	i := uint32(u >> 32 * uint64(len(slots)) >> 32)
+	j := uint32(u & math.MaxUint32 * uint64(len(slots)-1) >> 32)
 	if j >= i {
 		j++
 	}
@@ -196,15 +194,20 @@ func (p *picker) chooseOfTwo(slots []atomic.Pointer[candidate], now load.Instant
 		}
 		return a
 	}
-	la, lb := a.measure(now), b.measure(now)
+	// Both are fetched before the first is measured: see selection.
+	wa, wb := a.weight, b.weight
+	la, lb := a.meter.Load(now), b.meter.Load(now)
+	if wa != wb {
+		la, lb = wa.Divide(la), wb.Divide(lb)
+	}
 	if la != lb {
 		if la < lb {
 			return a
 		}
 		return b
 	}
-	wa, wb := float64(a.weight.Load()), float64(b.weight.Load())
-	if r.float()*(wa+wb) < wa {
+	r := random(u)
+	if r.float()*(float64(wa)+float64(wb)) < float64(wa) {
 		return a
 	}
 	return b
@@ -245,10 +248,10 @@ func (p *picker) remember(old *picker) {
 	}
 }
 
-// forget takes a candidate out of memory.
-func (p *picker) forget(c *candidate) {
+// remind remembers another candidate, or none, in the place of old.
+func (p *picker) remind(old, c *candidate) {
 	for i := range p.remembered {
-		p.remembered[i].CompareAndSwap(c, nil)
+		p.remembered[i].CompareAndSwap(old, c)
 	}
 }
 
@@ -296,9 +299,9 @@ func (s *selection) least(now load.Instant) *candidate {
 			best, bestLoad, equals = c, l, 0
 		case l == bestLoad:
 			if equals == 0 {
-				equals = float64(best.weight.Load())
+				equals = float64(best.weight)
 			}
-			w := float64(c.weight.Load())
+			w := float64(c.weight)
 			equals += w
 			if s.random.float()*equals < w {
 				best = c
@@ -410,7 +413,9 @@ func (k *pick) finish(now load.Instant, o load.Outcome) {
 		}
 		responded = old&pickResponded != 0
 	}
-	k.picker.policy.metrics.ended(o, responded)
+	if !responded && (o == load.Cancelled || o == load.NotSent) {
+		k.picker.policy.metrics.sampleDropped(o)
+	}
 	k.candidate.meter.Finish(now, load.Sample{Ticket: k.ticket, Outcome: o, Responded: responded})
 	if k.track == nil {
 		k.picker, k.candidate, k.ctx, k.tried, k.inner = nil, nil, nil, nil, nil

@@ -104,7 +104,7 @@ func TestChoicesAreDistinct(t *testing.T) {
 				a := w.list[i].Addresses[0].Addr
 				busy[a] = true
 				for range 100 {
-					w.endpoint(a).candidate.meter.Start(0)
+					w.endpoint(a).meter.Start(0)
 				}
 			}
 			for range 2000 {
@@ -154,7 +154,7 @@ func TestSamplesAreUniform(t *testing.T) {
 				a := e.Addresses[0].Addr
 				rank[a] = i
 				for range i * 10 {
-					w.endpoint(a).candidate.meter.Start(0)
+					w.endpoint(a).meter.Start(0)
 				}
 			}
 			got := make([]int, test.n)
@@ -228,7 +228,7 @@ func TestMemoryKeepsTheBestOfTheLastPick(t *testing.T) {
 			idle := w.list[42].Addresses[0].Addr
 			for i, e := range w.list {
 				if i != 42 {
-					w.endpoint(e.Addresses[0].Addr).candidate.meter.Start(0)
+					w.endpoint(e.Addresses[0].Addr).meter.Start(0)
 				}
 			}
 			got := w.counts(picks)[idle]
@@ -254,7 +254,7 @@ func TestMemoryIsCarriedOverToANewConfig(t *testing.T) {
 		idle := w.list[42].Addresses[0].Addr
 		for i, e := range w.list {
 			if i != 42 {
-				w.endpoint(e.Addresses[0].Addr).candidate.meter.Start(0)
+				w.endpoint(e.Addresses[0].Addr).meter.Start(0)
 			}
 		}
 		for { // until it is found; 10,000 picks miss it with a probability of 1e-88
@@ -394,7 +394,7 @@ func TestATriedEndpointIsPassedOverWhileAnotherIsReady(t *testing.T) {
 				}
 				last := w.endpoint(w.list[n-1].Addresses[0].Addr)
 				for range 10 {
-					last.candidate.meter.Start(0)
+					last.meter.Start(0)
 				}
 				for range 100 {
 					a, done, err := w.pickWith(tried(before...))

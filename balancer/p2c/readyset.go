@@ -11,7 +11,7 @@ import "sync/atomic"
 // moment, or nil where one was just removed; a reader holds the candidate from
 // then on and never an index.
 //
-// add and remove take constant time, add amortized. The caller holds policy.mu.
+// add, remove and replace take constant time, add amortized. The caller holds policy.mu.
 type readySet struct {
 	slots atomic.Pointer[[]atomic.Pointer[candidate]]
 	size  atomic.Int32
@@ -57,6 +57,14 @@ func (s *readySet) remove(c *candidate) {
 	c.slot.Store(notReady)
 	s.size.Store(int32(last))
 	slots[last].Store(nil)
+}
+
+// replace puts c into the place of old.
+func (s *readySet) replace(old, c *candidate) {
+	i := old.slot.Load()
+	c.slot.Store(i)
+	(*s.slots.Load())[i].Store(c)
+	old.slot.Store(notReady)
 }
 
 // notReady is the slot of a candidate that is not in the set.

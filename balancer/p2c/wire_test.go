@@ -841,5 +841,5 @@ func (w *wire) meterOf(s *testserver.Server) load.Meter {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return ep.candidate.meter
+	return ep.meter
 }

@@ -253,9 +253,8 @@ func (w *world) load(addrs ...string) float64 {
 
 func (ep *endpoint) load() float64 {
 	ep.policy.mu.Lock()
-	c := ep.candidate
-	ep.policy.mu.Unlock()
-	return c.measure(load.Instant(ep.policy.now()))
+	defer ep.policy.mu.Unlock()
+	return max(ep.weight, 1).Divide(ep.meter.Load(load.Instant(ep.policy.now())))
 }
 
 // totalLoad returns the sum over all endpoints of a policy that uses
