@@ -103,8 +103,14 @@ func (c ExpectedLatencyConfig) validate() error {
 //     drifts back to the average and is tried again.
 //
 // A failure counts as a latency of at least fail times what an average endpoint
-// costs, its attempts in flight included. An attempt cancelled by its caller, or
-// never sent, counts as none.
+// costs, its attempts in flight included. An attempt never sent counts as none.
+//
+// Of an attempt cancelled by its caller only the age is known. It counts as a
+// latency, up to the same limit as the ages in flight, if it is above the L that
+// the samples alone make, and as none otherwise: to be cancelled early says
+// nothing, and to be cancelled late must not undo what the age said a moment
+// before. Where calls are hedged, the attempts at a server that stalls end no
+// other way.
 //
 // L is the posterior mean of an exponential law under a conjugate prior, with
 // right-censored observations. The formula and its constants are belfry's own.
@@ -326,6 +332,8 @@ func (m *expectedMeter) Finish(now Instant, s Sample) {
 		m.sample(now, latency)
 	case s.Outcome == Completed && !s.Responded:
 		m.completed(now, s.Ticket)
+	case s.Outcome == Cancelled && !s.Responded:
+		m.cancelled(now, s.Ticket)
 	}
 }
 
@@ -349,6 +357,20 @@ func (m *expectedMeter) completed(now Instant, t Ticket) {
 		}
 		mean := math.Float64frombits(m.metric.undivided.Load())
 		m.metric.undivided.Store(math.Float64bits(mean + (latency-mean)*share))
+	}
+}
+
+func (m *expectedMeter) cancelled(now Instant, t Ticket) {
+	p := m.metric.params.Load()
+	g := m.metric.fleet.mean()
+	if g == 0 {
+		return // no latency is known yet, so none is late
+	}
+	age := min(t.latency(now), m.metric.maxAge(p)) * t.discount()
+	s, n := floats32(m.mean.Load())
+	f := expNeg(m.metric.unheard(p.rate, now, m.heard.Load()))
+	if age*(n*f+p.prior) > s*f+p.prior*g {
+		m.sample(now, age)
 	}
 }
 

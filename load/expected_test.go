@@ -103,7 +103,19 @@ func (r *reference) finish(e *referenceEndpoint, now Instant, id int, o Outcome)
 		r.sample(e, now, latency)
 	case o == Completed && !a.responded:
 		r.completed(e, now, a)
+	case o == Cancelled && !a.responded:
+		if age, expected := r.cancelled(e, now, a); age > expected {
+			r.sample(e, now, age)
+		}
 	}
+}
+
+// cancelled returns the age of an attempt that is cancelled now, and what it has to
+// exceed to count.
+func (r *reference) cancelled(e *referenceEndpoint, now Instant, a *referenceAttempt) (age, expected float64) {
+	f := r.forgetting(e, now)
+	age = min(max(float64(now-a.started), 1), r.c.AgeLimit*r.undivided) * r.weight(a)
+	return age, (e.s*f + r.c.PriorSamples*r.mean) / (e.n*f + r.c.PriorSamples)
 }
 
 // compare drives a metric and the reference side by side through random attempts
@@ -143,8 +155,15 @@ func compare(t *testing.T, r *rand.Rand, c ExpectedLatencyConfig, attempt func()
 				i++
 				continue
 			}
+			e := want.endpoints[f.endpoint]
+			if f.outcome == Cancelled {
+				// Whether a cancelled attempt counts must not hang on rounding.
+				if age, expected := want.cancelled(e, f.end, e.attempts[f.id]); relative(age, expected) < 0.05 {
+					f.outcome = NotSent
+				}
+			}
 			f.finish(f.end, f.outcome)
-			want.finish(want.endpoints[f.endpoint], f.end, f.id, f.outcome)
+			want.finish(e, f.end, f.id, f.outcome)
 			flying[i] = flying[len(flying)-1]
 			flying = flying[:len(flying)-1]
 		}
@@ -218,7 +237,7 @@ func TestExpectedLatencyBoundsAgesByGeneration(t *testing.T) {
 				if r.IntN(3) > 0 {
 					return 10 * ms, Completed
 				}
-				return interval(r, 20*time.Millisecond, 3*time.Second), Cancelled
+				return interval(r, 20*time.Millisecond, 3*time.Second), NotSent
 			}, false, 4.0/3)
 		}
 	}
@@ -355,6 +374,28 @@ func TestAgeLimitBoundsWhatSilenceCosts(t *testing.T) {
 			}
 			last = got
 		}
+	}
+}
+
+// The loser of a hedge at a server that stalls leaves what it saw of the stall.
+func TestAnAttemptCancelledLateCountsAsALatencyOfItsAge(t *testing.T) {
+	_, m := known(t, 2, func(*ExpectedLatencyConfig) {})
+	run(m[1], 10*ms, 50*time.Millisecond, Cancelled)
+	near(t, "cost after 50ms of silence", m[1].Load(60*ms), (50e6+10e6)/2, 0.005)
+	run(m[1], 60*ms, 20*time.Millisecond, Cancelled)
+	near(t, "cost after 20ms of silence, less than expected", m[1].Load(80*ms), (50e6+10e6)/2, 0.005)
+	run(m[1], 80*ms, time.Hour, Cancelled)
+	if got := m[1].Load(80*ms + Instant(time.Hour)); !(got < 20*10e6) {
+		t.Errorf("cost after an hour of silence is %v, want it bounded by the age limit", time.Duration(got))
+	}
+}
+
+func TestBeforeAnySampleAnAttemptCancelledLateCountsAsNothing(t *testing.T) {
+	e := must(NewExpectedLatency(DefaultExpectedLatencyConfig()))
+	a, b := e.NewMeter(), e.NewMeter()
+	run(a, 0, time.Second, Cancelled)
+	if la, lb := a.Load(sec), b.Load(sec); la != lb {
+		t.Errorf("costs are %v and %v, want them equal", la, lb)
 	}
 }
 

@@ -76,8 +76,10 @@ const (
 	// that passed included. However fast it failed, it never makes the endpoint
 	// look fast.
 	Failed
-	// Cancelled is an attempt that its caller gave up. It is neither praise nor
-	// blame: it counts as pending until it ends, and its latency does not count.
+	// Cancelled is an attempt that its caller gave up, such as the loser of a
+	// hedge. It counts as pending until it ends. However early that is, it never
+	// makes the endpoint look fast, and it is no failure. That it took so long may
+	// count, see [ExpectedLatency].
 	Cancelled
 	// NotSent is an attempt that never left. It undoes the Start.
 	NotSent

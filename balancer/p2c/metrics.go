@@ -39,7 +39,7 @@ var (
 	})
 	droppedSamplesMetric = estats.RegisterInt64Count(estats.MetricDescriptor{
 		Name:           "belfry.lb.p2c.dropped_samples",
-		Description:    "EXPERIMENTAL. Number of attempts whose latency was not counted, by reason: cancelled by the caller, or never sent.",
+		Description:    "EXPERIMENTAL. Number of attempts whose latency is not known, by reason: cancelled by the caller, or never sent.",
 		Unit:           "{sample}",
 		Labels:         []string{"grpc.target", "belfry.lb.p2c.reason"},
 		OptionalLabels: []string{"grpc.lb.locality"},

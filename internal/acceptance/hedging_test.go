@@ -30,12 +30,11 @@ const (
 // the same stalls.
 type tails struct{ without, with *client }
 
-func newTails(t *testing.T, cluster *testserver.Cluster) tails {
+func newTails(t *testing.T, cluster *testserver.Cluster, hedge string) tails {
 	const plain = `{"timeout": {"call": "5s"}}, {"concurrency": {"limit": 1000}}`
 	return tails{
 		without: newClient(t, cluster, `{"methodConfig": [{"name": [{}], "layers": [`+plain+`]}]}`),
-		// By default: extra attempts for the slowest 4 %, and for 5 % at most.
-		with: newClient(t, cluster, `{"methodConfig": [{"name": [{}], "layers": [{"hedge": {}}, `+plain+`]}]}`),
+		with:    newClient(t, cluster, `{"methodConfig": [{"name": [{}], "layers": [`+hedge+`, `+plain+`]}]}`),
 	}
 }
 
@@ -95,54 +94,69 @@ func newStalling(t *testing.T, opts ...testserver.Option) *testserver.Cluster {
 	})
 }
 
+// hedges are a hedge at p95, for 5.5 % more calls and one a second, which is 0.4 % here,
+// and one as it is by default:
+// for the slowest 4 %, and for 5 % at most.
+var hedges = map[string]string{
+	"p95":     `{"hedge": {"percentile": 0.95, "maxExtraLoad": 0.055}}`,
+	"default": `{"hedge": {}}`,
+}
+
 // In virtual time nothing but the servers takes any, so the numbers are theirs. How
-// many calls a stall catches, and how much of the budget the stall before it left,
-// is a matter of chance still: of 80 rounds one lowered p99.9 less than twofold. So
-// the median of five counts, which that makes fail falsely in about 2 of 1e5 runs.
+// many calls a stall catches is a matter of chance still, but with hardly any spread:
+// the worst p99.9 of 240 rounds was 6.4 ms, where 50 ms would be too much, and the
+// most attempts were 5.5 % more than the calls. No false failure is expected.
 func TestHedgingHalvesTheTailForSixPercentMoreCalls(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		const rounds = 5
-		cluster := newStalling(t, testserver.InMemory())
-		c := newTails(t, cluster)
-		c.warmUp(t, 10*time.Second)
-		halved := 0
-		for range rounds {
-			base, hedged := c.stalled(t, cluster, 20*time.Second)
-			if base < stallFor/2 {
-				t.Errorf("without hedges p99.9 is %v, want that of the stalls of %v", base, stallFor)
-			}
-			if hedged*2 <= base {
-				halved++
-			}
-		}
-		if halved <= rounds/2 {
-			t.Errorf("hedges lowered p99.9 at least twofold in %d of %d rounds, want most of them", halved, rounds)
-		}
-	})
+	for name, hedge := range hedges {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				cluster := newStalling(t, testserver.InMemory())
+				c := newTails(t, cluster, hedge)
+				c.warmUp(t, 10*time.Second)
+				for range 3 {
+					base, hedged := c.stalled(t, cluster, 20*time.Second)
+					if base < stallFor/2 {
+						t.Errorf("without hedges p99.9 is %v, want that of the stalls of %v", base, stallFor)
+					}
+					if hedged*2 > base {
+						t.Errorf("with hedges p99.9 is %v, without %v, want it lowered at least twofold", hedged, base)
+					}
+				}
+			})
+		})
+	}
 }
 
 // The same on loopback and by the clock on the wall. A machine that is busy with
 // something else makes every call late, which no hedge mends, so a round counts only
-// if timers were on time, and without such a round the test says nothing.
+// if timers were on time. Without such a round the test says nothing; with one, it
+// is enough that hedges lowered p99.9 twofold in any of them.
 func TestHedgingHalvesTheTailOnTheWire(t *testing.T) {
 	if raceEnabled || testing.Short() {
 		t.Skip("it takes seconds of an idle machine")
 	}
 	const rounds = 4
 	cluster := newStalling(t)
-	c := newTails(t, cluster)
-	c.warmUp(t, time.Second)
+	c := newTails(t, cluster, hedges["p95"])
+	c.warmUp(t, 2*time.Second)
+	valid := 0
 	for range rounds {
 		late := lateness(t.Context())
 		base, hedged := c.stalled(t, cluster, 4*time.Second)
 		const most = 5 * time.Millisecond
 		if d := late(); d > most {
 			t.Logf("a round is void: this machine was late by %v, want at most %v", d, most)
-		} else if base >= stallFor/2 && hedged*2 <= base {
+			continue
+		}
+		if base >= stallFor/2 && hedged*2 <= base {
 			return
 		}
+		valid++
 	}
-	t.Skipf("in none of %d rounds the machine was idle and hedges lowered p99.9 at least twofold", rounds)
+	if valid == 0 {
+		t.Skipf("in none of %d rounds this machine was on time", rounds)
+	}
+	t.Errorf("in none of %d rounds, %d of them on an idle machine, hedges lowered p99.9 at least twofold", rounds, valid)
 }
 
 // lateness measures, until the function it returns is called, by how much one in

@@ -60,7 +60,7 @@ type P2C struct {
 	// The status codes that count as a failure of the server or of the path to
 	// it, by their gRPC names, such as "UNAVAILABLE". A failed attempt never
 	// makes an endpoint look fast. Every other code is an answer like OK, but for
-	// a call that its caller cancelled, which says nothing about the endpoint.
+	// a call that its caller cancelled, which says at most that it took so long.
 	//
 	// Names of the canonical codes other than OK, each at most once. Empty:
 	// UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL,
@@ -263,7 +263,9 @@ func (*Load_Constant) isLoad_Metric() {}
 // latencies over all endpoints of the channel, the prior; and f forgets.
 //
 // It is the mean of an exponential law under a conjugate prior with
-// right-censored observations.
+// right-censored observations. A call that its caller cancelled, such as the
+// loser of a hedge, counts as a latency of its age if that is above L without
+// ages, and as nothing otherwise.
 type ExpectedLatency struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// n0: how many samples the mean latency over all endpoints counts for in the
