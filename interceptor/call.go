@@ -133,6 +133,10 @@ func (c *Call) Observer() Observer {
 	return NopObserver{}
 }
 
+// Observed reports whether the stack has an observer, for a layer to which it costs
+// something to know what it would tell one.
+func (c *Call) Observed() bool { return c.prog.obs != nil }
+
 // Now is the time, read once per admission and then remembered: all gates that a
 // call passes without waiting share one reading. A gate that has waited says so
 // ([Call.Waited]), and the next reading is fresh.
@@ -218,11 +222,10 @@ func (c *Call) release(lo int, o Outcome, err error) {
 	ts := c.tickets[lo:]
 	c.tickets = c.tickets[:lo]
 	releaseAll(ts, o, err)
-	clear(ts)
 }
 
-// releaseAll releases tickets, the last first. A Releaser that panics does not
-// keep the others from being released.
+// releaseAll releases tickets, the last first, and clears them. A Releaser that
+// panics does not keep the others from being released.
 func releaseAll(ts []ticket, o Outcome, err error) {
 	n := len(ts)
 	if n == 0 {
@@ -235,7 +238,9 @@ func releaseAll(ts []ticket, o Outcome, err error) {
 	}()
 	for n > 0 {
 		n--
-		ts[n].r.Release(ts[n].token, o, err)
+		t := ts[n]
+		ts[n] = ticket{}
+		t.r.Release(t.token, o, err)
 	}
 }
 

@@ -240,8 +240,11 @@ func (w *window) note(p, amount int64) bool {
 // leaves the balance. All who find slots to be turned turn them; each slot is
 // turned by one. It returns that period.
 func (w *window) turn(now interceptor.Instant) (p int64) {
-	p = int64(now / w.period)
 	last := w.turned.Load()
+	if since := now - interceptor.Instant(last)*w.period; since >= 0 && since < w.period {
+		return last // As nearly always, and faster than a division.
+	}
+	p = int64(now / w.period)
 	if last >= p {
 		return p
 	}
@@ -279,7 +282,9 @@ func (b *Budget) Count(c *interceptor.Call, layer string) {
 	now := c.Now()
 	b.Deposit(now)
 	c.Hold(b, int64(now))
-	c.Observer().Budget(layer, b.Balance())
+	if c.Observed() {
+		c.Observer().Budget(layer, b.Balance())
+	}
 }
 
 // Release is for [interceptor.Call]: it ends what Count began.

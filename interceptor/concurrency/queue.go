@@ -6,20 +6,26 @@ package concurrency
 import (
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/belfry-go/belfry/interceptor"
 )
 
-// permits gives out permits and queues the calls that find none. A free permit
-// goes to the next waiter at the moment it becomes free, under the lock, so none
-// is ever lost to a waiter that has gone, and no newcomer overtakes.
+// permits gives out permits and queues the calls that find none. While nobody
+// waits that takes no lock. Otherwise a free permit goes to the next waiter at the
+// moment it becomes free, under the lock, so none is ever lost to a waiter that has
+// gone, and no newcomer overtakes.
 type permits struct {
+	// state holds the permits in use, and in its lowest bit whether calls wait.
+	// While they do it changes only under mu; otherwise anybody may change it who
+	// finds it unchanged.
+	state atomic.Int64
+	limit atomic.Int64 // Set under mu.
+
 	// mu guards everything below. It is held for a few instructions, never while
 	// waiting. The sampler's lock is taken before it; a Place is left under it.
 	mu         sync.Mutex
-	limit      int64
-	inUse      int64
 	waiting    int
 	levels     []level // The priorities that calls wait at, highest first; none is empty.
 	discipline Discipline
@@ -60,24 +66,47 @@ const (
 	refusedCount         // How many there are.
 )
 
-// fitsLocked reports whether a call of the given cost may run now. One that costs
-// more than there are permits runs when nothing else does.
-func (p *permits) fitsLocked(cost int64) bool {
-	return p.limit > 0 && (cost <= p.limit-p.inUse || p.inUse == 0)
+const (
+	queueBit   = 1 // In permits.state: calls wait.
+	permitBits = 1 // By how many bits the permits in use are shifted there.
+)
+
+// fits reports whether a call of the given cost may run while so many permits are
+// in use. One that costs more than there are permits runs when nothing else does.
+func (p *permits) fits(cost, inUse int64) bool {
+	limit := p.limit.Load()
+	return limit > 0 && (cost <= limit-inUse || inUse == 0)
+}
+
+// take takes permits if they are free and nobody waits for them. If it does not,
+// it returns the state that it found.
+func (p *permits) take(cost int64) (state int64, ok bool) {
+	for {
+		s := p.state.Load()
+		if s&queueBit != 0 || !p.fits(cost, s>>permitBits) {
+			return s, false
+		}
+		if p.state.CompareAndSwap(s, s+cost<<permitBits) {
+			return s, true
+		}
+	}
 }
 
 // try takes permits if they are free and nobody waits for them. A call that has
-// them waits no more, so it leaves its place, if it has one, in the same moment.
+// them waits no more, so it leaves its place, if it has one, in the same moment:
+// none is told that there is no permit, and then finds the place still taken.
 func (p *permits) try(cost int64, place interceptor.Place) bool {
-	p.mu.Lock()
-	ok := p.waiting == 0 && p.fitsLocked(cost)
-	if ok {
-		p.inUse += cost
-		if place != nil {
-			place.Leave()
+	if place == nil {
+		if _, ok := p.take(cost); ok {
+			return true
 		}
 	}
-	p.mu.Unlock()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, ok := p.take(cost)
+	if ok && place != nil {
+		place.Leave()
+	}
 	return ok
 }
 
@@ -86,11 +115,18 @@ func (p *permits) try(cost int64, place interceptor.Place) bool {
 func (p *permits) enqueue(w *waiter) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.waiting == 0 && p.fitsLocked(w.cost) {
-		p.inUse += w.cost
-		w.end(admitted)
-		return
+	for p.waiting == 0 {
+		s, ok := p.take(w.cost)
+		if ok {
+			w.end(admitted)
+			return
+		}
+		// From here on permits come back under the lock, which is held.
+		if p.state.CompareAndSwap(s, s|queueBit) {
+			break
+		}
 	}
+	defer p.settleLocked()
 	p.insertLocked(w)
 	if p.maxWaiters > 0 && p.waiting > p.maxWaiters {
 		out := p.lastLocked()
@@ -114,19 +150,36 @@ func (p *permits) abandon(w *waiter) bool {
 		<-w.done // It has a value: it was sent under mu.
 		return false
 	}
+	defer p.settleLocked()
 	p.removeLocked(w)
 	p.grantLocked() // w may have been one that did not fit and stood in the way.
 	return true
 }
 
+// settleLocked lets calls pass without the lock again when nobody waits any more.
+// It follows on whatever may have ended a wait.
+func (p *permits) settleLocked() {
+	if p.waiting == 0 {
+		p.state.And(^queueBit)
+	}
+}
+
 // release gives permits back and hands them on.
 func (p *permits) release(cost int64) {
-	p.mu.Lock()
-	p.inUse -= cost
-	if p.waiting > 0 {
-		p.grantLocked()
+	for {
+		s := p.state.Load()
+		if s&queueBit != 0 {
+			break
+		}
+		if p.state.CompareAndSwap(s, s-cost<<permitBits) {
+			return
+		}
 	}
-	p.mu.Unlock()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	defer p.settleLocked()
+	p.state.Add(-cost << permitBits)
+	p.grantLocked()
 }
 
 // configure sets the limit and the rules of the queue. Waiters stay, also beyond a
@@ -134,15 +187,18 @@ func (p *permits) release(cost int64) {
 func (p *permits) configure(limit int64, d Discipline, maxWaiters int, target, interval time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.limit, p.discipline, p.maxWaiters = limit, d, maxWaiters
+	p.limit.Store(limit)
+	p.discipline, p.maxWaiters = d, maxWaiters
 	p.codel.target, p.codel.interval = target, interval
+	defer p.settleLocked()
 	p.grantLocked()
 }
 
 func (p *permits) setLimit(limit int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.limit = limit
+	p.limit.Store(limit)
+	defer p.settleLocked()
 	p.grantLocked()
 }
 
@@ -150,7 +206,7 @@ func (p *permits) setLimit(limit int64) {
 func (p *permits) read() (limit, inUse int64, waiting int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.limit, p.inUse, p.waiting
+	return p.limit.Load(), p.state.Load() >> permitBits, p.waiting
 }
 
 // grantLocked hands free permits to those whose turn it is. If the one whose turn
@@ -159,7 +215,7 @@ func (p *permits) grantLocked() {
 	var now interceptor.Instant
 	for p.waiting > 0 {
 		w := p.firstLocked()
-		if !p.fitsLocked(w.cost) {
+		if !p.fits(w.cost, p.state.Load()>>permitBits) {
 			return
 		}
 		if p.discipline == CoDel {
@@ -173,7 +229,7 @@ func (p *permits) grantLocked() {
 			}
 		}
 		p.removeLocked(w)
-		p.inUse += w.cost
+		p.state.Add(w.cost << permitBits)
 		w.end(admitted)
 	}
 }

@@ -5,6 +5,8 @@ package concurrency
 
 import (
 	"math/rand/v2"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,7 +19,8 @@ func newWaiter(cost int64) *waiter { return &waiter{cost: cost, done: make(chan 
 // Tower's multi_waiters: a permit that was given to a waiter which has gone is
 // given to the next.
 func TestAPermitGivenToAWaiterThatHasGoneIsHandedOn(t *testing.T) {
-	p := &permits{limit: 1}
+	p := &permits{}
+	p.setLimit(1)
 	if !p.try(1, nil) {
 		t.Fatal("no permit at rest")
 	}
@@ -98,11 +101,12 @@ func TestNoPermitIsLostOrInventedInRandomHistories(t *testing.T) {
 				for _, cost := range running {
 					sum += cost
 				}
-				if p.inUse != sum || p.waiting != len(waiting) {
-					t.Fatalf("step %d: %d in use and %d waiting, want %d and %d", step, p.inUse, p.waiting, sum, len(waiting))
+				limit, inUse, n := p.read()
+				if inUse != sum || n != len(waiting) {
+					t.Fatalf("step %d: %d in use and %d waiting, want %d and %d", step, inUse, n, sum, len(waiting))
 				}
-				if p.waiting > 0 && p.fitsLocked(p.firstLocked().cost) {
-					t.Fatalf("step %d: the first waiter, of cost %d, could run: %d of %d in use", step, p.firstLocked().cost, p.inUse, p.limit)
+				if n > 0 && p.fits(p.firstLocked().cost, inUse) {
+					t.Fatalf("step %d: the first waiter, of cost %d, could run: %d of %d in use", step, p.firstLocked().cost, inUse, limit)
 				}
 			}
 		})
@@ -135,5 +139,41 @@ func TestCoDelsControlLaw(t *testing.T) {
 	}
 	if c.drop(402*ms, time.Second, true) {
 		t.Error("the last one of a queue was refused")
+	}
+}
+
+// Calls with and without the lock, at once: if one of them handed a permit to nobody,
+// a waiter would wait for ever.
+func TestNoWaiterIsForgottenByCallsThatTakeNoLock(t *testing.T) {
+	const limit, most = 3, 2
+	p := &permits{}
+	p.setLimit(limit)
+	var running atomic.Int64
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			for n := range 20_000 {
+				cost := int64(1 + (n+i)%most)
+				if !p.try(cost, nil) {
+					w := newWaiter(cost)
+					p.enqueue(w)
+					if n%5 == 0 && p.abandon(w) {
+						continue
+					}
+					if n%5 != 0 {
+						<-w.done
+					}
+				}
+				if got := running.Add(cost); got > limit {
+					t.Errorf("%d permits in use, want at most %d", got, limit)
+				}
+				running.Add(-cost)
+				p.release(cost)
+			}
+		})
+	}
+	wg.Wait()
+	if _, inUse, waiting := p.read(); inUse != 0 || waiting != 0 || p.state.Load() != 0 {
+		t.Errorf("at rest %d permits are in use and %d calls wait, state %#x, want none", inUse, waiting, p.state.Load())
 	}
 }
