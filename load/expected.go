@@ -242,8 +242,8 @@ const (
 	weightMask = 1<<pendingBit - 1
 )
 
-// Times of samples are kept in units of about a millisecond. They wrap after 52
-// days without a sample.
+// Times of samples are kept in units of about a millisecond. They wrap: after 26
+// days without a sample an endpoint's last one counts as new.
 const heardUnitBits = 20
 
 // Load implements [Meter].
@@ -287,16 +287,9 @@ func (e *ExpectedLatency) unheard(rate float64, now Instant, heard uint64) float
 	return t*rate + c*math.Float64frombits(e.perSample.Load())
 }
 
-// since32 returns a-b modulo 2^32, where an a that was read a little before b
-// counts as equal.
-func since32(a, b uint32) float64 {
-	const little = 1 << 16
-	d := a - b
-	if d > math.MaxUint32-little {
-		return 0
-	}
-	return float64(d)
-}
+// since32 returns a-b modulo 2^32 if that is below 2^31, and otherwise 0, for then a
+// was read a little before b.
+func since32(a, b uint32) float64 { return float64(max(int32(a-b), 0)) }
 
 // Start implements [Meter].
 func (m *expectedMeter) Start(now Instant) Ticket {
@@ -432,7 +425,8 @@ const epochUnitBits = 16
 // add counts an attempt and returns its generation.
 func (a *ages) add(t Ticket, limit float64) uint32 {
 	began, now := a.began.Load(), uint32(uint64(t.started)>>epochUnitBits)
-	if since32(now, began)*(1<<epochUnitBits) > limit && a.began.CompareAndSwap(began, now) {
+	const little = 1 << 16 // A start that was read a little before began is not past it.
+	if d := now - began; d < math.MaxUint32-little && float64(d)*(1<<epochUnitBits) > limit && a.began.CompareAndSwap(began, now) {
 		next := a.epoch.Load() + 1
 		a.weights[next&1].Store(0)
 		a.starts[next&1].Store(0)

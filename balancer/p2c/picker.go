@@ -40,15 +40,6 @@ func newCandidate(ep *endpoint) *candidate {
 	return c
 }
 
-// measure returns the load in proportion to the weight.
-func (c *candidate) measure(now load.Instant) float64 {
-	l := c.meter.Load(now)
-	if c.weight != 1 {
-		return c.weight.Divide(l)
-	}
-	return l
-}
-
 // picker picks the least loaded of a few READY endpoints: config.choices of them
 // at random, and those that were the least loaded at the last pick.
 //
@@ -289,7 +280,11 @@ func (s *selection) looksAt(c *candidate) bool {
 // weight, never by the order in which they were added.
 func (s *selection) least(now load.Instant) *candidate {
 	for i, c := range s.seen[:s.count] {
-		s.loads[i] = c.measure(now)
+		l := c.meter.Load(now)
+		if c.weight != 1 {
+			l = c.weight.Divide(l)
+		}
+		s.loads[i] = l
 	}
 	var best *candidate
 	var bestLoad, equals float64 // equals is the sum of the weights of the equal ones
