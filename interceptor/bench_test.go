@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/race"
 )
 
 // gateToy only passes calls on.
@@ -207,7 +208,7 @@ func BenchmarkStream(b *testing.B) {
 }
 
 func TestNoGateAllocatesAndAStreamAtMostThreeTimes(t *testing.T) {
-	if raceEnabled {
+	if race.Enabled {
 		t.Skip("the race detector makes pools forget")
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)

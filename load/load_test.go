@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/belfry-go/belfry/internal/race"
 )
 
 func TestConstantIsTheSameForEverWhateverHappens(t *testing.T) {
@@ -566,7 +568,7 @@ func TestWeightDividesTheLoadAndZeroCountsAsOne(t *testing.T) {
 }
 
 func TestHotPathAllocatesNothing(t *testing.T) {
-	if raceEnabled {
+	if race.Enabled {
 		t.Skip("the race detector allocates")
 	}
 	forEachMetric(t, func(t *testing.T, metric Metric) {

@@ -24,6 +24,7 @@ import (
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/env"
 	"github.com/belfry-go/belfry/internal/lbtest"
+	"github.com/belfry-go/belfry/internal/race"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -524,7 +525,7 @@ func TestAPickThatWasNotReadyIsUndone(t *testing.T) {
 }
 
 func TestPickAndDoneAllocateNothing(t *testing.T) {
-	if raceEnabled {
+	if race.Enabled {
 		t.Skip("the race detector allocates, and sync.Pool forgets at random under it")
 	}
 	for _, s := range subjects {
@@ -708,7 +709,7 @@ func TestStressAgainstAModel(t *testing.T) {
 				return ""
 			}
 			rounds := 6000
-			if raceEnabled {
+			if race.Enabled {
 				rounds = 2000
 			}
 			for round := range rounds {

@@ -28,6 +28,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/belfry-go/belfry/internal/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	"github.com/belfry-go/belfry/load"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -396,7 +397,7 @@ func TestWireEarlyRejectionsAreFailures(t *testing.T) {
 		t.Parallel()
 		w := newWire(t, newServers(t, 1), wireConfig{policy: `"load":{"pendingRequests":{}}`})
 		n := 300 // some 10 % of them with a nil error
-		if raceEnabled {
+		if race.Enabled {
 			n = 100
 		}
 		for range n {
@@ -420,7 +421,7 @@ func TestWireEarlyRejectionsAreFailures(t *testing.T) {
 			t.Fatal(err)
 		}
 		n := 300
-		if raceEnabled {
+		if race.Enabled {
 			n = 100
 		}
 		for range n {

@@ -30,6 +30,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/layertest"
+	"github.com/belfry-go/belfry/internal/race"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -757,7 +758,7 @@ func TestACallThatIsNotHedgedAllocatesNothing(t *testing.T) {
 	unary := mustStack(t, mustNew(t, hedge.Config{MaxAttempts: 1})).UnaryClientInterceptor()
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	ctx := t.Context()
-	if n := testing.AllocsPerRun(1000, func() { unary(ctx, method, nil, nil, nil, noop, opts...) }); n > 0.1 && !raceEnabled {
+	if n := testing.AllocsPerRun(1000, func() { unary(ctx, method, nil, nil, nil, noop, opts...) }); n > 0.1 && !race.Enabled {
 		t.Errorf("%v allocations, want none", n) // A percentile is computed anew now and then.
 	}
 }

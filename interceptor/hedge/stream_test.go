@@ -29,6 +29,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/internal/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
@@ -521,7 +522,7 @@ func tail(t testing.TB, inMemory bool, calls int, q float64, layers ...intercept
 }
 
 func TestHedgingHalvesP999OfServersThatStall(t *testing.T) {
-	if raceEnabled {
+	if race.Enabled {
 		t.Skip("6,000 calls, three times: slow under the race detector, which has the other tests")
 	}
 	const calls = 6000

@@ -27,6 +27,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/layertest"
+	"github.com/belfry-go/belfry/internal/race"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -1099,7 +1100,7 @@ func cases(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 }
 
 func TestNoGateAllocatesAdmittedOrRefused(t *testing.T) {
-	if raceEnabled {
+	if race.Enabled {
 		t.Skip("the race detector allocates")
 	}
 	ctx, opts := context.Background(), []grpc.CallOption{noWait}

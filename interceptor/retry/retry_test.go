@@ -32,6 +32,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/layertest"
+	"github.com/belfry-go/belfry/internal/race"
 )
 
 const method = "/test.Service/Method"
@@ -832,7 +833,7 @@ func TestACallWhoseFirstAttemptSucceedsAllocatesNothing(t *testing.T) {
 	unary := mustStack(t, mustNew(t, retry.Config{})).UnaryClientInterceptor()
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	ctx := t.Context()
-	if n := testing.AllocsPerRun(1000, func() { unary(ctx, method, nil, nil, nil, noop, opts...) }); n != 0 && !raceEnabled {
+	if n := testing.AllocsPerRun(1000, func() { unary(ctx, method, nil, nil, nil, noop, opts...) }); n != 0 && !race.Enabled {
 		t.Errorf("%v allocations, want none", n)
 	}
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/internal/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
@@ -576,7 +577,7 @@ func TestStreamsThatMayNotBeRepeatedCostNothing(t *testing.T) {
 	none := mustNew(t, retry.Config{}, retry.WithIdempotent(func(string) bool { return false }))
 	base := streamAllocs(t, &local{first: math.MaxInt})
 	for _, l := range []*retry.Layer{one, none} {
-		if got := streamAllocs(t, l); got > base && !raceEnabled {
+		if got := streamAllocs(t, l); got > base && !race.Enabled {
 			t.Errorf("%v allocations for a stream, want the %v of a layer that only passes it on", got, base)
 		}
 	}

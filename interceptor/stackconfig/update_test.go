@@ -27,6 +27,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
+	"github.com/belfry-go/belfry/internal/race"
 )
 
 const method = "/s.S/M"
@@ -613,7 +614,7 @@ type instant struct{ grpc.ClientConnInterface }
 func (instant) Invoke(context.Context, string, any, any, ...grpc.CallOption) error { return nil }
 
 func TestCallsCostNoAllocation(t *testing.T) {
-	if raceEnabled {
+	if race.Enabled {
 		t.Skip("the race detector allocates")
 	}
 	s := newStack(t, `{"methodConfig": [

@@ -22,6 +22,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/layertest"
+	"github.com/belfry-go/belfry/internal/race"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -475,7 +476,7 @@ func TestNothingIsAllocated(t *testing.T) {
 		unary(ctx, method, nil, nil, nil, noop)
 		got := testing.AllocsPerRun(200, func() { unary(ctx, method, nil, nil, nil, noop) })
 		// The stack's own pool may be emptied by the collector, and is by the race detector.
-		if got != 0 && !raceEnabled {
+		if got != 0 && !race.Enabled {
 			t.Errorf("%s: %v allocations, want 0", name, got)
 		}
 	}

@@ -30,6 +30,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/layertest"
+	"github.com/belfry-go/belfry/internal/race"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -873,7 +874,7 @@ func cases(t testing.TB) []struct {
 }
 
 func TestOnlyACallWhoseDeadlineIsTightenedCostsAnAllocation(t *testing.T) {
-	if raceEnabled {
+	if race.Enabled {
 		t.Skip("the race detector allocates")
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)

@@ -18,6 +18,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/timeout"
+	"github.com/belfry-go/belfry/internal/race"
 )
 
 func layer[L interceptor.Layer](l L, err error) func(testing.TB) interceptor.Layer {
@@ -185,7 +186,7 @@ func BenchmarkStream(b *testing.B) {
 }
 
 func TestSixLayersCostNoAllocationAndAStreamThroughAGateThree(t *testing.T) {
-	if raceEnabled {
+	if race.Enabled {
 		t.Skip("the race detector makes pools forget")
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)

@@ -16,6 +16,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/stackconfig"
+	"github.com/belfry-go/belfry/internal/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
@@ -132,7 +133,7 @@ func TestHedgingHalvesTheTailForSixPercentMoreCalls(t *testing.T) {
 // if timers were on time. Without such a round the test says nothing; with one, it
 // is enough that hedges lowered p99.9 twofold in any of them.
 func TestHedgingHalvesTheTailOnTheWire(t *testing.T) {
-	if raceEnabled || testing.Short() {
+	if race.Enabled || testing.Short() {
 		t.Skip("it takes seconds of an idle machine")
 	}
 	const rounds = 4

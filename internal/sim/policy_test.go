@@ -7,13 +7,15 @@ import (
 	"fmt"
 	"testing"
 	"time"
+
+	"github.com/belfry-go/belfry/internal/race"
 )
 
 // The p99 of each policy in ratio to the oracle's, as another implementation of
 // this model found them. The scenarios are the less random ones of all, so that
 // short runs can tell; the command simulate runs all of them.
 func TestLatencyBesideTheOracleIsAsPublished(t *testing.T) {
-	if raceEnabled {
+	if race.Enabled {
 		t.Skip("a run is one goroutine: the race detector finds nothing in it, and makes it 20 times as long")
 	}
 	const tolerance = 0.1

@@ -1,9 +1,0 @@
-// Copyright 2026 The belfry Authors
-// SPDX-License-Identifier: Apache-2.0
-
-//go:build race
-
-package filter
-
-// raceEnabled reports whether the race detector is on.
-const raceEnabled = true

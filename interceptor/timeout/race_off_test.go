@@ -1,9 +1,0 @@
-// Copyright 2026 The belfry Authors
-// SPDX-License-Identifier: Apache-2.0
-
-//go:build !race
-
-package timeout
-
-// raceEnabled reports whether the race detector is on, which allocates.
-const raceEnabled = false

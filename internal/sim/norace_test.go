@@ -1,8 +1,0 @@
-// Copyright 2026 The belfry Authors
-// SPDX-License-Identifier: Apache-2.0
-
-//go:build !race
-
-package sim
-
-const raceEnabled = false
