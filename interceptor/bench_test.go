@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/race"
 )
 
@@ -66,8 +67,6 @@ func six() []interceptor.Layer {
 	return []interceptor.Layer{&shedToy{}, &timeoutToy{d: time.Hour}, &retryToy{n: 3}, newBuffer(100), newTokens(1 << 60), newCount(10)}
 }
 
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-
 // unaryCases are what BenchmarkUnary runs and TestAllocations counts.
 func unaryCases(t testing.TB) []struct {
 	name   string
@@ -80,14 +79,14 @@ func unaryCases(t testing.TB) []struct {
 		unary  grpc.UnaryClientInterceptor
 		allocs float64
 	}
-	cs := []c{{"stack_empty", mustStack(t).UnaryClientInterceptor(), 0}}
+	cs := []c{{"stack_empty", calltest.Stack(t).UnaryClientInterceptor(), 0}}
 	for _, n := range []int{1, 3, 6, 10} {
-		cs = append(cs, c{fmt.Sprintf("stack_of_%d_gates", n), mustStack(t, gates(n)...).UnaryClientInterceptor(), 0})
+		cs = append(cs, c{fmt.Sprintf("stack_of_%d_gates", n), calltest.Stack(t, gates(n)...).UnaryClientInterceptor(), 0})
 	}
 	return append(cs,
-		c{"stack_of_limit", mustStack(t, newCount(10)).UnaryClientInterceptor(), 0},
-		c{"stack_of_6_layers", mustStack(t, six()...).UnaryClientInterceptor(), 0},
-		c{"stack_refusing", mustStack(t, &shedToy{}, refusing).UnaryClientInterceptor(), 0},
+		c{"stack_of_limit", calltest.Stack(t, newCount(10)).UnaryClientInterceptor(), 0},
+		c{"stack_of_6_layers", calltest.Stack(t, six()...).UnaryClientInterceptor(), 0},
+		c{"stack_refusing", calltest.Stack(t, &shedToy{}, refusing).UnaryClientInterceptor(), 0},
 	)
 }
 
@@ -99,16 +98,16 @@ func BenchmarkUnary(b *testing.B) {
 		b.Run(c.name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				c.unary(ctx, method, nil, nil, nil, noop, opts...)
+				c.unary(ctx, calltest.Method, nil, nil, nil, calltest.Noop, opts...)
 			}
 		})
 	}
 	b.Run("stack_of_6_layers_parallel", func(b *testing.B) {
-		unary := mustStack(b, six()...).UnaryClientInterceptor()
+		unary := calltest.Stack(b, six()...).UnaryClientInterceptor()
 		b.ReportAllocs()
 		b.RunParallel(func(pb *testing.PB) {
 			for pb.Next() {
-				unary(ctx, method, nil, nil, nil, noop, opts...)
+				unary(ctx, calltest.Method, nil, nil, nil, calltest.Noop, opts...)
 			}
 		})
 	})
@@ -118,7 +117,7 @@ func BenchmarkUnary(b *testing.B) {
 			unary := chain(n)
 			b.ReportAllocs()
 			for b.Loop() {
-				unary(ctx, method, nil, nil, nil, noop, opts...)
+				unary(ctx, calltest.Method, nil, nil, nil, calltest.Noop, opts...)
 			}
 		})
 	}
@@ -162,10 +161,10 @@ func streamCases(t testing.TB) []struct {
 		stream grpc.StreamClientInterceptor
 		allocs float64
 	}{
-		{"stack_empty", mustStack(t).StreamClientInterceptor(), 3},
-		{"stack_of_limit", mustStack(t, newCount(10)).StreamClientInterceptor(), 3},
-		{"stack_of_6_gates", mustStack(t, gates(6)...).StreamClientInterceptor(), 3},
-		{"stack_of_6_layers", mustStack(t, six()...).StreamClientInterceptor(), 20},
+		{"stack_empty", calltest.Stack(t).StreamClientInterceptor(), 3},
+		{"stack_of_limit", calltest.Stack(t, newCount(10)).StreamClientInterceptor(), 3},
+		{"stack_of_6_gates", calltest.Stack(t, gates(6)...).StreamClientInterceptor(), 3},
+		{"stack_of_6_layers", calltest.Stack(t, six()...).StreamClientInterceptor(), 20},
 	}
 }
 
@@ -185,7 +184,7 @@ func openEOF(t testing.TB, stream grpc.StreamClientInterceptor) func() {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	t.Cleanup(cancel)
 	return func() {
-		s, err := stream(ctx, desc, cc, method, streamer, opts...)
+		s, err := stream(ctx, desc, cc, calltest.Method, streamer, opts...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -215,7 +214,7 @@ func TestNoGateAllocatesAndAStreamAtMostThreeTimes(t *testing.T) {
 	defer cancel()
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	for _, c := range unaryCases(t) {
-		if got := testing.AllocsPerRun(1000, func() { c.unary(ctx, method, nil, nil, nil, noop, opts...) }); got > c.allocs {
+		if got := testing.AllocsPerRun(1000, func() { c.unary(ctx, calltest.Method, nil, nil, nil, calltest.Noop, opts...) }); got > c.allocs {
 			t.Errorf("unary, %s: %v allocations a call, want at most %v", c.name, got, c.allocs)
 		}
 	}

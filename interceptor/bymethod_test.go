@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/calltest"
 )
 
 // byName chooses the list by the method's name.
@@ -29,7 +30,7 @@ func TestCallsGoThroughTheListOfTheirMethod(t *testing.T) {
 	log := &eventLog{}
 	a, b := &logToy{name: "a", log: log}, &logToy{name: "b", log: log}
 	both := &logToy{name: "both", log: log}
-	s := mustStack(t)
+	s := calltest.Stack(t)
 	if err := s.ReplaceByMethod(byName("/s/a", "/s/b"), []interceptor.Layer{both, a}, []interceptor.Layer{both, b}); err != nil {
 		t.Fatalf("ReplaceByMethod: %v", err)
 	}
@@ -42,7 +43,7 @@ func TestCallsGoThroughTheListOfTheirMethod(t *testing.T) {
 		"/s/b": "b 0 ok OK,both 0 ok OK,b 0 failed Unknown,both 0 failed Unknown",
 		"/s/c": "",
 	} {
-		if err := unary(t.Context(), method, nil, nil, nil, noop); err != nil {
+		if err := unary(t.Context(), method, nil, nil, nil, calltest.Noop); err != nil {
 			t.Errorf("%s: a unary call: %v", method, err)
 		}
 		if _, err := stream(t.Context(), &grpc.StreamDesc{ServerStreams: true}, nil, method, opens); err == nil {
@@ -61,14 +62,14 @@ func TestCallsGoThroughTheListOfTheirMethod(t *testing.T) {
 	if err := s.Drain(t.Context()); err != nil {
 		t.Fatalf("Drain: %v", err)
 	}
-	if err := unary(t.Context(), "/s/c", nil, nil, nil, noop); err == nil {
+	if err := unary(t.Context(), "/s/c", nil, nil, nil, calltest.Noop); err == nil {
 		t.Errorf("a call without layers was admitted by a stack that drains")
 	}
 }
 
 func TestBadListsByMethodChangeNothing(t *testing.T) {
 	l := &gateToy{}
-	s := mustStack(t, l)
+	s := calltest.Stack(t, l)
 	before := s.String()
 	if err := s.ReplaceByMethod(nil, []interceptor.Layer{l}); err == nil {
 		t.Errorf("ReplaceByMethod without choose returned no error")

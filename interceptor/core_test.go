@@ -26,22 +26,9 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 )
-
-const method = "/s/m"
-
-// sleeper is a connection whose calls take d.
-func sleeper(d time.Duration) *conn {
-	return &conn{invoke: func(ctx context.Context, _ string, _, _ any, _ ...grpc.CallOption) error {
-		select {
-		case <-time.After(d):
-			return nil
-		case <-ctx.Done():
-			return status.FromContextError(ctx.Err()).Err()
-		}
-	}}
-}
 
 // answers is a connection that answers with errs, one after the other.
 func answers(errs ...error) *conn {
@@ -55,99 +42,67 @@ func answers(errs ...error) *conn {
 	}}
 }
 
-func reason(err error) interceptor.Reason {
-	if r, ok := interceptor.AsRefusal(err); ok {
-		return r.Reason
-	}
-	return ""
-}
-
-// at is when something happened in a bubble and how it ended.
-type at struct {
-	after  time.Duration
-	reason interceptor.Reason
-	code   codes.Code
-}
-
-// burst makes n calls, one started after the other, and says how each ended.
-func burst(c grpc.ClientConnInterface, n int, opts ...grpc.CallOption) []at {
-	out := make([]at, n)
-	start := time.Now()
-	var wg sync.WaitGroup
-	for i := range n {
-		wg.Go(func() {
-			err := c.Invoke(context.Background(), method, nil, nil, opts...)
-			out[i] = at{time.Since(start), reason(err), status.Code(err)}
-		})
-		synctest.Wait()
-	}
-	wg.Wait()
-	return out
-}
-
-func expect(t *testing.T, got, want []at) {
-	t.Helper()
-	if !slices.Equal(got, want) {
-		t.Errorf("calls ended as\n%v, want\n%v", got, want)
-	}
+// refused is the end of a call that is refused with a code.
+func refused(after time.Duration, r interceptor.Reason, code codes.Code) calltest.End {
+	return calltest.End{After: after, Reason: r, Code: code}
 }
 
 func TestALimitWaitsAndAShedOutsideItRefusesInstead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		expect(t, burst(mustStack(t, newLimit("limit", 1)).Wrap(sleeper(time.Second)), 3), []at{
-			{1 * time.Second, "", codes.OK}, {2 * time.Second, "", codes.OK}, {3 * time.Second, "", codes.OK}})
-		expect(t, burst(mustStack(t, &shedToy{}, newLimit("limit", 1)).Wrap(sleeper(time.Second)), 3), []at{
-			{1 * time.Second, "", codes.OK}, {0, interceptor.ReasonConcurrency, codes.Unavailable}, {0, interceptor.ReasonConcurrency, codes.Unavailable}})
-		expect(t, burst(mustStack(t, newLimit("limit", 1), &shedToy{}).Wrap(sleeper(time.Second)), 2), []at{
-			{1 * time.Second, "", codes.OK}, {2 * time.Second, "", codes.OK}})
+		calltest.Expect(t, calltest.Burst(calltest.Stack(t, newLimit("limit", 1)).Wrap(calltest.Takes(time.Second)), 3),
+			calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.OK(3*time.Second))
+		calltest.Expect(t, calltest.Burst(calltest.Stack(t, &shedToy{}, newLimit("limit", 1)).Wrap(calltest.Takes(time.Second)), 3),
+			calltest.OK(time.Second), refused(0, interceptor.ReasonConcurrency, codes.Unavailable), refused(0, interceptor.ReasonConcurrency, codes.Unavailable))
+		calltest.Expect(t, calltest.Burst(calltest.Stack(t, newLimit("limit", 1), &shedToy{}).Wrap(calltest.Takes(time.Second)), 2),
+			calltest.OK(time.Second), calltest.OK(2*time.Second))
 	})
 }
 
 func TestABufferInsideAShedLetsItsCallsWaitAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := mustStack(t, &shedToy{}, newBuffer(2), newLimit("limit", 1))
-		expect(t, burst(s.Wrap(sleeper(time.Second)), 4), []at{
-			{1 * time.Second, "", codes.OK}, {2 * time.Second, "", codes.OK}, {3 * time.Second, "", codes.OK},
-			{0, interceptor.ReasonQueueFull, codes.Unavailable}})
+		s := calltest.Stack(t, &shedToy{}, newBuffer(2), newLimit("limit", 1))
+		calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(time.Second)), 4),
+			calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.OK(3*time.Second),
+			refused(0, interceptor.ReasonQueueFull, codes.Unavailable))
 	})
 }
 
 func TestFailFastRefusesAtExactlyItsBound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := mustStack(t, &failFastToy{d: 300 * time.Millisecond}, newLimit("limit", 1))
-		expect(t, burst(s.Wrap(sleeper(time.Second)), 2), []at{
-			{time.Second, "", codes.OK}, {300 * time.Millisecond, interceptor.ReasonConcurrency, codes.Unavailable}})
+		s := calltest.Stack(t, &failFastToy{d: 300 * time.Millisecond}, newLimit("limit", 1))
+		calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(time.Second)), 2),
+			calltest.OK(time.Second), refused(300*time.Millisecond, interceptor.ReasonConcurrency, codes.Unavailable))
 	})
 }
 
 func TestACallerSaysNoWaitPerCallAndItOnlyNarrows(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := mustStack(t, newLimit("limit", 1))
-		c := s.Wrap(sleeper(time.Second))
-		expect(t, burst(c, 2, interceptor.WithWait(interceptor.None)), []at{
-			{time.Second, "", codes.OK}, {0, interceptor.ReasonConcurrency, codes.Unavailable}})
-		expect(t, burst(c, 2, interceptor.WithWait(interceptor.For(500*time.Millisecond)), interceptor.WithWait(interceptor.Forever)), []at{
-			{time.Second, "", codes.OK}, {500 * time.Millisecond, interceptor.ReasonConcurrency, codes.Unavailable}})
+		s := calltest.Stack(t, newLimit("limit", 1))
+		c := s.Wrap(calltest.Takes(time.Second))
+		calltest.Expect(t, calltest.Burst(c, 2, interceptor.WithWait(interceptor.None)),
+			calltest.OK(time.Second), refused(0, interceptor.ReasonConcurrency, codes.Unavailable))
+		calltest.Expect(t, calltest.Burst(c, 2, interceptor.WithWait(interceptor.For(500*time.Millisecond)), interceptor.WithWait(interceptor.Forever)),
+			calltest.OK(time.Second), refused(500*time.Millisecond, interceptor.ReasonConcurrency, codes.Unavailable))
 	})
 }
 
 func TestTheWaitIsCarriedAcrossAForeignInterceptorToASecondStack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		outer := mustStack(t, &shedToy{}, interceptor.CarryWait())
-		inner := mustStack(t, newLimit("limit", 1))
-		expect(t, burst(outer.Wrap(inner.Wrap(sleeper(time.Second))), 2), []at{
-			{time.Second, "", codes.OK}, {0, interceptor.ReasonConcurrency, codes.Unavailable}})
+		outer := calltest.Stack(t, &shedToy{}, interceptor.CarryWait())
+		inner := calltest.Stack(t, newLimit("limit", 1))
+		calltest.Expect(t, calltest.Burst(outer.Wrap(inner.Wrap(calltest.Takes(time.Second))), 2),
+			calltest.OK(time.Second), refused(0, interceptor.ReasonConcurrency, codes.Unavailable))
 	})
 }
 
 func TestADeadlineCoversTheWaitEvenInABufferThatWidensIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		timeout := &timeoutToy{d: 1500 * time.Millisecond}
-		s := mustStack(t, timeout, &shedToy{}, newBuffer(5), newLimit("limit", 1))
-		expect(t, burst(s.Wrap(sleeper(time.Second)), 3), []at{
-			{time.Second, "", codes.OK},
-			{1500 * time.Millisecond, interceptor.ReasonDeadline, codes.DeadlineExceeded},
-			{1500 * time.Millisecond, interceptor.ReasonDeadline, codes.DeadlineExceeded}})
+		s := calltest.Stack(t, timeout, &shedToy{}, newBuffer(5), newLimit("limit", 1))
+		calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(time.Second)), 3),
+			calltest.OK(time.Second),
+			refused(1500*time.Millisecond, interceptor.ReasonDeadline, codes.DeadlineExceeded),
+			refused(1500*time.Millisecond, interceptor.ReasonDeadline, codes.DeadlineExceeded))
 		if got := timeout.fired.Load(); got != 2 {
 			t.Errorf("the timeout fired %d times, want 2: one waiting, one running", got)
 		}
@@ -160,18 +115,18 @@ func TestADeadlineInsideALimitBeginsAfterTheLimitsWait(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s := mustStack(t, &failFastToy{d: time.Hour}, sem, &timeoutToy{d: 1500 * time.Millisecond})
-		expect(t, burst(s.Wrap(sleeper(time.Second)), 2), []at{
-			{time.Second, "", codes.OK}, {2 * time.Second, "", codes.OK}})
+		s := calltest.Stack(t, &failFastToy{d: time.Hour}, sem, &timeoutToy{d: 1500 * time.Millisecond})
+		calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(time.Second)), 2),
+			calltest.OK(time.Second), calltest.OK(2*time.Second))
 	})
 }
 
 func TestRefusalsFurtherInCostNoTokens(t *testing.T) {
 	tokens, limit := newTokens(10), newLimit("limit", 1)
-	c := mustStack(t, &shedToy{}, tokens, limit).Wrap(answers(nil))
+	c := calltest.Stack(t, &shedToy{}, tokens, limit).Wrap(answers(nil))
 	<-limit.slots // The limit is full.
 	for range 10 {
-		if err := c.Invoke(context.Background(), method, nil, nil); reason(err) != interceptor.ReasonConcurrency {
+		if err := c.Invoke(context.Background(), calltest.Method, nil, nil); calltest.Reason(err) != interceptor.ReasonConcurrency {
 			t.Fatalf("a call at a full limit: %v, want a refusal of the limit", err)
 		}
 	}
@@ -179,7 +134,7 @@ func TestRefusalsFurtherInCostNoTokens(t *testing.T) {
 		t.Errorf("%d tokens left after ten refusals, want all 10", got)
 	}
 	limit.slots <- struct{}{}
-	if err := c.Invoke(context.Background(), method, nil, nil); err != nil {
+	if err := c.Invoke(context.Background(), calltest.Method, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	if got := tokens.tokens.Load(); got != 9 {
@@ -201,7 +156,7 @@ func TestTicketsAreReleasedInReverseOrderWithTheTrueError(t *testing.T) {
 		{"a refusal of a stack further in", interceptor.Refuse("x", interceptor.ReasonShed, ""), []string{"b 0 not_sent Unavailable", "a 0 not_sent Unavailable"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			mustStack(t, a, b).Wrap(answers(tc.err)).Invoke(context.Background(), method, nil, nil)
+			calltest.Stack(t, a, b).Wrap(answers(tc.err)).Invoke(context.Background(), calltest.Method, nil, nil)
 			if got := log.take(); !slices.Equal(got, tc.want) {
 				t.Errorf("released %q, want %q", got, tc.want)
 			}
@@ -212,8 +167,8 @@ func TestTicketsAreReleasedInReverseOrderWithTheTrueError(t *testing.T) {
 func TestAttemptsHaveTheirOwnTicketsInsideARetryAndTheCallHasItsOutside(t *testing.T) {
 	log := &eventLog{}
 	unavailable := status.Error(codes.Unavailable, "")
-	s := mustStack(t, &logToy{name: "call", log: log}, &retryToy{n: 3}, &logToy{name: "attempt", log: log})
-	if err := s.Wrap(answers(unavailable, unavailable, nil)).Invoke(context.Background(), method, new(wrapperspb.StringValue), new(wrapperspb.StringValue)); err != nil {
+	s := calltest.Stack(t, &logToy{name: "call", log: log}, &retryToy{n: 3}, &logToy{name: "attempt", log: log})
+	if err := s.Wrap(answers(unavailable, unavailable, nil)).Invoke(context.Background(), calltest.Method, new(wrapperspb.StringValue), new(wrapperspb.StringValue)); err != nil {
 		t.Fatal(err)
 	}
 	want := []string{"attempt 0 failed Unavailable", "attempt 1 failed Unavailable", "attempt 2 ok OK", "call 0 ok OK"}
@@ -226,10 +181,10 @@ func TestARetryHoldsNoPermitWhileItBacksOffAndNeverQueues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		unavailable := status.Error(codes.Unavailable, "the server's own")
 		limit := newLimit("limit", 1)
-		s := mustStack(t, &retryToy{n: 2, backoff: time.Second}, limit)
+		s := calltest.Stack(t, &retryToy{n: 2, backoff: time.Second}, limit)
 		done := make(chan error)
 		go func() {
-			done <- s.Wrap(answers(unavailable)).Invoke(context.Background(), method, nil, new(wrapperspb.StringValue))
+			done <- s.Wrap(answers(unavailable)).Invoke(context.Background(), calltest.Method, nil, new(wrapperspb.StringValue))
 		}()
 		synctest.Wait()
 		select {
@@ -269,7 +224,7 @@ func TestEachAttemptHasItsOwnReplyAndOutOptionsAndTheWinnersAreTheCalls(t *testi
 	finished := 0
 	var header metadata.MD
 	reply := new(wrapperspb.StringValue)
-	err := mustStack(t, &retryToy{n: 3}).Wrap(c).Invoke(context.Background(), method, nil, reply,
+	err := calltest.Stack(t, &retryToy{n: 3}).Wrap(c).Invoke(context.Background(), calltest.Method, nil, reply,
 		grpc.Header(&header), grpc.OnFinish(func(err error) {
 			finished++
 			if err != nil {
@@ -296,7 +251,7 @@ func TestForksAreMadeFromTheCallAsItWasOutside(t *testing.T) {
 	double := interceptor.MapRequest(func(_ context.Context, _ string, m *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
 		return wrapperspb.String(m.Value + m.Value), nil
 	})
-	mustStack(t, &retryToy{n: 3}, double).Wrap(c).Invoke(context.Background(), method, wrapperspb.String("x"), new(wrapperspb.StringValue))
+	calltest.Stack(t, &retryToy{n: 3}, double).Wrap(c).Invoke(context.Background(), calltest.Method, wrapperspb.String("x"), new(wrapperspb.StringValue))
 	if want := []string{"xx", "xx", "xx"}; !slices.Equal(sent, want) {
 		t.Errorf("sent %q, want %q", sent, want)
 	}
@@ -354,10 +309,10 @@ func TestALoserOfAHedgeIsIgnoredAndDrainWaitsForIt(t *testing.T) {
 			time.Sleep(time.Second) // A loser that takes its time.
 			return status.FromContextError(ctx.Err()).Err()
 		}}
-		s := mustStack(t, &logToy{name: "call", log: log}, &hedgeToy{}, &logToy{name: "attempt", log: log})
+		s := calltest.Stack(t, &logToy{name: "call", log: log}, &hedgeToy{}, &logToy{name: "attempt", log: log})
 		start := time.Now()
 		reply := new(wrapperspb.StringValue)
-		if err := s.Wrap(c).Invoke(context.Background(), method, nil, reply); err != nil || time.Since(start) != time.Second {
+		if err := s.Wrap(c).Invoke(context.Background(), calltest.Method, nil, reply); err != nil || time.Since(start) != time.Second {
 			t.Errorf("got %v after %v, want success after 1s", err, time.Since(start))
 		}
 		if err := s.Drain(context.Background()); err != nil || time.Since(start) != 2*time.Second {
@@ -382,8 +337,8 @@ func TestWhatAForeignInterceptorRefusesWasNotSent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := mustStack(t, &logToy{name: "outer", log: log}, f, &logToy{name: "inner", log: log})
-	if err := s.Wrap(answers()).Invoke(context.Background(), method, nil, nil); err != denied {
+	s := calltest.Stack(t, &logToy{name: "outer", log: log}, f, &logToy{name: "inner", log: log})
+	if err := s.Wrap(answers()).Invoke(context.Background(), calltest.Method, nil, nil); err != denied {
 		t.Errorf("got %v, want the interceptor's error", err)
 	}
 	want := []string{"inner 0 not_sent OK", "outer 0 not_sent PermissionDenied"}
@@ -403,8 +358,8 @@ func TestAForeignRetryIsAdmittedAnewForEachAttempt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := mustStack(t, &logToy{name: "outer", log: log}, f, &logToy{name: "inner", log: log})
-	if err := s.Wrap(answers(status.Error(codes.Internal, ""), nil)).Invoke(context.Background(), method, nil, nil); err != nil {
+	s := calltest.Stack(t, &logToy{name: "outer", log: log}, f, &logToy{name: "inner", log: log})
+	if err := s.Wrap(answers(status.Error(codes.Internal, ""), nil)).Invoke(context.Background(), calltest.Method, nil, nil); err != nil {
 		t.Error(err)
 	}
 	want := []string{"inner 0 failed Internal", "inner 1 ok OK", "outer 0 ok OK"}
@@ -416,14 +371,14 @@ func TestAForeignRetryIsAdmittedAnewForEachAttempt(t *testing.T) {
 func TestTicketsAreReleasedWhenTheInvokerPanics(t *testing.T) {
 	log := &eventLog{}
 	c := &conn{invoke: func(context.Context, string, any, any, ...grpc.CallOption) error { panic("oh") }}
-	s := mustStack(t, &logToy{name: "a", log: log}, &passToy{}, &logToy{name: "b", log: log})
+	s := calltest.Stack(t, &logToy{name: "a", log: log}, &passToy{}, &logToy{name: "b", log: log})
 	func() {
 		defer func() {
 			if r := recover(); r != "oh" {
 				t.Errorf("recovered %v, want the invoker's panic", r)
 			}
 		}()
-		s.Wrap(c).Invoke(context.Background(), method, nil, nil)
+		s.Wrap(c).Invoke(context.Background(), calltest.Method, nil, nil)
 	}()
 	want := []string{"b 0 failed Internal", "a 0 failed Internal"}
 	if got := log.take(); !slices.Equal(got, want) {
@@ -437,12 +392,12 @@ func TestTicketsAreReleasedWhenTheInvokerPanics(t *testing.T) {
 func TestAGateThatPanicsAndAReleaserThatPanicsLoseNoTicket(t *testing.T) {
 	log := &eventLog{}
 	bad := &panicToy{}
-	s := mustStack(t, &logToy{name: "a", log: log}, bad, &logToy{name: "b", log: log})
+	s := calltest.Stack(t, &logToy{name: "a", log: log}, bad, &logToy{name: "b", log: log})
 	for _, where := range []string{"admit", "release"} {
 		bad.where = where
 		func() {
 			defer func() { recover() }()
-			s.Wrap(answers(nil)).Invoke(context.Background(), method, nil, nil)
+			s.Wrap(answers(nil)).Invoke(context.Background(), calltest.Method, nil, nil)
 			t.Errorf("%s: no panic", where)
 		}()
 	}
@@ -478,11 +433,11 @@ func (l *panicToy) Release(int64, interceptor.Outcome, error) {
 
 func TestDrainRefusesNewCallsAndWaitsForThoseInFlight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := mustStack(t, newLimit("limit", 1))
-		c := s.Wrap(sleeper(time.Second))
+		s := calltest.Stack(t, newLimit("limit", 1))
+		c := s.Wrap(calltest.Takes(time.Second))
 		start := time.Now()
 		for range 2 { // One runs, one waits.
-			go c.Invoke(context.Background(), method, nil, nil)
+			go c.Invoke(context.Background(), calltest.Method, nil, nil)
 		}
 		synctest.Wait()
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
@@ -490,8 +445,8 @@ func TestDrainRefusesNewCallsAndWaitsForThoseInFlight(t *testing.T) {
 		if err := s.Drain(ctx); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "2 calls") {
 			t.Errorf("Drain with a short deadline: %v, want 2 calls in flight and the deadline", err)
 		}
-		err := c.Invoke(context.Background(), method, nil, nil)
-		if status.Code(err) != codes.Unavailable || reason(err) != interceptor.ReasonDrain {
+		err := c.Invoke(context.Background(), calltest.Method, nil, nil)
+		if status.Code(err) != codes.Unavailable || calltest.Reason(err) != interceptor.ReasonDrain {
 			t.Errorf("a call to a draining stack: %v, want UNAVAILABLE and DRAIN", err)
 		}
 		if err := s.Drain(context.Background()); err != nil || time.Since(start) != 2*time.Second {
@@ -508,8 +463,8 @@ func TestDrainWaitsForStreams(t *testing.T) {
 		c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
 			return &scriptStream{ctx: ctx, errs: []error{nil, io.EOF}}, nil
 		}}
-		s := mustStack(t, newLimit("limit", 1), &passToy{})
-		st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, method)
+		s := calltest.Stack(t, newLimit("limit", 1), &passToy{})
+		st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, calltest.Method)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -556,8 +511,8 @@ func TestAStreamIsRetriedUntilItsFirstMessageAndDeliversNothingTwice(t *testing.
 		opened++
 		return &scriptStream{ctx: ctx, errs: scripts[opened-1]}, nil
 	}}
-	s := mustStack(t, &logToy{name: "call", log: log}, &retryToy{n: 5}, &logToy{name: "attempt", log: log})
-	st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, method)
+	s := calltest.Stack(t, &logToy{name: "call", log: log}, &retryToy{n: 5}, &logToy{name: "attempt", log: log})
+	st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, calltest.Method)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -585,9 +540,9 @@ func TestAnAbandonedStreamReleasesInsideOutWhenItsContextEnds(t *testing.T) {
 		c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
 			return &scriptStream{ctx: ctx}, nil
 		}}
-		s := mustStack(t, &logToy{name: "outer", log: log}, &passToy{}, &logToy{name: "middle", log: log}, &passToy{}, &logToy{name: "inner", log: log})
+		s := calltest.Stack(t, &logToy{name: "outer", log: log}, &passToy{}, &logToy{name: "middle", log: log}, &passToy{}, &logToy{name: "inner", log: log})
 		ctx, cancel := context.WithCancel(context.Background())
-		if _, err := s.Wrap(c).NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, method); err != nil {
+		if _, err := s.Wrap(c).NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, calltest.Method); err != nil {
 			t.Fatal(err)
 		}
 		cancel()
@@ -616,8 +571,8 @@ func TestOnFinishThatIsNotTheEndIsNotBelieved(t *testing.T) {
 		finish(status.Error(codes.Unavailable, "an attempt of a retry behind the stack"))
 		return &scriptStream{ctx: ctx, errs: []error{io.EOF}}, nil
 	}}
-	s := mustStack(t, &logToy{name: "a", log: log})
-	st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, method)
+	s := calltest.Stack(t, &logToy{name: "a", log: log})
+	st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, calltest.Method)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -646,8 +601,8 @@ func TestACreationFailureThatIsReportedTwiceIsReleasedOnce(t *testing.T) {
 		}
 		return nil, fails
 	}}
-	s := mustStack(t, &logToy{name: "a", log: log}, &passToy{}, &logToy{name: "b", log: log})
-	if _, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, method); err != fails {
+	s := calltest.Stack(t, &logToy{name: "a", log: log}, &passToy{}, &logToy{name: "b", log: log})
+	if _, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, calltest.Method); err != fails {
 		t.Errorf("got %v, want the streamer's error", err)
 	}
 	if got, want := log.take(), []string{"b 0 failed Canceled", "a 0 failed Canceled"}; !slices.Equal(got, want) {
@@ -684,7 +639,7 @@ func TestNewStackRejectsWhatCannotWork(t *testing.T) {
 var everything = selector.MatchFunc(func(context.Context, interceptors.CallMeta) bool { return true })
 
 func TestStringPrintsTheOrderWithoutLayersThatAreOff(t *testing.T) {
-	s := mustStack(t, &shedToy{}, interceptor.Optional(false, nil), interceptor.Optional(true, newBuffer(1)), interceptor.Only(everything, newLimit("limit", 1)))
+	s := calltest.Stack(t, &shedToy{}, interceptor.Optional(false, nil), interceptor.Optional(true, newBuffer(1)), interceptor.Only(everything, newLimit("limit", 1)))
 	if got, want := s.String(), "[shed > buffer > only(limit)]"; got != want {
 		t.Errorf("String() = %q, want %q", got, want)
 	}
@@ -699,7 +654,7 @@ func TestOnlyAppliesALayerToTheCallsThatMatch(t *testing.T) {
 		_, deadline = ctx.Deadline()
 		return nil
 	}}
-	s := mustStack(t, interceptor.Only(writes, tokens), interceptor.Only(writes, timeout)).Wrap(c)
+	s := calltest.Stack(t, interceptor.Only(writes, tokens), interceptor.Only(writes, timeout)).Wrap(c)
 	ctx := context.Background()
 	for i, tc := range []struct {
 		method   string
@@ -708,7 +663,7 @@ func TestOnlyAppliesALayerToTheCallsThatMatch(t *testing.T) {
 	}{{"/s/read", "", false}, {"/s/write", "", true}, {"/s/read", "", false}, {"/s/write", interceptor.ReasonRateLimit, false}} {
 		deadline = false
 		err := s.Invoke(ctx, tc.method, nil, nil)
-		if reason(err) != tc.reason || deadline != tc.deadline {
+		if calltest.Reason(err) != tc.reason || deadline != tc.deadline {
 			t.Errorf("call %d of %s: %v, deadline %v; want reason %q, deadline %v", i, tc.method, err, deadline, tc.reason, tc.deadline)
 		}
 	}
@@ -717,9 +672,9 @@ func TestOnlyAppliesALayerToTheCallsThatMatch(t *testing.T) {
 func TestReplaceLetsCallsInFlightEndWithTheirLayers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		old, new := newLimit("old", 1), newLimit("new", 1)
-		s := mustStack(t, old)
-		c := s.Wrap(sleeper(time.Second))
-		go c.Invoke(context.Background(), method, nil, nil)
+		s := calltest.Stack(t, old)
+		c := s.Wrap(calltest.Takes(time.Second))
+		go c.Invoke(context.Background(), calltest.Method, nil, nil)
 		synctest.Wait()
 		if err := s.Replace(new, new); err == nil || s.String() != "[old]" {
 			t.Errorf("a bad Replace returned %v and left %s, want an error and the old layers", err, s)
@@ -728,7 +683,7 @@ func TestReplaceLetsCallsInFlightEndWithTheirLayers(t *testing.T) {
 			t.Fatal(err)
 		}
 		start := time.Now()
-		if err := c.Invoke(context.Background(), method, nil, nil); err != nil || time.Since(start) != time.Second {
+		if err := c.Invoke(context.Background(), calltest.Method, nil, nil); err != nil || time.Since(start) != time.Second {
 			t.Errorf("a call of the new layers: %v after %v, want success after 1s", err, time.Since(start))
 		}
 		if err := errors.Join(s.Drain(context.Background()), old.atRest(), new.atRest()); err != nil {
@@ -779,11 +734,11 @@ func TestMapErrorSeesCallsAndStreams(t *testing.T) {
 		return &scriptStream{ctx: ctx, errs: []error{nil, status.Error(codes.NotFound, "")}}, nil
 	}
 	log := &eventLog{}
-	s := mustStack(t, l, &logToy{name: "inside", log: log}).Wrap(c)
-	if err := s.Invoke(context.Background(), method, nil, nil); err != mapped {
+	s := calltest.Stack(t, l, &logToy{name: "inside", log: log}).Wrap(c)
+	if err := s.Invoke(context.Background(), calltest.Method, nil, nil); err != mapped {
 		t.Errorf("unary: %v, want the mapped error", err)
 	}
-	st, err := s.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, method)
+	st, err := s.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, calltest.Method)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -818,12 +773,12 @@ func TestMapResponseAndMapRequestSeeEachMessageOfTheirType(t *testing.T) {
 		m.Value += "?"
 		return nil
 	})
-	s := mustStack(t, request, response).Wrap(c)
+	s := calltest.Stack(t, request, response).Wrap(c)
 	reply := new(wrapperspb.StringValue)
-	if err := s.Invoke(context.Background(), method, wrapperspb.String("hello"), reply); err != nil || reply.Value != "world?" {
+	if err := s.Invoke(context.Background(), calltest.Method, wrapperspb.String("hello"), reply); err != nil || reply.Value != "world?" {
 		t.Errorf("got %v, %q; want %q", err, reply.Value, "world?")
 	}
-	st, err := s.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, method)
+	st, err := s.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, calltest.Method)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -883,15 +838,15 @@ func TestLimitersOfOthersBecomeLayers(t *testing.T) {
 	var limited error
 	limiter := layers(interceptor.FromLimiter("ggm", limiterFunc(func(context.Context) error { return limited })))
 	failed := status.Error(codes.Internal, "")
-	c := mustStack(t, permits, allow, limiter).Wrap(answers(nil, failed))
-	c.Invoke(ctx, method, nil, nil)
-	c.Invoke(ctx, method, nil, nil)
+	c := calltest.Stack(t, permits, allow, limiter).Wrap(answers(nil, failed))
+	c.Invoke(ctx, calltest.Method, nil, nil)
+	c.Invoke(ctx, calltest.Method, nil, nil)
 	limited = boom
-	if err := c.Invoke(ctx, method, nil, nil); reason(err) != interceptor.ReasonRateLimit || !errors.Is(err, boom) || status.Code(err) != codes.ResourceExhausted {
+	if err := c.Invoke(ctx, calltest.Method, nil, nil); calltest.Reason(err) != interceptor.ReasonRateLimit || !errors.Is(err, boom) || status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("the limiter refused with %v, want RESOURCE_EXHAUSTED around its error", err)
 	}
 	refuse = boom
-	if err := c.Invoke(ctx, method, nil, nil); reason(err) != interceptor.ReasonConcurrency || !errors.Is(err, boom) {
+	if err := c.Invoke(ctx, calltest.Method, nil, nil); calltest.Reason(err) != interceptor.ReasonConcurrency || !errors.Is(err, boom) {
 		t.Errorf("the permit was refused with %v, want CONCURRENCY around its error", err)
 	}
 	if want := []string{"success", "drop", "ignore"}; !slices.Equal(p.events, want) {
@@ -934,7 +889,7 @@ func (r *recorder) Ended(m string, k interceptor.Kind, o interceptor.Outcome, er
 func TestTheObserverSeesAdmissionAttemptsRefusalsAndEnds(t *testing.T) {
 	obs := &recorder{}
 	tokens := newTokens(2)
-	s := mustStack(t, interceptor.Observe(obs), &retryToy{n: 3}, tokens)
+	s := calltest.Stack(t, interceptor.Observe(obs), &retryToy{n: 3}, tokens)
 	unavailable := status.Error(codes.Unavailable, "")
 	s.Wrap(answers(unavailable, unavailable)).Invoke(context.Background(), "/m", nil, new(wrapperspb.StringValue))
 	want := []string{"inflight +1", "admitted /m unary 0", "attempt /m 0", "admitted /m unary 1", "attempt /m 1",

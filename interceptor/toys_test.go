@@ -404,15 +404,6 @@ func (*passToy) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.
 	return func(ctx context.Context, c *interceptor.Call) error { return next(ctx, c) }
 }
 
-func mustStack(t testing.TB, layers ...interceptor.Layer) *interceptor.Stack {
-	t.Helper()
-	s, err := interceptor.NewStack(layers...)
-	if err != nil {
-		t.Fatalf("NewStack: %v", err)
-	}
-	return s
-}
-
 // conn is a connection made of two functions.
 type conn struct {
 	invoke func(ctx context.Context, method string, req, reply any, opts ...grpc.CallOption) error

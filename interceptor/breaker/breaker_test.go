@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
 )
@@ -93,7 +94,7 @@ func newFixture(t *testing.T, c Config, opts ...Option) *fixture {
 		f.changes = append(f.changes, fmt.Sprintf("%s>%s %s %v", c.From, c.To, c.Cause, c.OpenFor))
 	}))...)
 	f.b.random = func() float64 { return 0 }
-	f.conn = wrap(t, f.srv, f.b)
+	f.conn = calltest.Stack(t, f.b).Wrap(f.srv)
 	return f
 }
 
@@ -104,15 +105,6 @@ func mustNew(t testing.TB, c Config, opts ...Option) *Breaker {
 		t.Fatal(err)
 	}
 	return b
-}
-
-func wrap(t testing.TB, conn grpc.ClientConnInterface, layers ...interceptor.Layer) grpc.ClientConnInterface {
-	t.Helper()
-	s, err := interceptor.NewStack(layers...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s.Wrap(conn)
 }
 
 // call makes a call that the server answers with err and returns what came of it.
@@ -643,11 +635,7 @@ func TestStatesHaveNames(t *testing.T) {
 func TestChangesArriveInOrderUnderLoad(t *testing.T) {
 	var changes []Change // The circuit's lock orders the appends.
 	b := mustNew(t, Config{ConsecutiveFailures: 1, OpenFor: time.Millisecond, Jitter: -1}, WithOnStateChange(func(c Change) { changes = append(changes, c) }))
-	s, err := interceptor.NewStack(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	unary := s.UnaryClientInterceptor()
+	unary := calltest.Stack(t, b).UnaryClientInterceptor()
 	var wg sync.WaitGroup
 	for g := range 8 {
 		wg.Go(func() {
@@ -704,8 +692,6 @@ func TestConformance(t *testing.T) {
 	}
 }
 
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-
 func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 	out := map[string]grpc.UnaryClientInterceptor{}
 	for name, c := range map[string]Config{
@@ -723,11 +709,7 @@ func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 		case "open_until_reset":
 			b.Trip("", 0)
 		}
-		s, err := interceptor.NewStack(b)
-		if err != nil {
-			t.Fatal(err)
-		}
-		out[name] = s.UnaryClientInterceptor()
+		out[name] = calltest.Stack(t, b).UnaryClientInterceptor()
 	}
 	return out
 }
@@ -735,8 +717,8 @@ func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 func TestNothingIsAllocated(t *testing.T) {
 	ctx := context.Background()
 	for name, unary := range benchmarks(t) {
-		unary(ctx, method, nil, nil, nil, noop)
-		got := testing.AllocsPerRun(200, func() { unary(ctx, method, nil, nil, nil, noop) })
+		unary(ctx, method, nil, nil, nil, calltest.Noop)
+		got := testing.AllocsPerRun(200, func() { unary(ctx, method, nil, nil, nil, calltest.Noop) })
 		// The stack's own pool may be emptied by the collector, and is by the race detector.
 		if got != 0 && !race.Enabled {
 			t.Errorf("%s: %v allocations, want 0", name, got)
@@ -750,7 +732,7 @@ func BenchmarkBreaker(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				unary(ctx, method, nil, nil, nil, noop)
+				unary(ctx, method, nil, nil, nil, calltest.Noop)
 			}
 		})
 	}

@@ -16,7 +16,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -24,6 +23,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 )
 
@@ -61,14 +61,14 @@ func checkRest(t *testing.T, b *buffer.Layer) {
 
 func TestACallThatNeedNotWaitPassesAndTakesNoPlace(t *testing.T) {
 	b := places(t, 1)
-	c := stackOf(t, b, limit(t, 2)).Wrap(server(func(context.Context) error {
+	c := calltest.Stack(t, b, limit(t, 2)).Wrap(calltest.Server(func(context.Context) error {
 		if n := b.Waiting(); n != 0 {
 			t.Errorf("%d places taken while a call runs, want none", n)
 		}
 		return status.Error(codes.NotFound, "the server's")
 	}))
 	for range 10 {
-		if err := c.Invoke(context.Background(), method, nil, nil); status.Code(err) != codes.NotFound {
+		if err := c.Invoke(context.Background(), calltest.Method, nil, nil); status.Code(err) != codes.NotFound {
 			t.Errorf("got %v, want the server's answer", err)
 		}
 	}
@@ -78,13 +78,14 @@ func TestACallThatNeedNotWaitPassesAndTakesNoPlace(t *testing.T) {
 func TestInsideAShedOneRunsTwoWaitAndTheFourthIsRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := places(t, 2)
-		c := stackOf(t, shed(t), b, limit(t, 1)).Wrap(takes(time.Second))
+		c := calltest.Stack(t, shed(t), b, limit(t, 1)).Wrap(calltest.Takes(time.Second))
 		for range 2 {
-			ends := begin(c, 4)
+			ends := calltest.Begin(c, 4)
 			if got := b.Waiting(); got != 2 {
 				t.Errorf("%d calls wait, want 2", got)
 			}
-			expect(t, ends(), ok(time.Second), ok(2*time.Second), ok(3*time.Second), refused(0, interceptor.ReasonQueueFull))
+			calltest.Expect(t, ends(),
+				calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.OK(3*time.Second), calltest.Refused(0, interceptor.ReasonQueueFull))
 			checkRest(t, b)
 		}
 	})
@@ -92,12 +93,12 @@ func TestInsideAShedOneRunsTwoWaitAndTheFourthIsRefused(t *testing.T) {
 
 func TestAPlaceIsFreeAgainWhenItsCallRuns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := stackOf(t, places(t, 1), limit(t, 1)).Wrap(takes(time.Second))
-		first := begin(c, 3) // Runs, waits, refused.
+		c := calltest.Stack(t, places(t, 1), limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		first := calltest.Begin(c, 3) // Runs, waits, refused.
 		time.Sleep(1500 * time.Millisecond)
-		second := begin(c, 2) // The second of the first runs.
-		expect(t, first(), ok(time.Second), ok(2*time.Second), refused(0, interceptor.ReasonQueueFull))
-		expect(t, second(), ok(1500*time.Millisecond), refused(0, interceptor.ReasonQueueFull))
+		second := calltest.Begin(c, 2) // The second of the first runs.
+		calltest.Expect(t, first(), calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.Refused(0, interceptor.ReasonQueueFull))
+		calltest.Expect(t, second(), calltest.OK(1500*time.Millisecond), calltest.Refused(0, interceptor.ReasonQueueFull))
 	})
 }
 
@@ -106,14 +107,14 @@ func TestACancelledWaiterIsNeverSentAndLeavesNoTrace(t *testing.T) {
 		b := places(t, 2)
 		type name struct{}
 		var sent []string
-		c := stackOf(t, b, limit(t, 1)).Wrap(server(func(ctx context.Context) error {
+		c := calltest.Stack(t, b, limit(t, 1)).Wrap(calltest.Server(func(ctx context.Context) error {
 			sent = append(sent, ctx.Value(name{}).(string))
 			time.Sleep(time.Second)
 			return nil
 		}))
 		call := func(ctx context.Context, n string) <-chan error {
 			done := make(chan error, 1)
-			go func() { done <- c.Invoke(context.WithValue(ctx, name{}, n), method, nil, nil) }()
+			go func() { done <- c.Invoke(context.WithValue(ctx, name{}, n), calltest.Method, nil, nil) }()
 			synctest.Wait()
 			return done
 		}
@@ -121,7 +122,7 @@ func TestACancelledWaiterIsNeverSentAndLeavesNoTrace(t *testing.T) {
 		ctx, cancel := context.WithCancel(bg)
 		one, two, three := call(bg, "hello1"), call(ctx, "hello2"), call(bg, "hello3")
 		cancel()
-		if err := <-two; reason(err) != interceptor.ReasonCancelled || status.Code(err) != codes.Canceled {
+		if err := <-two; calltest.Reason(err) != interceptor.ReasonCancelled || status.Code(err) != codes.Canceled {
 			t.Errorf("the cancelled call: %v, want CANCELLED", err)
 		}
 		four := call(bg, "hello4") // Takes the place that is free again.
@@ -163,24 +164,24 @@ func TestWhenInnerIsNotReadyTheCallWaitsAndWhenItFailsTheCallGetsItsError(t *tes
 	synctest.Test(t, func(t *testing.T) {
 		b := places(t, 10)
 		inner := &notReady{until: time.Now().Add(time.Second)}
-		c := stackOf(t, shed(t), b, inner).Wrap(takes(0))
-		expect(t, burst(c, 2), ok(time.Second), ok(time.Second))
+		c := calltest.Stack(t, shed(t), b, inner).Wrap(calltest.Takes(0))
+		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.OK(time.Second))
 
 		inner.until, inner.err = time.Now().Add(time.Second), interceptor.Refuse("inner", interceptor.ReasonBreakerOpen, "foobar")
-		ends := begin(c, 3)
+		ends := calltest.Begin(c, 3)
 		if got := b.Waiting(); got != 3 {
 			t.Errorf("%d calls wait, want 3", got)
 		}
-		open := refused(time.Second, interceptor.ReasonBreakerOpen)
-		expect(t, ends(), open, open, open)
+		open := calltest.Refused(time.Second, interceptor.ReasonBreakerOpen)
+		calltest.Expect(t, ends(), open, open, open)
 		checkRest(t, b)
 	})
 }
 
 func TestWhatWaitingCannotHelpIsAskedOnce(t *testing.T) {
 	inner := &notReady{until: time.Now(), err: interceptor.Refuse("inner", interceptor.ReasonFilter, "")}
-	c := stackOf(t, places(t, 1), inner).Wrap(takes(0))
-	if err := c.Invoke(context.Background(), method, nil, nil); reason(err) != interceptor.ReasonFilter || status.Code(err) != codes.PermissionDenied {
+	c := calltest.Stack(t, places(t, 1), inner).Wrap(calltest.Takes(0))
+	if err := c.Invoke(context.Background(), calltest.Method, nil, nil); calltest.Reason(err) != interceptor.ReasonFilter || status.Code(err) != codes.PermissionDenied {
 		t.Errorf("got %v, want the filter's refusal", err)
 	}
 	if got := inner.asked.Load(); got != 1 {
@@ -191,16 +192,16 @@ func TestWhatWaitingCannotHelpIsAskedOnce(t *testing.T) {
 func TestMaxWaitAndTheCallersDeadlineEndTheWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := must[*buffer.Layer](t)(buffer.New(buffer.Config{Size: 5, MaxWait: 300 * time.Millisecond}))
-		c := stackOf(t, shed(t), b, limit(t, 1)).Wrap(takes(time.Second))
-		ends := begin(c, 2)
+		c := calltest.Stack(t, shed(t), b, limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		ends := calltest.Begin(c, 2)
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		defer cancel()
 		start := time.Now()
-		err := c.Invoke(ctx, method, nil, nil)
-		if reason(err) != interceptor.ReasonDeadline || time.Since(start) != 100*time.Millisecond {
+		err := c.Invoke(ctx, calltest.Method, nil, nil)
+		if calltest.Reason(err) != interceptor.ReasonDeadline || time.Since(start) != 100*time.Millisecond {
 			t.Errorf("a call with a deadline: %v after %v, want DEADLINE after 100ms", err, time.Since(start))
 		}
-		expect(t, ends(), ok(time.Second), refused(300*time.Millisecond, interceptor.ReasonConcurrency))
+		calltest.Expect(t, ends(), calltest.OK(time.Second), calltest.Refused(300*time.Millisecond, interceptor.ReasonConcurrency))
 		checkRest(t, b)
 	})
 }
@@ -208,8 +209,8 @@ func TestMaxWaitAndTheCallersDeadlineEndTheWaiting(t *testing.T) {
 func TestUpdateKeepsWaitersAndABadOneChangesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := places(t, 3)
-		c := stackOf(t, b, limit(t, 1)).Wrap(takes(time.Second))
-		ends := begin(c, 4)
+		c := calltest.Stack(t, b, limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		ends := calltest.Begin(c, 4)
 		for _, bad := range []buffer.Config{{}, {Size: 1, MaxWait: -1}} {
 			if err := b.Update(bad); err == nil || b.Config() != (buffer.Config{Size: 3}) {
 				t.Errorf("Update(%+v) = %v, Config() = %+v; want an error and no change", bad, err, b.Config())
@@ -218,12 +219,12 @@ func TestUpdateKeepsWaitersAndABadOneChangesNothing(t *testing.T) {
 		if err := b.Update(buffer.Config{Size: 1}); err != nil {
 			t.Fatal(err)
 		}
-		expect(t, burst(c, 1), refused(0, interceptor.ReasonQueueFull))
+		calltest.Expect(t, calltest.Burst(c, 1), calltest.Refused(0, interceptor.ReasonQueueFull))
 		if err := b.Update(buffer.Config{Size: 4}); err != nil {
 			t.Fatal(err)
 		}
-		expect(t, burst(c, 1), ok(5*time.Second))
-		expect(t, ends(), ok(time.Second), ok(2*time.Second), ok(3*time.Second), ok(4*time.Second))
+		calltest.Expect(t, calltest.Burst(c, 1), calltest.OK(5*time.Second))
+		calltest.Expect(t, ends(), calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.OK(3*time.Second), calltest.OK(4*time.Second))
 		checkRest(t, b)
 	})
 }
@@ -231,10 +232,10 @@ func TestUpdateKeepsWaitersAndABadOneChangesNothing(t *testing.T) {
 func TestAPlaceOfAnOuterBufferIsFreeWhenTheWaitFurtherInEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		outer, inner := places(t, 3), places(t, 1)
-		c := stackOf(t, outer, inner, limit(t, 1)).Wrap(takes(time.Second))
-		ends := begin(c, 3)
+		c := calltest.Stack(t, outer, inner, limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		ends := calltest.Begin(c, 3)
 		// The third finds the inner one full and waiting there does not help it.
-		expect(t, ends(), ok(time.Second), ok(2*time.Second), refused(0, interceptor.ReasonQueueFull))
+		calltest.Expect(t, ends(), calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.Refused(0, interceptor.ReasonQueueFull))
 		checkRest(t, outer)
 		checkRest(t, inner)
 	})
@@ -243,12 +244,12 @@ func TestAPlaceOfAnOuterBufferIsFreeWhenTheWaitFurtherInEnds(t *testing.T) {
 // Tower sheds 116 of such 5,000 calls.
 func TestNoneOf5000CallsIsRefusedUnderAQueueOf10000(t *testing.T) {
 	b := places(t, 10_000)
-	c := stackOf(t, shed(t), b, limit(t, 10)).Wrap(server(func(context.Context) error { return nil }))
+	c := calltest.Stack(t, shed(t), b, limit(t, 10)).Wrap(calltest.Server(func(context.Context) error { return nil }))
 	var wg sync.WaitGroup
 	var failed atomic.Int64
 	for range 5000 {
 		wg.Go(func() {
-			if err := c.Invoke(context.Background(), method, nil, nil); err != nil {
+			if err := c.Invoke(context.Background(), calltest.Method, nil, nil); err != nil {
 				failed.Add(1)
 			}
 		})
@@ -265,13 +266,13 @@ func TestNoneOf5000CallsIsRefusedUnderAQueueOf10000(t *testing.T) {
 // handed a permit but has not run since.
 func TestClientsThatFitAreNeverRefused(t *testing.T) {
 	b := places(t, 2)
-	c := stackOf(t, shed(t), b, limit(t, 1)).Wrap(server(func(context.Context) error { return nil }))
+	c := calltest.Stack(t, shed(t), b, limit(t, 1)).Wrap(calltest.Server(func(context.Context) error { return nil }))
 	var wg sync.WaitGroup
 	var failed atomic.Int64
 	for range 3 {
 		wg.Go(func() {
 			for range 10_000 {
-				if err := c.Invoke(context.Background(), method, nil, nil); err != nil {
+				if err := c.Invoke(context.Background(), calltest.Method, nil, nil); err != nil {
 					failed.Add(1)
 				}
 			}
@@ -316,8 +317,6 @@ func TestConformance(t *testing.T) {
 	})
 }
 
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-
 // unary are the calls of the benchmarks: one that passes, one that is refused.
 func unary(tb testing.TB) map[string]func() {
 	full := limit(tb, 1)
@@ -326,11 +325,11 @@ func unary(tb testing.TB) map[string]func() {
 	}
 	taken := places(tb, 1)
 	ctx, cancel := context.WithCancel(context.Background())
-	wait := stackOf(tb, taken, full).UnaryClientInterceptor()
+	wait := calltest.Stack(tb, taken, full).UnaryClientInterceptor()
 	waiting := make(chan struct{})
 	go func() {
 		defer close(waiting)
-		wait(ctx, method, nil, nil, nil, noop)
+		wait(ctx, calltest.Method, nil, nil, nil, calltest.Noop)
 	}()
 	for taken.Waiting() == 0 { // It is on its way.
 		runtime.Gosched()
@@ -341,8 +340,8 @@ func unary(tb testing.TB) map[string]func() {
 		"admitted": {places(tb, 100), limit(tb, 1024)},
 		"refused":  {taken, full},
 	} {
-		ic := stackOf(tb, layers...).UnaryClientInterceptor()
-		calls[name] = func() { ic(ctx, method, nil, nil, nil, noop) }
+		ic := calltest.Stack(tb, layers...).UnaryClientInterceptor()
+		calls[name] = func() { ic(ctx, calltest.Method, nil, nil, nil, calltest.Noop) }
 	}
 	return calls
 }

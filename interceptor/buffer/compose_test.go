@@ -14,6 +14,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/failfast"
+	"github.com/belfry-go/belfry/internal/calltest"
 )
 
 // How the limits that wait and the layers that say how long compose. A toy bucket
@@ -50,8 +51,10 @@ func fast(t testing.TB, d time.Duration) *failfast.Layer {
 
 func TestAFullLimitWaitsExactlyASecondAndAShedOutsideRefusesAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		expect(t, burst(stackOf(t, limit(t, 1)).Wrap(takes(time.Second)), 2), ok(time.Second), ok(2*time.Second))
-		expect(t, burst(stackOf(t, shed(t), limit(t, 1)).Wrap(takes(time.Second)), 2), ok(time.Second), refused(0, interceptor.ReasonConcurrency))
+		calltest.Expect(t, calltest.Burst(calltest.Stack(t, limit(t, 1)).Wrap(calltest.Takes(time.Second)), 2),
+			calltest.OK(time.Second), calltest.OK(2*time.Second))
+		calltest.Expect(t, calltest.Burst(calltest.Stack(t, shed(t), limit(t, 1)).Wrap(calltest.Takes(time.Second)), 2),
+			calltest.OK(time.Second), calltest.Refused(0, interceptor.ReasonConcurrency))
 	})
 }
 
@@ -59,18 +62,18 @@ func TestTenRefusalsBurnNoToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &bucket{tokens: 5}
 		l := limit(t, 1)
-		c := stackOf(t, shed(t), b, l).Wrap(takes(time.Second))
-		ends := begin(c, 1)
+		c := calltest.Stack(t, shed(t), b, l).Wrap(calltest.Takes(time.Second))
+		ends := calltest.Begin(c, 1)
 		for range 10 {
-			expect(t, burst(c, 1), refused(0, interceptor.ReasonConcurrency))
+			calltest.Expect(t, calltest.Burst(c, 1), calltest.Refused(0, interceptor.ReasonConcurrency))
 		}
 		if b.tokens != 4 {
 			t.Errorf("%d tokens left after a call and ten refusals, want 4", b.tokens)
 		}
-		expect(t, ends(), ok(time.Second))
+		calltest.Expect(t, ends(), calltest.OK(time.Second))
 		// Nor does asking twice, as a buffer does that lets a call wait.
-		ends = begin(stackOf(t, shed(t), places(t, 1), b, l).Wrap(takes(time.Second)), 3)
-		expect(t, ends(), ok(time.Second), ok(2*time.Second), refused(0, interceptor.ReasonQueueFull))
+		ends = calltest.Begin(calltest.Stack(t, shed(t), places(t, 1), b, l).Wrap(calltest.Takes(time.Second)), 3)
+		calltest.Expect(t, ends(), calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.Refused(0, interceptor.ReasonQueueFull))
 		if b.tokens != 2 {
 			t.Errorf("%d tokens left after two more calls, want 2", b.tokens)
 		}
@@ -80,24 +83,24 @@ func TestTenRefusalsBurnNoToken(t *testing.T) {
 func TestFailFastRefusesAtExactlyItsBoundInsideABuffer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b, f := places(t, 3), fast(t, 300*time.Millisecond)
-		c := stackOf(t, shed(t), b, f, limit(t, 1)).Wrap(takes(time.Second))
-		failed := refused(300*time.Millisecond, interceptor.ReasonFailFast)
-		expect(t, burst(c, 5), ok(time.Second), failed, failed, failed, refused(0, interceptor.ReasonQueueFull))
+		c := calltest.Stack(t, shed(t), b, f, limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		failed := calltest.Refused(300*time.Millisecond, interceptor.ReasonFailFast)
+		calltest.Expect(t, calltest.Burst(c, 5), calltest.OK(time.Second), failed, failed, failed, calltest.Refused(0, interceptor.ReasonQueueFull))
 		checkRest(t, b)
 	})
 }
 
 func TestABufferInsideAFailFastWaitsOnItsBehalf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := stackOf(t, fast(t, 300*time.Millisecond), places(t, 1), limit(t, 1)).Wrap(takes(time.Second))
-		expect(t, burst(c, 2), ok(time.Second), ok(2*time.Second))
+		c := calltest.Stack(t, fast(t, 300*time.Millisecond), places(t, 1), limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.OK(2*time.Second))
 	})
 }
 
 func TestAShedInsideABufferTakesItsWaitingAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := stackOf(t, places(t, 10), shed(t), limit(t, 1)).Wrap(takes(time.Second))
-		expect(t, burst(c, 2), ok(time.Second), refused(0, interceptor.ReasonConcurrency))
+		c := calltest.Stack(t, places(t, 10), shed(t), limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.Refused(0, interceptor.ReasonConcurrency))
 	})
 }
 
@@ -117,8 +120,8 @@ func TestTheOrderOfBufferAndLimitDecidesHowManyCallsThereAre(t *testing.T) {
 		} {
 			running := 0
 			release := make(chan struct{})
-			s := stackOf(t, tc.layers...)
-			ends := begin(s.Wrap(server(func(context.Context) error {
+			s := calltest.Stack(t, tc.layers...)
+			ends := calltest.Begin(s.Wrap(calltest.Server(func(context.Context) error {
 				running++ // They begin one after the other.
 				<-release
 				return nil
@@ -141,7 +144,7 @@ func TestTheOrderOfBufferAndLimitDecidesHowManyCallsThereAre(t *testing.T) {
 			}
 			n := 0
 			for _, e := range ends() {
-				if e.reason != "" {
+				if e.Reason != "" {
 					n++
 				}
 			}
@@ -181,7 +184,7 @@ func (m *message) RecvMsg(any) error {
 func TestAStreamHoldsItsPermitButNoPlaceUntilItHasEnded(t *testing.T) {
 	desc := &grpc.StreamDesc{ServerStreams: true}
 	b, l := places(t, 1), limit(t, 1)
-	c := stackOf(t, shed(t), b, l).Wrap(oneMessage{})
+	c := calltest.Stack(t, shed(t), b, l).Wrap(oneMessage{})
 	check := func(when string, permits int64, waiting int) {
 		t.Helper()
 		if p, w := l.InUse(), b.Waiting(); p != permits || w != waiting {
@@ -190,14 +193,14 @@ func TestAStreamHoldsItsPermitButNoPlaceUntilItHasEnded(t *testing.T) {
 	}
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(context.Background())
-		first, err := c.NewStream(ctx, desc, method)
+		first, err := c.NewStream(ctx, desc, calltest.Method)
 		if err != nil {
 			t.Fatal(err)
 		}
 		check("open", 1, 0)
 		second := make(chan grpc.ClientStream)
 		go func() {
-			s, err := c.NewStream(ctx, desc, method)
+			s, err := c.NewStream(ctx, desc, calltest.Method)
 			if err != nil {
 				t.Error(err)
 			}
@@ -216,7 +219,7 @@ func TestAStreamHoldsItsPermitButNoPlaceUntilItHasEnded(t *testing.T) {
 		cancel()
 		synctest.Wait()
 		check("the second was abandoned and cancelled", 0, 0)
-		if _, err := stackOf(t, b, l).Wrap(oneMessage{open: io.ErrUnexpectedEOF}).NewStream(context.Background(), desc, method); err == nil {
+		if _, err := calltest.Stack(t, b, l).Wrap(oneMessage{open: io.ErrUnexpectedEOF}).NewStream(context.Background(), desc, calltest.Method); err == nil {
 			t.Error("a stream that cannot be opened was opened")
 		}
 		check("creation failed", 0, 0)
@@ -250,14 +253,14 @@ func TestAFurtherAttemptPassesABufferButDoesNotWaitInIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b, l := places(t, 10), limit(t, 1)
 		attempts := 0
-		c := stackOf(t, &again{}, b, l).Wrap(server(func(context.Context) error {
+		c := calltest.Stack(t, &again{}, b, l).Wrap(calltest.Server(func(context.Context) error {
 			attempts++
 			time.Sleep(time.Second)
 			return io.ErrUnexpectedEOF
 		}))
 		call := func() {
 			t.Helper()
-			if err := c.Invoke(context.Background(), method, nil, &struct{}{}); err != io.ErrUnexpectedEOF {
+			if err := c.Invoke(context.Background(), calltest.Method, nil, &struct{}{}); err != io.ErrUnexpectedEOF {
 				t.Errorf("got %v, want the server's error", err)
 			}
 		}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/internal/calltest"
 )
 
 const ms = time.Millisecond
@@ -234,7 +235,7 @@ func TestUpdatingAnAlgorithmKeepsWhatItKnows(t *testing.T) {
 			}
 		}
 		update(concurrency.Config{AIMD: &concurrency.AIMDConfig{}}, 40) // Begins where the fixed one was.
-		burst(stackOf(t, l).Wrap(server(func(context.Context) error { return status.Error(codes.Unavailable, "") })), 1)
+		calltest.Burst(calltest.Stack(t, l).Wrap(calltest.Server(func(context.Context) error { return status.Error(codes.Unavailable, "") })), 1)
 		if got := l.Limit(); got != 36 {
 			t.Fatalf("limit %d after a drop, want 36", got)
 		}
@@ -258,7 +259,7 @@ func (r *recorder) OnSample(s concurrency.Sample) { r.samples = append(r.samples
 func TestAnAlgorithmSeesSuccessesAndSignsOfOverloadOnly(t *testing.T) {
 	unavailable, notFound := status.Error(codes.Unavailable, ""), status.Error(codes.NotFound, "")
 	call := func(l *concurrency.Layer, ctx context.Context, err error, inside ...interceptor.Layer) {
-		c := stackOf(t, append([]interceptor.Layer{l}, inside...)...).Wrap(server(func(ctx context.Context) error {
+		c := calltest.Stack(t, append([]interceptor.Layer{l}, inside...)...).Wrap(calltest.Server(func(ctx context.Context) error {
 			select {
 			case <-time.After(20 * ms):
 				return err
@@ -266,7 +267,7 @@ func TestAnAlgorithmSeesSuccessesAndSignsOfOverloadOnly(t *testing.T) {
 				return status.FromContextError(ctx.Err()).Err()
 			}
 		}))
-		c.Invoke(ctx, method, nil, nil)
+		c.Invoke(ctx, calltest.Method, nil, nil)
 	}
 	bg := context.Background()
 	for _, tc := range []struct {
@@ -332,7 +333,7 @@ func stream20(l *concurrency.Layer) {
 		panic(err)
 	}
 	c := s.Wrap(&streams{errs: []error{nil}})
-	st, err := c.NewStream(context.Background(), &grpc.StreamDesc{ClientStreams: true}, method)
+	st, err := c.NewStream(context.Background(), &grpc.StreamDesc{ClientStreams: true}, calltest.Method)
 	if err != nil {
 		panic(err)
 	}
@@ -358,10 +359,10 @@ func TestTheLayerEnforcesAtLeastOneWhateverAnAlgorithmSays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &recorder{n: -3}
 		l := limit(t, concurrency.Config{}, concurrency.WithAlgorithm(r))
-		c := stackOf(t, l).Wrap(takes(time.Second))
-		expect(t, burst(c, 2), ok(time.Second), ok(2*time.Second))
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
+		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.OK(2*time.Second))
 		r.n = 2 // Takes effect with the next sample.
-		expect(t, burst(c, 3), ok(time.Second), ok(2*time.Second), ok(2*time.Second))
+		calltest.Expect(t, calltest.Burst(c, 3), calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.OK(2*time.Second))
 	})
 }
 
@@ -392,7 +393,7 @@ func TestAdaptiveLimitsFindTheCapacityOfAServer(t *testing.T) {
 					*p += n
 					return *p
 				}
-				c := stackOf(t, l).Wrap(server(func(ctx context.Context) error {
+				c := calltest.Stack(t, l).Wrap(calltest.Server(func(ctx context.Context) error {
 					defer add(&inFlight, -1)
 					if add(&inFlight, 1) > tc.refuses {
 						time.Sleep(ms)
@@ -412,7 +413,7 @@ func TestAdaptiveLimitsFindTheCapacityOfAServer(t *testing.T) {
 				for range 100 {
 					clients.Go(func() {
 						for ctx.Err() == nil {
-							c.Invoke(ctx, method, nil, nil)
+							c.Invoke(ctx, calltest.Method, nil, nil)
 						}
 					})
 				}

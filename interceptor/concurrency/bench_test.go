@@ -11,19 +11,18 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/internal/calltest"
 )
-
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
 
 // admitAndRefuse are the rows of the benchmarks: a call, how to make it, and
 // whether it is refused.
 func admitAndRefuse(tb testing.TB) map[string]func() error {
 	unary := func(layers ...interceptor.Layer) func() error {
-		ic := stackOf(tb, layers...).UnaryClientInterceptor()
+		ic := calltest.Stack(tb, layers...).UnaryClientInterceptor()
 		none := []grpc.CallOption{interceptor.WithWait(interceptor.None)}
 		ctx, cancel := context.WithCancel(context.Background())
 		tb.Cleanup(cancel)
-		return func() error { return ic(ctx, method, nil, nil, nil, noop, none...) }
+		return func() error { return ic(ctx, calltest.Method, nil, nil, nil, calltest.Noop, none...) }
 	}
 	full := fixed(tb, 1)
 	if err := full.SetLimit(0); err != nil {

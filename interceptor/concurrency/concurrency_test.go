@@ -23,6 +23,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 )
 
@@ -59,22 +60,23 @@ func checkRest(t *testing.T, ls ...*concurrency.Layer) {
 // invoke starts a call and returns where its error will be.
 func invoke(ctx context.Context, c grpc.ClientConnInterface, opts ...grpc.CallOption) <-chan error {
 	done := make(chan error, 1)
-	go func() { done <- c.Invoke(ctx, method, nil, nil, opts...) }()
+	go func() { done <- c.Invoke(ctx, calltest.Method, nil, nil, opts...) }()
 	return done
 }
 
 func TestCallsBeyondTheLimitWaitAndEachEndAdmitsOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 2)
-		c := stackOf(t, l).Wrap(takes(time.Second))
-		begin(c, 4)
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
+		calltest.Begin(c, 4)
 		time.Sleep(500 * time.Millisecond)
 		if got := [2]int{int(l.InUse()), l.Waiting()}; got != [2]int{2, 2} {
 			t.Errorf("%v calls running and waiting, want 2 and 2", got)
 		}
 		time.Sleep(1600 * time.Millisecond)
 		checkRest(t, l)
-		expect(t, burst(c, 5), ok(time.Second), ok(time.Second), ok(2*time.Second), ok(2*time.Second), ok(3*time.Second))
+		calltest.Expect(t, calltest.Burst(c, 5),
+			calltest.OK(time.Second), calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.OK(2*time.Second), calltest.OK(3*time.Second))
 	})
 }
 
@@ -84,12 +86,12 @@ func TestALimitOfZeroAdmitsNobodyUntilItIsRaised(t *testing.T) {
 		if err := l.SetLimit(0); err != nil {
 			t.Fatal(err)
 		}
-		c := stackOf(t, l).Wrap(takes(0))
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(0))
 		ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 		defer cancel()
 		start := time.Now()
-		err := c.Invoke(ctx, method, nil, nil)
-		if reason(err) != interceptor.ReasonDeadline || status.Code(err) != codes.DeadlineExceeded || time.Since(start) != time.Hour {
+		err := c.Invoke(ctx, calltest.Method, nil, nil)
+		if calltest.Reason(err) != interceptor.ReasonDeadline || status.Code(err) != codes.DeadlineExceeded || time.Since(start) != time.Hour {
 			t.Errorf("a call at a limit of 0 ended with %v after %v, want DEADLINE after its deadline, 1h", err, time.Since(start))
 		}
 		done := invoke(context.Background(), c)
@@ -126,8 +128,8 @@ func (h *hold) WrapGate(inner interceptor.Gate) interceptor.Gate {
 func TestAPermitIsHeldByACallThatWaitsFurtherIn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 1)
-		c := stackOf(t, l, &hold{d: time.Second}).Wrap(takes(time.Second))
-		expect(t, burst(c, 2), ok(2*time.Second), ok(4*time.Second))
+		c := calltest.Stack(t, l, &hold{d: time.Second}).Wrap(calltest.Takes(time.Second))
+		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(2*time.Second), calltest.OK(4*time.Second))
 		checkRest(t, l)
 	})
 }
@@ -136,8 +138,9 @@ func TestACallThatIsRefusedFurtherInGivesItsPermitToTheNext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 1)
 		no := interceptor.Refuse("no", interceptor.ReasonFilter, "")
-		c := stackOf(t, l, &hold{d: time.Second, err: no}).Wrap(takes(0))
-		expect(t, burst(c, 2), refused(time.Second, interceptor.ReasonFilter), refused(2*time.Second, interceptor.ReasonFilter))
+		c := calltest.Stack(t, l, &hold{d: time.Second, err: no}).Wrap(calltest.Takes(0))
+		calltest.Expect(t, calltest.Burst(c, 2),
+			calltest.Refused(time.Second, interceptor.ReasonFilter), calltest.Refused(2*time.Second, interceptor.ReasonFilter))
 		checkRest(t, l)
 	})
 }
@@ -147,7 +150,7 @@ func TestAFailedAndACancelledCallGiveTheirPermitsToTheNext(t *testing.T) {
 		l := fixed(t, 1)
 		boom := status.Error(codes.Internal, "boom")
 		answers := []error{boom, nil, nil}
-		c := stackOf(t, l).Wrap(server(func(ctx context.Context) error {
+		c := calltest.Stack(t, l).Wrap(calltest.Server(func(ctx context.Context) error {
 			err := answers[0]
 			answers = answers[1:]
 			select {
@@ -182,7 +185,7 @@ func TestAFailedAndACancelledCallGiveTheirPermitsToTheNext(t *testing.T) {
 func TestAWaiterThatIsCancelledLeavesTheQueueToTheOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 1)
-		c := stackOf(t, l).Wrap(takes(time.Second))
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		start := time.Now()
 		invoke(context.Background(), c)
 		synctest.Wait()
@@ -194,7 +197,7 @@ func TestAWaiterThatIsCancelledLeavesTheQueueToTheOthers(t *testing.T) {
 		time.Sleep(100 * time.Millisecond)
 		cancel()
 		err := <-second
-		if reason(err) != interceptor.ReasonCancelled || status.Code(err) != codes.Canceled || !errors.Is(err, context.Canceled) || time.Since(start) != 100*time.Millisecond {
+		if calltest.Reason(err) != interceptor.ReasonCancelled || status.Code(err) != codes.Canceled || !errors.Is(err, context.Canceled) || time.Since(start) != 100*time.Millisecond {
 			t.Errorf("the cancelled waiter: %v after %v, want CANCELLED at once", err, time.Since(start))
 		}
 		if err := <-third; err != nil || time.Since(start) != 2*time.Second {
@@ -207,7 +210,7 @@ func TestAWaiterThatIsCancelledLeavesTheQueueToTheOthers(t *testing.T) {
 func TestOneLayerLimitsTheCallsOfAllConnectionsTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 1)
-		a, b := stackOf(t, l).Wrap(takes(time.Second)), stackOf(t, l).Wrap(takes(time.Second))
+		a, b := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second)), calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		start := time.Now()
 		first, second := invoke(context.Background(), a), invoke(context.Background(), b)
 		if err := errors.Join(<-first, <-second); err != nil || time.Since(start) != 2*time.Second {
@@ -218,23 +221,23 @@ func TestOneLayerLimitsTheCallsOfAllConnectionsTogether(t *testing.T) {
 
 func TestACallThatMayNotWaitIsRefusedWithUnavailable(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := stackOf(t, fixed(t, 1)).Wrap(takes(time.Second))
-		expect(t, burst(c, 3, interceptor.WithWait(interceptor.None)),
-			ok(time.Second), refused(0, interceptor.ReasonConcurrency), refused(0, interceptor.ReasonConcurrency))
-		expect(t, burst(c, 2, interceptor.WithWait(interceptor.For(300*time.Millisecond))),
-			ok(time.Second), refused(300*time.Millisecond, interceptor.ReasonConcurrency))
-		expect(t, burst(c, 2, interceptor.WithWait(interceptor.Until(time.Now().Add(-time.Second)))),
-			ok(time.Second), refused(0, interceptor.ReasonConcurrency))
+		c := calltest.Stack(t, fixed(t, 1)).Wrap(calltest.Takes(time.Second))
+		calltest.Expect(t, calltest.Burst(c, 3, interceptor.WithWait(interceptor.None)),
+			calltest.OK(time.Second), calltest.Refused(0, interceptor.ReasonConcurrency), calltest.Refused(0, interceptor.ReasonConcurrency))
+		calltest.Expect(t, calltest.Burst(c, 2, interceptor.WithWait(interceptor.For(300*time.Millisecond))),
+			calltest.OK(time.Second), calltest.Refused(300*time.Millisecond, interceptor.ReasonConcurrency))
+		calltest.Expect(t, calltest.Burst(c, 2, interceptor.WithWait(interceptor.Until(time.Now().Add(-time.Second)))),
+			calltest.OK(time.Second), calltest.Refused(0, interceptor.ReasonConcurrency))
 	})
 }
 
 func TestMaxWaitBoundsHowLongCallsWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 1, MaxWait: 300 * time.Millisecond})
-		c := stackOf(t, l).Wrap(takes(time.Second))
-		expect(t, burst(c, 2), ok(time.Second), refused(300*time.Millisecond, interceptor.ReasonConcurrency))
-		expect(t, burst(c, 2, interceptor.WithWait(interceptor.For(100*time.Millisecond))),
-			ok(time.Second), refused(100*time.Millisecond, interceptor.ReasonConcurrency))
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
+		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.Refused(300*time.Millisecond, interceptor.ReasonConcurrency))
+		calltest.Expect(t, calltest.Burst(c, 2, interceptor.WithWait(interceptor.For(100*time.Millisecond))),
+			calltest.OK(time.Second), calltest.Refused(100*time.Millisecond, interceptor.ReasonConcurrency))
 		checkRest(t, l)
 	})
 }
@@ -245,7 +248,7 @@ func order(t *testing.T, l *concurrency.Layer, calls ...context.Context) (admitt
 	t.Helper()
 	var mu sync.Mutex
 	type key struct{}
-	c := stackOf(t, l).Wrap(server(func(ctx context.Context) error {
+	c := calltest.Stack(t, l).Wrap(calltest.Server(func(ctx context.Context) error {
 		mu.Lock()
 		if n, ok := ctx.Value(key{}).(int); ok {
 			admitted = append(admitted, n)
@@ -303,9 +306,11 @@ func TestTheDisciplineSaysWhoseTurnItIs(t *testing.T) {
 func TestAFullQueueRefusesAtOnceWithQueueFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 1, MaxWaiters: 1})
-		expect(t, burst(stackOf(t, l).Wrap(takes(time.Second)), 3), ok(time.Second), ok(2*time.Second), refused(0, interceptor.ReasonQueueFull))
+		calltest.Expect(t, calltest.Burst(calltest.Stack(t, l).Wrap(calltest.Takes(time.Second)), 3),
+			calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.Refused(0, interceptor.ReasonQueueFull))
 		l = limit(t, concurrency.Config{Limit: 1, MaxWaiters: 1, Discipline: concurrency.LIFO})
-		expect(t, burst(stackOf(t, l).Wrap(takes(time.Second)), 3), ok(time.Second), refused(0, interceptor.ReasonQueueFull), ok(2*time.Second))
+		calltest.Expect(t, calltest.Burst(calltest.Stack(t, l).Wrap(calltest.Takes(time.Second)), 3),
+			calltest.OK(time.Second), calltest.Refused(0, interceptor.ReasonQueueFull), calltest.OK(2*time.Second))
 	})
 }
 
@@ -314,17 +319,17 @@ func TestAFullQueueRefusesAtOnceWithQueueFull(t *testing.T) {
 func TestCoDelRefusesFromAStandingQueueAndNotFromABurst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := concurrency.Config{Limit: 1, Discipline: concurrency.CoDel, CoDelTarget: 20 * time.Millisecond, CoDelInterval: 100 * time.Millisecond}
-		c := stackOf(t, limit(t, cfg)).Wrap(takes(10 * time.Millisecond))
-		for i, e := range burst(c, 10) { // A burst that is over within the interval.
-			if e.reason != "" {
+		c := calltest.Stack(t, limit(t, cfg)).Wrap(calltest.Takes(10 * time.Millisecond))
+		for i, e := range calltest.Burst(c, 10) { // A burst that is over within the interval.
+			if e.Reason != "" {
 				t.Errorf("call %d of a burst was refused: %v", i, e)
 			}
 		}
 		var refusals int
-		for _, e := range burst(c, 200) {
-			if e.reason == interceptor.ReasonConcurrency {
+		for _, e := range calltest.Burst(c, 200) {
+			if e.Reason == interceptor.ReasonConcurrency {
 				refusals++
-			} else if e.reason != "" {
+			} else if e.Reason != "" {
 				t.Errorf("a call ended with %v", e)
 			}
 		}
@@ -335,8 +340,8 @@ func TestCoDelRefusesFromAStandingQueueAndNotFromABurst(t *testing.T) {
 		}
 		fifo := cfg
 		fifo.Discipline = concurrency.FIFO
-		for i, e := range burst(stackOf(t, limit(t, fifo)).Wrap(takes(10*time.Millisecond)), 200) {
-			if want := ok(time.Duration(i+1) * 10 * time.Millisecond); e != want {
+		for i, e := range calltest.Burst(calltest.Stack(t, limit(t, fifo)).Wrap(calltest.Takes(10*time.Millisecond)), 200) {
+			if want := calltest.OK(time.Duration(i+1) * 10 * time.Millisecond); e != want {
 				t.Errorf("call %d of a FIFO queue ended as %v, want %v", i, e, want)
 			}
 		}
@@ -355,7 +360,7 @@ func costs(n int64) context.Context { return context.WithValue(context.Backgroun
 func TestAHeavyCallTakesItsPermitsAndIsNotOvertakenWhileItWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 4}, concurrency.WithCost(costOf))
-		c := stackOf(t, l).Wrap(takes(time.Second))
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		start := time.Now()
 		at := func(done <-chan error) time.Duration {
 			if err := <-done; err != nil {
@@ -372,7 +377,7 @@ func TestAHeavyCallTakesItsPermitsAndIsNotOvertakenWhileItWaits(t *testing.T) {
 		heavy := call(2) // Does not fit beside a.
 		light := call(1) // Would fit, but heavy is first.
 		none := call(0)  // Counts as 1.
-		if err := c.Invoke(costs(1), method, nil, nil, interceptor.WithWait(interceptor.None)); reason(err) != interceptor.ReasonConcurrency {
+		if err := c.Invoke(costs(1), calltest.Method, nil, nil, interceptor.WithWait(interceptor.None)); calltest.Reason(err) != interceptor.ReasonConcurrency {
 			t.Errorf("a call that may not wait, while a permit is free but promised: %v, want a refusal", err)
 		}
 		got := []time.Duration{at(a), at(heavy), at(light), at(none)}
@@ -386,7 +391,7 @@ func TestAHeavyCallTakesItsPermitsAndIsNotOvertakenWhileItWaits(t *testing.T) {
 func TestACallThatCostsMoreThanTheLimitRunsAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 2}, concurrency.WithCost(costOf))
-		c := stackOf(t, l).Wrap(takes(time.Second))
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		start := time.Now()
 		small := invoke(costs(1), c)
 		synctest.Wait()
@@ -406,14 +411,14 @@ func TestACallThatCostsMoreThanTheLimitRunsAlone(t *testing.T) {
 func TestAHeavyWaiterThatGivesUpLetsTheOthersPass(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 2}, concurrency.WithCost(costOf))
-		c := stackOf(t, l).Wrap(takes(time.Second))
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		start := time.Now()
 		first := invoke(costs(1), c)
 		synctest.Wait()
 		heavy := invoke(costs(2), c, interceptor.WithWait(interceptor.For(100*time.Millisecond)))
 		synctest.Wait()
 		light := invoke(costs(1), c)
-		if err := <-heavy; reason(err) != interceptor.ReasonConcurrency {
+		if err := <-heavy; calltest.Reason(err) != interceptor.ReasonConcurrency {
 			t.Errorf("the heavy call: %v, want a refusal", err)
 		}
 		if err := errors.Join(<-first, <-light); err != nil || time.Since(start) != 1100*time.Millisecond {
@@ -425,8 +430,8 @@ func TestAHeavyWaiterThatGivesUpLetsTheOthersPass(t *testing.T) {
 func TestALimitChangesWhileCallsRunAndWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 3)
-		c := stackOf(t, l).Wrap(takes(time.Second))
-		ends := begin(c, 8)
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
+		ends := calltest.Begin(c, 8)
 		if err := l.SetLimit(1); err != nil {
 			t.Fatal(err)
 		}
@@ -444,7 +449,9 @@ func TestALimitChangesWhileCallsRunAndWait(t *testing.T) {
 			t.Errorf("%d permits in use at once after growing, want 4", got)
 		}
 		s := time.Second
-		expect(t, ends(), ok(s), ok(s), ok(s), ok(2*s), ok(2500*time.Millisecond), ok(2500*time.Millisecond), ok(2500*time.Millisecond), ok(3*s))
+		calltest.Expect(t, ends(),
+			calltest.OK(s), calltest.OK(s), calltest.OK(s), calltest.OK(2*s),
+			calltest.OK(2500*time.Millisecond), calltest.OK(2500*time.Millisecond), calltest.OK(2500*time.Millisecond), calltest.OK(3*s))
 		checkRest(t, l)
 	})
 }
@@ -453,8 +460,8 @@ func TestUpdateKeepsPermitsAndQueueAndABadOneChangesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := concurrency.Config{Limit: 1}
 		l := limit(t, cfg)
-		c := stackOf(t, l).Wrap(takes(time.Second))
-		ends := begin(c, 4)
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
+		ends := calltest.Begin(c, 4)
 		bad := concurrency.Config{Limit: 50, MaxWaiters: -1}
 		if err := l.Update(bad); err == nil || !reflect.DeepEqual(l.Config(), cfg) || l.Limit() != 1 || l.InUse() != 1 {
 			t.Errorf("Update(%+v) = %v, and the layer has %+v with limit %d; want an error and no change", bad, err, l.Config(), l.Limit())
@@ -470,7 +477,7 @@ func TestUpdateKeepsPermitsAndQueueAndABadOneChangesNothing(t *testing.T) {
 			t.Errorf("%d calls wait, want all 3 that did before", l.Waiting())
 		}
 		s := time.Second
-		expect(t, ends(), ok(s), ok(4*s), ok(3*s), ok(2*s))
+		calltest.Expect(t, ends(), calltest.OK(s), calltest.OK(4*s), calltest.OK(3*s), calltest.OK(2*s))
 		checkRest(t, l)
 	})
 }
@@ -513,8 +520,8 @@ func TestAStreamHoldsItsPermitForItsLifeAndGivesItBackOnce(t *testing.T) {
 			t.Errorf("%d permits in use %s, want %d", got, when, want)
 		}
 	}
-	c := stackOf(t, l).Wrap(&streams{errs: []error{nil, io.EOF, io.EOF}})
-	s, err := c.NewStream(context.Background(), desc, method)
+	c := calltest.Stack(t, l).Wrap(&streams{errs: []error{nil, io.EOF, io.EOF}})
+	s, err := c.NewStream(context.Background(), desc, calltest.Method)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -531,7 +538,7 @@ func TestAStreamHoldsItsPermitForItsLifeAndGivesItBackOnce(t *testing.T) {
 	}
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(context.Background())
-		if _, err := c.NewStream(ctx, desc, method); err != nil {
+		if _, err := c.NewStream(ctx, desc, calltest.Method); err != nil {
 			t.Fatal(err)
 		}
 		holding(1, "by an abandoned stream")
@@ -539,7 +546,7 @@ func TestAStreamHoldsItsPermitForItsLifeAndGivesItBackOnce(t *testing.T) {
 		synctest.Wait()
 		holding(0, "after its context was cancelled")
 	})
-	if _, err := stackOf(t, l).Wrap(&streams{open: io.ErrUnexpectedEOF}).NewStream(context.Background(), desc, method); err == nil {
+	if _, err := calltest.Stack(t, l).Wrap(&streams{open: io.ErrUnexpectedEOF}).NewStream(context.Background(), desc, calltest.Method); err == nil {
 		t.Error("a stream that cannot be opened was opened")
 	}
 	holding(0, "after a creation failure")
@@ -602,7 +609,7 @@ func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
 func TestTheZeroOptionsAreTheDefaults(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 1}, concurrency.WithCost(nil), concurrency.WithPriority(nil), concurrency.WithAlgorithm(nil))
-		expect(t, burst(stackOf(t, l).Wrap(takes(time.Second)), 2), ok(time.Second), ok(2*time.Second))
+		calltest.Expect(t, calltest.Burst(calltest.Stack(t, l).Wrap(calltest.Takes(time.Second)), 2), calltest.OK(time.Second), calltest.OK(2*time.Second))
 		if got := l.String(); got != "concurrency" {
 			t.Errorf("String() = %q", got)
 		}
@@ -630,13 +637,13 @@ func TestTheObserverSeesTheLimitWaitsAndRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		obs := &observer{}
 		l := limit(t, concurrency.Config{Limit: 1}, concurrency.WithName("orders"))
-		c := stackOf(t, interceptor.Observe(obs), l).Wrap(takes(time.Second))
-		burst(c, 2)
-		burst(c, 2, interceptor.WithWait(interceptor.None))
+		c := calltest.Stack(t, interceptor.Observe(obs), l).Wrap(calltest.Takes(time.Second))
+		calltest.Burst(c, 2)
+		calltest.Burst(c, 2, interceptor.WithWait(interceptor.None))
 		if err := l.SetLimit(2); err != nil {
 			t.Fatal(err)
 		}
-		burst(c, 1)
+		calltest.Burst(c, 1)
 		want := []string{"limit orders 1", "waited orders 1s", "refused orders CONCURRENCY", "limit orders 2"}
 		if !slices.Equal(obs.events, want) {
 			t.Errorf("observed %q, want %q", obs.events, want)

@@ -19,6 +19,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/failfast"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 )
 
@@ -51,50 +52,50 @@ func checkState(t *testing.T, f *failfast.Layer, failing bool, waiting int) {
 
 func invoke(ctx context.Context, c grpc.ClientConnInterface, opts ...grpc.CallOption) <-chan error {
 	done := make(chan error, 1)
-	go func() { done <- c.Invoke(ctx, method, nil, nil, opts...) }()
+	go func() { done <- c.Invoke(ctx, calltest.Method, nil, nil, opts...) }()
 	synctest.Wait()
 	return done
 }
 
 func TestACallWaitsForAtMostTheBound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := stackOf(t, after(t, 300*ms), limit(t, 1)).Wrap(takes(time.Second))
-		expect(t, burst(c, 2), ok(time.Second), refused(300*ms, interceptor.ReasonFailFast))
-		c = stackOf(t, after(t, 0), limit(t, 1)).Wrap(takes(time.Minute))
-		expect(t, burst(c, 2), ok(time.Minute), refused(failfast.DefaultAfter, interceptor.ReasonFailFast))
+		c := calltest.Stack(t, after(t, 300*ms), limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.Refused(300*ms, interceptor.ReasonFailFast))
+		c = calltest.Stack(t, after(t, 0), limit(t, 1)).Wrap(calltest.Takes(time.Minute))
+		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Minute), calltest.Refused(failfast.DefaultAfter, interceptor.ReasonFailFast))
 	})
 }
 
 func TestWhenNothingWasAdmittedForTheBoundAllThatWaitsAndAllThatComesFailsUntilReadinessReturns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := after(t, 300*ms)
-		s := stackOf(t, f, limit(t, 1))
-		c := s.Wrap(takes(time.Second))
+		s := calltest.Stack(t, f, limit(t, 1))
+		c := s.Wrap(calltest.Takes(time.Second))
 		start := time.Now()
 		running := invoke(context.Background(), c)
-		first := begin(c, 2)
+		first := calltest.Begin(c, 2)
 		time.Sleep(100 * ms)
-		second := begin(c, 2)
+		second := calltest.Begin(c, 2)
 		time.Sleep(199 * ms)
 		checkState(t, f, false, 4)
-		third := begin(c, 1) // Has waited for a millisecond.
+		third := calltest.Begin(c, 1) // Has waited for a millisecond.
 		// All at 300ms, however long they have waited.
-		failFast := func(d time.Duration) end { return refused(d, interceptor.ReasonFailFast) }
-		expect(t, first(), failFast(300*ms), failFast(300*ms))
-		expect(t, second(), failFast(200*ms), failFast(200*ms))
-		expect(t, third(), failFast(1*ms))
+		failFast := func(d time.Duration) calltest.End { return calltest.Refused(d, interceptor.ReasonFailFast) }
+		calltest.Expect(t, first(), failFast(300*ms), failFast(300*ms))
+		calltest.Expect(t, second(), failFast(200*ms), failFast(200*ms))
+		calltest.Expect(t, third(), failFast(1*ms))
 		checkState(t, f, true, 0)
 		// New calls at once.
-		expect(t, burst(c, 3), failFast(0), failFast(0), failFast(0))
+		calltest.Expect(t, calltest.Burst(c, 3), failFast(0), failFast(0), failFast(0))
 		time.Sleep(699 * ms)
-		expect(t, burst(c, 1), failFast(0))
+		calltest.Expect(t, calltest.Burst(c, 1), failFast(0))
 		if err := <-running; err != nil || time.Since(start) != time.Second {
 			t.Fatalf("the call that ran: %v after %v", err, time.Since(start))
 		}
 		// The permit is free. The first call finds it; the second may wait again.
-		ends := begin(c, 2)
+		ends := calltest.Begin(c, 2)
 		checkState(t, f, false, 1)
-		expect(t, ends(), ok(time.Second), failFast(300*ms))
+		calltest.Expect(t, ends(), calltest.OK(time.Second), failFast(300*ms))
 		if err := s.Drain(context.Background()); err != nil {
 			t.Error(err)
 		}
@@ -104,21 +105,21 @@ func TestWhenNothingWasAdmittedForTheBoundAllThatWaitsAndAllThatComesFailsUntilR
 func TestAQueueThatMovesDoesNotFailAsAWhole(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := after(t, 300*ms)
-		c := stackOf(t, f, limit(t, 1)).Wrap(takes(200 * ms))
-		ends := begin(c, 3)
+		c := calltest.Stack(t, f, limit(t, 1)).Wrap(calltest.Takes(200 * ms))
+		ends := calltest.Begin(c, 3)
 		time.Sleep(250 * ms)
-		late := begin(c, 1) // Is admitted at 400ms, after the bound of the first has passed.
-		expect(t, ends(), ok(200*ms), ok(400*ms), refused(300*ms, interceptor.ReasonFailFast))
+		late := calltest.Begin(c, 1) // Is admitted at 400ms, after the bound of the first has passed.
+		calltest.Expect(t, ends(), calltest.OK(200*ms), calltest.OK(400*ms), calltest.Refused(300*ms, interceptor.ReasonFailFast))
 		synctest.Wait()
 		checkState(t, f, false, 0)
-		expect(t, late(), ok(350*ms))
+		calltest.Expect(t, late(), calltest.OK(350*ms))
 	})
 }
 
 func TestACallThatGivesUpDoesNotProlongTheWaitingOfTheOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := after(t, 300*ms)
-		c := stackOf(t, f, limit(t, 1)).Wrap(takes(time.Second))
+		c := calltest.Stack(t, f, limit(t, 1)).Wrap(calltest.Takes(time.Second))
 		start := time.Now()
 		running := invoke(context.Background(), c)
 		ctx, cancel := context.WithCancel(context.Background())
@@ -126,10 +127,10 @@ func TestACallThatGivesUpDoesNotProlongTheWaitingOfTheOthers(t *testing.T) {
 		time.Sleep(100 * ms)
 		stays := invoke(context.Background(), c)
 		cancel()
-		if err := <-gives; reason(err) != interceptor.ReasonCancelled || time.Since(start) != 100*ms {
+		if err := <-gives; calltest.Reason(err) != interceptor.ReasonCancelled || time.Since(start) != 100*ms {
 			t.Errorf("the cancelled call: %v after %v, want CANCELLED after 100ms", err, time.Since(start))
 		}
-		if err := <-stays; reason(err) != interceptor.ReasonFailFast || time.Since(start) != 300*ms {
+		if err := <-stays; calltest.Reason(err) != interceptor.ReasonFailFast || time.Since(start) != 300*ms {
 			t.Errorf("the other one: %v after %v, want FAIL_FAST after 300ms", err, time.Since(start))
 		}
 		checkState(t, f, true, 0)
@@ -140,14 +141,16 @@ func TestACallThatGivesUpDoesNotProlongTheWaitingOfTheOthers(t *testing.T) {
 func TestATighterWaitOrDeadlineEndsACallAndNotTheOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := after(t, 300*ms)
-		c := stackOf(t, f, limit(t, 1)).Wrap(takes(time.Second))
-		expect(t, burst(c, 2, interceptor.WithWait(interceptor.None)), ok(time.Second), refused(0, interceptor.ReasonConcurrency))
-		expect(t, burst(c, 2, interceptor.WithWait(interceptor.For(100*ms))), ok(time.Second), refused(100*ms, interceptor.ReasonConcurrency))
+		c := calltest.Stack(t, f, limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		calltest.Expect(t, calltest.Burst(c, 2, interceptor.WithWait(interceptor.None)),
+			calltest.OK(time.Second), calltest.Refused(0, interceptor.ReasonConcurrency))
+		calltest.Expect(t, calltest.Burst(c, 2, interceptor.WithWait(interceptor.For(100*ms))),
+			calltest.OK(time.Second), calltest.Refused(100*ms, interceptor.ReasonConcurrency))
 		checkState(t, f, false, 0)
 		running := invoke(context.Background(), c)
 		ctx, cancel := context.WithTimeout(context.Background(), 100*ms)
 		defer cancel()
-		if err := c.Invoke(ctx, method, nil, nil); reason(err) != interceptor.ReasonDeadline || status.Code(err) != codes.DeadlineExceeded {
+		if err := c.Invoke(ctx, calltest.Method, nil, nil); calltest.Reason(err) != interceptor.ReasonDeadline || status.Code(err) != codes.DeadlineExceeded {
 			t.Errorf("a call with a deadline of 100ms: %v, want DEADLINE", err)
 		}
 		checkState(t, f, false, 0)
@@ -158,7 +161,7 @@ func TestATighterWaitOrDeadlineEndsACallAndNotTheOthers(t *testing.T) {
 func TestTheRefusalOfACallThatWaitedTooLongTellsTheInnerReason(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, l := after(t, 300*ms), limit(t, 1)
-		c := stackOf(t, f, l).Wrap(takes(200 * ms))
+		c := calltest.Stack(t, f, l).Wrap(calltest.Takes(200 * ms))
 		a, b := invoke(context.Background(), c), invoke(context.Background(), c)
 		err := <-invoke(context.Background(), c)
 		r, _ := interceptor.AsRefusal(err)
@@ -188,8 +191,8 @@ func (g *decides) WrapGate(interceptor.Gate) interceptor.Gate {
 
 func TestWhatWaitingCannotHelpIsAskedOnceAndSaysNothingAboutReadiness(t *testing.T) {
 	f, g := after(t, 300*ms), &decides{}
-	err := stackOf(t, f, g).Wrap(takes(0)).Invoke(context.Background(), method, nil, nil)
-	if reason(err) != interceptor.ReasonFilter || g.asked != 1 {
+	err := calltest.Stack(t, f, g).Wrap(calltest.Takes(0)).Invoke(context.Background(), calltest.Method, nil, nil)
+	if calltest.Reason(err) != interceptor.ReasonFilter || g.asked != 1 {
 		t.Errorf("got %v after asking %d times, want the filter's refusal after once", err, g.asked)
 	}
 	checkState(t, f, false, 0)
@@ -198,8 +201,8 @@ func TestWhatWaitingCannotHelpIsAskedOnceAndSaysNothingAboutReadiness(t *testing
 func TestUpdateHoldsForThoseThatWaitAndABadOneChangesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := after(t, time.Minute)
-		c := stackOf(t, f, limit(t, 1)).Wrap(takes(time.Second))
-		ends := begin(c, 2)
+		c := calltest.Stack(t, f, limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		ends := calltest.Begin(c, 2)
 		time.Sleep(100 * ms)
 		if err := f.Update(failfast.Config{After: -1}); err == nil || f.Config().After != time.Minute {
 			t.Errorf("Update(-1) = %v, Config() = %+v; want an error and no change", err, f.Config())
@@ -207,12 +210,12 @@ func TestUpdateHoldsForThoseThatWaitAndABadOneChangesNothing(t *testing.T) {
 		if err := f.Update(failfast.Config{After: 300 * ms}); err != nil {
 			t.Fatal(err)
 		}
-		expect(t, ends(), ok(time.Second), refused(300*ms, interceptor.ReasonFailFast))
+		calltest.Expect(t, ends(), calltest.OK(time.Second), calltest.Refused(300*ms, interceptor.ReasonFailFast))
 		checkState(t, f, true, 0)
 		if err := f.Update(failfast.Config{After: 200 * ms}); err != nil || !f.Failing() {
 			t.Errorf("Update = %v, failing %v; want the state kept", err, f.Failing())
 		}
-		expect(t, burst(c, 2), ok(time.Second), refused(200*ms, interceptor.ReasonFailFast))
+		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.Refused(200*ms, interceptor.ReasonFailFast))
 	})
 }
 
@@ -240,14 +243,12 @@ func TestConformance(t *testing.T) {
 	})
 }
 
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-
 func unary(tb testing.TB) map[string]func() {
 	calls := make(map[string]func())
 	for name, failing := range map[string]bool{"admitted": false, "failing": true} {
 		f, l := after(tb, ms), limit(tb, 1)
-		ic := stackOf(tb, f, l).UnaryClientInterceptor()
-		call := func() { ic(context.Background(), method, nil, nil, nil, noop) }
+		ic := calltest.Stack(tb, f, l).UnaryClientInterceptor()
+		call := func() { ic(context.Background(), calltest.Method, nil, nil, nil, calltest.Noop) }
 		if failing {
 			if err := l.SetLimit(0); err != nil {
 				tb.Fatal(err)

@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
 )
@@ -92,10 +93,7 @@ func (s *stream2) RecvMsg(m any) error {
 
 func wrap(t testing.TB, conn grpc.ClientConnInterface, layers ...interceptor.Layer) (grpc.ClientConnInterface, *interceptor.Stack) {
 	t.Helper()
-	s, err := interceptor.NewStack(layers...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := calltest.Stack(t, layers...)
 	return s.Wrap(conn), s
 }
 
@@ -516,8 +514,6 @@ func (c *counter) atRest() error {
 	return nil
 }
 
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-
 func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 	out := map[string]grpc.UnaryClientInterceptor{}
 	for name, err := range map[string]error{"accepted": nil, "rejected": errNo} {
@@ -538,8 +534,8 @@ func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 func TestNothingIsAllocated(t *testing.T) {
 	ctx := context.Background()
 	for name, unary := range benchmarks(t) {
-		unary(ctx, method, nil, nil, nil, noop)
-		got := testing.AllocsPerRun(200, func() { unary(ctx, method, nil, nil, nil, noop) })
+		unary(ctx, method, nil, nil, nil, calltest.Noop)
+		got := testing.AllocsPerRun(200, func() { unary(ctx, method, nil, nil, nil, calltest.Noop) })
 		// The stack's own pool may be emptied by the collector, and is by the race detector.
 		if got != 0 && !race.Enabled {
 			t.Errorf("%s: %v allocations, want 0", name, got)
@@ -553,7 +549,7 @@ func BenchmarkFilter(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				unary(ctx, method, nil, nil, nil, noop)
+				unary(ctx, method, nil, nil, nil, calltest.Noop)
 			}
 		})
 	}

@@ -29,6 +29,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
 )
@@ -55,15 +56,6 @@ func mustNew(t testing.TB, c hedge.Config, opts ...hedge.Option) *hedge.Layer {
 		t.Fatalf("New(%+v): %v", c, err)
 	}
 	return l
-}
-
-func mustStack(t testing.TB, layers ...interceptor.Layer) *interceptor.Stack {
-	t.Helper()
-	s, err := interceptor.NewStack(layers...)
-	if err != nil {
-		t.Fatalf("NewStack: %v", err)
-	}
-	return s
 }
 
 // answer is what an attempt gets.
@@ -143,7 +135,7 @@ func (s *server) call(opts []grpc.CallOption, layers ...interceptor.Layer) (repl
 	s.t.Helper()
 	start := time.Now()
 	r := wrapperspb.String("before")
-	err = mustStack(s.t, layers...).Wrap(s).Invoke(s.t.Context(), method, wrapperspb.String("hello"), r, opts...)
+	err = calltest.Stack(s.t, layers...).Wrap(s).Invoke(s.t.Context(), method, wrapperspb.String("hello"), r, opts...)
 	return r.GetValue(), time.Since(start), err
 }
 
@@ -319,7 +311,7 @@ func TestACallThatEndsWhileItWaitsForAPushbackReturnsTheServersError(t *testing.
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(time.Second, cancel)
 		start := time.Now()
-		err := mustStack(t, mustNew(t, fixed)).Wrap(s).Invoke(ctx, method, wrapperspb.String("hello"), new(wrapperspb.StringValue))
+		err := calltest.Stack(t, mustNew(t, fixed)).Wrap(s).Invoke(ctx, method, wrapperspb.String("hello"), new(wrapperspb.StringValue))
 		if err != unavailable || time.Since(start) != time.Second {
 			t.Errorf("got %v after %v, want the server's error when the caller gives up", err, time.Since(start))
 		}
@@ -331,7 +323,7 @@ func TestACallerWhoGivesUpEndsAllAttempts(t *testing.T) {
 		s := newServer(t, answer{after: time.Hour})
 		ctx, cancel := context.WithTimeout(t.Context(), 25*ms)
 		defer cancel()
-		err := mustStack(t, mustNew(t, fixed)).Wrap(s).Invoke(ctx, method, wrapperspb.String("hello"), new(wrapperspb.StringValue))
+		err := calltest.Stack(t, mustNew(t, fixed)).Wrap(s).Invoke(ctx, method, wrapperspb.String("hello"), new(wrapperspb.StringValue))
 		if status.Code(err) != codes.DeadlineExceeded {
 			t.Errorf("got %v, want DEADLINE_EXCEEDED", err)
 		}
@@ -752,24 +744,22 @@ func (l *counter) atRest() error {
 	return nil
 }
 
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-
 func TestACallThatIsNotHedgedAllocatesNothing(t *testing.T) {
-	unary := mustStack(t, mustNew(t, hedge.Config{MaxAttempts: 1})).UnaryClientInterceptor()
+	unary := calltest.Stack(t, mustNew(t, hedge.Config{MaxAttempts: 1})).UnaryClientInterceptor()
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	ctx := t.Context()
-	if n := testing.AllocsPerRun(1000, func() { unary(ctx, method, nil, nil, nil, noop, opts...) }); n > 0.1 && !race.Enabled {
+	if n := testing.AllocsPerRun(1000, func() { unary(ctx, method, nil, nil, nil, calltest.Noop, opts...) }); n > 0.1 && !race.Enabled {
 		t.Errorf("%v allocations, want none", n) // A percentile is computed anew now and then.
 	}
 }
 
 func benchmark(b *testing.B, c hedge.Config) {
-	unary := mustStack(b, mustNew(b, c)).UnaryClientInterceptor()
+	unary := calltest.Stack(b, mustNew(b, c)).UnaryClientInterceptor()
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	ctx := b.Context()
 	b.ReportAllocs()
 	for b.Loop() {
-		unary(ctx, method, nil, nil, nil, noop, opts...)
+		unary(ctx, method, nil, nil, nil, calltest.Noop, opts...)
 	}
 }
 

@@ -29,6 +29,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -55,7 +56,7 @@ func dial(t *testing.T, script func(n int, s grpc.ServerStream) error, layers ..
 			}
 			return handler(srv, s)
 		})))
-	return testingv1.NewTestServiceClient(testserver.Dial(t, srv, mustStack(t, layers...).DialOptions()...)), n
+	return testingv1.NewTestServiceClient(testserver.Dial(t, srv, calltest.Stack(t, layers...).DialOptions()...)), n
 }
 
 // delays is a script of attempts that wait, without reading.
@@ -471,7 +472,7 @@ func tail(t testing.TB, inMemory bool, calls int, q float64, layers ...intercept
 	})
 	r := manual.NewBuilderWithScheme("tail")
 	r.InitialState(resolver.State{Endpoints: cluster.Endpoints()})
-	opts := append(mustStack(t, layers...).DialOptions(), cluster.DialOptions()...)
+	opts := append(calltest.Stack(t, layers...).DialOptions(), cluster.DialOptions()...)
 	opts = append(opts, p2c.DialOptions()...)
 	opts = append(opts, grpc.WithResolvers(r), grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`))
 	conn, err := grpc.NewClient("tail:///servers", opts...)

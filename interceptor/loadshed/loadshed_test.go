@@ -11,13 +11,13 @@ import (
 	"testing/synctest"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 )
 
@@ -60,16 +60,17 @@ func (g *refuses) WrapGate(inner interceptor.Gate) interceptor.Gate {
 func TestAReadyInnerAnswersAndOneThatIsNotIsNotCalled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		calls := 0
-		c := stackOf(t, shed(t), limit(t, 1)).Wrap(server(func(context.Context) error {
+		c := calltest.Stack(t, shed(t), limit(t, 1)).Wrap(calltest.Server(func(context.Context) error {
 			calls++
 			time.Sleep(time.Second)
 			return status.Error(codes.NotFound, "the server's")
 		}))
-		expect(t, burst(c, 3), end{time.Second, "", codes.NotFound}, refused(0, interceptor.ReasonConcurrency), refused(0, interceptor.ReasonConcurrency))
+		calltest.Expect(t, calltest.Burst(c, 3),
+			calltest.End{After: time.Second, Code: codes.NotFound}, calltest.Refused(0, interceptor.ReasonConcurrency), calltest.Refused(0, interceptor.ReasonConcurrency))
 		if calls != 1 {
 			t.Errorf("%d calls were sent, want 1", calls)
 		}
-		expect(t, burst(c, 1), end{time.Second, "", codes.NotFound})
+		calltest.Expect(t, calltest.Burst(c, 1), calltest.End{After: time.Second, Code: codes.NotFound})
 	})
 }
 
@@ -79,13 +80,13 @@ func TestItShedsForWhateverReasonInnerIsNotReadyAndTellsIt(t *testing.T) {
 		interceptor.ReasonBreakerOpen, "A_REASON_OF_ITS_OWN",
 	} {
 		inner := interceptor.Refuse("inner", r, "").After(time.Second)
-		err := stackOf(t, shed(t), &refuses{err: inner}).Wrap(takes(0)).Invoke(context.Background(), method, nil, nil)
+		err := calltest.Stack(t, shed(t), &refuses{err: inner}).Wrap(calltest.Takes(0)).Invoke(context.Background(), calltest.Method, nil, nil)
 		if err != error(inner) || status.Code(err) != r.Code() {
 			t.Errorf("an inner layer that refuses with %s: %v, want its own refusal with %v", r, err, r.Code())
 		}
 	}
 	boom := errors.New("boom")
-	err := stackOf(t, shed(t, loadshed.WithName("edge")), &refuses{err: boom}).Wrap(takes(0)).Invoke(context.Background(), method, nil, nil)
+	err := calltest.Stack(t, shed(t, loadshed.WithName("edge")), &refuses{err: boom}).Wrap(calltest.Takes(0)).Invoke(context.Background(), calltest.Method, nil, nil)
 	got, ok := interceptor.AsRefusal(err)
 	if !ok || got.Reason != interceptor.ReasonShed || got.Layer != "edge" || !errors.Is(err, boom) || status.Code(err) != codes.Unavailable || !got.NotSent() {
 		t.Errorf("an inner layer that fails with an error that is no refusal: %v, want SHED around it", err)
@@ -94,8 +95,8 @@ func TestItShedsForWhateverReasonInnerIsNotReadyAndTellsIt(t *testing.T) {
 
 func TestItStandsAnywhereAndShedsNothingThatIsOutsideIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := stackOf(t, limit(t, 1), shed(t)).Wrap(takes(time.Second))
-		expect(t, burst(c, 2), ok(time.Second), ok(2*time.Second))
+		c := calltest.Stack(t, limit(t, 1), shed(t)).Wrap(calltest.Takes(time.Second))
+		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.OK(2*time.Second))
 	})
 }
 
@@ -121,8 +122,6 @@ func TestConformance(t *testing.T) {
 	})
 }
 
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-
 func unary(tb testing.TB) map[string]func() {
 	full := limit(tb, 1)
 	if err := full.SetLimit(0); err != nil {
@@ -130,8 +129,8 @@ func unary(tb testing.TB) map[string]func() {
 	}
 	calls := make(map[string]func())
 	for name, l := range map[string]interceptor.Layer{"admitted": limit(tb, 1024), "refused": full} {
-		ic := stackOf(tb, shed(tb), l).UnaryClientInterceptor()
-		calls[name] = func() { ic(context.Background(), method, nil, nil, nil, noop) }
+		ic := calltest.Stack(tb, shed(tb), l).UnaryClientInterceptor()
+		calls[name] = func() { ic(context.Background(), calltest.Method, nil, nil, nil, calltest.Noop) }
 	}
 	return calls
 }

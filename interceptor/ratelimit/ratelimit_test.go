@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
 )
@@ -72,15 +73,6 @@ func mustNew(t testing.TB, cfg Config, opts ...Option) *Layer {
 		t.Fatalf("New(%+v): %v", cfg, err)
 	}
 	return l
-}
-
-func mustStack(t testing.TB, layers ...interceptor.Layer) *interceptor.Stack {
-	t.Helper()
-	s, err := interceptor.NewStack(layers...)
-	if err != nil {
-		t.Fatalf("NewStack: %v", err)
-	}
-	return s
 }
 
 var noWait = interceptor.WithWait(interceptor.None)
@@ -147,7 +139,7 @@ func TestOnePer100msLetsTheSecondCallBeginAt100ms(t *testing.T) {
 		t.Run(cfg.Algorithm.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				srv := newServer()
-				conn := mustStack(t, mustNew(t, cfg)).Wrap(srv)
+				conn := calltest.Stack(t, mustNew(t, cfg)).Wrap(srv)
 				wantOK(t, call(conn))
 				wantRefused(t, call(conn, noWait), 100*ms)
 				wantTimes(t, srv.times(), 0)
@@ -161,7 +153,7 @@ func TestOnePer100msLetsTheSecondCallBeginAt100ms(t *testing.T) {
 // Tower's remaining_gets_reset.
 func TestAWindowThatHasPassedCountsNoMore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		conn := mustStack(t, mustNew(t, Config{Limit: 3, Per: 100 * ms, Algorithm: Window})).Wrap(newServer())
+		conn := calltest.Stack(t, mustNew(t, Config{Limit: 3, Per: 100 * ms, Algorithm: Window})).Wrap(newServer())
 		wantOK(t, call(conn))
 		time.Sleep(100 * ms)
 		for range 3 {
@@ -175,7 +167,7 @@ func TestAWindowThatHasPassedCountsNoMore(t *testing.T) {
 func TestNoWindowHasMoreThanTheLimitNotEvenAtAnEdge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		srv := newServer()
-		conn := mustStack(t, mustNew(t, Config{Limit: 100, Per: 200 * ms, Algorithm: Window})).Wrap(srv)
+		conn := calltest.Stack(t, mustNew(t, Config{Limit: 100, Per: 200 * ms, Algorithm: Window})).Wrap(srv)
 		wantOK(t, call(conn))
 		time.Sleep(195 * ms)
 		for range 10 { // 99 before what Tower takes for the edge, and as many as possible after it.
@@ -217,7 +209,7 @@ func wantSmooth(t *testing.T, times []time.Duration, burst int, interval time.Du
 func TestASmoothLimitLetsItsBurstPassAndThenOneCallEachInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		srv := newServer()
-		conn := mustStack(t, mustNew(t, Config{Limit: 10, Burst: 3})).Wrap(srv)
+		conn := calltest.Stack(t, mustNew(t, Config{Limit: 10, Burst: 3})).Wrap(srv)
 		for range 6 {
 			wantOK(t, call(conn))
 		}
@@ -245,7 +237,7 @@ func TestNeitherAlgorithmExceedsItsBoundWhateverIsTakenGivenBackAndRefused(t *te
 				rng := rand.New(rand.NewPCG(seed, 0))
 				inside, srv := new(refuseInside), newServer()
 				l := mustNew(t, cfg)
-				conn := mustStack(t, l, inside).Wrap(srv)
+				conn := calltest.Stack(t, l, inside).Wrap(srv)
 				var wg sync.WaitGroup
 				for range 3000 {
 					inside.on.Store(rng.IntN(4) == 0)
@@ -282,7 +274,7 @@ func TestCallsRefusedFurtherInBurnNoToken(t *testing.T) {
 		t.Run(algorithm.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				inside, srv := new(refuseInside), newServer()
-				conn := mustStack(t, mustNew(t, Config{Limit: 2, Algorithm: algorithm}), inside).Wrap(srv)
+				conn := calltest.Stack(t, mustNew(t, Config{Limit: 2, Algorithm: algorithm}), inside).Wrap(srv)
 				inside.on.Store(true)
 				for range 10 {
 					if r, ok := interceptor.AsRefusal(call(conn, noWait)); !ok || r.Layer != "inside" {
@@ -299,7 +291,7 @@ func TestCallsRefusedFurtherInBurnNoToken(t *testing.T) {
 func TestAReadyLayerThatIsNotCalledKeepsItsTokens(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Limit: 1})
-		conn := mustStack(t, l).Wrap(newServer())
+		conn := calltest.Stack(t, l).Wrap(newServer())
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()
 		wantOK(t, call(conn))
@@ -323,7 +315,7 @@ func start(t *testing.T, conn grpc.ClientConnInterface, ctx context.Context, nam
 func TestCallsWaitFirstComeFirstServed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		srv := newServer()
-		conn := mustStack(t, mustNew(t, Config{Limit: 10})).Wrap(srv)
+		conn := calltest.Stack(t, mustNew(t, Config{Limit: 10})).Wrap(srv)
 		var done []<-chan error
 		for _, m := range []string{"a", "b", "c", "d"} {
 			done = append(done, start(t, conn, context.Background(), m))
@@ -341,7 +333,7 @@ func TestCallsWaitFirstComeFirstServed(t *testing.T) {
 func TestACallThatMayNotWaitDoesNotOvertakeOneThatDoes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		srv := newServer()
-		conn := mustStack(t, mustNew(t, Config{Limit: 10})).Wrap(srv)
+		conn := calltest.Stack(t, mustNew(t, Config{Limit: 10})).Wrap(srv)
 		wantOK(t, call(conn))
 		a, b := start(t, conn, context.Background(), "a"), start(t, conn, context.Background(), "b")
 		time.Sleep(50 * ms)
@@ -357,7 +349,7 @@ func TestAWaiterThatGivesUpLeavesNoTraceAndTheOthersMoveUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		srv := newServer()
 		l := mustNew(t, Config{Limit: 10})
-		conn := mustStack(t, l).Wrap(srv)
+		conn := calltest.Stack(t, l).Wrap(srv)
 		wantOK(t, call(conn))
 		ctx, cancel := context.WithCancel(context.Background())
 		a, b, c := start(t, conn, ctx, "a"), start(t, conn, context.Background(), "b"), start(t, conn, context.Background(), "c")
@@ -399,7 +391,7 @@ func TestATokenThatIsGivenBackGoesToTheFirstInTheQueueAtOnce(t *testing.T) {
 		t.Run(algorithm.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				srv := newServer()
-				conn := mustStack(t, mustNew(t, Config{Limit: 1, Algorithm: algorithm}), &slowGate{d: 300 * ms}).Wrap(srv)
+				conn := calltest.Stack(t, mustNew(t, Config{Limit: 1, Algorithm: algorithm}), &slowGate{d: 300 * ms}).Wrap(srv)
 				slow := start(t, conn, context.Background(), "slow")
 				a, b := start(t, conn, context.Background(), "a"), start(t, conn, context.Background(), "b")
 				if r, ok := interceptor.AsRefusal(<-slow); !ok || r.Layer != "slow" {
@@ -416,7 +408,7 @@ func TestATokenThatIsGivenBackGoesToTheFirstInTheQueueAtOnce(t *testing.T) {
 func TestACallWhoseTurnComesAfterItsDeadlineIsRefusedAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		srv := newServer()
-		conn := mustStack(t, mustNew(t, Config{Limit: 1})).Wrap(srv)
+		conn := calltest.Stack(t, mustNew(t, Config{Limit: 1})).Wrap(srv)
 		wantOK(t, call(conn))
 		begin := time.Now()
 		for _, d := range []time.Duration{10 * ms, time.Second} { // At its deadline a call is over.
@@ -439,7 +431,7 @@ func TestACallWhoseTurnComesAfterItsDeadlineIsRefusedAtOnce(t *testing.T) {
 func TestOneValueInTwoStacksIsOneLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Limit: 2, Algorithm: Window})
-		a, b := mustStack(t, l).Wrap(newServer()), mustStack(t, l).Wrap(newServer())
+		a, b := calltest.Stack(t, l).Wrap(newServer()), calltest.Stack(t, l).Wrap(newServer())
 		wantOK(t, call(a, noWait))
 		wantOK(t, call(b, noWait))
 		wantRefused(t, call(a, noWait), time.Second)
@@ -486,7 +478,7 @@ func TestAHigherLimitHoldsForThoseWhoWaitAlready(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				srv := newServer()
 				l := mustNew(t, Config{Limit: 1, Algorithm: algorithm})
-				conn := mustStack(t, l).Wrap(srv)
+				conn := calltest.Stack(t, l).Wrap(srv)
 				wantOK(t, call(conn))
 				a, b := start(t, conn, context.Background(), "a"), start(t, conn, context.Background(), "b")
 				time.Sleep(500 * ms) // Half a token.
@@ -511,7 +503,7 @@ func TestALowerLimitRefusesThoseWhoWouldWaitInVain(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				srv := newServer()
 				l := mustNew(t, Config{Limit: 10, Per: time.Second, Burst: 0, Algorithm: algorithm})
-				conn := mustStack(t, l).Wrap(srv)
+				conn := calltest.Stack(t, l).Wrap(srv)
 				n := 10
 				if algorithm == Smooth {
 					n = 1
@@ -536,7 +528,7 @@ func TestALowerLimitRefusesThoseWhoWouldWaitInVain(t *testing.T) {
 func TestUpdateKeepsWhatWasTaken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Limit: 10, Burst: 10})
-		conn := mustStack(t, l).Wrap(newServer())
+		conn := calltest.Stack(t, l).Wrap(newServer())
 		for range 6 {
 			wantOK(t, call(conn, noWait))
 		}
@@ -613,7 +605,7 @@ func TestABadConfigIsAnErrorThatNamesTheFieldAndChangesNothing(t *testing.T) {
 func TestEveryMethodHasItsOwnRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Limit: 1, KeyBy: KeyMethod})
-		conn := mustStack(t, l).Wrap(newServer())
+		conn := calltest.Stack(t, l).Wrap(newServer())
 		for _, m := range []string{"/s/a", "/s/b"} {
 			wantOK(t, conn.Invoke(context.Background(), m, nil, nil, noWait))
 		}
@@ -626,7 +618,7 @@ func TestEveryMethodHasItsOwnRate(t *testing.T) {
 
 func TestEveryValueOfAMetadataEntryHasItsOwnRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		conn := mustStack(t, mustNew(t, Config{Limit: 1, KeyBy: KeyMetadata, KeyName: "Tenant"})).Wrap(newServer())
+		conn := calltest.Stack(t, mustNew(t, Config{Limit: 1, KeyBy: KeyMetadata, KeyName: "Tenant"})).Wrap(newServer())
 		as := func(tenant string) error {
 			ctx := metadata.AppendToOutgoingContext(context.Background(), "tenant", tenant)
 			return conn.Invoke(ctx, "/s/m", nil, nil, noWait)
@@ -645,7 +637,7 @@ func byName(_ context.Context, c *interceptor.Call) string { return c.Method() }
 func TestKeysBeyondTheBoundShareARateUntilIdleOnesMakeRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Limit: 1, MaxKeys: 2}, WithKey(byName))
-		conn := mustStack(t, l).Wrap(newServer())
+		conn := calltest.Stack(t, l).Wrap(newServer())
 		as := func(key string) error { return conn.Invoke(context.Background(), key, nil, nil, noWait) }
 		wantOK(t, as("a"))
 		time.Sleep(500 * ms)
@@ -668,7 +660,7 @@ func TestIdleKeysAreDroppedAsNewOnesComeLongBeforeTheBound(t *testing.T) {
 	for _, algorithm := range []Algorithm{Smooth, Window} {
 		synctest.Test(t, func(t *testing.T) {
 			l := mustNew(t, Config{Limit: 1, Algorithm: algorithm}, WithKey(byName))
-			conn := mustStack(t, l).Wrap(newServer())
+			conn := calltest.Stack(t, l).Wrap(newServer())
 			most := 0
 			for i := range 5000 { // Ten keys a second, of which ten are in use.
 				wantOK(t, conn.Invoke(context.Background(), fmt.Sprint(i), nil, nil))
@@ -686,7 +678,7 @@ func TestAKeyThatSomebodyWaitsForIsNotDroppedAndAnUpdateReachesAllKeys(t *testin
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Limit: 1, MaxKeys: 1}, WithKey(byName))
 		srv := newServer()
-		conn := mustStack(t, l).Wrap(srv)
+		conn := calltest.Stack(t, l).Wrap(srv)
 		wantOK(t, conn.Invoke(context.Background(), "a", nil, nil))
 		a := start(t, conn, context.Background(), "a")
 		wantOK(t, conn.Invoke(context.Background(), "b", nil, nil))
@@ -703,7 +695,7 @@ func TestAKeyThatSomebodyWaitsForIsNotDroppedAndAnUpdateReachesAllKeys(t *testin
 
 func TestKeysMayComeAndGoConcurrently(t *testing.T) {
 	l := mustNew(t, Config{Limit: 1000, Per: ms, Burst: 1, MaxKeys: 50}, WithKey(byName))
-	conn := mustStack(t, l).Wrap(newServer())
+	conn := calltest.Stack(t, l).Wrap(newServer())
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	var wg sync.WaitGroup
@@ -755,7 +747,7 @@ func (s *stream) RecvMsg(any) error {
 
 func TestAStreamTakesOneTokenHoweverManyMessages(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		conn := mustStack(t, mustNew(t, Config{Limit: 2, Burst: 2})).Wrap(streams{})
+		conn := calltest.Stack(t, mustNew(t, Config{Limit: 2, Burst: 2})).Wrap(streams{})
 		for range 2 {
 			s, err := conn.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, "/s/m", noWait)
 			if err != nil {
@@ -781,7 +773,7 @@ func TestALimiterOfXTimeRateWaitsRefusesAndTakesTokensBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		stack := mustStack(t, l, inside)
+		stack := calltest.Stack(t, l, inside)
 		if got := stack.String(); !strings.HasPrefix(got, "[xrate > ") {
 			t.Errorf("String() = %q, want the layer's name in it", got)
 		}
@@ -866,7 +858,7 @@ func TestALimiterElsewhereIsAskedAgainAsLongAsACallMayWait(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		conn := mustStack(t, l, inside).Wrap(srv)
+		conn := calltest.Stack(t, l, inside).Wrap(srv)
 		inside.on.Store(true)
 		call(conn)
 		inside.on.Store(false)
@@ -905,7 +897,7 @@ func TestALimiterThatFailsRefusesUnlessItFailsOpen(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = call(mustStack(t, l).Wrap(newServer()))
+		err = call(calltest.Stack(t, l).Wrap(newServer()))
 		if status.Code(err) != tt.want || err != nil && !errors.Is(err, down) {
 			t.Errorf("with a limiter that fails: %v, want %v and the limiter's error in it", err, tt.want)
 		}
@@ -936,7 +928,7 @@ func (w *watcher) Refused(_, layer string, r interceptor.Reason) {
 func TestTheObserverSeesWaitsAndRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		obs := new(watcher)
-		conn := mustStack(t, interceptor.Observe(obs), mustNew(t, Config{Limit: 10})).Wrap(newServer())
+		conn := calltest.Stack(t, interceptor.Observe(obs), mustNew(t, Config{Limit: 10})).Wrap(newServer())
 		call(conn)
 		call(conn)
 		call(conn, noWait)
@@ -965,7 +957,7 @@ func (p *places) WrapGate(inner interceptor.Gate) interceptor.Gate {
 func TestAWaiterLeavesItsPlaceWhenItGetsItsToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := new(places)
-		conn := mustStack(t, p, mustNew(t, Config{Limit: 10})).Wrap(newServer())
+		conn := calltest.Stack(t, p, mustNew(t, Config{Limit: 10})).Wrap(newServer())
 		wantOK(t, call(conn))
 		if n := p.left.Load(); n != 0 {
 			t.Errorf("the place was left %d times by a call that did not wait, want 0", n)
@@ -1070,9 +1062,6 @@ func atRest(l *Layer) func() error {
 	}
 }
 
-// noop is an invoker.
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-
 func cases(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 	xrate, err := FromRate(rate.NewLimiter(1e12, 1e6))
 	if err != nil {
@@ -1093,9 +1082,9 @@ func cases(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 		"x_time_rate/admitting": xrate,
 		"x_time_rate/refusing":  empty,
 	} {
-		m[name] = mustStack(t, l).UnaryClientInterceptor()
+		m[name] = calltest.Stack(t, l).UnaryClientInterceptor()
 	}
-	m["no_layer"] = mustStack(t).UnaryClientInterceptor()
+	m["no_layer"] = calltest.Stack(t).UnaryClientInterceptor()
 	return m
 }
 
@@ -1105,7 +1094,7 @@ func TestNoGateAllocatesAdmittedOrRefused(t *testing.T) {
 	}
 	ctx, opts := context.Background(), []grpc.CallOption{noWait}
 	for name, unary := range cases(t) {
-		if n := testing.AllocsPerRun(1000, func() { unary(ctx, "/s/m", nil, nil, nil, noop, opts...) }); n != 0 {
+		if n := testing.AllocsPerRun(1000, func() { unary(ctx, "/s/m", nil, nil, nil, calltest.Noop, opts...) }); n != 0 {
 			t.Errorf("%s: %v allocations a call, want 0", name, n)
 		}
 	}
@@ -1124,14 +1113,14 @@ func BenchmarkUnary(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				m[name](ctx, "/s/m", nil, nil, nil, noop, opts...)
+				m[name](ctx, "/s/m", nil, nil, nil, calltest.Noop, opts...)
 			}
 		})
 		b.Run(name+"/parallel", func(b *testing.B) {
 			b.ReportAllocs()
 			b.RunParallel(func(pb *testing.PB) {
 				for pb.Next() {
-					m[name](ctx, "/s/m", nil, nil, nil, noop, opts...)
+					m[name](ctx, "/s/m", nil, nil, nil, calltest.Noop, opts...)
 				}
 			})
 		})

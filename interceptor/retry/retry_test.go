@@ -31,6 +31,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
 )
@@ -50,15 +51,6 @@ func mustNew(t testing.TB, c retry.Config, opts ...retry.Option) *retry.Layer {
 		t.Fatalf("New(%+v): %v", c, err)
 	}
 	return l
-}
-
-func mustStack(t testing.TB, layers ...interceptor.Layer) *interceptor.Stack {
-	t.Helper()
-	s, err := interceptor.NewStack(layers...)
-	if err != nil {
-		t.Fatalf("NewStack: %v", err)
-	}
-	return s
 }
 
 // server answers unary attempts.
@@ -121,7 +113,7 @@ func (s *server) attempts() int { return len(s.seen) }
 func (s *server) call(ctx context.Context, opts []grpc.CallOption, layers ...interceptor.Layer) (string, error) {
 	s.t.Helper()
 	reply := new(wrapperspb.StringValue)
-	err := mustStack(s.t, layers...).Wrap(s).Invoke(ctx, method, wrapperspb.String("hello"), reply, opts...)
+	err := calltest.Stack(s.t, layers...).Wrap(s).Invoke(ctx, method, wrapperspb.String("hello"), reply, opts...)
 	return reply.GetValue(), err
 }
 
@@ -472,7 +464,7 @@ func TestADeadlineOfAnAttemptIsRepeatedAndThatOfTheCallIsNot(t *testing.T) {
 		s := &slow{server: server{t: t, answer: fails(t).answer}, delays: []time.Duration{time.Hour, time.Hour}}
 		start := time.Now()
 		reply := new(wrapperspb.StringValue)
-		conn := mustStack(t, mustNew(t, quick), attemptTimeout(t, time.Second)).Wrap(s)
+		conn := calltest.Stack(t, mustNew(t, quick), attemptTimeout(t, time.Second)).Wrap(s)
 		if err := conn.Invoke(t.Context(), method, wrapperspb.String(""), reply); err != nil || reply.GetValue() != "ok" {
 			t.Errorf("got %v, want the third attempt's success", err)
 		}
@@ -523,7 +515,7 @@ func TestOnlyDeclaredMethodsAreRepeatedIfAskedFor(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			s := fails(t, unavailable)
 			l := mustNew(t, c, retry.WithIdempotent(func(m string) bool { return m == "/by/function" }))
-			mustStack(t, l).Wrap(s).Invoke(t.Context(), m, wrapperspb.String(""), new(wrapperspb.StringValue))
+			calltest.Stack(t, l).Wrap(s).Invoke(t.Context(), m, wrapperspb.String(""), new(wrapperspb.StringValue))
 			if got := s.attempts() == 2; got != want {
 				t.Errorf("%s is repeated: %v, want %v", m, got, want)
 			}
@@ -827,53 +819,51 @@ func (l *counter) atRest() error {
 	return nil
 }
 
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-
 func TestACallWhoseFirstAttemptSucceedsAllocatesNothing(t *testing.T) {
-	unary := mustStack(t, mustNew(t, retry.Config{})).UnaryClientInterceptor()
+	unary := calltest.Stack(t, mustNew(t, retry.Config{})).UnaryClientInterceptor()
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	ctx := t.Context()
-	if n := testing.AllocsPerRun(1000, func() { unary(ctx, method, nil, nil, nil, noop, opts...) }); n != 0 && !race.Enabled {
+	if n := testing.AllocsPerRun(1000, func() { unary(ctx, method, nil, nil, nil, calltest.Noop, opts...) }); n != 0 && !race.Enabled {
 		t.Errorf("%v allocations, want none", n)
 	}
 }
 
 func BenchmarkFirstAttemptSucceeds(b *testing.B) {
-	unary := mustStack(b, mustNew(b, retry.Config{})).UnaryClientInterceptor()
+	unary := calltest.Stack(b, mustNew(b, retry.Config{})).UnaryClientInterceptor()
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	ctx := b.Context()
 	b.ReportAllocs()
 	for b.Loop() {
-		unary(ctx, method, nil, nil, nil, noop, opts...)
+		unary(ctx, method, nil, nil, nil, calltest.Noop, opts...)
 	}
 }
 
 func BenchmarkFirstAttemptSucceedsParallel(b *testing.B) {
-	unary := mustStack(b, mustNew(b, retry.Config{})).UnaryClientInterceptor()
+	unary := calltest.Stack(b, mustNew(b, retry.Config{})).UnaryClientInterceptor()
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	ctx := b.Context()
 	b.ReportAllocs()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
-			unary(ctx, method, nil, nil, nil, noop, opts...)
+			unary(ctx, method, nil, nil, nil, calltest.Noop, opts...)
 		}
 	})
 }
 
 // The baseline.
 func BenchmarkStackWithoutLayers(b *testing.B) {
-	unary := mustStack(b).UnaryClientInterceptor()
+	unary := calltest.Stack(b).UnaryClientInterceptor()
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	ctx := b.Context()
 	b.ReportAllocs()
 	for b.Loop() {
-		unary(ctx, method, nil, nil, nil, noop, opts...)
+		unary(ctx, method, nil, nil, nil, calltest.Noop, opts...)
 	}
 }
 
 func BenchmarkSpentBudget(b *testing.B) {
 	l := mustNew(b, retry.Config{Budget: budget.Config{MinPerSecond: budget.None, Ratio: budget.None}})
-	unary := mustStack(b, l).UnaryClientInterceptor()
+	unary := calltest.Stack(b, l).UnaryClientInterceptor()
 	ctx := b.Context()
 	fail := func(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error {
 		return unavailable

@@ -29,6 +29,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -47,7 +48,7 @@ func dial(t *testing.T, script func(n int, s grpc.ServerStream) (handled bool, e
 			}
 			return handler(srv, s)
 		})))
-	return testingv1.NewTestServiceClient(testserver.Dial(t, srv, mustStack(t, layers...).DialOptions()...)), n
+	return testingv1.NewTestServiceClient(testserver.Dial(t, srv, calltest.Stack(t, layers...).DialOptions()...)), n
 }
 
 // failing is a script of n attempts that fail after reading some messages and
@@ -167,7 +168,7 @@ func TestAUnaryCallIsRepeatedThoughTheServerSentHeaders(t *testing.T) {
 		if err := srv.FailAfterHeaders(codes.Unavailable, 1); err != nil {
 			t.Fatal(err)
 		}
-		c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, mustStack(t, mustNew(t, quick)).DialOptions()...))
+		c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, calltest.Stack(t, mustNew(t, quick)).DialOptions()...))
 		time.AfterFunc(25*time.Millisecond, srv.Heal)
 		r, err := c.Unary(t.Context(), &testingv1.UnaryRequest{Behaviour: &testingv1.Behaviour{EchoMetadata: []string{"grpc-previous-rpc-attempts"}}})
 		if err != nil || srv.Stats().Started != 3 {
@@ -185,7 +186,7 @@ func TestARetryGoesToAnEndpointThatTheCallHasNotTried(t *testing.T) {
 	r.InitialState(resolver.State{Endpoints: cluster.Endpoints()})
 	// With three attempts every call meets the one server that answers.
 	l := mustNew(t, retry.Config{Backoff: retry.Backoff{Initial: time.Microsecond}, Budget: budget.Config{MinPerSecond: 1000}})
-	opts := append(mustStack(t, l).DialOptions(), cluster.DialOptions()...)
+	opts := append(calltest.Stack(t, l).DialOptions(), cluster.DialOptions()...)
 	opts = append(opts, p2c.DialOptions()...)
 	conn, err := grpc.NewClient("retry:///servers", append(opts, grpc.WithResolvers(r),
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{"load":{"constant":{}}}}]}`))...)
@@ -219,7 +220,7 @@ func TestTransparentRetriesOfGRPCAreNotCounted(t *testing.T) {
 	srv := testserver.New(t)
 	e := &events{}
 	l := mustNew(t, retry.Config{})
-	c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, mustStack(t, interceptor.Observe(e), l).DialOptions()...))
+	c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, calltest.Stack(t, interceptor.Observe(e), l).DialOptions()...))
 	const calls = 40
 	for i := range calls {
 		if i%10 == 5 {
@@ -259,7 +260,7 @@ func TestServersPushBackOverTheWire(t *testing.T) {
 				if err := srv.Fail(codes.Unavailable, 1); err != nil {
 					t.Fatal(err)
 				}
-				c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, mustStack(t, mustNew(t, retry.Config{})).DialOptions()...))
+				c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, calltest.Stack(t, mustNew(t, retry.Config{})).DialOptions()...))
 				start := time.Now()
 				if _, err := exchange(t.Context(), c, kind); status.Code(err) != codes.Unavailable {
 					t.Errorf("%v: got %v, want UNAVAILABLE", kind, err)
@@ -565,7 +566,7 @@ func TestAStreamThatCannotBeOpenedIsOpenedAgain(t *testing.T) {
 			}
 			return nil, errors.New("not today")
 		}
-		_, err := mustStack(t, mustNew(t, quick)).StreamClientInterceptor()(t.Context(), &grpc.StreamDesc{ServerStreams: true}, nil, method, open)
+		_, err := calltest.Stack(t, mustNew(t, quick)).StreamClientInterceptor()(t.Context(), &grpc.StreamDesc{ServerStreams: true}, nil, method, open)
 		if opens != 3 || err == nil || err.Error() != "not today" {
 			t.Errorf("%d attempts, %v; want 3 and the last one's error", opens, err)
 		}
@@ -584,7 +585,7 @@ func TestStreamsThatMayNotBeRepeatedCostNothing(t *testing.T) {
 }
 
 func streamAllocs(t *testing.T, layers ...interceptor.Layer) float64 {
-	open := mustStack(t, layers...).StreamClientInterceptor()
+	open := calltest.Stack(t, layers...).StreamClientInterceptor()
 	streamer := func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
 		return eof{}, nil
 	}
@@ -621,7 +622,7 @@ func TestARetryStormIsBoundedByTheBudgetAndOverWithinOneTTL(t *testing.T) {
 			reached++
 			return unavailable
 		}
-		unary := mustStack(t, mustNew(t, retry.Config{})).UnaryClientInterceptor()
+		unary := calltest.Stack(t, mustNew(t, retry.Config{})).UnaryClientInterceptor()
 		var wg sync.WaitGroup
 		var late, lateFailed int
 		for time.Since(start) < outage+ttl+5*time.Second {
@@ -671,7 +672,7 @@ func TestAfterAnOutageOrdinaryFailuresAreRepeatedAgainWithinOneTTL(t *testing.T)
 			return nil
 		}
 		l := mustNew(t, retry.Config{Backoff: retry.Backoff{Initial: time.Microsecond}})
-		unary := mustStack(t, l).UnaryClientInterceptor()
+		unary := calltest.Stack(t, l).UnaryClientInterceptor()
 		failed := map[bool]int{}
 		for time.Since(start) < outage+2*ttl {
 			if err := unary(t.Context(), method, nil, nil, nil, invoke); err != nil && time.Since(start) > outage {

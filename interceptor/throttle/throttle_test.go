@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
 )
@@ -71,11 +72,7 @@ func mustNew(t testing.TB, c Config) *Throttle {
 
 func wrap(t testing.TB, conn grpc.ClientConnInterface, layers ...interceptor.Layer) grpc.ClientConnInterface {
 	t.Helper()
-	s, err := interceptor.NewStack(layers...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s.Wrap(conn)
+	return calltest.Stack(t, layers...).Wrap(conn)
 }
 
 func call(c grpc.ClientConnInterface) error {
@@ -449,8 +446,6 @@ func TestConformance(t *testing.T) {
 	}
 }
 
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-
 func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 	out := map[string]grpc.UnaryClientInterceptor{}
 	for name, c := range map[string]Config{"admitted": {}, "admitted_per_method": {PerMethod: true}, "refused": {}} {
@@ -461,11 +456,7 @@ func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 				l.all.Release(0, interceptor.Failed, unavailable)
 			}
 		}
-		s, err := interceptor.NewStack(l)
-		if err != nil {
-			t.Fatal(err)
-		}
-		out[name] = s.UnaryClientInterceptor()
+		out[name] = calltest.Stack(t, l).UnaryClientInterceptor()
 	}
 	return out
 }
@@ -473,8 +464,8 @@ func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 func TestNothingIsAllocated(t *testing.T) {
 	ctx := context.Background()
 	for name, unary := range benchmarks(t) {
-		unary(ctx, method, nil, nil, nil, noop)
-		got := testing.AllocsPerRun(200, func() { unary(ctx, method, nil, nil, nil, noop) })
+		unary(ctx, method, nil, nil, nil, calltest.Noop)
+		got := testing.AllocsPerRun(200, func() { unary(ctx, method, nil, nil, nil, calltest.Noop) })
 		// The stack's own pool may be emptied by the collector, and is by the race detector.
 		if got != 0 && !race.Enabled {
 			t.Errorf("%s: %v allocations, want 0", name, got)
@@ -488,7 +479,7 @@ func BenchmarkThrottle(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				unary(ctx, method, nil, nil, nil, noop)
+				unary(ctx, method, nil, nil, nil, calltest.Noop)
 			}
 		})
 	}

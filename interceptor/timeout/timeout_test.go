@@ -29,6 +29,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
 )
@@ -44,15 +45,6 @@ func mustNew(t testing.TB, cfg Config, opts ...Option) *Layer {
 		t.Fatalf("New(%+v): %v", cfg, err)
 	}
 	return l
-}
-
-func mustStack(t testing.TB, layers ...interceptor.Layer) *interceptor.Stack {
-	t.Helper()
-	s, err := interceptor.NewStack(layers...)
-	if err != nil {
-		t.Fatalf("NewStack: %v", err)
-	}
-	return s
 }
 
 // limit lets n calls run at a time.
@@ -79,12 +71,7 @@ func (c conn) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...
 	return c.stream(ctx)
 }
 
-// takes is a server that answers after d, or when the call's context has ended as
-// gRPC does.
-func takes(d time.Duration) conn {
-	return conn{invoke: func(ctx context.Context) error { return wait(ctx, d) }}
-}
-
+// wait takes d, or until the context has ended as gRPC says it.
 func wait(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -148,7 +135,7 @@ func took(t *testing.T, begin time.Time, want time.Duration) {
 
 func TestACallIsCutShortAtItsTimeoutAndTheErrorSaysSo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cc := mustStack(t, mustNew(t, Config{Timeout: 100 * ms}, WithName("per-call"))).Wrap(takes(time.Hour))
+		cc := calltest.Stack(t, mustNew(t, Config{Timeout: 100 * ms}, WithName("per-call"))).Wrap(calltest.Takes(time.Hour))
 		begin := time.Now()
 		err := call(context.Background(), cc)
 		took(t, begin, 100*ms)
@@ -162,7 +149,7 @@ func TestACallIsCutShortAtItsTimeoutAndTheErrorSaysSo(t *testing.T) {
 
 func TestACallWithinItsTimeoutIsLeftAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		if err := call(context.Background(), mustStack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(takes(100*ms-1))); err != nil {
+		if err := call(context.Background(), calltest.Stack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(calltest.Takes(100*ms-1))); err != nil {
 			t.Errorf("a call 1 ns faster than its timeout: %v", err)
 		}
 	})
@@ -172,7 +159,7 @@ func TestACallWithinItsTimeoutIsLeftAlone(t *testing.T) {
 func TestAResponseThatIsReadyWins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		late := conn{invoke: func(context.Context) error { time.Sleep(time.Second); return nil }}
-		if err := call(context.Background(), mustStack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(late)); err != nil {
+		if err := call(context.Background(), calltest.Stack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(late)); err != nil {
 			t.Errorf("a response that arrived after the deadline: %v, want it delivered", err)
 		}
 	})
@@ -181,7 +168,7 @@ func TestAResponseThatIsReadyWins(t *testing.T) {
 func TestTheCallersDeadlineIsNeverLoosenedAndTheErrorSaysThatItWasTheCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var seen time.Time
-		cc := mustStack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(conn{invoke: func(ctx context.Context) error {
+		cc := calltest.Stack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(conn{invoke: func(ctx context.Context) error {
 			seen, _ = ctx.Deadline()
 			return wait(ctx, time.Hour)
 		}})
@@ -204,20 +191,20 @@ func TestErrorsOfTheServerAndOfACancelledCallerAreLeftAlone(t *testing.T) {
 			status.Error(codes.Unavailable, "down"),
 			status.Error(codes.Canceled, "the server gave up"),
 		} {
-			cc := mustStack(t, l).Wrap(conn{invoke: func(context.Context) error { return want }})
+			cc := calltest.Stack(t, l).Wrap(conn{invoke: func(context.Context) error { return want }})
 			if err := call(context.Background(), cc); err != want {
 				t.Errorf("got %v, want the server's %v", err, want)
 			}
 		}
 		// One that arrives as the deadline passes is still the server's.
 		want := status.Error(codes.Unavailable, "down")
-		cc := mustStack(t, l).Wrap(conn{invoke: func(ctx context.Context) error { <-ctx.Done(); return want }})
+		cc := calltest.Stack(t, l).Wrap(conn{invoke: func(ctx context.Context) error { <-ctx.Done(); return want }})
 		if err := call(context.Background(), cc); err != want {
 			t.Errorf("got %v, want the server's %v", err, want)
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		time.AfterFunc(10*ms, cancel)
-		if err := call(ctx, mustStack(t, l).Wrap(takes(time.Hour))); status.Code(err) != codes.Canceled {
+		if err := call(ctx, calltest.Stack(t, l).Wrap(calltest.Takes(time.Hour))); status.Code(err) != codes.Canceled {
 			t.Errorf("a call cancelled by its caller: %v, want CANCELLED", err)
 		}
 	})
@@ -228,7 +215,7 @@ func TestErrorsOfTheServerAndOfACancelledCallerAreLeftAlone(t *testing.T) {
 func TestWaitingForAdmissionCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var sent atomic.Int64
-		cc := mustStack(t, mustNew(t, Config{Timeout: 50 * ms}), limit(t, 1)).Wrap(conn{invoke: func(ctx context.Context) error {
+		cc := calltest.Stack(t, mustNew(t, Config{Timeout: 50 * ms}), limit(t, 1)).Wrap(conn{invoke: func(ctx context.Context) error {
 			sent.Add(1)
 			return wait(ctx, 40*ms)
 		}})
@@ -264,7 +251,7 @@ func TestWaitingForAdmissionCounts(t *testing.T) {
 
 func TestTheRefusalOfAGateIsInTheErrorAndOneThatComesAtOnceIsLeftAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cc := mustStack(t, mustNew(t, Config{Timeout: 50 * ms}), limit(t, 1)).Wrap(takes(time.Hour))
+		cc := calltest.Stack(t, mustNew(t, Config{Timeout: 50 * ms}), limit(t, 1)).Wrap(calltest.Takes(time.Hour))
 		occupy(t, cc)
 		err := cc.Invoke(context.Background(), "/s/m", nil, nil, interceptor.WithWait(interceptor.None))
 		if r, ok := interceptor.AsRefusal(err); !ok || r.Layer != "limit" || r.Reason != interceptor.ReasonConcurrency {
@@ -273,8 +260,8 @@ func TestTheRefusalOfAGateIsInTheErrorAndOneThatComesAtOnceIsLeftAlone(t *testin
 	})
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, 1)
-		occupy(t, mustStack(t, l).Wrap(takes(time.Second)))
-		err := call(context.Background(), mustStack(t, mustNew(t, Config{Timeout: 50 * ms}), l).Wrap(takes(0)))
+		occupy(t, calltest.Stack(t, l).Wrap(calltest.Takes(time.Second)))
+		err := call(context.Background(), calltest.Stack(t, mustNew(t, Config{Timeout: 50 * ms}), l).Wrap(calltest.Takes(0)))
 		wantExceeded(t, err, "timeout", Timeout, 50*ms, false)
 		var e *Exceeded
 		errors.As(err, &e)
@@ -283,7 +270,7 @@ func TestTheRefusalOfAGateIsInTheErrorAndOneThatComesAtOnceIsLeftAlone(t *testin
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 20*ms)
 		defer cancel()
-		err = call(ctx, mustStack(t, mustNew(t, Config{Timeout: 50 * ms}), l).Wrap(takes(0)))
+		err = call(ctx, calltest.Stack(t, mustNew(t, Config{Timeout: 50 * ms}), l).Wrap(calltest.Takes(0)))
 		wantExceeded(t, err, "timeout", Caller, 0, false)
 	})
 }
@@ -304,7 +291,7 @@ func (l *stalls) WrapGate(inner interceptor.Gate) interceptor.Gate {
 func TestACallThatIsAdmittedTooLateIsNotSent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := Config{Timeout: 50 * ms, Lifetime: 50 * ms}
-		cc := mustStack(t, mustNew(t, cfg), &stalls{d: 60 * ms}).Wrap(conn{
+		cc := calltest.Stack(t, mustNew(t, cfg), &stalls{d: 60 * ms}).Wrap(conn{
 			invoke: func(context.Context) error { t.Error("the call was sent"); return nil },
 			stream: func(context.Context) (grpc.ClientStream, error) { t.Error("the stream was opened"); return nil, io.EOF },
 		})
@@ -332,7 +319,7 @@ func retry(t *testing.T) interceptor.Layer {
 func TestInsideARetryEachAttemptHasItsOwnTimeoutAndOutsideTheCallHasOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		perCall, perAttempt := mustNew(t, Config{Timeout: time.Second}, WithName("call")), mustNew(t, Config{Timeout: 300 * ms}, WithName("attempt"))
-		cc := mustStack(t, perCall, retry(t), perAttempt).Wrap(takes(time.Hour))
+		cc := calltest.Stack(t, perCall, retry(t), perAttempt).Wrap(calltest.Takes(time.Hour))
 		begin := time.Now()
 		wantExceeded(t, call(context.Background(), cc), "attempt", Timeout, 300*ms, true)
 		took(t, begin, 600*ms)
@@ -363,7 +350,7 @@ func TestTheDeadlineGoesToTheServer(t *testing.T) {
 	}))
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(lis) }()
-	opts := append(mustStack(t, mustNew(t, Config{Timeout: time.Minute, Lifetime: time.Hour})).DialOptions(),
+	opts := append(calltest.Stack(t, mustNew(t, Config{Timeout: time.Minute, Lifetime: time.Hour})).DialOptions(),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }))
 	cc, err := grpc.NewClient("passthrough:///bufconn", opts...)
@@ -403,7 +390,7 @@ func TestAnAdaptiveTimeoutFollowsTheLatencyBetweenItsBounds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Timeout: time.Second, Adaptive: &Adaptive{Multiple: 2, Min: 10 * ms, MinSamples: 10, Window: time.Minute}})
 		at := func(d time.Duration) error {
-			return call(context.Background(), mustStack(t, l).Wrap(takes(d)))
+			return call(context.Background(), calltest.Stack(t, l).Wrap(calltest.Takes(d)))
 		}
 		want := func(want time.Duration) {
 			t.Helper()
@@ -435,8 +422,8 @@ func TestAnAdaptiveTimeoutFollowsTheLatencyBetweenItsBounds(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*ms)
 		defer cancel()
 		for range 50 {
-			call(ctx, mustStack(t, l).Wrap(takes(time.Hour)))
-			call(context.Background(), mustStack(t, l).Wrap(conn{invoke: func(context.Context) error {
+			call(ctx, calltest.Stack(t, l).Wrap(calltest.Takes(time.Hour)))
+			call(context.Background(), calltest.Stack(t, l).Wrap(conn{invoke: func(context.Context) error {
 				return status.Error(codes.Unavailable, "")
 			}}))
 		}
@@ -445,7 +432,7 @@ func TestAnAdaptiveTimeoutFollowsTheLatencyBetweenItsBounds(t *testing.T) {
 		}
 		ctx, cancel = context.WithTimeout(context.Background(), 5*ms)
 		defer cancel()
-		call(ctx, mustStack(t, l).Wrap(takes(ms))) // A success under one does.
+		call(ctx, calltest.Stack(t, l).Wrap(calltest.Takes(ms))) // A success under one does.
 		if _, n := l.recent.Load().Quantile(0.5); n != 11 {
 			t.Errorf("%d latencies are known, want 11", n)
 		}
@@ -562,7 +549,7 @@ func drain(s grpc.ClientStream) (n int, err error) {
 
 func TestTimeoutIsNotForStreams(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := mustOpen(t, mustStack(t, mustNew(t, Config{Timeout: ms})).Wrap(taped(0, time.Hour)), interceptor.ServerStream)
+		s := mustOpen(t, calltest.Stack(t, mustNew(t, Config{Timeout: ms})).Wrap(taped(0, time.Hour)), interceptor.ServerStream)
 		if n, err := drain(s); n != 1 || err != io.EOF {
 			t.Errorf("received %d messages and %v, want 1 and io.EOF", n, err)
 		}
@@ -574,7 +561,7 @@ func TestAStreamEndsAtItsLifetimeWaitingIncluded(t *testing.T) {
 		t.Run(k.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				begin := time.Now()
-				stack := mustStack(t, mustNew(t, Config{Lifetime: time.Second}), &stalls{d: 300 * ms})
+				stack := calltest.Stack(t, mustNew(t, Config{Lifetime: time.Second}), &stalls{d: 300 * ms})
 				s := mustOpen(t, stack.Wrap(taped(0, 400*ms, 400*ms)), k)
 				took(t, begin, 300*ms)
 				if err := s.RecvMsg(nil); err != nil {
@@ -607,7 +594,7 @@ func TestTheFirstResponseIsAwaitedFromWhenThereIsSomethingToRespondTo(t *testing
 					if !late {
 						first = tt.want - 70*ms - 1
 					}
-					s := mustOpen(t, mustStack(t, l).Wrap(taped(0, first, time.Hour)), tt.kind)
+					s := mustOpen(t, calltest.Stack(t, l).Wrap(taped(0, first, time.Hour)), tt.kind)
 					time.Sleep(50 * ms)
 					s.SendMsg(nil)
 					time.Sleep(20 * ms)
@@ -636,18 +623,18 @@ func TestTheFirstResponseOfAServerStreamBoundsItsOpeningAndTheWaitForIt(t *testi
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{FirstResponse: 100 * ms, Lifetime: time.Second})
 		begin := time.Now()
-		_, err := open(mustStack(t, l).Wrap(conn{stream: func(ctx context.Context) (grpc.ClientStream, error) {
+		_, err := open(calltest.Stack(t, l).Wrap(conn{stream: func(ctx context.Context) (grpc.ClientStream, error) {
 			return nil, wait(ctx, time.Hour)
 		}}), interceptor.ServerStream)
 		wantExceeded(t, err, "timeout", FirstResponse, 100*ms, true)
 		took(t, begin, 100*ms)
 
 		one := limit(t, 1)
-		occupy(t, mustStack(t, one).Wrap(takes(time.Minute)))
+		occupy(t, calltest.Stack(t, one).Wrap(calltest.Takes(time.Minute)))
 		begin = time.Now()
-		_, err = open(mustStack(t, l, one).Wrap(taped(0)), interceptor.ServerStream)
+		_, err = open(calltest.Stack(t, l, one).Wrap(taped(0)), interceptor.ServerStream)
 		wantExceeded(t, err, "timeout", FirstResponse, 100*ms, false)
-		_, err = open(mustStack(t, l, one).Wrap(taped(0)), interceptor.BidiStream)
+		_, err = open(calltest.Stack(t, l, one).Wrap(taped(0)), interceptor.BidiStream)
 		wantExceeded(t, err, "timeout", Lifetime, time.Second, false)
 		took(t, begin, 1100*ms)
 	})
@@ -656,7 +643,7 @@ func TestTheFirstResponseOfAServerStreamBoundsItsOpeningAndTheWaitForIt(t *testi
 func TestOneRecvMsgOrSendMsgMayTakeNoLongerThanMessage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Message: 100 * ms})
-		s := mustOpen(t, mustStack(t, l).Wrap(taped(0, 99*ms, 99*ms, 99*ms, 101*ms)), interceptor.ServerStream)
+		s := mustOpen(t, calltest.Stack(t, l).Wrap(taped(0, 99*ms, 99*ms, 99*ms, 101*ms)), interceptor.ServerStream)
 		time.Sleep(time.Hour) // It is not about the time between them.
 		begin := time.Now()
 		n, err := drain(s)
@@ -666,13 +653,13 @@ func TestOneRecvMsgOrSendMsgMayTakeNoLongerThanMessage(t *testing.T) {
 			t.Errorf("received %d messages, want 3", n)
 		}
 
-		s = mustOpen(t, mustStack(t, l).Wrap(taped(101*ms, time.Hour)), interceptor.BidiStream)
+		s = mustOpen(t, calltest.Stack(t, l).Wrap(taped(101*ms, time.Hour)), interceptor.BidiStream)
 		begin = time.Now()
 		wantExceeded(t, s.SendMsg(nil), "timeout", Message, 100*ms, true)
 		took(t, begin, 100*ms)
 
 		// One sends while the other receives, and each has its own time.
-		s = mustOpen(t, mustStack(t, l).Wrap(taped(80*ms, 99*ms)), interceptor.BidiStream)
+		s = mustOpen(t, calltest.Stack(t, l).Wrap(taped(80*ms, 99*ms)), interceptor.BidiStream)
 		done := make(chan error, 1)
 		go func() {
 			time.Sleep(50 * ms)
@@ -694,7 +681,7 @@ func TestAStreamThatIsIdleIsCutShortAndMessagesInEitherDirectionKeepItAlive(t *t
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Idle: 100 * ms})
 		begin := time.Now()
-		s := mustOpen(t, mustStack(t, l).Wrap(taped(0, 99*ms, 90*ms, time.Hour)), interceptor.BidiStream)
+		s := mustOpen(t, calltest.Stack(t, l).Wrap(taped(0, 99*ms, 90*ms, time.Hour)), interceptor.BidiStream)
 		for range 2 {
 			if err := s.RecvMsg(nil); err != nil {
 				t.Errorf("RecvMsg: %v", err)
@@ -711,7 +698,7 @@ func TestAStreamThatIsIdleIsCutShortAndMessagesInEitherDirectionKeepItAlive(t *t
 			t.Error("Header() of a stream that was cut short returned no error")
 		}
 
-		s = mustOpen(t, mustStack(t, l).Wrap(taped(0, time.Hour)), interceptor.ServerStream)
+		s = mustOpen(t, calltest.Stack(t, l).Wrap(taped(0, time.Hour)), interceptor.ServerStream)
 		_, err := s.Header()
 		wantExceeded(t, err, "timeout", Idle, 100*ms, true)
 	})
@@ -752,7 +739,7 @@ func TestAnAbandonedStreamThatIsCutShortGivesBackWhatLayersHoldForIt(t *testing.
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				outside, inside := new(ledger), new(ledger)
-				stack := mustStack(t, outside, mustNew(t, cfg), inside)
+				stack := calltest.Stack(t, outside, mustNew(t, cfg), inside)
 				mustOpen(t, stack.Wrap(taped(0, time.Hour)), interceptor.ServerStream)
 				time.Sleep(time.Second - 1)
 				if e := append(outside.events(), inside.events()...); len(e) != 0 {
@@ -775,7 +762,7 @@ func TestAnAbandonedStreamThatIsCutShortGivesBackWhatLayersHoldForIt(t *testing.
 
 func TestTheCallersDeadlineOnAStreamWithBoundsIsSaidToBeTheCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cc := mustStack(t, mustNew(t, Config{Lifetime: time.Hour, Idle: time.Minute})).Wrap(taped(0, time.Hour))
+		cc := calltest.Stack(t, mustNew(t, Config{Lifetime: time.Hour, Idle: time.Minute})).Wrap(taped(0, time.Hour))
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
 		s, err := cc.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, "/s/m")
@@ -847,9 +834,6 @@ func TestConformance(t *testing.T) {
 	}
 }
 
-// noop is an invoker.
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-
 func cases(t testing.TB) []struct {
 	name   string
 	unary  grpc.UnaryClientInterceptor
@@ -864,12 +848,12 @@ func cases(t testing.TB) []struct {
 		allocs float64
 	}
 	return []c{
-		{"no_layer", mustStack(t).UnaryClientInterceptor(), 0},
-		{"not_tightening", mustStack(t, mustNew(t, Config{Timeout: hour})).UnaryClientInterceptor(), 0},
-		{"not_tightening_adaptive", mustStack(t, mustNew(t, Config{Timeout: hour, Adaptive: &Adaptive{Min: hour}})).UnaryClientInterceptor(), 0},
-		{"refused_inside", mustStack(t, mustNew(t, Config{Timeout: time.Minute}), full).UnaryClientInterceptor(), 0},
-		{"tightening", mustStack(t, mustNew(t, Config{Timeout: time.Minute})).UnaryClientInterceptor(), 4},
-		{"tightening_adaptive", mustStack(t, mustNew(t, Config{Timeout: time.Minute, Adaptive: adaptive})).UnaryClientInterceptor(), 6},
+		{"no_layer", calltest.Stack(t).UnaryClientInterceptor(), 0},
+		{"not_tightening", calltest.Stack(t, mustNew(t, Config{Timeout: hour})).UnaryClientInterceptor(), 0},
+		{"not_tightening_adaptive", calltest.Stack(t, mustNew(t, Config{Timeout: hour, Adaptive: &Adaptive{Min: hour}})).UnaryClientInterceptor(), 0},
+		{"refused_inside", calltest.Stack(t, mustNew(t, Config{Timeout: time.Minute}), full).UnaryClientInterceptor(), 0},
+		{"tightening", calltest.Stack(t, mustNew(t, Config{Timeout: time.Minute})).UnaryClientInterceptor(), 4},
+		{"tightening_adaptive", calltest.Stack(t, mustNew(t, Config{Timeout: time.Minute, Adaptive: adaptive})).UnaryClientInterceptor(), 6},
 	}
 }
 
@@ -881,7 +865,7 @@ func TestOnlyACallWhoseDeadlineIsTightenedCostsAnAllocation(t *testing.T) {
 	defer cancel()
 	opts := []grpc.CallOption{interceptor.WithWait(interceptor.None)}
 	for _, c := range cases(t) {
-		if n := testing.AllocsPerRun(1000, func() { c.unary(ctx, "/s/m", nil, nil, nil, noop, opts...) }); n > c.allocs {
+		if n := testing.AllocsPerRun(1000, func() { c.unary(ctx, "/s/m", nil, nil, nil, calltest.Noop, opts...) }); n > c.allocs {
 			t.Errorf("%s: %v allocations a call, want at most %v", c.name, n, c.allocs)
 		}
 	}
@@ -895,7 +879,7 @@ func BenchmarkUnary(b *testing.B) {
 		b.Run(c.name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				c.unary(ctx, "/s/m", nil, nil, nil, noop, opts...)
+				c.unary(ctx, "/s/m", nil, nil, nil, calltest.Noop, opts...)
 			}
 		})
 	}
@@ -921,7 +905,7 @@ func BenchmarkStream(b *testing.B) {
 		{"idle", []interceptor.Layer{mustNew(b, Config{Idle: time.Minute})}},
 		{"lifetime", []interceptor.Layer{mustNew(b, Config{Lifetime: time.Minute})}},
 	} {
-		stack := mustStack(b, c.layers...)
+		stack := calltest.Stack(b, c.layers...)
 		b.Run(c.name+"/open_and_end", func(b *testing.B) {
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()

@@ -18,6 +18,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/timeout"
+	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/race"
 )
 
@@ -60,25 +61,14 @@ const sixAsData = `{"methodConfig": [{"name": [{"service": "s.S"}], "layers": [
 	{"loadShed": {}}, {"timeout": {"call": "3600s"}}, {"retry": {}}, {"buffer": {"size": 100}},
 	{"rateLimit": {"limit": 1000000000, "burst": 1000000000}}, {"concurrency": {"limit": 1000}}]}]}`
 
-func newInterceptorStack(t testing.TB, layers []interceptor.Layer) *interceptor.Stack {
-	t.Helper()
-	s, err := interceptor.NewStack(layers...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
 const benchMethod = "/s.S/M"
-
-func noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
 
 // unaryCases are what BenchmarkUnary measures and a test counts the allocations of.
 func unaryCases(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 	return map[string]grpc.UnaryClientInterceptor{
-		"shed_timeout_retry_buffer_rate_limit":           newInterceptorStack(t, six(t)).UnaryClientInterceptor(),
+		"shed_timeout_retry_buffer_rate_limit":           calltest.Stack(t, six(t)...).UnaryClientInterceptor(),
 		"shed_timeout_retry_buffer_rate_limit_from_data": newStackOf(t, sixAsData).UnaryClientInterceptor(),
-		"shed_timeout_retry_buffer_rate_limit_refusing":  newInterceptorStack(t, refusing(t)).UnaryClientInterceptor(),
+		"shed_timeout_retry_buffer_rate_limit_refusing":  calltest.Stack(t, refusing(t)...).UnaryClientInterceptor(),
 	}
 }
 
@@ -90,7 +80,7 @@ func BenchmarkUnary(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				unary(ctx, benchMethod, nil, nil, nil, noop, opts...)
+				unary(ctx, benchMethod, nil, nil, nil, calltest.Noop, opts...)
 			}
 		})
 	}
@@ -100,17 +90,17 @@ func BenchmarkUnary(b *testing.B) {
 		run(name, unary)
 	}
 	b.Run("shed_timeout_retry_buffer_rate_limit_parallel", func(b *testing.B) {
-		unary := newInterceptorStack(b, six(b)).UnaryClientInterceptor()
+		unary := calltest.Stack(b, six(b)...).UnaryClientInterceptor()
 		b.ReportAllocs()
 		b.RunParallel(func(pb *testing.PB) {
 			for pb.Next() {
-				unary(ctx, benchMethod, nil, nil, nil, noop, opts...)
+				unary(ctx, benchMethod, nil, nil, nil, calltest.Noop, opts...)
 			}
 		})
 	})
 	b.Run("shed_timeout_retry_buffer_rate_limit_on_a_connection", func(b *testing.B) {
 		// A connection has a picker, which a retry tells where the call has been.
-		conn := newInterceptorStack(b, six(b)).Wrap(nothing{})
+		conn := calltest.Stack(b, six(b)...).Wrap(nothing{})
 		b.ReportAllocs()
 		for b.Loop() {
 			conn.Invoke(ctx, benchMethod, nil, nil, opts...)
@@ -154,7 +144,7 @@ func (over) RecvMsg(any) error { return io.EOF }
 
 // openAndEnd returns a function that runs a stream through a stack.
 func openAndEnd(t testing.TB, layers []interceptor.Layer) func() {
-	stream := newInterceptorStack(t, layers).StreamClientInterceptor()
+	stream := calltest.Stack(t, layers...).StreamClientInterceptor()
 	cc := new(grpc.ClientConn) // It is not used, but there, as gRPC passes one.
 	desc := &grpc.StreamDesc{ServerStreams: true}
 	opts := []grpc.CallOption{grpc.StaticMethod()}
@@ -193,7 +183,7 @@ func TestSixLayersCostNoAllocationAndAStreamThroughAGateThree(t *testing.T) {
 	defer cancel()
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	for name, unary := range unaryCases(t) {
-		if got := testing.AllocsPerRun(1000, func() { unary(ctx, benchMethod, nil, nil, nil, noop, opts...) }); got != 0 {
+		if got := testing.AllocsPerRun(1000, func() { unary(ctx, benchMethod, nil, nil, nil, calltest.Noop, opts...) }); got != 0 {
 			t.Errorf("%s: %v allocations a call, want 0", name, got)
 		}
 	}

@@ -1,0 +1,123 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package calltest is what the tests of layers have in common: a stack, a server
+// behind it, and bursts of calls that say how each of them ended.
+//
+//	synctest.Test(t, func(t *testing.T) {
+//		c := calltest.Stack(t, shed, limit).Wrap(calltest.Takes(time.Second))
+//		calltest.Expect(t, calltest.Burst(c, 2),
+//			calltest.OK(time.Second), calltest.Refused(0, interceptor.ReasonConcurrency))
+//	})
+package calltest
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+)
+
+// Method is the method of the calls of a burst.
+const Method = "/s/m"
+
+// Server is a connection that is made of what its calls do. A stream is nil if
+// it can be opened.
+type Server func(ctx context.Context) error
+
+// Invoke makes a call, whatever its method and messages.
+func (s Server) Invoke(ctx context.Context, _ string, _, _ any, _ ...grpc.CallOption) error {
+	return s(ctx)
+}
+
+// NewStream fails as a call does.
+func (s Server) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	return nil, s(ctx)
+}
+
+// Takes is a server whose calls take d, or end with their context as gRPC's do.
+func Takes(d time.Duration) Server {
+	return func(ctx context.Context) error {
+		select {
+		case <-time.After(d):
+			return nil
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		}
+	}
+}
+
+// Noop is an invoker that does nothing, for counting and timing what a stack does.
+func Noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
+
+// Stack is a stack of layers, the first outermost.
+func Stack(t testing.TB, layers ...interceptor.Layer) *interceptor.Stack {
+	t.Helper()
+	s, err := interceptor.NewStack(layers...)
+	if err != nil {
+		t.Fatalf("NewStack: %v", err)
+	}
+	return s
+}
+
+// Reason is why err's call was refused, or "" if it was not.
+func Reason(err error) interceptor.Reason {
+	if r, ok := interceptor.AsRefusal(err); ok {
+		return r.Reason
+	}
+	return ""
+}
+
+// End is how a call ended, and how long after the first of its burst had begun.
+type End struct {
+	After  time.Duration
+	Reason interceptor.Reason
+	Code   codes.Code
+}
+
+// OK is the end of a call that succeeds.
+func OK(after time.Duration) End { return End{after, "", codes.OK} }
+
+// Refused is the end of a call that is refused with the code of its reason.
+func Refused(after time.Duration, r interceptor.Reason) End { return End{after, r, r.Code()} }
+
+// Begin starts n calls one after the other and returns what waits for them and
+// says how each ended. It must be called in a synctest bubble: a call starts once
+// all waits that the one before has set going.
+func Begin(c grpc.ClientConnInterface, n int, opts ...grpc.CallOption) func() []End {
+	ends := make([]End, n)
+	start := time.Now()
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Go(func() {
+			err := c.Invoke(context.Background(), Method, nil, nil, opts...)
+			ends[i] = End{time.Since(start), Reason(err), status.Code(err)}
+		})
+		synctest.Wait()
+	}
+	return func() []End {
+		wg.Wait()
+		return ends
+	}
+}
+
+// Burst is Begin that waits.
+func Burst(c grpc.ClientConnInterface, n int, opts ...grpc.CallOption) []End {
+	return Begin(c, n, opts...)()
+}
+
+// Expect checks how the calls of a burst ended.
+func Expect(t testing.TB, got []End, want ...End) {
+	t.Helper()
+	if !slices.Equal(got, want) {
+		t.Errorf("calls ended as\n%v, want\n%v", got, want)
+	}
+}
