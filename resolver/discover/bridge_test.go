@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/belfry-go/belfry/resolver/discover"
 	"google.golang.org/grpc/attributes"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/resolver"
@@ -294,6 +296,24 @@ func TestBackoffGrowsWithFailuresAndStartsOverAfterSynced(t *testing.T) {
 			t.Errorf("seconds between watches = %v, want %v", gaps, want)
 		}
 	})
+}
+
+func TestLongestBackoffDoesNotOverflow(t *testing.T) {
+	// With its jitter it would half of the time.
+	longest := backoff.Config{BaseDelay: math.MaxInt64, MaxDelay: math.MaxInt64, Multiplier: 1, Jitter: 0.2}
+	for range 20 {
+		synctest.Test(t, func(t *testing.T) {
+			src := &script{}
+			r := build(t, &fakeConn{}, src, discover.WithBackoff(longest))
+			synctest.Wait()
+			src.fail("down")
+			time.Sleep(24 * time.Hour)
+			r.Close()
+			if got := len(src.started()); got != 1 {
+				t.Fatalf("%d watches in a day, want 1", got)
+			}
+		})
+	}
 }
 
 func TestDefaultBackoffIsJittered(t *testing.T) {

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"math/rand/v2"
 	"time"
 
 	"google.golang.org/grpc/resolver"
@@ -142,7 +141,7 @@ func (p poller) poll(ctx context.Context) iter.Seq2[[]resolver.Endpoint, error] 
 			if ctx.Err() != nil || !yield(endpoints, err) {
 				return
 			}
-			wait := time.Duration(float64(p.interval) * (1 + pollJitter*(2*rand.Float64()-1)))
+			wait := jittered(float64(p.interval), pollJitter)
 			spacing := min(p.spacing, wait)
 			if err == nil {
 				failures = 0

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -461,6 +462,27 @@ func TestPollGivesEachCallADeadline(t *testing.T) {
 		time.Sleep(200 * time.Millisecond)
 		wantErrors(t, cc, "deadline exceeded")
 	})
+}
+
+func TestPollOfTheLongestIntervalCallsOnce(t *testing.T) {
+	// An interval that overflows with its jitter does so half of the time.
+	for range 20 {
+		synctest.Test(t, func(t *testing.T) {
+			calls := 0
+			src := must(discover.Poll(func(ctx context.Context) ([]resolver.Endpoint, error) {
+				if calls++; calls > 1 {
+					<-ctx.Done() // lest the clock stand still
+				}
+				return []resolver.Endpoint{ep("1")}, nil
+			}, math.MaxInt64))
+			r := build(t, &fakeConn{}, src)
+			time.Sleep(24 * time.Hour)
+			r.Close()
+			if calls != 1 {
+				t.Fatalf("polled %d times in a day, want once", calls)
+			}
+		})
+	}
 }
 
 func TestPollRejectsBadValues(t *testing.T) {

@@ -45,8 +45,17 @@ func (env watchEnv) context(ctx context.Context) context.Context {
 // that went down all lose it at the same moment.
 func retryDelay(c backoff.Config, failures int) time.Duration {
 	d := float64(c.BaseDelay) * math.Pow(c.Multiplier, float64(failures-1))
-	d = min(d, float64(c.MaxDelay))
-	return time.Duration(d * (1 + c.Jitter*(2*rand.Float64()-1)))
+	return jittered(min(d, float64(c.MaxDelay)), c.Jitter)
+}
+
+// jittered returns d nanoseconds, varied by up to the fraction jitter to both
+// sides. A delay that stands for never may be as long as a Duration can be.
+func jittered(d, jitter float64) time.Duration {
+	d *= 1 + jitter*(2*rand.Float64()-1)
+	if d >= math.MaxInt64 {
+		return math.MaxInt64
+	}
+	return time.Duration(d)
 }
 
 // sleep waits for d and reports whether it did, rather than ctx ending first.
