@@ -18,9 +18,10 @@ import (
 
 // Merge returns a source of the endpoints of all the sources together. Keys
 // are those of the sources behind the index of the source and a slash
-// ("0/a", "1/a"), so that equal keys do not meet, and of two sources with the
-// same address the first wins, its attributes included. Of several service
-// configs the one of the first source that has one holds.
+// ("0/a", "1/a"; "00/a" if there are more than ten), so that equal keys do not
+// meet, and of two sources with the same address the first wins, its attributes
+// included. Of several service configs the one of the first source that has one
+// holds.
 //
 // The set is complete when all the sources' are, each by its own [Synced]. A
 // source that fails is reported, and watched again with the backoff of
@@ -54,10 +55,12 @@ func (m merged) Watch(ctx context.Context) iter.Seq2[Change, error] {
 		w := mergeWatch{ctx: ctx, yield: yield, sources: make([]mergeSource, len(m)), running: len(m)}
 		events := make(chan mergeEvent)
 		nudges := make([]chan struct{}, len(m))
+		digits := len(strconv.Itoa(len(m) - 1)) // the order of the keys is that of the sources
 		var wg sync.WaitGroup
 		defer wg.Wait()
 		defer cancel()
 		for i, src := range m {
+			w.sources[i].prefix = fmt.Sprintf("%0*d/", digits, i)
 			w.sources[i].set.syncTimeout = env.syncTimeout
 			nudges[i] = make(chan struct{}, 1)
 			below := env
@@ -116,6 +119,7 @@ type mergeWatch struct {
 
 // mergeSource is the state of one of the sources.
 type mergeSource struct {
+	prefix  string // of its keys
 	set     tracker
 	told    map[string]resolver.Endpoint // what has been yielded of the current set, under its own keys
 	failing bool                         // it has failed, or was late, before its first set
@@ -163,7 +167,7 @@ func (w *mergeWatch) handle(ev mergeEvent, now time.Time) bool {
 		if err != nil {
 			// Whoever watches us will find the same fault, and knows better when
 			// it is time to speak of it.
-			ev.change.Key = mergeKey(ev.source, ev.change.Key)
+			ev.change.Key = s.prefix + ev.change.Key
 			return w.yield(ev.change, nil)
 		}
 		if live {
@@ -218,12 +222,8 @@ func (w *mergeWatch) pass(source int, c Change) bool {
 	case OpServiceConfig:
 		return w.configure()
 	}
-	c.Key = mergeKey(source, c.Key)
+	c.Key = s.prefix + c.Key
 	return w.yield(c, nil)
-}
-
-func mergeKey(source int, key string) string {
-	return strconv.Itoa(source) + "/" + key
 }
 
 // configure yields the service config if it is another now.
@@ -251,7 +251,7 @@ func (w *mergeWatch) settle(source int) bool {
 		set[k] = e.endpoint
 	}
 	ok := diff(s.told, set, func(c Change, err error) bool {
-		c.Key = mergeKey(source, c.Key)
+		c.Key = s.prefix + c.Key
 		return w.yield(c, err)
 	})
 	s.told = set

@@ -625,6 +625,22 @@ func TestMergePartsOfAFailedFirstWatchGoWhenTheNextIsSynced(t *testing.T) {
 	})
 }
 
+func TestMergeOfManySourcesPrefersTheFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		sources := make([]discover.Source, 12)
+		for i := range sources {
+			sources[i] = must(discover.List())
+		}
+		for _, i := range []int{2, 10} {
+			sources[i] = must(discover.List(ep("1", discover.Key("k"), discover.Weight(uint32(i)))))
+		}
+		cc := &fakeConn{}
+		build(t, cc, must(discover.Merge(sources...)))
+		settle()
+		wantSets(t, cc, "02/k=1*2")
+	})
+}
+
 func TestMergeServiceConfigOfTheFirstSourceThatHasOne(t *testing.T) {
 	mergedScripts(t, func(t *testing.T, a, b *script, cc *fakeConn, _ resolver.Resolver) {
 		b.send(discover.ServiceConfig(`{"b":1}`), discover.Synced())
