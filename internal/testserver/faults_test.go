@@ -157,6 +157,24 @@ func TestBlackHoleAnswersNothingUntilHealed(t *testing.T) {
 	}, ServiceTime(Fixed(10*ms)))
 }
 
+func TestBlackHoleHoldsHeadersOfCallsInProgress(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T, c *calls) {
+		begin := time.Now()
+		stream, err := c.client.ServerStream(t.Context(), &testingv1.ServerStreamRequest{Behaviour: &testingv1.Behaviour{HeadersBeforeFailure: true}})
+		must(t, err)
+		must(t, c.server.WaitStarted(t.Context(), 1))
+		c.server.BlackHole()
+		time.AfterFunc(time.Second, c.server.Heal)
+		_, err = stream.Header()
+		must(t, err)
+		if got := time.Since(begin); got != time.Second {
+			t.Errorf("headers after: got %v, want 1s", got)
+		}
+		_, err = stream.Recv()
+		must(t, err)
+	}, ServiceTime(Fixed(10*ms)))
+}
+
 func TestFaultsHitStreamsOfEveryKind(t *testing.T) {
 	s := New(t)
 	client := dial(t, s)

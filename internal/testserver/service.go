@@ -132,6 +132,9 @@ func (c *call) sendHeaders(headers map[string]string) error {
 func (c *call) prepare(b *testingv1.Behaviour, message bool) error {
 	headers := b.GetResponseHeaders()
 	if b.GetHeadersBeforeFailure() && !c.headers {
+		if err := c.open(); err != nil {
+			return err
+		}
 		if err := c.sendHeaders(headers); err != nil {
 			return err
 		}
