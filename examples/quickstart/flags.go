@@ -41,8 +41,15 @@ type options struct {
 }
 
 // defaultReport returns where the report goes. It is not the directory the
-// program is started from, which may be a checkout.
-func defaultReport() string { return filepath.Join(os.TempDir(), "belfry-quickstart.html") }
+// program is started from, which may be a checkout. Users who share the one for
+// temporary files cannot write each other's reports.
+func defaultReport() string {
+	name := "belfry-quickstart"
+	if uid := os.Getuid(); uid >= 0 { // not on Windows, where each user has a directory
+		name += fmt.Sprintf("-%d", uid)
+	}
+	return filepath.Join(os.TempDir(), name+".html")
+}
 
 // known are the policies that have a name, in the order in which they run.
 var known = []policy{

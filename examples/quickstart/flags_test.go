@@ -7,6 +7,8 @@ import (
 	"bytes"
 	"errors"
 	"flag"
+	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -37,6 +39,16 @@ func TestDefaultsAreTowersExample(t *testing.T) {
 	}
 	if want := []string{"round_robin", "least_request_experimental", "pendingRequests", "peakEwma", "default"}; !slices.Equal(names, want) {
 		t.Errorf("policies are %v, want %v", names, want)
+	}
+}
+
+func TestDefaultReportIsTheUsersOwn(t *testing.T) {
+	uid := os.Getuid()
+	if uid < 0 {
+		t.Skip("users have no numbers here")
+	}
+	if got, want := filepath.Base(defaultReport()), fmt.Sprintf("belfry-quickstart-%d.html", uid); got != want {
+		t.Errorf("the report is %s, want %s", got, want)
 	}
 }
 
