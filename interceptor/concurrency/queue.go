@@ -128,6 +128,9 @@ func (p *permits) enqueue(w *waiter) {
 	}
 	defer p.settleLocked()
 	p.insertLocked(w)
+	// A call that goes first may fit where the one that was first did not. Then it
+	// does not wait, and displaces nobody.
+	p.grantLocked()
 	if p.maxWaiters > 0 && p.waiting > p.maxWaiters {
 		out := p.lastLocked()
 		p.removeLocked(out)
@@ -137,8 +140,6 @@ func (p *permits) enqueue(w *waiter) {
 			out.end(displaced)
 		}
 	}
-	// A call of higher priority may fit where the one that was first did not.
-	p.grantLocked()
 }
 
 // abandon takes w from the queue and reports true. If its wait is over already,

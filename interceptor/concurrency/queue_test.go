@@ -113,6 +113,27 @@ func TestNoPermitIsLostOrInventedInRandomHistories(t *testing.T) {
 	}
 }
 
+func TestACallThatNeedNotWaitDisplacesNobodyFromAFullQueue(t *testing.T) {
+	for _, tc := range []struct {
+		discipline Discipline
+		priority   int
+	}{{FIFO, 1}, {LIFO, 0}} {
+		p := &permits{}
+		p.configure(3, tc.discipline, 1, 0, 0)
+		p.try(1, nil)
+		heavy, light := newWaiter(3), newWaiter(1)
+		light.priority = tc.priority
+		p.enqueue(heavy)
+		p.enqueue(light)
+		if len(light.done) != 1 || light.why != admitted {
+			t.Errorf("%v: the call that goes first and fits was not admitted", tc.discipline)
+		}
+		if len(heavy.done) != 0 {
+			t.Errorf("%v: the only one that waits was refused (%d), and as many may", tc.discipline, heavy.why)
+		}
+	}
+}
+
 // RFC 8289, 5.4: the law sets refusals interval/sqrt(count) apart.
 func TestCoDelsControlLaw(t *testing.T) {
 	const ms = interceptor.Instant(time.Millisecond)
