@@ -93,6 +93,8 @@ func TestNoPermitIsLostOrInventedInRandomHistories(t *testing.T) {
 				default:
 					if rng.IntN(4) == 0 {
 						p.setLimit(rng.Int64N(9))
+					} else if rng.IntN(4) == 0 {
+						p.configure(1+rng.Int64N(8), Discipline(rng.IntN(3)), rng.IntN(6), time.Millisecond, 5*time.Millisecond)
 					}
 					time.Sleep(time.Duration(rng.IntN(3)) * time.Millisecond)
 				}
@@ -104,6 +106,9 @@ func TestNoPermitIsLostOrInventedInRandomHistories(t *testing.T) {
 				limit, inUse, n := p.read()
 				if inUse != sum || n != len(waiting) {
 					t.Fatalf("step %d: %d in use and %d waiting, want %d and %d", step, inUse, n, sum, len(waiting))
+				}
+				if bit := p.state.Load()&queueBit != 0; bit != (n > 0) {
+					t.Fatalf("step %d: the state says that calls wait: %v, and %d do", step, bit, n)
 				}
 				if n > 0 && p.fits(p.firstLocked().cost, inUse) {
 					t.Fatalf("step %d: the first waiter, of cost %d, could run: %d of %d in use", step, p.firstLocked().cost, inUse, limit)
