@@ -152,9 +152,10 @@ func MetadataPriority(key string) func(ctx context.Context, c *interceptor.Call)
 }
 
 // A Layer is a concurrency limit. It is safe for concurrent use, also by several
-// stacks, whose calls it then limits together. It keeps a mutex for a few
-// instructions per call and allocates nothing, admitted or refused; only a call
-// that waits may.
+// stacks, whose calls it then limits together. A fixed limit takes no lock for a call
+// that finds a permit free and nobody waiting, an adaptive one takes one for each
+// sample, and every lock is held for a few instructions. It allocates nothing,
+// admitted or refused; only a call that waits may.
 type Layer struct {
 	interceptor.GateOnly
 

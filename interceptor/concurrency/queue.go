@@ -13,9 +13,9 @@ import (
 )
 
 // permits gives out permits and queues the calls that find none. While nobody
-// waits that takes no lock. Otherwise a free permit goes to the next waiter at the
-// moment it becomes free, under the lock, so none is ever lost to a waiter that has
-// gone, and no newcomer overtakes.
+// waits that takes no lock, but of a call that has a place to leave. Otherwise a
+// free permit goes to the next waiter at the moment it becomes free, under the lock,
+// so none is ever lost to a waiter that has gone, and no newcomer overtakes.
 type permits struct {
 	// state holds the permits in use, and in its lowest bit whether calls wait.
 	// While they do it changes only under mu; otherwise anybody may change it who
