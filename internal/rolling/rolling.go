@@ -28,6 +28,9 @@ const (
 	one       = 1
 	oneNoted  = 1 << countBits
 	turnShift = 2 * countBits
+
+	// latest is how many turns late an event may be and still be known as late.
+	latest = 16
 )
 
 // A Window counts the events of the last span. Its methods may be called
@@ -70,8 +73,9 @@ func (w *Window) add(now int64, all, noted uint64) {
 		next := old
 		if have := old >> turnShift; have != turn {
 			// A bucket that has counted something in a later turn stays: this event is
-			// a whole window late. Turns are compared around the end of their scale.
-			if old&(1<<turnShift-1) != 0 && (have-turn)&turnMask < turnMask/2 {
+			// a whole window late. Turns are compared around the end of their scale,
+			// and so of a bucket far ahead this is the turn that has come round again.
+			if old&(1<<turnShift-1) != 0 && (have-turn)&turnMask <= latest {
 				return
 			}
 			next = turn << turnShift

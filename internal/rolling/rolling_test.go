@@ -75,6 +75,21 @@ func TestAnEventThatIsAWholeWindowLateIsDropped(t *testing.T) {
 	sum(t, w, now, 1, 1)
 }
 
+// Turns are counted in 20 bits, so after half their scale an old bucket looks like
+// one of the future.
+func TestEventsCountAfterAnyPause(t *testing.T) {
+	const span = int64(100 * time.Millisecond)
+	for turns := int64(2); turns < 1<<turnBits-latest; turns += 999 {
+		w := New(time.Duration(span))
+		for i := range int64(Buckets) {
+			w.Add(i*span/Buckets, true)
+		}
+		now := turns * span
+		w.Add(now, true)
+		sum(t, w, now, 1, 1)
+	}
+}
+
 func TestABucketThatIsFullKeepsItsRatio(t *testing.T) {
 	w := New(time.Minute)
 	w.add(0, countMask-1, 7)
