@@ -205,8 +205,11 @@ func (c Config) settings() (*settings, error) {
 // less the jitter.
 func (s *settings) delay(n int, random float64) time.Duration {
 	d := float64(s.OpenFor) * math.Pow(s.OpenGrowth, float64(n-1)) // Perhaps +Inf, which min mends.
-	d = min(d, float64(s.MaxOpenFor))
-	return max(time.Duration(d*(1-s.Jitter*random)), time.Millisecond)
+	d = min(d, float64(s.MaxOpenFor)) * (1 - s.Jitter*random)
+	if d >= math.MaxInt64 { // As a float the greatest Duration is more than fits in one.
+		return s.MaxOpenFor
+	}
+	return max(time.Duration(d), time.Millisecond)
 }
 
 // State is the state of a circuit.

@@ -378,6 +378,12 @@ func TestTheDelayNeverOverflows(t *testing.T) {
 			t.Errorf("delay of trip %d is %v, want %v", n, got, want)
 		}
 	}
+	if s, err = (Config{MaxOpenFor: math.MaxInt64, Jitter: -1}).settings(); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.delay(1000, 0); got != math.MaxInt64 {
+		t.Errorf("with no bound that matters the delay of trip 1000 is %v, want %v", got, time.Duration(math.MaxInt64))
+	}
 }
 
 // waiting makes a call that the server answers after delay, and returns its
