@@ -16,6 +16,10 @@ import (
 // never is when a token comes that does not come.
 const never interceptor.Instant = math.MaxInt64
 
+// lookAgain is how often at least to look for tokens of a source that may be changed
+// by others, while calls wait for them.
+const lookAgain = time.Second
+
 // A source says when tokens come. It is safe for concurrent use.
 type source interface {
 	// take takes a token if there is one now. at is what refund wants to know.
@@ -56,14 +60,14 @@ type queue struct {
 }
 
 // A waiter is a call in a queue. Its fields are guarded by the queue's mu, but for
-// at and retry, which are set before done is closed and read after.
+// at and turn, which are set before done is closed and read after.
 type waiter struct {
 	prev, next *waiter
 	latest     interceptor.Instant // It waits for no token that comes later.
 	place      interceptor.Place   // Where it waits on behalf of a gate further out; may be nil.
 	done       chan struct{}       // Closed when the waiter leaves the list with a token or a refusal.
 	at         interceptor.Instant // When its token was taken; 0 for a refusal.
-	retry      time.Duration       // Of a refusal.
+	turn       interceptor.Instant // Of a refusal: when its token would have come.
 }
 
 func newQueue(name string, src source, over *refusals) *queue {
@@ -108,16 +112,24 @@ func (q *queue) acquireSlow(ctx context.Context, c *interceptor.Call, w intercep
 	q.armLocked(now)
 	q.mu.Unlock()
 
+	var end <-chan time.Time
+	if w != interceptor.Forever {
+		t := time.NewTimer(w.Remaining())
+		defer t.Stop()
+		end = t.C
+	}
 	select {
 	case <-me.done:
-		c.Waited(q.name, now)
 	case <-ctx.Done():
 		q.leave(me)
 		c.Waited(q.name, now)
 		return 0, interceptor.Ended(ctx, q.name)
+	case <-end:
+		q.expire(me)
 	}
+	c.Waited(q.name, now)
 	if me.at == 0 {
-		return 0, q.over.Load().after(now.Add(me.retry), now)
+		return 0, q.over.Load().after(me.turn, interceptor.Now())
 	}
 	return me.at, nil
 }
@@ -164,6 +176,26 @@ func (q *queue) leave(me *waiter) {
 	q.armLocked(now)
 }
 
+// expire is the end of me's Wait. Its turn was to come before that, but others may
+// have taken its token from the source. One that has come by now is still its own.
+func (q *queue) expire(me *waiter) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	now := interceptor.Now()
+	q.serveLocked(now)
+	select {
+	case <-me.done:
+	default:
+		ahead := 0
+		for other := me.prev; other != nil; other = other.prev {
+			ahead++
+		}
+		me.turn = q.src.next(now, ahead)
+		q.wakeLocked(me)
+	}
+	q.armLocked(now)
+}
+
 // serve gives out what tokens there are. The timer calls it, too.
 func (q *queue) serve() {
 	q.mu.Lock()
@@ -206,6 +238,9 @@ func (q *queue) armLocked(now interceptor.Instant) {
 		return
 	}
 	d := max(q.src.next(now, 0).Sub(now), 1)
+	if _, ok := q.src.(own); !ok {
+		d = min(d, lookAgain)
+	}
 	if q.timer == nil {
 		q.timer = time.AfterFunc(d, q.serve)
 		return
@@ -228,7 +263,7 @@ func (q *queue) update(p *params) {
 	for me := q.head; me != nil; {
 		next := me.next
 		if turn := q.src.next(now, ahead); turn > me.latest {
-			me.retry = turn.Sub(now)
+			me.turn = turn
 			q.wakeLocked(me)
 		} else {
 			ahead++

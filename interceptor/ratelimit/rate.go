@@ -16,7 +16,7 @@ import (
 // FromRate makes a layer of a limiter of golang.org/x/time/rate, which may be used
 // elsewhere at the same time. Calls wait, are refused and give tokens back as with
 // [New]. The limiter may be changed by its methods: calls that wait see it
-// when the next token was expected to come.
+// when the next token was expected to come, or within a second.
 //
 // A token is given back by reserving minus one, since the limiter takes
 // reservations back only before their time.

@@ -800,6 +800,59 @@ func TestALimiterOfXTimeRateWaitsRefusesAndTakesTokensBack(t *testing.T) {
 	})
 }
 
+func TestACallWaitsNoLongerThanItMayWhateverOthersDoToALimiterOfXTimeRate(t *testing.T) {
+	for name, change := range map[string]func(*rate.Limiter){
+		"slower":  func(l *rate.Limiter) { l.SetLimit(0.001) },
+		"stopped": func(l *rate.Limiter) { l.SetLimit(0) },
+		"drained": func(l *rate.Limiter) { l.ReserveN(time.Now(), 1) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				lim := rate.NewLimiter(1, 1)
+				l, err := FromRate(lim)
+				if err != nil {
+					t.Fatal(err)
+				}
+				conn := calltest.Stack(t, l).Wrap(newServer())
+				wantOK(t, call(conn))
+				start := time.Now()
+				time.AfterFunc(500*ms, func() { change(lim) })
+				err = call(conn, interceptor.WithWait(interceptor.For(1500*ms)))
+				if d := time.Since(start); d != 1500*ms {
+					t.Errorf("a call that may wait 1.5s ended after %v with %v", d, err)
+				}
+				var r *interceptor.Refusal
+				if !errors.As(err, &r) || r.Reason != interceptor.ReasonRateLimit || (r.RetryAfter == 0) != (name == "stopped") {
+					t.Errorf("it ended with %v, want a refusal with reason RATE_LIMIT, and when to retry if that is known", err)
+				}
+				if n := l.(*rateLayer).queue.waiting.Load(); n != 0 {
+					t.Errorf("%d calls wait, want none", n)
+				}
+			})
+		})
+	}
+}
+
+func TestACallThatWaitsSeesThatALimiterOfXTimeRateGoesOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv, lim := newServer(), rate.NewLimiter(1, 1)
+		l, err := FromRate(lim)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn := calltest.Stack(t, l).Wrap(srv)
+		wantOK(t, call(conn))
+		time.AfterFunc(500*ms, func() { lim.SetLimit(0) })
+		time.AfterFunc(5*time.Second, func() { lim.SetLimit(rate.Inf) })
+		ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+		defer cancel()
+		wantOK(t, conn.Invoke(ctx, "/s/m", nil, nil))
+		if at := srv.times()[1]; at > 6*time.Second {
+			t.Errorf("the call was sent at %v, want within a second of when the limiter went on at 5s", at)
+		}
+	})
+}
+
 func TestFromRateAndFromLimiterRejectNil(t *testing.T) {
 	if _, err := FromRate(nil); err == nil {
 		t.Error("FromRate(nil) returned no error")
