@@ -92,7 +92,7 @@ func (l *elsewhere) WrapGate(inner interceptor.Gate) interceptor.Gate {
 func (l *elsewhere) take(ctx context.Context, c *interceptor.Call, key string, w interceptor.Wait) (taken bool, err error) {
 	var since interceptor.Instant
 	for {
-		d, err := l.limiter.Take(ctx, key)
+		d, err := l.ask(ctx, c, key)
 		if err != nil || d.OK {
 			if since != 0 {
 				c.Waited(l.name, since)
@@ -132,6 +132,17 @@ func (l *elsewhere) take(ctx context.Context, c *interceptor.Call, key string, w
 		}
 		return false, err
 	}
+}
+
+// ask asks the limiter. To find out may take as long as the deadlines of the layers
+// outside allow, however long the call may wait.
+func (l *elsewhere) ask(ctx context.Context, c *interceptor.Call, key string) (Decision, error) {
+	if end, ok := c.Widen(interceptor.None, interceptor.Forever).End(); ok {
+		within, cancel := context.WithDeadline(ctx, end.Time())
+		defer cancel()
+		ctx = within
+	}
+	return l.limiter.Take(ctx, key)
 }
 
 // token is a token of a Limiter.

@@ -29,6 +29,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
@@ -298,6 +299,34 @@ func TestACallThatIsAdmittedTooLateIsNotSent(t *testing.T) {
 		wantExceeded(t, call(context.Background(), cc), "timeout", Timeout, 50*ms, false)
 		_, err := open(cc, interceptor.BidiStream)
 		wantExceeded(t, err, "timeout", Lifetime, 50*ms, false)
+	})
+}
+
+// lost is a limiter elsewhere that does not answer.
+type lost struct{}
+
+func (lost) Take(ctx context.Context, _ string) (ratelimit.Decision, error) {
+	return ratelimit.Decision{}, wait(ctx, time.Hour)
+}
+
+func (lost) Refund(string) {}
+
+func TestAskingALimiterElsewhereCounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for name, opts := range map[string][]ratelimit.Option{"fails closed": nil, "fails open": {ratelimit.WithFailOpen()}} {
+			elsewhere, err := ratelimit.FromLimiter(lost{}, opts...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cc := calltest.Stack(t, mustNew(t, Config{Timeout: 50 * ms}), elsewhere).Wrap(conn{
+				invoke: func(context.Context) error { t.Errorf("%s: the call was sent", name); return nil },
+			})
+			for _, w := range []interceptor.Wait{interceptor.None, interceptor.Forever} {
+				begin := time.Now()
+				wantExceeded(t, cc.Invoke(context.Background(), "/s/m", nil, nil, interceptor.WithWait(w)), "timeout", Timeout, 50*ms, false)
+				took(t, begin, 50*ms)
+			}
+		}
 	})
 }
 
