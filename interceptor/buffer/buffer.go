@@ -121,14 +121,17 @@ func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wai
 	if err == nil {
 		return nil
 	}
-	if !interceptor.WaitMayHelp(err) || ctx.Err() != nil {
+	if !interceptor.WaitMayHelp(err) {
 		return err
+	}
+	l := g.layer
+	if ctx.Err() != nil {
+		return interceptor.Ended(ctx, l.name)
 	}
 	if c.Attempt() > 0 && w == interceptor.None {
 		return err // A retry or hedge never queues.
 	}
 	c.Rollback(mark, err)
-	l := g.layer
 	cfg := l.config.Load()
 	if l.taken.Add(1) > int64(cfg.Size) {
 		l.taken.Add(-1)

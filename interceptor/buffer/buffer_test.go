@@ -189,6 +189,19 @@ func TestWhatWaitingCannotHelpIsAskedOnce(t *testing.T) {
 	}
 }
 
+func TestACallThatHasEndedTakesNoPlaceAndSaysSo(t *testing.T) {
+	l := limit(t, 1)
+	if err := l.SetLimit(0); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	err := calltest.Stack(t, places(t, 1), l).Wrap(calltest.Takes(0)).Invoke(ctx, calltest.Method, nil, nil)
+	if calltest.Reason(err) != interceptor.ReasonCancelled || status.Code(err) != codes.Canceled {
+		t.Errorf("got %v, want CANCELLED", err)
+	}
+}
+
 func TestMaxWaitAndTheCallersDeadlineEndTheWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := must[*buffer.Layer](t)(buffer.New(buffer.Config{Size: 5, MaxWait: 300 * time.Millisecond}))

@@ -150,8 +150,10 @@ func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wai
 	case err == nil:
 		l.ready(c)
 		return nil
-	case !interceptor.WaitMayHelp(err) || ctx.Err() != nil:
+	case !interceptor.WaitMayHelp(err):
 		return err
+	case ctx.Err() != nil:
+		return interceptor.Ended(ctx, l.name)
 	case l.failed.Load():
 		return l.failing
 	case w == interceptor.None:

@@ -198,6 +198,20 @@ func TestWhatWaitingCannotHelpIsAskedOnceAndSaysNothingAboutReadiness(t *testing
 	checkState(t, f, false, 0)
 }
 
+func TestACallThatHasEndedDoesNotWaitAndSaysSo(t *testing.T) {
+	f, l := after(t, 300*ms), limit(t, 1)
+	if err := l.SetLimit(0); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	err := calltest.Stack(t, f, l).Wrap(calltest.Takes(0)).Invoke(ctx, calltest.Method, nil, nil)
+	if calltest.Reason(err) != interceptor.ReasonCancelled || status.Code(err) != codes.Canceled {
+		t.Errorf("got %v, want CANCELLED", err)
+	}
+	checkState(t, f, false, 0)
+}
+
 func TestUpdateHoldsForThoseThatWaitAndABadOneChangesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := after(t, time.Minute)

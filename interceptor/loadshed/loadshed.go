@@ -70,6 +70,9 @@ func (g *gate) Admit(ctx context.Context, c *interceptor.Call, _ interceptor.Wai
 	if _, ok := interceptor.AsRefusal(err); ok {
 		return err
 	}
+	if ctx.Err() != nil {
+		return interceptor.Ended(ctx, g.layer.name)
+	}
 	// A gate of somebody else's that does not say in gRPC's terms why it refused.
 	return g.layer.shed.Because(err, false)
 }

@@ -93,6 +93,15 @@ func TestItShedsForWhateverReasonInnerIsNotReadyAndTellsIt(t *testing.T) {
 	}
 }
 
+func TestTheCallersEndInsideIsNotOverload(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	err := calltest.Stack(t, shed(t), &refuses{err: ctx.Err()}).Wrap(calltest.Takes(0)).Invoke(ctx, calltest.Method, nil, nil)
+	if status.Code(err) != codes.Canceled || !errors.Is(err, context.Canceled) {
+		t.Errorf("an inner gate that returns the error of the call's context: %v, want CANCELLED", err)
+	}
+}
+
 func TestItStandsAnywhereAndShedsNothingThatIsOutsideIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := calltest.Stack(t, limit(t, 1), shed(t)).Wrap(calltest.Takes(time.Second))
