@@ -974,3 +974,48 @@ func TestAStackOfEverythingIsAtRestAfterEveryEndOfEveryKindOfCall(t *testing.T) 
 		}
 	})
 }
+
+// cutToy cuts each stream short as soon as it is open, as a timeout does, but leaves
+// it to gRPC to tell the others.
+type cutToy struct{ interceptor.CallOnly }
+
+func (*cutToy) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) error {
+		ctx, cancel := context.WithCancelCause(ctx)
+		err := next(ctx, c)
+		cancel(&interceptor.Refusal{Layer: "cut", Reason: interceptor.ReasonDeadline, Sent: true})
+		return err
+	}
+}
+
+type endsWith struct {
+	grpc.ClientStream
+	ctx context.Context
+}
+
+func (s *endsWith) RecvMsg(any) error {
+	<-s.ctx.Done()
+	return status.FromContextError(s.ctx.Err()).Err()
+}
+
+// Whoever hears of it first, the layers inside are told what the layer says and not
+// that somebody has cancelled: a breaker has to count it.
+func TestAStreamThatALayerCutsShortEndsInsideForThatLayersReason(t *testing.T) {
+	log := new(eventLog)
+	s := calltest.Stack(t, &cutToy{}, &logToy{name: "inside", log: log})
+	cs, err := s.Wrap(&conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+		return &endsWith{ctx: ctx}, nil
+	}}).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, "/s/m")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cs.RecvMsg(nil); status.Code(err) != codes.Canceled {
+		t.Errorf("RecvMsg: %v, want what the stream says", err)
+	}
+	if err := s.Drain(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := log.take(), []string{"inside 0 failed DeadlineExceeded"}; !slices.Equal(got, want) {
+		t.Errorf("released as %q, want %q", got, want)
+	}
+}

@@ -236,6 +236,12 @@ func (s *scope) end(err error, superseded bool) {
 			err = errSuperseded
 		}
 	}
+	if o == Failed && status.Code(err) == codes.Canceled {
+		// gRPC may tell of a layer's cancelling before the layer does, and not why.
+		if r, ok := AsRefusal(context.Cause(s.ctx)); ok {
+			err = r
+		}
+	}
 	defer s.ended(o, err) // Even if a Releaser panics.
 	releaseAll(s.tickets, o, err)
 }
