@@ -276,7 +276,7 @@ type Breaker struct {
 type Option func(*Breaker)
 
 // WithName sets the name of the layer in refusals and in the stack's String; by
-// default "breaker". It tells several breakers apart.
+// default "breaker"; it must not be empty. It tells several breakers apart.
 func WithName(name string) Option { return func(b *Breaker) { b.name = name } }
 
 // WithKey gives each key that f returns a circuit of its own. f is called for each
@@ -297,6 +297,9 @@ func New(config Config, opts ...Option) (*Breaker, error) {
 	b := &Breaker{name: "breaker", random: rand.Float64}
 	for _, o := range opts {
 		o(b)
+	}
+	if b.name == "" {
+		return nil, errors.New(`breaker: WithName "": must not be empty`)
 	}
 	if err := b.Update(config); err != nil {
 		return nil, err

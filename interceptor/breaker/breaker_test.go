@@ -632,6 +632,12 @@ func TestBadConfigsAreErrorsThatNameTheField(t *testing.T) {
 	}
 }
 
+func TestAnEmptyNameIsAnError(t *testing.T) {
+	if _, err := New(Config{}, WithName("")); err == nil || !strings.Contains(err.Error(), `breaker: WithName ""`) {
+		t.Errorf("New with an empty name = %v, want an error that names WithName", err)
+	}
+}
+
 func TestStatesHaveNames(t *testing.T) {
 	if got := fmt.Sprint(Closed, HalfOpen, Open, State(9)); got != "closed half-open open unknown" {
 		t.Errorf("states print as %q", got)

@@ -52,7 +52,10 @@ func FromLimiter(l Limiter, opts ...Option) (interceptor.Layer, error) {
 	if l == nil || reflect.ValueOf(l).Kind() == reflect.Pointer && reflect.ValueOf(l).IsNil() {
 		return nil, fmt.Errorf("ratelimit: FromLimiter: the limiter is nil")
 	}
-	o := optionsOf(opts)
+	o, err := optionsOf(opts)
+	if err != nil {
+		return nil, err
+	}
 	if o.key == nil {
 		o.key = func(context.Context, *interceptor.Call) string { return "" }
 	}

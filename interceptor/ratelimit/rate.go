@@ -24,7 +24,10 @@ func FromRate(l *rate.Limiter, opts ...Option) (interceptor.Layer, error) {
 	if l == nil {
 		return nil, fmt.Errorf("ratelimit: FromRate: the limiter is nil")
 	}
-	o := optionsOf(opts)
+	o, err := optionsOf(opts)
+	if err != nil {
+		return nil, err
+	}
 	if o.key != nil {
 		return nil, fmt.Errorf("ratelimit: FromRate: WithKey is used, but a limiter of this kind has no keys")
 	}

@@ -216,7 +216,7 @@ type options struct {
 }
 
 // WithName names the layer, for refusals, metrics and Stack.String. By default it
-// is "ratelimit".
+// is "ratelimit"; it must not be empty.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // WithKey gives the calls of each key their own rate; [Config.KeyBy] must be
@@ -225,12 +225,15 @@ func WithKey(key KeyFunc) Option { return func(o *options) { o.key = key } }
 
 var errOpen = errors.New("ratelimit: WithFailOpen is used, but only a limiter of FromLimiter can fail")
 
-func optionsOf(opts []Option) options {
+func optionsOf(opts []Option) (options, error) {
 	o := options{name: "ratelimit"}
 	for _, opt := range opts {
 		opt(&o)
 	}
-	return o
+	if o.name == "" {
+		return o, errors.New(`ratelimit: WithName "": must not be empty`)
+	}
+	return o, nil
 }
 
 // Layer is a rate limit. It may stand in any number of stacks, which then share
@@ -250,7 +253,10 @@ type Layer struct {
 
 // New makes a layer.
 func New(cfg Config, opts ...Option) (*Layer, error) {
-	o := optionsOf(opts)
+	o, err := optionsOf(opts)
+	if err != nil {
+		return nil, err
+	}
 	p, err := cfg.params(o.name)
 	if err != nil {
 		return nil, err

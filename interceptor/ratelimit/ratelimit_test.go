@@ -602,6 +602,17 @@ func TestABadConfigIsAnErrorThatNamesTheFieldAndChangesNothing(t *testing.T) {
 	}
 }
 
+func TestAnEmptyNameIsAnError(t *testing.T) {
+	_, ofNew := New(Config{Limit: 1}, WithName(""))
+	_, ofRate := FromRate(rate.NewLimiter(1, 1), WithName(""))
+	_, ofLimiter := FromLimiter(&store{}, WithName(""))
+	for _, err := range []error{ofNew, ofRate, ofLimiter} {
+		if err == nil || !strings.Contains(err.Error(), `ratelimit: WithName ""`) {
+			t.Errorf("with an empty name: %v, want an error that names WithName", err)
+		}
+	}
+}
+
 func TestEveryMethodHasItsOwnRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Limit: 1, KeyBy: KeyMethod})

@@ -151,7 +151,7 @@ type Throttle struct {
 type Option func(*Throttle)
 
 // WithName sets the name of the layer in refusals and in the stack's String; by
-// default "throttle". It tells several throttles apart.
+// default "throttle"; it must not be empty. It tells several throttles apart.
 func WithName(name string) Option { return func(t *Throttle) { t.name = name } }
 
 // New returns a Throttle. An error names the field, its value and the rule.
@@ -163,6 +163,9 @@ func New(config Config, opts ...Option) (*Throttle, error) {
 	t := &Throttle{name: "throttle", random: rand.Float64}
 	for _, o := range opts {
 		o(t)
+	}
+	if t.name == "" {
+		return nil, errors.New(`throttle: WithName "": must not be empty`)
 	}
 	t.refused = interceptor.Refuse(t.name, interceptor.ReasonThrottled, "the server rejects most calls")
 	t.settings.Store(s)

@@ -417,6 +417,12 @@ func TestBadConfigsAreErrorsThatNameTheField(t *testing.T) {
 	}
 }
 
+func TestAnEmptyNameIsAnError(t *testing.T) {
+	if _, err := New(Config{}, WithName("")); err == nil || !strings.Contains(err.Error(), `throttle: WithName ""`) {
+		t.Errorf("New with an empty name = %v, want an error that names WithName", err)
+	}
+}
+
 func TestTheNameIsInRefusalsAndInTheStack(t *testing.T) {
 	l, err := New(Config{MinRequests: 1}, WithName("orders-throttle"))
 	if err != nil {

@@ -227,7 +227,7 @@ type Option func(*Layer)
 
 // WithName names the layer, for errors, metrics and Stack.String: a stack with a
 // timeout for the call and one for each attempt wants to tell them apart. By default
-// it is "timeout".
+// it is "timeout"; it must not be empty.
 func WithName(name string) Option { return func(l *Layer) { l.name = name } }
 
 // Layer is a timeout. It may stand in any number of stacks.
@@ -252,6 +252,9 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 	l := &Layer{name: "timeout"}
 	for _, o := range opts {
 		o(l)
+	}
+	if l.name == "" {
+		return nil, errors.New(`timeout: WithName "": must not be empty`)
 	}
 	if err := l.Update(cfg); err != nil {
 		return nil, err

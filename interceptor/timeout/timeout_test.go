@@ -519,6 +519,12 @@ func TestABadConfigIsAnErrorThatNamesTheFieldAndChangesNothing(t *testing.T) {
 	}
 }
 
+func TestAnEmptyNameIsAnError(t *testing.T) {
+	if _, err := New(Config{Timeout: ms}, WithName("")); err == nil || !strings.Contains(err.Error(), `timeout: WithName ""`) {
+		t.Errorf("New with an empty name = %v, want an error that names WithName", err)
+	}
+}
+
 // open opens a stream of a kind.
 func open(cc grpc.ClientConnInterface, k interceptor.Kind) (grpc.ClientStream, error) {
 	return cc.NewStream(context.Background(), &grpc.StreamDesc{
