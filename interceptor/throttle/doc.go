@@ -33,4 +33,7 @@
 // The refusal is UNAVAILABLE with reason THROTTLED. The throttle never waits: no
 // waiting helps. Inside a retry it sees attempts, which is the place for it:
 // outside, a call that succeeds at its third attempt would count as accepted.
+// It stands outside of a buffer and a fail-fast: these ask the layers inside once
+// without waiting and, if there is no capacity, once more, and a throttle inside
+// would draw twice for a call that waits, and refuse more than the stated share.
 package throttle
