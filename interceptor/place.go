@@ -35,15 +35,15 @@ func (c *Call) SetPlace(p Place) (before Place) {
 // WaitMayHelp reports whether a call that a gate refused under [None] with err
 // could be admitted by it if it waited, which is what a gate asks that is about to
 // let the call wait. It is so unless err is a [Refusal] for a reason that has
-// nothing to do with capacity: what was decided by a filter or a throttle would
-// only be decided once more.
+// nothing to do with capacity: what was decided by a filter, a throttle or a
+// breaker would only be decided once more.
 func WaitMayHelp(err error) bool {
 	r, ok := AsRefusal(err)
 	if !ok {
 		return true
 	}
 	switch r.Reason {
-	case ReasonFilter, ReasonThrottled, ReasonFailFast, ReasonDrain, ReasonBudget, ReasonDeadline, ReasonCancelled:
+	case ReasonFilter, ReasonThrottled, ReasonBreakerOpen, ReasonFailFast, ReasonDrain, ReasonBudget, ReasonDeadline, ReasonCancelled:
 		return false
 	}
 	return true

@@ -167,25 +167,27 @@ func TestWhenInnerIsNotReadyTheCallWaitsAndWhenItFailsTheCallGetsItsError(t *tes
 		c := calltest.Stack(t, shed(t), b, inner).Wrap(calltest.Takes(0))
 		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.OK(time.Second))
 
-		inner.until, inner.err = time.Now().Add(time.Second), interceptor.Refuse("inner", interceptor.ReasonBreakerOpen, "foobar")
+		inner.until, inner.err = time.Now().Add(time.Second), interceptor.Refuse("inner", interceptor.ReasonQuota, "foobar")
 		ends := calltest.Begin(c, 3)
 		if got := b.Waiting(); got != 3 {
 			t.Errorf("%d calls wait, want 3", got)
 		}
-		open := calltest.Refused(time.Second, interceptor.ReasonBreakerOpen)
-		calltest.Expect(t, ends(), open, open, open)
+		over := calltest.Refused(time.Second, interceptor.ReasonQuota)
+		calltest.Expect(t, ends(), over, over, over)
 		checkRest(t, b)
 	})
 }
 
 func TestWhatWaitingCannotHelpIsAskedOnce(t *testing.T) {
-	inner := &notReady{until: time.Now(), err: interceptor.Refuse("inner", interceptor.ReasonFilter, "")}
-	c := calltest.Stack(t, places(t, 1), inner).Wrap(calltest.Takes(0))
-	if err := c.Invoke(context.Background(), calltest.Method, nil, nil); calltest.Reason(err) != interceptor.ReasonFilter || status.Code(err) != codes.PermissionDenied {
-		t.Errorf("got %v, want the filter's refusal", err)
-	}
-	if got := inner.asked.Load(); got != 1 {
-		t.Errorf("the filter was asked %d times, want once", got)
+	for _, r := range []interceptor.Reason{interceptor.ReasonFilter, interceptor.ReasonThrottled, interceptor.ReasonBreakerOpen} {
+		inner := &notReady{until: time.Now(), err: interceptor.Refuse("inner", r, "")}
+		c := calltest.Stack(t, places(t, 1), inner).Wrap(calltest.Takes(0))
+		if err := c.Invoke(context.Background(), calltest.Method, nil, nil); calltest.Reason(err) != r || status.Code(err) != r.Code() {
+			t.Errorf("got %v, want the refusal from inside with %s", err, r)
+		}
+		if got := inner.asked.Load(); got != 1 {
+			t.Errorf("the layer inside was asked %d times, want once", got)
+		}
 	}
 }
 
