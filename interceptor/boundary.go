@@ -95,7 +95,7 @@ func (b *boundary) leave(ctx context.Context, c *Call, lo, at int, returned *boo
 	c.at = at
 	if b.forked(c) {
 		defer c.prog.stack.leave(partOne) // Even if a Releaser panics.
-		c.failed = e
+		c.ended, c.failed = true, e
 		defer c.outs.end()
 	}
 	c.settle(ctx, b.id, lo, e)

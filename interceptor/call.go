@@ -63,7 +63,8 @@ type Call struct {
 	stream grpc.ClientStream
 	kept   kept
 	sent   bool  // The innermost Next was reached.
-	failed error // Of a fork: how it ended.
+	ended  bool  // Of a fork: it has run,
+	failed error // and how that ended.
 
 	// Admission.
 	tickets []ticket
@@ -379,7 +380,8 @@ func (c *Call) Retain() { c.root.forked.Store(true) }
 // For a unary call it is called after next has returned. For a stream it may be
 // called as soon as the layer has settled on f, also while it runs.
 func (c *Call) Adopt(f *Call) {
-	if f.kind == Unary && f.failed == nil && f.sent {
+	// It need not have been sent itself: a layer inside may have forked it, or answered.
+	if f.kind == Unary && f.ended && f.failed == nil {
 		message.CopyInto(c.reply, f.reply)
 	}
 	f.outs.adopt()

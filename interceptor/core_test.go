@@ -368,6 +368,45 @@ func TestAForeignRetryIsAdmittedAnewForEachAttempt(t *testing.T) {
 	}
 }
 
+// passForeign is an interceptor of others that only passes calls on.
+func passForeign(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	return invoker(ctx, m, req, reply, cc, opts...)
+}
+
+func TestTheReplyOfAFurtherAttemptPassesThroughWhatIsInsideTheRetry(t *testing.T) {
+	passes, err := interceptor.Foreign("passes", passForeign, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	answersItself, err := interceptor.Foreign("answers", func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if n == 0 {
+			return invoker(ctx, m, req, reply, cc, opts...)
+		}
+		reply.(*wrapperspb.StringValue).Value = "second"
+		return nil
+	}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &conn{invoke: func(_ context.Context, _ string, _, reply any, _ ...grpc.CallOption) error {
+		if n++; n == 1 {
+			reply.(*wrapperspb.StringValue).Value = "first"
+			return status.Error(codes.Unavailable, "")
+		}
+		reply.(*wrapperspb.StringValue).Value = "second"
+		return nil
+	}}
+	for _, inside := range []interceptor.Layer{passes, answersItself} {
+		n = 0
+		reply := new(wrapperspb.StringValue)
+		err := calltest.Stack(t, &retryToy{n: 2}, inside).Wrap(c).Invoke(context.Background(), calltest.Method, nil, reply)
+		if err != nil || reply.Value != "second" {
+			t.Errorf("retry > %v: got %v, reply %q; want the second attempt's", inside, err, reply.Value)
+		}
+	}
+}
+
 func TestTicketsAreReleasedWhenTheInvokerPanics(t *testing.T) {
 	log := &eventLog{}
 	c := &conn{invoke: func(context.Context, string, any, any, ...grpc.CallOption) error { panic("oh") }}
