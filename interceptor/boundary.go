@@ -30,6 +30,9 @@ func (b *boundary) admitAgain(ctx context.Context, c *Call, w Wait) (err error) 
 	direct := b.id == c.at+1 // Asked by the running layer, not by a gate inside it.
 	if direct {
 		c.now = 0
+		if c.began {
+			c.attempt = int(c.root.attempts.Add(1))
+		}
 	}
 	mark := len(c.tickets)
 	admitted := false
@@ -63,6 +66,7 @@ func (b *boundary) enter(ctx context.Context, c *Call) (lo int, err error) {
 		lo = c.fence[b.id]
 	}
 	c.fence[b.id] = none
+	c.began = true
 	return lo, nil
 }
 

@@ -74,6 +74,7 @@ type Call struct {
 	place   Place
 	now     Instant
 	running bool // The call path has been entered.
+	began   bool // A boundary has been entered: what is admitted now is a further attempt.
 
 	scope *scope // The innermost stream scope around the running layer.
 	at    int    // The innermost boundary around the running layer.

@@ -177,6 +177,39 @@ func TestAttemptsHaveTheirOwnTicketsInsideARetryAndTheCallHasItsOutside(t *testi
 	}
 }
 
+// againToy passes a call that failed on once more, without a fork.
+type againToy struct {
+	interceptor.CallOnly
+	_ byte
+}
+
+func (*againToy) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) error {
+		if err := next(ctx, c); err == nil {
+			return nil
+		}
+		return next(ctx, c)
+	}
+}
+
+func TestACallPassedOnAgainIsAFurtherAttempt(t *testing.T) {
+	log, obs := &eventLog{}, &recorder{}
+	s := calltest.Stack(t, interceptor.Observe(obs), &againToy{}, &logToy{name: "attempt", log: log})
+	unavailable := status.Error(codes.Unavailable, "")
+	for range 2 { // The second call may be given the first one's Call.
+		if err := s.Wrap(answers(unavailable, nil)).Invoke(context.Background(), "/m", nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := log.take(), []string{"attempt 0 failed Unavailable", "attempt 1 ok OK"}; !slices.Equal(got, want) {
+			t.Errorf("released %q, want %q", got, want)
+		}
+		want := []string{"inflight +1", "admitted /m unary 0", "attempt /m 0", "admitted /m unary 1", "attempt /m 1", "ended /m unary ok OK", "inflight -1"}
+		if got := obs.log.take(); !slices.Equal(got, want) {
+			t.Errorf("observed %q, want %q", got, want)
+		}
+	}
+}
+
 func TestARetryHoldsNoPermitWhileItBacksOffAndNeverQueues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		unavailable := status.Error(codes.Unavailable, "the server's own")

@@ -390,7 +390,11 @@ func (c *Call) prepare(kind Kind, method string, t target, opts []grpc.CallOptio
 func (p *program) recycle(c *Call) {
 	c.method, c.req, c.reply, c.opts = "", nil, nil, nil
 	c.cc, c.conn, c.invoker, c.streamer = nil, nil, nil, nil
-	c.bound, c.now, c.running, c.sent, c.at = 0, 0, false, false, 0
+	c.bound, c.now, c.running, c.began, c.sent, c.at = 0, 0, false, false, false, 0
+	if c.attempt != 0 {
+		c.attempt = 0
+		c.attempts.Store(0)
+	}
 	if c.kept.on {
 		c.kept = kept{}
 	}
