@@ -361,6 +361,60 @@ func TestALoserOfAHedgeIsIgnoredAndDrainWaitsForIt(t *testing.T) {
 	})
 }
 
+// pairToy opens a second stream beside the one that the caller gets.
+type pairToy struct {
+	interceptor.CallOnly
+	opened chan struct{} // Closed when the second one is open.
+}
+
+func (l *pairToy) WrapCall(next interceptor.Next, inner interceptor.Gate) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) error {
+		origin := c.Origin()
+		second := origin.Fork()
+		if err := next(ctx, c); err != nil {
+			return err
+		}
+		if err := inner.Admit(ctx, second, interceptor.None); err != nil {
+			return err
+		}
+		go func() {
+			defer close(l.opened)
+			next(ctx, second)
+		}()
+		return nil
+	}
+}
+
+func TestAStreamThatOpensAfterTheCallIsOverIsIgnored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &eventLog{}
+		n := 0
+		c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+			if n++; n == 2 {
+				time.Sleep(time.Second)
+			}
+			return &scriptStream{ctx: ctx, errs: []error{io.EOF}}, nil
+		}}
+		pair := &pairToy{opened: make(chan struct{})}
+		s := calltest.Stack(t, pair, &logToy{name: "attempt", log: log})
+		st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, calltest.Method)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if err := st.RecvMsg(nil); err != io.EOF {
+			t.Fatal(err)
+		}
+		<-pair.opened
+		if err := s.Drain(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := log.take(), []string{"attempt 0 ok OK", "attempt 1 ignored Canceled"}; !slices.Equal(got, want) {
+			t.Errorf("released %q, want %q", got, want)
+		}
+	})
+}
+
 func TestWhatAForeignInterceptorRefusesWasNotSent(t *testing.T) {
 	log := &eventLog{}
 	denied := status.Error(codes.PermissionDenied, "")

@@ -54,8 +54,9 @@ type scope struct {
 	sent     bool
 	opened   bool  // The stream is open, or could not be opened.
 	over     bool  // The end has been taken up by one of those who saw it.
-	early    error // The end, if it came before open.
+	early    error // The end, if it came before open,
 	isEarly  bool
+	outdone  bool     // and whether that was because another one is over.
 	children []*scope // Scopes inside, of all attempts.
 	stop     func() bool
 
@@ -181,13 +182,13 @@ func (s *scope) open(c *Call, stream grpc.ClientStream) {
 	s.ClientStream = stream
 	s.sent = c.wasSent()
 	s.opened = true
-	early, isEarly := s.early, s.isEarly
+	early, isEarly, outdone := s.early, s.isEarly, s.outdone
 	if s.watch && !isEarly && s.ctx.Done() != nil {
 		s.stop = context.AfterFunc(s.ctx, s.expire)
 	}
 	s.mu.Unlock()
 	if isEarly {
-		s.end(early, false)
+		s.end(early, outdone)
 	}
 }
 
@@ -208,7 +209,9 @@ func (s *scope) end(err error, superseded bool) {
 	s.mu.Lock()
 	if !s.opened {
 		// Its Call is still in use by the goroutine that opens it, which will end it.
-		s.early, s.isEarly = err, true
+		if !s.isEarly {
+			s.early, s.isEarly, s.outdone = err, true, superseded
+		}
 		s.mu.Unlock()
 		return
 	}
