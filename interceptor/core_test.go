@@ -434,6 +434,50 @@ func TestWhatAForeignInterceptorRefusesWasNotSent(t *testing.T) {
 	}
 }
 
+// lazyStream is opened by its first SendMsg.
+type lazyStream struct {
+	grpc.ClientStream
+	open func() (grpc.ClientStream, error)
+}
+
+func (s *lazyStream) SendMsg(m any) (err error) {
+	if s.ClientStream == nil {
+		if s.ClientStream, err = s.open(); err != nil {
+			return err
+		}
+	}
+	return s.ClientStream.SendMsg(m)
+}
+
+func TestAStreamThatAForeignInterceptorOpensLaterWasSent(t *testing.T) {
+	log := &eventLog{}
+	f, err := interceptor.Foreign("lazy", nil, func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, m string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+		return &lazyStream{open: func() (grpc.ClientStream, error) { return streamer(ctx, desc, cc, m, opts...) }}, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	failed := status.Error(codes.Internal, "")
+	c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+		return &scriptStream{ctx: ctx, errs: []error{failed}}, nil
+	}}
+	s := calltest.Stack(t, &logToy{name: "outer", log: log}, f, &logToy{name: "inner", log: log})
+	st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, calltest.Method)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := st.SendMsg(nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.RecvMsg(nil); err != failed {
+		t.Errorf("got %v, want the server's error", err)
+	}
+	want := []string{"inner 0 not_sent OK", "inner 1 failed Internal", "outer 0 failed Internal"}
+	if got := log.take(); !slices.Equal(got, want) {
+		t.Errorf("released %q, want %q", got, want)
+	}
+}
+
 func TestAForeignRetryIsAdmittedAnewForEachAttempt(t *testing.T) {
 	log := &eventLog{}
 	f, err := interceptor.Foreign("twice", func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {

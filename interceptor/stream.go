@@ -220,7 +220,9 @@ func (s *scope) end(err error, superseded bool) {
 		return
 	}
 	s.over = true
-	children, stop, sent := s.children, s.stop, s.sent
+	children, stop := s.children, s.stop
+	// A layer inside may have sent it only after it was open.
+	sent := s.sent || s.call.below.Load()
 	s.children = nil
 	s.mu.Unlock()
 	if stop != nil {
