@@ -628,6 +628,21 @@ func TestDrainRefusesNewCallsAndWaitsForThoseInFlight(t *testing.T) {
 	})
 }
 
+func TestACallThatADrainingStackRefusesIsFinished(t *testing.T) {
+	s := calltest.Stack(t)
+	if err := s.Drain(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	var finished []interceptor.Reason
+	opt := grpc.OnFinish(func(err error) { finished = append(finished, calltest.Reason(err)) })
+	c := s.Wrap(&conn{})
+	c.Invoke(context.Background(), calltest.Method, nil, nil, opt)
+	c.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, calltest.Method, opt)
+	if want := []interceptor.Reason{interceptor.ReasonDrain, interceptor.ReasonDrain}; !slices.Equal(finished, want) {
+		t.Errorf("OnFinish saw %q, want %q", finished, want)
+	}
+}
+
 func TestDrainWaitsForStreams(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {

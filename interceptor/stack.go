@@ -404,8 +404,7 @@ func (p *program) recycle(c *Call) {
 func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t target, opts []grpc.CallOption) (err error) {
 	p := s.prog.Load().of(method)
 	if err := s.begin(); err != nil {
-		p.refused(method, err)
-		return err
+		return p.turnAway(method, opts, err)
 	}
 	if p.obs != nil {
 		p.obs.InFlight(1)
@@ -423,6 +422,17 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t tar
 		err = p.next(ctx, c)
 	}
 	returned = true
+	return err
+}
+
+// turnAway is the end of a call that the stack does not take up.
+func (p *program) turnAway(method string, opts []grpc.CallOption, err error) error {
+	for _, o := range opts {
+		if o, ok := o.(grpc.OnFinishCallOption); ok {
+			o.OnFinish(err)
+		}
+	}
+	p.refused(method, err)
 	return err
 }
 

@@ -74,8 +74,7 @@ type streamCall struct {
 func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, t target, opts []grpc.CallOption) (_ grpc.ClientStream, err error) {
 	p := s.prog.Load().of(method)
 	if err := s.begin(); err != nil {
-		p.refused(method, err)
-		return nil, err
+		return nil, p.turnAway(method, opts, err)
 	}
 	if p.obs != nil {
 		p.obs.InFlight(1)
