@@ -983,6 +983,51 @@ func TestMapResponseAndMapRequestSeeEachMessageOfTheirType(t *testing.T) {
 	}
 }
 
+func TestAStreamWhoseMessageCannotBeMappedIsCancelled(t *testing.T) {
+	boom := errors.New("boom")
+	m := wrapperspb.String("x")
+	for _, tc := range []struct {
+		layer interceptor.Layer
+		do    func(st grpc.ClientStream) error
+	}{
+		{
+			interceptor.MapRequest(func(context.Context, string, *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
+				return nil, boom
+			}),
+			func(st grpc.ClientStream) error { return st.SendMsg(m) },
+		},
+		{
+			interceptor.MapResponse(func(context.Context, string, *wrapperspb.StringValue) error { return boom }),
+			func(st grpc.ClientStream) error { return st.RecvMsg(m) },
+		},
+	} {
+		var stream *scriptStream
+		c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+			stream = &scriptStream{ctx: ctx, errs: []error{nil}}
+			return stream, nil
+		}}
+		log := &eventLog{}
+		s := calltest.Stack(t, &logToy{name: "outer", log: log}, tc.layer, &logToy{name: "inner", log: log})
+		st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, calltest.Method)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := tc.do(st); err != boom {
+			t.Errorf("%v: got %v, want the function's error", tc.layer, err)
+		}
+		if got, want := log.take(), []string{"inner 0 ignored Unknown", "outer 0 failed Unknown"}; !slices.Equal(got, want) {
+			t.Errorf("%v: released %q, want %q", tc.layer, got, want)
+		}
+		if stream.ctx.Err() == nil {
+			t.Errorf("%v: nothing is held for the stream any more, but it goes on", tc.layer)
+		}
+		stream.errs = []error{status.FromContextError(context.Canceled).Err()}
+		if err := st.RecvMsg(m); err != boom {
+			t.Errorf("%v: RecvMsg afterwards returned %v, want the function's error", tc.layer, err)
+		}
+	}
+}
+
 type sendStream struct {
 	scriptStream
 	sent *[]any

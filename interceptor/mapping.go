@@ -6,16 +6,17 @@ package interceptor
 import (
 	"context"
 	"io"
+	"sync/atomic"
 
 	"google.golang.org/grpc"
 )
 
 // MapRequest returns a layer that replaces requests of type M by what f makes of
 // them: the request of a unary call, each message that is sent on a stream.
-// Requests of other types pass by. An error of f ends the call (for a stream:
-// the SendMsg; the stream itself goes on) and is returned as it is. f is called
-// once for each attempt if the layer stands inside a retry, and must not modify
-// its message, which is the caller's.
+// Requests of other types pass by. An error of f ends the call and is returned as
+// it is, by a stream from then on: the stream is cancelled. f is called once for
+// each attempt if the layer stands inside a retry, and must not modify its
+// message, which is the caller's. It costs a context for each stream.
 func MapRequest[M any](f func(ctx context.Context, method string, m M) (M, error)) Layer {
 	if f == nil {
 		return nil // NewStack says which layer it is.
@@ -33,7 +34,8 @@ func MapRequest[M any](f func(ctx context.Context, method string, m M) (M, error
 
 // MapResponse returns a layer that lets f see, and change in place, responses of
 // type M: the reply of a unary call, each message that is received from a stream.
-// An error of f is returned instead of the response; a stream is not ended by it.
+// An error of f is returned instead of the response, by a stream from then on: the
+// stream is cancelled. It costs a context for each stream.
 func MapResponse[M any](f func(ctx context.Context, method string, m M) error) Layer {
 	if f == nil {
 		return nil
@@ -76,7 +78,10 @@ func (l *mapper) String() string { return l.name }
 
 func (l *mapper) WrapCall(next Next, _ Gate) Next {
 	return func(ctx context.Context, c *Call) error {
-		if c.kind == Unary && l.request != nil {
+		if c.kind != Unary {
+			return l.open(ctx, c, next)
+		}
+		if l.request != nil {
 			m, err := l.request(ctx, c.method, c.req)
 			if err != nil {
 				return err
@@ -84,21 +89,30 @@ func (l *mapper) WrapCall(next Next, _ Gate) Next {
 			c.req = m
 		}
 		if err := next(ctx, c); err != nil {
-			mapped := l.mapErr(ctx, c.method, err)
-			if mapped == nil && c.kind != Unary {
-				return err
-			}
-			return mapped
-		}
-		if c.kind != Unary {
-			c.stream = &mapStream{ClientStream: c.stream, layer: l, ctx: ctx, method: c.method}
-			return nil
+			return l.mapErr(ctx, c.method, err)
 		}
 		if l.response != nil {
 			return l.response(ctx, c.method, c.reply)
 		}
 		return nil
 	}
+}
+
+// open opens a stream whose messages are mapped.
+func (l *mapper) open(ctx context.Context, c *Call, next Next) error {
+	s := &mapStream{layer: l, ctx: ctx, cancel: func() {}, method: c.method, single: !c.desc.ServerStreams}
+	if l.err == nil { // The function may end the stream.
+		s.ctx, s.cancel = context.WithCancel(ctx)
+	}
+	if err := next(s.ctx, c); err != nil {
+		s.cancel()
+		if mapped := l.mapErr(ctx, c.method, err); mapped != nil {
+			return mapped
+		}
+		return err
+	}
+	s.ClientStream, c.stream = c.stream, s
+	return nil
 }
 
 func (l *mapper) mapErr(ctx context.Context, method string, err error) error {
@@ -112,14 +126,29 @@ type mapStream struct {
 	grpc.ClientStream
 	layer  *mapper
 	ctx    context.Context
+	cancel context.CancelFunc
 	method string
+	single bool                  // The server sends one message.
+	ended  atomic.Pointer[error] // What f ended it with.
+}
+
+// end ends the stream with an error of f. gRPC's callers take any error but io.EOF
+// of SendMsg, and any of RecvMsg, for the end, and so do the layers outside.
+func (s *mapStream) end(err error) error {
+	s.ended.CompareAndSwap(nil, &err)
+	// Without a cause: for the layers inside it is a call that its caller gave up.
+	s.cancel()
+	return err
 }
 
 func (s *mapStream) SendMsg(m any) error {
 	if s.layer.request != nil {
+		if e := s.ended.Load(); e != nil {
+			return *e
+		}
 		var err error
 		if m, err = s.layer.request(s.ctx, s.method, m); err != nil {
-			return err
+			return s.end(err)
 		}
 	}
 	if err := s.ClientStream.SendMsg(m); err != nil {
@@ -130,13 +159,22 @@ func (s *mapStream) SendMsg(m any) error {
 
 func (s *mapStream) RecvMsg(m any) error {
 	if err := s.ClientStream.RecvMsg(m); err != nil {
+		s.cancel()
+		if e := s.ended.Load(); e != nil {
+			return *e
+		}
 		if err = s.layer.mapErr(s.ctx, s.method, err); err == nil {
 			return io.EOF
 		}
 		return err
 	}
 	if s.layer.response != nil {
-		return s.layer.response(s.ctx, s.method, m)
+		if err := s.layer.response(s.ctx, s.method, m); err != nil {
+			return s.end(err)
+		}
+	}
+	if s.single {
+		s.cancel() // The stream has ended.
 	}
 	return nil
 }
