@@ -5,8 +5,8 @@ package interceptor
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"time"
 
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/ratelimit"
 )
@@ -78,6 +78,30 @@ func (w Wait) context(ctx context.Context) (context.Context, context.CancelFunc)
 	return ctx, func() {}
 }
 
+// slow is from when on the time that a limiter of others takes is waiting, for it
+// does not say whether it has waited.
+const slow = time.Millisecond
+
+// bounded calls acquire with ctx, which ends with w if w allows waiting until a
+// moment, and says why it failed if it did.
+func bounded(ctx context.Context, c *Call, w Wait, full *Refusal, acquire func(ctx context.Context, wait bool) error) error {
+	waitCtx, wait := ctx, w.Remaining() > 0
+	if wait {
+		var cancel context.CancelFunc
+		waitCtx, cancel = w.context(ctx)
+		defer cancel()
+	}
+	since := Now()
+	err := acquire(waitCtx, wait)
+	if Now().Sub(since) >= slow {
+		c.Waited(full.Layer, since) // The gates inside have to read the clock anew.
+	}
+	if err != nil {
+		return waitFailed(ctx, waitCtx, full, err)
+	}
+	return nil
+}
+
 // waitFailed says why waiting for a limiter of others was in vain: the caller's
 // context has ended, or the Wait has, or the limiter refused.
 func waitFailed(ctx, waitCtx context.Context, full *Refusal, err error) error {
@@ -128,16 +152,11 @@ func (l *permitLayer) String() string { return l.name }
 
 func (l *permitLayer) WrapGate(inner Gate) Gate {
 	return GateFunc(func(ctx context.Context, c *Call, w Wait) error {
-		waitCtx, cancel := ctx, func() {}
-		wait := w.Remaining() > 0
-		if wait {
-			waitCtx, cancel = w.context(ctx)
-		}
-		p, err := l.acquire(waitCtx, wait)
-		if err != nil {
-			err = waitFailed(ctx, waitCtx, l.full, err)
-		}
-		cancel()
+		var p Permit
+		err := bounded(ctx, c, w, l.full, func(ctx context.Context, wait bool) (err error) {
+			p, err = l.acquire(ctx, wait)
+			return err
+		})
 		if err != nil {
 			return err
 		}
@@ -206,9 +225,11 @@ type doneFunc struct{ f func(Outcome, error) }
 func (d *doneFunc) Release(_ int64, o Outcome, err error) { d.f(o, err) }
 
 // FromLimiter returns a layer of a rate limiter of go-grpc-middleware. The
-// limiter decides for itself whether it waits. It refuses with reason RATE_LIMIT
-// and wraps the limiter's error, so that errors.Is and errors.As see it. A
-// limiter of this shape cannot give a token back.
+// limiter decides for itself whether it waits, but its context ends with the
+// [Wait] where that is a moment, such as the deadline of a layer outside; of
+// [None] it does not learn. The layer refuses with reason RATE_LIMIT and wraps the
+// limiter's error, so that errors.Is and errors.As see it. A limiter of this
+// shape cannot give a token back.
 func FromLimiter(name string, l ratelimit.Limiter) (Layer, error) {
 	if isNil(l) {
 		return nil, fmt.Errorf("interceptor: FromLimiter %q: the limiter is nil", name)
@@ -227,11 +248,9 @@ func (l *limiterLayer) String() string { return l.name }
 
 func (l *limiterLayer) WrapGate(inner Gate) Gate {
 	return GateFunc(func(ctx context.Context, c *Call, w Wait) error {
-		if err := l.limiter.Limit(ctx); err != nil {
-			if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
-				return Ended(ctx, l.name)
-			}
-			return refusedBy(l.refused, err)
+		err := bounded(ctx, c, w, l.refused, func(ctx context.Context, _ bool) error { return l.limiter.Limit(ctx) })
+		if err != nil {
+			return err
 		}
 		return inner.Admit(ctx, c, w)
 	})

@@ -1096,6 +1096,56 @@ func TestLimitersOfOthersBecomeLayers(t *testing.T) {
 	}
 }
 
+// slowLimiters are layers of limiters of others that each wait for d, as long as
+// their context lives.
+func slowLimiters(t *testing.T, d time.Duration) []interceptor.Layer {
+	t.Helper()
+	wait := func(ctx context.Context) error {
+		select {
+		case <-time.After(d):
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	permits, err1 := interceptor.FromPermit("permits", interceptor.ReasonConcurrency, func(ctx context.Context, _ bool) (interceptor.Permit, error) {
+		return &permitToy{}, wait(ctx)
+	})
+	limiter, err2 := interceptor.FromLimiter("limiter", limiterFunc(wait))
+	if err := errors.Join(err1, err2); err != nil {
+		t.Fatal(err)
+	}
+	return []interceptor.Layer{permits, limiter}
+}
+
+func TestTheTimeThatALimiterOfOthersTakesIsWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, l := range slowLimiters(t, time.Second) {
+			obs := &recorder{}
+			// The fail-fast reads the clock before the wait, the timeout after it.
+			s := calltest.Stack(t, interceptor.Observe(obs), &failFastToy{d: time.Hour}, l, &timeoutToy{d: 1500 * time.Millisecond})
+			if err := s.Wrap(calltest.Takes(time.Second)).Invoke(context.Background(), "/m", nil, nil); err != nil {
+				t.Errorf("a call of 1s inside %v and a timeout of 1.5s: %v", l, err)
+			}
+			if got, want := obs.log.take(), fmt.Sprintf("waited /m %v 1s", l); !slices.Contains(got, want) {
+				t.Errorf("observed %q, want %q among it", got, want)
+			}
+		}
+	})
+}
+
+func TestADeadlineCoversTheWaitInALimiterOfOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, l := range slowLimiters(t, time.Hour) {
+			start := time.Now()
+			err := calltest.Stack(t, &timeoutToy{d: time.Second}, l).Wrap(answers()).Invoke(context.Background(), calltest.Method, nil, nil)
+			if calltest.Reason(err) != interceptor.ReasonDeadline || time.Since(start) != time.Second {
+				t.Errorf("%v: %v after %v, want the timeout's refusal after 1s", l, err, time.Since(start))
+			}
+		}
+	})
+}
+
 func errOf(_ interceptor.Layer, err error) error { return err }
 
 type recorder struct {
