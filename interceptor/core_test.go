@@ -805,6 +805,8 @@ func TestNewStackRejectsWhatCannotWork(t *testing.T) {
 		{"nil", []interceptor.Layer{limit, nil}, "layer 1 is nil"},
 		{"nil pointer", []interceptor.Layer{(*limitToy)(nil)}, "layer 0 is nil"},
 		{"duplicate", []interceptor.Layer{limit, &shedToy{}, limit}, "layer 2 (limit) is the same value as layer 0"},
+		{"duplicate behind an only", []interceptor.Layer{limit, interceptor.Only(everything, limit)}, "layer 1 (only(limit)) is the same value as layer 0"},
+		{"duplicate before an only", []interceptor.Layer{interceptor.Only(everything, interceptor.Only(everything, limit)), limit}, "layer 1 (limit) is the same value as layer 0"},
 		{"buffer with nothing behind it", []interceptor.Layer{limit, newBuffer(1)}, "layer 1 (buffer): there is nothing behind it"},
 		{"only of such a buffer", []interceptor.Layer{limit, interceptor.Only(everything, newBuffer(1))}, "layer 1 (only(buffer)): there is nothing behind it"},
 		{"only of an observer", []interceptor.Layer{interceptor.Only(everything, interceptor.Observe(interceptor.NopObserver{}))}, "sees the whole stack"},

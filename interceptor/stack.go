@@ -62,10 +62,10 @@ func (p *program) of(method string) *program {
 }
 
 // NewStack compiles layers, the first outermost. It fails if a layer is nil, if
-// the same layer value occurs twice (its limit would be taken twice by each
-// call, and a call waiting for itself waits for ever), and if a layer says that
-// it cannot stand where it stands ([Validator]). No layers at all make a stack
-// that does nothing but count and drain.
+// the same layer value occurs twice, or by itself and behind an [Only] (its limit
+// would be taken twice by each call, and a call waiting for itself waits for ever),
+// and if a layer says that it cannot stand where it stands ([Validator]). No layers
+// at all make a stack that does nothing but count and drain.
 func NewStack(layers ...Layer) (*Stack, error) {
 	s := &Stack{idle: make(chan struct{})}
 	if err := s.Replace(layers...); err != nil {
@@ -137,7 +137,7 @@ func (s *Stack) compile(layers []Layer) (*program, error) {
 	}
 	for i, l := range p.layers {
 		for j, m := range p.layers[:i] {
-			if same(l, m) {
+			if same(l, m) || same(l, bare(m)) || same(bare(l), m) {
 				return nil, fmt.Errorf("interceptor: layer %d (%s) is the same value as layer %d: each call would take from it twice", i, nameOf(l), j)
 			}
 		}
@@ -193,6 +193,22 @@ func isNil(v any) bool {
 func same(l, m Layer) bool {
 	t := reflect.TypeOf(l)
 	return t == reflect.TypeOf(m) && reflect.ValueOf(l).Comparable() && reflect.ValueOf(m).Comparable() && l == m
+}
+
+// bare returns the layer that l applies to the calls that match, if it is an [Only].
+// The same one may stand behind several, of which a call matches one, but not also
+// by itself.
+func bare(l Layer) Layer {
+	for {
+		switch o := l.(type) {
+		case *onlyGate:
+			l = o.layer
+		case *onlyCall:
+			l = o.layer
+		default:
+			return l
+		}
+	}
 }
 
 func admitAll(context.Context, *Call, Wait) error { return nil }
