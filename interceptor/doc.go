@@ -68,8 +68,9 @@
 //
 // A call that a layer refused returns a [*Refusal], which errors.As finds and
 // whose gRPC status carries ErrorInfo and, where known, RetryInfo. Rate and
-// quota refuse with RESOURCE_EXHAUSTED, deadlines end with DEADLINE_EXCEEDED, the
-// others refuse with UNAVAILABLE; see [Reason].
+// quota refuse with RESOURCE_EXHAUSTED, deadlines end with DEADLINE_EXCEEDED, a
+// filter says PERMISSION_DENIED unless told otherwise, and limits, queues, sheds,
+// breakers and a drain refuse with UNAVAILABLE; see [Reason].
 //
 // # A layer of your own
 //

@@ -10,8 +10,9 @@ import (
 )
 
 // A Gate admits calls: the counterpart of Tower's poll_ready. Admit may wait as
-// long as w allows, or refuse with an error, which is a [*Refusal] unless ctx
-// ended. What it takes for the call it leaves on the call with [Call.Hold].
+// long as w allows, or refuse with an error, which is what the caller gets and so
+// ought to be a [*Refusal]; if ctx ended, what [Ended] returns. What it takes for
+// the call it leaves on the call with [Call.Hold].
 //
 // Every gate calls the gate inside it exactly once before it admits, with the w
 // it was given or one that it has narrowed ([Wait.Narrow]) or widened

@@ -243,7 +243,8 @@ var errNoStream = errors.New("interceptor: a stream was opened without an error,
 
 // DialOptions returns the options for grpc.NewClient. Interceptors that are
 // chained by options before these are outside the stack, those by later options
-// inside.
+// inside. Those pass on the options of a stream, as one of them tells the stack of
+// the end of a stream that is abandoned.
 func (s *Stack) DialOptions() []grpc.DialOption {
 	return []grpc.DialOption{
 		grpc.WithChainUnaryInterceptor(s.UnaryClientInterceptor()),

@@ -132,7 +132,8 @@ func (w Wait) String() string {
 }
 
 // ErrWaitOver is returned by [Wait.On] and [Wait.Sleep] when the Wait came to
-// its end first. A gate turns it into its own [Refusal].
+// its end first. A gate turns it into its own [Refusal], and ctx's error into what [Ended]
+// returns.
 var ErrWaitOver = errors.New("interceptor: nothing became ready in the time allowed")
 
 // On waits for ready to deliver or be closed: nil. It returns [ErrWaitOver] if w
