@@ -114,9 +114,11 @@ func (p *PeakEWMA) NewMeter() Meter {
 
 // The estimate and its time are two words that must be seen together. Each write
 // puts the same tag into both. A reader that sees two tags stands between the two
-// stores of a writer: the estimate is right and was written just now, so it takes
-// the elapsed time as zero. The tag costs the estimate its last 8 of 52 bits,
-// and the time its first: it wraps after 2.3 years.
+// stores of a writer: the estimate was written just now, so it takes the elapsed
+// time as zero. Or it comes after two writers whose second stores changed places,
+// and then the tags stay apart; therefore Load, which otherwise would never again
+// let the estimate decay, writes it anew. The tag costs the estimate its last 8 of
+// 52 bits, and the time its first: it wraps after 2.3 years.
 const (
 	tagBits = 8
 	tagMask = 1<<tagBits - 1
@@ -157,6 +159,12 @@ func (m *peakMeter) current(now Instant) (word uint64, value, age float64) {
 	return word, value, float64(max(int64(uint64(now)<<tagBits-stamp&^tagMask)>>tagBits, 0))
 }
 
+// stamped reports whether it is known when the estimate was written.
+func (m *peakMeter) stamped(word uint64) bool {
+	stamp := m.stamp.Load()
+	return stamp != 0 && word&tagMask == stamp&tagMask
+}
+
 // write replaces the estimate unless another goroutine did so since it was read.
 func (m *peakMeter) write(word uint64, value float64, now Instant) bool {
 	tag := (word + 1) & tagMask
@@ -173,7 +181,7 @@ func (m *peakMeter) Load(now Instant) float64 {
 	switch {
 	case age > 0:
 		value *= expSmall(age * rate)
-	case word&tagMask == 0 && m.stamp.Load() == 0:
+	case !m.stamped(word):
 		m.write(word, value, now) // the first reading starts the clock
 	}
 	if float64(int64(now)-m.read.Load())*rate >= 1.0/(1<<stillBits) {

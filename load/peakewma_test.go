@@ -209,3 +209,18 @@ func TestPeakEWMAKeepsItsEstimateWhenReconfigured(t *testing.T) {
 		t.Errorf("load of a newcomer is %v, want the new default of 1e6", got)
 	}
 }
+
+// Two attempts end at once: the first writes its estimate, and its time only after
+// the second has written both.
+func TestPeakEWMADecaysAfterTwoWritersOvertookEachOther(t *testing.T) {
+	m := newPeak(t, time.Millisecond, time.Second)
+	m.Load(0)
+	run(m, 0, 100*time.Millisecond, Completed)
+	late := m.stamp.Load()
+	run(m, 0, 200*time.Millisecond, Completed)
+	m.stamp.Store(late)
+	if got := m.Load(200 * ms); got != 200e6 {
+		t.Errorf("load is %v, want exactly 200e6", got)
+	}
+	near(t, "load 1s later", m.Load(1200*ms), 200e6*math.Exp(-1), 1e-9)
+}
