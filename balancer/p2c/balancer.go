@@ -234,15 +234,17 @@ func rotate(es []resolver.Endpoint, r uint64) []resolver.Endpoint {
 	return slices.Concat(es[k:], es[:k])
 }
 
-// ResolverError implements balancer.Balancer. Children that have addresses
-// ignore it; without any endpoint the channel fails with it.
+// ResolverError implements balancer.Balancer. Children that have addresses and
+// have not failed ignore it; without any endpoint the channel fails with it.
 func (b *policy) ResolverError(err error) {
 	if b.endpoints.Len() == 0 {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		b.cc.UpdateState(balancer.State{
 			ConnectivityState: connectivity.TransientFailure,
-			Picker:            base.NewErrPicker(fmt.Errorf("name resolver error: %w", err)),
+			// Not wrapped: grpc ends all calls with the status that it finds in the
+			// error of a picker, those too that wait for READY.
+			Picker: base.NewErrPicker(fmt.Errorf("name resolver error: %v", err)),
 		})
 		b.published = connectivity.TransientFailure
 		return

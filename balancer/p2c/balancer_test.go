@@ -17,10 +17,12 @@ import (
 	"time"
 
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/experimental/balancer/weight"
 	estats "google.golang.org/grpc/experimental/stats"
 	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/lbtest"
 )
@@ -240,6 +242,37 @@ func TestResolverErrorAfterAnEmptyUpdateIsWhatCallsFailWith(t *testing.T) {
 			t.Errorf("error of a pick is %v, want it to contain the resolver's", err)
 		}
 	})
+}
+
+// A source may itself be a gRPC client. Taken for the status of the call, its
+// error would end calls that wait for an endpoint, and with its code.
+func TestAResolverErrorIsNoStatusOfACall(t *testing.T) {
+	denied := fmt.Errorf("watching: %w", status.Error(codes.PermissionDenied, "token has expired"))
+	for _, before := range []string{"nothing", "an empty update", "an endpoint that failed"} {
+		bubble(t, func(t *testing.T, w *world) {
+			switch before {
+			case "an empty update":
+				if err := w.update(`{}`); err == nil {
+					t.Fatal("got no error for an empty update")
+				}
+			case "an endpoint that failed":
+				if err := w.update(`{}`, some("a")...); err != nil {
+					t.Fatal(err)
+				}
+				w.settle()
+				w.fail("a")
+			}
+			w.b.ResolverError(denied)
+			w.settle()
+			_, _, err := w.pick()
+			if err == nil || !strings.Contains(err.Error(), "token has expired") {
+				t.Errorf("after %s: error of a pick is %v, want it to contain the resolver's", before, err)
+			}
+			if s, ok := status.FromError(err); ok {
+				t.Errorf("after %s: error of a pick has the status %v, want none", before, s)
+			}
+		})
+	}
 }
 
 func TestExitIdleIsForwardedAndHarmless(t *testing.T) {
