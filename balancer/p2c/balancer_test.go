@@ -277,12 +277,38 @@ func TestAResolverErrorIsNoStatusOfACall(t *testing.T) {
 
 func TestExitIdleIsForwardedAndHarmless(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
+		exits := 0
+		w.p.children = countingExits{w.p.children, &exits}
 		w.b.ExitIdle() // before any update
 		w.start(`{}`, some("a", "b")...)
+		before := exits
 		w.b.ExitIdle()
 		w.settle()
+		if got := exits - before; got != 2 {
+			t.Errorf("%d children were told to leave IDLE, want both", got)
+		}
 		w.wantState("after ExitIdle", connectivity.Ready)
 	})
+}
+
+// countingExits counts how often its children are told to leave IDLE.
+type countingExits struct {
+	balancer.Builder
+	exits *int
+}
+
+func (c countingExits) Build(cc balancer.ClientConn, opts balancer.BuildOptions) balancer.Balancer {
+	return countingChild{c.Builder.Build(cc, opts), c.exits}
+}
+
+type countingChild struct {
+	balancer.Balancer
+	exits *int
+}
+
+func (c countingChild) ExitIdle() {
+	*c.exits++
+	c.Balancer.ExitIdle()
 }
 
 func TestCloseShutsConnectionsDownAndPublishesNoMore(t *testing.T) {
@@ -604,6 +630,30 @@ func TestAPickOfAnEndpointThatHasJustFailedWaits(t *testing.T) {
 		}
 		if addr, _ := w.mustPick(); addr != busy {
 			t.Errorf("the next pick got %s, want %s", addr, busy)
+		}
+	})
+}
+
+// The same for an endpoint whose child reports READY anew, with another
+// connection perhaps: the call must not go to the last one.
+func TestAPickOfAnEndpointThatReportsAnewWaits(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		o, recorder := newObserver(t)
+		w.start(`{`+recorder+`,"load":{"pendingRequests":{}}}`, some("a", "b")...)
+		busy, _ := w.mustPick()
+		idle := map[string]string{"a": "b", "b": "a"}[busy]
+		var once sync.Once
+		o.onLoad = func() { once.Do(func() { ep := w.endpoint(idle); ep.UpdateState(*ep.reported.Load()) }) }
+		before := w.updates()
+		addr, _, err := w.pick()
+		if err != balancer.ErrNoSubConnAvailable {
+			t.Errorf("picking an endpoint that reports anew meanwhile: got %q, %v, want ErrNoSubConnAvailable", addr, err)
+		}
+		if got := w.updates() - before; got != 1 {
+			t.Errorf("the channel was told %d times, want once: a call waits for it", got)
+		}
+		if addr, _ := w.mustPick(); addr != idle {
+			t.Errorf("the next pick got %s, want %s", addr, idle)
 		}
 	})
 }

@@ -277,6 +277,41 @@ func TestMemoryIsCarriedOverToANewConfig(t *testing.T) {
 	})
 }
 
+func TestMemoryFollowsAnEndpointThatChanges(t *testing.T) {
+	const config = `{"choiceCount":2,"memory":1,"load":{"pendingRequests":{}}}`
+	for name, change := range map[string]func(w *world, i int){
+		"weight": func(w *world, i int) {
+			w.list[i] = weighted(w.list[i].Addresses[0].Addr, 2)
+			w.start(config, w.list...)
+		},
+		"report": func(w *world, i int) {
+			ep := w.endpoint(w.list[i].Addresses[0].Addr)
+			ep.UpdateState(*ep.reported.Load())
+		},
+	} {
+		bubble(t, func(t *testing.T, w *world) {
+			w.start(config, endpoints(100)...)
+			idle := w.list[42].Addresses[0].Addr
+			for i, e := range w.list {
+				if i != 42 {
+					w.endpoint(e.Addresses[0].Addr).meter.Start(0)
+				}
+			}
+			for { // until it is found; 10,000 picks miss it with a probability of 1e-88
+				a, done := w.mustPick()
+				done(success)
+				if a == idle {
+					break
+				}
+			}
+			change(w, 42)
+			if a, _ := w.mustPick(); a != idle {
+				t.Errorf("after a new %s the next pick got %s, want the remembered %s", name, a, idle)
+			}
+		})
+	}
+}
+
 func TestMemoryForgetsWhatLeftReady(t *testing.T) {
 	for _, leave := range []struct {
 		name string
@@ -618,10 +653,10 @@ func TestPicksRaceWithEverything(t *testing.T) {
 			for range 1500 {
 				switch r.IntN(4) {
 				case 0:
-					es := some("always")
+					es := []resolver.Endpoint{weighted("always", uint32(r.IntN(3)))}
 					for _, a := range []string{"b", "c", "d", "e"} {
 						if r.IntN(2) == 0 {
-							es = append(es, one(a))
+							es = append(es, weighted(a, uint32(r.IntN(3))))
 						}
 					}
 					if err := w.update(config(), es...); err != nil {
