@@ -377,6 +377,24 @@ func TestAgeLimitBoundsWhatSilenceCosts(t *testing.T) {
 	}
 }
 
+// Beyond its window of 200 samples the mean that bounds ages is made of every
+// eighth. After 1600 samples of another latency, 200 of them taken for eight each,
+// the older one weighs less than a thousandth.
+func TestAgeLimitFollowsTheLatencies(t *testing.T) {
+	_, m := known(t, 2, func(c *ExpectedLatencyConfig) { c.AgeLimit = 20 })
+	now := 10 * ms
+	for _, latency := range []time.Duration{100 * time.Millisecond, time.Millisecond} {
+		for range 1600 {
+			run(m[0], now, latency, Completed)
+			now += Instant(latency)
+		}
+		ticket := m[1].Start(now)
+		now += Instant(time.Hour)
+		near(t, "cost of an hour of silence", m[1].Load(now), 2*21*float64(latency), 0.05)
+		m[1].Finish(now, Sample{Ticket: ticket, Outcome: NotSent})
+	}
+}
+
 // The loser of a hedge at a server that stalls leaves what it saw of the stall.
 func TestAnAttemptCancelledLateCountsAsALatencyOfItsAge(t *testing.T) {
 	_, m := known(t, 2, func(*ExpectedLatencyConfig) {})

@@ -25,6 +25,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/lbtest"
+	"github.com/belfry-go/belfry/load"
 )
 
 func TestOneEndpointGetsEveryCall(t *testing.T) {
@@ -555,6 +556,80 @@ func TestDoneAfterItsEndpointWasRemoved(t *testing.T) {
 		if w.endpoint("a") == ep {
 			t.Error("an endpoint that was removed and came back is the old one")
 		}
+	})
+}
+
+// A metric that counts its endpoints, as expectedLatency does, must not go on
+// counting those that are gone.
+func TestEveryMeterIsClosedWhenItsEndpointOrItsMetricIsGone(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		var m openMeters
+		want := func(when string, open int) {
+			t.Helper()
+			if m.open != open {
+				t.Errorf("%s: %d meters are open, want %d", when, m.open, open)
+			}
+		}
+		start := func(config metricConfig, es ...resolver.Endpoint) {
+			t.Helper()
+			c := must(parseConfig([]byte(`{}`)))
+			c.metric = config
+			err := w.b.UpdateClientConnState(balancer.ClientConnState{ResolverState: resolver.State{Endpoints: es}, BalancerConfig: c})
+			if err != nil {
+				t.Fatal(err)
+			}
+			w.settle()
+		}
+		start(&m, some("a", "b", "c")...)
+		want("three endpoints", 3)
+		w.ready("a")
+		w.lose("a")
+		want("one has lost its connection", 3)
+		start(&m, some("a", "d")...)
+		want("two are gone and one has come", 2)
+		start(pendingRequests{}, some("a", "d")...)
+		want("another metric", 0)
+		start(&m, some("a", "d")...)
+		want("the metric again", 2)
+		w.b.Close()
+		want("the channel is closed", 0)
+		w.b = builder{}.Build(w.cc, balancer.BuildOptions{}) // for the bubble to close
+	})
+}
+
+// openMeters is a metric that counts its meters.
+type openMeters struct{ open int }
+
+func (m *openMeters) build() (load.Metric, error) { return m, nil }
+func (m *openMeters) adopt(old load.Metric) bool  { return old == m }
+
+func (m *openMeters) NewMeter() load.Meter {
+	m.open++
+	return countedMeter{load.NewPendingRequests().NewMeter(), m}
+}
+
+type countedMeter struct {
+	load.Meter
+	metric *openMeters
+}
+
+func (m countedMeter) Close() { m.metric.open-- }
+
+// Channels that start at once must not all connect to the same endpoint first.
+// Fails falsely in one of 1e9 runs.
+func TestEndpointsConnectInAnOrderThatBeginsAnywhere(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		first := make(map[string]int)
+		es := endpoints(5)
+		for range 500 {
+			w.start(`{}`, es...)
+			for _, e := range es {
+				if a := e.Addresses[0].Addr; (*w.p.all.Load())[0] == w.endpoint(a) {
+					first[a]++
+				}
+			}
+		}
+		checkUniform(t, "which endpoint is first", first, len(es))
 	})
 }
 

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/balancer/base"
 	"google.golang.org/grpc/connectivity"
@@ -852,5 +853,49 @@ func TestOutcomesOfDoneInfo(t *testing.T) {
 				t.Errorf("%s: outcomes are %v, want [%v]", test.name, got, test.want)
 			}
 		})
+	}
+}
+
+// grpc says of an attempt that it ended without an error, and makes another one:
+// it has retried it.
+func TestAnAttemptThatIsFollowedByAnotherHasFailed(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		o, recorder := newObserver(t)
+		w.start("{"+recorder+"}", some("a", "b")...)
+		track := newTracker(t.Context())
+		ctx := attempt.NewContext(t.Context(), &track.info)
+		var addrs [2]string
+		for i := range addrs {
+			addr, done, err := w.pickWith(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			done(success)
+			addrs[i] = addr
+		}
+		if addrs[0] == addrs[1] {
+			t.Errorf("both attempts went to %s", addrs[0])
+		}
+		if got := o.ended(); len(got) != 1 || got[0] != load.Failed {
+			t.Errorf("outcomes before the call has ended are %v, want [failed]", got)
+		}
+		track.end(nil)
+		if got := o.ended(); len(got) != 2 || got[1] != load.Completed {
+			t.Errorf("outcomes are %v, want [failed completed]", got)
+		}
+	})
+}
+
+// DialOptions below a layer that repeats calls.
+func TestWhatAnOuterLayerTriedIsPassedOverToo(t *testing.T) {
+	ctx, outer := attempt.WithTried(t.Context())
+	err := trackUnary(ctx, "/s/m", nil, nil, nil, func(ctx context.Context, _ string, _, _ any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
+		if got := attempt.FromContext(ctx).Tried; got != outer {
+			t.Errorf("the endpoints tried are %p, want the outer layer's %p", got, outer)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }
