@@ -298,8 +298,9 @@ type ExpectedLatency struct {
 	//
 	// Above 0. Default 60s.
 	ForgetAfter *durationpb.Duration `protobuf:"bytes,5,opt,name=forget_after,json=forgetAfter,proto3" json:"forget_after,omitempty"`
-	// fail: a failed attempt counts as a latency of at least this many times the
-	// mean latency over all endpoints, so that failing fast does not look fast.
+	// fail: a failed attempt counts as a latency of at least this many times what
+	// an average endpoint costs, its calls in flight included, so that failing
+	// fast does not look fast.
 	//
 	// From 1 to 1e6. Default 10.
 	FailurePenalty *float64 `protobuf:"fixed64,6,opt,name=failure_penalty,json=failurePenalty,proto3,oneof" json:"failure_penalty,omitempty"`
@@ -407,9 +408,10 @@ type PeakEwma struct {
 	//
 	// Above 0. Default 1s.
 	DefaultRtt *durationpb.Duration `protobuf:"bytes,2,opt,name=default_rtt,json=defaultRtt,proto3" json:"default_rtt,omitempty"`
-	// A failed attempt counts as a latency of at least this many times the mean
-	// latency over all endpoints, so that failing fast does not look fast. Tower
-	// knows no such thing, and gives an endpoint that fails at once most calls.
+	// A failed attempt counts as a latency of at least this many times what an
+	// average endpoint costs, its calls in flight included, so that failing fast
+	// does not look fast. Tower knows no such thing, and gives an endpoint that
+	// fails at once most calls.
 	//
 	// From 1 to 1e6. Default 10.
 	FailurePenalty *float64 `protobuf:"fixed64,3,opt,name=failure_penalty,json=failurePenalty,proto3,oneof" json:"failure_penalty,omitempty"`
