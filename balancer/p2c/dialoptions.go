@@ -57,19 +57,22 @@ func newTracker(ctx context.Context) *tracker {
 	return t
 }
 
-// begin returns the pick for a new attempt. If the last one still waits for its
-// true end, grpc has retried it, so it failed.
-func (t *tracker) begin() *pick {
-	if last := t.current.Load(); last != nil && last.state.Load()&pickAwaiting != 0 {
-		last.finish(last.doneAt, load.Failed)
-	}
+// pick returns the pick for a new attempt.
+func (t *tracker) pick() *pick {
 	k := &t.first
 	if !t.used.CompareAndSwap(false, true) {
 		k = &pick{track: t}
 		k.done = k.onDone
 	}
-	t.current.Store(k)
 	return k
+}
+
+// begin makes a pick the last attempt's. If the one before still waits for its
+// true end, grpc has retried it, so it failed.
+func (t *tracker) begin(k *pick) {
+	if last := t.current.Swap(k); last != nil && last.state.Load()&pickAwaiting != 0 {
+		last.finish(last.doneAt, load.Failed)
+	}
 }
 
 // await is called when grpc says of an attempt that it ended without an error.
@@ -77,8 +80,16 @@ func (t *tracker) begin() *pick {
 // of the request ends with io.EOF inside grpc, which reports it as none. The true
 // status is what the call returns, a moment later for a unary call, and when the
 // application reads it for a stream.
+//
+// Of attempts that run side by side, because an interceptor hedges below this one
+// or a call is made in the context of another, the call's end is that of the last,
+// and the others are taken at their word.
 func (t *tracker) await(k *pick) {
 	k.state.Or(pickAwaiting)
+	if t.current.Load() != k {
+		k.finish(k.doneAt, load.Completed)
+		return
+	}
 	if t.ended.Load() {
 		k.finish(k.doneAt, classify(t.ctx, t.err, k.picker.config.failures))
 	}

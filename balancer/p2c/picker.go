@@ -100,12 +100,15 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 
 	var k *pick
 	if track != nil {
-		k = track.begin()
+		k = track.pick()
 	} else {
 		k = b.picks.Get().(*pick)
 	}
 	k.picker, k.candidate, k.ctx, k.tried, k.inner = p, c, info.Ctx, tried, result.Done
 	k.ticket = c.meter.Start(now)
+	if track != nil {
+		track.begin(k)
+	}
 	b.metrics.picked()
 	if tried != nil {
 		if tried.Has(c.id) {

@@ -886,6 +886,32 @@ func TestAnAttemptThatIsFollowedByAnotherHasFailed(t *testing.T) {
 	})
 }
 
+// DialOptions above an interceptor that hedges, or in the context of a call that
+// per-RPC credentials make: more than one attempt of what looks like one call.
+func TestAttemptsSideBySideLeaveNothingInFlight(t *testing.T) {
+	for _, ends := range [][]int{{0, 1}, {1, 0}} {
+		bubble(t, func(t *testing.T, w *world) {
+			w.start(pendingConfig, some("a", "b")...)
+			track := newTracker(t.Context())
+			ctx := attempt.NewContext(t.Context(), &track.info)
+			var dones [2]func(balancer.DoneInfo)
+			for i := range dones {
+				var err error
+				if _, dones[i], err = w.pickWith(ctx); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, i := range ends {
+				dones[i](success)
+			}
+			track.end(nil)
+			if got := w.p.totalLoad(); got != 0 {
+				t.Errorf("%v attempts in flight after attempts ended in the order %v, and the call, want 0", got, ends)
+			}
+		})
+	}
+}
+
 // DialOptions below a layer that repeats calls.
 func TestWhatAnOuterLayerTriedIsPassedOverToo(t *testing.T) {
 	ctx, outer := attempt.WithTried(t.Context())

@@ -830,6 +830,32 @@ func TestWireMeterSurvivesARestartOfItsServer(t *testing.T) {
 	}
 }
 
+// tokens is per-RPC credentials that get their token by a call of their own, in the
+// context of the one that needs it.
+type tokens struct{ from *wire }
+
+func (c tokens) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
+	_, err := c.from.call(ctx, nil)
+	return nil, err
+}
+
+func (tokens) RequireTransportSecurity() bool { return false }
+
+func TestWireCallsOfCredentialsLeaveNothingInFlight(t *testing.T) {
+	t.Parallel()
+	for _, untracked := range []bool{false, true} {
+		from := newWire(t, newServers(t, 1), wireConfig{policy: `"load":{"pendingRequests":{}}`, untracked: untracked})
+		w := newWire(t, newServers(t, 1), wireConfig{policy: `"load":{"pendingRequests":{}}`,
+			opts: []grpc.DialOption{grpc.WithPerRPCCredentials(tokens{from})}})
+		w.counts(3)
+		for what, w := range map[string]*wire{"calls": w, "calls for tokens": from} {
+			if got := policiesOf(w.target)[0].totalLoad(); got != 0 {
+				t.Errorf("untracked=%v: %v %s in flight at rest, want 0", untracked, got, what)
+			}
+		}
+	}
+}
+
 // meterOf returns the meter of a server's endpoint.
 func (w *wire) meterOf(s *testserver.Server) load.Meter {
 	w.t.Helper()
