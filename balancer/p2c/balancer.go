@@ -23,7 +23,6 @@ import (
 	"google.golang.org/grpc/serviceconfig"
 
 	"github.com/belfry-go/belfry/internal/env"
-	"github.com/belfry-go/belfry/internal/slab"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -116,8 +115,6 @@ type policy struct {
 	picker    *picker // the current config's
 	count     [connectivity.Shutdown + 1]int
 	published connectivity.State // what cc was told last; SHUTDOWN before
-
-	candidates slab.Slab[candidate]
 }
 
 // UpdateClientConnState implements balancer.Balancer.

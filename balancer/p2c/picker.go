@@ -34,8 +34,7 @@ type candidate struct {
 // newCandidate makes the candidate of a READY endpoint. The caller holds
 // policy.mu.
 func newCandidate(ep *endpoint) *candidate {
-	c := ep.policy.candidates.New()
-	c.meter, c.child, c.id, c.weight = ep.meter, ep.reported.Load().Picker, ep.id, max(ep.weight, 1)
+	c := &candidate{meter: ep.meter, child: ep.reported.Load().Picker, id: ep.id, weight: max(ep.weight, 1)}
 	c.slot.Store(notReady)
 	return c
 }

@@ -11,7 +11,8 @@ package slab
 
 // chunk is the number of values allocated at once. A chunk is freed when none of
 // its values is in use, so an endpoint that stays may keep the memory of as many
-// that have gone.
+// that have gone, and all that they point to. It is for values that point to
+// nothing that goes with the endpoint.
 const chunk = 64
 
 // A Slab hands out values of one type. The zero value is ready to use. It is not
