@@ -36,7 +36,7 @@ func classify(ctx context.Context, err error, failures codeSet) load.Outcome {
 }
 
 // classifyUnsent returns the outcome of an attempt for which no stream was made.
-func classifyUnsent(ctx context.Context, info balancer.DoneInfo) load.Outcome {
+func classifyUnsent(ctx context.Context, info balancer.DoneInfo, failures codeSet) load.Outcome {
 	switch {
 	case info.Err == nil:
 		// The zero DoneInfo: the SubConn was not READY any more and grpc picks
@@ -47,7 +47,7 @@ func classifyUnsent(ctx context.Context, info balancer.DoneInfo) load.Outcome {
 	case status.Code(info.Err) == codes.DeadlineExceeded:
 		// It waited for a stream until its deadline passed: the connection is at
 		// MAX_CONCURRENT_STREAMS, and that is a wait like any other.
-		return load.Failed
+		return classify(ctx, info.Err, failures)
 	default:
 		return load.NotSent
 	}

@@ -380,7 +380,7 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	now := k.picker.now()
 	switch {
 	case !info.BytesSent:
-		outcome := classifyUnsent(k.ctx, info)
+		outcome := classifyUnsent(k.ctx, info, k.picker.config.failures)
 		if outcome == load.NotSent && k.tried != nil {
 			k.tried.Remove(k.candidate.id)
 		}

@@ -856,6 +856,21 @@ func TestOutcomesOfDoneInfo(t *testing.T) {
 	}
 }
 
+func TestADeadlineWhileWaitingForAStreamIsAFailureIfDeadlinesAre(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		o, recorder := newObserver(t)
+		w.start(`{"failureCodes":["UNAVAILABLE"],`+recorder+"}", some("a")...)
+		_, done, err := w.pickWith(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		done(balancer.DoneInfo{Err: statusError("DEADLINE_EXCEEDED")})
+		if got := o.ended(); len(got) != 1 || got[0] != load.Completed {
+			t.Errorf("outcomes are %v, want [completed]", got)
+		}
+	})
+}
+
 // grpc says of an attempt that it ended without an error, and makes another one:
 // it has retried it.
 func TestAnAttemptThatIsFollowedByAnotherHasFailed(t *testing.T) {
