@@ -83,11 +83,20 @@ func Declared(method string) bool {
 	if !ok {
 		return false
 	}
-	d, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(service).Append(protoreflect.Name(name)))
+	// The service and then the method, for a name of both would have to be allocated.
+	d, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(service))
 	if err != nil {
 		return false
 	}
-	opts, ok := d.Options().(*descriptorpb.MethodOptions)
+	sd, ok := d.(protoreflect.ServiceDescriptor)
+	if !ok {
+		return false
+	}
+	md := sd.Methods().ByName(protoreflect.Name(name))
+	if md == nil {
+		return false
+	}
+	opts, ok := md.Options().(*descriptorpb.MethodOptions)
 	if !ok {
 		return false
 	}
