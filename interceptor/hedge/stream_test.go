@@ -253,6 +253,13 @@ func TestAStreamThatAsksForItsHeaderOrSendsTooMuchIsNotHedged(t *testing.T) {
 				t.Error(err)
 			}
 		},
+		"too many": func(t *testing.T, s grpc.BidiStreamingClient[testingv1.BidiRequest, testingv1.BidiResponse]) {
+			for range 201 {
+				if err := s.Send(&testingv1.BidiRequest{}); err != nil { // Five bytes, its frame.
+					t.Error(err)
+				}
+			}
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

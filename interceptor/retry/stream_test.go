@@ -352,6 +352,30 @@ func TestAStreamThatSendsMoreThanItsBufferIsNotRepeated(t *testing.T) {
 	}
 }
 
+// What they are kept in takes memory, however little is in them.
+func TestAStreamThatSendsTooManyEmptyMessagesIsNotRepeated(t *testing.T) {
+	for messages, want := range map[int]int64{200: 2, 201: 1} {
+		synctest.Test(t, func(t *testing.T) {
+			conf := quick
+			conf.BufferBytes = 1000
+			c, n := dial(t, failing(1, messages), mustNew(t, conf))
+			s, err := c.ClientStream(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range messages {
+				if err := s.Send(&testingv1.ClientStreamRequest{}); err != nil {
+					t.Errorf("sending: %v", err)
+				}
+			}
+			_, err = s.CloseAndRecv()
+			if n.Load() != want || (err == nil) != (want == 2) {
+				t.Errorf("%d messages of 5 bytes of 1000: %d attempts, %v; want %d", messages, n.Load(), err, want)
+			}
+		})
+	}
+}
+
 func TestSendingToAnAttemptThatHasEndedIsNoErrorUntilTheBufferIsFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conf := quick
@@ -364,7 +388,7 @@ func TestSendingToAnAttemptThatHasEndedIsNoErrorUntilTheBufferIsFull(t *testing.
 		sent := 0
 		for ; sent < 10; sent++ {
 			synctest.Wait() // The attempt has ended.
-			if err = s.Send(&testingv1.ClientStreamRequest{Payload: make([]byte, 200)}); err != nil {
+			if err = s.Send(&testingv1.ClientStreamRequest{Payload: make([]byte, 190)}); err != nil {
 				break
 			}
 		}

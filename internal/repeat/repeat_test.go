@@ -66,14 +66,14 @@ type sized struct{}
 
 func (sized) Size() int { return 5 }
 
-func TestTheSizeOfAMessageIsThatOnTheWire(t *testing.T) {
+func TestTheSizeOfAMessageIsThatOnTheWireWithItsFrame(t *testing.T) {
 	b := []byte("1234")
 	for _, tc := range []struct {
 		m    any
 		n    int
 		know bool
 	}{
-		{wrapperspb.String("abc"), 5, true}, {b, 4, true}, {&b, 4, true}, {sized{}, 5, true}, {nil, 0, false}, {struct{}{}, 0, false},
+		{wrapperspb.String("abc"), 10, true}, {b, 9, true}, {&b, 9, true}, {sized{}, 10, true}, {new(wrapperspb.StringValue), 5, true}, {nil, 0, false}, {struct{}{}, 0, false},
 	} {
 		if n, ok := Size(tc.m); n != tc.n || ok != tc.know {
 			t.Errorf("Size(%T) = %d, %v; want %d, %v", tc.m, n, ok, tc.n, tc.know)
