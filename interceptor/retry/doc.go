@@ -79,6 +79,6 @@
 //
 // A unary call whose first attempt succeeds costs no allocation, but for one on a
 // connection, through which the picker learns what was tried. No goroutine is
-// started, but for a stream with more than 32 KiB to send again, and that one ends
-// with the attempt.
+// started, but for a stream with more than 32 KiB to send again, or whose caller
+// sends while that is done, and that one ends with the attempt.
 package retry

@@ -6,6 +6,7 @@ package retry
 import (
 	"context"
 	"io"
+	"math"
 	"sync"
 	"sync/atomic"
 
@@ -18,7 +19,8 @@ import (
 
 // inline is up to how many bytes are sent again by the goroutine that found the
 // failure. It is less than gRPC's windows, so that does not block on a server
-// that waits for its responses to be read. More is sent by a goroutine of its own.
+// that waits for its responses to be read. More, and what the caller sends in the
+// meantime, is sent by a goroutine of its own.
 const inline = 32 << 10
 
 // open opens a stream that is repeated until it commits.
@@ -179,21 +181,21 @@ func (s *stream) retry(cur grpc.ClientStream, gen int, err error) (again bool, _
 		}
 		s.mu.Lock()
 		s.cur, s.attempt = f.Stream(), f
-		big := s.size > inline
-		s.mu.Unlock()
-		if big {
-			go s.replay(f.Stream(), gen)
-		} else {
-			s.replay(f.Stream(), gen)
+		n := len(s.sent)
+		if s.size > inline {
+			n = 0
 		}
+		s.mu.Unlock()
+		s.replay(f.Stream(), gen, 0, n)
 		return true, nil
 	}
 }
 
-// replay sends an attempt what was sent before, until it has caught up or ended.
-func (s *stream) replay(cur grpc.ClientStream, gen int) {
+// replay sends an attempt what was sent before, from the i-th message on, until it
+// has caught up or ended. It leaves those from the n-th on to a goroutine.
+func (s *stream) replay(cur grpc.ClientStream, gen, i, n int) {
 	var err error
-	for i := 0; ; i++ {
+	for ; ; i++ {
 		s.mu.Lock()
 		if s.gen != gen {
 			s.mu.Unlock()
@@ -213,6 +215,10 @@ func (s *stream) replay(cur grpc.ClientStream, gen int) {
 		}
 		m := s.sent[i]
 		s.mu.Unlock()
+		if i == n {
+			go s.replay(cur, gen, i, math.MaxInt)
+			return
+		}
 		err = cur.SendMsg(m)
 	}
 }

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/balancer/p2c"
 	"github.com/belfry-go/belfry/interceptor"
@@ -447,6 +448,94 @@ func TestALargeReplayDoesNotDeadlockWithAServerThatAnswers(t *testing.T) {
 		}
 		if _, err := s.Recv(); err != io.EOF || n.Load() != 2 {
 			t.Errorf("the end is %v in %d attempts, want io.EOF in 2", err, n.Load())
+		}
+	})
+}
+
+// scripted is a connection whose streams, counted from 1, do as script says.
+type scripted struct {
+	grpc.ClientConnInterface
+	n      int
+	script func(ctx context.Context, n int) *scriptedStream
+}
+
+func (c *scripted) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	c.n++
+	s := c.script(ctx, c.n)
+	s.ctx = ctx
+	return s, nil
+}
+
+type scriptedStream struct {
+	ctx    context.Context
+	send   func(m any) error
+	recv   func() error
+	header func() metadata.MD
+}
+
+func (s *scriptedStream) Header() (metadata.MD, error) { return s.header(), nil }
+func (s *scriptedStream) Trailer() metadata.MD         { return nil }
+func (s *scriptedStream) CloseSend() error             { return nil }
+func (s *scriptedStream) Context() context.Context     { return s.ctx }
+func (s *scriptedStream) SendMsg(m any) error          { return s.send(m) }
+func (s *scriptedStream) RecvMsg(any) error            { return s.recv() }
+
+// A caller that goes on sending while little is replayed must not make it much, for
+// then the server could wait for the client that waits for it.
+func TestWhatIsSentDuringAReplayDoesNotKeepRecvMsgFromReceiving(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const size, messages, window = 8 << 10, 10, 64 << 10
+		replaying, sent, read := make(chan struct{}), make(chan struct{}), make(chan struct{})
+		got := 0
+		conn := &scripted{script: func(ctx context.Context, n int) *scriptedStream {
+			if n == 1 {
+				return &scriptedStream{send: func(any) error { return nil }, recv: func() error { return unavailable }}
+			}
+			return &scriptedStream{
+				send: func(any) error {
+					if got++; got == 1 {
+						close(replaying)
+						<-sent
+					}
+					if got*size <= window {
+						return nil
+					}
+					select {
+					case <-read:
+						return nil
+					case <-ctx.Done():
+						return io.EOF
+					}
+				},
+				recv: func() error { close(read); return nil },
+			}
+		}}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		s, err := calltest.Stack(t, mustNew(t, quick)).Wrap(conn).NewStream(ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, method)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := wrapperspb.Bytes(make([]byte, size-10))
+		if err := s.SendMsg(m); err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			defer close(sent)
+			<-replaying
+			for range messages {
+				if err := s.SendMsg(m); err != nil {
+					t.Errorf("sending: %v", err)
+				}
+			}
+		}()
+		start := time.Now()
+		if err := s.RecvMsg(nil); err != nil || time.Since(start) > time.Second {
+			t.Errorf("RecvMsg: %v after %v, want a message after the back-off", err, time.Since(start))
+		}
+		synctest.Wait()
+		if got != 1+messages {
+			t.Errorf("%d messages were sent to the second attempt, want %d", got, 1+messages)
 		}
 	})
 }
