@@ -33,7 +33,7 @@ func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.
 		ctx: ctx, limit: set.buffer, live: true,
 		series: series{layer: l, call: c, origin: c.Origin(), next: next, inner: inner, made: 1},
 	}
-	s.caughtUp.L = &s.mu
+	s.changed.L = &s.mu
 	last := c
 	err := next(ctx, c)
 	for err != nil {
@@ -68,16 +68,17 @@ type stream struct {
 
 	// mu guards the fields below. It is not held while a message is sent or
 	// received, for these may block on one another.
-	mu       sync.Mutex
-	caughtUp sync.Cond // Signals live.
-	cur      grpc.ClientStream
-	attempt  *interceptor.Call // Whose stream cur is.
-	gen      int               // Counts attempts.
-	live     bool              // cur has been sent all that there is.
-	final    bool              // cur will not be repeated.
-	sent     []any
-	size     int
-	closed   bool // CloseSend was called.
+	mu      sync.Mutex
+	changed sync.Cond // Signals live and of.
+	cur     grpc.ClientStream
+	attempt *interceptor.Call // Whose stream cur is.
+	gen     int               // Counts attempts.
+	of      int               // Which of them cur is; less than gen during a retry.
+	live    bool              // cur has been sent all that there is.
+	final   bool              // cur will not be repeated.
+	sent    []any
+	size    int
+	closed  bool // CloseSend was called.
 }
 
 // current returns the attempt of the moment.
@@ -85,6 +86,28 @@ func (s *stream) current() (cur grpc.ClientStream, gen int, final bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.cur, s.gen, s.final
+}
+
+// settled is current, but waits for the end of a retry, in which cur is the attempt
+// before.
+func (s *stream) settled() (cur grpc.ClientStream, gen int, final bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.of != s.gen {
+		s.changed.Wait()
+	}
+	return s.cur, s.gen, s.final
+}
+
+// commitTo makes the attempt gen the last, if it is the current one.
+func (s *stream) commitTo(gen int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.gen != gen {
+		return false
+	}
+	s.commitLocked()
+	return true
 }
 
 // commit makes the current attempt the last.
@@ -105,7 +128,7 @@ func (s *stream) commitLocked() {
 		s.series.call.Adopt(s.attempt)
 	}
 	s.committed.CompareAndSwap(nil, &s.cur) // cur is not changed any more.
-	s.caughtUp.Broadcast()
+	s.changed.Broadcast()
 }
 
 func (s *stream) RecvMsg(m any) error {
@@ -127,17 +150,18 @@ func (s *stream) RecvMsg(m any) error {
 	}
 }
 
-// Header waits for the header of an attempt that has one. A caller that has seen
-// it could tell if another attempt came after it, so it commits the stream.
+// Header waits for the header of the current attempt. A caller that has seen it could
+// tell if another attempt came after it, so it commits the stream; gRPC returns none,
+// and no error, for an attempt that ended without one, which RecvMsg may repeat.
 func (s *stream) Header() (metadata.MD, error) {
 	if c := s.committed.Load(); c != nil {
 		return (*c).Header()
 	}
 	for {
-		cur, gen, final := s.current()
+		cur, gen, final := s.settled()
 		md, err := cur.Header()
-		if err == nil && len(md) > 0 {
-			s.commit()
+		if err == nil && len(md) > 0 && !s.commitTo(gen) {
+			continue // RecvMsg has given the attempt up meanwhile.
 		}
 		if err == nil || final {
 			return md, err
@@ -166,7 +190,7 @@ func (s *stream) retry(cur grpc.ClientStream, gen int, err error) (again bool, _
 		if !again { // Or a panic.
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			s.live = true // What is sent from now on meets the end of the last attempt.
+			s.live, s.of = true, s.gen // What is sent from now on meets the end of the last attempt.
 			s.commitLocked()
 		}
 	}()
@@ -180,7 +204,8 @@ func (s *stream) retry(cur grpc.ClientStream, gen int, err error) (again bool, _
 			continue
 		}
 		s.mu.Lock()
-		s.cur, s.attempt = f.Stream(), f
+		s.cur, s.attempt, s.of = f.Stream(), f, gen
+		s.changed.Broadcast()
 		n := len(s.sent)
 		if s.size > inline {
 			n = 0
@@ -265,7 +290,7 @@ func (s *stream) keep(m any) (cur grpc.ClientStream, gen int, ok bool) {
 	}
 	if s.final {
 		for !s.live {
-			s.caughtUp.Wait()
+			s.changed.Wait()
 		}
 		return nil, 0, false
 	}

@@ -330,6 +330,45 @@ func TestAHeaderThatIsNotThereDoesNotCommit(t *testing.T) {
 	})
 }
 
+// An attempt may have a header and fail: then its header is not the stream's.
+func TestAHeaderIsThatOfTheAttemptWhoseMessagesAreReceived(t *testing.T) {
+	for name, wait := range map[string]time.Duration{"before the failure": 0, "during the back-off": time.Second / 2} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				conn := &scripted{script: func(_ context.Context, n int) *scriptedStream {
+					return &scriptedStream{
+						recv: func() error {
+							if n == 1 {
+								time.Sleep(time.Second / 4)
+								return unavailable
+							}
+							return nil
+						},
+						header: func() metadata.MD {
+							time.Sleep(time.Second / 2)
+							return metadata.Pairs("attempt", fmt.Sprint(n))
+						},
+					}
+				}}
+				conf := retry.Config{Backoff: retry.Backoff{Initial: time.Second, Jitter: retry.NoJitter}}
+				s, err := calltest.Stack(t, mustNew(t, conf)).Wrap(conn).NewStream(t.Context(), &grpc.StreamDesc{ServerStreams: true}, method)
+				if err != nil {
+					t.Fatal(err)
+				}
+				received := make(chan error, 1)
+				go func() { received <- s.RecvMsg(nil) }()
+				time.Sleep(wait)
+				if md, err := s.Header(); err != nil || !slices.Equal(md.Get("attempt"), []string{"2"}) {
+					t.Errorf("header %v, %v; want that of the second attempt", md, err)
+				}
+				if err := <-received; err != nil {
+					t.Errorf("RecvMsg: %v", err)
+				}
+			})
+		})
+	}
+}
+
 func TestAStreamThatSendsMoreThanItsBufferIsNotRepeated(t *testing.T) {
 	for size, want := range map[int]int64{900: 2, 1100: 1} {
 		synctest.Test(t, func(t *testing.T) {
