@@ -6,6 +6,7 @@ package budget
 import (
 	"fmt"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -88,6 +89,9 @@ const (
 	// between one TTL and a hundredth more old.
 	periods = 100
 	slots   = periods + 1
+
+	// keep is longer than anything is remembered.
+	keep = 2 * time.Minute
 )
 
 // A Budget is what further attempts are paid from, by all layers and stacks that
@@ -99,12 +103,19 @@ const (
 // ring of periods, whose oldest is dropped when a new one begins, by whoever
 // comes first.
 type Budget struct {
-	deposit atomic.Int64 // For each call.
+	deposit atomic.Int64              // For each call.
+	before  atomic.Pointer[[]deposit] // What it was, in the order of time; not changed.
 	w       atomic.Pointer[window]
 
 	// mu serialises Update. Nothing is locked under it.
 	mu sync.Mutex
 	s  settings // What holds; guarded by mu.
+}
+
+// deposit is what each call paid in until a moment.
+type deposit struct {
+	until  interceptor.Instant
+	amount int64
 }
 
 // window is the amounts of the last TTL. A window is replaced when the TTL
@@ -152,7 +163,7 @@ func (b *Budget) Update(c Config) error {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.deposit.Store(s.deposit)
+	b.depositLocked(s.deposit)
 	old := b.w.Load()
 	if s.ttl == b.s.ttl {
 		old.balance.Add(s.reserve - b.s.reserve)
@@ -172,6 +183,34 @@ func (b *Budget) Update(c Config) error {
 	return nil
 }
 
+// depositLocked changes what calls pay in. Caller must hold b.mu.
+func (b *Budget) depositLocked(amount int64) {
+	was := b.deposit.Load()
+	if was == amount {
+		return
+	}
+	now := interceptor.Now()
+	var before []deposit
+	if p := b.before.Load(); p != nil {
+		before = slices.DeleteFunc(slices.Clone(*p), func(d deposit) bool { return now.Sub(d.until) > keep })
+	}
+	before = append(before, deposit{now, was})
+	b.before.Store(&before)
+	b.deposit.Store(amount)
+}
+
+// paid is what a call paid in at the moment at.
+func (b *Budget) paid(at interceptor.Instant) int64 {
+	if p := b.before.Load(); p != nil {
+		for _, d := range *p {
+			if at <= d.until {
+				return d.amount
+			}
+		}
+	}
+	return b.deposit.Load()
+}
+
 // Deposit counts a call at the moment now.
 func (b *Budget) Deposit(now interceptor.Instant) {
 	w := b.w.Load()
@@ -182,7 +221,7 @@ func (b *Budget) Deposit(now interceptor.Instant) {
 func (b *Budget) Undo(at interceptor.Instant) {
 	w := b.w.Load()
 	w.turn(interceptor.Now())
-	w.book(int64(at/w.period), -b.deposit.Load())
+	w.book(int64(at/w.period), -b.paid(at))
 }
 
 // Withdraw pays for a further attempt at the moment now, if the balance is enough.

@@ -342,6 +342,34 @@ func TestUpdateKeepsTheBalance(t *testing.T) {
 	})
 }
 
+func TestAnUndoTakesBackWhatWasPaidIn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := mustNew(t, budget.Config{TTL: time.Minute, MinPerSecond: 1, Ratio: 0.1})
+		var at []interceptor.Instant
+		for _, ratio := range []float64{1, 0.5, budget.None, 2, 2, 0.3} {
+			now := interceptor.Now()
+			for range 10 {
+				b.Deposit(now)
+				at = append(at, now)
+			}
+			time.Sleep(time.Second)
+			if err := b.Update(budget.Config{TTL: time.Minute, MinPerSecond: 1, Ratio: ratio}); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+		}
+		if got := b.Balance(); got != 60+1+10+5+0+20+20 {
+			t.Errorf("balance = %v with all calls paid in, want 116", got)
+		}
+		for _, at := range at {
+			b.Undo(at)
+		}
+		if got := b.Balance(); got != 60 {
+			t.Errorf("balance = %v after none of the calls was sent, want the reserve of 60", got)
+		}
+	})
+}
+
 func TestConfigurationsThatCannotBeAreRefusedAndChangeNothing(t *testing.T) {
 	b := mustNew(t, budget.Config{})
 	for field, configs := range map[string][]budget.Config{
