@@ -71,7 +71,8 @@ func (c Config) withDefaults() (Config, error) {
 
 // A KeyFunc says which connection a call belongs to. args is the request of a unary
 // call, and nil for a stream, which has not sent any when it is opened. It is
-// called once for each call, concurrently. An error refuses the call.
+// called once for each call, concurrently. An error refuses the call; that of a ctx
+// that has ended as DEADLINE_EXCEEDED or CANCELLED.
 type KeyFunc func(ctx context.Context, method string, args any) (key string, err error)
 
 // A MakeFunc makes the connection of a key. ctx has the values of the call that
@@ -253,6 +254,9 @@ func (m *Maker) refuse(what string, err error, code codes.Code) error {
 func (m *Maker) acquire(ctx context.Context, method string, args any, opts []grpc.CallOption) (*entry, error) {
 	key, err := m.key(ctx, method, args)
 	if err != nil {
+		if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+			return nil, interceptor.Ended(ctx, m.name)
+		}
 		return nil, m.refuse("no key", err, codes.InvalidArgument)
 	}
 	m.mu.Lock()

@@ -622,6 +622,30 @@ func TestAKeyThatCannotBeToldRefusesTheCall(t *testing.T) {
 	}
 }
 
+func TestAKeyThatIsNotThereInTimeIsTheCallersDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fac := &factory{}
+		m, err := New(Config{}, func(ctx context.Context, _ string, _ any) (string, error) {
+			<-ctx.Done()
+			return "", fmt.Errorf("looking up the tenant: %w", ctx.Err())
+		}, fac.make)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := m.Invoke(ctx, method, nil, nil); status.Code(err) != codes.DeadlineExceeded {
+			t.Errorf("call: %v, want DEADLINE_EXCEEDED", err)
+		}
+		ctx, cancel = context.WithCancel(t.Context())
+		cancel()
+		if err := m.Invoke(ctx, method, nil, nil); status.Code(err) != codes.Canceled {
+			t.Errorf("call: %v, want CANCELLED", err)
+		}
+	})
+}
+
 func TestAPanicOfACallReleasesItsConnection(t *testing.T) {
 	m, err := New(Config{}, byContext, func(context.Context, string) (Conn, error) { return panicking{}, nil })
 	if err != nil {
