@@ -64,7 +64,7 @@ func newStack(obs interceptor.Observer) (*interceptor.Stack, error) {
 	add(loadshed.New(loadshed.Config{}))
 	// A call has one second, with all its attempts and back-offs.
 	add(timeout.New(timeout.Config{Timeout: time.Second}))
-	// The slowest 5 % of calls get a second attempt; the first answer counts.
+	// The slowest calls, 5 % at most, get a second attempt; the first success counts.
 	add(hedge.New(hedge.Config{}))
 	// What failed is repeated, as long as that is little beside the calls.
 	add(retry.New(retry.Config{}))
