@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"reflect"
 	"sync/atomic"
 	"time"
@@ -200,7 +201,11 @@ func (s *stream) SendMsg(m any) error {
 	if replaced != nil {
 		m = replaced
 	}
-	return s.ClientStream.SendMsg(m)
+	err = s.ClientStream.SendMsg(m)
+	if err != nil && err != io.EOF {
+		s.cancel() // The stream has ended.
+	}
+	return err
 }
 
 func (s *stream) RecvMsg(m any) error {

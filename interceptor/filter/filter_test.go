@@ -74,6 +74,9 @@ func (s *stream2) SendMsg(m any) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.sent = append(s.sent, m.(*wrapperspb.StringValue).GetValue())
+	if s.sent[len(s.sent)-1] == "too large" {
+		return status.Error(codes.ResourceExhausted, "too large")
+	}
 	return nil
 }
 
@@ -417,6 +420,12 @@ func TestAStreamThatIsFilteredLeavesNoContextBehind(t *testing.T) {
 	for name, end := range map[string]func(s grpc.ClientStream) error{
 		"EOF":            func(s grpc.ClientStream) error { s.SendMsg(wrapperspb.String("end")); return s.RecvMsg(nil) },
 		"the one answer": func(s grpc.ClientStream) error { return s.RecvMsg(&wrapperspb.StringValue{}) },
+		"an error of SendMsg": func(s grpc.ClientStream) error {
+			if s.SendMsg(wrapperspb.String("too large")) == nil {
+				return errors.New("SendMsg returned no error")
+			}
+			return nil
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			srv := &ponger{}

@@ -117,6 +117,14 @@ type chosen struct {
 	single bool
 }
 
+func (c *chosen) SendMsg(m any) error {
+	err := c.ClientStream.SendMsg(m)
+	if err != nil && err != io.EOF {
+		c.cancel() // As in RecvMsg, which need not be called any more.
+	}
+	return err
+}
+
 func (c *chosen) RecvMsg(m any) error {
 	err := c.ClientStream.RecvMsg(m)
 	if err != nil || c.single {
@@ -271,6 +279,9 @@ func (s *stream) SendMsg(m any) error {
 	defer s.race.mu.Unlock()
 	if s.race.first.lost || err == io.EOF && !s.pinned && s.choice != &s.race.first {
 		return nil // The attempt has ended, or lost. RecvMsg will find out.
+	}
+	if err != io.EOF {
+		s.race.first.cancel() // RecvMsg need not be called any more.
 	}
 	return err
 }

@@ -297,6 +297,47 @@ func TestAStreamThatAsksForItsHeaderOrSendsTooMuchIsNotHedged(t *testing.T) {
 	}
 }
 
+// noted notes the contexts of attempts.
+type noted struct {
+	interceptor.CallOnly
+	ctxs []context.Context
+}
+
+func (l *noted) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) error {
+		l.ctxs = append(l.ctxs, ctx)
+		return next(ctx, c)
+	}
+}
+
+// A stream may be left alone after an error of SendMsg, says gRPC.
+func TestAStreamThatEndsWithAnErrorOfSendMsgLeavesNoContextBehind(t *testing.T) {
+	for _, answers := range []int{0, 1} {
+		synctest.Test(t, func(t *testing.T) {
+			l := new(noted)
+			c, _ := dial(t, delays(), mustNew(t, fixed), l)
+			s, err := c.Bidi(t.Context(), grpc.MaxCallSendMsgSize(100))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range answers {
+				if err := s.Send(&testingv1.BidiRequest{}); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.Recv(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := s.Send(&testingv1.BidiRequest{Payload: make([]byte, 200)}); status.Code(err) != codes.ResourceExhausted {
+				t.Errorf("sending what is too large: %v, want RESOURCE_EXHAUSTED", err)
+			}
+			if len(l.ctxs) != 1 || l.ctxs[0].Err() == nil {
+				t.Errorf("after %d answers: the stream has ended and its context lives on", answers)
+			}
+		})
+	}
+}
+
 // bidi opens a stream whose server answers each message, and receives in the
 // background.
 func bidi(t *testing.T, c testingv1.TestServiceClient) (s grpc.BidiStreamingClient[testingv1.BidiRequest, testingv1.BidiResponse], received chan []string) {
