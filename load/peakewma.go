@@ -199,34 +199,23 @@ func (m *peakMeter) Respond(now Instant, t Ticket) { m.completed(now, t) }
 func (m *peakMeter) Finish(now Instant, s Sample) {
 	m.pending.Add(-1)
 	switch {
+	case s.Outcome == Completed && !s.Responded:
+		m.completed(now, s.Ticket)
 	case s.Outcome == Failed:
 		latency := m.metric.params.Load().penalty * m.metric.fleet.cost()
 		if !s.Responded { // the life of a stream after its first response is no latency
 			latency = max(latency, s.Ticket.latency(now))
 		}
-		m.sample(now, latency, true)
-	case s.Outcome == Completed && !s.Responded:
-		m.completed(now, s.Ticket)
+		m.sample(now, latency, s.Ticket.pending, true)
 	}
 }
 
 func (m *peakMeter) completed(now Instant, t Ticket) {
-	latency := t.latency(now)
-	estimate := m.sample(now, latency, false)
-	// The means serve failures alone, so a part of the samples is enough for them:
-	// about one in four, which is which by a hash of the time (Knuth, "The art of
-	// computer programming", 6.4).
-	if uint64(now)*0x9e3779b97f4a7c15>>62 != 0 && m.metric.fleet.means.Load() != 0 {
-		return
-	}
-	if m.penalized.Load() {
-		estimate = latency
-	}
-	m.metric.fleet.observe(estimate, t.pending)
+	m.sample(now, t.latency(now), t.pending, false)
 }
 
-// sample adds a latency to the estimate and returns the new one.
-func (m *peakMeter) sample(now Instant, latency float64, failed bool) float64 {
+// sample adds a latency to the estimate.
+func (m *peakMeter) sample(now Instant, latency float64, pending uint32, failed bool) {
 	rate := m.metric.params.Load().rate
 	for {
 		word, value, age := m.current(now)
@@ -242,12 +231,28 @@ func (m *peakMeter) sample(now Instant, latency float64, failed bool) float64 {
 			next = value*d + latency*(1-d)
 		}
 		if m.write(word, next, now) {
-			if latency > value && m.penalized.Load() != failed {
+			penalized := m.penalized.Load()
+			if latency > value && penalized != failed {
+				penalized = failed
 				m.penalized.Store(failed)
 			}
-			return next
+			if !failed && m.metric.learns(now) {
+				if penalized {
+					next = latency
+				}
+				m.metric.fleet.observe(next, pending)
+			}
+			return
 		}
 	}
+}
+
+// learns reports whether a sample goes into the means of the fleet. They serve
+// failures alone, so a part of the samples is enough for them: about one in four,
+// which is which by a hash of the time (Knuth, "The art of computer programming",
+// 6.4).
+func (p *PeakEWMA) learns(now Instant) bool {
+	return uint64(now)*0x9e3779b97f4a7c15>>62 == 0 || p.fleet.means.Load() == 0
 }
 
 func (m *peakMeter) Close() {}

@@ -80,7 +80,11 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	if tried != nil && !tried.Empty() {
 		c = p.chooseUntried(now, tried)
 	}
-	if c == nil {
+	switch {
+	case c != nil:
+	case p.config.choices == 2 && p.config.memory == 0:
+		c = p.chooseOfTwo(now)
+	default:
 		c = p.chooseAny(now)
 	}
 	if c == nil {
@@ -126,9 +130,6 @@ func (p *picker) chooseAny(now load.Instant) *candidate {
 	if n == 1 {
 		return slots[0].Load()
 	}
-	if d == 2 && m == 0 && n > 0 {
-		return p.chooseOfTwo(slots, now)
-	}
 	s := selection{random: random(p.policy.random())}
 	if n <= d {
 		for i := range slots {
@@ -171,7 +172,14 @@ func (p *picker) chooseAny(now load.Instant) *candidate {
 
 // chooseOfTwo is the power of two choices: chooseAny without what more choices
 // and memory need.
-func (p *picker) chooseOfTwo(slots []atomic.Pointer[candidate], now load.Instant) *candidate {
+func (p *picker) chooseOfTwo(now load.Instant) *candidate {
+	slots := p.ready.view()
+	switch len(slots) {
+	case 0:
+		return nil
+	case 1:
+		return slots[0].Load()
+	}
 	// One random number is enough for both indexes: each takes a half of it, with
 	// a bias below n/2^32.
 	u := p.policy.random()
@@ -379,6 +387,8 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	}
 	now := k.picker.now()
 	switch {
+	case info.Err == nil && info.BytesSent && k.track == nil: // as classify would say
+		k.finish(now, load.Completed)
 	case !info.BytesSent:
 		outcome := classifyUnsent(k.ctx, info, k.picker.config.failures)
 		if outcome == load.NotSent && k.tried != nil {
