@@ -8,17 +8,26 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/interceptor/ratelimit"
+	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/stackconfig"
+	"github.com/belfry-go/belfry/interceptor/timeout"
+	"github.com/belfry-go/belfry/internal/calltest"
 )
 
 // held is a server that answers no call until it is told to.
@@ -143,6 +152,103 @@ func TestOrderDecidesHowManyCallsAreInFlight(t *testing.T) {
 			if ok != in || server.max != 10 {
 				t.Errorf("%v: %d calls succeeded, at most %d at a time, want %d and 10", s, ok, server.max, in)
 			}
+		})
+	}
+}
+
+// attempts is a server whose attempts take a time each and then fail, unless their
+// context ends first.
+type attempts struct {
+	grpc.ClientConnInterface
+	take    time.Duration
+	started atomic.Int64
+	now     atomic.Int64 // How many run.
+}
+
+func (a *attempts) Invoke(ctx context.Context, _ string, _, _ any, _ ...grpc.CallOption) error {
+	a.started.Add(1)
+	a.now.Add(1)
+	defer a.now.Add(-1)
+	select {
+	case <-time.After(a.take):
+		return status.Error(codes.Unavailable, "down")
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	}
+}
+
+// What is outside of a layer that makes several attempts sees calls, and what is
+// inside sees attempts, as the second table of the documentation of package
+// interceptor has it, with smaller numbers. Attempts take a second and fail, and the
+// only back-off is between the first and the second: ten seconds.
+func TestOrderDecidesWhetherALayerSeesCallsOrAttempts(t *testing.T) {
+	const sec = time.Second
+	again := func(t *testing.T, backoff time.Duration) interceptor.Layer {
+		return layer(retry.New(retry.Config{Backoff: retry.Backoff{Initial: backoff, Max: time.Minute, Jitter: retry.NoJitter}}))(t)
+	}
+	limit := func(t *testing.T, n int64) interceptor.Layer {
+		return layer(concurrency.New(concurrency.Config{Limit: n}))(t)
+	}
+	rate := func(t *testing.T) interceptor.Layer {
+		return layer(ratelimit.New(ratelimit.Config{Limit: 2, Burst: 2}))(t)
+	}
+	oneSecond := func(t *testing.T) interceptor.Layer { return layer(timeout.New(timeout.Config{Timeout: sec}))(t) }
+	extra := func(t *testing.T) interceptor.Layer {
+		return layer(hedge.New(hedge.Config{Delay: sec / 10, Budget: budget.Config{Ratio: 1}}))(t)
+	}
+	for _, c := range []struct {
+		name          string
+		layers        func(*testing.T) []interceptor.Layer
+		calls         int
+		take, at      time.Duration // How long an attempt takes, and when is looked.
+		started, runs int64         // Attempts, then.
+		ends          time.Duration // When the last call has ended; 0 is not checked.
+	}{
+		{"a call keeps its permit while it backs off", func(t *testing.T) []interceptor.Layer {
+			return []interceptor.Layer{limit(t, 2), again(t, 10*sec)}
+		}, 4, sec, 5 * sec, 2, 0, 0},
+		{"while a call backs off another may run", func(t *testing.T) []interceptor.Layer {
+			return []interceptor.Layer{again(t, 10*sec), limit(t, 2)}
+		}, 4, sec, 5 * sec, 4, 0, 0},
+		{"a rate of calls does not count attempts", func(t *testing.T) []interceptor.Layer {
+			return []interceptor.Layer{rate(t), again(t, sec/100)}
+		}, 2, sec / 100, sec / 2, 6, 0, 0},
+		{"a rate of attempts does, and a retry does not wait for it", func(t *testing.T) []interceptor.Layer {
+			return []interceptor.Layer{again(t, sec/100), rate(t)}
+		}, 2, sec / 100, sec / 2, 2, 0, 0},
+		{"one second for the call", func(t *testing.T) []interceptor.Layer {
+			return []interceptor.Layer{oneSecond(t), again(t, sec)}
+		}, 1, time.Hour, sec / 2, 1, 1, sec},
+		{"one second for each attempt, and back-offs of one and two", func(t *testing.T) []interceptor.Layer {
+			return []interceptor.Layer{again(t, sec), oneSecond(t)}
+		}, 1, time.Hour, sec / 2, 1, 1, 6 * sec},
+		{"a hedged call holds two permits", func(t *testing.T) []interceptor.Layer {
+			return []interceptor.Layer{extra(t), limit(t, 3)}
+		}, 2, sec, sec / 2, 3, 3, 0},
+		{"two calls and up to four attempts", func(t *testing.T) []interceptor.Layer {
+			return []interceptor.Layer{limit(t, 2), extra(t)}
+		}, 2, sec, sec / 2, 4, 4, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := calltest.Stack(t, c.layers(t)...)
+				server := &attempts{take: c.take}
+				conn := s.Wrap(server)
+				begin := time.Now()
+				var wg sync.WaitGroup
+				for range c.calls {
+					wg.Go(func() { conn.Invoke(t.Context(), "/s.S/M", nil, nil) })
+				}
+				time.Sleep(c.at)
+				synctest.Wait()
+				if started, runs := server.started.Load(), server.now.Load(); started != c.started || runs != c.runs {
+					t.Errorf("%v: after %v %d attempts have started and %d run, want %d and %d", s, c.at, started, runs, c.started, c.runs)
+				}
+				wg.Wait()
+				if d := time.Since(begin); c.ends != 0 && d != c.ends {
+					t.Errorf("%v: the last call ended after %v, want %v", s, d, c.ends)
+				}
+			})
 		})
 	}
 }
