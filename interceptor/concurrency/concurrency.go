@@ -170,7 +170,6 @@ type Layer struct {
 	settings atomic.Pointer[settings]
 	sampler  sampler // Its mu also orders changes of the configuration.
 
-	limit    atomic.Int64 // permits.limit, for the observer.
 	observed atomic.Int64 // What an observer was last told.
 }
 
@@ -238,7 +237,6 @@ func (l *Layer) Update(cfg Config) error {
 		limit = limitOf(algorithm)
 	}
 	l.settings.Store(set)
-	l.limit.Store(limit)
 	l.permits.configure(limit, cfg.Discipline, cfg.MaxWaiters, cfg.CoDelTarget, cfg.CoDelInterval)
 	return nil
 }
@@ -341,7 +339,7 @@ func (l *Layer) choose(before Limit, cfg Config) (Limit, error) {
 	if err != nil {
 		return nil, err
 	}
-	if n := l.limit.Load(); n > 0 {
+	if n := l.Limit(); n > 0 {
 		next.start(float64(n))
 	}
 	return next, nil
@@ -362,7 +360,6 @@ func (l *Layer) SetLimit(n int64) error {
 	if s.algorithm != nil {
 		return fmt.Errorf("concurrency: limit %d: cannot be set, an algorithm (%T) sets it", n, s.algorithm)
 	}
-	l.limit.Store(n)
 	l.permits.setLimit(n)
 	return nil
 }
@@ -371,7 +368,7 @@ func (l *Layer) SetLimit(n int64) error {
 func (l *Layer) String() string { return l.name }
 
 // Limit returns how many permits there are.
-func (l *Layer) Limit() int64 { return l.limit.Load() }
+func (l *Layer) Limit() int64 { return l.permits.limit.Load() }
 
 // InUse returns how many permits are held by calls. It exceeds Limit for a while
 // after the limit has shrunk, and while a call runs that costs more than the limit.
@@ -468,7 +465,7 @@ func (l *Layer) Release(cost int64, _ interceptor.Outcome, _ error) { l.permits.
 // the end of calls, where there is no observer, so it is the next call's that
 // hears of it.
 func (l *Layer) observe(c *interceptor.Call) {
-	n := l.limit.Load()
+	n := l.Limit()
 	if was := l.observed.Load(); was != n && l.observed.CompareAndSwap(was, n) {
 		c.Observer().Limit(l.name, float64(n))
 	}
@@ -509,7 +506,6 @@ func (s *sampler) Release(start int64, o interceptor.Outcome, err error) {
 	limit, sample.InFlight, _ = l.permits.read()
 	s.algorithm.OnSample(sample)
 	if n := limitOf(s.algorithm); n != limit {
-		l.limit.Store(n)
 		l.permits.setLimit(n)
 	}
 }
