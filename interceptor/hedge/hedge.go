@@ -290,13 +290,7 @@ func (l *Layer) delay(set *settings) (d time.Duration, ok bool) {
 
 // mayHedge reports whether calls of the method may be hedged.
 func (l *Layer) mayHedge(set *settings, method string) bool {
-	if set.max == 1 {
-		return false
-	}
-	if l.idempotent == nil && !set.declared {
-		return true
-	}
-	return l.idempotent != nil && l.idempotent(method) || set.declared && repeat.Declared(method)
+	return set.max > 1 && repeat.May(set.declared, l.idempotent, method)
 }
 
 // String returns the layer's name.

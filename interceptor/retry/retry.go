@@ -399,8 +399,5 @@ func (set *settings) repeats(err error, wish repeat.Wish) bool {
 
 // mayRepeat reports whether the method may be repeated.
 func (l *Layer) mayRepeat(set *settings, method string) bool {
-	if l.idempotent == nil && !set.declared {
-		return true
-	}
-	return l.idempotent != nil && l.idempotent(method) || set.declared && repeat.Declared(method)
+	return repeat.May(set.declared, l.idempotent, method)
 }

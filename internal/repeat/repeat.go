@@ -107,6 +107,16 @@ func Declared(method string) bool {
 	return false
 }
 
+// May reports whether calls of the method may be sent more than once, for a layer
+// that is restricted to methods that are declared idempotent, or to those for which
+// idempotent returns true, or to both together. idempotent may be nil.
+func May(declared bool, idempotent func(method string) bool, method string) bool {
+	if idempotent == nil && !declared {
+		return true
+	}
+	return idempotent != nil && idempotent(method) || declared && Declared(method)
+}
+
 // frame is what gRPC puts before a message: whether it is compressed, and its length.
 const frame = 5
 
