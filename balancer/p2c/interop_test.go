@@ -4,42 +4,24 @@
 package p2c
 
 import (
-	"context"
 	"fmt"
-	"net"
 	"testing"
-	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/interop"
-	testgrpc "google.golang.org/grpc/interop/grpc_testing"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
+
+	"github.com/belfry-go/belfry/internal/interoptest"
 )
 
 // gRPC's interop cases through a channel with the policy and its DialOptions, over
-// three servers. The cases end the process with a line in the log when they
-// fail, as they do in gRPC's own suites.
+// three servers.
 func TestInteropCasesPass(t *testing.T) {
 	r := manual.NewBuilderWithScheme("belfrytest")
 	var es []resolver.Endpoint
-	for range 3 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		srv := grpc.NewServer()
-		testgrpc.RegisterTestServiceServer(srv, interop.NewTestServer())
-		served := make(chan error, 1)
-		go func() { served <- srv.Serve(l) }()
-		t.Cleanup(func() {
-			srv.Stop()
-			if err := <-served; err != nil {
-				t.Errorf("serving: %v", err)
-			}
-		})
-		es = append(es, one(l.Addr().String()))
+	for _, addr := range interoptest.Serve(t) {
+		es = append(es, one(addr))
 	}
 	r.InitialState(resolver.State{Endpoints: es})
 	for _, config := range []string{`{}`, `{"load":{"peakEwma":{}}}`, pendingConfig} {
@@ -51,72 +33,7 @@ func TestInteropCasesPass(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer conn.Close()
-			client := testgrpc.NewTestServiceClient(conn)
-			ctx := testContext(t)
-			type testCase struct {
-				name string
-				do   func(context.Context, testgrpc.TestServiceClient, ...grpc.CallOption)
-			}
-			for _, c := range []testCase{
-				{"empty unary", interop.DoEmptyUnaryCall},
-				{"large unary", interop.DoLargeUnaryCall},
-				{"client streaming", interop.DoClientStreaming},
-				{"server streaming", interop.DoServerStreaming},
-				{"ping pong", interop.DoPingPong},
-				{"empty stream", interop.DoEmptyStream},
-				{"timeout on sleeping server", interop.DoTimeoutOnSleepingServer},
-				{"cancel after begin", func(ctx context.Context, client testgrpc.TestServiceClient, opts ...grpc.CallOption) {
-					interop.DoCancelAfterBegin(ctx, cancelledFirst{client}, opts...)
-				}},
-				{"cancel after first response", interop.DoCancelAfterFirstResponse},
-				{"custom metadata", interop.DoCustomMetadata},
-				{"status code and message", interop.DoStatusCodeAndMessage},
-				{"special status message", interop.DoSpecialStatusMessage},
-			} {
-				t.Run(c.name, func(t *testing.T) {
-					for range 3 { // some case meets each of the servers
-						c.do(ctx, client)
-					}
-				})
-			}
-			t.Run("unimplemented method", func(*testing.T) { interop.DoUnimplementedMethod(ctx, conn) })
-			t.Run("unimplemented service", func(*testing.T) {
-				interop.DoUnimplementedService(ctx, testgrpc.NewUnimplementedServiceClient(conn))
-			})
-			t.Run("soak", func(*testing.T) {
-				interop.DoSoakTest(ctx, interop.SoakTestConfig{
-					RequestSize:                      5_000,
-					ResponseSize:                     10_000,
-					PerIterationMaxAcceptableLatency: 10 * time.Second,
-					OverallTimeout:                   20 * time.Second,
-					NumWorkers:                       4,
-					Iterations:                       40,
-					ServerAddr:                       conn.Target(),
-					ChannelForTest:                   func() (*grpc.ClientConn, func()) { return conn, func() {} },
-				})
-			})
+			interoptest.Run(testContext(t), t, conn)
 		})
 	}
-}
-
-// cancelledFirst is a client whose client stream ends with its cancellation and
-// not with the answer to the half-close that CloseAndRecv sends after it. On a
-// busy machine the answer may be there before grpc has looked at the context, and
-// then either may win.
-type cancelledFirst struct{ testgrpc.TestServiceClient }
-
-func (c cancelledFirst) StreamingInputCall(ctx context.Context, opts ...grpc.CallOption) (testgrpc.TestService_StreamingInputCallClient, error) {
-	ended := make(chan struct{})
-	s, err := c.TestServiceClient.StreamingInputCall(ctx, append(opts[:len(opts):len(opts)], grpc.OnFinish(func(error) { close(ended) }))...)
-	return &cancelledFirstStream{s, ended}, err
-}
-
-type cancelledFirstStream struct {
-	testgrpc.TestService_StreamingInputCallClient
-	ended chan struct{}
-}
-
-func (s *cancelledFirstStream) CloseAndRecv() (*testgrpc.StreamingInputCallResponse, error) {
-	<-s.ended
-	return s.TestService_StreamingInputCallClient.CloseAndRecv()
 }
