@@ -688,9 +688,9 @@ func TestConformance(t *testing.T) {
 	for name, delay := range map[string]time.Duration{"hedging_at_once": time.Microsecond, "hedging_some": 5 * ms, "by_percentile": 0} {
 		t.Run(name, func(t *testing.T) {
 			layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
-				outer, inner := new(counter), new(counter)
+				outer, inner := new(calltest.Counter), new(calltest.Counter)
 				l := mustNew(t, hedge.Config{Delay: delay, MaxAttempts: 3, Budget: budget.Config{MinPerSecond: 100}})
-				return []interceptor.Layer{outer, l, inner}, func() error { return errors.Join(outer.atRest(), inner.atRest()) }
+				return []interceptor.Layer{outer, l, inner}, func() error { return errors.Join(outer.AtRest(), inner.AtRest()) }
 			})
 		})
 	}
@@ -706,42 +706,10 @@ func TestConformanceAroundARetryWithTheSameBudget(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		outer, inner := new(counter), new(counter)
+		outer, inner := new(calltest.Counter), new(calltest.Counter)
 		l := mustNew(t, hedge.Config{Delay: 100 * time.Microsecond}, hedge.WithBudget(b))
-		return []interceptor.Layer{outer, l, r, inner}, func() error { return errors.Join(outer.atRest(), inner.atRest()) }
+		return []interceptor.Layer{outer, l, r, inner}, func() error { return errors.Join(outer.AtRest(), inner.AtRest()) }
 	})
-}
-
-// counter counts the tickets that it has out.
-type counter struct {
-	interceptor.GateOnly
-	mu   sync.Mutex
-	held int
-}
-
-func (l *counter) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		l.add(1)
-		c.Hold(l, 0)
-		return inner.Admit(ctx, c, w)
-	})
-}
-
-func (l *counter) add(n int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.held += n
-}
-
-func (l *counter) Release(int64, interceptor.Outcome, error) { l.add(-1) }
-
-func (l *counter) atRest() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.held != 0 {
-		return fmt.Errorf("%d tickets held, want none", l.held)
-	}
-	return nil
 }
 
 func TestACallThatIsNotHedgedAllocatesNothing(t *testing.T) {

@@ -74,67 +74,7 @@ func delays(ds ...time.Duration) func(int, grpc.ServerStream) error {
 	}
 }
 
-// exchange makes a stream of a kind and returns what came back.
-func exchange(ctx context.Context, c testingv1.TestServiceClient, kind interceptor.Kind, opts ...grpc.CallOption) (got []string, err error) {
-	add := func(p []byte, o *testingv1.Observed) { got = append(got, fmt.Sprintf("%s %d", p, o.GetReceived())) }
-	three := int32(3)
-	switch kind {
-	case interceptor.ClientStream:
-		s, err := c.ClientStream(ctx, opts...)
-		if err != nil {
-			return nil, err
-		}
-		for i := range 3 {
-			if err := s.Send(&testingv1.ClientStreamRequest{Payload: fmt.Append(nil, i)}); err != nil {
-				return nil, fmt.Errorf("sending: %w", err)
-			}
-		}
-		r, err := s.CloseAndRecv()
-		if err == nil {
-			add(r.GetPayload(), r.GetObserved())
-		}
-		return got, err
-	case interceptor.ServerStream:
-		s, err := c.ServerStream(ctx, &testingv1.ServerStreamRequest{Payload: []byte("x"), Behaviour: &testingv1.Behaviour{ResponseCount: &three}}, opts...)
-		if err != nil {
-			return nil, err
-		}
-		for {
-			r, err := s.Recv()
-			if err == io.EOF {
-				return got, nil
-			}
-			if err != nil {
-				return got, err
-			}
-			add(r.GetPayload(), r.GetObserved())
-		}
-	default:
-		s, err := c.Bidi(ctx, opts...)
-		if err != nil {
-			return nil, err
-		}
-		for i := range 3 {
-			if err := s.Send(&testingv1.BidiRequest{Payload: fmt.Append(nil, i)}); err != nil {
-				return nil, fmt.Errorf("sending: %w", err)
-			}
-			r, err := s.Recv()
-			if err != nil {
-				return got, err
-			}
-			add(r.GetPayload(), r.GetObserved())
-		}
-		if err := s.CloseSend(); err != nil {
-			return got, err
-		}
-		if _, err := s.Recv(); err != io.EOF {
-			return got, fmt.Errorf("the end is %w, want io.EOF", err)
-		}
-		return got, nil
-	}
-}
-
-// whole is what exchange returns if all goes well.
+// whole is what calltest.Exchange returns if all goes well.
 var whole = map[interceptor.Kind]string{
 	interceptor.ClientStream: "2 3", interceptor.ServerStream: "x 1,x 1,x 1", interceptor.BidiStream: "0 1,1 2,2 3",
 }
@@ -183,7 +123,7 @@ func TestStreamsOfAllKindsAreHedgedUntilTheirFirstMessage(t *testing.T) {
 					var header, trailer metadata.MD
 					finished := 0
 					start := time.Now()
-					got, err := exchange(t.Context(), c, kind, grpc.Header(&header), grpc.Trailer(&trailer), grpc.OnFinish(func(error) { finished++ }))
+					got, err := calltest.Exchange(t.Context(), c, kind, grpc.Header(&header), grpc.Trailer(&trailer), grpc.OnFinish(func(error) { finished++ }))
 					if s := strings.Join(got, ","); s != whole[kind] || err != nil {
 						t.Errorf("got %q, %v; want %q", s, err, whole[kind])
 					}
@@ -212,7 +152,7 @@ func TestAStreamWhoseAttemptsAllFailReturnsTheLastFailure(t *testing.T) {
 				return status.Error(codes.Internal, fmt.Sprint(n))
 			}, mustNew(t, fixed))
 			var trailer metadata.MD
-			_, err := exchange(t.Context(), c, kind, grpc.Trailer(&trailer))
+			_, err := calltest.Exchange(t.Context(), c, kind, grpc.Trailer(&trailer))
 			if status.Convert(err).Message() != "1" || n.Load() != 2 || !slices.Equal(trailer.Get("attempt"), []string{"1"}) {
 				t.Errorf("%v: got %v, trailer %v after %d attempts; want the second's", kind, err, trailer, n.Load())
 			}
@@ -446,7 +386,7 @@ func TestAStreamThatIsNotHedgedIsMeasuredAndThenHedged(t *testing.T) {
 			if _, ok := l.Delay(); ok {
 				t.Errorf("hedged with %d latencies", i)
 			}
-			if _, err := exchange(t.Context(), c, streamKinds[i%3]); err != nil {
+			if _, err := calltest.Exchange(t.Context(), c, streamKinds[i%3]); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -455,7 +395,7 @@ func TestAStreamThatIsNotHedgedIsMeasuredAndThenHedged(t *testing.T) {
 		}
 		slow.Store(true)
 		start := time.Now()
-		if _, err := exchange(t.Context(), c, interceptor.ServerStream); err != nil || n.Load() != 12 || time.Since(start).Round(ms) != 40*ms {
+		if _, err := calltest.Exchange(t.Context(), c, interceptor.ServerStream); err != nil || n.Load() != 12 || time.Since(start).Round(ms) != 40*ms {
 			t.Errorf("%v after %v, %d attempts in all; want a hedge that takes 40ms together, 12 in all", err, time.Since(start), n.Load())
 		}
 	})
@@ -483,7 +423,7 @@ func TestConcurrentStreamsDeliverEveryMessageOnceWhoeverWins(t *testing.T) {
 	for i := range 300 {
 		kind := streamKinds[i%3]
 		wg.Go(func() {
-			got, err := exchange(t.Context(), c, kind)
+			got, err := calltest.Exchange(t.Context(), c, kind)
 			if err != nil {
 				if status.Code(err) != codes.Unavailable || len(got) != 0 {
 					t.Errorf("%v: %q, %v", kind, got, err)

@@ -781,42 +781,10 @@ func TestConformance(t *testing.T) {
 
 func TestEveryTicketInsideAndOutsideIsReleased(t *testing.T) {
 	layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
-		outer, inner := new(counter), new(counter)
+		outer, inner := new(calltest.Counter), new(calltest.Counter)
 		l := mustNew(t, retry.Config{Backoff: retry.Backoff{Initial: time.Microsecond}})
-		return []interceptor.Layer{outer, l, inner}, func() error { return errors.Join(outer.atRest(), inner.atRest()) }
+		return []interceptor.Layer{outer, l, inner}, func() error { return errors.Join(outer.AtRest(), inner.AtRest()) }
 	})
-}
-
-// counter counts the tickets that it has out.
-type counter struct {
-	interceptor.GateOnly
-	mu   sync.Mutex
-	held int
-}
-
-func (l *counter) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		l.add(1)
-		c.Hold(l, 0)
-		return inner.Admit(ctx, c, w)
-	})
-}
-
-func (l *counter) add(n int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.held += n
-}
-
-func (l *counter) Release(int64, interceptor.Outcome, error) { l.add(-1) }
-
-func (l *counter) atRest() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.held != 0 {
-		return fmt.Errorf("%d tickets held, want none", l.held)
-	}
-	return nil
 }
 
 func TestACallWhoseFirstAttemptSucceedsAllocatesNothing(t *testing.T) {

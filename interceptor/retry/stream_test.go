@@ -71,70 +71,6 @@ func failing(n, read int) func(int, grpc.ServerStream) (bool, error) {
 	}
 }
 
-// exchange makes a call of a kind and returns what came back.
-func exchange(ctx context.Context, c testingv1.TestServiceClient, kind interceptor.Kind, opts ...grpc.CallOption) (got []string, err error) {
-	add := func(p []byte, o *testingv1.Observed) { got = append(got, fmt.Sprintf("%s %d", p, o.GetReceived())) }
-	three := int32(3)
-	switch kind {
-	case interceptor.ClientStream:
-		s, err := c.ClientStream(ctx, opts...)
-		if err != nil {
-			return nil, err
-		}
-		for i := range 3 {
-			if err := s.Send(&testingv1.ClientStreamRequest{Payload: fmt.Append(nil, i)}); err != nil {
-				return nil, fmt.Errorf("sending: %w", err)
-			}
-		}
-		r, err := s.CloseAndRecv()
-		if err == nil {
-			add(r.GetPayload(), r.GetObserved())
-		}
-		return got, err
-	case interceptor.ServerStream:
-		s, err := c.ServerStream(ctx, &testingv1.ServerStreamRequest{Payload: []byte("x"), Behaviour: &testingv1.Behaviour{ResponseCount: &three}}, opts...)
-		if err != nil {
-			return nil, err
-		}
-		for {
-			r, err := s.Recv()
-			if err == io.EOF {
-				return got, nil
-			}
-			if err != nil {
-				return got, err
-			}
-			add(r.GetPayload(), r.GetObserved())
-		}
-	case interceptor.BidiStream:
-		s, err := c.Bidi(ctx, opts...)
-		if err != nil {
-			return nil, err
-		}
-		for i := range 3 {
-			if err := s.Send(&testingv1.BidiRequest{Payload: fmt.Append(nil, i)}); err != nil {
-				return nil, fmt.Errorf("sending: %w", err)
-			}
-			r, err := s.Recv()
-			if err != nil {
-				return got, err
-			}
-			add(r.GetPayload(), r.GetObserved())
-		}
-		if err := s.CloseSend(); err != nil {
-			return got, err
-		}
-		if _, err := s.Recv(); err != io.EOF {
-			return got, fmt.Errorf("the end is %w, want io.EOF", err)
-		}
-		return got, nil
-	default:
-		r, err := c.Unary(ctx, &testingv1.UnaryRequest{Payload: []byte("x")}, opts...)
-		add(r.GetPayload(), r.GetObserved())
-		return got, err
-	}
-}
-
 func TestStreamsOfAllKindsAreRepeatedThoughTheServerSentHeaders(t *testing.T) {
 	for kind, want := range map[interceptor.Kind]string{
 		interceptor.ClientStream: "2 3", interceptor.ServerStream: "x 1,x 1,x 1", interceptor.BidiStream: "0 1,1 2,2 3",
@@ -148,7 +84,7 @@ func TestStreamsOfAllKindsAreRepeatedThoughTheServerSentHeaders(t *testing.T) {
 				c, n := dial(t, failing(2, read), l)
 				var header, trailer metadata.MD
 				finished := 0
-				got, err := exchange(t.Context(), c, kind, grpc.Header(&header), grpc.Trailer(&trailer), grpc.OnFinish(func(error) { finished++ }))
+				got, err := calltest.Exchange(t.Context(), c, kind, grpc.Header(&header), grpc.Trailer(&trailer), grpc.OnFinish(func(error) { finished++ }))
 				if s := strings.Join(got, ","); s != want || err != nil || n.Load() != 3 {
 					t.Errorf("%v, reading %d: got %q, %v in %d attempts; want %q in 3", kind, read, s, err, n.Load(), want)
 				}
@@ -208,10 +144,10 @@ func TestARetryGoesToAnEndpointThatTheCallHasNotTried(t *testing.T) {
 	}
 	c := testingv1.NewTestServiceClient(conn)
 	for cluster.Server(0).Stats().Started == 0 || cluster.Server(1).Stats().Started == 0 || cluster.Server(2).Stats().Started == 0 {
-		exchange(t.Context(), c, interceptor.Unary) // Until all are READY for the picker.
+		calltest.Exchange(t.Context(), c, interceptor.Unary) // Until all are READY for the picker.
 	}
 	for i := range 100 {
-		if _, err := exchange(t.Context(), c, interceptor.Kind(i%4)); err != nil {
+		if _, err := calltest.Exchange(t.Context(), c, interceptor.Kind(i%4)); err != nil {
 			t.Errorf("call %d: %v, want it to reach the server that answers", i, err)
 		}
 	}
@@ -229,7 +165,7 @@ func TestTransparentRetriesOfGRPCAreNotCounted(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if _, err := exchange(t.Context(), c, interceptor.Kind(i%4), grpc.WaitForReady(true)); err != nil {
+		if _, err := calltest.Exchange(t.Context(), c, interceptor.Kind(i%4), grpc.WaitForReady(true)); err != nil {
 			t.Errorf("call %d: %v, want gRPC to move it to the next connection", i, err)
 		}
 	}
@@ -263,7 +199,7 @@ func TestServersPushBackOverTheWire(t *testing.T) {
 				}
 				c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, calltest.Stack(t, mustNew(t, retry.Config{})).DialOptions()...))
 				start := time.Now()
-				if _, err := exchange(t.Context(), c, kind); status.Code(err) != codes.Unavailable {
+				if _, err := calltest.Exchange(t.Context(), c, kind); status.Code(err) != codes.Unavailable {
 					t.Errorf("%v: got %v, want UNAVAILABLE", kind, err)
 				}
 				if got := srv.Stats().Started; got != want {
@@ -285,7 +221,7 @@ func TestNoMessageIsDeliveredTwice(t *testing.T) {
 			}
 			return true, unavailable
 		}, mustNew(t, quick))
-		got, err := exchange(t.Context(), c, interceptor.ServerStream)
+		got, err := calltest.Exchange(t.Context(), c, interceptor.ServerStream)
 		if status.Code(err) != codes.Unavailable || !slices.Equal(got, []string{"a 0"}) || n.Load() != 1 {
 			t.Errorf("got %q, %v in %d attempts; want one message, then the error, in one", got, err, n.Load())
 		}

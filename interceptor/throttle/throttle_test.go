@@ -23,7 +23,6 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
-	"github.com/belfry-go/belfry/internal/race"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -467,26 +466,6 @@ func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 	return out
 }
 
-func TestNothingIsAllocated(t *testing.T) {
-	ctx := context.Background()
-	for name, unary := range benchmarks(t) {
-		unary(ctx, method, nil, nil, nil, calltest.Noop)
-		got := testing.AllocsPerRun(200, func() { unary(ctx, method, nil, nil, nil, calltest.Noop) })
-		// The stack's own pool may be emptied by the collector, and is by the race detector.
-		if got != 0 && !race.Enabled {
-			t.Errorf("%s: %v allocations, want 0", name, got)
-		}
-	}
-}
+func TestNothingIsAllocated(t *testing.T) { calltest.AllocateNothing(t, benchmarks(t), method) }
 
-func BenchmarkThrottle(b *testing.B) {
-	ctx := context.Background()
-	for name, unary := range benchmarks(b) {
-		b.Run(name, func(b *testing.B) {
-			b.ReportAllocs()
-			for b.Loop() {
-				unary(ctx, method, nil, nil, nil, calltest.Noop)
-			}
-		})
-	}
-}
+func BenchmarkThrottle(b *testing.B) { calltest.Bench(b, benchmarks(b), method) }

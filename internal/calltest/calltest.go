@@ -13,6 +13,8 @@ package calltest
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"slices"
 	"sync"
 	"testing"
@@ -24,6 +26,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/race"
+	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
 // Method is the method of the calls of a burst.
@@ -119,5 +123,133 @@ func Expect(t testing.TB, got []End, want ...End) {
 	t.Helper()
 	if !slices.Equal(got, want) {
 		t.Errorf("calls ended as\n%v, want\n%v", got, want)
+	}
+}
+
+// Counter is a gate that counts the tickets that it has out. The zero value is ready
+// to use.
+type Counter struct {
+	interceptor.GateOnly
+	mu   sync.Mutex
+	held int // Guarded by mu.
+}
+
+// WrapGate returns the gate.
+func (l *Counter) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+		l.add(1)
+		c.Hold(l, 0)
+		return inner.Admit(ctx, c, w)
+	})
+}
+
+func (l *Counter) add(n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.held += n
+}
+
+// Release takes a ticket back.
+func (l *Counter) Release(int64, interceptor.Outcome, error) { l.add(-1) }
+
+// AtRest returns an error if tickets are out.
+func (l *Counter) AtRest() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.held != 0 {
+		return fmt.Errorf("%d tickets held, want none", l.held)
+	}
+	return nil
+}
+
+// Exchange makes a call of a kind and returns what came back.
+func Exchange(ctx context.Context, c testingv1.TestServiceClient, kind interceptor.Kind, opts ...grpc.CallOption) (got []string, err error) {
+	add := func(p []byte, o *testingv1.Observed) { got = append(got, fmt.Sprintf("%s %d", p, o.GetReceived())) }
+	three := int32(3)
+	switch kind {
+	case interceptor.ClientStream:
+		s, err := c.ClientStream(ctx, opts...)
+		if err != nil {
+			return nil, err
+		}
+		for i := range 3 {
+			if err := s.Send(&testingv1.ClientStreamRequest{Payload: fmt.Append(nil, i)}); err != nil {
+				return nil, fmt.Errorf("sending: %w", err)
+			}
+		}
+		r, err := s.CloseAndRecv()
+		if err == nil {
+			add(r.GetPayload(), r.GetObserved())
+		}
+		return got, err
+	case interceptor.ServerStream:
+		s, err := c.ServerStream(ctx, &testingv1.ServerStreamRequest{Payload: []byte("x"), Behaviour: &testingv1.Behaviour{ResponseCount: &three}}, opts...)
+		if err != nil {
+			return nil, err
+		}
+		for {
+			r, err := s.Recv()
+			if err == io.EOF {
+				return got, nil
+			}
+			if err != nil {
+				return got, err
+			}
+			add(r.GetPayload(), r.GetObserved())
+		}
+	case interceptor.BidiStream:
+		s, err := c.Bidi(ctx, opts...)
+		if err != nil {
+			return nil, err
+		}
+		for i := range 3 {
+			if err := s.Send(&testingv1.BidiRequest{Payload: fmt.Append(nil, i)}); err != nil {
+				return nil, fmt.Errorf("sending: %w", err)
+			}
+			r, err := s.Recv()
+			if err != nil {
+				return got, err
+			}
+			add(r.GetPayload(), r.GetObserved())
+		}
+		if err := s.CloseSend(); err != nil {
+			return got, err
+		}
+		if _, err := s.Recv(); err != io.EOF {
+			return got, fmt.Errorf("the end is %w, want io.EOF", err)
+		}
+		return got, nil
+	default:
+		r, err := c.Unary(ctx, &testingv1.UnaryRequest{Payload: []byte("x")}, opts...)
+		add(r.GetPayload(), r.GetObserved())
+		return got, err
+	}
+}
+
+// AllocateNothing checks that calls of the method through the interceptors, which
+// have names, allocate nothing.
+func AllocateNothing(t *testing.T, unaries map[string]grpc.UnaryClientInterceptor, method string) {
+	t.Helper()
+	ctx := context.Background()
+	for name, unary := range unaries {
+		unary(ctx, method, nil, nil, nil, Noop)
+		got := testing.AllocsPerRun(200, func() { unary(ctx, method, nil, nil, nil, Noop) })
+		// The stack's own pool may be emptied by the collector, and is by the race detector.
+		if got != 0 && !race.Enabled {
+			t.Errorf("%s: %v allocations, want 0", name, got)
+		}
+	}
+}
+
+// Bench measures calls of the method through the interceptors, which have names.
+func Bench(b *testing.B, unaries map[string]grpc.UnaryClientInterceptor, method string) {
+	ctx := context.Background()
+	for name, unary := range unaries {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				unary(ctx, method, nil, nil, nil, Noop)
+			}
+		})
 	}
 }
