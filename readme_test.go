@@ -36,7 +36,7 @@ func snippets(t *testing.T, language string) []string {
 
 func TestGoOfTheReadmeRunsInAMainPackage(t *testing.T) {
 	if _, err := exec.LookPath("go"); err != nil {
-		t.Skip(err)
+		t.Skipf("it needs the go command in PATH: %v", err)
 	}
 	// Each block is a file of its own in a package that exists in the overlay only.
 	files := append(snippets(t, "go"), `

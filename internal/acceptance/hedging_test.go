@@ -134,7 +134,7 @@ func TestHedgingHalvesTheTailForSixPercentMoreCalls(t *testing.T) {
 // is enough that hedges lowered p99.9 twofold in any of them.
 func TestHedgingHalvesTheTailOnTheWire(t *testing.T) {
 	if race.Enabled || testing.Short() {
-		t.Skip("it takes seconds of an idle machine")
+		t.Skip("it takes seconds of an idle machine: run it without -race and -short")
 	}
 	const rounds = 4
 	cluster := newStalling(t)

@@ -92,8 +92,8 @@ func (w *Window) Record(d time.Duration) {
 	w.mu.Lock()
 	w.rotateLocked(now)
 	// Neither fails, for v is within the range.
-	w.cur.RecordValue(v) //nolint:errcheck
-	w.all.RecordValue(v) //nolint:errcheck
+	_ = w.cur.RecordValue(v)
+	_ = w.all.RecordValue(v)
 	w.mu.Unlock()
 }
 
