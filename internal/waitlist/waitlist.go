@@ -1,0 +1,193 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package waitlist is the list of the calls that wait at a gate, in the order of
+// their turns.
+//
+// A gate that makes calls wait (a concurrency limit, a rate limit, a fail-fast, a
+// buffer) keeps a List under its own mutex. What a call waits for, and how it is
+// woken, is the gate's business; the list knows who comes first:
+//
+//  1. the higher priority,
+//  2. at the same priority a further attempt of a call before a first attempt,
+//     because work has been spent on that call already,
+//  3. otherwise the one that arrived first, or last if the gate is LIFO.
+package waitlist
+
+import (
+	"cmp"
+	"iter"
+	"slices"
+)
+
+// A Rank says which calls go before others, whenever they arrive.
+type Rank struct {
+	Priority int  // The higher goes first.
+	Further  bool // Whether it is a retry or a hedge. At the same Priority these go first.
+}
+
+// compare is negative if a goes before b.
+func (a Rank) compare(b Rank) int {
+	switch {
+	case a.Priority != b.Priority:
+		return cmp.Compare(b.Priority, a.Priority)
+	case a.Further == b.Further:
+		return 0
+	case a.Further:
+		return -1
+	}
+	return 1
+}
+
+// A Node is one call that waits, and what its gate knows of it. A gate allocates
+// one per waiting call. Value belongs to the gate.
+type Node[T any] struct {
+	Value T
+
+	rank       Rank
+	list       *List[T] // The list it is in; nil if it is in none.
+	prev, next *Node[T] // Its neighbours by arrival at its level.
+}
+
+// A List holds the nodes of the calls that wait. The zero value is an empty list.
+// It must not be copied once it has been used.
+//
+// A List has no lock. The owner's mutex guards it and the nodes in it, and is held
+// for each method call, and as long as an iterator of the list runs.
+//
+// With n the number of different ranks among the nodes, Push, Remove and a step of
+// All take O(log n), besides moving up to n small entries when a rank appears or
+// disappears. First, Last and Len take O(1).
+type List[T any] struct {
+	levels []level[T] // By rank, those that go first at the front; none is empty.
+	len    int
+}
+
+// A level is the nodes of one rank, linked in the order of arrival.
+type level[T any] struct {
+	rank           Rank
+	oldest, newest *Node[T]
+}
+
+// first is the node whose turn is first at this level.
+func (l *level[T]) first(lifo bool) *Node[T] {
+	if lifo {
+		return l.newest
+	}
+	return l.oldest
+}
+
+// Len returns how many nodes are in the list.
+func (l *List[T]) Len() int { return l.len }
+
+// find returns the index of the level of r, or where it would be.
+func (l *List[T]) find(r Rank) (i int, found bool) {
+	return slices.BinarySearchFunc(l.levels, r, func(l level[T], r Rank) int { return l.rank.compare(r) })
+}
+
+// Push puts n into the list, as the latest to arrive. It panics if n is in a list
+// already. It allocates only if there are more different ranks at once than ever
+// before.
+func (l *List[T]) Push(n *Node[T], r Rank) {
+	if n.list != nil {
+		panic("waitlist: Push of a node that is in a list")
+	}
+	n.list, n.rank = l, r
+	l.len++
+	i, found := l.find(r)
+	if !found {
+		l.levels = slices.Insert(l.levels, i, level[T]{r, n, n})
+		return
+	}
+	lv := &l.levels[i]
+	n.prev, lv.newest.next, lv.newest = lv.newest, n, n
+}
+
+// Remove takes n out of the list and reports whether it was in. Afterwards n may
+// be pushed again.
+func (l *List[T]) Remove(n *Node[T]) bool {
+	if n.list != l {
+		return false
+	}
+	i, _ := l.find(n.rank)
+	lv := &l.levels[i]
+	if n.prev == nil {
+		lv.oldest = n.next
+	} else {
+		n.prev.next = n.next
+	}
+	if n.next == nil {
+		lv.newest = n.prev
+	} else {
+		n.next.prev = n.prev
+	}
+	if lv.oldest == nil {
+		l.levels = slices.Delete(l.levels, i, i+1)
+	}
+	n.list, n.prev, n.next = nil, nil, nil
+	l.len--
+	return true
+}
+
+// First returns the node whose turn it is, or nil if the list is empty. If lifo is
+// true, the latest to arrive goes first among those of one rank, otherwise the
+// earliest.
+func (l *List[T]) First(lifo bool) *Node[T] {
+	if l.len == 0 {
+		return nil
+	}
+	return l.levels[0].first(lifo)
+}
+
+// Last returns the node whose turn is last, or nil if the list is empty.
+func (l *List[T]) Last(lifo bool) *Node[T] {
+	if l.len == 0 {
+		return nil
+	}
+	return l.levels[len(l.levels)-1].first(!lifo)
+}
+
+// All returns the nodes in the order of their turns. The loop may remove the node
+// it was given, and no other.
+func (l *List[T]) All(lifo bool) iter.Seq[*Node[T]] {
+	return func(yield func(*Node[T]) bool) {
+		for n := l.First(lifo); n != nil; {
+			next := l.after(n, lifo)
+			if !yield(n) {
+				return
+			}
+			n = next
+		}
+	}
+}
+
+// after returns the node whose turn follows that of n, nil if n is the last.
+func (l *List[T]) after(n *Node[T], lifo bool) *Node[T] {
+	next := n.next
+	if lifo {
+		next = n.prev
+	}
+	if next != nil {
+		return next
+	}
+	if i, _ := l.find(n.rank); i+1 < len(l.levels) {
+		return l.levels[i+1].first(lifo)
+	}
+	return nil
+}
+
+// Ahead returns how many nodes have their turn before n, or -1 if n is not in the
+// list. It counts them one by one.
+func (l *List[T]) Ahead(n *Node[T], lifo bool) int {
+	if n.list != l {
+		return -1
+	}
+	ahead := 0
+	for other := range l.All(lifo) {
+		if other == n {
+			break
+		}
+		ahead++
+	}
+	return ahead
+}
