@@ -81,9 +81,9 @@ type Config struct {
 	// Keys beyond it share one more ([Others]). At least 1; zero means 1,000.
 	MaxKeys int
 
-	// KeyIdle is for how long a key must not have been called for its circuit to be
-	// forgotten, when there are new keys; an open one is not forgotten. At least
-	// 1 s; zero means 10 minutes.
+	// KeyIdle is for how long a key must not have been called before its circuit may
+	// be forgotten. That happens when new keys come, at the latest when there are
+	// MaxKeys; an open circuit is not forgotten. At least 1 s; zero means 10 minutes.
 	KeyIdle time.Duration
 }
 
@@ -306,8 +306,11 @@ func New(config Config, opts ...Option) (*Breaker, error) {
 	}
 	b.all = newCircuit(b, "")
 	b.keys = keyed.New(
+		func() int { return b.settings.Load().MaxKeys },
 		func(key string) *circuit { return newCircuit(b, key) },
-		func(c *circuit, now int64) bool { return c.refuses(interceptor.Instant(now)) })
+		func(c *circuit, unused time.Duration, now int64) bool {
+			return unused >= b.settings.Load().KeyIdle && !c.refuses(interceptor.Instant(now))
+		})
 	return b, nil
 }
 
@@ -372,8 +375,7 @@ func (b *Breaker) Trip(key string, d time.Duration) {
 	c, ok := b.find(key)
 	now := interceptor.Now()
 	if !ok {
-		s := b.settings.Load()
-		c = b.keys.Get(key, int64(now), s.MaxKeys, s.KeyIdle)
+		c = b.keys.Get(key, int64(now))
 	}
 	c.trip(now, d)
 }
@@ -402,9 +404,9 @@ func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wai
 	cir := b.all
 	switch {
 	case s.PerMethod:
-		cir = b.keys.Get(c.Method(), int64(c.Now()), s.MaxKeys, s.KeyIdle)
+		cir = b.keys.Get(c.Method(), int64(c.Now()))
 	case b.key != nil:
-		cir = b.keys.Get(b.key(ctx, c), int64(c.Now()), s.MaxKeys, s.KeyIdle)
+		cir = b.keys.Get(b.key(ctx, c), int64(c.Now()))
 	}
 	token, err := cir.admit(s, c)
 	if err != nil {

@@ -49,7 +49,6 @@ type queue struct {
 	name    string
 	src     source
 	over    atomic.Pointer[refusals]
-	users   atomic.Int64 // Calls between finding the queue by its key and having a token.
 	waiting atomic.Int64 // The length of the list below. Written under mu.
 
 	// mu guards the fields below. The source's own lock may be taken under it, and
@@ -273,11 +272,10 @@ func (q *queue) update(p *params) {
 	q.armLocked(now)
 }
 
-// idle reports whether nobody would notice if the queue was made anew. Caller must
-// hold the lock that keeps users from growing.
-func (q *queue) idle(now interceptor.Instant) bool {
+// full reports whether it is as if nothing had ever been taken.
+func (q *queue) full(now interceptor.Instant) bool {
 	src, ok := q.src.(own)
-	return ok && q.users.Load() == 0 && src.full(now)
+	return ok && src.full(now)
 }
 
 func (q *queue) pushLocked(me *waiter) {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/keyed"
 )
 
 // Algorithm is how tokens come; see the package documentation.
@@ -241,9 +242,9 @@ func optionsOf(opts []Option) (options, error) {
 type Layer struct {
 	interceptor.GateOnly
 	name string
-	key  KeyFunc // Nil if calls are not told apart.
-	one  *queue  // If key is nil.
-	keys *keys   // If it is not.
+	key  KeyFunc            // Nil if calls are not told apart.
+	one  *queue             // If key is nil.
+	keys *keyed.Map[*queue] // If it is not.
 
 	rate atomic.Pointer[params]
 	// mu is held by Update, so that what it changes is one configuration in the end.
@@ -278,7 +279,7 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 	if l.key == nil {
 		l.one = p.newQueue(l.name)
 	} else {
-		l.keys = newKeys(l, p)
+		l.keys = newKeys(l)
 	}
 	return l, nil
 }
@@ -308,10 +309,12 @@ func (l *Layer) Update(cfg Config) error {
 		return invalid("KeyName", fmt.Sprintf("%q", p.keyName), fmt.Sprintf("must stay %q: make a new layer", old.keyName))
 	}
 	l.rate.Store(p)
-	if l.keys != nil {
-		l.keys.update(p)
-	} else {
+	if l.keys == nil {
 		l.one.update(p)
+		return nil
+	}
+	for _, q := range l.keys.All() { // Queues made from here on have the new rate.
+		q.update(p)
 	}
 	return nil
 }
@@ -331,7 +334,9 @@ func (l *Layer) Waiting() int {
 		return int(l.one.waiting.Load())
 	}
 	n := int64(0)
-	l.keys.each(func(q *queue) { n += q.waiting.Load() })
+	for _, q := range l.keys.All() {
+		n += q.waiting.Load()
+	}
 	return int(n)
 }
 
@@ -340,7 +345,7 @@ func (l *Layer) Keys() int {
 	if l.keys == nil {
 		return 0
 	}
-	return int(l.keys.n.Load())
+	return l.keys.Len()
 }
 
 // String returns the layer's name.
@@ -376,12 +381,12 @@ type keyedGate struct {
 }
 
 func (g *keyedGate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-	q := g.layer.keys.get(g.layer.key(ctx, c), c.Now())
-	at, err := q.acquire(ctx, c, w)
-	q.users.Add(-1)
+	e := g.layer.keys.Pin(g.layer.key(ctx, c), int64(c.Now()))
+	at, err := e.Value.acquire(ctx, c, w)
+	e.Unpin()
 	if err != nil {
 		return err
 	}
-	c.Hold(q, int64(at))
+	c.Hold(e.Value, int64(at))
 	return g.inner.Admit(ctx, c, w)
 }

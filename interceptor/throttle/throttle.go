@@ -170,7 +170,10 @@ func New(config Config, opts ...Option) (*Throttle, error) {
 	t.refused = interceptor.Refuse(t.name, interceptor.ReasonThrottled, "the server rejects most calls")
 	t.settings.Store(s)
 	t.all = t.newCounts()
-	t.methods = keyed.New(func(string) *counts { return t.newCounts() }, nil)
+	t.methods = keyed.New(
+		func() int { return maxMethods },
+		func(string) *counts { return t.newCounts() },
+		func(_ *counts, unused time.Duration, _ int64) bool { return unused >= t.settings.Load().idle })
 	return t, nil
 }
 
@@ -226,7 +229,7 @@ func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wai
 	s, now := t.settings.Load(), int64(c.Now())
 	counted := t.all
 	if s.perMethod {
-		counted = t.methods.Get(c.Method(), now, maxMethods, s.idle)
+		counted = t.methods.Get(c.Method(), now)
 	}
 	window := counted.window(s)
 	if p := s.probability(window.Sum(now)); p > 0 && t.random() < p {

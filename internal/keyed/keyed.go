@@ -2,131 +2,271 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package keyed holds what a layer knows per key (a method, a tenant): a bounded
-// number of values, made when they are first asked for and dropped when they have
-// not been for a while.
+// number of values, each made when its key is first asked for. A value that its
+// owner would not miss is dropped to make room for new keys.
 package keyed
 
 import (
+	"hash/maphash"
 	"iter"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// A Map holds a value for each key. It is safe for concurrent use. Looking up a
-// key that is there takes a read lock and allocates nothing.
-//
-// Values are dropped only when another is made, so an idle Map keeps what it
-// has, which is bounded.
-type Map[V any] struct {
-	make func(key string) V
-	keep func(v V, now int64) bool
-
-	// mu guards the fields below. make and keep are called under it.
-	mu     sync.RWMutex
-	m      map[string]*entry[V]
-	others V     // What keys beyond the bound share; valid if full.
-	full   bool  // others was made.
-	swept  int64 // When it was last looked for values that are idle.
-}
-
-type entry[V any] struct {
-	used atomic.Int64 // When it was last asked for, to a sixteenth of the idle time.
-	v    V
-}
-
-// Others is the key that make gets for the value shared by keys beyond the bound.
+// Others is the key of the value that keys beyond the limit share.
 const Others = "(others)"
 
-// New returns an empty Map. make makes the value of a key; keep says of a value
-// that was not asked for in a while that it must stay nevertheless, nil that none
-// must. Neither may block or use the Map.
-func New[V any](make func(key string) V, keep func(v V, now int64) bool) *Map[V] {
-	return &Map[V]{make: make, keep: keep, m: map[string]*entry[V]{}}
+const (
+	// shards is how many parts a Map has, so that a new key stops only the calls of
+	// the keys in its own part.
+	shards = 16
+
+	// resolution is how exactly a Map knows when a value was last asked for, and how
+	// long after it went over all values in search of room it does not do so again.
+	resolution = 100 * time.Millisecond
+
+	// glance is how many values of its shard a new key looks at, to drop them.
+	glance = 2
+)
+
+// A Map holds a value for each key, up to a limit. Keys that find no room share
+// one more value, whose key is [Others]. It is safe for concurrent use.
+//
+// Looking up a key that is there takes a read lock and allocates nothing.
+//
+// A value is dropped only when a new key comes. Each new key looks at two others,
+// so that about those in use are kept without anyone going over all of them. Only
+// when the limit is reached are all looked at, at most once in 100 ms.
+//
+// Times are nanoseconds since any one moment, not before it.
+type Map[V any] struct {
+	limit     func() int
+	make      func(key string) V
+	droppable func(v V, unused time.Duration, now int64) bool
+
+	seed   maphash.Seed
+	shards [shards]shard[V]
+	len    atomic.Int64 // How many entries the shards have together.
+	swept  atomic.Int64 // When all were last looked at.
+
+	others atomic.Pointer[Entry[V]] // Nil until it is needed. Set under mu.
+	mu     sync.Mutex               // Lets one goroutine make others. No lock of a Map is taken under it.
 }
 
-// Get returns the value of key. If it has to be made, values that were not asked
-// for during idle are dropped first; if there are still limit or more, what is
-// returned is the value that all further keys share. now is nanoseconds since any
-// moment.
-func (m *Map[V]) Get(key string, now int64, limit int, idle time.Duration) V {
-	m.mu.RLock()
-	e, ok := m.m[key]
-	if !ok && m.full && len(m.m) >= limit && !m.due(now, idle) {
-		v := m.others
-		m.mu.RUnlock()
-		return v
+type shard[V any] struct {
+	// mu guards m. It also guards the pins of m's entries against growing: they grow
+	// under the read lock, and entries are dropped under the write lock.
+	mu sync.RWMutex
+	m  map[string]*Entry[V]
+	_  [32]byte // Fills a cache line, so that the locks of two shards are in two.
+}
+
+// An Entry is a value that is pinned; see [Map.Pin].
+type Entry[V any] struct {
+	Value V
+	used  atomic.Int64 // When it was last asked for, at most resolution ago too early.
+	pins  atomic.Int64
+}
+
+// Unpin ends what Pin began.
+func (e *Entry[V]) Unpin() { e.pins.Add(-1) }
+
+// New returns an empty Map.
+//
+//   - limit returns for how many keys there is room, at least 1. It may change; the
+//     values beyond a lower one stay until they may be dropped.
+//   - make returns the value of a new key. Two goroutines never call it at once for
+//     one key.
+//   - droppable reports whether v may be dropped, which nobody has asked for since
+//     unused ago, exact to 100 ms.
+//
+// They are called with locks of the Map held: they must not block or use the Map.
+func New[V any](limit func() int, make func(key string) V, droppable func(v V, unused time.Duration, now int64) bool) *Map[V] {
+	m := &Map[V]{limit: limit, make: make, droppable: droppable, seed: maphash.MakeSeed()}
+	for i := range m.shards {
+		m.shards[i].m = map[string]*Entry[V]{}
 	}
-	m.mu.RUnlock()
-	if !ok {
-		return m.add(key, now, limit, idle)
+	return m
+}
+
+// Get returns the value of key, or that of [Others] if key has none and there is no
+// room. The value may be dropped at any time after: whoever uses it then uses one
+// that the next call of the same key does not. If that matters, use [Map.Pin].
+func (m *Map[V]) Get(key string, now int64) V { return m.entry(key, now, 0).Value }
+
+// Pin is like [Map.Get], but the value is not dropped before Unpin is called on the
+// Entry, once for each Pin. Then droppable sees all that was done with it.
+func (m *Map[V]) Pin(key string, now int64) *Entry[V] { return m.entry(key, now, 1) }
+
+func (m *Map[V]) entry(key string, now, pins int64) *Entry[V] {
+	s := &m.shards[maphash.String(m.seed, key)%shards]
+	s.mu.RLock()
+	e := s.m[key]
+	if e != nil {
+		e.ask(now, pins)
 	}
+	s.mu.RUnlock()
+	if e != nil {
+		return e
+	}
+	if e = m.add(s, key, now, pins); e == nil {
+		e = m.shared()
+		e.ask(now, pins)
+	}
+	return e
+}
+
+// ask notes that the value was asked for. Caller must hold the lock of its shard.
+func (e *Entry[V]) ask(now, pins int64) {
 	// Written rarely, so that concurrent calls do not fight for the word.
-	if now-e.used.Load() > int64(idle)/16 {
+	if now-e.used.Load() >= int64(resolution) {
 		e.used.Store(now)
 	}
-	return e.v
+	if pins != 0 {
+		e.pins.Add(pins)
+	}
 }
 
-// due reports whether it is time to look for idle values again: looking is as
-// much work as there are values, and must not be done for each new key.
-func (m *Map[V]) due(now int64, idle time.Duration) bool { return now-m.swept >= int64(idle)/4 }
+// add makes the value of a new key. It returns nil if there is no room.
+func (m *Map[V]) add(s *shard[V], key string, now, pins int64) *Entry[V] {
+	if key == Others || m.full() && !m.sweep(now) {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.m[key]
+	if e == nil {
+		seen := 0
+		for k, other := range s.m { // In random order.
+			if seen++; seen > glance {
+				break
+			}
+			m.dropLocked(s, k, other, now)
+		}
+		if m.len.Add(1) > int64(m.limit()) {
+			m.len.Add(-1)
+			return nil
+		}
+		key = strings.Clone(key) // It may be a part of something greater.
+		e = &Entry[V]{Value: m.make(key)}
+		e.used.Store(now)
+		s.m[key] = e
+	}
+	e.ask(now, pins)
+	return e
+}
 
-func (m *Map[V]) add(key string, now int64, limit int, idle time.Duration) V {
+func (m *Map[V]) full() bool { return m.len.Load() >= int64(m.limit()) }
+
+// sweep drops all values that may be dropped, unless that was done just now. It
+// reports whether there is room.
+func (m *Map[V]) sweep(now int64) bool {
+	last := m.swept.Load()
+	if now-last < int64(resolution) || !m.swept.CompareAndSwap(last, now) {
+		return false
+	}
+	for i := range m.shards {
+		s := &m.shards[i]
+		s.mu.Lock()
+		for k, e := range s.m {
+			m.dropLocked(s, k, e, now)
+		}
+		s.mu.Unlock()
+	}
+	return !m.full()
+}
+
+// dropLocked drops an entry if it may be. Caller must hold s.mu for writing.
+func (m *Map[V]) dropLocked(s *shard[V], key string, e *Entry[V], now int64) {
+	if e.pins.Load() == 0 && m.droppable(e.Value, time.Duration(now-e.used.Load()), now) {
+		delete(s.m, key)
+		m.len.Add(-1)
+	}
+}
+
+// shared returns the entry of Others.
+func (m *Map[V]) shared() *Entry[V] {
+	if e := m.others.Load(); e != nil {
+		return e
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if e, ok := m.m[key]; ok {
-		return e.v
+	e := m.others.Load()
+	if e == nil {
+		e = &Entry[V]{Value: m.make(Others)}
+		m.others.Store(e)
 	}
-	if m.due(now, idle) {
-		m.swept = now
-		for k, e := range m.m {
-			if now-e.used.Load() >= int64(idle) && (m.keep == nil || !m.keep(e.v, now)) {
-				delete(m.m, k)
+	return e
+}
+
+// Len returns how many keys have a value of their own.
+func (m *Map[V]) Len() int { return int(m.len.Load()) }
+
+// Peek returns the value of key if it has one, and does not make it.
+func (m *Map[V]) Peek(key string) (V, bool) {
+	s := &m.shards[maphash.String(m.seed, key)%shards]
+	s.mu.RLock()
+	e := s.m[key]
+	s.mu.RUnlock()
+	if e == nil && key == Others {
+		e = m.others.Load()
+	}
+	if e == nil {
+		var zero V
+		return zero, false
+	}
+	return e.Value, true
+}
+
+// All returns all keys and values, and Others if keys have shared its value, in no
+// order. The loop may use the Map. A value that it does not see was dropped
+// meanwhile, or made by a call of make that began after the loop did.
+func (m *Map[V]) All() iter.Seq2[string, V] {
+	return func(yield func(string, V) bool) {
+		for k, e := range m.entries() {
+			if !yield(k, e.Value) {
+				return
 			}
 		}
 	}
-	if len(m.m) >= limit {
-		if !m.full {
-			m.others, m.full = m.make(Others), true
-		}
-		return m.others
-	}
-	e := &entry[V]{v: m.make(key)}
-	e.used.Store(now)
-	m.m[key] = e
-	return e.v
 }
 
-// Peek returns the value of key if there is one, and does not make it.
-func (m *Map[V]) Peek(key string) (V, bool) {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	if e, ok := m.m[key]; ok {
-		return e.v, true
+// Pins returns how many pins there are: how many calls use a value just now.
+func (m *Map[V]) Pins() (n int) {
+	for _, e := range m.entries() {
+		n += int(e.pins.Load())
 	}
-	if m.full && key == Others {
-		return m.others, true
-	}
-	var zero V
-	return zero, false
+	return n
 }
 
-// All returns the keys and values as they are when the loop begins, in no order.
-func (m *Map[V]) All() iter.Seq2[string, V] {
-	return func(yield func(string, V) bool) {
-		m.mu.RLock()
-		vs := make(map[string]V, len(m.m)+1)
-		for k, e := range m.m {
-			vs[k] = e.v
+// entries returns all entries. No lock is held while the loop runs.
+func (m *Map[V]) entries() iter.Seq2[string, *Entry[V]] {
+	type pair struct {
+		key string
+		e   *Entry[V]
+	}
+	return func(yield func(string, *Entry[V]) bool) {
+		m.mu.Lock() // Waits for make, so that all made before is seen.
+		others := m.others.Load()
+		m.mu.Unlock()
+		if others != nil && !yield(Others, others) {
+			return
 		}
-		if m.full {
-			vs[Others] = m.others
-		}
-		m.mu.RUnlock()
-		for k, v := range vs {
-			if !yield(k, v) {
-				return
+		var pairs []pair
+		for i := range m.shards {
+			s := &m.shards[i]
+			s.mu.RLock()
+			pairs = pairs[:0]
+			for k, e := range s.m {
+				pairs = append(pairs, pair{k, e})
+			}
+			s.mu.RUnlock()
+			for _, p := range pairs {
+				if !yield(p.key, p.e) {
+					return
+				}
 			}
 		}
 	}
