@@ -304,10 +304,10 @@ func TestOpenItRefusesUntilItsTimeIsOverAndSaysHowLongThatIs(t *testing.T) {
 		f.refused(16 * time.Second)
 		time.Sleep(time.Second)
 		f.refused(15 * time.Second)
-		time.Sleep(time.Millisecond) // Rounded up to a sixteenth.
+		time.Sleep(time.Millisecond) // The time left is rounded up.
 		f.refused(15 * time.Second)
 		time.Sleep(15*time.Second - 2*time.Millisecond)
-		f.refused(time.Second)
+		f.refused(time.Millisecond)
 		f.state(Open)
 		err := f.call(nil)
 		var after time.Duration
@@ -316,8 +316,8 @@ func TestOpenItRefusesUntilItsTimeIsOverAndSaysHowLongThatIs(t *testing.T) {
 				after = d.GetRetryDelay().AsDuration()
 			}
 		}
-		if after != time.Second {
-			t.Errorf("the status's RetryInfo asks for %v, want 1s", after)
+		if after != time.Millisecond {
+			t.Errorf("the status's RetryInfo asks for %v, want 1ms", after)
 		}
 		time.Sleep(time.Millisecond)
 		f.state(HalfOpen)

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/retryafter"
 	"github.com/belfry-go/belfry/internal/rolling"
 )
 
@@ -21,15 +22,14 @@ import (
 type circuit struct {
 	breaker *Breaker
 	key     string
-	opened  *interceptor.Refusal // What it refuses with while open, but for the time.
-	probed  *interceptor.Refusal // While half-open, if all probes are out.
+	opened  *interceptor.Refusal                   // What it refuses with while open without end.
+	soon    *retryafter.Cache[interceptor.Refusal] // While open, by the time left.
+	probed  *interceptor.Refusal                   // While half-open, if all probes are out.
 
 	// state is the State and above it the number of changes so far. It is written
 	// with mu held, and the fields that go with it before it.
 	state atomic.Uint64
 	until atomic.Int64 // When an open circuit is half-open, an Instant; never if for ever.
-	step  atomic.Int64 // See refusal.
-	last  atomic.Pointer[refusal]
 
 	// What a closed circuit has counted.
 	run   atomic.Int64                   // Failures one after the other.
@@ -47,6 +47,10 @@ type circuit struct {
 
 const never = math.MaxInt64
 
+// refusalsKept is how many refusals a circuit keeps. The time left is about the
+// same for all calls that come at once.
+const refusalsKept = 4
+
 func newCircuit(b *Breaker, key string) *circuit {
 	of := ""
 	if key != "" {
@@ -57,6 +61,7 @@ func newCircuit(b *Breaker, key string) *circuit {
 		opened: interceptor.Refuse(b.name, interceptor.ReasonBreakerOpen, "open"+of),
 		probed: interceptor.Refuse(b.name, interceptor.ReasonBreakerOpen, "half-open"+of+", probing"),
 	}
+	c.soon = retryafter.New(refusalsKept, c.opened.After)
 	c.forget(b.settings.Load())
 	return c
 }
@@ -115,27 +120,15 @@ func (c *circuit) current(now interceptor.Instant) State {
 	return st
 }
 
-// A refusal says when the circuit will be half-open. So that not every refused
-// call needs one of its own, the time left is rounded up to a sixteenth of the
-// whole: who obeys does not come too early.
-type refusal struct {
-	*interceptor.Refusal
-	until, steps int64
-}
-
+// refusal says when the circuit will be half-open, rounded up so that not every
+// refused call needs one of its own.
 func (c *circuit) refusal(now interceptor.Instant) error {
-	until, step := c.until.Load(), c.step.Load()
+	until := c.until.Load()
 	left := until - int64(now)
-	if until == never || left <= 0 || step <= 0 { // The last two only if it changes just now.
+	if until == never || left <= 0 { // The latter only if it changes just now.
 		return c.opened
 	}
-	steps := (left + step - 1) / step
-	if r := c.last.Load(); r != nil && r.until == until && r.steps == steps {
-		return r.Refusal
-	}
-	r := &refusal{c.opened.After(time.Duration(steps * step)), until, steps}
-	c.last.Store(r)
-	return r.Refusal
+	return c.soon.Get(time.Duration(left))
 }
 
 // probe lets a call pass that may be a probe.
@@ -290,7 +283,6 @@ func (c *circuit) openForLocked(now interceptor.Instant, d time.Duration, cause 
 		c.until.Store(never)
 	} else {
 		c.until.Store(int64(now.Add(d)))
-		c.step.Store(max(int64(d)/16, int64(time.Millisecond)))
 	}
 	c.changeLocked(Open, cause, d)
 }

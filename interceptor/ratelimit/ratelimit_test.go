@@ -29,6 +29,7 @@ import (
 	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
+	"github.com/belfry-go/belfry/internal/retryafter"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -105,8 +106,12 @@ func wantRefused(t *testing.T, err error, retryAfter time.Duration) {
 			got = info.GetRetryDelay().AsDuration()
 		}
 	}
-	if got < retryAfter || got > retryAfter+max(retryAfter/16, step) {
-		t.Errorf("RetryInfo says %v, want %v or up to a sixteenth more", got, retryAfter)
+	want := time.Duration(0)
+	if retryAfter > 0 {
+		want = retryafter.RoundUp(retryAfter)
+	}
+	if got != want {
+		t.Errorf("RetryInfo says %v, want %v: %v rounded up", got, want, retryAfter)
 	}
 }
 
@@ -1024,30 +1029,6 @@ func TestAWaiterLeavesItsPlaceWhenItGetsItsToken(t *testing.T) {
 			t.Errorf("the place was left %d times, want once", n)
 		}
 	})
-}
-
-func TestRetryTimesAreRoundedUpByLessThanASixteenth(t *testing.T) {
-	seed := rand.Uint64()
-	t.Logf("seed %d", seed)
-	rng := rand.New(rand.NewPCG(seed, 0))
-	lengths := map[int]time.Duration{}
-	for range 100_000 {
-		d := max(time.Duration(rng.Uint64()>>1)>>rng.IntN(60), 1)
-		i, up := roundUp(d)
-		if i < 0 || i >= times {
-			t.Fatalf("roundUp(%d) has number %d, want one below %d", d, i, times)
-		}
-		if d <= 1<<62 && (up < d || up-d >= max(d/16+step/16, step)) {
-			t.Fatalf("roundUp(%v) = %v, want at most a sixteenth more", d, up)
-		}
-		if old, ok := lengths[i]; ok && old != up {
-			t.Fatalf("number %d is both %v and %v", i, old, up)
-		}
-		lengths[i] = up
-		if j, again := roundUp(up); up <= 1<<62 && (j != i || again != up) {
-			t.Fatalf("roundUp(%v) = %v, number %d, want itself and %d", up, again, j, i)
-		}
-	}
 }
 
 func TestConformance(t *testing.T) {
