@@ -262,6 +262,24 @@ func TestMethodsAreCountedApartIfSoConfigured(t *testing.T) {
 	}
 }
 
+func TestPerMethod(t *testing.T) {
+	t.Run("forgets methods that were not called for an hour to make room", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			l := mustNew(t, Config{PerMethod: true})
+			c := wrap(t, answering(nil), l)
+			for i := range maxMethods {
+				c.Invoke(context.Background(), fmt.Sprintf("/s/%d", i), nil, nil)
+			}
+			time.Sleep(methodIdle - time.Second)
+			c.Invoke(context.Background(), "/s/new", nil, nil)
+			wantStats(t, l, "/s/new", 0, 0) // It shares a count with others.
+			time.Sleep(time.Second)
+			c.Invoke(context.Background(), "/s/new", nil, nil)
+			wantStats(t, l, "/s/new", 1, 1)
+		})
+	})
+}
+
 func TestTheWindowForgets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Window: 20 * time.Second})

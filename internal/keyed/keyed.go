@@ -151,7 +151,6 @@ func (m *Map[V]) add(s *shard[V], key string, now, pins int64) *Entry[V] {
 		}
 		key = strings.Clone(key) // It may be a part of something greater.
 		e = &Entry[V]{Value: m.make(key)}
-		e.used.Store(now)
 		s.m[key] = e
 	}
 	e.ask(now, pins)

@@ -159,6 +159,16 @@ func TestLimit(t *testing.T) {
 		m.Get("c", at(idle))
 		wantKeys(t, m, Others, "b")
 	})
+	t.Run("may fall while a key is added", func(t *testing.T) {
+		limits := []int{2, 1} // When add looks at first, and once it has the lock.
+		m := New(func() (n int) { n, limits = limits[0], append(limits[1:], 1); return n },
+			func(key string) *value { return &value{key: key} },
+			func(*value, time.Duration, int64) bool { return false })
+		m.Get("a", at(0))
+		limits = []int{2, 1}
+		m.Get("b", at(0))
+		wantKeys(t, m, Others, "a")
+	})
 	t.Run("values are dropped long before it", func(t *testing.T) {
 		m := newMap(1e6)
 		most := 0

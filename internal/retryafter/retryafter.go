@@ -41,7 +41,7 @@ func round(left time.Duration) (d time.Duration, i int) {
 		return unit, 0
 	}
 	power := unit
-	for (left-1)/10 >= power { // left > 10×power, which could overflow.
+	for left/10 >= power { // Not left >= 10*power, which could overflow.
 		power *= 10
 		i += PerDecade
 	}
