@@ -5,7 +5,6 @@ package interceptor
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/ratelimit"
@@ -24,8 +23,8 @@ type Semaphore interface {
 // semaphore that is fair refuses to try while others wait; under [None] that is
 // a refusal.
 func FromSemaphore(name string, sem Semaphore) (Layer, error) {
-	if isNil(sem) {
-		return nil, fmt.Errorf("interceptor: FromSemaphore %q: sem is nil", name)
+	if err := checkAdapter("FromSemaphore", name, "sem", isNil(sem), "a semaphore"); err != nil {
+		return nil, err
 	}
 	return &semLayer{name: name, sem: sem, full: Refuse(name, ReasonConcurrency, "no permit")}, nil
 }
@@ -135,8 +134,8 @@ type Permit interface {
 // Wait; wait is false if it must not wait at all. A limiter that refuses returns
 // an error, which the refusal, of the given reason, wraps.
 func FromPermit(name string, reason Reason, acquire func(ctx context.Context, wait bool) (Permit, error)) (Layer, error) {
-	if acquire == nil {
-		return nil, fmt.Errorf("interceptor: FromPermit %q: acquire is nil", name)
+	if err := checkAdapter("FromPermit", name, "acquire", acquire == nil, "a function"); err != nil {
+		return nil, err
 	}
 	return &permitLayer{name: name, acquire: acquire, full: Refuse(name, reason, "no permit")}, nil
 }
@@ -192,8 +191,8 @@ func (p *permit) Release(_ int64, o Outcome, _ error) {
 //			return func(o interceptor.Outcome, err error) { done(err) }, err
 //		})
 func FromAllow(name string, reason Reason, allow func(ctx context.Context) (done func(Outcome, error), err error)) (Layer, error) {
-	if allow == nil {
-		return nil, fmt.Errorf("interceptor: FromAllow %q: allow is nil", name)
+	if err := checkAdapter("FromAllow", name, "allow", allow == nil, "a function"); err != nil {
+		return nil, err
 	}
 	return &allowLayer{name: name, allow: allow, refused: Refuse(name, reason, "not allowed")}, nil
 }
@@ -230,11 +229,11 @@ func (d *doneFunc) Release(_ int64, o Outcome, err error) { d.f(o, err) }
 // [None] it does not learn. The layer refuses with reason RATE_LIMIT and wraps the
 // limiter's error, so that errors.Is and errors.As see it. A limiter of this
 // shape cannot give a token back.
-func FromLimiter(name string, l ratelimit.Limiter) (Layer, error) {
-	if isNil(l) {
-		return nil, fmt.Errorf("interceptor: FromLimiter %q: the limiter is nil", name)
+func FromLimiter(name string, limiter ratelimit.Limiter) (Layer, error) {
+	if err := checkAdapter("FromLimiter", name, "limiter", isNil(limiter), "a limiter"); err != nil {
+		return nil, err
 	}
-	return &limiterLayer{name: name, limiter: l, refused: Refuse(name, ReasonRateLimit, "over the limit")}, nil
+	return &limiterLayer{name: name, limiter: limiter, refused: Refuse(name, ReasonRateLimit, "over the limit")}, nil
 }
 
 type limiterLayer struct {

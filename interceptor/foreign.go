@@ -5,13 +5,12 @@ package interceptor
 
 import (
 	"context"
-	"fmt"
 	"sync/atomic"
 
 	"google.golang.org/grpc"
 )
 
-// Foreign makes a layer of a pair of interceptors. Either may be nil: calls of
+// Foreign makes a layer of a pair of interceptors. One of them may be nil: calls of
 // that kind pass by. Calls are admitted to the layers inside before the
 // interceptor runs; an interceptor that calls its invoker or streamer again, as
 // a retry does, has the further attempt admitted with [None], and it fails with
@@ -21,8 +20,8 @@ import (
 // others. Its *grpc.ClientConn is nil where the stack stands in front of
 // something else ([Stack.Wrap]). It costs a closure and a Call for each call.
 func Foreign(name string, unary grpc.UnaryClientInterceptor, stream grpc.StreamClientInterceptor) (Layer, error) {
-	if unary == nil && stream == nil {
-		return nil, fmt.Errorf("interceptor: Foreign %q: unary and stream are both nil, one must not be", name)
+	if err := checkAdapter("Foreign", name, "unary", unary == nil && stream == nil, "an interceptor, or stream must be"); err != nil {
+		return nil, err
 	}
 	return &foreign{name: name, unary: unary, stream: stream}, nil
 }

@@ -5,16 +5,16 @@ package breaker
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/codes"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/keyed"
 )
@@ -59,8 +59,8 @@ type Config struct {
 	MaxOpenFor time.Duration
 
 	// Jitter shortens each time open by a random share of up to this, so that
-	// clients that tripped together do not probe together. At most 1; zero means
-	// 0.2; negative is none.
+	// clients that tripped together do not probe together. Above 0 and at most 1;
+	// zero means 0.2, [None] that there is no jitter.
 	Jitter float64
 
 	// Probes is how many calls a half-open circuit lets pass, and how many have to
@@ -71,7 +71,8 @@ type Config struct {
 	// FailureCodes are the codes that are failures. Nil means UNKNOWN,
 	// DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE and DATA_LOSS.
 	// Nothing tells whether a deadline was exceeded because the server is slow or
-	// because the caller was impatient; leave that code out if callers are.
+	// because the caller was impatient; leave that code out if callers are. A list
+	// that is empty is an error, unless SlowCallRatio is set: nothing would trip.
 	FailureCodes []codes.Code
 
 	// PerMethod gives each method a circuit of its own. It excludes [WithKey].
@@ -101,103 +102,51 @@ const (
 	DefaultKeyIdle      = 10 * time.Minute
 )
 
+// None, as a Jitter, is no jitter.
+const None = check.None
+
 // Others is the key of the circuit that keys beyond Config.MaxKeys share.
 const Others = keyed.Others
 
 // settings are a Config that was found good, with its defaults filled in.
 type settings struct {
 	Config
+	given    Config
 	failures codeset.Set
 }
 
-func (c Config) settings() (*settings, error) {
-	s := &settings{Config: c}
-	bad := func(field string, value any, rule string) (*settings, error) {
-		return nil, fmt.Errorf("breaker: %s is %v, must be %s", field, value, rule)
-	}
-	if c.ConsecutiveFailures < 0 {
-		return bad("ConsecutiveFailures", c.ConsecutiveFailures, "at least 1, or 0 for off")
-	}
-	if !(c.FailureRatio >= 0 && c.FailureRatio <= 1) {
-		return bad("FailureRatio", c.FailureRatio, "greater than 0 and at most 1, or 0 for off")
-	}
-	if !(c.SlowCallRatio >= 0 && c.SlowCallRatio <= 1) {
-		return bad("SlowCallRatio", c.SlowCallRatio, "greater than 0 and at most 1, or 0 for off")
-	}
-	if (c.SlowCall == 0) != (c.SlowCallRatio == 0) || c.SlowCall != 0 && c.SlowCall < time.Microsecond {
-		return bad("SlowCall", c.SlowCall, "at least 1µs if SlowCallRatio is set, and 0 if it is not")
+func (c Config) settings(errs *check.Errors) *settings {
+	c.FailureCodes = slices.Clone(c.FailureCodes) // The caller may change its own.
+	given := c
+	check.Zero(errs, "ConsecutiveFailures", c.ConsecutiveFailures, check.Positive, "off")
+	check.Zero(errs, "FailureRatio", c.FailureRatio, check.Above(0.0, 1), "off")
+	check.Zero(errs, "SlowCallRatio", c.SlowCallRatio, check.Above(0.0, 1), "off")
+	if c.SlowCallRatio == 0 {
+		errs.Require(c.SlowCall == 0, "SlowCall", c.SlowCall, "must be 0 unless SlowCallRatio is set")
+	} else {
+		errs.Require(c.SlowCall >= time.Microsecond, "SlowCall", c.SlowCall, "must be at least 1µs if SlowCallRatio is set")
 	}
 	if c.ConsecutiveFailures == 0 && c.FailureRatio == 0 && c.SlowCallRatio == 0 {
-		s.FailureRatio = DefaultFailureRatio
+		c.FailureRatio = DefaultFailureRatio
 	}
-	if s.Window == 0 {
-		s.Window = DefaultWindow
+	check.Default(errs, "Window", &c.Window, check.From(100*time.Millisecond, 24*time.Hour), DefaultWindow)
+	check.Default(errs, "MinCalls", &c.MinCalls, check.Positive, DefaultMinCalls)
+	check.Default(errs, "OpenFor", &c.OpenFor, check.AtLeast(time.Millisecond), DefaultOpenFor)
+	check.Default(errs, "OpenGrowth", &c.OpenGrowth, check.AtLeast(1.0), DefaultOpenGrowth)
+	if c.MaxOpenFor == 0 {
+		c.MaxOpenFor = max(DefaultMaxOpenFor, c.OpenFor)
 	}
-	if s.Window < 100*time.Millisecond || s.Window > 24*time.Hour {
-		return bad("Window", c.Window, "between 100ms and 24h, or 0 for 10s")
-	}
-	if s.MinCalls == 0 {
-		s.MinCalls = DefaultMinCalls
-	}
-	if s.MinCalls < 1 {
-		return bad("MinCalls", c.MinCalls, "at least 1, or 0 for 20")
-	}
-	if s.OpenFor == 0 {
-		s.OpenFor = DefaultOpenFor
-	}
-	if s.OpenFor < time.Millisecond {
-		return bad("OpenFor", c.OpenFor, "at least 1ms, or 0 for 5s")
-	}
-	if s.OpenGrowth == 0 {
-		s.OpenGrowth = DefaultOpenGrowth
-	}
-	if !(s.OpenGrowth >= 1) || math.IsInf(s.OpenGrowth, 0) {
-		return bad("OpenGrowth", c.OpenGrowth, "a finite number of at least 1, or 0 for 2")
-	}
-	if s.MaxOpenFor == 0 {
-		s.MaxOpenFor = max(DefaultMaxOpenFor, s.OpenFor)
-	}
-	if s.MaxOpenFor < s.OpenFor {
-		return bad("MaxOpenFor", c.MaxOpenFor, fmt.Sprintf("at least OpenFor, %v, or 0 for one minute", s.OpenFor))
-	}
-	if s.Jitter == 0 {
-		s.Jitter = DefaultJitter
-	}
-	if !(s.Jitter <= 1) {
-		return bad("Jitter", c.Jitter, "at most 1, 0 for 0.2, or negative for none")
-	}
-	s.Jitter = max(s.Jitter, 0)
-	if s.Probes == 0 {
-		s.Probes = DefaultProbes
-	}
-	if s.Probes < 1 {
-		return bad("Probes", c.Probes, "at least 1, or 0 for 1")
-	}
-	if s.FailureCodes == nil {
-		s.FailureCodes = []codes.Code{
-			codes.Unknown, codes.DeadlineExceeded, codes.ResourceExhausted, codes.Internal, codes.Unavailable, codes.DataLoss,
-		}
-	}
-	var err error
-	if s.failures, err = codeset.Of(s.FailureCodes...); err != nil {
-		return nil, fmt.Errorf("breaker: FailureCodes%w", err)
-	}
-	if s.failures == 0 && s.SlowCallRatio == 0 {
-		return nil, errors.New("breaker: FailureCodes is empty, must hold a code, or be nil for the default")
-	}
-	if s.MaxKeys == 0 {
-		s.MaxKeys = DefaultMaxKeys
-	}
-	if s.MaxKeys < 1 {
-		return bad("MaxKeys", c.MaxKeys, "at least 1, or 0 for 1000")
-	}
-	if s.KeyIdle == 0 {
-		s.KeyIdle = DefaultKeyIdle
-	}
-	if s.KeyIdle < time.Second {
-		return bad("KeyIdle", c.KeyIdle, "at least 1s, or 0 for 10m")
-	}
-	return s, nil
+	errs.Require(c.MaxOpenFor >= c.OpenFor, "MaxOpenFor", c.MaxOpenFor, "must be at least OpenFor, %v", c.OpenFor)
+	check.DefaultOrNone(errs, "Jitter", &c.Jitter, check.Above(0.0, 1), DefaultJitter, "none")
+	c.Jitter = max(c.Jitter, 0)
+	check.Default(errs, "Probes", &c.Probes, check.Positive, DefaultProbes)
+	failures := check.Codes(errs, "FailureCodes", c.FailureCodes,
+		codes.Unknown, codes.DeadlineExceeded, codes.ResourceExhausted, codes.Internal, codes.Unavailable, codes.DataLoss)
+	errs.Require(c.FailureCodes == nil || len(c.FailureCodes) > 0 || c.SlowCallRatio != 0,
+		"FailureCodes", c.FailureCodes, "must hold a code unless SlowCallRatio is set, or be nil for the default")
+	check.Default(errs, "MaxKeys", &c.MaxKeys, check.Positive, DefaultMaxKeys)
+	check.Default(errs, "KeyIdle", &c.KeyIdle, check.AtLeast(time.Second), DefaultKeyIdle)
+	return &settings{Config: c, given: given, failures: failures}
 }
 
 // delay is how long a circuit is open that has tripped n times without having
@@ -273,35 +222,49 @@ type Breaker struct {
 }
 
 // An Option configures what is not data.
-type Option func(*Breaker)
+type Option func(*options)
+
+type options struct {
+	errs     *check.Errors
+	name     string
+	key      func(ctx context.Context, c *interceptor.Call) string
+	onChange func(Change)
+}
 
 // WithName sets the name of the layer in refusals and in the stack's String; by
 // default "breaker"; it must not be empty. It tells several breakers apart.
-func WithName(name string) Option { return func(b *Breaker) { b.name = name } }
+func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // WithKey gives each key that f returns a circuit of its own. f is called for each
 // admission, concurrently; it must not block and should not allocate. It
 // excludes Config.PerMethod.
 func WithKey(f func(ctx context.Context, c *interceptor.Call) string) Option {
-	return func(b *Breaker) { b.key = f }
+	return func(o *options) {
+		o.errs.NotNil(f == nil, "WithKey", "a function")
+		o.key = f
+	}
 }
 
 // WithOnStateChange has f called at each change of a circuit's state, in order for
 // each circuit. f is called while the circuit is locked: it must not block, and
 // must not use the Breaker or make calls through it.
-func WithOnStateChange(f func(Change)) Option { return func(b *Breaker) { b.onChange = f } }
+func WithOnStateChange(f func(Change)) Option {
+	return func(o *options) {
+		o.errs.NotNil(f == nil, "WithOnStateChange", "a function")
+		o.onChange = f
+	}
+}
 
-// New returns a Breaker with all circuits closed. An error names the field, its
-// value and the rule.
+// New returns a Breaker with all circuits closed. An error is a
+// [*interceptor.ConfigError], or several joined.
 func New(config Config, opts ...Option) (*Breaker, error) {
-	b := &Breaker{name: "breaker", random: rand.Float64}
-	for _, o := range opts {
-		o(b)
+	o := options{errs: check.Of("breaker"), name: "breaker"}
+	for _, opt := range opts {
+		opt(&o)
 	}
-	if b.name == "" {
-		return nil, errors.New(`breaker: WithName "": must not be empty`)
-	}
-	if err := b.Update(config); err != nil {
+	o.errs.Name(o.name)
+	b := &Breaker{name: o.name, key: o.key, onChange: o.onChange, random: rand.Float64}
+	if err := b.update(config, o.errs); err != nil {
 		return nil, err
 	}
 	b.all = newCircuit(b, "")
@@ -318,16 +281,23 @@ func New(config Config, opts ...Option) (*Breaker, error) {
 // they have counted and, if open, the moment at which they will be half-open; the
 // window as far as the new one reaches back. If PerMethod changes, the circuits
 // of the other kind are kept, but not used. A bad config changes nothing.
-func (b *Breaker) Update(config Config) error {
-	s, err := config.settings()
-	if err != nil {
+func (b *Breaker) Update(config Config) error { return b.update(config, check.Of("breaker")) }
+
+func (b *Breaker) update(config Config, errs *check.Errors) error {
+	s := config.settings(errs)
+	errs.Require(!s.PerMethod || b.key == nil, "PerMethod", s.PerMethod, "must be false if WithKey is used")
+	if err := errs.Err(); err != nil {
 		return err
-	}
-	if s.PerMethod && b.key != nil {
-		return errors.New("breaker: PerMethod is true, must be false with WithKey")
 	}
 	b.settings.Store(s)
 	return nil
+}
+
+// Config returns the config as it was given to New or Update.
+func (b *Breaker) Config() Config {
+	c := b.settings.Load().given
+	c.FailureCodes = slices.Clone(c.FailureCodes)
+	return c
 }
 
 // String returns the layer's name.

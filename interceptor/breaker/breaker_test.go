@@ -23,6 +23,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/calltest"
+	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/layertest"
 )
 
@@ -353,7 +354,7 @@ func TestJitterOnlyShortens(t *testing.T) {
 		{0, 0, 10 * time.Second}, {0, 0.5, 9 * time.Second}, {0, 0.999, 8002 * time.Millisecond}, // 0 means 0.2.
 		{0.5, 0.5, 7500 * time.Millisecond}, {-1, 0.9, 10 * time.Second}, {1, 0.999999999999, time.Millisecond},
 	} {
-		s, err := Config{OpenFor: 10 * time.Second, Jitter: tc.jitter}.settings()
+		s, err := settingsOf(Config{OpenFor: 10 * time.Second, Jitter: tc.jitter})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -364,7 +365,7 @@ func TestJitterOnlyShortens(t *testing.T) {
 }
 
 func TestTheDelayNeverOverflows(t *testing.T) {
-	s, err := Config{OpenFor: time.Hour, OpenGrowth: 1e300, MaxOpenFor: 100 * time.Hour, Jitter: -1}.settings()
+	s, err := settingsOf(Config{OpenFor: time.Hour, OpenGrowth: 1e300, MaxOpenFor: 100 * time.Hour, Jitter: -1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -377,7 +378,7 @@ func TestTheDelayNeverOverflows(t *testing.T) {
 			t.Errorf("delay of trip %d is %v, want %v", n, got, want)
 		}
 	}
-	if s, err = (Config{MaxOpenFor: math.MaxInt64, Jitter: -1}).settings(); err != nil {
+	if s, err = settingsOf(Config{MaxOpenFor: math.MaxInt64, Jitter: -1}); err != nil {
 		t.Fatal(err)
 	}
 	if got := s.delay(1000, 0); got != math.MaxInt64 {
@@ -617,7 +618,7 @@ func TestBadConfigsAreErrorsThatNameTheField(t *testing.T) {
 		{Config{Jitter: math.NaN()}, "breaker: Jitter is NaN, must be"},
 		{Config{Probes: -1}, "breaker: Probes is -1, must be"},
 		{Config{FailureCodes: []codes.Code{99}}, "breaker: FailureCodes[0] is Code(99), must be"},
-		{Config{FailureCodes: []codes.Code{}}, "breaker: FailureCodes is empty, must"},
+		{Config{FailureCodes: []codes.Code{}}, "breaker: FailureCodes is [], must"},
 		{Config{MaxKeys: -1}, "breaker: MaxKeys is -1, must be"},
 		{Config{KeyIdle: 1}, "breaker: KeyIdle is 1ns, must be"},
 	} {
@@ -632,7 +633,7 @@ func TestBadConfigsAreErrorsThatNameTheField(t *testing.T) {
 }
 
 func TestAnEmptyNameIsAnError(t *testing.T) {
-	if _, err := New(Config{}, WithName("")); err == nil || !strings.Contains(err.Error(), `breaker: WithName ""`) {
+	if _, err := New(Config{}, WithName("")); err == nil || !strings.Contains(err.Error(), `breaker: WithName is ""`) {
 		t.Errorf("New with an empty name = %v, want an error that names WithName", err)
 	}
 }
@@ -728,3 +729,8 @@ func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 func TestNothingIsAllocated(t *testing.T) { calltest.AllocateNothing(t, benchmarks(t), method) }
 
 func BenchmarkBreaker(b *testing.B) { calltest.Bench(b, benchmarks(b), method) }
+
+func settingsOf(c Config) (*settings, error) {
+	errs := check.Of("breaker")
+	return c.settings(errs), errs.Err()
+}

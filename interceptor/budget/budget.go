@@ -4,7 +4,6 @@
 package budget
 
 import (
-	"fmt"
 	"math"
 	"slices"
 	"sync"
@@ -12,6 +11,7 @@ import (
 	"time"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 const (
@@ -20,8 +20,8 @@ const (
 	DefaultRatio        = 0.2
 	DefaultMinPerSecond = 10
 
-	// None, as a Ratio or a MinPerSecond, is zero where the zero value is the default.
-	None = -1
+	// None, as a Ratio or a MinPerSecond, is none where zero is the default.
+	None = check.None
 )
 
 // Config says how many further attempts there may be. The zero value is the
@@ -43,6 +43,7 @@ type Config struct {
 
 // settings is a Config in the units that are computed with.
 type settings struct {
+	given   Config
 	ttl     time.Duration
 	deposit int64 // For each call.
 	reserve int64
@@ -53,35 +54,23 @@ type settings struct {
 // exactly.
 const one = 1_000_000
 
-func (c Config) settings() (s settings, err error) {
-	if c.TTL == 0 {
-		c.TTL = DefaultTTL
-	}
-	if c.TTL < time.Second || c.TTL > time.Minute {
-		return s, fmt.Errorf("budget: TTL is %v, must be from 1s to 60s", c.TTL)
-	}
-	if s.deposit, err = units("Ratio", c.Ratio, DefaultRatio, 1000); err != nil {
-		return s, err
-	}
-	perSecond, err := units("MinPerSecond", c.MinPerSecond, DefaultMinPerSecond, 1_000_000)
-	if err != nil {
-		return s, err
-	}
+func (c Config) settings() (settings, error) {
+	s := settings{given: c}
+	errs := check.Of("budget")
+	check.Default(errs, "TTL", &c.TTL, check.From(time.Second, time.Minute), DefaultTTL)
+	check.DefaultOrNone(errs, "Ratio", &c.Ratio, check.From(1.0/one, 1000), DefaultRatio, "none")
+	check.DefaultOrNone(errs, "MinPerSecond", &c.MinPerSecond, check.From(1.0/one, 1e6), DefaultMinPerSecond, "none")
 	s.ttl = c.TTL
-	s.reserve = int64(math.Round(float64(perSecond) * c.TTL.Seconds()))
-	return s, nil
+	s.deposit = units(c.Ratio)
+	s.reserve = int64(math.Round(float64(units(c.MinPerSecond)) * c.TTL.Seconds()))
+	return s, errs.Err()
 }
 
-func units(field string, v, def, most float64) (int64, error) {
-	switch {
-	case v == 0:
-		v = def
-	case v == None:
-		return 0, nil
-	case !(v >= 1.0/one && v <= most): // Not a number neither.
-		return 0, fmt.Errorf("budget: %s is %v, must be from 0.000001 to %v, 0 for the default or -1 for none", field, v, most)
+func units(v float64) int64 {
+	if v == None {
+		return 0
 	}
-	return int64(math.Round(v * one)), nil
+	return int64(math.Round(v * one))
 }
 
 const (
@@ -249,6 +238,13 @@ func (b *Budget) Refund(at interceptor.Instant) {
 	w := b.w.Load()
 	w.turn(interceptor.Now())
 	w.book(int64(at/w.period), one)
+}
+
+// Config returns the configuration as it was given to New or Update.
+func (b *Budget) Config() Config {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.s.given
 }
 
 // Balance is how many further attempts could be made now. It is below zero when

@@ -6,13 +6,13 @@ package buffer
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // Config configures a [Layer].
@@ -24,22 +24,19 @@ type Config struct {
 	MaxWait time.Duration
 }
 
-func (cfg Config) check() error {
-	if cfg.Size < 1 || cfg.Size > math.MaxInt32 {
-		return fmt.Errorf("buffer: Size %d: must be from 1 to %d", cfg.Size, math.MaxInt32)
-	}
-	if cfg.MaxWait < 0 {
-		return fmt.Errorf("buffer: MaxWait %v: must not be negative; 0 is no bound", cfg.MaxWait)
-	}
-	return nil
+func (cfg Config) check(errs *check.Errors) {
+	check.Required(errs, "Size", cfg.Size, check.From(1, math.MaxInt32))
+	check.Zero(errs, "MaxWait", cfg.MaxWait, check.Positive, "no bound")
 }
 
 // An Option sets what is not plain data.
-type Option func(*Layer)
+type Option func(*options)
+
+type options struct{ name string }
 
 // WithName names the layer in refusals, metrics and the stack's String. The
 // default is "buffer"; it must not be empty.
-func WithName(name string) Option { return func(l *Layer) { l.name = name } }
+func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // A Layer is a buffer. It is safe for concurrent use, also by several stacks,
 // which share its places. It keeps no lock; a call that need not wait, or is
@@ -56,21 +53,22 @@ type Layer struct {
 	places sync.Pool    // *place
 }
 
-// New returns a buffer. It fails if cfg is not valid, and says which field, which
-// value and which rule.
+// New returns a buffer. An error is a [*interceptor.ConfigError], or several joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
-	l := &Layer{name: "buffer"}
-	for _, o := range opts {
-		o(l)
+	o := options{name: "buffer"}
+	for _, opt := range opts {
+		opt(&o)
 	}
-	if l.name == "" {
-		return nil, errors.New(`buffer: WithName "": must not be empty`)
-	}
-	l.full = interceptor.Refuse(l.name, interceptor.ReasonQueueFull, "as many calls wait as may")
-	l.places.New = func() any { return &place{layer: l} }
-	if err := l.Update(cfg); err != nil {
+	errs := check.Of("buffer")
+	errs.Name(o.name)
+	cfg.check(errs)
+	if err := errs.Err(); err != nil {
 		return nil, err
 	}
+	l := &Layer{name: o.name}
+	l.full = interceptor.Refuse(l.name, interceptor.ReasonQueueFull, "as many calls wait as may")
+	l.places.New = func() any { return &place{layer: l} }
+	l.config.Store(&cfg)
 	return l, nil
 }
 
@@ -78,14 +76,16 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 // beyond a smaller Size, and the MaxWait they began with. On an error nothing has
 // changed.
 func (l *Layer) Update(cfg Config) error {
-	if err := cfg.check(); err != nil {
+	errs := check.Of("buffer")
+	cfg.check(errs)
+	if err := errs.Err(); err != nil {
 		return err
 	}
 	l.config.Store(&cfg)
 	return nil
 }
 
-// Config returns the configuration.
+// Config returns the configuration as it was given to New or Update.
 func (l *Layer) Config() Config { return *l.config.Load() }
 
 // Waiting returns how many places are taken.

@@ -306,10 +306,10 @@ func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
 		opts []buffer.Option
 		want string
 	}{
-		{buffer.Config{}, nil, "buffer: Size 0: must be from 1 to 2147483647"},
-		{buffer.Config{Size: -3}, nil, "buffer: Size -3"},
-		{buffer.Config{Size: 1, MaxWait: -time.Second}, nil, "buffer: MaxWait -1s: must not be negative"},
-		{buffer.Config{Size: 1}, []buffer.Option{buffer.WithName("")}, `buffer: WithName ""`},
+		{buffer.Config{}, nil, "buffer: Size is 0, must be from 1 to 2147483647"},
+		{buffer.Config{Size: -3}, nil, "buffer: Size is -3"},
+		{buffer.Config{Size: 1, MaxWait: -time.Second}, nil, "buffer: MaxWait is -1s, must be positive, or 0 for no bound"},
+		{buffer.Config{Size: 1}, []buffer.Option{buffer.WithName("")}, `buffer: WithName is ""`},
 	} {
 		if _, err := buffer.New(tc.cfg, tc.opts...); err == nil || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("New(%+v) = %v, want an error that says %q", tc.cfg, err, tc.want)

@@ -4,8 +4,9 @@
 package concurrency
 
 import (
-	"fmt"
 	"time"
+
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // AIMDConfig configures [AIMD]. The zero value is fit for use.
@@ -45,6 +46,15 @@ type AIMD struct {
 	recovery
 }
 
+// withDefaults checks cfg and returns it with all fields set.
+func (cfg AIMDConfig) withDefaults(errs *check.Errors) (AIMDConfig, bounds) {
+	b := newBounds(errs, cfg.Initial, cfg.Min, cfg.Max)
+	check.Default(errs, "BackoffRatio", &cfg.BackoffRatio, check.From(0.5, 0.99), backoffRatio)
+	check.Default(errs, "Increase", &cfg.Increase, check.From(0.01, 100), 1)
+	check.Zero(errs, "Timeout", cfg.Timeout, check.Positive, "none")
+	return cfg, b
+}
+
 // NewAIMD returns an AIMD at its initial limit.
 func NewAIMD(cfg AIMDConfig) (*AIMD, error) {
 	a := new(AIMD)
@@ -58,18 +68,10 @@ func NewAIMD(cfg AIMDConfig) (*AIMD, error) {
 // Update changes the configuration and keeps the limit, within the new bounds.
 // On an error nothing has changed.
 func (a *AIMD) Update(cfg AIMDConfig) error {
-	b, err := newBounds("AIMD", cfg.Initial, cfg.Min, cfg.Max)
-	if err != nil {
+	errs := check.Of("concurrency")
+	cfg, b := cfg.withDefaults(errs.In("AIMD"))
+	if err := errs.Err(); err != nil {
 		return err
-	}
-	if cfg.BackoffRatio, err = inRange("AIMD.BackoffRatio", cfg.BackoffRatio, backoffRatio, 0.5, 0.99); err != nil {
-		return err
-	}
-	if cfg.Increase, err = inRange("AIMD.Increase", cfg.Increase, 1, 0.01, 100); err != nil {
-		return err
-	}
-	if cfg.Timeout < 0 {
-		return fmt.Errorf("concurrency: AIMD.Timeout %v: must not be negative", cfg.Timeout)
 	}
 	a.bounds, a.cfg = b, cfg
 	a.limit = b.clamp(a.limit)

@@ -5,8 +5,6 @@ package concurrency
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"slices"
 	"strconv"
 	"sync"
@@ -18,6 +16,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
+	"github.com/belfry-go/belfry/internal/codeset"
 )
 
 // Discipline is the order in which waiting calls of the same priority are
@@ -76,8 +76,8 @@ type Config struct {
 	CoDelTarget, CoDelInterval time.Duration
 
 	// DropCodes are the codes of failed calls that tell an algorithm of overload;
-	// UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED if empty. Calls that
-	// failed with other codes teach it nothing.
+	// UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED if nil, none if empty and
+	// not nil. Calls that failed with other codes teach it nothing.
 	DropCodes []codes.Code
 	// SampleStreams lets algorithms learn from streams, with their whole life as
 	// the round trip. Set it if streams are answers of several messages; how long a
@@ -92,36 +92,54 @@ const (
 )
 
 // An Option sets what is not plain data.
-type Option func(*Layer)
+type Option func(*options)
+
+type options struct {
+	errs     *check.Errors
+	name     string
+	cost     func(ctx context.Context, c *interceptor.Call) int64
+	priority func(ctx context.Context, c *interceptor.Call) int
+	custom   Limit
+}
 
 // WithName names the layer in refusals, metrics and the stack's String. The
 // default is "concurrency"; it must not be empty.
-func WithName(name string) Option { return func(l *Layer) { l.name = name } }
+func WithName(name string) Option { return func(o *options) { o.name = name } }
 
-// WithCost lets calls differ in how many permits they take; without it, or if cost
-// is nil, each takes one. cost is called once per admission and must be quick;
+// WithCost lets calls differ in how many permits they take; without it each takes
+// one. cost is called once per admission, concurrently, and must be quick;
 // what it returns below 1 counts as 1. A call that costs more than the limit runs
 // when nothing else does. While a heavy call waits for its turn lighter ones wait
 // behind it, and are refused if they may not wait, although there may be a permit
 // for them: it is promised.
 func WithCost(cost func(ctx context.Context, c *interceptor.Call) int64) Option {
-	return func(l *Layer) { l.cost = cost }
+	return func(o *options) {
+		o.errs.NotNil(cost == nil, "WithCost", "a function")
+		o.cost = cost
+	}
 }
 
 // WithPriority sets how the priority of a call that has to wait is found;
-// without it, or if priority is nil, it is the one of [ContextWithPriority].
+// without it, it is the one of [ContextWithPriority].
 // Calls of a higher priority are admitted before all that wait at a lower one,
 // whatever the discipline. If calls of a high priority alone exceed the limit
 // those below starve: they wait until their own Wait, their deadline or MaxWait
 // ends. The function is not called for calls that find a permit free.
 func WithPriority(priority func(ctx context.Context, c *interceptor.Call) int) Option {
-	return func(l *Layer) { l.priority = priority }
+	return func(o *options) {
+		o.errs.NotNil(priority == nil, "WithPriority", "a function")
+		o.priority = priority
+	}
 }
 
-// WithAlgorithm lets an algorithm of your own look for the limit, unless a is
-// nil. None of the four in Config is set then. The Layer uses it exclusively; it
-// cannot be shared.
-func WithAlgorithm(a Limit) Option { return func(l *Layer) { l.custom = a } }
+// WithAlgorithm lets an algorithm of your own look for the limit. None of the four
+// in Config is set then. The Layer uses it exclusively; it cannot be shared.
+func WithAlgorithm(a Limit) Option {
+	return func(o *options) {
+		o.errs.NotNil(a == nil, "WithAlgorithm", "an algorithm")
+		o.custom = a
+	}
+}
 
 type priorityKey struct{}
 
@@ -179,22 +197,17 @@ type settings struct {
 	adaptive bool
 	streams  bool
 	maxWait  time.Duration
-	drops    uint32 // A bit for each code.
+	drops    codeset.Set
 }
 
-// New returns a limit. It fails if cfg or an option is not valid, and says which
-// field, which value and which rule.
+// New returns a limit. An error is a [*interceptor.ConfigError], or several joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
-	l := &Layer{name: "concurrency"}
-	for _, o := range opts {
-		o(l)
+	o := options{errs: check.Of("concurrency"), name: "concurrency", priority: contextPriority}
+	for _, opt := range opts {
+		opt(&o)
 	}
-	if l.name == "" {
-		return nil, errors.New(`concurrency: WithName "": must not be empty`)
-	}
-	if l.priority == nil {
-		l.priority = contextPriority
-	}
+	o.errs.Name(o.name)
+	l := &Layer{name: o.name, cost: o.cost, priority: o.priority, custom: o.custom}
 	l.sampler.layer = l
 	l.observed.Store(-1)
 	refuse := func(reason interceptor.Reason, message string) *interceptor.Refusal {
@@ -208,7 +221,7 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 		maxWaitOver: refuse(interceptor.ReasonConcurrency, "no permit became free in the longest time a call waits"),
 		noneFree:    refuse(interceptor.ReasonConcurrency, "no permit is free"),
 	}
-	if err := l.Update(cfg); err != nil {
+	if err := l.update(cfg, o.errs); err != nil {
 		return nil, err
 	}
 	return l, nil
@@ -218,10 +231,12 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 // and calls that wait go on waiting. An algorithm that is configured anew keeps
 // what it knows; another algorithm begins at the limit that holds, within its own
 // bounds. On an error nothing has changed.
-func (l *Layer) Update(cfg Config) error {
+func (l *Layer) Update(cfg Config) error { return l.update(cfg, check.Of("concurrency")) }
+
+func (l *Layer) update(cfg Config, errs *check.Errors) error {
 	given := cfg.clone()
-	set, err := l.check(&cfg)
-	if err != nil {
+	set := l.check(&cfg, errs)
+	if err := errs.Err(); err != nil {
 		return err
 	}
 	s := &l.sampler
@@ -260,50 +275,42 @@ func clone[T any](p *T) *T {
 	return &v
 }
 
-// check validates what is not the algorithms' own, and applies defaults.
-func (l *Layer) check(cfg *Config) (*settings, error) {
+// check checks cfg and fills in its defaults. The algorithms have their own.
+func (l *Layer) check(cfg *Config, errs *check.Errors) *settings {
+	l.checkBound(cfg, errs)
+	errs.Require(cfg.Discipline >= FIFO && cfg.Discipline <= CoDel, "Discipline", cfg.Discipline, "must be FIFO, LIFO or CoDel")
+	check.Zero(errs, "MaxWaiters", cfg.MaxWaiters, check.Positive, "no bound")
+	check.Zero(errs, "MaxWait", cfg.MaxWait, check.Positive, "no bound")
+	check.Default(errs, "CoDelTarget", &cfg.CoDelTarget, check.Positive, defaultCoDelTarget)
+	check.Default(errs, "CoDelInterval", &cfg.CoDelInterval, check.Positive, defaultCoDelInterval)
+	return &settings{
+		adaptive: cfg.Limit == 0, streams: cfg.SampleStreams, maxWait: cfg.MaxWait,
+		drops: check.Codes(errs, "DropCodes", cfg.DropCodes, codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded),
+	}
+}
+
+// checkBound checks that the limit has one source, and checks that.
+func (l *Layer) checkBound(cfg *Config, errs *check.Errors) {
 	set := 0
-	for _, is := range []bool{cfg.Limit != 0, cfg.AIMD != nil, cfg.Gradient2 != nil, cfg.Vegas != nil} {
-		if is {
-			set++
+	source := func(field string, isSet bool, value any, checkValue func()) {
+		if !isSet {
+			return
+		}
+		set++
+		switch {
+		case l.custom != nil:
+			errs.Add(field, value, "must not be set if WithAlgorithm is used")
+		case set > 1:
+			errs.Add(field, value, "must be the only one that is set of Limit, AIMD, Gradient2 and Vegas")
+		default:
+			checkValue()
 		}
 	}
-	switch {
-	case l.custom != nil && set != 0:
-		return nil, fmt.Errorf("concurrency: %d of Limit, AIMD, Gradient2 and Vegas are set: none must be with WithAlgorithm", set)
-	case l.custom == nil && set != 1:
-		return nil, fmt.Errorf("concurrency: %d of Limit, AIMD, Gradient2 and Vegas are set: exactly one must be", set)
-	case cfg.Limit < 0 || cfg.Limit > maxLimit:
-		return nil, fmt.Errorf("concurrency: Limit %d: must be from 1 to %d", cfg.Limit, maxLimit)
-	case cfg.Discipline < FIFO || cfg.Discipline > CoDel:
-		return nil, fmt.Errorf("concurrency: Discipline %d: must be FIFO (0), LIFO (1) or CoDel (2)", int(cfg.Discipline))
-	case cfg.MaxWaiters < 0:
-		return nil, fmt.Errorf("concurrency: MaxWaiters %d: must not be negative; 0 is no bound", cfg.MaxWaiters)
-	case cfg.MaxWait < 0:
-		return nil, fmt.Errorf("concurrency: MaxWait %v: must not be negative; 0 is no bound", cfg.MaxWait)
-	case cfg.CoDelTarget < 0:
-		return nil, fmt.Errorf("concurrency: CoDelTarget %v: must be positive, or 0 for %v", cfg.CoDelTarget, defaultCoDelTarget)
-	case cfg.CoDelInterval < 0:
-		return nil, fmt.Errorf("concurrency: CoDelInterval %v: must be positive, or 0 for %v", cfg.CoDelInterval, defaultCoDelInterval)
-	}
-	if cfg.CoDelTarget == 0 {
-		cfg.CoDelTarget = defaultCoDelTarget
-	}
-	if cfg.CoDelInterval == 0 {
-		cfg.CoDelInterval = defaultCoDelInterval
-	}
-	drops := cfg.DropCodes
-	if len(drops) == 0 {
-		drops = []codes.Code{codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded}
-	}
-	s := &settings{adaptive: cfg.Limit == 0, streams: cfg.SampleStreams, maxWait: cfg.MaxWait}
-	for i, c := range drops {
-		if c == codes.OK || c > codes.Unauthenticated {
-			return nil, fmt.Errorf("concurrency: DropCodes[%d] %v: must be a code of gRPC other than OK", i, c)
-		}
-		s.drops |= 1 << c
-	}
-	return s, nil
+	source("Limit", cfg.Limit != 0, cfg.Limit, func() { check.Required(errs, "Limit", cfg.Limit, check.From[int64](1, maxLimit)) })
+	source("AIMD", cfg.AIMD != nil, cfg.AIMD, func() { cfg.AIMD.withDefaults(errs.In("AIMD")) })
+	source("Gradient2", cfg.Gradient2 != nil, cfg.Gradient2, func() { cfg.Gradient2.withDefaults(errs.In("Gradient2")) })
+	source("Vegas", cfg.Vegas != nil, cfg.Vegas, func() { cfg.Vegas.withDefaults(errs.In("Vegas")) })
+	errs.Require(set > 0 || l.custom != nil, "Limit", cfg.Limit, "must be from 1 to %d unless AIMD, Gradient2 or Vegas is set", int64(maxLimit))
 }
 
 // choose returns the algorithm that cfg asks for, nil for a fixed limit: the one
@@ -351,14 +358,17 @@ func (l *Layer) choose(before Limit, cfg Config) (Limit, error) {
 // the limit is raised. It fails if n is not from 0 to 2147483647, or an algorithm
 // sets the limit.
 func (l *Layer) SetLimit(n int64) error {
-	if n < 0 || n > maxLimit {
-		return fmt.Errorf("concurrency: limit %d: must be from 0 to %d", n, maxLimit)
+	errs := check.Of("concurrency")
+	check.Required(errs, "SetLimit", n, check.From[int64](0, maxLimit))
+	if err := errs.Err(); err != nil {
+		return err
 	}
 	s := &l.sampler
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.algorithm != nil {
-		return fmt.Errorf("concurrency: limit %d: cannot be set, an algorithm (%T) sets it", n, s.algorithm)
+		errs.Add("SetLimit", n, "must not be used while an algorithm (%T) sets the limit", s.algorithm)
+		return errs.Err()
 	}
 	l.permits.setLimit(n)
 	return nil

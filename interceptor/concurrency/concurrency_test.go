@@ -559,41 +559,47 @@ func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
 		opts []concurrency.Option
 		want string
 	}{
-		{cfg{}, nil, "0 of Limit, AIMD, Gradient2 and Vegas are set: exactly one must be"},
-		{cfg{Limit: 1, Vegas: &concurrency.VegasConfig{}}, nil, "2 of Limit, AIMD"},
-		{cfg{Limit: -1}, nil, "Limit -1: must be from 1"},
-		{cfg{Limit: 1 << 40}, nil, "Limit 1099511627776: must be from 1 to 2147483647"},
-		{cfg{Limit: 1}, []concurrency.Option{concurrency.WithName("")}, `WithName ""`},
-		{cfg{Limit: 1}, []concurrency.Option{concurrency.WithAlgorithm(new(concurrency.AIMD))}, "none must be with WithAlgorithm"},
-		{cfg{Limit: 1, Discipline: 7}, nil, "Discipline 7"},
-		{cfg{Limit: 1, MaxWaiters: -2}, nil, "MaxWaiters -2"},
-		{cfg{Limit: 1, MaxWait: -time.Second}, nil, "MaxWait -1s"},
-		{cfg{Limit: 1, CoDelTarget: -1}, nil, "CoDelTarget -1ns"},
-		{cfg{Limit: 1, CoDelInterval: -1}, nil, "CoDelInterval -1ns"},
-		{cfg{Limit: 1, DropCodes: []codes.Code{codes.Internal, codes.OK}}, nil, "DropCodes[1] OK"},
-		{cfg{Limit: 1, DropCodes: []codes.Code{77}}, nil, "DropCodes[0] Code(77)"},
-		{cfg{AIMD: &concurrency.AIMDConfig{Min: -1}}, nil, "AIMD.Min -1"},
-		{cfg{AIMD: &concurrency.AIMDConfig{Min: 5, Max: 4}}, nil, "AIMD.Max 4: must be from Min, 5"},
-		{cfg{AIMD: &concurrency.AIMDConfig{Initial: 5000}}, nil, "AIMD.Initial 5000: must be from Min to Max, 1 to 1000"},
-		{cfg{AIMD: &concurrency.AIMDConfig{BackoffRatio: 1}}, nil, "AIMD.BackoffRatio 1: must be from 0.5 to 0.99"},
-		{cfg{AIMD: &concurrency.AIMDConfig{Increase: -1}}, nil, "AIMD.Increase -1"},
-		{cfg{AIMD: &concurrency.AIMDConfig{Timeout: -1}}, nil, "AIMD.Timeout -1ns"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{Smoothing: 2}}, nil, "Gradient2.Smoothing 2"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{Tolerance: 0.5}}, nil, "Gradient2.Tolerance 0.5"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{QueueSize: -1}}, nil, "Gradient2.QueueSize -1"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{LongWindow: 3}}, nil, "Gradient2.LongWindow 3"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{BackoffRatio: 0.1}}, nil, "Gradient2.BackoffRatio 0.1"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{Window: -1}}, nil, "Gradient2.Window -1ns"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{Max: -7}}, nil, "Gradient2.Max -7"},
-		{cfg{Vegas: &concurrency.VegasConfig{WindowSamples: -1}}, nil, "Vegas.WindowSamples -1"},
-		{cfg{Vegas: &concurrency.VegasConfig{ProbeWindows: 1}}, nil, "Vegas.ProbeWindows 1"},
-		{cfg{Vegas: &concurrency.VegasConfig{Smoothing: -0.1}}, nil, "Vegas.Smoothing -0.1"},
-		{cfg{Vegas: &concurrency.VegasConfig{Initial: -3}}, nil, "Vegas.Initial -3"},
+		{cfg{}, nil, "Limit is 0, must be from 1 to 2147483647 unless AIMD, Gradient2 or Vegas is set"},
+		{cfg{Limit: 1, Vegas: &concurrency.VegasConfig{}}, nil, "Vegas is &{"},
+		{cfg{Limit: -1}, nil, "Limit is -1, must be from 1"},
+		{cfg{Limit: 1 << 40}, nil, "Limit is 1099511627776, must be from 1 to 2147483647"},
+		{cfg{Limit: 1}, []concurrency.Option{concurrency.WithName("")}, `WithName is ""`},
+		{cfg{Limit: 1}, []concurrency.Option{concurrency.WithAlgorithm(new(concurrency.AIMD))}, "Limit is 1, must not be set if WithAlgorithm"},
+		{cfg{Limit: 1, Discipline: 7}, nil, "Discipline is Discipline(7)"},
+		{cfg{Limit: 1, MaxWaiters: -2}, nil, "MaxWaiters is -2"},
+		{cfg{Limit: 1, MaxWait: -time.Second}, nil, "MaxWait is -1s"},
+		{cfg{Limit: 1, CoDelTarget: -1}, nil, "CoDelTarget is -1ns"},
+		{cfg{Limit: 1, CoDelInterval: -1}, nil, "CoDelInterval is -1ns"},
+		{cfg{Limit: 1, DropCodes: []codes.Code{codes.Internal, codes.OK}}, nil, "DropCodes[1] is OK"},
+		{cfg{Limit: 1, DropCodes: []codes.Code{77}}, nil, "DropCodes[0] is Code(77)"},
+		{cfg{AIMD: &concurrency.AIMDConfig{Min: -1}}, nil, "AIMD.Min is -1"},
+		{cfg{AIMD: &concurrency.AIMDConfig{Min: 5, Max: 4}}, nil, "AIMD.Max is 4, must be from Min, 5"},
+		{cfg{AIMD: &concurrency.AIMDConfig{Initial: 5000}}, nil, "AIMD.Initial is 5000, must be from Min, 1, to Max, 1000"},
+		{cfg{AIMD: &concurrency.AIMDConfig{BackoffRatio: 1}}, nil, "AIMD.BackoffRatio is 1, must be from 0.5 to 0.99"},
+		{cfg{AIMD: &concurrency.AIMDConfig{Increase: -1}}, nil, "AIMD.Increase is -1"},
+		{cfg{AIMD: &concurrency.AIMDConfig{Timeout: -1}}, nil, "AIMD.Timeout is -1ns"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{Smoothing: 2}}, nil, "Gradient2.Smoothing is 2"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{Tolerance: 0.5}}, nil, "Gradient2.Tolerance is 0.5"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{QueueSize: -1}}, nil, "Gradient2.QueueSize is -1"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{LongWindow: 3}}, nil, "Gradient2.LongWindow is 3"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{BackoffRatio: 0.1}}, nil, "Gradient2.BackoffRatio is 0.1"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{Window: -1}}, nil, "Gradient2.Window is -1ns"},
+		{cfg{Gradient2: &concurrency.Gradient2Config{Max: -7}}, nil, "Gradient2.Max is -7"},
+		{cfg{Vegas: &concurrency.VegasConfig{WindowSamples: -1}}, nil, "Vegas.WindowSamples is -1"},
+		{cfg{Vegas: &concurrency.VegasConfig{ProbeWindows: 1}}, nil, "Vegas.ProbeWindows is 1"},
+		{cfg{Vegas: &concurrency.VegasConfig{Smoothing: -0.1}}, nil, "Vegas.Smoothing is -0.1"},
+		{cfg{Vegas: &concurrency.VegasConfig{Initial: -3}}, nil, "Vegas.Initial is -3"},
 	} {
 		_, err := concurrency.New(tc.cfg, tc.opts...)
 		if err == nil || !strings.HasPrefix(err.Error(), "concurrency: ") || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("New(%+v) = %v, want an error that says %q", tc.cfg, err, tc.want)
 		}
+	}
+	for field, o := range map[string]concurrency.Option{
+		"WithCost": concurrency.WithCost(nil), "WithPriority": concurrency.WithPriority(nil), "WithAlgorithm": concurrency.WithAlgorithm(nil),
+	} {
+		_, err := concurrency.New(concurrency.Config{Limit: 1}, o)
+		calltest.WantConfigError(t, err, "concurrency", field, nil)
 	}
 	l := fixed(t, 5)
 	for _, n := range []int64{-1, 1 << 31} {
@@ -604,16 +610,6 @@ func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
 	if err := limit(t, concurrency.Config{AIMD: &concurrency.AIMDConfig{}}).SetLimit(3); err == nil || !strings.Contains(err.Error(), "AIMD") {
 		t.Errorf("SetLimit of an adaptive limit = %v, want an error that names the algorithm", err)
 	}
-}
-
-func TestTheZeroOptionsAreTheDefaults(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 1}, concurrency.WithCost(nil), concurrency.WithPriority(nil), concurrency.WithAlgorithm(nil))
-		calltest.Expect(t, calltest.Burst(calltest.Stack(t, l).Wrap(calltest.Takes(time.Second)), 2), calltest.OK(time.Second), calltest.OK(2*time.Second))
-		if got := l.String(); got != "concurrency" {
-			t.Errorf("String() = %q", got)
-		}
-	})
 }
 
 type observer struct {

@@ -4,8 +4,9 @@
 package concurrency
 
 import (
-	"fmt"
 	"time"
+
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // Gradient2Config configures [Gradient2]. The zero value is fit for use.
@@ -62,6 +63,19 @@ type Gradient2 struct {
 	recovery
 }
 
+// withDefaults checks cfg and returns it with all fields set.
+func (cfg Gradient2Config) withDefaults(errs *check.Errors) (Gradient2Config, bounds) {
+	b := newBounds(errs, cfg.Initial, cfg.Min, cfg.Max)
+	check.Default(errs, "QueueSize", &cfg.QueueSize, check.From(0.1, 1000), 4)
+	check.Default(errs, "Smoothing", &cfg.Smoothing, check.From(0.01, 1), 0.2)
+	check.Default(errs, "Tolerance", &cfg.Tolerance, check.From(1.0, 10), 1.5)
+	check.Default(errs, "LongWindow", &cfg.LongWindow, check.From(10, 1_000_000), 600)
+	check.Default(errs, "BackoffRatio", &cfg.BackoffRatio, check.From(0.5, 0.99), backoffRatio)
+	check.Default(errs, "Window", &cfg.Window, check.Positive, defaultWindow)
+	check.Default(errs, "WindowSamples", &cfg.WindowSamples, check.Positive, defaultWindowSamples)
+	return cfg, b
+}
+
 // NewGradient2 returns a Gradient2 at its initial limit.
 func NewGradient2(cfg Gradient2Config) (*Gradient2, error) {
 	g := new(Gradient2)
@@ -75,33 +89,13 @@ func NewGradient2(cfg Gradient2Config) (*Gradient2, error) {
 // Update changes the configuration and keeps the limit, within the new bounds,
 // and the averages. On an error nothing has changed.
 func (g *Gradient2) Update(cfg Gradient2Config) error {
-	b, err := newBounds("Gradient2", cfg.Initial, cfg.Min, cfg.Max)
-	if err != nil {
+	errs := check.Of("concurrency")
+	cfg, b := cfg.withDefaults(errs.In("Gradient2"))
+	if err := errs.Err(); err != nil {
 		return err
 	}
-	if cfg.QueueSize, err = inRange("Gradient2.QueueSize", cfg.QueueSize, 4, 0.1, 1000); err != nil {
-		return err
-	}
-	if cfg.Smoothing, err = inRange("Gradient2.Smoothing", cfg.Smoothing, 0.2, 0.01, 1); err != nil {
-		return err
-	}
-	if cfg.Tolerance, err = inRange("Gradient2.Tolerance", cfg.Tolerance, 1.5, 1, 10); err != nil {
-		return err
-	}
-	if cfg.BackoffRatio, err = inRange("Gradient2.BackoffRatio", cfg.BackoffRatio, backoffRatio, 0.5, 0.99); err != nil {
-		return err
-	}
-	if cfg.LongWindow == 0 {
-		cfg.LongWindow = 600
-	}
-	if cfg.LongWindow < 10 || cfg.LongWindow > 1_000_000 {
-		return fmt.Errorf("concurrency: Gradient2.LongWindow %d: must be from 10 to 1000000, or 0 for 600", cfg.LongWindow)
-	}
-	w := g.window
-	if err := w.configure("Gradient2", cfg.Window, cfg.WindowSamples); err != nil {
-		return err
-	}
-	g.bounds, g.cfg, g.window = b, cfg, w
+	g.bounds, g.cfg = b, cfg
+	g.window.length, g.window.samples = cfg.Window, cfg.WindowSamples
 	g.limit = b.clamp(g.limit)
 	return nil
 }

@@ -4,11 +4,11 @@
 package concurrency
 
 import (
-	"fmt"
 	"math"
 	"time"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // A Limit is an algorithm that looks for the right limit; the [Layer] enforces
@@ -48,41 +48,23 @@ const (
 // bounds are the settings that all algorithms share, with defaults applied.
 type bounds struct{ initial, min, max int64 }
 
-func newBounds(field string, initial, lo, hi int64) (bounds, error) {
-	b := bounds{initial: initial, min: lo, max: hi}
-	if b.min == 0 {
-		b.min = defaultMin
+func newBounds(errs *check.Errors, initial, lo, hi int64) bounds {
+	check.Default(errs, "Min", &lo, check.From[int64](1, maxLimit), defaultMin)
+	defMax := max(defaultMax, lo)
+	if hi == 0 {
+		hi = defMax
 	}
-	if b.max == 0 {
-		b.max = max(defaultMax, b.min)
+	errs.Require(hi >= lo && hi <= maxLimit, "Max", hi, "must be from Min, %d, to %d, or 0 for %d", lo, int64(maxLimit), defMax)
+	defInitial := min(max(defaultInitial, lo), hi)
+	if initial == 0 {
+		initial = defInitial
 	}
-	if b.initial == 0 {
-		b.initial = min(max(defaultInitial, b.min), b.max)
-	}
-	switch {
-	case b.min < 1 || b.min > maxLimit:
-		return b, fmt.Errorf("concurrency: %s.Min %d: must be from 1 to %d, or 0 for %d", field, lo, maxLimit, defaultMin)
-	case b.max < b.min || b.max > maxLimit:
-		return b, fmt.Errorf("concurrency: %s.Max %d: must be from Min, %d, to %d, or 0 for %d", field, hi, b.min, maxLimit, defaultMax)
-	case b.initial < b.min || b.initial > b.max:
-		return b, fmt.Errorf("concurrency: %s.Initial %d: must be from Min to Max, %d to %d, or 0 for %d", field, initial, b.min, b.max, defaultInitial)
-	}
-	return b, nil
+	errs.Require(initial >= lo && initial <= hi || hi < lo, "Initial", initial, "must be from Min, %d, to Max, %d, or 0 for %d", lo, hi, defInitial)
+	return bounds{initial: initial, min: lo, max: hi}
 }
 
 func (b bounds) clamp(limit float64) float64 {
 	return min(max(limit, float64(b.min)), float64(b.max))
-}
-
-// inRange returns v, or def if v is zero. The range includes lo and hi.
-func inRange(field string, v, def, lo, hi float64) (float64, error) {
-	if v == 0 {
-		return def, nil
-	}
-	if !(v >= lo && v <= hi) { // Not a number is in no range.
-		return 0, fmt.Errorf("concurrency: %s %v: must be from %v to %v, or 0 for %v", field, v, lo, hi, def)
-	}
-	return v, nil
 }
 
 // backoffRatio is by how much the limit shrinks on a drop unless configured
@@ -118,23 +100,6 @@ type window struct {
 	seen     int                 // successes
 	sum      time.Duration       // of their round trips
 	inFlight int64               // the most seen
-}
-
-func (w *window) configure(field string, length time.Duration, samples int) error {
-	if length < 0 {
-		return fmt.Errorf("concurrency: %s.Window %v: must be positive, or 0 for %v", field, length, defaultWindow)
-	}
-	if samples < 0 {
-		return fmt.Errorf("concurrency: %s.WindowSamples %d: must be positive, or 0 for %d", field, samples, defaultWindowSamples)
-	}
-	if length == 0 {
-		length = defaultWindow
-	}
-	if samples == 0 {
-		samples = defaultWindowSamples
-	}
-	w.length, w.samples = length, samples
-	return nil
 }
 
 // add adds a successful sample. When the window is complete it returns the mean

@@ -4,9 +4,10 @@
 package concurrency
 
 import (
-	"fmt"
 	"math"
 	"time"
+
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // VegasConfig configures [Vegas]. The zero value is fit for use.
@@ -58,6 +59,16 @@ type Vegas struct {
 	windows int     // Since the last probe.
 }
 
+// withDefaults checks cfg and returns it with all fields set.
+func (cfg VegasConfig) withDefaults(errs *check.Errors) (VegasConfig, bounds) {
+	b := newBounds(errs, cfg.Initial, cfg.Min, cfg.Max)
+	check.Default(errs, "Smoothing", &cfg.Smoothing, check.From(0.01, 1), 1)
+	check.Default(errs, "ProbeWindows", &cfg.ProbeWindows, check.From(10, 1_000_000), 300)
+	check.Default(errs, "Window", &cfg.Window, check.Positive, defaultWindow)
+	check.Default(errs, "WindowSamples", &cfg.WindowSamples, check.Positive, defaultWindowSamples)
+	return cfg, b
+}
+
 // NewVegas returns a Vegas at its initial limit.
 func NewVegas(cfg VegasConfig) (*Vegas, error) {
 	v := new(Vegas)
@@ -71,24 +82,13 @@ func NewVegas(cfg VegasConfig) (*Vegas, error) {
 // Update changes the configuration and keeps the limit, within the new bounds,
 // and the best round trip. On an error nothing has changed.
 func (v *Vegas) Update(cfg VegasConfig) error {
-	b, err := newBounds("Vegas", cfg.Initial, cfg.Min, cfg.Max)
-	if err != nil {
+	errs := check.Of("concurrency")
+	cfg, b := cfg.withDefaults(errs.In("Vegas"))
+	if err := errs.Err(); err != nil {
 		return err
 	}
-	if cfg.Smoothing, err = inRange("Vegas.Smoothing", cfg.Smoothing, 1, 0.01, 1); err != nil {
-		return err
-	}
-	if cfg.ProbeWindows == 0 {
-		cfg.ProbeWindows = 300
-	}
-	if cfg.ProbeWindows < 10 || cfg.ProbeWindows > 1_000_000 {
-		return fmt.Errorf("concurrency: Vegas.ProbeWindows %d: must be from 10 to 1000000, or 0 for 300", cfg.ProbeWindows)
-	}
-	w := v.window
-	if err := w.configure("Vegas", cfg.Window, cfg.WindowSamples); err != nil {
-		return err
-	}
-	v.bounds, v.cfg, v.window = b, cfg, w
+	v.bounds, v.cfg = b, cfg
+	v.window.length, v.window.samples = cfg.Window, cfg.WindowSamples
 	v.limit = b.clamp(v.limit)
 	return nil
 }

@@ -6,12 +6,12 @@ package failfast
 import (
 	"context"
 	"errors"
-	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // DefaultAfter is how long calls wait unless configured otherwise: linkerd's value.
@@ -24,22 +24,20 @@ type Config struct {
 	After time.Duration
 }
 
-func (cfg Config) after() (time.Duration, error) {
-	if cfg.After < 0 {
-		return 0, fmt.Errorf("failfast: After %v: must be positive, or 0 for %v", cfg.After, DefaultAfter)
-	}
-	if cfg.After == 0 {
-		return DefaultAfter, nil
-	}
-	return cfg.After, nil
+// after checks cfg, and returns After with its default filled in.
+func (cfg Config) after(errs *check.Errors) time.Duration {
+	check.Default(errs, "After", &cfg.After, check.Positive, DefaultAfter)
+	return cfg.After
 }
 
 // An Option sets what is not plain data.
-type Option func(*Layer)
+type Option func(*options)
+
+type options struct{ name string }
 
 // WithName names the layer in refusals, metrics and the stack's String. The
 // default is "failfast"; it must not be empty.
-func WithName(name string) Option { return func(l *Layer) { l.name = name } }
+func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // A Layer fails fast. It is safe for concurrent use, also by several stacks, which
 // then fail together. It keeps a mutex only for calls that wait; a call that need
@@ -71,21 +69,22 @@ type Layer struct {
 // waiter is a call that waits. cancel ends that.
 type waiter struct{ cancel context.CancelCauseFunc }
 
-// New returns a fail-fast. It fails if cfg is not valid, and says which field,
-// which value and which rule.
+// New returns a fail-fast. An error is a [*interceptor.ConfigError], or several
+// joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
-	l := &Layer{name: "failfast", waiters: make(map[*waiter]struct{})}
-	for _, o := range opts {
-		o(l)
+	o := options{name: "failfast"}
+	for _, opt := range opts {
+		opt(&o)
 	}
-	if l.name == "" {
-		return nil, errors.New(`failfast: WithName "": must not be empty`)
-	}
-	l.failing = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "nothing inside has been ready for too long")
-	l.tooLong = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "the call has waited for too long")
-	if err := l.Update(cfg); err != nil {
+	errs := check.Of("failfast")
+	errs.Name(o.name)
+	after := cfg.after(errs)
+	if err := errs.Err(); err != nil {
 		return nil, err
 	}
+	l := &Layer{name: o.name, config: cfg, after: after, waiters: make(map[*waiter]struct{})}
+	l.failing = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "nothing inside has been ready for too long")
+	l.tooLong = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "the call has waited for too long")
 	return l, nil
 }
 
@@ -93,8 +92,9 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 // and all that concerns them together follows the new one. A layer that fails
 // fast goes on until readiness returns. On an error nothing has changed.
 func (l *Layer) Update(cfg Config) error {
-	after, err := cfg.after()
-	if err != nil {
+	errs := check.Of("failfast")
+	after := cfg.after(errs)
+	if err := errs.Err(); err != nil {
 		return err
 	}
 	l.mu.Lock()
@@ -106,7 +106,7 @@ func (l *Layer) Update(cfg Config) error {
 	return nil
 }
 
-// Config returns the configuration.
+// Config returns the configuration as it was given to New or Update.
 func (l *Layer) Config() Config {
 	l.mu.Lock()
 	defer l.mu.Unlock()

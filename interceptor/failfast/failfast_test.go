@@ -234,10 +234,10 @@ func TestUpdateHoldsForThoseThatWaitAndABadOneChangesNothing(t *testing.T) {
 }
 
 func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
-	if _, err := failfast.New(failfast.Config{After: -time.Second}); err == nil || !strings.Contains(err.Error(), "failfast: After -1s: must be positive, or 0 for 3s") {
+	if _, err := failfast.New(failfast.Config{After: -time.Second}); err == nil || !strings.Contains(err.Error(), "failfast: After is -1s, must be positive, or 0 for 3s") {
 		t.Errorf("New = %v", err)
 	}
-	if _, err := failfast.New(failfast.Config{}, failfast.WithName("")); err == nil || !strings.Contains(err.Error(), `failfast: WithName ""`) {
+	if _, err := failfast.New(failfast.Config{}, failfast.WithName("")); err == nil || !strings.Contains(err.Error(), `failfast: WithName is ""`) {
 		t.Errorf("New = %v", err)
 	}
 	if _, err := interceptor.NewStack(limit(t, 1), after(t, 0)); err == nil || !strings.Contains(err.Error(), "failfast") {

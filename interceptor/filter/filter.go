@@ -6,7 +6,6 @@ package filter
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"reflect"
 	"sync/atomic"
@@ -17,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 )
 
@@ -28,11 +28,8 @@ type Config struct {
 	Code codes.Code
 }
 
-func (c Config) validate() error {
-	if c.Code > codeset.Last {
-		return fmt.Errorf("filter: Code is %v, must be one of gRPC's codes, or 0 for %v", c.Code, codes.PermissionDenied)
-	}
-	return nil
+func (c Config) check(errs *check.Errors) {
+	errs.Require(c.Code <= codeset.Last, "Code", c.Code, "%s, or 0 for %v", codeset.Rule, codes.PermissionDenied)
 }
 
 // A Predicate decides over a call: nil lets it pass, an error rejects it. req is
@@ -65,12 +62,17 @@ type rejection struct {
 // Update replaces the config while calls run. A bad config changes nothing. It may
 // be called concurrently.
 func (f *core) Update(config Config) error {
-	if err := config.validate(); err != nil {
+	errs := check.Of("filter")
+	config.check(errs)
+	if err := errs.Err(); err != nil {
 		return err
 	}
 	f.config.Store(&config)
 	return nil
 }
+
+// Config returns the config as it was given to New or Update.
+func (f *core) Config() Config { return *f.config.Load() }
 
 // String returns the layer's name.
 func (f *core) String() string { return f.name }
@@ -119,34 +121,47 @@ type Filter struct {
 type Option func(*options)
 
 type options struct {
+	errs     *check.Errors
 	name     string
 	messages MessagePredicate
 }
 
 // WithName sets the name of the layer in refusals and in the stack's String; by
-// default "filter". It tells several filters apart.
+// default "filter"; it must not be empty. It tells several filters apart.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // WithMessages has p decide over each message that is sent on a stream. If it
 // rejects one, SendMsg returns the refusal, and so does RecvMsg from then on; the
 // stream is cancelled. It costs a context for each stream. It is for a [Filter];
 // a [Gate] sees no messages.
-func WithMessages(p MessagePredicate) Option { return func(o *options) { o.messages = p } }
+func WithMessages(p MessagePredicate) Option {
+	return func(o *options) {
+		o.errs.NotNil(p == nil, "WithMessages", "a function")
+		o.messages = p
+	}
+}
 
-// New returns a Filter. An error names the field, its value and the rule.
-func New(config Config, predicate Predicate, opts ...Option) (*Filter, error) {
-	o := options{name: "filter"}
+// optionsOf checks what New and NewGate have in common.
+func optionsOf(config Config, noPredicate bool, opts []Option) options {
+	o := options{errs: check.Of("filter"), name: "filter"}
 	for _, opt := range opts {
 		opt(&o)
 	}
-	if predicate == nil {
-		return nil, errors.New("filter: predicate is nil, must be a function")
+	o.errs.Name(o.name)
+	config.check(o.errs)
+	o.errs.NotNil(noPredicate, "predicate", "a function")
+	return o
+}
+
+// New returns a Filter. An error is a [*interceptor.ConfigError], or several joined.
+func New(config Config, predicate Predicate, opts ...Option) (*Filter, error) {
+	o := optionsOf(config, predicate == nil, opts)
+	if err := o.errs.Err(); err != nil {
+		return nil, err
 	}
 	f := &Filter{predicate: predicate, messages: o.messages}
 	f.name = o.name
-	if err := f.Update(config); err != nil {
-		return nil, err
-	}
+	f.config.Store(&config)
 	return f, nil
 }
 
@@ -238,23 +253,16 @@ const slow = time.Millisecond
 // predicate must change neither it nor c, must not keep c, and is called
 // concurrently. What it takes, if that is a millisecond or more, is reported to
 // the observer as waiting. It may take its time also where the call must not wait
-// for capacity. An error names the field, its value and the rule.
+// for capacity. An error is a [*interceptor.ConfigError], or several joined.
 func NewGate(config Config, predicate func(ctx context.Context, c *interceptor.Call, req any) error, opts ...Option) (*Gate, error) {
-	o := options{name: "filter"}
-	for _, opt := range opts {
-		opt(&o)
-	}
-	if predicate == nil {
-		return nil, errors.New("filter: predicate is nil, must be a function")
-	}
-	if o.messages != nil {
-		return nil, errors.New("filter: WithMessages is set, must not be with NewGate, which sees no messages")
+	o := optionsOf(config, predicate == nil, opts)
+	o.errs.Require(o.messages == nil, "WithMessages", check.Set, "must not be used with NewGate, which sees no messages")
+	if err := o.errs.Err(); err != nil {
+		return nil, err
 	}
 	g := &Gate{predicate: predicate}
 	g.name = o.name
-	if err := g.Update(config); err != nil {
-		return nil, err
-	}
+	g.config.Store(&config)
 	return g, nil
 }
 

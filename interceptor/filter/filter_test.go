@@ -469,10 +469,10 @@ func TestBadArgumentsAreErrors(t *testing.T) {
 	gate := func(context.Context, *interceptor.Call, any) error { return nil }
 	pred := func(context.Context, *interceptor.Call, any) (context.Context, error) { return nil, nil }
 	for name, f := range map[string]func() (any, error){
-		"filter: predicate is nil":  func() (any, error) { return New(Config{}, nil) },
-		"filter: predicate is nil,": func() (any, error) { return NewGate(Config{}, nil) },
-		"filter: Code is Code(17)":  func() (any, error) { return New(Config{Code: 17}, pred) },
-		"filter: Code is Code(18)":  func() (any, error) { return NewGate(Config{Code: 18}, gate) },
+		"filter: predicate is nil":                     func() (any, error) { return New(Config{}, nil) },
+		"filter: predicate is nil, must be a function": func() (any, error) { return NewGate(Config{}, nil) },
+		"filter: Code is Code(17)":                     func() (any, error) { return New(Config{Code: 17}, pred) },
+		"filter: Code is Code(18)":                     func() (any, error) { return NewGate(Config{Code: 18}, gate) },
 		"filter: WithMessages is set": func() (any, error) {
 			return NewGate(Config{}, gate, WithMessages(func(context.Context, string, any) (any, error) { return nil, nil }))
 		},

@@ -5,8 +5,7 @@ package hedge
 
 import (
 	"context"
-	"errors"
-	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/latency"
 	"github.com/belfry-go/belfry/internal/repeat"
@@ -46,8 +46,8 @@ type Config struct {
 	// attempt. It sets the budget to this share of calls, and the delay to the
 	// latency that all but four fifths of this share stay below. The last fifth is
 	// what the budget has in hand when a server stalls; in steady state a percentile
-	// that asks for all of the budget leaves nothing for that. More than 0 and less
-	// than 1; zero means 0.05. Delay or Percentile, and Budget, replace one side of it.
+	// that asks for all of the budget leaves nothing for that. At least 0.000001 and
+	// less than 1; zero means 0.05. Delay or Percentile, and Budget, replace one side of it.
 	MaxExtraLoad float64
 	// Delay is how long to wait before each extra attempt. Zero means a percentile
 	// of recent latencies; negative is an error.
@@ -78,7 +78,7 @@ type Config struct {
 	// BufferBytes is how many bytes of sent messages are kept for each stream so
 	// that it can be hedged. A stream that sends more before its first response is
 	// not hedged, nor is one with messages whose size cannot be told: other than
-	// protocol buffers, byte slices and what has a Size method. Up to 64 MiB; zero
+	// protocol buffers, byte slices and what has a Size method. 1 to 64 MiB; zero
 	// means 256 KiB.
 	BufferBytes int
 	// Budget bounds the extra attempts of all calls together. If its Ratio is zero
@@ -89,6 +89,7 @@ type Config struct {
 
 // settings is a Config that has been checked. It is not changed.
 type settings struct {
+	given      Config
 	fixed      time.Duration // If not zero.
 	percentile float64
 	least      time.Duration
@@ -101,100 +102,58 @@ type settings struct {
 	budget     budget.Config
 }
 
-func (c Config) settings() (*settings, error) {
-	s := &settings{
-		fixed: c.Delay, percentile: c.Percentile, least: c.MinDelay, points: c.MinDataPoints, window: c.Window,
-		max: c.MaxAttempts, declared: c.DeclaredOnly, buffer: c.BufferBytes, budget: c.Budget,
+// settings checks c. shared says that the budget is given by WithBudget.
+func (c Config) settings(errs *check.Errors, shared bool) *settings {
+	c.NonFatal = slices.Clone(c.NonFatal) // The caller may change its own.
+	given := c
+	// A budget counts in millionths.
+	check.Default(errs, "MaxExtraLoad", &c.MaxExtraLoad, check.Below(1e-6, 1), DefaultMaxExtraLoad)
+	check.Zero(errs, "Delay", c.Delay, check.Positive, "a percentile")
+	if c.Delay != 0 {
+		errs.Require(c.Percentile == 0, "Percentile", c.Percentile, "must be 0 if Delay is set")
+	} else {
+		check.DefaultText(errs, "Percentile", &c.Percentile, check.Between(0.0, 1), 1-steady*c.MaxExtraLoad, "what MaxExtraLoad asks for")
 	}
-	load := c.MaxExtraLoad
-	if load == 0 {
-		load = DefaultMaxExtraLoad
+	check.Default(errs, "MinDelay", &c.MinDelay, check.Positive, DefaultMinDelay)
+	check.Default(errs, "MinDataPoints", &c.MinDataPoints, check.Positive, DefaultMinDataPoints)
+	check.Default(errs, "Window", &c.Window, check.From(time.Second, time.Hour), DefaultWindow)
+	check.Default(errs, "MaxAttempts", &c.MaxAttempts, check.From(1, 10), DefaultMaxAttempts)
+	nonFatal := check.Codes(errs, "NonFatal", c.NonFatal, codes.Unavailable)
+	check.Default(errs, "BufferBytes", &c.BufferBytes, check.From(1, 64<<20), DefaultBufferBytes)
+	if c.Budget.Ratio == 0 {
+		c.Budget.Ratio = c.MaxExtraLoad
 	}
-	if !(load > 0 && load < 1) {
-		return nil, fmt.Errorf("hedge: MaxExtraLoad is %v, must be greater than 0 and less than 1, or 0 for %v", c.MaxExtraLoad, DefaultMaxExtraLoad)
+	if c.Budget.MinPerSecond == 0 {
+		c.Budget.MinPerSecond = DefaultMinPerSecond
 	}
-	if s.fixed < 0 {
-		return nil, fmt.Errorf("hedge: Delay is %v, must be positive, or 0 for a percentile", c.Delay)
+	repeat.CheckBudget(errs, given.Budget, c.Budget, shared)
+	return &settings{
+		given: given, fixed: c.Delay, percentile: c.Percentile, least: c.MinDelay, points: c.MinDataPoints, window: c.Window,
+		max: c.MaxAttempts, nonFatal: nonFatal, declared: c.DeclaredOnly, buffer: c.BufferBytes, budget: c.Budget,
 	}
-	switch {
-	case s.percentile != 0 && s.fixed != 0:
-		return nil, fmt.Errorf("hedge: Percentile is %v, must be 0 if Delay is set, here to %v", c.Percentile, c.Delay)
-	case s.percentile == 0:
-		s.percentile = 1 - steady*load
-	case !(s.percentile > 0 && s.percentile < 1):
-		return nil, fmt.Errorf("hedge: Percentile is %v, must be greater than 0 and less than 1, or 0 for what MaxExtraLoad asks for", c.Percentile)
-	}
-	if s.least == 0 {
-		s.least = DefaultMinDelay
-	}
-	if s.least < 0 {
-		return nil, fmt.Errorf("hedge: MinDelay is %v, must be positive, or 0 for %v", c.MinDelay, DefaultMinDelay)
-	}
-	if s.points == 0 {
-		s.points = DefaultMinDataPoints
-	}
-	if s.points < 0 {
-		return nil, fmt.Errorf("hedge: MinDataPoints is %d, must be positive, or 0 for %d", c.MinDataPoints, DefaultMinDataPoints)
-	}
-	if s.window == 0 {
-		s.window = DefaultWindow
-	}
-	if s.window < time.Second || s.window > time.Hour {
-		return nil, fmt.Errorf("hedge: Window is %v, must be from 1s to 1h, or 0 for %v", c.Window, DefaultWindow)
-	}
-	if s.max == 0 {
-		s.max = DefaultMaxAttempts
-	}
-	if s.max < 1 || s.max > 10 {
-		return nil, fmt.Errorf("hedge: MaxAttempts is %d, must be from 1 to 10, or 0 for %d", c.MaxAttempts, DefaultMaxAttempts)
-	}
-	list := c.NonFatal
-	if list == nil {
-		list = []codes.Code{codes.Unavailable}
-	}
-	var err error
-	if s.nonFatal, err = codeset.Of(list...); err != nil {
-		return nil, fmt.Errorf("hedge: NonFatal%w", err)
-	}
-	if s.buffer == 0 {
-		s.buffer = DefaultBufferBytes
-	}
-	if s.buffer < 0 || s.buffer > 64<<20 {
-		return nil, fmt.Errorf("hedge: BufferBytes is %d, must be from 1 to %d, or 0 for %d", c.BufferBytes, 64<<20, DefaultBufferBytes)
-	}
-	if s.budget.Ratio == 0 {
-		s.budget.Ratio = load
-	}
-	if s.budget.MinPerSecond == 0 {
-		s.budget.MinPerSecond = DefaultMinPerSecond
-	}
-	return s, nil
 }
 
 // An Option is what cannot be said in a Config.
-type Option func(*Layer) error
+type Option func(*options)
 
-// WithName names the layer in metrics and the stack's String. The default is
-// "hedge"; it must not be empty.
-func WithName(name string) Option {
-	return func(l *Layer) error {
-		if name == "" {
-			return errors.New(`hedge: WithName "": must not be empty`)
-		}
-		l.name = name
-		return nil
-	}
+type options struct {
+	errs       *check.Errors
+	name       string
+	budget     *budget.Budget
+	shared     bool // WithBudget was used.
+	idempotent func(method string) bool
 }
+
+// WithName names the layer in metrics and the stack's String. The
+// default is "hedge"; it must not be empty.
+func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // WithBudget makes the layer spend b, which it may share with other layers and
 // stacks. By default it has a budget of its own.
 func WithBudget(b *budget.Budget) Option {
-	return func(l *Layer) error {
-		if b == nil {
-			return errors.New("hedge: WithBudget: the budget is nil")
-		}
-		l.budget, l.shared = b, true
-		return nil
+	return func(o *options) {
+		o.errs.NotNil(b == nil, "WithBudget", "a budget")
+		o.budget, o.shared = b, true
 	}
 }
 
@@ -202,12 +161,9 @@ func WithBudget(b *budget.Budget) Option {
 // for which f returns true; with Config.DeclaredOnly those that are declared
 // idempotent come on top. f is called concurrently, once for each call.
 func WithIdempotent(f func(method string) bool) Option {
-	return func(l *Layer) error {
-		if f == nil {
-			return errors.New("hedge: WithIdempotent: the function is nil")
-		}
-		l.idempotent = f
-		return nil
+	return func(o *options) {
+		o.errs.NotNil(f == nil, "WithIdempotent", "a function")
+		o.idempotent = f
 	}
 }
 
@@ -227,50 +183,57 @@ type Layer struct {
 	mu sync.Mutex
 }
 
-// New returns a layer that knows no latencies yet.
+// New returns a layer that knows no latencies yet. An error is a
+// [*interceptor.ConfigError], or several joined.
 func New(c Config, opts ...Option) (*Layer, error) {
-	s, err := c.settings()
-	if err != nil {
+	errs := check.Of("hedge")
+	o := options{errs: errs, name: "hedge"}
+	for _, opt := range opts {
+		opt(&o)
+	}
+	errs.Name(o.name)
+	s := c.settings(errs, o.shared)
+	if err := errs.Err(); err != nil {
 		return nil, err
 	}
-	l := &Layer{name: "hedge", latencies: latency.New(s.window)}
-	for _, o := range opts {
-		if err := o(l); err != nil {
+	l := &Layer{name: o.name, budget: o.budget, shared: o.shared, idempotent: o.idempotent, latencies: latency.New(s.window)}
+	if !l.shared {
+		var err error
+		if l.budget, err = budget.New(s.budget); err != nil {
 			return nil, err
 		}
 	}
-	if !l.shared {
-		if l.budget, err = budget.New(s.budget); err != nil {
-			return nil, fmt.Errorf("hedge: Budget: %w", err)
-		}
-	}
-	if err := l.Update(c); err != nil {
-		return nil, err
-	}
+	l.set.Store(s)
 	return l, nil
 }
 
 // Update changes the configuration for calls that begin from now on. Latencies
 // are kept, and the budget keeps its balance. On an error nothing has changed.
 func (l *Layer) Update(c Config) error {
-	s, err := c.settings()
-	if err != nil {
+	errs := check.Of("hedge")
+	s := c.settings(errs, l.shared)
+	if err := errs.Err(); err != nil {
 		return err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.shared {
-		if c.Budget != (budget.Config{}) {
-			return fmt.Errorf("hedge: Budget is %+v, must not be set, for the layer was given a budget by WithBudget", c.Budget)
+	if !l.shared {
+		if err := l.budget.Update(s.budget); err != nil {
+			return err
 		}
-	} else if err := l.budget.Update(s.budget); err != nil {
-		return fmt.Errorf("hedge: Budget: %w", err)
 	}
-	if old := l.set.Load(); old == nil || old.window != s.window {
+	if l.set.Load().window != s.window {
 		l.latencies.SetWindow(s.window)
 	}
 	l.set.Store(s)
 	return nil
+}
+
+// Config returns the configuration as it was given to New or Update.
+func (l *Layer) Config() Config {
+	c := l.set.Load().given
+	c.NonFatal = slices.Clone(c.NonFatal)
+	return c
 }
 
 // Budget returns the budget that the layer spends.

@@ -5,9 +5,9 @@ package loadshed
 
 import (
 	"context"
-	"errors"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // Config configures a [Layer]. There is nothing to configure: what overload is,
@@ -15,11 +15,13 @@ import (
 type Config struct{}
 
 // An Option sets what is not plain data.
-type Option func(*Layer)
+type Option func(*options)
+
+type options struct{ name string }
 
 // WithName names the layer in the stack's String and in the refusals it makes
 // itself. The default is "loadshed"; it must not be empty.
-func WithName(name string) Option { return func(l *Layer) { l.name = name } }
+func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // A Layer sheds load. It has no state and is safe for concurrent use, also by
 // several stacks. It takes nothing for a call, keeps no lock and allocates
@@ -30,15 +32,18 @@ type Layer struct {
 	shed *interceptor.Refusal
 }
 
-// New returns a load shed. It fails if the name is empty.
+// New returns a load shed. An error is a [*interceptor.ConfigError].
 func New(_ Config, opts ...Option) (*Layer, error) {
-	l := &Layer{name: "loadshed"}
-	for _, o := range opts {
-		o(l)
+	o := options{name: "loadshed"}
+	for _, opt := range opts {
+		opt(&o)
 	}
-	if l.name == "" {
-		return nil, errors.New(`loadshed: WithName "": must not be empty`)
+	errs := check.Of("loadshed")
+	errs.Name(o.name)
+	if err := errs.Err(); err != nil {
+		return nil, err
 	}
+	l := &Layer{name: o.name}
 	l.shed = interceptor.Refuse(l.name, interceptor.ReasonShed, "nothing inside is ready")
 	return l, nil
 }

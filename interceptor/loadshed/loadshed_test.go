@@ -110,7 +110,7 @@ func TestItStandsAnywhereAndShedsNothingThatIsOutsideIt(t *testing.T) {
 }
 
 func TestAnEmptyNameIsAnError(t *testing.T) {
-	if _, err := loadshed.New(loadshed.Config{}, loadshed.WithName("")); err == nil || !strings.Contains(err.Error(), `loadshed: WithName ""`) {
+	if _, err := loadshed.New(loadshed.Config{}, loadshed.WithName("")); err == nil || !strings.Contains(err.Error(), `loadshed: WithName is ""`) {
 		t.Errorf("New = %v, want an error that names the option", err)
 	}
 	l := shed(t)

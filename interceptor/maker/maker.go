@@ -6,7 +6,6 @@ package maker
 import (
 	"context"
 	"errors"
-	"fmt"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // ReasonMake is the reason of the refusal of a call whose key or connection could
@@ -37,11 +37,11 @@ type Config struct {
 	MaxConns int
 
 	// IdleTimeout is for how long a connection must not have been used to be closed.
-	// At least 1 ms; zero means 5 minutes; negative is never.
+	// At least 1 ms; zero means 5 minutes, [None] never.
 	IdleTimeout time.Duration
 
 	// MaxWait is for how long a call may wait while all connections are in use. Zero
-	// is no bound but the call's own; negative is not to wait.
+	// is no bound but the call's own, [None] not to wait.
 	MaxWait time.Duration
 }
 
@@ -51,22 +51,16 @@ const (
 	DefaultIdleTimeout = 5 * time.Minute
 )
 
-// withDefaults returns c with its defaults filled in, if it is good.
-func (c Config) withDefaults() (Config, error) {
-	d := c
-	if d.MaxConns == 0 {
-		d.MaxConns = DefaultMaxConns
-	}
-	if d.MaxConns < 1 {
-		return c, fmt.Errorf("maker: MaxConns is %d, must be at least 1, or 0 for %d", c.MaxConns, DefaultMaxConns)
-	}
-	if d.IdleTimeout == 0 {
-		d.IdleTimeout = DefaultIdleTimeout
-	}
-	if d.IdleTimeout > 0 && d.IdleTimeout < time.Millisecond {
-		return c, fmt.Errorf("maker: IdleTimeout is %v, must be at least 1ms, 0 for %v, or negative for never", c.IdleTimeout, DefaultIdleTimeout)
-	}
-	return d, nil
+// None, as an IdleTimeout or a MaxWait, is never to close idle connections, and
+// not to wait.
+const None = check.None
+
+// withDefaults checks c and returns it with its defaults filled in.
+func (c Config) withDefaults(errs *check.Errors) Config {
+	check.Default(errs, "MaxConns", &c.MaxConns, check.Positive, DefaultMaxConns)
+	check.DefaultOrNone(errs, "IdleTimeout", &c.IdleTimeout, check.AtLeast(time.Millisecond), DefaultIdleTimeout, "never")
+	check.ZeroOrNone(errs, "MaxWait", c.MaxWait, check.Positive, "no bound", "not to wait")
+	return c
 }
 
 // A KeyFunc says which connection a call belongs to. args is the request of a unary
@@ -97,7 +91,8 @@ type Maker struct {
 	// mu guards the fields below and those of entries. Nothing is locked under it,
 	// and no function of the user's is called.
 	mu      sync.Mutex
-	config  Config
+	given   Config // As it was given.
+	config  Config // With defaults.
 	entries map[string]*entry
 	closing int         // Of slots, those whose connection is being closed for good.
 	slots   int         // Connections that are made, being made, or being closed.
@@ -129,27 +124,31 @@ type entry struct {
 }
 
 // An Option configures what is not data.
-type Option func(*Maker)
+type Option func(*options)
 
-// WithName sets the name of the Maker in refusals; by default "maker".
-func WithName(name string) Option { return func(m *Maker) { m.name = name } }
+type options struct{ name string }
 
-// New returns a Maker, which has to be closed. An error names the field, its value
-// and the rule.
+// WithName sets the name of the Maker in refusals; by default "maker". It must not
+// be empty.
+func WithName(name string) Option { return func(o *options) { o.name = name } }
+
+// New returns a Maker, which has to be closed. An error is a
+// [*interceptor.ConfigError], or several joined.
 func New(config Config, key KeyFunc, makeConn MakeFunc, opts ...Option) (*Maker, error) {
-	config, err := config.withDefaults()
-	if err != nil {
+	o := options{name: "maker"}
+	for _, opt := range opts {
+		opt(&o)
+	}
+	errs := check.Of("maker")
+	errs.Name(o.name)
+	filled := config.withDefaults(errs)
+	errs.NotNil(key == nil, "key", "a function")
+	errs.NotNil(makeConn == nil, "makeConn", "a function")
+	if err := errs.Err(); err != nil {
 		return nil, err
 	}
-	if key == nil {
-		return nil, errors.New("maker: key is nil, must be a function")
-	}
-	if makeConn == nil {
-		return nil, errors.New("maker: makeConn is nil, must be a function")
-	}
-	m := &Maker{name: "maker", key: key, make: makeConn, config: config, entries: map[string]*entry{}, done: make(chan struct{})}
-	for _, o := range opts {
-		o(m)
+	m := &Maker{
+		name: o.name, key: key, make: makeConn, given: config, config: filled, entries: map[string]*entry{}, done: make(chan struct{}),
 	}
 	m.full = interceptor.Refuse(m.name, interceptor.ReasonConcurrency, "all connections are in use")
 	m.closedRefusal = interceptor.Refuse(m.name, interceptor.ReasonDrain, "it is closed")
@@ -160,8 +159,9 @@ func New(config Config, key KeyFunc, makeConn MakeFunc, opts ...Option) (*Maker,
 // connections are closed at once, and others when they become idle; if it becomes
 // more, calls that wait go on. A bad config changes nothing.
 func (m *Maker) Update(config Config) error {
-	config, err := config.withDefaults()
-	if err != nil {
+	errs := check.Of("maker")
+	filled := config.withDefaults(errs)
+	if err := errs.Err(); err != nil {
 		return err
 	}
 	m.mu.Lock()
@@ -169,14 +169,21 @@ func (m *Maker) Update(config Config) error {
 	if m.closed {
 		return nil // It has nothing to bound any more.
 	}
-	m.config = config
+	m.given, m.config = config, filled
 	m.grantLocked()
-	for m.slots-m.closing > config.MaxConns && m.idle.first != nil {
+	for m.slots-m.closing > filled.MaxConns && m.idle.first != nil {
 		m.evictLocked(m.idle.first)
 	}
 	m.disarmLocked()
 	m.armLocked()
 	return nil
+}
+
+// Config returns the config as it was given to New or Update.
+func (m *Maker) Config() Config {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.given
 }
 
 // Stats are how many connections there are.

@@ -65,7 +65,7 @@ type option struct {
 // make them.
 func New(p metric.MeterProvider) (*Observer, error) {
 	if p == nil {
-		return nil, errors.New("otelobserver: the MeterProvider is nil")
+		return nil, &interceptor.ConfigError{Layer: "otelobserver", Field: "p", Rule: "must be a MeterProvider"}
 	}
 	m := p.Meter(scopeName)
 	o := new(Observer)

@@ -5,7 +5,6 @@ package ratelimit
 
 import (
 	"context"
-	"fmt"
 	"reflect"
 	"time"
 
@@ -48,12 +47,11 @@ func WithFailOpen() Option { return func(o *options) { o.open = true } }
 // is what [WithKey] says, and otherwise empty. A call waits by asking again when
 // it was told to, as long as its Wait and its deadline allow; among those who wait
 // the limiter chooses.
-func FromLimiter(l Limiter, opts ...Option) (interceptor.Layer, error) {
-	if l == nil || reflect.ValueOf(l).Kind() == reflect.Pointer && reflect.ValueOf(l).IsNil() {
-		return nil, fmt.Errorf("ratelimit: FromLimiter: the limiter is nil")
-	}
-	o, err := optionsOf(opts)
-	if err != nil {
+func FromLimiter(limiter Limiter, opts ...Option) (interceptor.Layer, error) {
+	o := optionsOf(opts)
+	isNil := limiter == nil || reflect.ValueOf(limiter).Kind() == reflect.Pointer && reflect.ValueOf(limiter).IsNil()
+	o.errs.NotNil(isNil, "FromLimiter.limiter", "a limiter")
+	if err := o.errs.Err(); err != nil {
 		return nil, err
 	}
 	if o.key == nil {
@@ -62,13 +60,15 @@ func FromLimiter(l Limiter, opts ...Option) (interceptor.Layer, error) {
 	failed := interceptor.Refuse(o.name, interceptor.ReasonRateLimit, "the limiter cannot decide")
 	failed.Code = codes.Unavailable
 	return &elsewhere{
-		options: o, limiter: l, over: newRefusals(o.name, "no token"), failed: failed,
+		name: o.name, key: o.key, open: o.open, limiter: limiter, over: newRefusals(o.name, "no token"), failed: failed,
 	}, nil
 }
 
 type elsewhere struct {
 	interceptor.GateOnly
-	options
+	name    string
+	key     KeyFunc
+	open    bool
 	limiter Limiter
 	over    *refusals
 	failed  *interceptor.Refusal

@@ -4,13 +4,13 @@
 package ratelimit
 
 import (
-	"fmt"
 	"math"
 	"time"
 
 	"golang.org/x/time/rate"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // FromRate makes a layer of a limiter of golang.org/x/time/rate, which may be used
@@ -20,21 +20,15 @@ import (
 //
 // A token is given back by reserving minus one, since the limiter takes
 // reservations back only before their time.
-func FromRate(l *rate.Limiter, opts ...Option) (interceptor.Layer, error) {
-	if l == nil {
-		return nil, fmt.Errorf("ratelimit: FromRate: the limiter is nil")
-	}
-	o, err := optionsOf(opts)
-	if err != nil {
+func FromRate(limiter *rate.Limiter, opts ...Option) (interceptor.Layer, error) {
+	o := optionsOf(opts)
+	o.errs.NotNil(limiter == nil, "FromRate.limiter", "a limiter")
+	o.errs.Require(o.key == nil, "WithKey", check.Set, "must not be used with FromRate, whose limiter has no keys")
+	o.notOpen()
+	if err := o.errs.Err(); err != nil {
 		return nil, err
 	}
-	if o.key != nil {
-		return nil, fmt.Errorf("ratelimit: FromRate: WithKey is used, but a limiter of this kind has no keys")
-	}
-	if o.open {
-		return nil, errOpen
-	}
-	q := newQueue(o.name, rateSource{l}, newRefusals(o.name, "no token"))
+	q := newQueue(o.name, rateSource{limiter}, newRefusals(o.name, "no token"))
 	return &rateLayer{queue: q}, nil
 }
 

@@ -5,13 +5,13 @@ package ratelimit
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/keyed"
 )
 
@@ -95,20 +95,20 @@ type Config struct {
 }
 
 const (
-	maxLimit      = 1e9
-	maxWindow     = 1e6
-	maxPer        = 8760 * time.Hour
-	maxKeys       = 1e6
-	defaultKeys   = 10_000
-	defaultPer    = time.Second
-	defaultBurst  = 10 // As a part of Limit.
-	minPer        = time.Millisecond
-	burstDuration = maxPer
+	maxLimit     = 1_000_000_000
+	maxWindow    = 1_000_000
+	minPer       = time.Millisecond
+	maxPer       = 8760 * time.Hour
+	maxKeys      = 1_000_000
+	defaultKeys  = 10_000
+	defaultPer   = time.Second
+	defaultBurst = 10 // As a part of Limit.
 )
 
 // params is a valid Config, its defaults filled in, and what follows from it. It is
 // not changed.
 type params struct {
+	given     Config
 	limit     int
 	per       time.Duration
 	burst     int
@@ -123,78 +123,43 @@ type params struct {
 	over                *refusals
 }
 
-func invalid(field string, value any, rule string) error {
-	return fmt.Errorf("ratelimit: %s is %v, %s", field, value, rule)
-}
-
-func (cfg Config) params(name string) (*params, error) {
-	p := &params{
-		limit: cfg.Limit, per: cfg.Per, burst: cfg.Burst, algorithm: cfg.Algorithm,
-		keyBy: cfg.KeyBy, keyName: cfg.KeyName, maxKeys: cfg.MaxKeys,
+func (cfg Config) params(errs *check.Errors, name string) *params {
+	given := cfg
+	errs.Require(cfg.Algorithm <= Window, "Algorithm", cfg.Algorithm, "must be Smooth or Window")
+	if cfg.Algorithm == Window {
+		errs.Require(cfg.Limit >= 1 && cfg.Limit <= maxWindow, "Limit", cfg.Limit, "must be from 1 to %d if Algorithm is window", maxWindow)
+		errs.Require(cfg.Burst == 0, "Burst", cfg.Burst, "must be 0 if Algorithm is window, whose burst is Limit")
+	} else {
+		check.Required(errs, "Limit", cfg.Limit, check.From(1, maxLimit))
+		check.DefaultText(errs, "Burst", &cfg.Burst, check.From(1, maxLimit), max(cfg.Limit/defaultBurst, 1), "a tenth of Limit")
 	}
-	if cfg.Algorithm > Window {
-		return nil, invalid("Algorithm", cfg.Algorithm, "must be Smooth or Window")
-	}
-	if cfg.Limit < 1 || cfg.Limit > maxLimit {
-		return nil, invalid("Limit", cfg.Limit, "must be from 1 to 1e9")
-	}
-	if cfg.Algorithm == Window && cfg.Limit > maxWindow {
-		return nil, invalid("Limit", cfg.Limit, "must be at most 1e6 for the Window algorithm")
-	}
-	if cfg.Per == 0 {
-		p.per = defaultPer
-	}
-	if p.per < minPer || p.per > maxPer {
-		return nil, invalid("Per", cfg.Per, "must be from 1ms to 8760h, or 0 for 1s")
-	}
-	if int64(p.per) < int64(p.limit) {
-		return nil, invalid("Limit", cfg.Limit, fmt.Sprintf("must be at most one call in 1ns, here %d in %v", int64(p.per), p.per))
-	}
-	if err := p.setBurst(); err != nil {
-		return nil, err
-	}
+	check.Default(errs, "Per", &cfg.Per, check.From(minPer, maxPer), defaultPer)
+	errs.Require(int64(cfg.Limit) <= int64(cfg.Per), "Limit", cfg.Limit, "must be at most %d, one call in 1ns of Per", int64(cfg.Per))
 	switch cfg.KeyBy {
 	case KeyNone, KeyMethod:
-		if cfg.KeyName != "" {
-			return nil, invalid("KeyName", fmt.Sprintf("%q", cfg.KeyName), "must be empty unless KeyBy is KeyMetadata")
-		}
+		errs.Require(cfg.KeyName == "", "KeyName", cfg.KeyName, "must be empty unless KeyBy is metadata")
 	case KeyMetadata:
-		if cfg.KeyName == "" {
-			return nil, invalid("KeyName", `""`, "must name a metadata entry as KeyBy is KeyMetadata")
-		}
+		errs.Require(cfg.KeyName != "", "KeyName", cfg.KeyName, "must name a metadata entry if KeyBy is metadata")
 	default:
-		return nil, invalid("KeyBy", cfg.KeyBy, "must be KeyNone, KeyMethod or KeyMetadata")
+		errs.Add("KeyBy", cfg.KeyBy, "must be KeyNone, KeyMethod or KeyMetadata")
 	}
-	if cfg.MaxKeys < 0 || cfg.MaxKeys > maxKeys {
-		return nil, invalid("MaxKeys", cfg.MaxKeys, "must be from 1 to 1e6, or 0 for 10000")
+	check.Default(errs, "MaxKeys", &cfg.MaxKeys, check.From(1, maxKeys), defaultKeys)
+	p := &params{
+		given: given, limit: cfg.Limit, per: cfg.Per, burst: cfg.Burst, algorithm: cfg.Algorithm,
+		keyBy: cfg.KeyBy, keyName: cfg.KeyName, maxKeys: cfg.MaxKeys,
 	}
-	if cfg.MaxKeys == 0 {
-		p.maxKeys = defaultKeys
-	}
-	p.over = newRefusals(name, fmt.Sprintf("more than %d in %v", p.limit, p.per))
-	return p, nil
-}
-
-func (p *params) setBurst() error {
-	if p.algorithm == Window {
-		if p.burst != 0 {
-			return invalid("Burst", p.burst, "must be 0 for the Window algorithm, whose burst is Limit")
-		}
+	if errs.Err() != nil {
 		return nil
 	}
-	if p.burst < 0 || p.burst > maxLimit {
-		return invalid("Burst", p.burst, "must be from 1 to 1e9, or 0 for a tenth of Limit")
+	p.over = newRefusals(name, fmt.Sprintf("more than %d in %v", p.limit, p.per))
+	if p.algorithm == Smooth {
+		// Rounded up, so that the rate is never more than the limit.
+		p.interval = (int64(p.per)*unit + int64(p.limit) - 1) / int64(p.limit)
+		most := int64(maxPer) * unit / p.interval
+		errs.Require(int64(p.burst) <= most, "Burst", p.burst, "must be at most %d, as many as come in a year", most)
+		p.tolerance = int64(p.burst) * p.interval
 	}
-	if p.burst == 0 {
-		p.burst = max(p.limit/defaultBurst, 1)
-	}
-	// Rounded up, so that the rate is never more than the limit.
-	p.interval = (int64(p.per)*unit + int64(p.limit) - 1) / int64(p.limit)
-	if int64(p.burst) > int64(burstDuration)*unit/p.interval {
-		return invalid("Burst", p.burst, "must be as many as come in 8760h at most")
-	}
-	p.tolerance = int64(p.burst) * p.interval
-	return nil
+	return p
 }
 
 func (p *params) newQueue(name string) *queue {
@@ -211,6 +176,7 @@ func (p *params) newQueue(name string) *queue {
 type Option func(*options)
 
 type options struct {
+	errs *check.Errors
 	name string
 	key  KeyFunc
 	open bool
@@ -222,19 +188,25 @@ func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // WithKey gives the calls of each key their own rate; [Config.KeyBy] must be
 // KeyNone then.
-func WithKey(key KeyFunc) Option { return func(o *options) { o.key = key } }
+func WithKey(key KeyFunc) Option {
+	return func(o *options) {
+		o.errs.NotNil(key == nil, "WithKey", "a function")
+		o.key = key
+	}
+}
 
-var errOpen = errors.New("ratelimit: WithFailOpen is used, but only a limiter of FromLimiter can fail")
-
-func optionsOf(opts []Option) (options, error) {
-	o := options{name: "ratelimit"}
+func optionsOf(opts []Option) options {
+	o := options{errs: check.Of("ratelimit"), name: "ratelimit"}
 	for _, opt := range opts {
 		opt(&o)
 	}
-	if o.name == "" {
-		return o, errors.New(`ratelimit: WithName "": must not be empty`)
-	}
-	return o, nil
+	o.errs.Name(o.name)
+	return o
+}
+
+// notOpen rejects WithFailOpen.
+func (o *options) notOpen() {
+	o.errs.Require(!o.open, "WithFailOpen", check.Set, "must be used with FromLimiter alone")
 }
 
 // Layer is a rate limit. It may stand in any number of stacks, which then share
@@ -252,24 +224,17 @@ type Layer struct {
 	mu sync.Mutex
 }
 
-// New makes a layer.
+// New makes a layer. An error is a [*interceptor.ConfigError], or several joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
-	o, err := optionsOf(opts)
-	if err != nil {
+	o := optionsOf(opts)
+	o.notOpen()
+	o.errs.Require(o.key == nil || cfg.KeyBy == KeyNone, "KeyBy", cfg.KeyBy, "must be KeyNone if WithKey is used")
+	p := cfg.params(o.errs, o.name)
+	if err := o.errs.Err(); err != nil {
 		return nil, err
-	}
-	p, err := cfg.params(o.name)
-	if err != nil {
-		return nil, err
-	}
-	if o.open {
-		return nil, errOpen
 	}
 	l := &Layer{name: o.name, key: o.key}
 	l.rate.Store(p)
-	if o.key != nil && p.keyBy != KeyNone {
-		return nil, invalid("KeyBy", p.keyBy, "must be KeyNone as there is a key function")
-	}
 	switch p.keyBy {
 	case KeyMethod:
 		l.key = byMethod
@@ -293,21 +258,20 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 // Algorithm, KeyBy and KeyName cannot be changed, for then there is nothing to
 // keep: make a new layer. On an error nothing has changed.
 func (l *Layer) Update(cfg Config) error {
-	p, err := cfg.params(l.name)
-	if err != nil {
+	errs := check.Of("ratelimit")
+	p := cfg.params(errs, l.name)
+	if err := errs.Err(); err != nil {
+		return err
+	}
+	old := l.rate.Load().given // What is compared does not change.
+	errs.Require(cfg.Algorithm == old.Algorithm, "Algorithm", cfg.Algorithm, "must stay %v: make a new layer", old.Algorithm)
+	errs.Require(cfg.KeyBy == old.KeyBy, "KeyBy", cfg.KeyBy, "must stay %v: make a new layer", old.KeyBy)
+	errs.Require(cfg.KeyName == old.KeyName, "KeyName", cfg.KeyName, "must stay %q: make a new layer", old.KeyName)
+	if err := errs.Err(); err != nil {
 		return err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	old := l.rate.Load()
-	switch {
-	case p.algorithm != old.algorithm:
-		return invalid("Algorithm", p.algorithm, fmt.Sprintf("must stay %v: make a new layer", old.algorithm))
-	case p.keyBy != old.keyBy:
-		return invalid("KeyBy", p.keyBy, fmt.Sprintf("must stay %v: make a new layer", old.keyBy))
-	case p.keyName != old.keyName:
-		return invalid("KeyName", fmt.Sprintf("%q", p.keyName), fmt.Sprintf("must stay %q: make a new layer", old.keyName))
-	}
 	l.rate.Store(p)
 	if l.keys == nil {
 		l.one.update(p)
@@ -319,14 +283,8 @@ func (l *Layer) Update(cfg Config) error {
 	return nil
 }
 
-// Config returns the configuration, its defaults filled in.
-func (l *Layer) Config() Config {
-	p := l.rate.Load()
-	return Config{
-		Limit: p.limit, Per: p.per, Burst: p.burst, Algorithm: p.algorithm,
-		KeyBy: p.keyBy, KeyName: p.keyName, MaxKeys: p.maxKeys,
-	}
-}
+// Config returns the configuration as it was given to New or Update.
+func (l *Layer) Config() Config { return l.rate.Load().given }
 
 // Waiting returns how many calls wait for a token.
 func (l *Layer) Waiting() int {

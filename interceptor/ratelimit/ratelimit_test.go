@@ -547,7 +547,7 @@ func TestUpdateKeepsWhatWasTaken(t *testing.T) {
 		wantOK(t, call(conn, noWait))
 		wantOK(t, call(conn, noWait))
 		wantRefused(t, call(conn, noWait), 50*ms)
-		want := Config{Limit: 20, Per: time.Second, Burst: 2, MaxKeys: 10_000}
+		want := Config{Limit: 20, Burst: 2} // As it was given.
 		if got := l.Config(); got != want {
 			t.Errorf("Config() = %+v, want %+v", got, want)
 		}
@@ -612,7 +612,7 @@ func TestAnEmptyNameIsAnError(t *testing.T) {
 	_, ofRate := FromRate(rate.NewLimiter(1, 1), WithName(""))
 	_, ofLimiter := FromLimiter(&store{}, WithName(""))
 	for _, err := range []error{ofNew, ofRate, ofLimiter} {
-		if err == nil || !strings.Contains(err.Error(), `ratelimit: WithName ""`) {
+		if err == nil || !strings.Contains(err.Error(), `ratelimit: WithName is ""`) {
 			t.Errorf("with an empty name: %v, want an error that names WithName", err)
 		}
 	}

@@ -8,6 +8,8 @@ import (
 	"math"
 	"math/rand/v2"
 	"time"
+
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // Jitter is how back-offs are spread, so that calls that failed together do not
@@ -69,30 +71,16 @@ type Backoff struct {
 	Jitter Jitter
 }
 
-// withDefaults returns b with all fields set, or says which is wrong.
-func (b Backoff) withDefaults() (Backoff, error) {
-	if b.Initial == 0 {
-		b.Initial = DefaultInitialBackoff
-	}
-	if b.Initial < 0 {
-		return b, fmt.Errorf("retry: Backoff.Initial is %v, must be positive, or 0 for the default", b.Initial)
-	}
+// withDefaults checks b and returns it with all fields set.
+func (b Backoff) withDefaults(errs *check.Errors) Backoff {
+	check.Default(errs, "Initial", &b.Initial, check.Positive, DefaultInitialBackoff)
 	if b.Max == 0 {
 		b.Max = max(DefaultMaxBackoff, b.Initial)
 	}
-	if b.Max < b.Initial {
-		return b, fmt.Errorf("retry: Backoff.Max is %v, must be at least Initial, %v", b.Max, b.Initial)
-	}
-	if b.Multiplier == 0 {
-		b.Multiplier = DefaultMultiplier
-	}
-	if !(b.Multiplier >= 1) || math.IsInf(b.Multiplier, 0) {
-		return b, fmt.Errorf("retry: Backoff.Multiplier is %v, must be a number of at least 1, or 0 for the default", b.Multiplier)
-	}
-	if b.Jitter > NoJitter {
-		return b, fmt.Errorf("retry: Backoff.Jitter is %v, must be FullJitter, EqualJitter, DecorrelatedJitter or NoJitter", b.Jitter)
-	}
-	return b, nil
+	errs.Require(b.Max >= b.Initial, "Max", b.Max, "must be at least Initial, %v", b.Initial)
+	check.Default(errs, "Multiplier", &b.Multiplier, check.AtLeast(1.0), DefaultMultiplier)
+	errs.Require(b.Jitter <= NoJitter, "Jitter", b.Jitter, "must be FullJitter, EqualJitter, DecorrelatedJitter or NoJitter")
+	return b
 }
 
 // base is the delay before retry n without jitter.

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // backoffs calls f with many random valid back-offs and some extreme ones.
@@ -20,7 +22,7 @@ func backoffs(t *testing.T, f func(rng *rand.Rand, b Backoff)) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	try := func(b Backoff) {
-		b, err := b.withDefaults()
+		b, err := filled(b)
 		if err != nil {
 			t.Fatalf("%+v: %v", b, err)
 		}
@@ -101,7 +103,7 @@ func TestTowerBackoffJitterStaysInItsRange(t *testing.T) {
 }
 
 func TestWithoutJitterDelaysAreTheSequenceUntilMax(t *testing.T) {
-	b, err := Backoff{Initial: 100 * time.Millisecond, Max: time.Second, Jitter: NoJitter}.withDefaults()
+	b, err := filled(Backoff{Initial: 100 * time.Millisecond, Max: time.Second, Jitter: NoJitter})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +125,7 @@ func TestWithoutJitterDelaysAreTheSequenceUntilMax(t *testing.T) {
 // about once in 1e27 runs.
 func TestTheJitterOfTwoCallsDiffers(t *testing.T) {
 	for j := FullJitter; j < NoJitter; j++ {
-		b, err := Backoff{Initial: time.Second, Max: time.Hour, Jitter: j}.withDefaults()
+		b, err := filled(Backoff{Initial: time.Second, Max: time.Hour, Jitter: j})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -145,7 +147,7 @@ func TestTheJitterOfTwoCallsDiffers(t *testing.T) {
 func TestJitterIsUniform(t *testing.T) {
 	const n = 20_000
 	for j, want := range map[Jitter][2]float64{FullJitter: {0, 1}, EqualJitter: {0.5, 1}, DecorrelatedJitter: {1, 3}} {
-		b, err := Backoff{Initial: time.Second, Max: time.Hour, Jitter: j}.withDefaults()
+		b, err := filled(Backoff{Initial: time.Second, Max: time.Hour, Jitter: j})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -182,4 +184,9 @@ func TestJittersHaveNames(t *testing.T) {
 	if got := fmt.Sprint(FullJitter, EqualJitter, DecorrelatedJitter, NoJitter, Jitter(9)); got != "full equal decorrelated none Jitter(9)" {
 		t.Errorf("the jitters print as %q", got)
 	}
+}
+
+func filled(b Backoff) (Backoff, error) {
+	errs := check.Of("retry")
+	return b.withDefaults(errs), errs.Err()
 }

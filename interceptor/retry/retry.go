@@ -5,8 +5,7 @@ package retry
 
 import (
 	"context"
-	"errors"
-	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,6 +17,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/repeat"
 )
@@ -45,7 +45,7 @@ type Config struct {
 	// BufferBytes is how many bytes of sent messages are kept for each stream so
 	// that it can be repeated. A stream that sends more is not repeated any more, nor
 	// is one with messages whose size cannot be told: other than protocol buffers,
-	// byte slices and what has a Size method. Up to 64 MiB; zero means 256 KiB.
+	// byte slices and what has a Size method. 1 to 64 MiB; zero means 256 KiB.
 	BufferBytes int
 	// Backoff is how long to wait before each retry.
 	Backoff Backoff
@@ -56,6 +56,7 @@ type Config struct {
 
 // settings is a Config that has been checked. It is not changed.
 type settings struct {
+	given    Config
 	max      int
 	codes    codeset.Set
 	declared bool
@@ -63,30 +64,16 @@ type settings struct {
 	backoff  Backoff
 }
 
-func (c Config) settings() (*settings, error) {
-	s := &settings{max: c.MaxAttempts, declared: c.DeclaredOnly, buffer: c.BufferBytes}
-	if s.max == 0 {
-		s.max = DefaultMaxAttempts
-	}
-	if s.max < 1 || s.max > 100 {
-		return nil, fmt.Errorf("retry: MaxAttempts is %d, must be from 1 to 100, or 0 for the default", c.MaxAttempts)
-	}
-	list := c.Codes
-	if list == nil {
-		list = []codes.Code{codes.Unavailable, codes.ResourceExhausted}
-	}
-	var err error
-	if s.codes, err = codeset.Of(list...); err != nil {
-		return nil, fmt.Errorf("retry: Codes%w", err)
-	}
-	if s.buffer == 0 {
-		s.buffer = DefaultBufferBytes
-	}
-	if s.buffer < 0 || s.buffer > 64<<20 {
-		return nil, fmt.Errorf("retry: BufferBytes is %d, must be from 1 to %d, or 0 for the default", c.BufferBytes, 64<<20)
-	}
-	s.backoff, err = c.Backoff.withDefaults()
-	return s, err
+// settings checks c. shared says that the budget is given by WithBudget.
+func (c Config) settings(errs *check.Errors, shared bool) *settings {
+	c.Codes = slices.Clone(c.Codes) // The caller may change its own.
+	s := &settings{given: c, declared: c.DeclaredOnly}
+	check.Default(errs, "MaxAttempts", &c.MaxAttempts, check.From(1, 100), DefaultMaxAttempts)
+	s.codes = check.Codes(errs, "Codes", c.Codes, codes.Unavailable, codes.ResourceExhausted)
+	check.Default(errs, "BufferBytes", &c.BufferBytes, check.From(1, 64<<20), DefaultBufferBytes)
+	s.max, s.buffer, s.backoff = c.MaxAttempts, c.BufferBytes, c.Backoff.withDefaults(errs.In("Backoff"))
+	repeat.CheckBudget(errs, c.Budget, c.Budget, shared)
+	return s
 }
 
 // An Attempt is what a [Policy] judges.
@@ -112,29 +99,27 @@ type Attempt struct {
 type Policy func(ctx context.Context, a *Attempt) bool
 
 // An Option is what cannot be said in a Config.
-type Option func(*Layer) error
+type Option func(*options)
+
+type options struct {
+	errs       *check.Errors
+	name       string
+	budget     *budget.Budget
+	shared     bool // WithBudget was used.
+	idempotent func(method string) bool
+	policy     Policy
+}
 
 // WithName names the layer in refusals, metrics and the stack's String. The
 // default is "retry"; it must not be empty.
-func WithName(name string) Option {
-	return func(l *Layer) error {
-		if name == "" {
-			return errors.New(`retry: WithName "": must not be empty`)
-		}
-		l.name = name
-		return nil
-	}
-}
+func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // WithBudget makes the layer spend b, which it may share with other layers and
 // stacks. By default it has a budget of its own.
 func WithBudget(b *budget.Budget) Option {
-	return func(l *Layer) error {
-		if b == nil {
-			return errors.New("retry: WithBudget: the budget is nil")
-		}
-		l.budget, l.shared = b, true
-		return nil
+	return func(o *options) {
+		o.errs.NotNil(b == nil, "WithBudget", "a budget")
+		o.budget, o.shared = b, true
 	}
 }
 
@@ -142,23 +127,17 @@ func WithBudget(b *budget.Budget) Option {
 // for which f returns true; with Config.DeclaredOnly those that are declared
 // idempotent come on top. f is called concurrently, and once or more for each call.
 func WithIdempotent(f func(method string) bool) Option {
-	return func(l *Layer) error {
-		if f == nil {
-			return errors.New("retry: WithIdempotent: the function is nil")
-		}
-		l.idempotent = f
-		return nil
+	return func(o *options) {
+		o.errs.NotNil(f == nil, "WithIdempotent", "a function")
+		o.idempotent = f
 	}
 }
 
 // WithPolicy lets p decide instead of Config.Codes.
 func WithPolicy(p Policy) Option {
-	return func(l *Layer) error {
-		if p == nil {
-			return errors.New("retry: WithPolicy: the policy is nil")
-		}
-		l.policy = p
-		return nil
+	return func(o *options) {
+		o.errs.NotNil(p == nil, "WithPolicy", "a function")
+		o.policy = p
 	}
 }
 
@@ -179,26 +158,28 @@ type Layer struct {
 	mu sync.Mutex
 }
 
-// New returns a layer.
+// New returns a layer. An error is a [*interceptor.ConfigError], or several joined.
 func New(c Config, opts ...Option) (*Layer, error) {
-	l := &Layer{name: "retry"}
-	for _, o := range opts {
-		if err := o(l); err != nil {
+	errs := check.Of("retry")
+	o := options{errs: errs, name: "retry"}
+	for _, opt := range opts {
+		opt(&o)
+	}
+	errs.Name(o.name)
+	s := c.settings(errs, o.shared)
+	if err := errs.Err(); err != nil {
+		return nil, err
+	}
+	l := &Layer{name: o.name, budget: o.budget, shared: o.shared, idempotent: o.idempotent, policy: o.policy}
+	if !l.shared {
+		var err error
+		if l.budget, err = budget.New(c.Budget); err != nil {
 			return nil, err
 		}
 	}
 	l.exhausted = interceptor.Refuse(l.name, interceptor.ReasonBudget, "the budget for further attempts is spent")
 	l.cancelled = interceptor.Refuse(l.name, interceptor.ReasonCancelled, "the caller gave up before the next attempt")
-	if !l.shared {
-		b, err := budget.New(c.Budget)
-		if err != nil {
-			return nil, fmt.Errorf("retry: Budget: %w", err)
-		}
-		l.budget = b
-	}
-	if err := l.Update(c); err != nil {
-		return nil, err
-	}
+	l.set.Store(s)
 	return l, nil
 }
 
@@ -206,21 +187,27 @@ func New(c Config, opts ...Option) (*Layer, error) {
 // on are judged by the new one. The budget keeps its balance. On an error nothing
 // has changed.
 func (l *Layer) Update(c Config) error {
-	s, err := c.settings()
-	if err != nil {
+	errs := check.Of("retry")
+	s := c.settings(errs, l.shared)
+	if err := errs.Err(); err != nil {
 		return err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.shared {
-		if c.Budget != (budget.Config{}) {
-			return fmt.Errorf("retry: Budget is %+v, must not be set, for the layer was given a budget by WithBudget", c.Budget)
+	if !l.shared {
+		if err := l.budget.Update(c.Budget); err != nil {
+			return err
 		}
-	} else if err := l.budget.Update(c.Budget); err != nil {
-		return fmt.Errorf("retry: Budget: %w", err)
 	}
 	l.set.Store(s)
 	return nil
+}
+
+// Config returns the configuration as it was given to New or Update.
+func (l *Layer) Config() Config {
+	c := l.set.Load().given
+	c.Codes = slices.Clone(c.Codes)
+	return c
 }
 
 // Budget returns the budget that the layer spends.

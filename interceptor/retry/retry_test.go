@@ -723,8 +723,8 @@ func TestConfigurationsThatCannotBeAreRefusedAndChangeNothing(t *testing.T) {
 		"MaxAttempts": {MaxAttempts: 101}, "MaxAttempts is -1": {MaxAttempts: -1},
 		"Codes[0]": {Codes: []codes.Code{codes.OK}}, "Codes[1]": {Codes: []codes.Code{codes.Internal, 17}},
 		"BufferBytes": {BufferBytes: -1}, "BufferBytes is 1": {BufferBytes: 1 << 30},
-		"Backoff.Max":         {Backoff: retry.Backoff{Max: -1}},
-		"Budget: budget: TTL": {Budget: budget.Config{TTL: 1}, MaxAttempts: 7},
+		"Backoff.Max": {Backoff: retry.Backoff{Max: -1}},
+		"Budget.TTL":  {Budget: budget.Config{TTL: 1}, MaxAttempts: 7},
 	} {
 		if _, err := retry.New(c); err == nil || !strings.HasPrefix(err.Error(), "retry: "+field) {
 			t.Errorf("New(%+v) = %v, want an error that names %s", c, err, field)

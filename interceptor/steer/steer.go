@@ -5,7 +5,6 @@ package steer
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"reflect"
@@ -16,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 // ReasonNoRoute is the reason of the refusal of a call for which the function has
@@ -34,18 +34,15 @@ type route func(ctx context.Context, method string, args any) (grpc.ClientConnIn
 
 // New returns a Steer that sends a call to conns[choose(…)]. args is the request of
 // a unary call, and nil for a stream, which has not sent any when it is opened.
-// choose is called once for each call, concurrently.
+// choose is called once for each call, concurrently. An error is a
+// [*interceptor.ConfigError], or several joined.
 func New(choose func(ctx context.Context, method string, args any) int, conns ...grpc.ClientConnInterface) (*Steer, error) {
-	if choose == nil {
-		return nil, errors.New("steer: choose is nil, must be a function")
-	}
-	if len(conns) == 0 {
-		return nil, errors.New("steer: conns is empty, must hold a connection")
-	}
+	errs := newErrors(choose == nil, conns, len(conns))
 	for i, c := range conns {
-		if isNil(c) {
-			return nil, fmt.Errorf("steer: conns[%d] is nil, must be a connection", i)
-		}
+		errs.NotNil(isNil(c), fmt.Sprintf("conns[%d]", i), "a connection")
+	}
+	if err := errs.Err(); err != nil {
+		return nil, err
 	}
 	conns = slices.Clone(conns)
 	return newSteer(func(ctx context.Context, method string, args any) (grpc.ClientConnInterface, error) {
@@ -60,16 +57,12 @@ func New(choose func(ctx context.Context, method string, args any) int, conns ..
 // NewKeyed is New for connections that have names, or keys of any kind, instead of
 // numbers.
 func NewKeyed[K comparable](choose func(ctx context.Context, method string, args any) K, conns map[K]grpc.ClientConnInterface) (*Steer, error) {
-	if choose == nil {
-		return nil, errors.New("steer: choose is nil, must be a function")
-	}
-	if len(conns) == 0 {
-		return nil, errors.New("steer: conns is empty, must hold a connection")
-	}
+	errs := newErrors(choose == nil, conns, len(conns))
 	for k, c := range conns {
-		if isNil(c) {
-			return nil, fmt.Errorf("steer: conns[%#v] is nil, must be a connection", k)
-		}
+		errs.NotNil(isNil(c), fmt.Sprintf("conns[%#v]", k), "a connection")
+	}
+	if err := errs.Err(); err != nil {
+		return nil, err
 	}
 	conns = maps.Clone(conns)
 	return newSteer(func(ctx context.Context, method string, args any) (grpc.ClientConnInterface, error) {
@@ -80,6 +73,14 @@ func NewKeyed[K comparable](choose func(ctx context.Context, method string, args
 		}
 		return c, nil
 	}), nil
+}
+
+// newErrors checks what New and NewKeyed have in common.
+func newErrors(noChoose bool, conns any, n int) *check.Errors {
+	errs := check.Of("steer")
+	errs.NotNil(noChoose, "choose", "a function")
+	errs.Require(n > 0, "conns", conns, "must hold a connection")
+	return errs
 }
 
 func newSteer(r route) *Steer {

@@ -167,11 +167,11 @@ func TestBadArgumentsAreErrors(t *testing.T) {
 	keyed := func(context.Context, string, any) string { return "" }
 	for want, f := range map[string]func() (*Steer, error){
 		"steer: choose is nil":     func() (*Steer, error) { return New(nil, numbered(1)) },
-		"steer: conns is empty":    func() (*Steer, error) { return New(byArgs) },
+		"steer: conns is []":       func() (*Steer, error) { return New(byArgs) },
 		"steer: conns[1] is nil":   func() (*Steer, error) { return New(byArgs, numbered(1), nilConn) },
 		"steer: conns[0] is nil":   func() (*Steer, error) { return New(byArgs, nil) },
 		"steer: choose is nil, ":   func() (*Steer, error) { return NewKeyed[string](nil, nil) },
-		"steer: conns is empty, ":  func() (*Steer, error) { return NewKeyed(keyed, nil) },
+		"steer: conns is map[]":    func() (*Steer, error) { return NewKeyed(keyed, nil) },
 		`steer: conns["a"] is nil`: func() (*Steer, error) { return NewKeyed(keyed, map[string]grpc.ClientConnInterface{"a": nil}) },
 	} {
 		if _, err := f(); err == nil || !strings.HasPrefix(err.Error(), want) {

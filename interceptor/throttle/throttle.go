@@ -5,10 +5,8 @@ package throttle
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"math"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/keyed"
 	"github.com/belfry-go/belfry/internal/rolling"
@@ -48,7 +47,8 @@ type Config struct {
 	MinRequests int
 
 	// RejectCodes are the codes that say that the server did not accept the call.
-	// Nil means UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED.
+	// Nil means UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED. A throttle
+	// without codes would refuse nothing: a list that is empty is an error.
 	RejectCodes []codes.Code
 
 	// PerMethod counts and refuses each method by itself: right if one server
@@ -73,6 +73,7 @@ const (
 
 // settings are a Config that was found good, with its defaults filled in.
 type settings struct {
+	given       Config
 	k           float64
 	window      time.Duration
 	maxRefused  float64
@@ -82,47 +83,18 @@ type settings struct {
 	idle        time.Duration
 }
 
-func (c Config) settings() (*settings, error) {
-	s := &settings{
-		k: c.K, window: c.Window, maxRefused: c.MaxRefused, minRequests: int64(c.MinRequests), perMethod: c.PerMethod,
-	}
-	if s.k == 0 {
-		s.k = DefaultK
-	}
-	if !(s.k >= 1) || math.IsInf(s.k, 0) {
-		return nil, fmt.Errorf("throttle: K is %v, must be a finite number of at least 1, or 0 for %v", c.K, DefaultK)
-	}
-	if s.window == 0 {
-		s.window = DefaultWindow
-	}
-	if s.window < time.Second || s.window > 24*time.Hour {
-		return nil, fmt.Errorf("throttle: Window is %v, must be between 1s and 24h, or 0 for %v", c.Window, DefaultWindow)
-	}
-	if s.maxRefused == 0 {
-		s.maxRefused = DefaultMaxRefused
-	}
-	if !(s.maxRefused > 0 && s.maxRefused <= 1) {
-		return nil, fmt.Errorf("throttle: MaxRefused is %v, must be greater than 0 and at most 1, or 0 for %v", c.MaxRefused, DefaultMaxRefused)
-	}
-	if s.minRequests == 0 {
-		s.minRequests = DefaultMinRequests
-	}
-	if s.minRequests < 1 {
-		return nil, fmt.Errorf("throttle: MinRequests is %d, must be at least 1, or 0 for %d", c.MinRequests, DefaultMinRequests)
-	}
-	reject := c.RejectCodes
-	if reject == nil {
-		reject = []codes.Code{codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded}
-	}
-	var err error
-	if s.reject, err = codeset.Of(reject...); err != nil {
-		return nil, fmt.Errorf("throttle: RejectCodes%w", err)
-	}
-	if s.reject == 0 {
-		return nil, errors.New("throttle: RejectCodes is empty, must hold a code, or be nil for the default")
-	}
+func (c Config) settings(errs *check.Errors) *settings {
+	c.RejectCodes = slices.Clone(c.RejectCodes) // The caller may change its own.
+	s := &settings{given: c, perMethod: c.PerMethod}
+	check.Default(errs, "K", &c.K, check.AtLeast(1.0), DefaultK)
+	check.Default(errs, "Window", &c.Window, check.From(time.Second, 24*time.Hour), DefaultWindow)
+	check.Default(errs, "MaxRefused", &c.MaxRefused, check.Above(0.0, 1), DefaultMaxRefused)
+	check.Default(errs, "MinRequests", &c.MinRequests, check.Positive, DefaultMinRequests)
+	s.reject = check.Codes(errs, "RejectCodes", c.RejectCodes, codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded)
+	errs.Require(c.RejectCodes == nil || len(c.RejectCodes) > 0, "RejectCodes", c.RejectCodes, "must hold a code, or be nil for the default")
+	s.k, s.window, s.maxRefused, s.minRequests = c.K, c.Window, c.MaxRefused, int64(c.MinRequests)
 	s.idle = max(methodIdle, s.window)
-	return s, nil
+	return s
 }
 
 // probability is the share of calls that is to be refused.
@@ -148,25 +120,28 @@ type Throttle struct {
 }
 
 // An Option configures what is not data.
-type Option func(*Throttle)
+type Option func(*options)
+
+type options struct{ name string }
 
 // WithName sets the name of the layer in refusals and in the stack's String; by
 // default "throttle"; it must not be empty. It tells several throttles apart.
-func WithName(name string) Option { return func(t *Throttle) { t.name = name } }
+func WithName(name string) Option { return func(o *options) { o.name = name } }
 
-// New returns a Throttle. An error names the field, its value and the rule.
+// New returns a Throttle. An error is a [*interceptor.ConfigError], or several
+// joined.
 func New(config Config, opts ...Option) (*Throttle, error) {
-	s, err := config.settings()
-	if err != nil {
+	o := options{name: "throttle"}
+	for _, opt := range opts {
+		opt(&o)
+	}
+	errs := check.Of("throttle")
+	errs.Name(o.name)
+	s := config.settings(errs)
+	if err := errs.Err(); err != nil {
 		return nil, err
 	}
-	t := &Throttle{name: "throttle", random: rand.Float64}
-	for _, o := range opts {
-		o(t)
-	}
-	if t.name == "" {
-		return nil, errors.New(`throttle: WithName "": must not be empty`)
-	}
+	t := &Throttle{name: o.name, random: rand.Float64}
 	t.refused = interceptor.Refuse(t.name, interceptor.ReasonThrottled, "the server rejects most calls")
 	t.settings.Store(s)
 	t.all = t.newCounts()
@@ -181,12 +156,20 @@ func New(config Config, opts ...Option) (*Throttle, error) {
 // the window changes, as far as the new one reaches back; with PerMethod newly
 // set, methods start at nothing. A bad config changes nothing.
 func (t *Throttle) Update(config Config) error {
-	s, err := config.settings()
-	if err != nil {
+	errs := check.Of("throttle")
+	s := config.settings(errs)
+	if err := errs.Err(); err != nil {
 		return err
 	}
 	t.settings.Store(s)
 	return nil
+}
+
+// Config returns the config as it was given to New or Update.
+func (t *Throttle) Config() Config {
+	c := t.settings.Load().given
+	c.RejectCodes = slices.Clone(c.RejectCodes)
+	return c
 }
 
 // Stats are what a Throttle goes by.

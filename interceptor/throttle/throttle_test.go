@@ -22,6 +22,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/calltest"
+	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/layertest"
 )
 
@@ -113,7 +114,7 @@ func TestTheProbabilityIsTheBooksFormulaUpToTheStatedShare(t *testing.T) {
 		{2, 1, 9, 0, 0}, // Fewer than MinRequests.
 		{2, 1, 10, 0, 10.0 / 11},
 	} {
-		s, err := Config{K: tc.k, MaxRefused: tc.share}.settings()
+		s, err := settingsOf(Config{K: tc.k, MaxRefused: tc.share})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -121,7 +122,7 @@ func TestTheProbabilityIsTheBooksFormulaUpToTheStatedShare(t *testing.T) {
 			t.Errorf("K %v, share %v, %d requests, %d accepts: probability %v, want %v", tc.k, tc.share, tc.requests, tc.accepts, got, tc.want)
 		}
 	}
-	s, err := Config{MinRequests: 1}.settings()
+	s, err := settingsOf(Config{MinRequests: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -426,7 +427,7 @@ func TestBadConfigsAreErrorsThatNameTheField(t *testing.T) {
 		{Config{MaxRefused: math.NaN()}, "throttle: MaxRefused is NaN, must be"},
 		{Config{MinRequests: -1}, "throttle: MinRequests is -1, must be"},
 		{Config{RejectCodes: []codes.Code{codes.Unavailable, codes.OK}}, "throttle: RejectCodes[1] is OK, must be"},
-		{Config{RejectCodes: []codes.Code{}}, "throttle: RejectCodes is empty, must"},
+		{Config{RejectCodes: []codes.Code{}}, "throttle: RejectCodes is [], must"},
 	} {
 		if _, err := New(tc.c); err == nil || !strings.HasPrefix(err.Error(), tc.want) {
 			t.Errorf("New(%+v): %v, want an error that begins with %q", tc.c, err, tc.want)
@@ -435,7 +436,7 @@ func TestBadConfigsAreErrorsThatNameTheField(t *testing.T) {
 }
 
 func TestAnEmptyNameIsAnError(t *testing.T) {
-	if _, err := New(Config{}, WithName("")); err == nil || !strings.Contains(err.Error(), `throttle: WithName ""`) {
+	if _, err := New(Config{}, WithName("")); err == nil || !strings.Contains(err.Error(), `throttle: WithName is ""`) {
 		t.Errorf("New with an empty name = %v, want an error that names WithName", err)
 	}
 }
@@ -487,3 +488,8 @@ func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 func TestNothingIsAllocated(t *testing.T) { calltest.AllocateNothing(t, benchmarks(t), method) }
 
 func BenchmarkThrottle(b *testing.B) { calltest.Bench(b, benchmarks(b), method) }
+
+func settingsOf(c Config) (*settings, error) {
+	errs := check.Of("throttle")
+	return c.settings(errs), errs.Err()
+}

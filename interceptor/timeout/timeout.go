@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/latency"
 )
 
@@ -70,10 +71,6 @@ const (
 	defaultMultiple   = 3
 	defaultWindow     = time.Minute
 	defaultSamples    = 100
-	maxMultiple       = 100
-	minWindow         = time.Second
-	maxWindow         = time.Hour
-	maxSamples        = 1e6
 )
 
 // A Bound is what cut a call short.
@@ -141,17 +138,14 @@ func (e *Exceeded) Is(target error) bool { return target == context.DeadlineExce
 // is not changed.
 type settings struct {
 	Config
-	adaptive Adaptive // If Config.Adaptive is not nil.
+	adaptive Adaptive // What Config.Adaptive points to, if it is not nil.
+	given    Adaptive // The same without defaults.
 	// causes are what contexts are cancelled with, for each bound: errors of calls that
 	// were sent.
 	causes [bounds]*interceptor.Refusal
 }
 
-func invalid(field string, value any, rule string) error {
-	return fmt.Errorf("timeout: %s is %v, %s", field, value, rule)
-}
-
-func newSettings(name string, cfg Config) (*settings, error) {
+func (cfg Config) settings(errs *check.Errors, name string) *settings {
 	s := &settings{Config: cfg}
 	limits := [bounds]time.Duration{
 		Timeout: cfg.Timeout, Lifetime: cfg.Lifetime, FirstResponse: cfg.FirstResponse, Message: cfg.Message, Idle: cfg.Idle,
@@ -159,59 +153,30 @@ func newSettings(name string, cfg Config) (*settings, error) {
 	fields := [bounds]string{
 		Timeout: "Timeout", Lifetime: "Lifetime", FirstResponse: "FirstResponse", Message: "Message", Idle: "Idle",
 	}
-	some := false
 	for b, d := range limits {
-		if d < 0 {
-			return nil, invalid(fields[b], d, "must not be negative")
-		}
-		some = some || d > 0
+		check.Zero(errs, fields[b], d, check.Positive, "no bound")
 		s.causes[b] = exceeded(name, Bound(b), d, nil, true)
 	}
 	if cfg.Adaptive != nil {
-		if err := s.setAdaptive(*cfg.Adaptive); err != nil {
-			return nil, err
-		}
+		s.adaptive = *cfg.Adaptive
+		s.given = *cfg.Adaptive
+		s.Adaptive = &s.adaptive
+		errs.Require(cfg.Timeout != 0, "Timeout", cfg.Timeout, "must be positive if Adaptive is set")
+		s.adaptive.setDefaults(errs.In("Adaptive"), cfg.Timeout)
+	} else {
+		errs.Require(limits != [bounds]time.Duration{}, "Timeout", cfg.Timeout,
+			"must be positive unless Lifetime, FirstResponse, Message or Idle is")
 	}
-	if !some {
-		return nil, errors.New("timeout: Timeout, Lifetime, FirstResponse, Message and Idle are all 0, at least one must be positive")
-	}
-	return s, nil
+	return s
 }
 
-func (s *settings) setAdaptive(a Adaptive) error {
-	if s.Timeout == 0 {
-		return invalid("Timeout", s.Timeout, "must be positive, as Adaptive needs an upper bound")
-	}
-	if a.Percentile == 0 {
-		a.Percentile = defaultPercentile
-	}
-	if !(a.Percentile > 0 && a.Percentile < 1) {
-		return invalid("Adaptive.Percentile", a.Percentile, "must be above 0 and below 1, or 0 for 0.99")
-	}
-	if a.Multiple == 0 {
-		a.Multiple = defaultMultiple
-	}
-	if !(a.Multiple >= 1 && a.Multiple <= maxMultiple) {
-		return invalid("Adaptive.Multiple", a.Multiple, "must be from 1 to 100, or 0 for 3")
-	}
-	if a.Min <= 0 || a.Min > s.Timeout {
-		return invalid("Adaptive.Min", a.Min, fmt.Sprintf("must be positive and not more than Timeout, %v", s.Timeout))
-	}
-	if a.Window == 0 {
-		a.Window = defaultWindow
-	}
-	if a.Window < minWindow || a.Window > maxWindow {
-		return invalid("Adaptive.Window", a.Window, "must be from 1s to 1h, or 0 for 1m")
-	}
-	if a.MinSamples == 0 {
-		a.MinSamples = defaultSamples
-	}
-	if a.MinSamples < 0 || a.MinSamples > maxSamples {
-		return invalid("Adaptive.MinSamples", a.MinSamples, "must be from 1 to 1e6, or 0 for 100")
-	}
-	s.adaptive = a
-	s.Adaptive = &s.adaptive
-	return nil
+// setDefaults checks a and fills in its defaults.
+func (a *Adaptive) setDefaults(errs *check.Errors, most time.Duration) {
+	check.Default(errs, "Percentile", &a.Percentile, check.Between(0.0, 1), defaultPercentile)
+	check.Default(errs, "Multiple", &a.Multiple, check.From(1.0, 100), defaultMultiple)
+	errs.Require(a.Min > 0 && (a.Min <= most || most <= 0), "Min", a.Min, "must be positive and not more than Timeout, %v", most)
+	check.Default(errs, "Window", &a.Window, check.From(time.Second, time.Hour), defaultWindow)
+	check.Default(errs, "MinSamples", &a.MinSamples, check.From(1, 1_000_000), defaultSamples)
 }
 
 // exceeded is the error of a call that was cut short.
@@ -223,12 +188,14 @@ func exceeded(layer string, b Bound, limit time.Duration, err error, sent bool) 
 }
 
 // An Option changes what a layer is besides its Config.
-type Option func(*Layer)
+type Option func(*options)
+
+type options struct{ name string }
 
 // WithName names the layer, for errors, metrics and Stack.String: a stack with a
 // timeout for the call and one for each attempt wants to tell them apart. By default
 // it is "timeout"; it must not be empty.
-func WithName(name string) Option { return func(l *Layer) { l.name = name } }
+func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // Layer is a timeout. It may stand in any number of stacks.
 type Layer struct {
@@ -247,16 +214,16 @@ type timing struct{ _ byte }
 // Release does nothing.
 func (*timing) Release(int64, interceptor.Outcome, error) {}
 
-// New makes a layer.
+// New makes a layer. An error is a [*interceptor.ConfigError], or several joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
-	l := &Layer{name: "timeout"}
-	for _, o := range opts {
-		o(l)
+	o := options{name: "timeout"}
+	for _, opt := range opts {
+		opt(&o)
 	}
-	if l.name == "" {
-		return nil, errors.New(`timeout: WithName "": must not be empty`)
-	}
-	if err := l.Update(cfg); err != nil {
+	errs := check.Of("timeout")
+	errs.Name(o.name)
+	l := &Layer{name: o.name}
+	if err := l.update(cfg, errs); err != nil {
 		return nil, err
 	}
 	return l, nil
@@ -265,9 +232,11 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 // Update changes the configuration while calls run. Calls that have been admitted
 // keep their deadline, and streams that are open all their bounds; latencies for an
 // adaptive timeout are kept. On an error nothing has changed.
-func (l *Layer) Update(cfg Config) error {
-	s, err := newSettings(l.name, cfg)
-	if err != nil {
+func (l *Layer) Update(cfg Config) error { return l.update(cfg, check.Of("timeout")) }
+
+func (l *Layer) update(cfg Config, errs *check.Errors) error {
+	s := cfg.settings(errs, l.name)
+	if err := errs.Err(); err != nil {
 		return err
 	}
 	l.mu.Lock()
@@ -283,12 +252,12 @@ func (l *Layer) Update(cfg Config) error {
 	return nil
 }
 
-// Config returns the configuration, its defaults filled in.
+// Config returns the configuration as it was given to New or Update.
 func (l *Layer) Config() Config {
 	s := l.settings.Load()
 	cfg := s.Config
 	if cfg.Adaptive != nil {
-		a := s.adaptive
+		a := s.given
 		cfg.Adaptive = &a
 	}
 	return cfg

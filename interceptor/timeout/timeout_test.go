@@ -481,7 +481,7 @@ func TestABadConfigIsAnErrorThatNamesTheFieldAndChangesNothing(t *testing.T) {
 		cfg  Config
 		want string
 	}{
-		{Config{}, "Timeout, Lifetime, FirstResponse, Message and Idle are all 0"},
+		{Config{}, "Timeout is 0s, must be positive unless Lifetime, FirstResponse, Message or Idle is"},
 		{Config{Timeout: -1}, "Timeout is -1ns"},
 		{Config{Timeout: 1, Lifetime: -1}, "Lifetime is -1ns"},
 		{Config{Timeout: 1, FirstResponse: -1}, "FirstResponse is -1ns"},
@@ -513,14 +513,17 @@ func TestABadConfigIsAnErrorThatNamesTheFieldAndChangesNothing(t *testing.T) {
 			t.Errorf("after a bad Update: %+v, want %+v", l.Config(), before)
 		}
 	}
-	got := *mustNew(t, Config{Timeout: time.Second, Adaptive: &Adaptive{Min: ms}}).Config().Adaptive
-	if want := (Adaptive{Percentile: 0.99, Multiple: 3, Min: ms, Window: time.Minute, MinSamples: 100}); got != want {
+	l := mustNew(t, Config{Timeout: time.Second, Adaptive: &Adaptive{Min: ms}})
+	if got, want := *l.Config().Adaptive, (Adaptive{Min: ms}); got != want {
+		t.Errorf("Config().Adaptive is %+v, want %+v as it was given", got, want)
+	}
+	if got, want := l.settings.Load().adaptive, (Adaptive{Percentile: 0.99, Multiple: 3, Min: ms, Window: time.Minute, MinSamples: 100}); got != want {
 		t.Errorf("with defaults: %+v, want %+v", got, want)
 	}
 }
 
 func TestAnEmptyNameIsAnError(t *testing.T) {
-	if _, err := New(Config{Timeout: ms}, WithName("")); err == nil || !strings.Contains(err.Error(), `timeout: WithName ""`) {
+	if _, err := New(Config{Timeout: ms}, WithName("")); err == nil || !strings.Contains(err.Error(), `timeout: WithName is ""`) {
 		t.Errorf("New with an empty name = %v, want an error that names WithName", err)
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -252,4 +253,36 @@ func Bench(b *testing.B, unaries map[string]grpc.UnaryClientInterceptor, method 
 			}
 		})
 	}
+}
+
+// WantConfigError checks that err has an [interceptor.ConfigError] for a field of a
+// layer, with a value.
+func WantConfigError(t testing.TB, err error, layer, field string, value any) {
+	t.Helper()
+	for _, e := range configErrors(err) {
+		if e.Layer == layer && e.Field == field {
+			if fmt.Sprint(e.Value) != fmt.Sprint(value) { // So that NaN equals itself.
+				t.Errorf("%v: the value is %v, want %v", e, e.Value, value)
+			}
+			if !strings.HasPrefix(e.Rule, "must ") {
+				t.Errorf("%v: the rule is %q, want one that says what must be", e, e.Rule)
+			}
+			return
+		}
+	}
+	t.Errorf("error %v, want a ConfigError for %s of %s", err, field, layer)
+}
+
+func configErrors(err error) []*interceptor.ConfigError {
+	switch err := err.(type) {
+	case *interceptor.ConfigError:
+		return []*interceptor.ConfigError{err}
+	case interface{ Unwrap() []error }:
+		var all []*interceptor.ConfigError
+		for _, err := range err.Unwrap() {
+			all = append(all, configErrors(err)...)
+		}
+		return all
+	}
+	return nil
 }

@@ -17,16 +17,19 @@ type Set uint32
 // Last is the last of gRPC's codes.
 const Last = codes.Unauthenticated
 
-// Of returns the set of cs, which must be codes of errors that gRPC knows.
-func Of(cs ...codes.Code) (Set, error) {
-	var s Set
+// Rule is what the codes in a Set must be.
+var Rule = fmt.Sprintf("must be a code from %v to %v", codes.Canceled, Last)
+
+// Of returns the set of cs. If one of them is not an error that gRPC knows, bad is
+// the index of the first such code, and otherwise -1.
+func Of(cs ...codes.Code) (s Set, bad int) {
 	for i, c := range cs {
 		if c == codes.OK || c > Last {
-			return 0, fmt.Errorf("[%d] is %v, must be one of gRPC's codes, %v to %v", i, c, codes.Canceled, Last)
+			return 0, i
 		}
 		s |= 1 << c
 	}
-	return s, nil
+	return s, -1
 }
 
 // Has reports whether c is in the set. Codes that gRPC does not know are not.

@@ -10,9 +10,9 @@ import (
 )
 
 func TestASetHasWhatItIsMadeOf(t *testing.T) {
-	s, err := Of(codes.Unavailable, codes.Canceled, codes.Unauthenticated)
-	if err != nil {
-		t.Fatal(err)
+	s, bad := Of(codes.Unavailable, codes.Canceled, codes.Unauthenticated)
+	if bad != -1 {
+		t.Fatalf("code %d is bad, want none", bad)
 	}
 	for c := codes.OK; c < 40; c++ {
 		want := c == codes.Unavailable || c == codes.Canceled || c == codes.Unauthenticated
@@ -24,8 +24,8 @@ func TestASetHasWhatItIsMadeOf(t *testing.T) {
 
 func TestOKAndUnknownNumbersAreRejected(t *testing.T) {
 	for _, c := range []codes.Code{codes.OK, 17, 1 << 20} {
-		if _, err := Of(codes.Internal, c); err == nil {
-			t.Errorf("Of(Internal, %v) returned no error", c)
+		if _, bad := Of(codes.Internal, c, codes.OK); bad != 1 {
+			t.Errorf("Of(Internal, %v, OK): code %d is bad, want 1", c, bad)
 		}
 	}
 }

@@ -19,6 +19,9 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/descriptorpb"
+
+	"github.com/belfry-go/belfry/interceptor/budget"
+	"github.com/belfry-go/belfry/internal/check"
 )
 
 const (
@@ -135,4 +138,15 @@ func Size(m any) (n int, ok bool) {
 		return frame + m.Size(), true
 	}
 	return 0, false
+}
+
+// CheckBudget checks the field Budget of a layer. given is the field and filled what
+// the layer makes of it; shared says that WithBudget replaces it.
+func CheckBudget(errs *check.Errors, given, filled budget.Config, shared bool) {
+	if shared {
+		errs.Require(given == (budget.Config{}), "Budget", given, "must not be set if WithBudget is used")
+		return
+	}
+	_, err := budget.New(filled)
+	errs.Nested("Budget", err)
 }

@@ -1,0 +1,45 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptor
+
+import "fmt"
+
+// A ConfigError says which setting of which layer is wrong. All packages below
+// this one return it for a Config, an option or an argument that they reject; if
+// several are wrong, joined by [errors.Join]. errors.As finds the first.
+type ConfigError struct {
+	Layer string // the package of the layer, such as "retry"
+	Field string // the field's Go path, such as "Backoff.Max" or "Codes[2]"; of an option "WithName"
+	Value any    // what it is; nil for a function or a pointer that is nil
+	Rule  string // what it must be, such as "must be from 1 to 100, or 0 for 3"
+}
+
+// Error names the layer, the field, the value and the rule.
+func (e *ConfigError) Error() string {
+	return e.Layer + ": " + e.Field + " is " + shown(e.Value) + ", " + e.Rule
+}
+
+// shown is how an error prints a value.
+func shown(v any) string {
+	switch v := v.(type) {
+	case nil:
+		return "nil"
+	case string:
+		return fmt.Sprintf("%q", v)
+	}
+	return fmt.Sprintf("%+v", v)
+}
+
+// checkAdapter checks the arguments of a function that makes a layer of something
+// else. what says what its parameter must be, where that is nil.
+func checkAdapter(function, name, parameter string, isNil bool, what string) error {
+	field := function + "."
+	switch {
+	case name == "":
+		return &ConfigError{"interceptor", field + "name", name, "must not be empty"}
+	case isNil:
+		return &ConfigError{"interceptor", field + parameter, nil, "must be " + what}
+	}
+	return nil
+}
