@@ -365,7 +365,7 @@ func TestJitterOnlyShortens(t *testing.T) {
 }
 
 func TestTheDelayNeverOverflows(t *testing.T) {
-	s, err := settingsOf(Config{OpenFor: time.Hour, OpenGrowth: 1e300, MaxOpenFor: 100 * time.Hour, Jitter: -1})
+	s, err := settingsOf(Config{OpenFor: time.Hour, OpenGrowth: 1e300, MaxOpenFor: 100 * time.Hour, Jitter: None})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -378,7 +378,7 @@ func TestTheDelayNeverOverflows(t *testing.T) {
 			t.Errorf("delay of trip %d is %v, want %v", n, got, want)
 		}
 	}
-	if s, err = settingsOf(Config{MaxOpenFor: math.MaxInt64, Jitter: -1}); err != nil {
+	if s, err = settingsOf(Config{MaxOpenFor: math.MaxInt64, Jitter: None}); err != nil {
 		t.Fatal(err)
 	}
 	if got := s.delay(1000, 0); got != math.MaxInt64 {
@@ -646,7 +646,7 @@ func TestStatesHaveNames(t *testing.T) {
 
 func TestChangesArriveInOrderUnderLoad(t *testing.T) {
 	var changes []Change // The circuit's lock orders the appends.
-	b := mustNew(t, Config{ConsecutiveFailures: 1, OpenFor: time.Millisecond, Jitter: -1}, WithOnStateChange(func(c Change) { changes = append(changes, c) }))
+	b := mustNew(t, Config{ConsecutiveFailures: 1, OpenFor: time.Millisecond, Jitter: None}, WithOnStateChange(func(c Change) { changes = append(changes, c) }))
 	unary := calltest.Stack(t, b).UnaryClientInterceptor()
 	var wg sync.WaitGroup
 	for g := range 8 {

@@ -26,7 +26,7 @@ func (down) Invoke(context.Context, string, any, any, ...grpc.CallOption) error 
 
 func Example() {
 	layer, err := breaker.New(
-		breaker.Config{ConsecutiveFailures: 3, OpenFor: 10 * time.Second, Jitter: -1},
+		breaker.Config{ConsecutiveFailures: 3, OpenFor: 10 * time.Second, Jitter: breaker.None},
 		breaker.WithOnStateChange(func(c breaker.Change) {
 			fmt.Printf("%v to %v for %v: %s\n", c.From, c.To, c.OpenFor, c.Cause)
 		}))

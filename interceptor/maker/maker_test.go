@@ -330,7 +330,7 @@ func TestACallAndAStreamKeepTheirConnection(t *testing.T) {
 
 func TestNegativeIdleTimeoutIsNever(t *testing.T) {
 	fac := &factory{}
-	bubble(t, Config{IdleTimeout: -1}, fac, func(t *testing.T, m *Maker) {
+	bubble(t, Config{IdleTimeout: None}, fac, func(t *testing.T, m *Maker) {
 		call(t, m, "a")
 		time.Sleep(1000 * time.Hour)
 		stats(t, m, Stats{Conns: 1, Idle: 1})
@@ -574,7 +574,7 @@ func TestUpdateOfTheIdleTimeoutHoldsForWhatIsIdleAlready(t *testing.T) {
 		synctest.Wait()
 		stats(t, m, Stats{})
 		call(t, m, "a")
-		m.Update(Config{IdleTimeout: -1})
+		m.Update(Config{IdleTimeout: None})
 		time.Sleep(time.Hour)
 		m.Update(Config{IdleTimeout: time.Minute})
 		synctest.Wait()

@@ -54,7 +54,7 @@ func Example() {
 	// Output:
 	// shop.Orders/List: [timeout > hedge > all]
 	// *: [timeout > retry > all]
-	// not changed: sharedLayers["all"].concurrency
+	// not changed: sharedLayers["all"].concurrency.limit
 	// *: [loadshed > all]
 	// the same limit, now of 50
 }

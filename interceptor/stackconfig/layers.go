@@ -27,17 +27,24 @@ import (
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
+	"github.com/belfry-go/belfry/internal/check"
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
 // A definition is a layer's config, ready to make the layer or to change one.
 type definition struct {
-	kind string // The JSON name of the field that holds it.
-	// fixed is what Update cannot change. A layer takes over the state of another
-	// only if it is the same.
-	fixed  string
+	kind   string // The JSON name of the field that holds it.
+	fixed  fixed
 	make   func() (interceptor.Layer, error)
 	update func(interceptor.Layer) error
+}
+
+// fixed is what Update cannot change. A layer takes over the state of another only
+// if it is the same.
+type fixed struct {
+	algorithm                       ratelimit.Algorithm
+	key, cost, priority             string
+	budget, idempotent, retryPolicy string
 }
 
 // updatable is a layer whose package has a config type C.
@@ -46,9 +53,9 @@ type updatable[C any] interface {
 	Update(C) error
 }
 
-func define[C any, L updatable[C], O any](c C, make func(C, ...O) (L, error), options []O, fixed ...any) *definition {
+func define[C any, L updatable[C], O any](c C, make func(C, ...O) (L, error), options []O, fixed fixed) *definition {
 	return &definition{
-		fixed: fmt.Sprintf("%q", fixed),
+		fixed: fixed,
 		make: func() (interceptor.Layer, error) {
 			l, err := make(c, options...)
 			if err != nil {
@@ -129,12 +136,12 @@ func function[F any](s *source, field, name string, from map[string]F, option st
 }
 
 // key is what a layer's oneof of the same name says: a function, or method is
-// true, or neither.
+// true, or neither. keyed is the same in words.
 func (s *source) key(m interface {
 	GetPerMethod() bool
 	GetPerMetadata() string
 	GetKeyFunc() string
-}, isMetadata, isFunc bool) (method bool, f keyFunc, fixed string) {
+}, isMetadata, isFunc bool) (method bool, f keyFunc, keyed string) {
 	switch {
 	case isFunc:
 		return false, function(s, "keyFunc", m.GetKeyFunc(), s.opts.keys, "WithKeyFunc"), "func " + m.GetKeyFunc()
@@ -177,12 +184,12 @@ func (s *source) define(l *configv1.Layer) (*definition, error) {
 		d = s.concurrency(k.Concurrency)
 	case *configv1.Layer_Buffer:
 		c := buffer.Config{Size: s.int("size", k.Buffer.GetSize()), MaxWait: s.duration("maxWait", k.Buffer.GetMaxWait())}
-		d = define(c, buffer.New, named(s, buffer.WithName))
+		d = define(c, buffer.New, named(s, buffer.WithName), fixed{})
 	case *configv1.Layer_LoadShed:
-		d = define(loadshed.Config{}, loadshed.New, named(s, loadshed.WithName))
+		d = define(loadshed.Config{}, loadshed.New, named(s, loadshed.WithName), fixed{})
 	case *configv1.Layer_FailFast:
 		c := failfast.Config{After: s.duration("after", k.FailFast.GetAfter())}
-		d = define(c, failfast.New, named(s, failfast.WithName))
+		d = define(c, failfast.New, named(s, failfast.WithName), fixed{})
 	case *configv1.Layer_Throttle:
 		d = s.throttle(k.Throttle)
 	case *configv1.Layer_Breaker:
@@ -223,7 +230,7 @@ func (s *source) timeout(m *configv1.Timeout) *definition {
 			MinSamples: s.int("adaptive.minSamples", a.GetMinSamples()),
 		}
 	}
-	return define(c, timeout.New, named(s, timeout.WithName))
+	return define(c, timeout.New, named(s, timeout.WithName), fixed{})
 }
 
 func (s *source) rateLimit(m *configv1.RateLimit) *definition {
@@ -243,7 +250,7 @@ func (s *source) rateLimit(m *configv1.RateLimit) *definition {
 	}
 	_, isMetadata := m.GetKey().(*configv1.RateLimit_PerMetadata)
 	_, isFunc := m.GetKey().(*configv1.RateLimit_KeyFunc)
-	method, key, fixed := s.key(m, isMetadata, isFunc)
+	method, key, keyed := s.key(m, isMetadata, isFunc)
 	opts := named(s, ratelimit.WithName)
 	if method {
 		c.KeyBy = ratelimit.KeyMethod
@@ -251,7 +258,7 @@ func (s *source) rateLimit(m *configv1.RateLimit) *definition {
 	if key != nil {
 		opts = append(opts, ratelimit.WithKey(key))
 	}
-	return define(c, ratelimit.New, opts, c.Algorithm, fixed)
+	return define(c, ratelimit.New, opts, fixed{algorithm: c.Algorithm, key: keyed})
 }
 
 func (s *source) badEnum(field string, v protoreflect.Enum) {
@@ -269,10 +276,6 @@ func (s *source) concurrency(m *configv1.Concurrency) *definition {
 		SampleStreams: m.GetSampleStreams(),
 	}
 	switch b := m.GetBound().(type) {
-	case *configv1.Concurrency_Limit:
-		if b.Limit < 1 { // Zero is unset to the layer, which would ask for one of the others.
-			s.fail("limit", "%d, must be from 1 to 2147483647", b.Limit)
-		}
 	case *configv1.Concurrency_Aimd:
 		a := b.Aimd
 		c.AIMD = &concurrency.AIMDConfig{
@@ -302,8 +305,6 @@ func (s *source) concurrency(m *configv1.Concurrency) *definition {
 			Window:        s.duration("vegas.window", v.GetWindow()),
 			WindowSamples: s.int("vegas.windowSamples", v.GetWindowSamples()),
 		}
-	default:
-		s.fail("", "no bound, must have exactly one of limit, aimd, gradient2 and vegas")
 	}
 	switch d := m.GetDiscipline(); d {
 	case configv1.Concurrency_DISCIPLINE_UNSPECIFIED, configv1.Concurrency_DISCIPLINE_FIFO:
@@ -331,7 +332,7 @@ func (s *source) concurrency(m *configv1.Concurrency) *definition {
 		priority = "func " + p.PriorityFunc
 		opts = append(opts, concurrency.WithPriority(function(s, "priorityFunc", p.PriorityFunc, s.opts.priorities, "WithPriorityFunc")))
 	}
-	return define(c, concurrency.New, opts, m.GetCostFunc(), priority)
+	return define(c, concurrency.New, opts, fixed{cost: m.GetCostFunc(), priority: priority})
 }
 
 func (s *source) throttle(m *configv1.Throttle) *definition {
@@ -342,7 +343,7 @@ func (s *source) throttle(m *configv1.Throttle) *definition {
 		MinRequests: s.int("minRequests", m.GetMinRequests()),
 		RejectCodes: s.codes("rejectCodes", m.GetRejectCodes()),
 		PerMethod:   m.GetPerMethod(),
-	}, throttle.New, named(s, throttle.WithName))
+	}, throttle.New, named(s, throttle.WithName), fixed{})
 }
 
 func (s *source) breaker(m *configv1.Breaker) *definition {
@@ -356,22 +357,15 @@ func (s *source) breaker(m *configv1.Breaker) *definition {
 		OpenFor:             s.duration("openFor", m.GetOpenFor()),
 		OpenGrowth:          m.GetOpenGrowth(),
 		MaxOpenFor:          s.duration("maxOpenFor", m.GetMaxOpenFor()),
+		Jitter:              s.orNone("jitter", m.Jitter),
 		Probes:              s.int("probes", m.GetProbes()),
 		FailureCodes:        s.codes("failureCodes", m.GetFailureCodes()),
 		MaxKeys:             s.int("maxKeys", m.GetMaxKeys()),
 		KeyIdle:             s.duration("keyIdle", m.GetKeyIdle()),
 	}
-	if m.Jitter != nil {
-		switch c.Jitter = m.GetJitter(); {
-		case c.Jitter == 0:
-			c.Jitter = -1 // None, where zero is the default.
-		case c.Jitter < 0:
-			s.fail("jitter", "%v, must be from 0 to 1", c.Jitter)
-		}
-	}
 	_, isMetadata := m.GetKey().(*configv1.Breaker_PerMetadata)
 	_, isFunc := m.GetKey().(*configv1.Breaker_KeyFunc)
-	method, key, fixed := s.key(m, isMetadata, isFunc)
+	method, key, keyed := s.key(m, isMetadata, isFunc)
 	opts := named(s, breaker.WithName)
 	c.PerMethod = method
 	if key != nil {
@@ -384,32 +378,33 @@ func (s *source) breaker(m *configv1.Breaker) *definition {
 		}
 		opts = append(opts, breaker.WithOnStateChange(func(c breaker.Change) { f(name, c) }))
 	}
-	return define(c, breaker.New, opts, fixed)
+	return define(c, breaker.New, opts, fixed{key: keyed})
 }
 
 func (s *source) budget(m *configv1.Budget) (budget.Config, error) {
-	c := budget.Config{TTL: s.duration("ttl", m.GetTtl())}
-	if m.GetRatio() < 0 {
-		s.fail("ratio", "%v, must be from 0 to 1000", m.GetRatio())
+	if m == nil {
+		m = &configv1.Budget{}
 	}
-	if m.GetMinPerSecond() < 0 {
-		s.fail("minPerSecond", "%v, must be from 0 to 1000000", m.GetMinPerSecond())
-	}
-	if m != nil && m.Ratio != nil {
-		c.Ratio = orNone(m.GetRatio())
-	}
-	if m != nil && m.MinPerSecond != nil {
-		c.MinPerSecond = orNone(m.GetMinPerSecond())
+	c := budget.Config{
+		TTL:          s.duration("ttl", m.GetTtl()),
+		Ratio:        s.orNone("ratio", m.Ratio),
+		MinPerSecond: s.orNone("minPerSecond", m.MinPerSecond),
 	}
 	return c, s.err
 }
 
-// orNone is v, but zero is none where the zero value is the default.
-func orNone(v float64) float64 {
-	if v == 0 {
-		return budget.None
+// orNone is a value that can be unset: unset is the default, and 0 is none. In a
+// Config 0 is the default, and None is none.
+func (s *source) orNone(field string, v *float64) float64 {
+	switch {
+	case v == nil:
+		return 0
+	case *v == 0:
+		return check.None
+	case *v < 0:
+		s.fail(field, "%v, must not be negative", *v)
 	}
-	return v
+	return *v
 }
 
 // spends returns the budget that a layer names, or the one for all.
@@ -453,7 +448,7 @@ func (s *source) retry(m *configv1.Retry) *definition {
 	if name := m.GetPolicy(); name != "" {
 		opts = append(opts, retry.WithPolicy(function(s, "policy", name, s.opts.policies, "WithRetryPolicy")))
 	}
-	return define(c, retry.New, opts, m.GetBudget(), m.GetIdempotentFunc(), m.GetPolicy())
+	return define(c, retry.New, opts, fixed{budget: m.GetBudget(), idempotent: m.GetIdempotentFunc(), retryPolicy: m.GetPolicy()})
 }
 
 func (s *source) hedge(m *configv1.Hedge) *definition {
@@ -476,5 +471,5 @@ func (s *source) hedge(m *configv1.Hedge) *definition {
 	if name := m.GetIdempotentFunc(); name != "" {
 		opts = append(opts, hedge.WithIdempotent(function(s, "idempotentFunc", name, s.opts.idempotent, "WithIdempotentFunc")))
 	}
-	return define(c, hedge.New, opts, m.GetBudget(), m.GetIdempotentFunc())
+	return define(c, hedge.New, opts, fixed{budget: m.GetBudget(), idempotent: m.GetIdempotentFunc()})
 }

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -17,6 +16,8 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/dynamicpb"
 
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
@@ -27,7 +28,8 @@ type Error struct {
 	// methodConfig[1].layers[2].concurrency.limit. It is empty if the config as a
 	// whole is wrong.
 	Field string
-	// Err has the value and the rule.
+	// Err has the value and the rule. If a layer rejects the value, errors.As finds
+	// the [interceptor.ConfigError] of the layer in it.
 	Err error
 }
 
@@ -195,43 +197,83 @@ func join(path, field string) string {
 	return path + "." + field
 }
 
-// inLayer says which field of a layer an error of the layer's own package is about.
-// Those begin with the package and then, as a rule, with the name of a field of
-// its Config, which differs from the name in the schema in nothing but case; but
-// for Timeout.Timeout, which is called call there.
+// inLayer puts what the package of a layer or a budget says into the data's terms.
+// md is the layer's message, which is at path.
 func inLayer(path string, md protoreflect.MessageDescriptor, err error) *Error {
-	if m := goField.FindStringSubmatch(err.Error()); m != nil {
-		for name := range strings.SplitSeq(m[1], ".") {
-			name, index, _ := strings.Cut(name, "[")
-			fd := fieldLike(md, name)
-			if fd == nil {
-				break
-			}
-			path = join(path, fd.JSONName())
-			if index != "" {
-				path += "[" + index
-			}
-			if fd.Message() == nil {
-				break
-			}
-			md = fd.Message()
-		}
+	var c *interceptor.ConfigError
+	if !errors.As(err, &c) {
+		return &Error{Field: path, Err: err}
 	}
-	return &Error{Field: path, Err: err}
+	rule := c.Rule
+	around := []protoreflect.MessageDescriptor{md} // The messages around the field, the innermost first.
+	for name := range strings.SplitSeq(c.Field, ".") {
+		name, index, _ := strings.Cut(name, "[")
+		fd := fieldOf(around[0], name)
+		if fd == nil {
+			break
+		}
+		path = join(path, fd.JSONName())
+		if index != "" {
+			path += "[" + index
+		}
+		if fd.HasOptionalKeyword() {
+			rule = check.ZeroIsNone(rule)
+		}
+		if fd.Message() == nil {
+			break
+		}
+		around = slices.Insert(around, 0, fd.Message())
+	}
+	return &Error{Field: path, Err: &layerError{config: c, rule: renamed(rule, around)}}
 }
 
-var goField = regexp.MustCompile(`^[a-z]+: ([A-Z]\w*(?:\[\d+\])?(?:\.[A-Z]\w*(?:\[\d+\])?)*)[ :]`)
+// A layerError is a ConfigError in the data's terms, without its place.
+type layerError struct {
+	config *interceptor.ConfigError
+	rule   string
+}
 
-func fieldLike(md protoreflect.MessageDescriptor, name string) protoreflect.FieldDescriptor {
-	if string(md.Name()) == name {
-		name = "call"
-	}
-	for i := range md.Fields().Len() {
-		if fd := md.Fields().Get(i); strings.EqualFold(fd.JSONName(), name) {
-			return fd
+func (e *layerError) Error() string { return fmt.Sprintf("%v, %s", e.config.Value, e.rule) }
+
+func (e *layerError) Unwrap() error { return e.config }
+
+// renamed gives the fields that a rule names their names in the data. A rule names
+// a field by a word of its own, as a Config does.
+func renamed(rule string, around []protoreflect.MessageDescriptor) string {
+	words := strings.Split(rule, " ")
+	for i, word := range words {
+		name := strings.TrimRight(word, ",")
+		for _, md := range around {
+			if fd := fieldOf(md, name); fd != nil {
+				words[i] = fd.JSONName() + word[len(name):]
+				break
+			}
 		}
 	}
-	return nil
+	return strings.Join(words, " ")
+}
+
+// jsonNames has the fields of Configs whose names in the schema differ in more than
+// the case of the first letter, by the message and the field.
+var jsonNames = map[string]string{
+	"Timeout.Timeout":           "call",
+	"Concurrency.AIMD":          "aimd",
+	"Concurrency.CoDelTarget":   "codelTarget",
+	"Concurrency.CoDelInterval": "codelInterval",
+	"Budget.TTL":                "ttl",
+}
+
+// fieldOf returns the field of a message that a Config calls name; nil if there is
+// none.
+func fieldOf(md protoreflect.MessageDescriptor, name string) protoreflect.FieldDescriptor {
+	if name == "" {
+		return nil
+	}
+	field, ok := jsonNames[string(md.Name())+"."+name]
+	if !ok {
+		field = strings.ToLower(name[:1]) + name[1:]
+	}
+	return md.Fields().ByJSONName(field)
 }
 
 func enumNames(ed protoreflect.EnumDescriptor) string {

@@ -71,13 +71,14 @@ var bad = []struct{ js, field string }{
 	{all(`{"retry": {"budget": "b"}}`), `methodConfig[0].layers[0].retry.budget`},
 
 	// Each kind of layer.
-	{all(`{"timeout": {}}`), `methodConfig[0].layers[0].timeout`},
+	{all(`{"timeout": {}}`), `methodConfig[0].layers[0].timeout.call`},
 	{all(`{"timeout": {"call": "-1s"}}`), `methodConfig[0].layers[0].timeout.call`},
 	{all(`{"timeout": {"firstResponse": "-1s"}}`), `methodConfig[0].layers[0].timeout.firstResponse`},
 	{all(`{"timeout": {"idle": "1s", "adaptive": {"min": "1s"}}}`), `methodConfig[0].layers[0].timeout.call`},
 	{all(`{"timeout": {"call": "1s", "adaptive": {}}}`), `methodConfig[0].layers[0].timeout.adaptive.min`},
 	{all(`{"timeout": {"call": "1s", "adaptive": {"min": "1s", "percentile": 1}}}`), `methodConfig[0].layers[0].timeout.adaptive.percentile`},
 	{all(`{"timeout": {"call": "1s", "adaptive": {"min": "1s", "minSamples": -1}}}`), `methodConfig[0].layers[0].timeout.adaptive.minSamples`},
+	{all(`{"hedge": {"maxExtraLoad": 1e-9}}`), `methodConfig[0].layers[0].hedge.maxExtraLoad`},
 	{all(`{"hedge": {"maxExtraLoad": 1}}`), `methodConfig[0].layers[0].hedge.maxExtraLoad`},
 	{all(`{"hedge": {"delay": "1s", "percentile": 0.9}}`), `methodConfig[0].layers[0].hedge.percentile`},
 	{all(`{"hedge": {"minDataPoints": -1}}`), `methodConfig[0].layers[0].hedge.minDataPoints`},
@@ -95,7 +96,7 @@ var bad = []struct{ js, field string }{
 	{all(`{"rateLimit": {"limit": 1, "keyFunc": "f"}}`), `methodConfig[0].layers[0].rateLimit.keyFunc`},
 	{all(`{"rateLimit": {"limit": 1, "keyFunc": "f", "perMethod": true}}`), `methodConfig[0].layers[0].rateLimit.perMethod`},
 	{all(`{"rateLimit": {"limit": 1, "perMethod": true, "maxKeys": -1}}`), `methodConfig[0].layers[0].rateLimit.maxKeys`},
-	{all(`{"concurrency": {}}`), `methodConfig[0].layers[0].concurrency`},
+	{all(`{"concurrency": {}}`), `methodConfig[0].layers[0].concurrency.limit`},
 	{all(`{"concurrency": {"limit": 0}}`), `methodConfig[0].layers[0].concurrency.limit`},
 	{all(`{"concurrency": {"limit": -1}}`), `methodConfig[0].layers[0].concurrency.limit`},
 	{all(`{"concurrency": {"limit": "3000000000"}}`), `methodConfig[0].layers[0].concurrency.limit`},
@@ -173,6 +174,43 @@ func TestABadConfigNamesTheFieldAndChangesNothing(t *testing.T) {
 	}
 }
 
+// A message names the place once and speaks of the data by its own names.
+func TestError_in_layer(t *testing.T) {
+	const layer = "stackconfig: methodConfig[0].layers[0]."
+	for js, want := range map[string]string{
+		all(`{"retry": {"maxAttempts": 101}}`):                           layer + "retry.maxAttempts: 101, must be from 1 to 100, or 0 for 3",
+		all(`{"retry": {"backoff": {"initial": "5s", "max": "1s"}}}`):    layer + "retry.backoff.max: 1s, must be at least initial, 5s",
+		all(`{"hedge": {"maxExtraLoad": 1e-9}}`):                         layer + "hedge.maxExtraLoad: 1e-09, must be at least 0.000001 and below 1, or 0 for 0.05",
+		all(`{"hedge": {"delay": "1s", "percentile": 0.9}}`):             layer + "hedge.percentile: 0.9, must be 0 if delay is set",
+		all(`{"hedge": {"percentile": 1}}`):                              layer + "hedge.percentile: 1, must be above 0 and below 1, or 0 for what maxExtraLoad asks for",
+		all(`{"breaker": {"jitter": 2}}`):                                layer + "breaker.jitter: 2, must be above 0 and at most 1, or 0 for none",
+		all(`{"breaker": {"jitter": -1}}`):                               layer + "breaker.jitter: -1, must not be negative",
+		all(`{"breaker": {"slowCallRatio": 0.5}}`):                       layer + "breaker.slowCall: 0s, must be at least 1µs if slowCallRatio is set",
+		all(`{"breaker": {"maxOpenFor": "1s"}}`):                         layer + "breaker.maxOpenFor: 1s, must be at least openFor, 5s",
+		all(`{"timeout": {}}`):                                           layer + "timeout.call: 0s, must be positive unless lifetime, firstResponse, message or idle is",
+		all(`{"timeout": {"idle": "1s", "adaptive": {"min": "1s"}}}`):    layer + "timeout.call: 0s, must be positive if adaptive is set",
+		all(`{"timeout": {"call": "1s", "adaptive": {"min": "2s"}}}`):    layer + "timeout.adaptive.min: 2s, must be positive and not more than call, 1s",
+		all(`{"concurrency": {}}`):                                       layer + "concurrency.limit: 0, must be from 1 to 2147483647 unless aimd, gradient2 or vegas is set",
+		all(`{"concurrency": {"limit": -1}}`):                            layer + "concurrency.limit: -1, must be from 1 to 2147483647",
+		all(`{"concurrency": {"limit": 1, "codelTarget": "-1s"}}`):       layer + "concurrency.codelTarget: -1s, must be positive, or 0 for 5ms",
+		all(`{"concurrency": {"aimd": {"min": 5, "max": 4}}}`):           layer + "concurrency.aimd.max: 4, must be from min, 5, to 2147483647, or 0 for 1000",
+		all(`{"rateLimit": {"limit": 1, "burst": 1, "algorithm": 2}}`):   layer + "rateLimit.burst: 1, must be 0 if algorithm is window, whose burst is limit",
+		all(`{"rateLimit": {"limit": 9, "per": "0.001s", "burst": -1}}`): layer + "rateLimit.burst: -1, must be from 1 to 1000000000, or 0 for a tenth of limit",
+		all(`{"rateLimit": {"limit": 100000000, "per": "0.001s"}}`):      layer + "rateLimit.limit: 100000000, must be at most 1000000, one call in 1ns of per",
+		`{"budgets": {"b": {"minPerSecond": 1e7}}, "methodConfig": []}`:  `stackconfig: budgets["b"].minPerSecond: 1e+07, must be from 0.000001 to 1000000, or 0 for none`,
+		`{"budget": {"ttl": "0.5s"}}`:                                    "stackconfig: budget.ttl: 500ms, must be from 1s to 1m, or 0 for 10s",
+	} {
+		_, err := NewStackFromConfig(parse(t, js))
+		if err == nil || err.Error() != want {
+			t.Errorf("%s\n  error %v\n   want %s", js, err, want)
+		}
+		c := (*interceptor.ConfigError)(nil)
+		if !strings.Contains(want, "must not be negative") && !errors.As(err, &c) {
+			t.Errorf("%s\n  error %v, want one that has a ConfigError", js, err)
+		}
+	}
+}
+
 func TestMessagesThatNoJSONMakesAreErrors(t *testing.T) {
 	rate := func(r *configv1.RateLimit) *configv1.Stack {
 		return &configv1.Stack{MethodConfig: []*configv1.MethodConfig{{
@@ -204,11 +242,14 @@ func TestBadOptionsAreErrors(t *testing.T) {
 	for name, opts := range map[string][]Option{
 		"empty name":  {WithLayer("", l)},
 		"nil layer":   {WithLayer("l", nil)},
+		"no observer": {WithObserver(nil)},
+		"no change":   {WithBreakerChange(nil)},
 		"nil func":    {WithKeyFunc("k", nil)},
 		"given twice": {WithLayer("l", l), WithLayer("l", l)},
 	} {
-		if _, err := NewStackFromConfig(&configv1.Stack{}, opts...); err == nil {
-			t.Errorf("%s: no error", name)
+		_, err := NewStackFromConfig(&configv1.Stack{}, opts...)
+		if c := (*interceptor.ConfigError)(nil); !errors.As(err, &c) || c.Layer != "stackconfig" || !strings.HasPrefix(c.Field, "With") {
+			t.Errorf("%s: error %v, want a ConfigError that names the option", name, err)
 		}
 	}
 	if _, err := NewStackFromConfig(&configv1.Stack{}, WithLayer("l", l), WithIdempotentFunc("l", func(string) bool { return true })); err != nil {

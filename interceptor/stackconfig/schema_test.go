@@ -50,7 +50,7 @@ func TestTheSchemaHasEveryFieldOfEveryLayer(t *testing.T) {
 		{hedge.Config{}, &configv1.Hedge{}, nil},
 	} {
 		for _, f := range reflect.VisibleFields(reflect.TypeOf(c.config)) {
-			if fieldLike(c.message.ProtoReflect().Descriptor(), f.Name) == nil && !slices.Contains(c.otherwise, f.Name) {
+			if fieldOf(c.message.ProtoReflect().Descriptor(), f.Name) == nil && !slices.Contains(c.otherwise, f.Name) {
 				t.Errorf("%T.%s is not a field of %s", c.config, f.Name, c.message.ProtoReflect().Descriptor().FullName())
 			}
 		}

@@ -19,6 +19,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/breaker"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/internal/check"
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
@@ -34,21 +35,15 @@ type options struct {
 	idempotent    map[string]func(method string) bool
 	policies      map[string]retry.Policy
 	breakerChange func(layer string, c breaker.Change)
-	err           error
+	errs          *check.Errors
 }
 
 // supply enters v under a name, which may be used once.
 func supply[V any](o *options, option string, to *map[string]V, name string, v V, isNil bool) {
 	_, twice := (*to)[name]
-	switch {
-	case o.err != nil:
-	case name == "":
-		o.err = fmt.Errorf(`stackconfig: %s: the name is "", must not be empty`, option)
-	case isNil:
-		o.err = fmt.Errorf("stackconfig: %s %q: the value is nil", option, name)
-	case twice:
-		o.err = fmt.Errorf("stackconfig: %s %q: the name is given twice", option, name)
-	}
+	o.errs.Require(name != "", option, name, "must not be empty")
+	o.errs.Require(!isNil, fmt.Sprintf("%s[%q]", option, name), nil, "must not be nil")
+	o.errs.Require(!twice, option, name, "must be given once")
 	if *to == nil {
 		*to = map[string]V{}
 	}
@@ -57,7 +52,10 @@ func supply[V any](o *options, option string, to *map[string]V, name string, v V
 
 // WithObserver lets o see all calls, those without layers included.
 func WithObserver(o interceptor.Observer) Option {
-	return func(opts *options) { opts.observer = o }
+	return func(opts *options) {
+		opts.errs.NotNil(o == nil, "WithObserver", "an observer")
+		opts.observer = o
+	}
 }
 
 // WithLayer supplies a layer that configs refer to with {"provided": NAME}, for
@@ -103,7 +101,10 @@ func WithRetryPolicy(name string, p retry.Policy) Option {
 // WithBreakerChange has f called at each change of a breaker's state, with the
 // name of the layer; see [breaker.WithOnStateChange].
 func WithBreakerChange(f func(layer string, c breaker.Change)) Option {
-	return func(o *options) { o.breakerChange = f }
+	return func(o *options) {
+		o.errs.NotNil(f == nil, "WithBreakerChange", "a function")
+		o.breakerChange = f
+	}
 }
 
 // A Stack is an [interceptor.Stack] that is made from a config and changed by
@@ -136,6 +137,7 @@ type entry struct {
 type layer struct {
 	*definition // Nil if the layer is provided.
 	path        string
+	shared      bool // It is one of those that entries refer to.
 	message     *configv1.Layer
 	value       interceptor.Layer
 	old         *layer // The layer whose value this one has taken over; nil if none.
@@ -150,16 +152,17 @@ type spending struct {
 }
 
 // NewStackFromConfig makes a Stack. Whatever is wrong with the config is an
-// [*Error] that names the field.
+// [*Error] that names the field. What is wrong with an option is an
+// [*interceptor.ConfigError].
 func NewStackFromConfig(config *configv1.Stack, opts ...Option) (*Stack, error) {
-	s := new(Stack)
+	s := &Stack{opts: options{errs: check.Of("stackconfig")}}
 	for _, o := range opts {
 		o(&s.opts)
 	}
-	if s.opts.err != nil {
-		return nil, s.opts.err
+	err := s.opts.errs.Err()
+	if err != nil {
+		return nil, err
 	}
-	var err error
 	if s.stack, err = interceptor.NewStack(); err != nil {
 		return nil, err
 	}
@@ -233,6 +236,7 @@ func (b *built) build(old *built, opts *options) error {
 		if err != nil {
 			return err
 		}
+		l.shared = true
 		if o := old.shared[name]; o != nil && o.same(l) {
 			l.takeOver(o)
 		}
@@ -323,40 +327,39 @@ func (l *layer) takeOver(o *layer) {
 
 // build makes the layers of an entry.
 func (e *entry) build(m *configv1.MethodConfig, path string, b *built, opts *options, budgets map[string]*budget.Budget) error {
-	seen := map[string]bool{} // Names, and references with what they refer to.
+	type reference struct{ field, name string }
+	seen := map[reference]bool{}
 	for j, m := range m.GetLayers() {
 		path := fmt.Sprintf("%s[%d]", path, j)
 		var l *layer
-		field, key, place := "name", m.GetName(), path+".name"
+		ref := reference{"name", m.GetName()}
 		switch k := m.GetKind().(type) {
 		case *configv1.Layer_Shared:
 			l = b.shared[k.Shared]
 			if l == nil {
 				return wrong(path+".shared", "%q, must be the name of a layer in sharedLayers", k.Shared)
 			}
-			field, key, place = "shared", k.Shared, path+".shared"
+			ref = reference{"shared", k.Shared}
 		case *configv1.Layer_Provided:
 			v := opts.layers[k.Provided]
 			if v == nil {
 				return wrong(path+".provided", "%q, must be a name that the program gave to WithLayer", k.Provided)
 			}
 			l = &layer{path: path, message: m, value: v}
-			field, key, place = "provided", k.Provided, path+".provided"
+			ref = reference{"provided", k.Provided}
 		default:
 			var err error
 			if l, err = newLayer(m, path, m.GetName(), opts, budgets); err != nil {
 				return err
 			}
 		}
-		if field != "name" && m.GetName() != "" {
+		if ref.field != "name" && m.GetName() != "" {
 			return wrong(path+".name", "%q, must not be set: the name is that of the layer referred to", m.GetName())
 		}
-		if key != "" {
-			if seen[field+" "+key] {
-				return wrong(place, "%q, must stand once in an entry", key)
-			}
-			seen[field+" "+key] = true
+		if ref.name != "" && seen[ref] {
+			return wrong(path+"."+ref.field, "%q, must stand once in an entry", ref.name)
 		}
+		seen[ref] = true
 		e.layers = append(e.layers, l)
 	}
 	return nil
@@ -372,7 +375,7 @@ func (e *entry) takeOver(o *entry) {
 	own := func(e *entry) map[identity]*layer {
 		m := map[identity]*layer{}
 		for _, l := range e.layers {
-			if l.definition == nil || l.isShared() {
+			if l.definition == nil || l.shared {
 				continue
 			}
 			id := identity{kind: l.kind, name: l.message.GetName()}
@@ -390,9 +393,6 @@ func (e *entry) takeOver(o *entry) {
 		}
 	}
 }
-
-// isShared reports whether the layer is one of those that entries refer to.
-func (l *layer) isShared() bool { return strings.HasPrefix(l.path, "sharedLayers") }
 
 // lists returns the layers of each entry, and at the end those of calls that no
 // entry matches, and says which entries cannot be stacks.
@@ -428,7 +428,7 @@ func (b *built) own(f func(*layer) bool) {
 	}
 	for _, e := range b.entries {
 		for _, l := range e.layers {
-			if l.definition != nil && !l.isShared() && !f(l) {
+			if l.definition != nil && !l.shared && !f(l) {
 				return
 			}
 		}
@@ -443,7 +443,7 @@ func (b *built) apply() error {
 		if s.old != nil {
 			if err := s.value.Update(s.config); err != nil {
 				b.revert()
-				return &Error{Field: s.path, Err: err}
+				return inLayer(s.path, (*configv1.Budget)(nil).ProtoReflect().Descriptor(), err)
 			}
 		}
 	}

@@ -425,7 +425,7 @@ func (s *stubborn) Update(config int) error {
 func TestAnUpdateThatALayerRefusesIsTakenBack(t *testing.T) {
 	first := &stubborn{config: 1}
 	makes := func(config int) *layer {
-		d := define(config, func(c int, _ ...struct{}) (*stubborn, error) { return &stubborn{config: c}, nil }, nil)
+		d := define(config, func(c int, _ ...struct{}) (*stubborn, error) { return &stubborn{config: c}, nil }, nil, fixed{})
 		return &layer{definition: d, message: parse(t, all(`{"loadShed": {}}`)).MethodConfig[0].Layers[0]}
 	}
 	was, second := makes(1), makes(1)

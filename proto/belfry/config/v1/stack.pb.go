@@ -2343,7 +2343,7 @@ type Hedge struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The share of calls that may get an extra attempt. It sets the budget to this
 	// share of calls, and the delay to the latency that all but four fifths of this
-	// share stay below. Above 0, below 1. Default 0.05.
+	// share stay below. At least 0.000001, below 1. Default 0.05.
 	MaxExtraLoad float64 `protobuf:"fixed64,1,opt,name=max_extra_load,json=maxExtraLoad,proto3" json:"max_extra_load,omitempty"`
 	// How long to wait before each extra attempt. Unset: a percentile of recent
 	// latencies.
