@@ -289,6 +289,7 @@ func TestAnAlgorithmSeesSuccessesAndSignsOfOverloadOnly(t *testing.T) {
 			call(l, bg, notFound)
 			call(l, bg, unavailable)
 		}, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Dropped: true}}},
+		{"no codes", concurrency.Config{DropCodes: []codes.Code{}}, func(l *concurrency.Layer) { call(l, bg, unavailable) }, nil},
 		{"a cancelled call", concurrency.Config{}, func(l *concurrency.Layer) {
 			ctx, cancel := context.WithCancel(bg)
 			time.AfterFunc(10*ms, cancel)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"unicode"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -161,6 +162,13 @@ func TestABadConfigNamesTheFieldAndChangesNothing(t *testing.T) {
 		}
 		if want := "stackconfig: " + c.field; !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("%s\n  error %q, want one that begins with %q", c.js, err, want)
+		}
+		if in := (*layerError)(nil); errors.As(err, &in) {
+			for word := range strings.FieldsSeq(in.rule) {
+				if unicode.IsUpper(rune(word[0])) {
+					t.Errorf("%s\n  error %v says %s, want no names of Go", c.js, err, word)
+				}
+			}
 		}
 		if m == nil {
 			continue
