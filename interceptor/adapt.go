@@ -5,9 +5,11 @@ package interceptor
 
 import (
 	"context"
-	"time"
+	"sync"
 
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/ratelimit"
+
+	"github.com/belfry-go/belfry/internal/isnil"
 )
 
 // Semaphore is what [FromSemaphore] makes a layer of, such as a
@@ -22,11 +24,11 @@ type Semaphore interface {
 // attempt and holds it to its end. It refuses with reason CONCURRENCY. A
 // semaphore that is fair refuses to try while others wait; under [None] that is
 // a refusal.
-func FromSemaphore(name string, sem Semaphore) (Layer, error) {
-	if err := checkAdapter("FromSemaphore", name, "sem", isNil(sem), "a semaphore"); err != nil {
-		return nil, err
+func FromSemaphore(name string, sem Semaphore) Spec {
+	if err := checkAdapter("FromSemaphore", name, "sem", isnil.Value(sem), "a semaphore"); err != nil {
+		return failed{err}
 	}
-	return &semLayer{name: name, sem: sem, full: Refuse(name, ReasonConcurrency, "no permit")}, nil
+	return &semLayer{name: name, sem: sem, full: Refuse(name, ReasonConcurrency, "no permit")}
 }
 
 type semLayer struct {
@@ -36,72 +38,107 @@ type semLayer struct {
 	full *Refusal
 }
 
-func (l *semLayer) String() string { return l.name }
+func (l *semLayer) NewLayer() (Layer, error) { return l, nil }
+func (l *semLayer) String() string           { return l.name }
 
 // Release gives the permit back.
-func (l *semLayer) Release(int64, Outcome, error) { l.sem.Release(1) }
+func (l *semLayer) Release(int64, End) { l.sem.Release(1) }
 
 func (l *semLayer) WrapGate(inner Gate) Gate {
-	return GateFunc(func(ctx context.Context, c *Call, w Wait) error {
+	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
 		if !l.sem.TryAcquire(1) {
-			if err := l.wait(ctx, c, w); err != nil {
+			if err := l.wait(ctx, a, w); err != nil {
 				return err
 			}
 		}
-		c.Hold(l, 0)
-		return inner.Admit(ctx, c, w)
+		a.pass()
+		a.Hold(l, 0)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func (l *semLayer) wait(ctx context.Context, c *Call, w Wait) error {
+func (l *semLayer) wait(ctx context.Context, a *Admission, w Wait) error {
 	if w.Remaining() == 0 {
 		return l.full
 	}
 	since := Now()
-	waitCtx, cancel := w.context(ctx)
+	parked, done := a.Park(ctx)
+	defer done()
+	waitCtx, cancel := w.context(parked)
 	defer cancel()
 	err := l.sem.Acquire(waitCtx, 1)
-	c.Waited(l.name, since)
+	a.Waited(l.name, since)
 	if err == nil {
 		return nil
 	}
-	return waitFailed(ctx, waitCtx, l.full, err)
+	return waitFailed(parked, waitCtx, l.full, err)
 }
-
-// context returns ctx with w's end as its deadline, for limiters of others that
-// wait as long as a context.
-func (w Wait) context(ctx context.Context) (context.Context, context.CancelFunc) {
-	if end, ok := w.End(); ok {
-		return context.WithDeadline(ctx, end.Time())
-	}
-	return ctx, func() {}
-}
-
-// slow is from when on the time that a limiter of others takes is waiting, for it
-// does not say whether it has waited.
-const slow = time.Millisecond
 
 // bounded calls acquire with ctx, which ends with w if w allows waiting until a
 // moment, and says why it failed if it did.
-func bounded(ctx context.Context, c *Call, w Wait, full *Refusal, acquire func(ctx context.Context, wait bool) error) error {
-	waitCtx, wait := ctx, w.Remaining() > 0
-	if wait {
-		var cancel context.CancelFunc
-		waitCtx, cancel = w.context(ctx)
-		defer cancel()
-	}
+func bounded(ctx context.Context, a *Admission, w Wait, full *Refusal, acquire func(ctx context.Context, wait bool) error) error {
+	lazy := &lazyPark{Context: ctx, admission: a}
+	defer lazy.close()
+	waitCtx, cancel := w.context(lazy)
+	defer cancel()
 	since := Now()
-	err := acquire(waitCtx, wait)
-	if Now().Sub(since) >= slow {
-		c.Waited(full.Layer, since) // The gates inside have to read the clock anew.
-	}
+	err := acquire(waitCtx, w.Remaining() > 0)
+	a.Internals().Consulted(full.Layer, since)
 	if err != nil {
-		return waitFailed(ctx, waitCtx, full, err)
+		return waitFailed(lazy.current(), waitCtx, full, err)
 	}
 	return nil
 }
 
-// waitFailed says why waiting for a limiter of others was in vain: the caller's
+// lazyPark is a context that parks its call once somebody wants to know when it
+// ends, because a limiter that admits at once rarely does, and parking costs more
+// than most limiters.
+type lazyPark struct {
+	context.Context // The caller's.
+	admission       *Admission
+
+	mu     sync.Mutex // Guards the fields below; what Park locks is locked under it.
+	parked context.Context
+	done   func()
+	closed bool
+}
+
+func (l *lazyPark) Done() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.parked == nil && !l.closed {
+		l.parked, l.done = l.admission.Park(l.Context)
+	}
+	return l.currentLocked().Done()
+}
+
+func (l *lazyPark) Err() error { return l.current().Err() }
+
+// current is the context that holds: the parked one if there is one.
+func (l *lazyPark) current() context.Context {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.currentLocked()
+}
+
+func (l *lazyPark) currentLocked() context.Context {
+	if l.parked != nil {
+		return l.parked
+	}
+	return l.Context
+}
+
+// close is the end of the wait.
+func (l *lazyPark) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	if l.done != nil {
+		l.done()
+	}
+}
+
+// waitFailed says why waiting for a third-party limiter was in vain: the caller's
 // context has ended, or the Wait has, or the limiter refused.
 func waitFailed(ctx, waitCtx context.Context, full *Refusal, err error) error {
 	switch {
@@ -133,11 +170,11 @@ type Permit interface {
 // an adaptive limit. acquire waits as long as its context, which ends with the
 // Wait; wait is false if it must not wait at all. A limiter that refuses returns
 // an error, which the refusal, of the given reason, wraps.
-func FromPermit(name string, reason Reason, acquire func(ctx context.Context, wait bool) (Permit, error)) (Layer, error) {
+func FromPermit(name string, reason Reason, acquire func(ctx context.Context, wait bool) (Permit, error)) Spec {
 	if err := checkAdapter("FromPermit", name, "acquire", acquire == nil, "a function"); err != nil {
-		return nil, err
+		return failed{err}
 	}
-	return &permitLayer{name: name, acquire: acquire, full: Refuse(name, reason, "no permit")}, nil
+	return &permitLayer{name: name, acquire: acquire, full: Refuse(name, reason, "no permit")}
 }
 
 type permitLayer struct {
@@ -147,12 +184,13 @@ type permitLayer struct {
 	full    *Refusal
 }
 
-func (l *permitLayer) String() string { return l.name }
+func (l *permitLayer) NewLayer() (Layer, error) { return l, nil }
+func (l *permitLayer) String() string           { return l.name }
 
 func (l *permitLayer) WrapGate(inner Gate) Gate {
-	return GateFunc(func(ctx context.Context, c *Call, w Wait) error {
+	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
 		var p Permit
-		err := bounded(ctx, c, w, l.full, func(ctx context.Context, wait bool) (err error) {
+		err := bounded(ctx, a, w, l.full, func(ctx context.Context, wait bool) (err error) {
 			p, err = l.acquire(ctx, wait)
 			return err
 		})
@@ -162,15 +200,16 @@ func (l *permitLayer) WrapGate(inner Gate) Gate {
 		if p == nil {
 			return l.full
 		}
-		c.Hold(&permit{p}, 0)
-		return inner.Admit(ctx, c, w)
+		a.pass()
+		a.Hold(&permit{p}, 0)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
 type permit struct{ p Permit }
 
-func (p *permit) Release(_ int64, o Outcome, _ error) {
-	switch o {
+func (p *permit) Release(_ int64, e End) {
+	switch e.Outcome {
 	case OK:
 		p.p.Success()
 	case Failed:
@@ -185,16 +224,16 @@ func (p *permit) Release(_ int64, o Outcome, _ error) {
 // wraps, or returns what is to be told how the call ended. done may be nil.
 // allow must not wait.
 //
-//	layer, err := interceptor.FromAllow("breaker", interceptor.ReasonBreakerOpen,
+//	spec := interceptor.FromAllow("breaker", interceptor.ReasonBreakerOpen,
 //		func(context.Context) (func(interceptor.Outcome, error), error) {
 //			done, err := breaker.Allow() // sony/gobreaker's TwoStepCircuitBreaker
 //			return func(o interceptor.Outcome, err error) { done(err) }, err
 //		})
-func FromAllow(name string, reason Reason, allow func(ctx context.Context) (done func(Outcome, error), err error)) (Layer, error) {
+func FromAllow(name string, reason Reason, allow func(ctx context.Context) (done func(Outcome, error), err error)) Spec {
 	if err := checkAdapter("FromAllow", name, "allow", allow == nil, "a function"); err != nil {
-		return nil, err
+		return failed{err}
 	}
-	return &allowLayer{name: name, allow: allow, refused: Refuse(name, reason, "not allowed")}, nil
+	return &allowLayer{name: name, allow: allow, refused: Refuse(name, reason, "not allowed")}
 }
 
 type allowLayer struct {
@@ -204,24 +243,28 @@ type allowLayer struct {
 	refused *Refusal
 }
 
-func (l *allowLayer) String() string { return l.name }
+func (l *allowLayer) NewLayer() (Layer, error) { return l, nil }
+func (l *allowLayer) String() string           { return l.name }
+
+// Traits says that it decides, and never waits.
+func (l *allowLayer) Traits() Traits { return Decides }
 
 func (l *allowLayer) WrapGate(inner Gate) Gate {
-	return GateFunc(func(ctx context.Context, c *Call, w Wait) error {
+	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
 		done, err := l.allow(ctx)
 		if err != nil {
 			return refusedBy(l.refused, err)
 		}
 		if done != nil {
-			c.Hold(&doneFunc{done}, 0)
+			a.Hold(&doneFunc{done}, 0)
 		}
-		return inner.Admit(ctx, c, w)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
 type doneFunc struct{ f func(Outcome, error) }
 
-func (d *doneFunc) Release(_ int64, o Outcome, err error) { d.f(o, err) }
+func (d *doneFunc) Release(_ int64, e End) { d.f(e.Outcome, e.Err) }
 
 // FromLimiter returns a layer of a rate limiter of go-grpc-middleware. The
 // limiter decides for itself whether it waits, but its context ends with the
@@ -229,11 +272,11 @@ func (d *doneFunc) Release(_ int64, o Outcome, err error) { d.f(o, err) }
 // [None] it does not learn. The layer refuses with reason RATE_LIMIT and wraps the
 // limiter's error, so that errors.Is and errors.As see it. A limiter of this
 // shape cannot give a token back.
-func FromLimiter(name string, limiter ratelimit.Limiter) (Layer, error) {
-	if err := checkAdapter("FromLimiter", name, "limiter", isNil(limiter), "a limiter"); err != nil {
-		return nil, err
+func FromLimiter(name string, l ratelimit.Limiter) Spec {
+	if err := checkAdapter("FromLimiter", name, "limiter", isnil.Value(l), "a limiter"); err != nil {
+		return failed{err}
 	}
-	return &limiterLayer{name: name, limiter: limiter, refused: Refuse(name, ReasonRateLimit, "over the limit")}, nil
+	return &limiterLayer{name: name, limiter: l, refused: Refuse(name, ReasonRateLimit, "over the limit")}
 }
 
 type limiterLayer struct {
@@ -243,14 +286,19 @@ type limiterLayer struct {
 	refused *Refusal
 }
 
-func (l *limiterLayer) String() string { return l.name }
+func (l *limiterLayer) NewLayer() (Layer, error) { return l, nil }
+func (l *limiterLayer) String() string           { return l.name }
+
+// Traits says that it is a rate: it decides, and may wait.
+func (l *limiterLayer) Traits() Traits { return Waits | Decides }
 
 func (l *limiterLayer) WrapGate(inner Gate) Gate {
-	return GateFunc(func(ctx context.Context, c *Call, w Wait) error {
-		err := bounded(ctx, c, w, l.refused, func(ctx context.Context, _ bool) error { return l.limiter.Limit(ctx) })
+	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
+		err := bounded(ctx, a, w, l.refused, func(ctx context.Context, _ bool) error { return l.limiter.Limit(ctx) })
 		if err != nil {
 			return err
 		}
-		return inner.Admit(ctx, c, w)
+		a.pass()
+		return inner.Admit(ctx, a, w)
 	})
 }

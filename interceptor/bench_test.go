@@ -11,11 +11,15 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/connectivity"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/race"
+	"github.com/belfry-go/belfry/internal/testserver"
+	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
 // gateToy only passes calls on.
@@ -24,13 +28,17 @@ type gateToy struct {
 	_ byte
 }
 
+func (l *gateToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*gateToy) Traits() interceptor.Traits { return 0 }
+
 func (*gateToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		return inner.Admit(ctx, c, w)
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func gates(n int) (ls []interceptor.Layer) {
+func gates(n int) (ls []interceptor.Spec) {
 	for range n {
 		ls = append(ls, &gateToy{})
 	}
@@ -50,21 +58,23 @@ func newCount(n int64) *countToy {
 	return l
 }
 
+func (l *countToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
 func (l *countToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		if l.n.Add(1) > l.max.Load() {
 			l.n.Add(-1)
 			return l.full
 		}
-		c.Hold(l, 0)
-		return inner.Admit(ctx, c, w)
+		a.Hold(l, 0)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func (l *countToy) Release(int64, interceptor.Outcome, error) { l.n.Add(-1) }
+func (l *countToy) Release(int64, interceptor.End) { l.n.Add(-1) }
 
-func six() []interceptor.Layer {
-	return []interceptor.Layer{&shedToy{}, &timeoutToy{d: time.Hour}, &retryToy{n: 3}, newBuffer(100), newTokens(1 << 60), newCount(10)}
+func six() []interceptor.Spec {
+	return []interceptor.Spec{&shedToy{}, &timeoutToy{d: time.Hour}, &retryToy{n: 3}, newBuffer(100), newTokens(1 << 60), newCount(10)}
 }
 
 // unaryCases are what BenchmarkUnary runs and TestAllocations counts.
@@ -168,14 +178,33 @@ func streamCases(t testing.TB) []struct {
 	}
 }
 
+// readyConn is a READY connection.
+func readyConn(t testing.TB, opts ...grpc.DialOption) *grpc.ClientConn {
+	cc := testserver.Dial(t, testserver.New(t, testserver.InMemory()), opts...)
+	awaitState(t, cc, connectivity.Ready)
+	return cc
+}
+
+// awaitState connects cc and waits until it is in a state.
+func awaitState(t testing.TB, cc *grpc.ClientConn, want connectivity.State) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	cc.Connect()
+	for s := cc.GetState(); s != want; s = cc.GetState() {
+		if !cc.WaitForStateChange(ctx, s) {
+			t.Fatalf("the connection is %v, want %v", s, want)
+		}
+	}
+}
+
 // eofStream has ended.
 type eofStream struct{ grpc.ClientStream }
 
 func (eofStream) RecvMsg(any) error { return io.EOF }
 
 func openEOF(t testing.TB, stream grpc.StreamClientInterceptor) func() {
-	// A connection that is not used, but there, as gRPC passes one.
-	cc := new(grpc.ClientConn)
+	cc := readyConn(t)
 	desc := &grpc.StreamDesc{ServerStreams: true}
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	streamer := func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
@@ -206,7 +235,7 @@ func BenchmarkStream(b *testing.B) {
 	}
 }
 
-func TestNoGateAllocatesAndAStreamAtMostThreeTimes(t *testing.T) {
+func TestAllocations(t *testing.T) {
 	if race.Enabled {
 		t.Skip("the race detector makes pools forget")
 	}
@@ -224,3 +253,108 @@ func TestNoGateAllocatesAndAStreamAtMostThreeTimes(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkReady measures what it costs to ask whether an endpoint is READY: the
+// same stack in front of a connection that is, and of none.
+func BenchmarkReady(b *testing.B) {
+	ctx := context.Background()
+	unary := calltest.Stack(b, newCount(10)).UnaryClientInterceptor()
+	for name, cc := range map[string]*grpc.ClientConn{"no_connection": nil, "ready": readyConn(b)} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				unary(ctx, calltest.Method, nil, nil, cc, calltest.Noop)
+			}
+		})
+		b.Run(name+"_parallel", func(b *testing.B) {
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					unary(ctx, calltest.Method, nil, nil, cc, calltest.Noop)
+				}
+			})
+		})
+	}
+}
+
+// BenchmarkFate measures what it costs on a real connection to learn what became of
+// a call: without a stack, with one that nobody asks, with a gate that holds a
+// ticket, and with one that also asks when the call was sent.
+func BenchmarkFate(b *testing.B) {
+	for _, bc := range []struct {
+		name  string
+		stack *interceptor.Stack
+	}{
+		{"no_stack", nil},
+		{"nobody_asks", calltest.Stack(b, &gateToy{})},
+		{"ticket", calltest.Stack(b, newCount(10))},
+		{"ticket_and_time", calltest.Stack(b, &timedToy{})},
+	} {
+		var opts []grpc.DialOption
+		if bc.stack != nil {
+			opts = bc.stack.DialOptions()
+		}
+		cc := readyConn(b, opts...)
+		for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.BidiStream} {
+			b.Run(bc.name+"/"+kind.String(), func(b *testing.B) {
+				req, reply := new(testingv1.UnaryRequest), new(testingv1.UnaryResponse)
+				b.ReportAllocs()
+				for b.Loop() {
+					if err := exchange(b.Context(), cc, kind, req, reply, grpc.StaticMethod()); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// timedToy asks for all there is to know.
+type timedToy struct {
+	interceptor.GateOnly
+	took atomic.Int64
+}
+
+func (l *timedToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+func (*timedToy) Traits() interceptor.Traits             { return 0 }
+
+func (l *timedToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		a.Timed()
+		a.Hold(l, 0)
+		return inner.Admit(ctx, a, w)
+	})
+}
+
+func (l *timedToy) Release(_ int64, e interceptor.End) { l.took.Store(int64(e.Took())) }
+
+// BenchmarkAdapted measures layers of third-party limiters that admit at once.
+func BenchmarkAdapted(b *testing.B) {
+	cc := readyConn(b)
+	for name, spec := range map[string]interceptor.Spec{
+		"semaphore": interceptor.FromSemaphore("semaphore", semaphore.NewWeighted(10)),
+		"limiter":   interceptor.FromLimiter("limiter", limiterFunc(func(context.Context) error { return nil })),
+		"permit": interceptor.FromPermit("permit", interceptor.ReasonConcurrency, func(context.Context, bool) (interceptor.Permit, error) {
+			return ignorePermit{}, nil
+		}),
+		"allow": interceptor.FromAllow("allow", interceptor.ReasonBreakerOpen, func(context.Context) (func(interceptor.Outcome, error), error) {
+			return nil, nil
+		}),
+	} {
+		unary := calltest.Stack(b, spec).UnaryClientInterceptor()
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := unary(b.Context(), calltest.Method, nil, nil, cc, calltest.Noop); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+type ignorePermit struct{}
+
+func (ignorePermit) Success() {}
+func (ignorePermit) Drop()    {}
+func (ignorePermit) Ignore()  {}

@@ -26,14 +26,19 @@ func byName(methods ...string) func(string) int {
 	}
 }
 
-func TestCallsGoThroughTheListOfTheirMethod(t *testing.T) {
+func TestPrepareByMethod(t *testing.T) {
 	log := &eventLog{}
 	a, b := &logToy{name: "a", log: log}, &logToy{name: "b", log: log}
 	both := &logToy{name: "both", log: log}
 	s := calltest.Stack(t)
-	if err := s.ReplaceByMethod(byName("/s/a", "/s/b"), []interceptor.Layer{both, a}, []interceptor.Layer{both, b}); err != nil {
-		t.Fatalf("ReplaceByMethod: %v", err)
+	commit, err := s.PrepareByMethod(byName("/s/a", "/s/b"), []interceptor.Layer{both, a}, []interceptor.Layer{both, b})
+	if err != nil {
+		t.Fatalf("PrepareByMethod: %v", err)
 	}
+	if got := s.Layers(); len(got) != 0 {
+		t.Errorf("Layers() = %v before commit, want none", got)
+	}
+	commit()
 	unary, stream := s.UnaryClientInterceptor(), s.StreamClientInterceptor()
 	opens := func(ctx context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
 		return nil, context.Canceled
@@ -67,14 +72,14 @@ func TestCallsGoThroughTheListOfTheirMethod(t *testing.T) {
 	}
 }
 
-func TestBadListsByMethodChangeNothing(t *testing.T) {
+func TestPrepareByMethod_BadListsChangeNothing(t *testing.T) {
 	l := &gateToy{}
 	s := calltest.Stack(t, l)
 	before := s.String()
-	if err := s.ReplaceByMethod(nil, []interceptor.Layer{l}); err == nil {
-		t.Errorf("ReplaceByMethod without choose returned no error")
+	if _, err := s.PrepareByMethod(nil, []interceptor.Layer{l}); err == nil {
+		t.Errorf("PrepareByMethod without choose returned no error")
 	}
-	err := s.ReplaceByMethod(byName("/s/a"), []interceptor.Layer{l}, []interceptor.Layer{l, l})
+	_, err := s.PrepareByMethod(byName("/s/a"), []interceptor.Layer{l}, []interceptor.Layer{l, l})
 	if err == nil || !strings.Contains(err.Error(), "list 1") {
 		t.Errorf("a layer twice in list 1: error %v, want one that names the list", err)
 	}

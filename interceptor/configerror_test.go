@@ -77,7 +77,7 @@ func configCases() []configCase {
 			return filter.New(c, func(ctx context.Context, _ *interceptor.Call, _ any) (context.Context, error) { return ctx, nil })
 		}),
 		configCaseOf("filter", filter.Config{}, func(c filter.Config) (*filter.Gate, error) {
-			return filter.NewGate(c, func(context.Context, *interceptor.Call, any) error { return nil })
+			return filter.NewGate(c, func(context.Context, *interceptor.Admission, any) error { return nil })
 		}),
 		configCaseOf("hedge", hedge.Config{NonFatal: []codes.Code{}}, withOptions(hedge.New)),
 		configCaseOf("loadshed", loadshed.Config{}, withOptions(loadshed.New)),
@@ -102,6 +102,13 @@ func badFields(v reflect.Value, path string, f func(field string, value any)) {
 			v.Set(c) // What good points to is not changed.
 			badFields(c.Elem(), path, f)
 		}
+		return
+	}
+	if by, ok := v.Interface().(interceptor.KeyBy); ok {
+		two := interceptor.KeyBy{Method: true, Metadata: "unused"}
+		v.Set(reflect.ValueOf(two))
+		f(path[1:], two)
+		v.Set(reflect.ValueOf(by))
 		return
 	}
 	if v.Kind() == reflect.Struct {
@@ -173,7 +180,6 @@ func TestConfigError_options(t *testing.T) {
 	allow := func(context.Context) (func(interceptor.Outcome, error), error) { return nil, nil }
 	for _, o := range []option{
 		{"breaker", "WithName", "", errOf(breaker.New(breaker.Config{}, breaker.WithName("")))},
-		{"breaker", "WithKey", nil, errOf(breaker.New(breaker.Config{}, breaker.WithKey(nil)))},
 		{"breaker", "WithOnStateChange", nil, errOf(breaker.New(breaker.Config{}, breaker.WithOnStateChange(nil)))},
 		{"buffer", "WithName", "", errOf(buffer.New(buffer.Config{}, buffer.WithName("")))},
 		{"concurrency", "WithName", "", errOf(concurrency.New(concurrency.Config{}, concurrency.WithName("")))},
@@ -184,22 +190,22 @@ func TestConfigError_options(t *testing.T) {
 		{"hedge", "WithName", "", errOf(hedge.New(hedge.Config{}, hedge.WithName("")))},
 		{"hedge", "WithBudget", nil, errOf(hedge.New(hedge.Config{}, hedge.WithBudget(nil)))},
 		{"hedge", "WithIdempotent", nil, errOf(hedge.New(hedge.Config{}, hedge.WithIdempotent(nil)))},
-		{"interceptor", "FromSemaphore.sem", nil, errOf(interceptor.FromSemaphore("x", nil))},
-		{"interceptor", "FromPermit.acquire", nil, errOf(interceptor.FromPermit("x", "", nil))},
-		{"interceptor", "FromAllow.allow", nil, errOf(interceptor.FromAllow("x", "", nil))},
-		{"interceptor", "FromAllow.name", "", errOf(interceptor.FromAllow("", "", allow))},
-		{"interceptor", "FromLimiter.limiter", nil, errOf(interceptor.FromLimiter("x", nil))},
-		{"interceptor", "Foreign.unary", nil, errOf(interceptor.Foreign("x", nil, nil))},
+		{"interceptor", "FromSemaphore.sem", nil, errOf(interceptor.FromSemaphore("x", nil).NewLayer())},
+		{"interceptor", "FromPermit.acquire", nil, errOf(interceptor.FromPermit("x", "", nil).NewLayer())},
+		{"interceptor", "FromAllow.allow", nil, errOf(interceptor.FromAllow("x", "", nil).NewLayer())},
+		{"interceptor", "FromAllow.name", "", errOf(interceptor.FromAllow("", "", allow).NewLayer())},
+		{"interceptor", "FromLimiter.limiter", nil, errOf(interceptor.FromLimiter("x", nil).NewLayer())},
+		{"interceptor", "Foreign.unary", nil, errOf(interceptor.Foreign("x", nil, nil).NewLayer())},
 		{"loadshed", "WithName", "", errOf(loadshed.New(loadshed.Config{}, loadshed.WithName("")))},
 		{"maker", "WithName", "", errOf(maker.New(maker.Config{}, key, conn, maker.WithName("")))},
 		{"maker", "key", nil, errOf(maker.New(maker.Config{}, nil, conn))},
 		{"maker", "makeConn", nil, errOf(maker.New(maker.Config{}, key, nil))},
 		{"otelobserver", "p", nil, errOf(otelobserver.New(nil))},
 		{"ratelimit", "WithName", "", errOf(ratelimit.New(ratelimit.Config{}, ratelimit.WithName("")))},
-		{"ratelimit", "WithKey", nil, errOf(ratelimit.New(ratelimit.Config{}, ratelimit.WithKey(nil)))},
+		{"ratelimit", "WithPriority", nil, errOf(ratelimit.New(ratelimit.Config{}, ratelimit.WithPriority(nil)))},
 		{"ratelimit", "WithFailOpen", "set", errOf(ratelimit.New(ratelimit.Config{}, ratelimit.WithFailOpen()))},
-		{"ratelimit", "FromRate.limiter", nil, errOf(ratelimit.FromRate(nil))},
-		{"ratelimit", "FromLimiter.limiter", nil, errOf(ratelimit.FromLimiter(nil))},
+		{"ratelimit", "FromRate.limiter", nil, errOf(ratelimit.FromRate(nil).NewLayer())},
+		{"ratelimit", "FromLimiter.limiter", nil, errOf(ratelimit.FromLimiter(nil, interceptor.KeyBy{}).NewLayer())},
 		{"retry", "WithName", "", errOf(retry.New(retry.Config{}, retry.WithName("")))},
 		{"retry", "WithBudget", nil, errOf(retry.New(retry.Config{}, retry.WithBudget(nil)))},
 		{"retry", "WithIdempotent", nil, errOf(retry.New(retry.Config{}, retry.WithIdempotent(nil)))},

@@ -26,11 +26,7 @@ func (echo) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.CallOpt
 }
 
 func Example() {
-	limit, err := interceptor.FromSemaphore("limit", semaphore.NewWeighted(1))
-	if err != nil {
-		log.Fatal(err)
-	}
-	stack, err := interceptor.NewStack(limit)
+	stack, err := interceptor.NewStack(interceptor.FromSemaphore("limit", semaphore.NewWeighted(1)))
 	if err != nil {
 		log.Fatal(err)
 	}

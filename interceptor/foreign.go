@@ -12,18 +12,19 @@ import (
 
 // Foreign makes a layer of a pair of interceptors. One of them may be nil: calls of
 // that kind pass by. Calls are admitted to the layers inside before the
-// interceptor runs; an interceptor that calls its invoker or streamer again, as
-// a retry does, has the further attempt admitted with [None], and it fails with
-// the refusal if it cannot be.
+// interceptor runs; if it calls its invoker or streamer again, as a retry does, the
+// further attempt is admitted as [Again] says, with [Forever]. If it cannot be, it
+// fails with the refusal, which has the status of the unary attempt that failed
+// last, if one did ([RefusedAgain]).
 //
 // The interceptor sees the call's own reply and options and is free to pass on
 // others. Its *grpc.ClientConn is nil where the stack stands in front of
 // something else ([Stack.Wrap]). It costs a closure and a Call for each call.
-func Foreign(name string, unary grpc.UnaryClientInterceptor, stream grpc.StreamClientInterceptor) (Layer, error) {
+func Foreign(name string, unary grpc.UnaryClientInterceptor, stream grpc.StreamClientInterceptor) Spec {
 	if err := checkAdapter("Foreign", name, "unary", unary == nil && stream == nil, "an interceptor, or stream must be"); err != nil {
-		return nil, err
+		return failed{err}
 	}
-	return &foreign{name: name, unary: unary, stream: stream}, nil
+	return &foreign{name: name, unary: unary, stream: stream}
 }
 
 type foreign struct {
@@ -33,22 +34,27 @@ type foreign struct {
 	stream grpc.StreamClientInterceptor
 }
 
-func (f *foreign) String() string { return f.name }
+func (f *foreign) NewLayer() (Layer, error) { return f, nil }
+func (f *foreign) String() string           { return f.name }
+func (f *foreign) Traits() Traits           { return 0 }
 
-func (f *foreign) WrapCall(next Next, inner Gate) Next {
+// WrapCall is not called: the stack calls wrap instead.
+func (f *foreign) WrapCall(next Next, _ Again) Next { return next }
+
+func (f *foreign) wrap(next Next, inside *boundary) Next {
 	return func(ctx context.Context, c *Call) error {
 		switch {
 		case c.kind == Unary && f.unary != nil:
-			return f.callUnary(ctx, c, next, inner)
+			return f.callUnary(ctx, c, next, inside)
 		case c.kind != Unary && f.stream != nil:
-			return f.callStream(ctx, c, next, inner)
+			return f.callStream(ctx, c, next, inside)
 		}
 		return next(ctx, c)
 	}
 }
 
-func (f *foreign) callUnary(ctx context.Context, c *Call, next Next, inner Gate) error {
-	as := newAttempts(c, inner)
+func (f *foreign) callUnary(ctx context.Context, c *Call, next Next, inside *boundary) error {
+	as := newAttempts(c, inside)
 	defer as.close()
 	invoker := func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, opts ...grpc.CallOption) error {
 		a, err := as.next(ctx)
@@ -56,13 +62,15 @@ func (f *foreign) callUnary(ctx context.Context, c *Call, next Next, inner Gate)
 			return err
 		}
 		a.method, a.req, a.reply, a.cc, a.opts = method, req, reply, cc, opts
-		return next(ctx, a)
+		err = next(ctx, a)
+		as.ended(err)
+		return err
 	}
 	return f.unary(ctx, c.method, c.req, c.reply, c.cc, invoker, c.opts...)
 }
 
-func (f *foreign) callStream(ctx context.Context, c *Call, next Next, inner Gate) error {
-	as := newAttempts(c, inner)
+func (f *foreign) callStream(ctx context.Context, c *Call, next Next, inside *boundary) error {
+	as := newAttempts(c, inside)
 	defer as.close()
 	streamer := func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 		a, err := as.next(ctx)
@@ -88,13 +96,14 @@ func (f *foreign) callStream(ctx context.Context, c *Call, next Next, inner Gate
 // none of them runs on the call itself.
 type attempts struct {
 	origin Origin
-	inner  Gate
+	inside *boundary
 	first  *Call // Has the call's own admission.
 	taken  atomic.Bool
+	last   atomic.Pointer[error] // Of the unary attempt that failed last.
 }
 
-func newAttempts(c *Call, inner Gate) *attempts {
-	return &attempts{origin: c.Origin(), inner: inner, first: c.detach()}
+func newAttempts(c *Call, inside *boundary) *attempts {
+	return &attempts{origin: c.Origin(), inside: inside, first: c.detach()}
 }
 
 func (as *attempts) next(ctx context.Context) (*Call, error) {
@@ -102,16 +111,25 @@ func (as *attempts) next(ctx context.Context) (*Call, error) {
 		return as.first, nil
 	}
 	a := as.origin.fork()
-	a.attempt = int(a.root.attempts.Add(1))
-	if err := as.inner.Admit(ctx, a, None); err != nil {
+	if err := as.inside.readmit(ctx, a, Forever); err != nil {
+		if last := as.last.Load(); last != nil {
+			err = RefusedAgain(err, *last)
+		}
 		return nil, err
 	}
 	return a, nil
 }
 
+// ended notes how a unary attempt ended.
+func (as *attempts) ended(err error) {
+	if err != nil {
+		as.last.Store(&err)
+	}
+}
+
 // close gives the admission back if the interceptor answered without it.
 func (as *attempts) close() {
 	if as.taken.CompareAndSwap(false, true) {
-		as.first.Rollback(0, nil)
+		as.first.GiveUp()
 	}
 }

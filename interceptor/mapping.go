@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 )
 
 // MapRequest returns a layer that replaces requests of type M by what f makes of
@@ -17,9 +18,9 @@ import (
 // it is, by a stream from then on: the stream is cancelled. f is called once for
 // each attempt if the layer stands inside a retry, and must not modify its
 // message, which is the caller's. It costs a context for each stream.
-func MapRequest[M any](f func(ctx context.Context, method string, m M) (M, error)) Layer {
+func MapRequest[M any](f func(ctx context.Context, method string, m M) (M, error)) Spec {
 	if f == nil {
-		return nil // NewStack says which layer it is.
+		return noFunc("MapRequest")
 	}
 	return &mapper{
 		name: "maprequest",
@@ -36,9 +37,9 @@ func MapRequest[M any](f func(ctx context.Context, method string, m M) (M, error
 // type M: the reply of a unary call, each message that is received from a stream.
 // An error of f is returned instead of the response, by a stream from then on: the
 // stream is cancelled. It costs a context for each stream.
-func MapResponse[M any](f func(ctx context.Context, method string, m M) error) Layer {
+func MapResponse[M any](f func(ctx context.Context, method string, m M) error) Spec {
 	if f == nil {
-		return nil
+		return noFunc("MapResponse")
 	}
 	return &mapper{
 		name: "mapresponse",
@@ -58,9 +59,9 @@ func MapResponse[M any](f func(ctx context.Context, method string, m M) error) L
 // error of a stream that could not be opened stays, for there is none to return.
 // Refusals of gates do not pass through the call path, and so not through f;
 // to see those, map them in front of the stack.
-func MapError(f func(ctx context.Context, method string, err error) error) Layer {
+func MapError(f func(ctx context.Context, method string, err error) error) Spec {
 	if f == nil {
-		return nil
+		return noFunc("MapError")
 	}
 	return &mapper{name: "maperror", err: f}
 }
@@ -74,9 +75,14 @@ type mapper struct {
 	err      func(ctx context.Context, method string, err error) error
 }
 
-func (l *mapper) String() string { return l.name }
+func (l *mapper) NewLayer() (Layer, error) { return l, nil }
+func (l *mapper) String() string           { return l.name }
 
-func (l *mapper) WrapCall(next Next, _ Gate) Next {
+func noFunc(name string) Spec {
+	return failed{&ConfigError{Layer: "interceptor", Field: name, Value: nil, Rule: "must be a function"}}
+}
+
+func (l *mapper) WrapCall(next Next, _ Again) Next {
 	return func(ctx context.Context, c *Call) error {
 		if c.kind != Unary {
 			return l.open(ctx, c, next)
@@ -152,9 +158,21 @@ func (s *mapStream) SendMsg(m any) error {
 		}
 	}
 	if err := s.ClientStream.SendMsg(m); err != nil {
+		if err != io.EOF { // Of io.EOF RecvMsg says the reason.
+			s.cancel()
+		}
 		return s.layer.mapErr(s.ctx, s.method, err)
 	}
 	return nil
+}
+
+func (s *mapStream) Header() (metadata.MD, error) {
+	md, err := s.ClientStream.Header()
+	if err != nil {
+		s.cancel()
+		err = s.layer.mapErr(s.ctx, s.method, err)
+	}
+	return md, err
 }
 
 func (s *mapStream) RecvMsg(m any) error {

@@ -3,7 +3,11 @@
 
 package interceptor
 
-import "time"
+import (
+	"time"
+
+	"github.com/belfry-go/belfry/internal/isnil"
+)
 
 // An Observer sees what a stack does. Its methods are called on the path of
 // every call, concurrently, and while layers hold their locks: they must not
@@ -70,9 +74,14 @@ func (NopObserver) Budget(string, float64) {}
 // Limit does nothing.
 func (NopObserver) Limit(string, float64) {}
 
-// Observe returns a layer that lets o see the whole stack it stands in, wherever
-// it stands. A stack may have one; the same observer may serve many stacks.
-func Observe(o Observer) Layer { return &observe{o: o} }
+// Observe returns the Spec of a layer that lets o see the whole stack it stands in,
+// wherever it stands. A stack may have one; the same observer may serve many stacks.
+func Observe(o Observer) Spec {
+	if isnil.Value(o) {
+		return failed{&ConfigError{Layer: "interceptor", Field: "Observe", Value: o, Rule: "must be an observer"}}
+	}
+	return &observe{o: o}
+}
 
 type observe struct {
 	GateOnly
@@ -80,4 +89,6 @@ type observe struct {
 	o Observer
 }
 
-func (*observe) String() string { return "observe" }
+func (l *observe) NewLayer() (Layer, error) { return l, nil }
+func (*observe) String() string             { return "observe" }
+func (*observe) Traits() Traits             { return 0 }

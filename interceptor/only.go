@@ -6,28 +6,41 @@ package interceptor
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors"
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/selector"
+
+	"github.com/belfry-go/belfry/internal/isnil"
 )
 
-// Only applies l to the calls that m matches; for the others it is not there.
-// m is asked once for each admission, by each Only of its own. The state of l is
-// one whatever it is applied to, and the same l may stand behind several
-// matchers, as long as no call matches two of them.
+// Only applies the layer of s to the calls that m matches; for the others it is not
+// there. m is asked at each admission. A layer has one state, and may stand behind
+// several matchers, as long as no call matches two of them.
 //
 //	interceptor.Only(selector.MatchFunc(func(ctx context.Context, m interceptors.CallMeta) bool {
 //		return m.Service == "helloworld.Greeter"
 //	}), limit)
-func Only(m selector.Matcher, l Layer) Layer {
-	if isNil(m) || isNil(l) {
-		return nil // NewStack says which layer it is.
+func Only(m selector.Matcher, s Spec) Spec { return onlySpec{m, s} }
+
+type onlySpec struct {
+	match selector.Matcher
+	spec  Spec
+}
+
+func (s onlySpec) NewLayer() (Layer, error) {
+	if isnil.Value(s.match) || isnil.Value(s.spec) {
+		return nil, &ConfigError{Layer: "interceptor", Field: "Only", Value: nil, Rule: "must have a matcher and a layer"}
 	}
-	o := only{match: m, layer: l}
+	l, err := s.spec.NewLayer()
+	if err != nil {
+		return nil, fmt.Errorf("Only: %w", err)
+	}
+	o := only{match: s.match, layer: l}
 	if isGateOnly(l) {
-		return &onlyGate{only: o}
+		return &onlyGate{only: o}, nil
 	}
-	return &onlyCall{only: o}
+	return &onlyCall{only: o}, nil
 }
 
 type only struct {
@@ -36,6 +49,7 @@ type only struct {
 }
 
 func (o *only) String() string { return "only(" + nameOf(o.layer) + ")" }
+func (o *only) Traits() Traits { return traitsOf(o.layer) }
 
 // Validate asks the layer.
 func (o *only) Validate(inner []Layer) error {
@@ -48,8 +62,16 @@ func (o *only) Validate(inner []Layer) error {
 	return nil
 }
 
-func (o *only) matches(ctx context.Context, c *Call) bool {
-	return o.match.Match(ctx, interceptors.NewClientCallMeta(c.Method(), c.Desc(), c.Request()))
+func (o *only) matches(ctx context.Context, a *Admission) bool {
+	return o.match.Match(ctx, interceptors.NewClientCallMeta(a.Method(), a.Desc(), a.Request()))
+}
+
+// passBy admits a call for which the layer is not there.
+func (o *only) passBy(ctx context.Context, a *Admission, w Wait, inner Gate) error {
+	if o.Traits()&Waits != 0 {
+		a.pass()
+	}
+	return inner.Admit(ctx, a, w)
 }
 
 // onlyGate is only for a layer that leaves the call path alone.
@@ -58,38 +80,46 @@ type onlyGate struct {
 	only
 }
 
-func (o *onlyGate) WrapGate(inner Gate) Gate {
-	layer := o.layer.WrapGate(inner)
-	return GateFunc(func(ctx context.Context, c *Call, w Wait) error {
-		if o.matches(ctx, c) {
-			return layer.Admit(ctx, c, w)
+func (o *onlyGate) NewLayer() (Layer, error) { return o, nil }
+
+// WrapGate is not called: the stack calls WrapGateOver instead.
+func (o *onlyGate) WrapGate(inner Gate) Gate { return o.WrapGateOver(inner, 0) }
+
+func (o *onlyGate) WrapGateOver(inner Gate, waits int) Gate {
+	layer := wrapGate(o.layer, inner, waits)
+	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
+		if o.matches(ctx, a) {
+			return layer.Admit(ctx, a, w)
 		}
-		return inner.Admit(ctx, c, w)
+		return o.passBy(ctx, a, w, inner)
 	})
 }
 
 // onlyCall is only for any layer. What the gate decided the call path must do
 // too, even if what the matcher looks at has changed since, so the decision is
-// kept in a ticket.
+// kept in a note.
 type onlyCall struct{ only }
 
-func (o *onlyCall) Release(int64, Outcome, error) {}
+func (o *onlyCall) NewLayer() (Layer, error) { return o, nil }
 
-func (o *onlyCall) WrapGate(inner Gate) Gate {
-	layer := o.layer.WrapGate(inner)
-	return GateFunc(func(ctx context.Context, c *Call, w Wait) error {
-		if o.matches(ctx, c) {
-			c.Hold(o, 1)
-			return layer.Admit(ctx, c, w)
+// WrapGate is not called: the stack calls WrapGateOver instead.
+func (o *onlyCall) WrapGate(inner Gate) Gate { return o.WrapGateOver(inner, 0) }
+
+func (o *onlyCall) WrapGateOver(inner Gate, waits int) Gate {
+	layer := wrapGate(o.layer, inner, waits)
+	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
+		if o.matches(ctx, a) {
+			a.Note(o, 1)
+			return layer.Admit(ctx, a, w)
 		}
-		return inner.Admit(ctx, c, w)
+		return o.passBy(ctx, a, w, inner)
 	})
 }
 
-func (o *onlyCall) WrapCall(next Next, inner Gate) Next {
-	layer := o.layer.WrapCall(next, inner)
+func (o *onlyCall) WrapCall(next Next, again Again) Next {
+	layer := o.layer.WrapCall(next, again)
 	return func(ctx context.Context, c *Call) error {
-		if _, ok := c.Token(o); ok {
+		if _, ok := c.Noted(o); ok {
 			return layer(ctx, c)
 		}
 		return next(ctx, c)

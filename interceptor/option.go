@@ -28,22 +28,34 @@ func WithWait(w Wait) grpc.CallOption {
 func WaitOf(opts []grpc.CallOption) Wait {
 	w := Forever
 	for _, o := range opts {
-		if o, ok := o.(waitOption); ok {
+		switch o := o.(type) {
+		case waitOption:
+			w = min(w, o.w)
+		case *carriedWait:
 			w = min(w, o.w)
 		}
 	}
 	return w
 }
 
+// waitOption is how long gates may wait.
 type waitOption struct {
 	grpc.EmptyCallOption
 	w Wait
 }
 
+// carriedWait is what a stack tells a connection that is not gRPC's own and may let
+// calls wait itself: how long, and which call waits.
+type carriedWait struct {
+	grpc.EmptyCallOption
+	w    Wait
+	call *Call
+}
+
 var noWait grpc.CallOption = waitOption{w: None}
 
 // CarryWait returns a layer for the end of a stack behind which, across
-// interceptors of others, stands another stack: it passes on how long the call
+// third-party interceptors, stands another stack: it passes on how long the call
 // may wait, as a call option, so that a load shed in the first stack sheds when
 // the second one is not ready. It costs an allocation for a call that may not
 // wait forever, and is not needed where the interceptor in between can become
@@ -52,29 +64,26 @@ func CarryWait() Layer { return new(carryWait) }
 
 type carryWait struct{ _ byte } // Not empty, so that each value has its own address.
 
-func (l *carryWait) String() string { return "carrywait" }
+func (l *carryWait) NewLayer() (Layer, error) { return l, nil }
+func (l *carryWait) String() string           { return "carrywait" }
 
-func (l *carryWait) Release(int64, Outcome, error) {}
+// Traits says that it waits, because what is behind it may.
+func (l *carryWait) Traits() Traits { return Waits }
 
-func (l *carryWait) WrapGate(inner Gate) Gate { return &carryGate{layer: l, inner: inner} }
+func (l *carryWait) WrapGate(inner Gate) Gate {
+	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
+		if w != Forever {
+			a.Note(l, int64(w))
+		}
+		return inner.Admit(ctx, a, w)
+	})
+}
 
-func (l *carryWait) WrapCall(next Next, _ Gate) Next {
+func (l *carryWait) WrapCall(next Next, _ Again) Next {
 	return func(ctx context.Context, c *Call) error {
-		if w, ok := c.Token(l); ok {
+		if w, ok := c.Noted(l); ok {
 			c.AddOptions(WithWait(Wait(w)))
 		}
 		return next(ctx, c)
 	}
-}
-
-type carryGate struct {
-	layer *carryWait
-	inner Gate
-}
-
-func (g *carryGate) Admit(ctx context.Context, c *Call, w Wait) error {
-	if w != Forever {
-		c.Hold(g.layer, int64(w))
-	}
-	return g.inner.Admit(ctx, c, w)
 }

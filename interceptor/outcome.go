@@ -6,10 +6,13 @@ package interceptor
 import (
 	"context"
 	"errors"
-	"io"
+	"strings"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
 
@@ -50,24 +53,33 @@ func kindOf(desc *grpc.StreamDesc) Kind {
 	}
 }
 
-// Outcome is how what a ticket was taken for has ended.
+// Outcome says how a call or an attempt ended. It is decided in one place, from
+// what gRPC did and not from the status code alone, and everybody is told the
+// same: gates, budgets, breakers, algorithms and observers.
 type Outcome uint8
 
 const (
-	// OK is a call that succeeded. For a stream: it ended with io.EOF, or with the
-	// one response of a client-streaming call.
+	// OK is a call that succeeded, or whose answer the client could not take (too
+	// large, not unmarshallable): the server did its part. For a stream: it ended
+	// with io.EOF, or with the one response of a client-streaming call.
 	OK Outcome = iota
-	// Failed is a call that was sent and failed: any status but OK, the deadline
-	// included. The error tells which.
+	// Failed is a call that was sent and failed: the server answered with an
+	// error, the connection broke, or a deadline of a layer passed. End.Code tells
+	// which.
 	Failed
-	// Ignored says nothing about the server: the caller cancelled, the connection
-	// was closed by its owner, or another attempt won.
+	// Ignored is a call that was sent and says nothing about the server but that it
+	// took at least End.Took: the caller cancelled it, the caller's deadline passed,
+	// another attempt won, or the connection was closed by its owner.
 	Ignored
-	// NotSent is the refund: nothing was sent on behalf of the ticket, because a
-	// gate further in refused, a layer answered by itself, or ctx ended first.
-	// The rate token goes back, the adaptive limit learns nothing, a budget is not
-	// charged.
+	// NotSent is the refund: gRPC made no stream for it. A gate further in refused, a
+	// layer answered by itself, the context ended first, or gRPC refused the request
+	// (too large, not marshallable, bad metadata, failed credentials). The rate token
+	// goes back, the adaptive limit learns nothing, a budget is not charged.
 	NotSent
+	// NotConnected is a refund like NotSent, for want of a connection: no endpoint
+	// was READY, the resolver failed, the connection was refused, or the deadline
+	// passed while gRPC waited for one. Breakers may count it as a failure.
+	NotConnected
 )
 
 // String returns the outcome's name in lower case.
@@ -81,47 +93,205 @@ func (o Outcome) String() string {
 		return "ignored"
 	case NotSent:
 		return "not_sent"
+	case NotConnected:
+		return "not_connected"
 	}
 	return "unknown"
 }
 
+// Sent reports whether gRPC made a stream for the call, so that what was taken for
+// it is spent. It is false for [NotSent] and [NotConnected].
+func (o Outcome) Sent() bool { return o < NotSent }
+
+// An End is how a call or an attempt ended, as seen where a gate stands.
+type End struct {
+	Outcome Outcome
+	// Err is the error, nil if it succeeded.
+	Err error
+	// Responded says that the ticket's [Responder] was told of the first response,
+	// which was the success of a stream that ended only now.
+	Responded bool
+
+	sent Instant
+}
+
+// Code is the status code of Err. It does not build the status of a [Refusal].
+func (e End) Code() codes.Code {
+	if r, ok := e.Err.(*Refusal); ok && !r.Further && r.Reason != ReasonFilter {
+		return r.statusCode()
+	}
+	return status.Code(e.Err)
+}
+
+// Took is the time since the call, or its first attempt, was sent. It is zero if
+// it was not, or if no gate has asked for it ([Admission.Timed]). It reads the
+// clock.
+func (e End) Took() time.Duration {
+	if e.sent == 0 {
+		return 0
+	}
+	return max(Now().Sub(e.sent), 1)
+}
+
+// SentAt is when the call, or its first attempt, was sent: zero where Took is.
+func (e End) SentAt() Instant { return e.sent }
+
 // errPanic is what tickets are released with when the call panicked.
 var errPanic = status.Error(codes.Internal, "belfry: the call panicked")
 
-// outcomeOf decides how a call ended. ctx is the context of the place that asks:
-// a hedge that its layer has cancelled is cancelled for the tickets inside it,
-// and not for those outside.
-func outcomeOf(ctx context.Context, err error, sent bool) Outcome {
-	if err == nil || err == io.EOF {
-		return OK
+// fate is what became of an attempt at the connection. It is a set, because a
+// call has the fates of all its attempts.
+type fate uint32
+
+const (
+	sent        fate = 1 << iota // gRPC made a stream, or the connection is not gRPC's.
+	unconnected                  // There was no connection.
+	unreadable                   // It was answered, and the client could not take the answer.
+	unsendable                   // The client could not send a message of the stream,
+	unasked                      // which was the first one.
+)
+
+// fateOf tells what became of a unary attempt that failed with err.
+// cc is nil if the connection is not gRPC's own; then nothing is known but that
+// it was asked. hasPeer says that gRPC made a stream, and trailer is that stream's.
+func fateOf(cc *grpc.ClientConn, hasPeer bool, trailer metadata.MD, err error) fate {
+	switch {
+	case !hasPeer && cc == nil:
+		return sent
+	case !hasPeer:
+		return fateUnsent(cc, err)
+	case hasSpoken(trailer):
+		return sent
+	case isSendError(err):
+		return 0
+	case isReceiveError(err):
+		return sent | unreadable
 	}
-	if !sent {
-		return NotSent
+	return sent
+}
+
+// fateUnsent tells what became of an attempt for which gRPC made no stream. While
+// an endpoint is READY it was not for want of a connection: credentials failed, a
+// picker dropped the call, or all streams of the connection were in use.
+func fateUnsent(cc *grpc.ClientConn, err error) fate {
+	switch status.Code(err) {
+	case codes.Unavailable, codes.DeadlineExceeded:
+		if cc.GetState() != connectivity.Ready {
+			return unconnected
+		}
 	}
+	return 0
+}
+
+// hasSpoken reports whether the server answered with a trailer alone, which is how
+// it says that a call failed: gRPC keeps its content-type in the metadata. The
+// errors that the client makes itself come without.
+func hasSpoken(trailer metadata.MD) bool { return len(trailer["content-type"]) > 0 }
+
+// The errors of a message that gRPC could not send or take, by the beginnings of
+// their texts: gRPC gives them codes that servers use as well, and no other mark.
+// They are looked for only where the server has not spoken.
+var (
+	sendErrors = map[codes.Code][]string{
+		codes.ResourceExhausted: {"trying to send message larger than max", "grpc: message too large"},
+		codes.Internal:          {"grpc: error while marshaling", "grpc: error while compressing", "grpc: failed to marshal"},
+	}
+	receiveErrors = map[codes.Code][]string{
+		codes.ResourceExhausted: {"grpc: received message larger than max", "grpc: message after decompression larger than max", "grpc: received message after decompression larger than max"},
+		codes.Internal:          {"grpc: failed to unmarshal the received message", "grpc: failed to decompress", "grpc: Decompressor is not installed"},
+		codes.Unimplemented:     {"grpc: Decompressor is not installed"},
+	}
+)
+
+func isSendError(err error) bool    { return hasText(err, sendErrors) }
+func isReceiveError(err error) bool { return hasText(err, receiveErrors) }
+
+func hasText(err error, texts map[codes.Code][]string) bool {
+	st, ok := status.FromError(err)
+	if !ok {
+		return false
+	}
+	for _, text := range texts[st.Code()] {
+		if strings.HasPrefix(st.Message(), text) {
+			return true
+		}
+	}
+	return false
+}
+
+// endOfRefused says how a call or an attempt ended that was not admitted.
+func endOfRefused(err error) End {
+	e := End{Outcome: NotSent, Err: err}
+	if r, ok := AsRefusal(err); ok && r.Reason == ReasonNotReady {
+		e.Outcome = NotConnected
+	}
+	return e
+}
+
+// judge decides how a call ended that failed with err. ctx is the context of the
+// place that asks: a hedge that its layer has cancelled is cancelled for the tickets
+// inside it, and not for those outside.
+func judge(ctx context.Context, err error, f fate) Outcome {
 	if r, ok := AsRefusal(err); ok && r.NotSent() {
+		if r.Reason == ReasonNotReady {
+			return NotConnected
+		}
 		return NotSent
 	}
-	if cancelled(ctx, err) {
+	switch {
+	case f&sent == 0 && f&unconnected != 0:
+		return NotConnected
+	case f&sent == 0:
+		return NotSent
+	case f&unreadable != 0 && isReceiveError(err):
+		return OK
+	case f&unsendable != 0 && isSendError(err):
+		if f&unasked != 0 {
+			return NotSent
+		}
+		return Ignored
+	case isClosing(err) || abandoned(ctx, err):
 		return Ignored
 	}
 	return Failed
 }
 
-// cancelled tells the caller's cancellation from a server that answers CANCELLED
-// and from a layer's own deadline, which has to cancel a stream's context to
-// enforce itself and leaves its Refusal as the cause.
-func cancelled(ctx context.Context, err error) bool {
-	if !errors.Is(err, context.Canceled) && status.Code(err) != codes.Canceled {
-		return false
+// abandoned tells the end of the caller's patience from a server that answers
+// CANCELLED or DEADLINE_EXCEEDED, and from a layer's own deadline, which leaves
+// its Refusal as the cause of the context's end.
+func abandoned(ctx context.Context, err error) bool {
+	switch status.Code(err) {
+	case codes.Canceled:
+	case codes.DeadlineExceeded:
+		awaitDeadline(ctx)
+	default:
+		if !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
+			return false
+		}
 	}
-	if isClosing(err) {
-		return true
+	return ctx.Err() != nil && !cutShort(ctx)
+}
+
+// awaitDeadline waits for ctx to end if its deadline has passed. The server has the
+// same deadline, and its answer may come before the client's own timer fires; only
+// then does ctx say whose deadline it was.
+func awaitDeadline(ctx context.Context) {
+	d, ok := ctx.Deadline()
+	if !ok || ctx.Err() != nil || time.Now().Before(d) {
+		return
 	}
-	if ctx.Err() != context.Canceled {
-		return false
+	t := time.NewTimer(time.Millisecond) // In case that ctx does not keep its word.
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
 	}
-	_, refused := AsRefusal(context.Cause(ctx))
-	return !refused
+}
+
+// cutShort reports whether a layer has ended ctx, with its refusal as the cause.
+func cutShort(ctx context.Context) bool {
+	_, ok := AsRefusal(context.Cause(ctx))
+	return ok
 }
 
 // isClosing reports whether err says that the connection was closed under the

@@ -6,6 +6,7 @@ package interceptor
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -35,7 +36,9 @@ const (
 	ReasonFailFast    Reason = "FAIL_FAST"    // UNAVAILABLE: not ready for too long
 	ReasonThrottled   Reason = "THROTTLED"    // UNAVAILABLE: client-side throttling
 	ReasonBreakerOpen Reason = "BREAKER_OPEN" // UNAVAILABLE
+	ReasonNotReady    Reason = "NOT_READY"    // UNAVAILABLE: no endpoint is READY
 	ReasonDrain       Reason = "DRAIN"        // UNAVAILABLE: the stack is draining
+	ReasonClosed      Reason = "CLOSED"       // CANCELLED: the connection was closed while the call waited
 	ReasonDeadline    Reason = "DEADLINE"     // DEADLINE_EXCEEDED: the named layer's, or the caller's
 	ReasonCancelled   Reason = "CANCELLED"    // CANCELLED: the caller gave up while waiting
 	ReasonFilter      Reason = "FILTER"       // PERMISSION_DENIED, or what the predicate says
@@ -49,7 +52,7 @@ func (r Reason) Code() codes.Code {
 		return codes.ResourceExhausted
 	case ReasonDeadline:
 		return codes.DeadlineExceeded
-	case ReasonCancelled:
+	case ReasonCancelled, ReasonClosed:
 		return codes.Canceled
 	case ReasonFilter:
 		return codes.PermissionDenied
@@ -70,8 +73,12 @@ type Refusal struct {
 	Code       codes.Code    // the status code; OK, the zero value, means the reason's
 	Message    string        // more for humans; may be empty
 	RetryAfter time.Duration // when to try again; zero if not known
+	Key        string        // which of the layer's keys, such as a tenant; empty if it has none
 	Err        error         // what it wraps: the server's last error, a context's error; may be nil
 	Sent       bool          // whether the call, or an attempt of it, was sent before it was cut short
+	// Further says that a further attempt was refused: Err is the server's last error,
+	// and its status is the refusal's.
+	Further bool
 
 	status atomic.Pointer[status.Status]
 }
@@ -97,23 +104,45 @@ func (r *Refusal) Because(err error, sent bool) *Refusal {
 	return c
 }
 
+// ForKey returns a copy of r that names the key, such as a tenant, whose share was
+// exceeded: in its text, and as "key" in the metadata of its ErrorInfo.
+func (r *Refusal) ForKey(key string) *Refusal {
+	c := r.copy()
+	c.Key = key
+	return c
+}
+
+// RefusedAgain is the error of a call whose further attempt was refused with
+// refused, and whose last attempt failed with last: its status is that of last, and
+// errors.As finds in it which layer refused and why. refused and last are not nil.
+func RefusedAgain(refused, last error) error {
+	r, ok := AsRefusal(refused)
+	if !ok {
+		r = Refuse(stackName, ReasonShed, refused.Error())
+	}
+	r = r.Because(last, true)
+	r.Further = true
+	return r
+}
+
 func (r *Refusal) copy() *Refusal {
 	return &Refusal{
 		Layer: r.Layer, Reason: r.Reason, Code: r.Code, Message: r.Message,
-		RetryAfter: r.RetryAfter, Err: r.Err, Sent: r.Sent,
+		RetryAfter: r.RetryAfter, Key: r.Key, Err: r.Err, Sent: r.Sent, Further: r.Further,
 	}
 }
 
-// Ended is the refusal of a gate whose wait was ended by ctx: DEADLINE_EXCEEDED
-// or CANCELLED, wrapping ctx's error. If a layer outside ended ctx with a
-// refusal of its own as the cause, that one is returned.
+// Ended is the refusal of a call whose ctx ended before it was sent:
+// DEADLINE_EXCEEDED or CANCELLED, wrapping ctx's error. If ctx was ended with a
+// refusal as the cause, by a layer outside, by Drain or by the end of the
+// connection, that one is returned.
 func Ended(ctx context.Context, layer string) error {
 	if r, ok := AsRefusal(context.Cause(ctx)); ok {
 		return r
 	}
-	r := &Refusal{Layer: layer, Reason: ReasonDeadline, Message: "the caller's deadline passed while waiting", Err: ctx.Err()}
+	r := &Refusal{Layer: layer, Reason: ReasonDeadline, Message: "the caller's deadline passed before the call was sent", Err: ctx.Err()}
 	if errors.Is(r.Err, context.Canceled) {
-		r.Reason, r.Message = ReasonCancelled, "the caller gave up while waiting"
+		r.Reason, r.Message = ReasonCancelled, "the caller gave up before the call was sent"
 	} else if r.Err == nil { // The deadline would certainly have passed, see Wait.Sleep.
 		r.Err = context.DeadlineExceeded
 	}
@@ -143,6 +172,9 @@ func (r *Refusal) Error() string {
 	b.WriteString(r.Layer)
 	b.WriteString(": ")
 	b.WriteString(string(r.Reason))
+	if r.Key != "" {
+		fmt.Fprintf(&b, " (%q)", r.Key)
+	}
 	if r.Message != "" {
 		b.WriteString(": ")
 		b.WriteString(r.Message)
@@ -157,8 +189,8 @@ func (r *Refusal) Error() string {
 // Unwrap returns what r wraps.
 func (r *Refusal) Unwrap() error { return r.Err }
 
-// GRPCStatus returns r as a status. For an exhausted budget that is the status
-// of the server's error, unchanged. For a filter without a Code whose predicate's
+// GRPCStatus returns r as a status. For a further attempt that was refused it is the
+// status of the server's error, unchanged. For a filter without a Code whose predicate's
 // error has a status it is that one, with the ErrorInfo added.
 func (r *Refusal) GRPCStatus() *status.Status {
 	if st := r.status.Load(); st != nil {
@@ -170,22 +202,22 @@ func (r *Refusal) GRPCStatus() *status.Status {
 }
 
 func (r *Refusal) buildStatus() *status.Status {
-	if r.Reason == ReasonBudget && r.Code == codes.OK && r.Err != nil {
+	if r.Further {
 		return status.Convert(r.Err)
 	}
-	code := r.Code
-	if code == codes.OK {
-		code = r.Reason.Code()
+	metadata := map[string]string{"layer": r.Layer}
+	if r.Key != "" {
+		metadata["key"] = r.Key
 	}
 	details := []protoadapt.MessageV1{&errdetails.ErrorInfo{
 		Reason:   string(r.Reason),
 		Domain:   Domain,
-		Metadata: map[string]string{"layer": r.Layer},
+		Metadata: metadata,
 	}}
 	if r.RetryAfter > 0 {
 		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(r.RetryAfter)})
 	}
-	st := status.New(code, r.Error())
+	st := status.New(r.statusCode(), r.Error())
 	if r.Reason == ReasonFilter && r.Code == codes.OK {
 		// A predicate that has a status of its own means it to be seen.
 		if own, ok := status.FromError(r.Err); ok && own.Code() != codes.OK {
@@ -196,4 +228,12 @@ func (r *Refusal) buildStatus() *status.Status {
 		st = with // It fails only on strings that are not UTF-8; the status stands without details then.
 	}
 	return st
+}
+
+// statusCode is the code of r, but for one that has the status of what it wraps.
+func (r *Refusal) statusCode() codes.Code {
+	if r.Code != codes.OK {
+		return r.Code
+	}
+	return r.Reason.Code()
 }

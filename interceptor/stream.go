@@ -6,8 +6,10 @@ package interceptor
 import (
 	"context"
 	"io"
+	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -41,7 +43,7 @@ type scope struct {
 	call    *Call
 	ctx     context.Context
 	id      int
-	tickets []ticket // A part of call.tickets that is not changed any more.
+	tickets []ticket // Those of section id. They are a part of call.tickets, which is not changed any more.
 	single  bool     // The server sends one message.
 	watch   bool     // The end of ctx has to be watched for.
 	fork    bool     // call is a fork that begins here.
@@ -49,9 +51,9 @@ type scope struct {
 	parent  *scope // Nil for the root.
 
 	// mu guards the fields below. It is not held while a layer, a caller's function
-	// or another scope is called, so no order with other locks is needed.
+	// or another scope is called, but for Responders, whose own locks are taken under
+	// it.
 	mu       sync.Mutex
-	sent     bool
 	opened   bool  // The stream is open, or could not be opened.
 	over     bool  // The end has been taken up by one of those who saw it.
 	early    error // The end, if it came before open,
@@ -60,15 +62,21 @@ type scope struct {
 	children []*scope // Scopes inside, of all attempts.
 	stop     func() bool
 
-	opts [4]grpc.CallOption // Room for the options of the attempt.
+	asked     atomic.Bool // A message was sent.
+	responded atomic.Bool // The first response was seen.
+
+	opts [6]grpc.CallOption // Room for the options of the attempt,
+	kids [1]*scope          // and for the scopes inside.
 }
 
-// streamCall is a stream's Call and root scope, in one allocation.
+// streamCall is a stream's Call with the scopes of a stack of usual depth, in one
+// allocation.
 type streamCall struct {
 	Call
 	scope  scope
+	room   [2]scope // For the outermost boundaries.
 	finish []func(error)
-	fences [6]int // Room for Call.fence.
+	cancel context.CancelFunc // Ends the timeout of the method; nil if there is none.
 }
 
 func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, t target, opts []grpc.CallOption) (_ grpc.ClientStream, err error) {
@@ -80,15 +88,11 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		p.obs.InFlight(1)
 	}
 	sc := new(streamCall)
+	ctx, sc.cancel = t.withMethodTimeout(ctx, method)
 	c := &sc.Call
-	c.prog, c.root, c.desc = p, c, desc
-	c.tickets = c.inline[:0]
-	if n := p.boundaries + 2; n <= len(sc.fences) {
-		c.fence = sc.fences[:n]
-	} else {
-		c.fence = make([]int, n)
-	}
-	w, finish := c.prepare(kindOf(desc), method, t, opts)
+	c.reset(p)
+	c.desc = desc
+	w, finish, err := c.prepare(kindOf(desc), method, t, opts)
 	sc.finish = finish
 	sc.scope.root = sc
 	c.scope = &sc.scope
@@ -102,12 +106,11 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 			sc.abort(err)
 		}
 	}()
-	if err = p.gate.Admit(ctx, c, w); err == nil {
-		c.running = true
-		sc.scope.begin(ctx, c, 0, 0)
-		if p.obs != nil {
-			p.obs.Admitted(method, c.kind, 0)
-		}
+	if err == nil {
+		err = p.admit(ctx, c, w)
+	}
+	if err == nil {
+		sc.scope.begin(ctx, c, 0)
 		err = p.next(ctx, c)
 	}
 	returned = true
@@ -118,6 +121,56 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	return &sc.scope, nil
 }
 
+// open is [boundary.call] for a stream: what the inside holds it holds until the
+// stream has ended.
+func (b *boundary) open(ctx context.Context, c *Call) (err error) {
+	outer, at := c.scope, c.at
+	s := c.newScope(b.id)
+	s.begin(ctx, c, b.id)
+	s.parent = outer
+	// A scope that has the context of the one around it ends with that.
+	s.watch = s.watch && !sameContext(ctx, outer.ctx)
+	s.fork = b.begins(c)
+	c.prog.stack.enterPart()
+	outer.add(s)
+	c.scope, c.at = s, b.id
+	returned := false
+	defer func() {
+		c.scope, c.at = outer, at
+		switch {
+		case !returned:
+			s.fail(c, errPanic)
+		case err != nil:
+			s.fail(c, err)
+		default:
+			s.open(c, c.stream)
+			c.stream = s
+		}
+	}()
+	err = b.next(ctx, c)
+	returned = true
+	return err
+}
+
+// newScope returns the scope inside boundary id.
+func (c *Call) newScope(id int) *scope {
+	if c.parent == nil {
+		if sc := c.outermost().root; id <= len(sc.room) {
+			return &sc.room[id-1]
+		}
+	}
+	return new(scope)
+}
+
+// outermost is the root scope.
+func (c *Call) outermost() *scope {
+	s := c.scope
+	for s.parent != nil {
+		s = s.parent
+	}
+	return s
+}
+
 // abort ends a stream that was not opened.
 func (sc *streamCall) abort(err error) {
 	c := &sc.Call
@@ -125,12 +178,16 @@ func (sc *streamCall) abort(err error) {
 		sc.scope.fail(c, err)
 		return
 	}
-	c.release(0, NotSent, err)
-	sc.done(NotSent, err)
+	e := endOfRefused(err)
+	c.release(0, -1, e)
+	sc.done(e.Outcome, err)
 }
 
 // done is the end of the call, after its tickets were released.
 func (sc *streamCall) done(o Outcome, err error) {
+	if sc.cancel != nil {
+		sc.cancel()
+	}
 	for _, f := range sc.finish {
 		f(err)
 	}
@@ -145,32 +202,24 @@ func (sc *streamCall) done(o Outcome, err error) {
 	p.stack.leave(callOne)
 }
 
-// begin readies s for the stream that is about to be opened inside boundary id,
-// whose tickets begin at lo.
-func (s *scope) begin(ctx context.Context, c *Call, id, lo int) {
+// begin readies s for the stream that is about to be opened inside boundary id.
+func (s *scope) begin(ctx context.Context, c *Call, id int) {
 	s.call, s.ctx, s.id = c, ctx, id
-	hi := min(c.fence[id+1], len(c.tickets))
-	// Later admissions append behind hi, so this part stays as it is.
+	lo, hi := c.from(id), c.from(id+1)
 	s.tickets = c.tickets[lo:hi:hi]
 	s.single = !c.desc.ServerStreams
-	s.watch = id != c.prog.boundaries || !c.reportsEnd()
+	s.watch = id != c.prog.boundaries || c.grpcConn == nil
 }
 
-// reportsEnd reports whether the connection is gRPC's own, which calls
-// grpc.OnFinish.
-func (c *Call) reportsEnd() bool {
-	if c.conn == nil {
-		return c.cc != nil
-	}
-	_, ok := c.conn.(*grpc.ClientConn)
-	return ok
+// sameContext reports whether a and b are known to be one context.
+func sameContext(a, b context.Context) bool {
+	return reflect.TypeOf(a).Comparable() && reflect.TypeOf(b).Comparable() && a == b
 }
 
-// unused releases what is held inside the next boundary if it was not entered.
+// unused releases what is held inside the next boundary if that was not entered.
 func (s *scope) unused(c *Call, err error) {
-	if f := c.fence[s.id+1]; f < len(c.tickets) {
-		c.dropFences(s.id + 1)
-		c.release(f, NotSent, err)
+	if c.entered <= s.id {
+		c.release(c.from(s.id+1), -1, End{Outcome: NotSent, Err: err})
 	}
 }
 
@@ -179,7 +228,6 @@ func (s *scope) open(c *Call, stream grpc.ClientStream) {
 	s.unused(c, nil)
 	s.mu.Lock()
 	s.ClientStream = stream
-	s.sent = c.wasSent()
 	s.opened = true
 	early, isEarly, outdone := s.early, s.isEarly, s.outdone
 	if s.watch && !isEarly && s.ctx.Done() != nil {
@@ -195,7 +243,6 @@ func (s *scope) open(c *Call, stream grpc.ClientStream) {
 func (s *scope) fail(c *Call, err error) {
 	s.unused(c, err)
 	s.mu.Lock()
-	s.sent = c.wasSent()
 	s.opened = true
 	s.mu.Unlock()
 	s.end(err, false)
@@ -220,8 +267,6 @@ func (s *scope) end(err error, superseded bool) {
 	}
 	s.over = true
 	children, stop := s.children, s.stop
-	// A layer inside may have sent it only after it was open.
-	sent := s.sent || s.call.below.Load()
 	s.children = nil
 	s.mu.Unlock()
 	if stop != nil {
@@ -230,30 +275,33 @@ func (s *scope) end(err error, superseded bool) {
 	for _, in := range slices.Backward(children) {
 		in.end(err, true)
 	}
+	e := s.endOf(err, superseded)
+	defer s.ended(e.Outcome, e.Err) // Even if a Releaser panics.
+	releaseAll(s.tickets, s.id, &e)
+}
+
+// endOf says how the stream ended with err. superseded says that it did not end by
+// itself.
+func (s *scope) endOf(err error, superseded bool) End {
 	if err == io.EOF {
 		err = nil
 	}
-	o := outcomeOf(s.ctx, err, sent)
-	if superseded && sent && s.ctx.Err() != context.DeadlineExceeded && !cutShort(s.ctx) {
-		o = Ignored
+	e := s.call.endOf(s.ctx, err)
+	e.Responded = s.responded.Load()
+	if superseded && e.Outcome.Sent() && s.ctx.Err() != context.DeadlineExceeded && !cutShort(s.ctx) {
+		e.Outcome = Ignored
 		if err == nil {
-			err = errSuperseded
+			e.Err = errSuperseded
 		}
 	}
-	if o == Failed && status.Code(err) == codes.Canceled {
-		// gRPC may tell of a layer's cancelling before the layer does, and not why.
-		if r, ok := AsRefusal(context.Cause(s.ctx)); ok {
-			err = r
-		}
-	}
-	defer s.ended(o, err) // Even if a Releaser panics.
-	releaseAll(s.tickets, o, err)
+	return e
 }
 
 var errSuperseded = status.Error(codes.Canceled, "belfry: the call ended without this attempt")
 
 func (s *scope) ended(o Outcome, err error) {
 	if s.fork {
+		defer s.call.prog.stack.leave(partOne)
 		s.call.outs.end()
 	}
 	if s.root != nil {
@@ -268,6 +316,9 @@ func (s *scope) add(in *scope) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.over {
+		if s.children == nil {
+			s.children = s.kids[:0]
+		}
 		s.children = append(s.children, in)
 	}
 }
@@ -309,13 +360,21 @@ func (s *scope) Header() (md metadata.MD, err error) {
 	md, err = s.ClientStream.Header()
 	if err != nil {
 		s.end(err, false)
+	} else if len(md) > 0 { // gRPC returns none, and no error, for a stream that ended without one.
+		s.respond()
 	}
 	return md, err
 }
 
 func (s *scope) SendMsg(m any) error {
 	err := s.ClientStream.SendMsg(m)
-	if err != nil && err != io.EOF {
+	switch {
+	case err == nil:
+		if !s.asked.Load() {
+			s.asked.Store(true)
+		}
+	case err != io.EOF:
+		s.notSent(err)
 		s.end(err, false)
 	}
 	return err
@@ -323,8 +382,43 @@ func (s *scope) SendMsg(m any) error {
 
 func (s *scope) RecvMsg(m any) error {
 	err := s.ClientStream.RecvMsg(m)
-	if err != nil || s.single {
-		s.end(err, false)
+	switch {
+	case err == nil && !s.single:
+		s.respond()
+		return nil
+	case err != nil && err != io.EOF && isReceiveError(err) && !hasSpoken(s.ClientStream.Trailer()):
+		s.call.addFate(unreadable)
 	}
+	s.end(err, false)
 	return err
+}
+
+// respond tells those who hold tickets of the first response.
+func (s *scope) respond() {
+	if s.responded.Load() || s.responded.Swap(true) {
+		return
+	}
+	e := End{Outcome: OK, Responded: true, sent: s.call.whenSent()}
+	s.mu.Lock()
+	defer s.mu.Unlock() // So that no ticket is released meanwhile.
+	if s.over {
+		return
+	}
+	for _, t := range slices.Backward(s.tickets) {
+		if r, ok := t.r.(Responder); ok {
+			r.Respond(t.token, e)
+		}
+	}
+}
+
+// notSent notes that the client could not send a message, which gRPC says from
+// SendMsg itself. If it was the first one, nothing was asked of the server.
+func (s *scope) notSent(err error) {
+	switch {
+	case s.id != s.call.prog.boundaries || !isSendError(err):
+	case s.asked.Load() || s.responded.Load():
+		s.call.addFate(unsendable)
+	default:
+		s.call.addFate(unsendable | unasked)
+	}
 }

@@ -15,7 +15,6 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
@@ -43,21 +42,32 @@ func newLimit(name string, n int) *limitToy {
 	return l
 }
 
+func (l *limitToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
 func (l *limitToy) String() string { return l.name }
 
 func (l *limitToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		if err := w.On(ctx, l.slots); err == interceptor.ErrWaitOver {
-			return l.full
-		} else if err != nil {
-			return interceptor.Ended(ctx, l.name)
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		select {
+		case <-l.slots:
+		default:
+			parked, done := a.Park(ctx)
+			defer done()
+			since := interceptor.Now()
+			err := w.On(parked, l.slots)
+			a.Waited(l.name, since)
+			if err == interceptor.ErrWaitOver {
+				return l.full
+			} else if err != nil {
+				return interceptor.Ended(parked, l.name)
+			}
 		}
-		c.Hold(l, 0)
-		return inner.Admit(ctx, c, w)
+		a.Hold(l, 0)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func (l *limitToy) Release(int64, interceptor.Outcome, error) { l.slots <- struct{}{} }
+func (l *limitToy) Release(int64, interceptor.End) { l.slots <- struct{}{} }
 
 func (l *limitToy) atRest() error {
 	if free := len(l.slots); free != l.n {
@@ -79,19 +89,23 @@ func newTokens(n int64) *tokenToy {
 	return l
 }
 
+func (l *tokenToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
 func (l *tokenToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		if l.tokens.Add(-1) < 0 {
 			l.tokens.Add(1)
 			return l.empty
 		}
-		c.Hold(l, 1)
-		return inner.Admit(ctx, c, w)
+		a.Hold(l, 1)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func (l *tokenToy) Release(n int64, o interceptor.Outcome, _ error) {
-	if o == interceptor.NotSent {
+func (*tokenToy) Traits() interceptor.Traits { return interceptor.Waits | interceptor.Decides }
+
+func (l *tokenToy) Release(n int64, e interceptor.End) {
+	if !e.Outcome.Sent() {
 		l.tokens.Add(n)
 	}
 }
@@ -102,11 +116,15 @@ type shedToy struct {
 	_ byte
 }
 
+func (l *shedToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*shedToy) Traits() interceptor.Traits { return interceptor.Governs }
+
 func (*shedToy) String() string { return "shed" }
 
 func (*shedToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		return inner.Admit(ctx, c, w.Narrow(interceptor.None))
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		return inner.Admit(ctx, a, w.Narrow(interceptor.None))
 	})
 }
 
@@ -116,9 +134,13 @@ type failFastToy struct {
 	d time.Duration
 }
 
+func (l *failFastToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*failFastToy) Traits() interceptor.Traits { return interceptor.Governs }
+
 func (l *failFastToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		return inner.Admit(ctx, c, w.Narrow(c.Now().Add(l.d).Wait()))
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		return inner.Admit(ctx, a, w.Narrow(a.Now().Add(l.d).Wait()))
 	})
 }
 
@@ -134,30 +156,26 @@ func newBuffer(n int64) *bufferToy {
 	return &bufferToy{n: n, full: interceptor.Refuse("buffer", interceptor.ReasonQueueFull, "")}
 }
 
+func (l *bufferToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*bufferToy) Traits() interceptor.Traits { return interceptor.Governs }
+
 func (*bufferToy) String() string { return "buffer" }
 
-func (l *bufferToy) Validate(inner []interceptor.Layer) error {
-	if len(inner) == 0 {
-		return fmt.Errorf("there is nothing behind it to wait for")
-	}
-	return nil
-}
-
 func (l *bufferToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		mark := c.Mark()
-		err := inner.Admit(ctx, c, interceptor.None)
-		if err == nil {
-			return nil
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		if mayWait, err := a.Try(ctx, inner); !mayWait {
+			return err
 		}
-		c.Rollback(mark, err)
 		defer l.used.Add(-1)
 		if l.used.Add(1) > l.n {
 			return l.full
 		}
-		return inner.Admit(ctx, c, c.Widen(w, interceptor.Forever))
+		return inner.Admit(ctx, a, a.Internals().Widen(w, interceptor.Forever))
 	})
 }
+
+var timeoutCause = &interceptor.Refusal{Layer: "timeout", Reason: interceptor.ReasonDeadline, Sent: true}
 
 // timeoutToy gives what is inside d, waiting included.
 type timeoutToy struct {
@@ -165,9 +183,11 @@ type timeoutToy struct {
 	fired atomic.Int64
 }
 
-func (*timeoutToy) String() string { return "timeout" }
+func (l *timeoutToy) NewLayer() (interceptor.Layer, error) { return l, nil }
 
-func (l *timeoutToy) Release(int64, interceptor.Outcome, error) {}
+func (*timeoutToy) Traits() interceptor.Traits { return 0 }
+
+func (*timeoutToy) String() string { return "timeout" }
 
 func (l *timeoutToy) refusal(err error, sent bool) error {
 	l.fired.Add(1)
@@ -175,15 +195,15 @@ func (l *timeoutToy) refusal(err error, sent bool) error {
 }
 
 func (l *timeoutToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		deadline := c.Now().Add(l.d)
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		deadline := a.Now().Add(l.d)
 		if t, ok := ctx.Deadline(); ok && interceptor.InstantOf(t) <= deadline {
-			return inner.Admit(ctx, c, w)
+			return inner.Admit(ctx, a, w)
 		}
-		c.Hold(l, int64(deadline))
-		before := c.Bound(deadline)
-		err := inner.Admit(ctx, c, w.Narrow(deadline.Wait()))
-		c.SetBound(before)
+		a.Note(l, int64(deadline))
+		before := a.Internals().Bound(deadline)
+		err := inner.Admit(ctx, a, w.Narrow(deadline.Wait()))
+		a.Internals().SetBound(before)
 		if err != nil && interceptor.Now() >= deadline {
 			return l.refusal(err, false)
 		}
@@ -191,13 +211,13 @@ func (l *timeoutToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	})
 }
 
-func (l *timeoutToy) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+func (l *timeoutToy) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error {
-		deadline, ok := c.Token(l)
+		deadline, ok := c.Noted(l)
 		if !ok {
 			return next(ctx, c)
 		}
-		tctx, cancel := context.WithDeadline(ctx, interceptor.Instant(deadline).Time())
+		tctx, cancel := context.WithDeadlineCause(ctx, interceptor.Instant(deadline).Time(), timeoutCause)
 		err := next(tctx, c)
 		if c.Kind() == interceptor.Unary || err != nil {
 			defer cancel()
@@ -226,13 +246,17 @@ func (s *cancelStream) RecvMsg(m any) error {
 	return err
 }
 
-// retryToy makes up to n attempts of calls that fail with UNAVAILABLE, at once,
-// and of streams as long as they have received nothing.
+// retryToy makes up to n attempts of calls that fail with UNAVAILABLE, and of
+// streams as long as they have received nothing.
 type retryToy struct {
 	interceptor.CallOnly
 	n       int
 	backoff time.Duration
 }
+
+func (l *retryToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*retryToy) Traits() interceptor.Traits { return interceptor.Retries }
 
 func (*retryToy) String() string { return "retry" }
 
@@ -241,117 +265,99 @@ func retryable(err error) bool {
 	return !refused && status.Code(err) == codes.Unavailable
 }
 
-func (l *retryToy) WrapCall(next interceptor.Next, inner interceptor.Gate) interceptor.Next {
+func (l *retryToy) WrapCall(next interceptor.Next, again interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error {
 		origin := c.Origin()
 		err := next(ctx, c)
-		for n := 1; n < l.n && err != nil && retryable(err); n++ {
+		if c.Kind() == interceptor.Unary && !retryable(err) {
+			return err
+		}
+		r := &retryingToy{ctx: ctx, origin: origin, next: next, again: again, call: c, left: l.n - 1}
+		for retryable(err) && r.left > 0 {
 			if l.backoff > 0 {
-				t := time.NewTimer(l.backoff)
-				select {
-				case <-t.C:
-				case <-ctx.Done():
-					t.Stop()
+				parked, done := c.Park(ctx)
+				serr := interceptor.Forever.Sleep(parked, interceptor.Now().Add(l.backoff))
+				done()
+				if serr != nil {
 					return err
 				}
 			}
-			f := origin.Fork()
-			if inner.Admit(ctx, f, interceptor.None) != nil {
-				break
-			}
-			err = next(ctx, f)
-			c.Adopt(f)
-			if err == nil && c.Kind() != interceptor.Unary {
-				c.SetStream(f.Stream())
+			if err = r.attempt(err); err == nil && c.Kind() != interceptor.Unary {
+				c.SetStream(r.cur.Stream())
 			}
 		}
 		if err == nil && c.Kind() != interceptor.Unary {
-			c.SetStream(&retryStream{layer: l, ctx: ctx, origin: origin, next: next, inner: inner, call: c, cur: c.Stream(), left: l.n - 1})
+			c.SetStream(&retryStream{ClientStream: c.Stream(), r: r})
 		}
 		return err
 	}
 }
 
-// retryStream replays what was sent on a new stream until something was received.
-type retryStream struct {
-	layer  *retryToy
+// retryingToy is a call that may be retried.
+type retryingToy struct {
 	ctx    context.Context
 	origin interceptor.Origin
 	next   interceptor.Next
-	inner  interceptor.Gate
+	again  interceptor.Again
 	call   *interceptor.Call
-
-	mu        sync.Mutex // Guards the fields below.
-	cur       grpc.ClientStream
-	sent      []any
-	closed    bool
-	committed bool
-	left      int
+	cur    *interceptor.Call // The further attempt.
+	left   int
 }
 
-func (s *retryStream) stream() grpc.ClientStream {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.cur
-}
-
-func (s *retryStream) Header() (metadata.MD, error) { return s.stream().Header() }
-func (s *retryStream) Trailer() metadata.MD         { return s.stream().Trailer() }
-func (s *retryStream) Context() context.Context     { return s.stream().Context() }
-
-func (s *retryStream) SendMsg(m any) error {
-	s.mu.Lock()
-	cur := s.cur
-	if !s.committed {
-		s.sent = append(s.sent, m)
+// attempt makes a further attempt after one that failed with last.
+func (r *retryingToy) attempt(last error) error {
+	r.left--
+	f, err := r.again(r.ctx, &r.origin, interceptor.Forever)
+	if err != nil {
+		return interceptor.RefusedAgain(err, last)
 	}
-	committed := s.committed
-	s.mu.Unlock()
-	err := cur.SendMsg(m)
-	if err == io.EOF && !committed {
-		return nil // RecvMsg will find out, and send it again.
-	}
+	err = r.next(r.ctx, f)
+	r.call.Adopt(f)
+	r.cur = f
 	return err
 }
 
+// retryStream opens a further stream if the one there is fails before it has
+// delivered a message. It is used by one goroutine.
+type retryStream struct {
+	grpc.ClientStream
+	r         *retryingToy
+	committed bool
+	sent      []any
+	closed    bool
+}
+
+func (s *retryStream) SendMsg(m any) error {
+	if !s.committed {
+		s.sent = append(s.sent, m)
+	}
+	if err := s.ClientStream.SendMsg(m); err != io.EOF || s.committed {
+		return err
+	}
+	return nil // RecvMsg will find out, and send it again.
+}
+
 func (s *retryStream) CloseSend() error {
-	s.mu.Lock()
 	s.closed = true
-	cur := s.cur
-	s.mu.Unlock()
-	return cur.CloseSend()
+	return s.ClientStream.CloseSend()
 }
 
 func (s *retryStream) RecvMsg(m any) error {
-	for {
-		cur := s.stream()
-		err := cur.RecvMsg(m)
-		s.mu.Lock()
-		if err == nil || err == io.EOF || s.committed || s.left == 0 || !retryable(err) {
-			s.committed, s.sent = true, nil
-			s.mu.Unlock()
-			return err
+	err := s.ClientStream.RecvMsg(m)
+	for !s.committed && retryable(err) && s.r.left > 0 {
+		if err = s.r.attempt(err); err == nil {
+			s.ClientStream = s.r.cur.Stream()
+			for _, m := range s.sent {
+				s.ClientStream.SendMsg(m)
+			}
+			if s.closed {
+				s.ClientStream.CloseSend()
+			}
+			err = s.ClientStream.RecvMsg(m)
 		}
-		s.left--
-		f := s.origin.Fork()
-		if s.inner.Admit(s.ctx, f, interceptor.None) != nil {
-			s.mu.Unlock()
-			return err
-		}
-		if oerr := s.next(s.ctx, f); oerr != nil {
-			s.mu.Unlock()
-			return oerr
-		}
-		s.call.Adopt(f)
-		s.cur = f.Stream()
-		for _, m := range s.sent {
-			s.cur.SendMsg(m)
-		}
-		if s.closed {
-			s.cur.CloseSend()
-		}
-		s.mu.Unlock()
 	}
+	s.committed = true
+	return err
 }
 
 // logToy notes how its tickets are released.
@@ -380,27 +386,35 @@ func (l *eventLog) take() []string {
 	return e
 }
 
+func (l *logToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*logToy) Traits() interceptor.Traits { return 0 }
+
 func (l *logToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		c.Hold(l, int64(c.Attempt()))
-		return inner.Admit(ctx, c, w)
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		a.Hold(l, int64(a.Attempt()))
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func (l *logToy) Release(attempt int64, o interceptor.Outcome, err error) {
-	l.log.add("%s %d %s %s", l.name, attempt, o, status.Code(err))
+func (l *logToy) Release(attempt int64, e interceptor.End) {
+	l.log.add("%s %d %s %s", l.name, attempt, e.Outcome, e.Code())
 }
 
 // passToy only passes calls on, in both paths.
 type passToy struct{ _ byte }
 
+func (l *passToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*passToy) Traits() interceptor.Traits { return 0 }
+
 func (*passToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		return inner.Admit(ctx, c, w)
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func (*passToy) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+func (*passToy) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error { return next(ctx, c) }
 }
 
@@ -417,3 +431,34 @@ func (c *conn) Invoke(ctx context.Context, method string, req, reply any, opts .
 func (c *conn) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	return c.stream(ctx, desc, method, opts...)
 }
+
+// answers is a connection that answers with errs, one after the other.
+func answers(errs ...error) *conn {
+	var mu sync.Mutex
+	return &conn{invoke: func(context.Context, string, any, any, ...grpc.CallOption) error {
+		mu.Lock()
+		defer mu.Unlock()
+		err := errs[0]
+		errs = errs[1:]
+		return err
+	}}
+}
+
+// scriptStream answers RecvMsg with errs, one after the other.
+type scriptStream struct {
+	grpc.ClientStream
+	ctx  context.Context
+	errs []error
+}
+
+func (s *scriptStream) RecvMsg(any) error {
+	err := s.errs[0]
+	s.errs = s.errs[1:]
+	return err
+}
+
+func (s *scriptStream) SendMsg(any) error { return nil }
+
+func (s *scriptStream) CloseSend() error { return nil }
+
+func (s *scriptStream) Context() context.Context { return s.ctx }

@@ -19,7 +19,7 @@ var epoch = time.Now().Add(-50 * 365 * 24 * time.Hour)
 // The zero Instant is "no moment".
 type Instant int64
 
-// Now reads the clock. On a hot path prefer [Call.Now], which reads it once for
+// Now reads the clock. On a hot path prefer [Admission.Now], which reads it once for
 // all gates of a call.
 func Now() Instant { return Instant(time.Since(epoch)) }
 
@@ -83,21 +83,6 @@ func (i Instant) Wait() Wait { return Wait(max(i, 0)) }
 
 // Narrow returns the Wait that allows the less of the two.
 func (w Wait) Narrow(o Wait) Wait { return min(w, o) }
-
-// Widen returns the Wait that allows the more of the two. Gates use
-// [Call.Widen] instead, which stays within the deadlines of the layers outside.
-func (w Wait) Widen(o Wait) Wait { return max(w, o) }
-
-// Within narrows w to the deadline of ctx, if it has one.
-func (w Wait) Within(ctx context.Context) Wait {
-	if w == None {
-		return w
-	}
-	if t, ok := ctx.Deadline(); ok {
-		return w.Narrow(Until(t))
-	}
-	return w
-}
 
 // End is the moment up to which w allows waiting. ok is false for [None] and
 // [Forever], which have none.
@@ -189,4 +174,13 @@ func (w Wait) Sleep(ctx context.Context, i Instant) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// context returns ctx with w's end as its deadline, for third-party limiters that
+// wait as long as a context.
+func (w Wait) context(ctx context.Context) (context.Context, context.CancelFunc) {
+	if end, ok := w.End(); ok {
+		return context.WithDeadline(ctx, end.Time())
+	}
+	return ctx, func() {}
 }

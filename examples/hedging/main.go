@@ -40,6 +40,10 @@ func main() {
 	d := flag.Duration("for", 10*time.Second, "how long calls are made")
 	extra := flag.Float64("extra", 0.05, "the share of calls that may have a second attempt")
 	flag.Parse()
+	if *d <= 0 || flag.NArg() > 0 {
+		flag.Usage()
+		os.Exit(2)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	if err := run(ctx, os.Stdout, *d, *extra); err != nil {
@@ -52,15 +56,10 @@ func main() {
 // server than the first.
 func dial(cluster *testserver.Cluster, extra float64) (*client, error) {
 	c := new(client)
-	layers := []interceptor.Layer{interceptor.Observe(c)}
-	if extra != 0 {
-		layer, err := hedge.New(hedge.Config{MaxExtraLoad: extra})
-		if err != nil {
-			return nil, err
-		}
-		layers = append(layers, layer)
-	}
-	stack, err := interceptor.NewStack(layers...)
+	stack, err := interceptor.NewStack(
+		interceptor.Observe(c),
+		interceptor.Optional(extra != 0, hedge.Config{MaxExtraLoad: extra}),
+	)
 	if err != nil {
 		return nil, err
 	}
@@ -76,7 +75,7 @@ func dial(cluster *testserver.Cluster, extra float64) (*client, error) {
 	return c, err
 }
 
-// run is the program.
+// run is the program. It returns the cause of ctx if that ends.
 func run(ctx context.Context, out io.Writer, d time.Duration, extra float64) error {
 	const (
 		servers   = 5
@@ -102,14 +101,14 @@ func run(ctx context.Context, out io.Writer, d time.Duration, extra float64) err
 	}
 	defer with.conn.Close()
 
-	ctx, cancel := context.WithTimeout(ctx, d)
+	during, cancel := context.WithTimeout(ctx, d)
 	defer cancel()
 	var wg sync.WaitGroup
 	for i, s := range cluster.Servers() {
-		wg.Go(func() { stalls(ctx, s, stall, every, time.Duration(i)*every/servers) })
+		wg.Go(func() { stalls(during, s, stall, every, time.Duration(i)*every/servers) })
 	}
 	for _, c := range []*client{without, with} {
-		wg.Go(func() { c.load(ctx, time.Second/perSecond) })
+		wg.Go(func() { c.load(during, time.Second/perSecond) })
 	}
 	wg.Wait()
 
@@ -117,7 +116,7 @@ func run(ctx context.Context, out io.Writer, d time.Duration, extra float64) err
 	fmt.Fprintf(out, "%-16s %8s %8s %8s %8s %8s %8s %8s\n", "", "calls", "errors", "p50", "p95", "p99", "p99.9", "extra")
 	without.print(out, "without a hedge")
 	with.print(out, "with a hedge")
-	return nil
+	return context.Cause(ctx)
 }
 
 // stalls makes a server stall again and again until ctx ends.

@@ -49,7 +49,7 @@ var steps = []struct{ title, config string }{
 			{"timeout": {"call": "0.1s"}},
 			{"name": "limit", "concurrency": {"limit": 10}}
 		]}]}`},
-	{"a limit of minus twenty", `{
+	{"a limit of minus twenty, which is refused: the config of before stays, under which more and more calls reach the limit too late", `{
 		"methodConfig": [{"name": [{}], "layers": [
 			{"timeout": {"call": "0.1s"}},
 			{"name": "limit", "concurrency": {"limit": -20}}
@@ -78,6 +78,10 @@ var steps = []struct{ title, config string }{
 func main() {
 	step := flag.Duration("step", 1500*time.Millisecond, "how long each config holds")
 	flag.Parse()
+	if *step <= 0 || flag.NArg() > 0 {
+		flag.Usage()
+		os.Exit(2)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	if err := run(ctx, os.Stdout, *step); err != nil {
@@ -85,7 +89,7 @@ func main() {
 	}
 }
 
-// run is the program.
+// run is the program. It returns the cause of ctx if that ends.
 func run(ctx context.Context, out io.Writer, step time.Duration) error {
 	server, err := testserver.Start(testserver.ServiceTime(testserver.Uniform(20*time.Millisecond, 60*time.Millisecond)))
 	if err != nil {
@@ -117,7 +121,7 @@ func run(ctx context.Context, out io.Writer, step time.Duration) error {
 		fmt.Fprintf(out, "%s\n", s.title)
 		config, err := stackconfig.Parse([]byte(s.config))
 		if err == nil {
-			err = stack.Update(config)
+			_, err = stack.Update(config)
 		}
 		if err != nil {
 			fmt.Fprintf(out, "  nothing has changed: %v\n", err)
@@ -128,7 +132,7 @@ func run(ctx context.Context, out io.Writer, step time.Duration) error {
 		select {
 		case <-time.After(step):
 		case <-ctx.Done():
-			return nil
+			return context.Cause(ctx)
 		}
 		fmt.Fprintf(out, "  %s; %d in flight\n", seen.take().per(time.Since(begin)), stack.InFlight())
 	}

@@ -13,6 +13,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -42,6 +43,10 @@ import (
 func main() {
 	phase := flag.Duration("phase", 1500*time.Millisecond, "how long each phase takes")
 	flag.Parse()
+	if *phase <= 0 || flag.NArg() > 0 {
+		flag.Usage()
+		os.Exit(2)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	if err := run(ctx, os.Stdout, *phase); err != nil {
@@ -51,34 +56,24 @@ func main() {
 
 // newStack returns the stack, its outermost layer first.
 func newStack(obs interceptor.Observer) (*interceptor.Stack, error) {
-	var layers []interceptor.Layer
-	var failed error
-	add := func(l interceptor.Layer, err error) {
-		if err != nil && failed == nil {
-			failed = err
-		}
-		layers = append(layers, l)
-	}
-	add(interceptor.Observe(obs), nil)
-	// A call that nothing inside is ready for is refused at once.
-	add(loadshed.New(loadshed.Config{}))
-	// A call has one second, with all its attempts and back-offs.
-	add(timeout.New(timeout.Config{Timeout: time.Second}))
-	// The slowest calls, 5 % at most, get a second attempt; the first success counts.
-	add(hedge.New(hedge.Config{}))
-	// What failed is repeated, as long as that is little beside the calls.
-	add(retry.New(retry.Config{}))
-	// When half of the attempts of a second fail there are none for a fifth of one,
-	// then one to find out.
-	add(breaker.New(breaker.Config{Window: time.Second, OpenFor: time.Second / 5, OpenGrowth: 1}))
-	// 50 attempts may wait after all
-	add(buffer.New(buffer.Config{Size: 50}))
-	// for one of the 20 that run at a time to end.
-	add(concurrency.New(concurrency.Config{Limit: 20}))
-	if failed != nil {
-		return nil, failed
-	}
-	return interceptor.NewStack(layers...)
+	return interceptor.NewStack(
+		interceptor.Observe(obs),
+		// A call that nothing inside is ready for is refused at once.
+		loadshed.Config{},
+		// A call has one second, with all its attempts and back-offs.
+		timeout.Config{Timeout: time.Second},
+		// The slowest calls, 5 % at most, get a second attempt; the first success counts.
+		hedge.Config{},
+		// What failed is repeated, as long as that is little beside the calls.
+		retry.Config{},
+		// 50 attempts may wait after all
+		buffer.Config{Size: 50},
+		// for one of the 20 that run at a time to end.
+		concurrency.Config{Limit: 20},
+		// When half of the attempts of a second fail, nothing is sent for a fifth of a
+		// second, and then one attempt to find out.
+		breaker.Config{Window: time.Second, OpenFor: time.Second / 5, OpenGrowth: 1},
+	)
 }
 
 // dial returns a channel through the stack to the servers, balanced by belfry.p2c.
@@ -94,7 +89,7 @@ func dial(stack *interceptor.Stack, cluster *testserver.Cluster) (*grpc.ClientCo
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`))...)
 }
 
-// run is the program.
+// run is the program. It returns the cause of ctx if that ends.
 func run(ctx context.Context, out io.Writer, phase time.Duration) error {
 	// Each server works on four calls at a time: together they serve some 2,400 a second.
 	cluster, err := testserver.StartCluster(3, func(int) []testserver.Option {
@@ -145,23 +140,23 @@ func run(ctx context.Context, out io.Writer, phase time.Duration) error {
 		}},
 		{"ten times as many calls", 10 * usual, nil},
 	} {
-		ctx, cancel := context.WithTimeout(ctx, phase)
+		during, cancel := context.WithTimeout(ctx, phase)
 		if p.begin != nil {
-			if err := p.begin(ctx); err != nil {
+			if err := p.begin(during); err != nil {
 				cancel()
 				return err
 			}
 		}
-		load(ctx, client, obs, p.perSecond)
+		load(during, client, obs, p.perSecond)
 		cancel()
-		if context.Cause(ctx) == context.Canceled {
-			break // Interrupted.
+		if ctx.Err() != nil {
+			break
 		}
 		fmt.Fprintf(out, "\n%s\n%s", p.title, obs.take())
 	}
 	drain, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	return stack.Drain(drain)
+	return errors.Join(context.Cause(ctx), stack.Drain(drain))
 }
 
 // stalls makes a server stall now and then until ctx ends.

@@ -6,6 +6,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -15,13 +16,13 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func TestEveryLayerDoesSomething(t *testing.T) {
+func TestRun(t *testing.T) {
 	var out bytes.Buffer
 	if err := run(t.Context(), &out, 600*time.Millisecond); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"[observe > loadshed > timeout > hedge > retry > breaker > buffer > concurrency]\n",
+		"[observe > loadshed > timeout > hedge > retry > buffer > concurrency > breaker]\n",
 		"all servers are well\n", "ten times as many calls\n",
 		" OK\n", "Unavailable", "further attempts sent", "hedge       extra attempts", "breaker     refused, BREAKER_OPEN",
 	} {
@@ -31,11 +32,16 @@ func TestEveryLayerDoesSomething(t *testing.T) {
 	}
 }
 
-func TestAnInterruptEndsTheRun(t *testing.T) {
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
+func TestInterrupt(t *testing.T) {
+	// As signal.NotifyContext does it.
+	interrupted := errors.New("interrupt signal received")
+	ctx, cancel := context.WithCancelCause(t.Context())
 	var out bytes.Buffer
-	if err := run(ctx, &out, time.Hour); err != nil {
-		t.Errorf("run: %v, want no error", err)
+	time.AfterFunc(100*time.Millisecond, func() { cancel(interrupted) })
+	if err := run(ctx, &out, time.Hour); !errors.Is(err, interrupted) {
+		t.Errorf("run: %v, want the cause of the interrupt", err)
+	}
+	if strings.Contains(out.String(), "server-0 stalls") {
+		t.Errorf("the run went on after the interrupt:\n%s", &out)
 	}
 }

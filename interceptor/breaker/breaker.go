@@ -24,8 +24,8 @@ import (
 // SlowCallRatio trips a circuit; if all three are zero, FailureRatio is 0.5.
 type Config struct {
 	// ConsecutiveFailures trips the circuit at this many failures with no success
-	// in between. RESOURCE_EXHAUSTED, though a failure, is left out here: a server
-	// that limits its load is there (linkerd's rule). At least 1; zero is off.
+	// in between. RESOURCE_EXHAUSTED, though a failure, does not count here: a server
+	// that limits its load is up (linkerd's rule). At least 1; zero is off.
 	ConsecutiveFailures int
 
 	// FailureRatio trips the circuit at this share of failures among the calls that
@@ -35,9 +35,11 @@ type Config struct {
 
 	// SlowCallRatio trips the circuit at this share of calls that took SlowCall or
 	// longer, among the unary calls that ended in Window, from MinCalls of them on.
-	// Streams last as long as they are used, so they are never slow. The time of a
-	// call includes what gates inside the breaker waited. Greater than 0 and at most
-	// 1; zero is off. SlowCall is at least 1 µs; both are set, or none.
+	// The time counts from when a call is sent, so waiting in gates inside the breaker
+	// is no part of it. A call that its caller gave up counts if it took SlowCall by
+	// then, and otherwise not at all. Streams last as long as they are used, so they
+	// are never slow. Greater than 0 and at most 1; zero is off. SlowCall is at least
+	// 1 µs; both are set, or none.
 	SlowCallRatio float64
 	SlowCall      time.Duration
 
@@ -64,22 +66,28 @@ type Config struct {
 	Jitter float64
 
 	// Probes is how many calls a half-open circuit lets pass, and how many have to
-	// succeed for it to close. If they do not end, as streams may not for long, one
-	// more is let pass every OpenFor. At least 1; zero means 1.
+	// succeed for it to close. If they say nothing, because they neither respond nor
+	// end or because their callers give up, as many more may pass every OpenFor. At
+	// least 1; zero means 1.
 	Probes int
 
 	// FailureCodes are the codes that are failures. Nil means UNKNOWN,
-	// DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE and DATA_LOSS.
-	// Nothing tells whether a deadline was exceeded because the server is slow or
-	// because the caller was impatient; leave that code out if callers are. A list
-	// that is empty is an error, unless SlowCallRatio is set: nothing would trip.
+	// DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE and DATA_LOSS. A list
+	// that is empty is an error, unless SlowCallRatio is set: nothing would trip. The
+	// caller's own deadline is no failure, whatever the list says; one of a timeout
+	// layer is.
 	FailureCodes []codes.Code
 
-	// PerMethod gives each method a circuit of its own. It excludes [WithKey].
-	PerMethod bool
+	// IgnoreNotConnected leaves out calls that were not sent because there was no
+	// connection: no endpoint was READY, or the resolver failed. By default they are
+	// failures, whatever FailureCodes says.
+	IgnoreNotConnected bool
 
-	// MaxKeys is how many circuits there are at most, per method or by [WithKey].
-	// Keys beyond it share one more ([Others]). At least 1; zero means 1,000.
+	// KeyBy gives each key a circuit of its own. By default there is one for all calls.
+	KeyBy interceptor.KeyBy
+
+	// MaxKeys is how many keys have a circuit of their own, at some 1,000 bytes each.
+	// All keys beyond share one more ([Others]). From 1 to 1e6; zero means 10,000.
 	MaxKeys int
 
 	// KeyIdle is for how long a key must not have been called before its circuit may
@@ -98,8 +106,8 @@ const (
 	DefaultMaxOpenFor   = time.Minute
 	DefaultJitter       = 0.2
 	DefaultProbes       = 1
-	DefaultMaxKeys      = 1000
-	DefaultKeyIdle      = 10 * time.Minute
+	DefaultMaxKeys      = check.DefaultMaxKeys
+	DefaultKeyIdle      = check.DefaultKeyIdle
 )
 
 // None, as a Jitter, is no jitter.
@@ -115,7 +123,8 @@ type settings struct {
 	failures codeset.Set
 }
 
-func (c Config) settings(errs *check.Errors) *settings {
+// settings checks c. old is what an update replaces; nil for a new layer.
+func (c Config) settings(errs *check.Errors, old *settings) *settings {
 	c.FailureCodes = slices.Clone(c.FailureCodes) // The caller may change its own.
 	given := c
 	check.Zero(errs, "ConsecutiveFailures", c.ConsecutiveFailures, check.Positive, "off")
@@ -144,8 +153,11 @@ func (c Config) settings(errs *check.Errors) *settings {
 		codes.Unknown, codes.DeadlineExceeded, codes.ResourceExhausted, codes.Internal, codes.Unavailable, codes.DataLoss)
 	errs.Require(c.FailureCodes == nil || len(c.FailureCodes) > 0 || c.SlowCallRatio != 0,
 		"FailureCodes", c.FailureCodes, "must hold a code unless SlowCallRatio is set, or be nil for the default")
-	check.Default(errs, "MaxKeys", &c.MaxKeys, check.Positive, DefaultMaxKeys)
-	check.Default(errs, "KeyIdle", &c.KeyIdle, check.AtLeast(time.Second), DefaultKeyIdle)
+	var oldKeyBy *interceptor.KeyBy
+	if old != nil {
+		oldKeyBy = &old.KeyBy
+	}
+	check.Keys(errs, c.KeyBy, oldKeyBy, &c.MaxKeys, &c.KeyIdle)
 	return &settings{Config: c, given: given, failures: failures}
 }
 
@@ -207,18 +219,17 @@ type Change struct {
 	OpenFor  time.Duration // of a change to Open: until it is half-open; zero if only Reset ends it
 }
 
-// A Breaker is the layer. It has one state for all stacks it stands in. All its
+// Layer is a circuit breaker. It has one state for all stacks that use it. All its
 // methods may be called concurrently.
-type Breaker struct {
+type Layer struct {
 	interceptor.GateOnly
 	name     string
-	key      func(ctx context.Context, c *interceptor.Call) string
 	onChange func(Change)
 	random   func() float64 // In [0, 1); of tests if not math/rand's.
 
 	settings atomic.Pointer[settings]
-	all      *circuit // Of all calls, if there are no keys.
-	keys     *keyed.Map[*circuit]
+	all      *circuit             // If there is one for all calls.
+	keys     *keyed.Map[*circuit] // If there is one for each key.
 }
 
 // An Option configures what is not data.
@@ -227,7 +238,6 @@ type Option func(*options)
 type options struct {
 	errs     *check.Errors
 	name     string
-	key      func(ctx context.Context, c *interceptor.Call) string
 	onChange func(Change)
 }
 
@@ -235,19 +245,9 @@ type options struct {
 // default "breaker"; it must not be empty. It tells several breakers apart.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
-// WithKey gives each key that f returns a circuit of its own. f is called for each
-// admission, concurrently; it must not block and should not allocate. It
-// excludes Config.PerMethod.
-func WithKey(f func(ctx context.Context, c *interceptor.Call) string) Option {
-	return func(o *options) {
-		o.errs.NotNil(f == nil, "WithKey", "a function")
-		o.key = f
-	}
-}
-
 // WithOnStateChange has f called at each change of a circuit's state, in order for
 // each circuit. f is called while the circuit is locked: it must not block, and
-// must not use the Breaker or make calls through it.
+// must not use the Layer or make calls through it.
 func WithOnStateChange(f func(Change)) Option {
 	return func(o *options) {
 		o.errs.NotNil(f == nil, "WithOnStateChange", "a function")
@@ -255,19 +255,22 @@ func WithOnStateChange(f func(Change)) Option {
 	}
 }
 
-// New returns a Breaker with all circuits closed. An error is a
+// New returns a Layer with all circuits closed. An error is a
 // [*interceptor.ConfigError], or several joined.
-func New(config Config, opts ...Option) (*Breaker, error) {
+func New(config Config, opts ...Option) (*Layer, error) {
 	o := options{errs: check.Of("breaker"), name: "breaker"}
 	for _, opt := range opts {
 		opt(&o)
 	}
 	o.errs.Name(o.name)
-	b := &Breaker{name: o.name, key: o.key, onChange: o.onChange, random: rand.Float64}
+	b := &Layer{name: o.name, onChange: o.onChange, random: rand.Float64}
 	if err := b.update(config, o.errs); err != nil {
 		return nil, err
 	}
-	b.all = newCircuit(b, "")
+	if !config.KeyBy.IsSet() {
+		b.all = newCircuit(b, "")
+		return b, nil
+	}
 	b.keys = keyed.New(
 		func() int { return b.settings.Load().MaxKeys },
 		func(key string) *circuit { return newCircuit(b, key) },
@@ -277,15 +280,26 @@ func New(config Config, opts ...Option) (*Breaker, error) {
 	return b, nil
 }
 
+// NewLayer makes the layer as New does without options.
+func (c Config) NewLayer() (interceptor.Layer, error) {
+	b, err := New(c)
+	if err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// NewLayer returns the layer itself.
+func (b *Layer) NewLayer() (interceptor.Layer, error) { return b, nil }
+
 // Update replaces the config while calls run. Circuits keep their states, what
 // they have counted and, if open, the moment at which they will be half-open; the
-// window as far as the new one reaches back. If PerMethod changes, the circuits
-// of the other kind are kept, but not used. A bad config changes nothing.
-func (b *Breaker) Update(config Config) error { return b.update(config, check.Of("breaker")) }
+// window as far as the new one reaches back. KeyBy cannot be changed, because there
+// would be nothing to keep: make a new layer. A bad config changes nothing.
+func (b *Layer) Update(config Config) error { return b.update(config, check.Of("breaker")) }
 
-func (b *Breaker) update(config Config, errs *check.Errors) error {
-	s := config.settings(errs)
-	errs.Require(!s.PerMethod || b.key == nil, "PerMethod", s.PerMethod, "must be false if WithKey is used")
+func (b *Layer) update(config Config, errs *check.Errors) error {
+	s := config.settings(errs, b.settings.Load())
 	if err := errs.Err(); err != nil {
 		return err
 	}
@@ -294,32 +308,32 @@ func (b *Breaker) update(config Config, errs *check.Errors) error {
 }
 
 // Config returns the config as it was given to New or Update.
-func (b *Breaker) Config() Config {
+func (b *Layer) Config() Config {
 	c := b.settings.Load().given
 	c.FailureCodes = slices.Clone(c.FailureCodes)
 	return c
 }
 
 // String returns the layer's name.
-func (b *Breaker) String() string { return b.name }
+func (b *Layer) String() string { return b.name }
 
-func (b *Breaker) isKeyed(s *settings) bool { return s.PerMethod || b.key != nil }
+// Traits says that it decides, and never waits.
+func (b *Layer) Traits() interceptor.Traits { return interceptor.Decides }
 
 // find returns the circuit of key if there is one. Where all calls share one, it
 // is that one.
-func (b *Breaker) find(key string) (*circuit, bool) {
-	if !b.isKeyed(b.settings.Load()) {
+func (b *Layer) find(key string) (*circuit, bool) {
+	if b.keys == nil {
 		return b.all, true
 	}
 	return b.keys.Peek(key)
 }
 
-// State returns the state of the circuit of key: a method, such as
-// "/helloworld.Greeter/SayHello", or what the function of [WithKey] returns. If
-// there is one circuit for all calls, key does not matter. A circuit whose time
-// is over is half-open, also before the first call notices. One that does not
-// exist is closed.
-func (b *Breaker) State(key string) State {
+// State returns the state of the circuit of a key, such as the method
+// "/helloworld.Greeter/SayHello" with Config.KeyBy.Method. If there is one circuit
+// for all calls, key does not matter. A circuit whose time is over is half-open,
+// also before the first call notices. One that does not exist is closed.
+func (b *Layer) State(key string) State {
 	if c, ok := b.find(key); ok {
 		return c.current(interceptor.Now())
 	}
@@ -327,9 +341,9 @@ func (b *Breaker) State(key string) State {
 }
 
 // States returns the states of all circuits by key.
-func (b *Breaker) States() map[string]State {
+func (b *Layer) States() map[string]State {
 	now := interceptor.Now()
-	if !b.isKeyed(b.settings.Load()) {
+	if b.keys == nil {
 		return map[string]State{"": b.all.current(now)}
 	}
 	states := map[string]State{}
@@ -339,9 +353,9 @@ func (b *Breaker) States() map[string]State {
 	return states
 }
 
-// Trip opens the circuit of key, see [Breaker.State], for d, or until Reset if d
+// Trip opens the circuit of key, see [Layer.State], for d, or until Reset if d
 // is not positive. A circuit that does not exist is made.
-func (b *Breaker) Trip(key string, d time.Duration) {
+func (b *Layer) Trip(key string, d time.Duration) {
 	c, ok := b.find(key)
 	now := interceptor.Now()
 	if !ok {
@@ -350,38 +364,34 @@ func (b *Breaker) Trip(key string, d time.Duration) {
 	c.trip(now, d)
 }
 
-// Reset closes the circuit of key, see [Breaker.State], and forgets what it has
+// Reset closes the circuit of key, see [Layer.State], and forgets what it has
 // counted.
-func (b *Breaker) Reset(key string) {
+func (b *Layer) Reset(key string) {
 	if c, ok := b.find(key); ok {
 		c.reset()
 	}
 }
 
 // WrapGate returns the gate.
-func (b *Breaker) WrapGate(inner interceptor.Gate) interceptor.Gate {
+func (b *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return &gate{breaker: b, inner: inner}
 }
 
 type gate struct {
-	breaker *Breaker
+	breaker *Layer
 	inner   interceptor.Gate
 }
 
-func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	b := g.breaker
-	s := b.settings.Load()
-	cir := b.all
-	switch {
-	case s.PerMethod:
-		cir = b.keys.Get(c.Method(), int64(c.Now()))
-	case b.key != nil:
-		cir = b.keys.Get(b.key(ctx, c), int64(c.Now()))
+	s, c := b.settings.Load(), b.all
+	if c == nil {
+		c = b.keys.Get(s.KeyBy.Key(ctx, a), int64(a.Now()))
 	}
-	token, err := cir.admit(s, c)
+	token, err := c.admit(s, a)
 	if err != nil {
 		return err
 	}
-	c.Hold(cir, token)
-	return g.inner.Admit(ctx, c, w)
+	a.Hold(c, token)
+	return g.inner.Admit(ctx, a, w)
 }

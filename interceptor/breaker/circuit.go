@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/retryafter"
@@ -20,7 +19,7 @@ import (
 // A circuit is the breaker of one key. While it is closed, calls pass it without
 // a lock.
 type circuit struct {
-	breaker *Breaker
+	breaker *Layer
 	key     string
 	opened  *interceptor.Refusal                   // What it refuses with while open without end.
 	soon    *retryafter.Cache[interceptor.Refusal] // While open, by the time left.
@@ -38,11 +37,11 @@ type circuit struct {
 
 	// mu guards the changes of state and the fields below. Of belfry nothing is
 	// locked under it.
-	mu        sync.Mutex
-	trips     int                 // Since it was closed.
-	probing   int                 // Probes that have not ended.
-	passed    int                 // Probes that have succeeded.
-	lastProbe interceptor.Instant // When the last was let pass.
+	mu         sync.Mutex
+	trips      int                 // Since it was closed.
+	probing    int                 // Probes that have said nothing yet.
+	passed     int                 // Probes that have succeeded.
+	probesFrom interceptor.Instant // Since when probing counts, an OpenFor at most.
 }
 
 const never = math.MaxInt64
@@ -51,16 +50,15 @@ const never = math.MaxInt64
 // same for all calls that come at once.
 const refusalsKept = 4
 
-func newCircuit(b *Breaker, key string) *circuit {
-	of := ""
-	if key != "" {
-		of = " for " + key
+func newCircuit(b *Layer, key string) *circuit {
+	refuse := func(message string) *interceptor.Refusal {
+		r := interceptor.Refuse(b.name, interceptor.ReasonBreakerOpen, message)
+		if key != "" {
+			r = r.ForKey(key)
+		}
+		return r
 	}
-	c := &circuit{
-		breaker: b, key: key,
-		opened: interceptor.Refuse(b.name, interceptor.ReasonBreakerOpen, "open"+of),
-		probed: interceptor.Refuse(b.name, interceptor.ReasonBreakerOpen, "half-open"+of+", probing"),
-	}
+	c := &circuit{breaker: b, key: key, opened: refuse("open"), probed: refuse("half-open, probing")}
 	c.soon = retryafter.New(refusalsKept, c.opened.After)
 	c.forget(b.settings.Load())
 	return c
@@ -75,24 +73,25 @@ func (c *circuit) forget(s *settings) {
 
 func stateOf(word uint64) State { return State(word & 3) }
 
-// A token says in which state the circuit admitted a call, by the number of
-// changes until then, so that a call judges that state only; and when it was
-// admitted, in microseconds, or 0 if its time says nothing.
-const (
-	changeBits = 16
-	changeMask = 1<<changeBits - 1
-	timeMask   = 1<<(63-changeBits) - 1
-)
-
-func token(word uint64, start interceptor.Instant) int64 {
-	return int64(start/1000&timeMask)<<changeBits | int64(word>>2&changeMask)
+// A token says in which state the circuit admitted a call, by the number of changes
+// until then, so that a call judges that state only; and in its lowest bit whether
+// the call can be slow.
+func token(word uint64, canBeSlow bool) int64 {
+	t := int64(word >> 2 << 1)
+	if canBeSlow {
+		t++
+	}
+	return t
 }
 
+// isOf reports whether the circuit that gave token has not changed since.
+func isOf(token int64, word uint64) bool { return uint64(token)>>1 == word>>2 }
+
 // admit lets a call pass, or refuses it.
-func (c *circuit) admit(s *settings, call *interceptor.Call) (int64, error) {
+func (c *circuit) admit(s *settings, a *interceptor.Admission) (int64, error) {
 	word := c.state.Load()
 	if stateOf(word) != Closed {
-		now := call.Now()
+		now := a.Now()
 		if stateOf(word) == Open && int64(now) < c.until.Load() {
 			return 0, c.refusal(now)
 		}
@@ -101,10 +100,11 @@ func (c *circuit) admit(s *settings, call *interceptor.Call) (int64, error) {
 			return 0, err
 		}
 	}
-	if s.SlowCallRatio > 0 && call.Kind() == interceptor.Unary {
-		return token(word, call.Now()), nil
+	canBeSlow := s.SlowCallRatio > 0 && a.Kind() == interceptor.Unary
+	if canBeSlow {
+		a.Timed()
 	}
-	return token(word, 0), nil
+	return token(word, canBeSlow), nil
 }
 
 // refuses reports whether the circuit is open and its time is not over.
@@ -142,81 +142,110 @@ func (c *circuit) probe(s *settings, now interceptor.Instant) (word uint64, err 
 		if int64(now) < c.until.Load() {
 			return 0, c.refusal(now)
 		}
-		c.probing, c.passed = 0, 0
+		c.probing, c.passed, c.probesFrom = 0, 0, now
 		word = c.changeLocked(HalfOpen, CauseDelay, 0)
 	default:
-		if c.probing+c.passed >= s.Probes && now.Sub(c.lastProbe) < s.OpenFor {
+		if now.Sub(c.probesFrom) >= s.OpenFor {
+			c.probing, c.probesFrom = 0, now // Those before have said nothing for long enough.
+		}
+		if c.probing+c.passed >= s.Probes {
 			return 0, c.probed
 		}
 	}
 	c.probing++
-	c.lastProbe = now
 	return word, nil
 }
 
-// Release judges by a call that has ended.
-func (c *circuit) Release(token int64, o interceptor.Outcome, err error) {
+// Respond judges by the first response of a stream: it is a success.
+func (c *circuit) Respond(token int64, _ interceptor.End) {
+	c.take(token, verdict{counts: true})
+}
+
+// Release judges by a call that has ended, unless its first response was judged by.
+func (c *circuit) Release(token int64, e interceptor.End) {
+	if !e.Responded {
+		c.take(token, c.verdict(token, e))
+	}
+}
+
+// A verdict is what the end of a call says of a circuit.
+type verdict struct {
+	counts    bool                // It says something of failures;
+	failed    bool                // what it says,
+	exhausted bool                // and whether that was with RESOURCE_EXHAUSTED.
+	timed     bool                // It says something of slow calls,
+	slow      bool                // and what.
+	sent      bool                // It was sent, whatever it says.
+	now       interceptor.Instant // Zero if the clock was not read.
+}
+
+func (c *circuit) verdict(token int64, e interceptor.End) (v verdict) {
+	s := c.breaker.settings.Load()
+	v.sent = e.Outcome.Sent()
+	switch e.Outcome {
+	case interceptor.OK:
+		v.counts = true
+	case interceptor.Failed:
+		code := e.Code()
+		v.counts, v.failed, v.exhausted = true, s.failures.Has(code), code == codes.ResourceExhausted
+	case interceptor.NotConnected:
+		v.counts, v.failed = !s.IgnoreNotConnected, true
+		return v
+	case interceptor.NotSent:
+		return v
+	}
+	if token&1 != 0 && e.SentAt() != 0 && s.SlowCallRatio > 0 {
+		v.now = interceptor.Now()
+		v.slow = v.now.Sub(e.SentAt()) >= s.SlowCall
+		v.timed = v.slow || v.counts
+	}
+	return v
+}
+
+// take takes what a call says.
+func (c *circuit) take(token int64, v verdict) {
 	word := c.state.Load()
-	if int64(word>>2&changeMask) != token&changeMask {
+	if !isOf(token, word) {
 		return // It says nothing of the state the circuit is in now.
 	}
-	s := c.breaker.settings.Load()
-	if o == interceptor.Ignored || o == interceptor.NotSent {
-		if stateOf(word) == HalfOpen {
-			c.result(s, word, o, false)
-		}
-		return
-	}
-	var code codes.Code
-	if o == interceptor.Failed {
-		code = status.Code(err)
-	}
-	failed := s.failures.Has(code)
-	var now interceptor.Instant // Read only if needed.
-	slow, isTimed := false, false
-	if start := token >> changeBits; start != 0 && s.SlowCallRatio > 0 {
-		now = interceptor.Now()
-		took := (int64(now/1000) - start) & timeMask // The difference, around the end of the scale.
-		slow, isTimed = took >= s.SlowCall.Microseconds(), true
-	}
-	switch stateOf(word) {
+	switch s := c.breaker.settings.Load(); stateOf(word) {
 	case Closed:
-		c.judge(s, word, now, code, failed, slow, isTimed)
+		c.judge(s, word, v)
 	case HalfOpen:
-		c.result(s, word, o, failed || slow)
+		c.result(s, word, v)
 	}
 }
 
 // judge counts a call of a closed circuit, and trips it if that was one too many.
 // A success never trips, so it needs not be looked at whether it should.
-func (c *circuit) judge(s *settings, word uint64, now interceptor.Instant, code codes.Code, failed, slow, isTimed bool) {
-	cause := Cause("")
-	if s.ConsecutiveFailures > 0 {
+func (c *circuit) judge(s *settings, word uint64, v verdict) {
+	cause, now := Cause(""), v.now
+	if v.counts && s.ConsecutiveFailures > 0 {
 		switch {
-		case !failed:
+		case !v.failed:
 			if c.run.Load() != 0 {
 				c.run.Store(0)
 			}
-		case code != codes.ResourceExhausted:
+		case !v.exhausted:
 			if c.run.Add(1) >= int64(s.ConsecutiveFailures) {
 				cause = CauseConsecutive
 			}
 		}
 	}
-	if s.FailureRatio > 0 {
+	if v.counts && s.FailureRatio > 0 {
 		if now == 0 {
 			now = interceptor.Now()
 		}
 		w := c.window(&c.calls, s, now)
-		w.Add(int64(now), failed)
-		if failed && over(w, now, s.MinCalls, s.FailureRatio) {
+		w.Add(int64(now), v.failed)
+		if v.failed && over(w, now, s.MinCalls, s.FailureRatio) {
 			cause = CauseRatio
 		}
 	}
-	if isTimed {
+	if v.timed {
 		w := c.window(&c.timed, s, now)
-		w.Add(int64(now), slow)
-		if slow && over(w, now, s.MinCalls, s.SlowCallRatio) {
+		w.Add(int64(now), v.slow)
+		if v.slow && over(w, now, s.MinCalls, s.SlowCallRatio) {
 			cause = CauseSlow
 		}
 	}
@@ -251,23 +280,26 @@ func (c *circuit) window(p *atomic.Pointer[rolling.Window], s *settings, now int
 	return w
 }
 
-// result takes what came of one probe.
-func (c *circuit) result(s *settings, word uint64, o interceptor.Outcome, failed bool) {
+// result takes what one probe says.
+func (c *circuit) result(s *settings, word uint64, v verdict) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.state.Load() != word {
 		return
 	}
-	c.probing--
 	switch {
-	case o == interceptor.Ignored || o == interceptor.NotSent:
-		// Its place is free again.
-	case failed:
+	case v.failed && v.counts || v.slow:
 		c.openLocked(s, CauseProbeFailed)
-	default:
+	case v.counts:
+		c.probing = max(c.probing-1, 0)
 		if c.passed++; c.passed >= s.Probes {
 			c.closeLocked(s, CauseProbesOK)
 		}
+	case !v.sent:
+		c.probing = max(c.probing-1, 0) // Another may take its place.
+	default:
+		// It was sent and says nothing: its caller has given up. If others took its place
+		// at once, a server that hangs would get as many as there are impatient callers.
 	}
 }
 

@@ -17,7 +17,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/breaker"
 )
 
-// down stands in for a connection to a server that is not there.
+// down is a connection to a server that fails every call.
 type down struct{ grpc.ClientConnInterface }
 
 func (down) Invoke(context.Context, string, any, any, ...grpc.CallOption) error {

@@ -304,27 +304,28 @@ func (w *window) turn(now interceptor.Instant) (p int64) {
 }
 
 // Count is what the gate of a layer that spends the budget calls: it deposits for
-// a call, and takes that back if the call turns out not to have been sent.
-// Further attempts do not count, and a call that passes several layers with the
-// same budget counts once. The layer is named to the observer.
-func (b *Budget) Count(c *interceptor.Call, layer string) {
-	if c.Attempt() != 0 {
+// a call, and takes that back if the call turns out not to have been sent. Further
+// attempts do not count, and a call that passes several layers with the same budget
+// counts once. layer names the layer to the observer. Count does not block.
+func (b *Budget) Count(a *interceptor.Admission, layer string) {
+	counted := (*deposited)(b)
+	if a.Attempt() != 0 || a.Held(counted) {
 		return
 	}
-	if _, counted := c.Token(b); counted {
-		return
-	}
-	now := c.Now()
+	now := a.Now()
 	b.Deposit(now)
-	c.Hold(b, int64(now))
-	if c.Observed() {
-		c.Observer().Budget(layer, b.Balance())
+	a.Hold(counted, int64(now))
+	if a.Internals().Observed() {
+		a.Observer().Budget(layer, b.Balance())
 	}
 }
 
-// Release is for [interceptor.Call]: it ends what Count began.
-func (b *Budget) Release(token int64, o interceptor.Outcome, _ error) {
-	if o == interceptor.NotSent {
-		b.Undo(interceptor.Instant(token))
+// deposited is a Budget that a call has been counted for.
+type deposited Budget
+
+// Release takes the deposit back if the call was not sent.
+func (d *deposited) Release(at int64, e interceptor.End) {
+	if !e.Outcome.Sent() {
+		(*Budget)(d).Undo(interceptor.Instant(at))
 	}
 }

@@ -51,14 +51,14 @@ func deposits(b *budget.Budget, n int) {
 
 // The tests that Tower's own budget has, by their names there.
 
-func TestTowerTpsEmptyAnEmptyBudgetGivesNothing(t *testing.T) {
+func TestTowerTpsEmpty(t *testing.T) {
 	b := mustNew(t, budget.Config{TTL: time.Second, MinPerSecond: budget.None, Ratio: 1})
 	if b.Withdraw(interceptor.Now()) {
 		t.Error("Withdraw of an empty budget = true, want false")
 	}
 }
 
-func TestTowerTpsLeakyADepositIsForgottenAfterTheTTL(t *testing.T) {
+func TestTowerTpsLeaky(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := mustNew(t, budget.Config{TTL: time.Second, MinPerSecond: budget.None, Ratio: 1})
 		deposits(b, 1)
@@ -69,7 +69,7 @@ func TestTowerTpsLeakyADepositIsForgottenAfterTheTTL(t *testing.T) {
 	})
 }
 
-func TestTowerTpsSlotsDepositsAreForgottenOneByOne(t *testing.T) {
+func TestTowerTpsSlots(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := mustNew(t, budget.Config{TTL: time.Second, MinPerSecond: budget.None, Ratio: 0.5})
 		deposits(b, 2)
@@ -92,14 +92,14 @@ func TestTowerTpsSlotsDepositsAreForgottenOneByOne(t *testing.T) {
 	})
 }
 
-func TestTowerTpsReserveTheReserveCanBeWithdrawnAtOnce(t *testing.T) {
+func TestTowerTpsReserve(t *testing.T) {
 	b := mustNew(t, budget.Config{TTL: time.Second, MinPerSecond: 5, Ratio: 1})
 	if got := withdrawals(b); got != 5 {
 		t.Errorf("%d withdrawals of a reserve of 5, want 5", got)
 	}
 }
 
-func TestTheDefaultIsAHundredWithdrawalsAtOnceAndTwoForTenCalls(t *testing.T) {
+func TestDefault(t *testing.T) {
 	b := mustNew(t, budget.Config{})
 	if got := withdrawals(b); got != 100 {
 		t.Errorf("%d withdrawals of the default reserve, want 10/s for 10s = 100", got)
@@ -112,7 +112,7 @@ func TestTheDefaultIsAHundredWithdrawalsAtOnceAndTwoForTenCalls(t *testing.T) {
 
 // What Tower has wrong.
 
-func TestRatiosAreExact(t *testing.T) {
+func TestRatioIsExact(t *testing.T) {
 	for _, tc := range []struct {
 		ratio float64
 		calls int
@@ -137,7 +137,7 @@ func TestRatiosAreExact(t *testing.T) {
 	}
 }
 
-func TestTheMinimumPerSecondIsExactHoweverOftenItIsAskedFor(t *testing.T) {
+func TestMinPerSecondIsExact(t *testing.T) {
 	for _, ttl := range []time.Duration{time.Second, 2 * time.Second, 10 * time.Second} {
 		for _, per := range []float64{0.5, 1, 10} {
 			synctest.Test(t, func(t *testing.T) {
@@ -159,7 +159,7 @@ func TestTheMinimumPerSecondIsExactHoweverOftenItIsAskedFor(t *testing.T) {
 	}
 }
 
-func TestAnAmountIsForgottenBetweenOneTTLAndAHundredthMore(t *testing.T) {
+func TestTTL(t *testing.T) {
 	for _, ttl := range []time.Duration{time.Second, 10 * time.Second, time.Minute} {
 		synctest.Test(t, func(t *testing.T) {
 			b := mustNew(t, budget.Config{TTL: ttl, MinPerSecond: budget.None, Ratio: 1})
@@ -187,7 +187,7 @@ func TestAnAmountIsForgottenBetweenOneTTLAndAHundredthMore(t *testing.T) {
 
 // The bound of the documentation, checked against a list of all that happened.
 // It holds for every run, so there is no false failure.
-func TestNoStretchOfATTLHasMoreAttemptsThanItsReserveAndItsCallsPayFor(t *testing.T) {
+func TestBoundHoldsInEveryTTL(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
@@ -240,7 +240,7 @@ func TestNoStretchOfATTLHasMoreAttemptsThanItsReserveAndItsCallsPayFor(t *testin
 	})
 }
 
-func TestARefundAndAnUndoLeaveNothingBehind(t *testing.T) {
+func TestRefundAndUndo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := mustNew(t, budget.Config{TTL: time.Second, MinPerSecond: 1, Ratio: 0.5})
 		at := interceptor.Now()
@@ -262,7 +262,7 @@ func TestARefundAndAnUndoLeaveNothingBehind(t *testing.T) {
 	})
 }
 
-func TestConcurrentUseLosesNothing(t *testing.T) {
+func TestConcurrentUse(t *testing.T) {
 	b := mustNew(t, budget.Config{TTL: time.Minute, MinPerSecond: 10, Ratio: 0.5})
 	const workers, each = 8, 5000
 	var spent atomic.Int64
@@ -285,7 +285,7 @@ func TestConcurrentUseLosesNothing(t *testing.T) {
 	}
 }
 
-func TestNothingIsLeftOfAnythingAfterTheTTLHoweverItWasBooked(t *testing.T) {
+func TestTTLForgetsEverything(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := mustNew(t, budget.Config{TTL: time.Second, MinPerSecond: 7, Ratio: 0.3})
 		var wg sync.WaitGroup
@@ -309,7 +309,7 @@ func TestNothingIsLeftOfAnythingAfterTheTTLHoweverItWasBooked(t *testing.T) {
 	})
 }
 
-func TestUpdateKeepsTheBalance(t *testing.T) {
+func TestUpdateKeepsBalance(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := mustNew(t, budget.Config{TTL: time.Second, MinPerSecond: 10, Ratio: 1})
 		deposits(b, 5)
@@ -342,7 +342,7 @@ func TestUpdateKeepsTheBalance(t *testing.T) {
 	})
 }
 
-func TestAnUndoTakesBackWhatWasPaidIn(t *testing.T) {
+func TestUndoAfterUpdate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := mustNew(t, budget.Config{TTL: time.Minute, MinPerSecond: 1, Ratio: 0.1})
 		var at []interceptor.Instant
@@ -370,7 +370,7 @@ func TestAnUndoTakesBackWhatWasPaidIn(t *testing.T) {
 	})
 }
 
-func TestConfigurationsThatCannotBeAreRefusedAndChangeNothing(t *testing.T) {
+func TestInvalidConfigChangesNothing(t *testing.T) {
 	b := mustNew(t, budget.Config{})
 	for field, configs := range map[string][]budget.Config{
 		"TTL":          {{TTL: time.Millisecond}, {TTL: 61 * time.Second}, {TTL: -time.Second}},
@@ -397,20 +397,19 @@ type spender struct {
 	b *budget.Budget
 }
 
+func (l *spender) NewLayer() (interceptor.Layer, error) { return l, nil }
+
 func (s *spender) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Admission, w interceptor.Wait) error {
 		s.b.Count(c, "spender")
 		return inner.Admit(ctx, c, w)
 	})
 }
 
-func TestACallThatPassesTwoLayersCountsOnceAndOneThatIsRefusedNotAtAll(t *testing.T) {
+func TestCount(t *testing.T) {
 	b := mustNew(t, budget.Config{Ratio: 1, MinPerSecond: budget.None})
 	var refuse error
-	gate, err := interceptor.FromAllow("gate", interceptor.ReasonShed, func(context.Context) (func(interceptor.Outcome, error), error) { return nil, refuse })
-	if err != nil {
-		t.Fatal(err)
-	}
+	gate := interceptor.FromAllow("gate", interceptor.ReasonShed, func(context.Context) (func(interceptor.Outcome, error), error) { return nil, refuse })
 	s, err := interceptor.NewStack(&spender{b: b}, &spender{b: b}, gate)
 	if err != nil {
 		t.Fatal(err)
@@ -442,7 +441,7 @@ func TestACallThatPassesTwoLayersCountsOnceAndOneThatIsRefusedNotAtAll(t *testin
 	}
 }
 
-func TestNothingAllocates(t *testing.T) {
+func TestAllocations(t *testing.T) {
 	b := mustNew(t, budget.Config{})
 	if n := testing.AllocsPerRun(1000, func() {
 		now := interceptor.Now()

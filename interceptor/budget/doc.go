@@ -25,8 +25,10 @@
 //	MinPerSecond·TTL + Ratio·(calls of the last TTL) − (further attempts of the last TTL)
 //
 // and an attempt needs a balance of one. That is a bound for every stretch of
-// one TTL, wherever it begins, not an average. A call that was refused before it
-// was sent pays for nothing, and an attempt that was not sent costs nothing.
+// one TTL, wherever it begins, not an average. A call that was not sent
+// ([interceptor.Outcome.Sent]) pays for nothing, and a further attempt that was not
+// sent costs nothing: one that a layer refused, that gRPC refused, or that found no
+// connection.
 //
 // The package stands by itself because retry and hedge, which know nothing of
 // each other, spend the same budget. It takes part in calls only through them.

@@ -5,7 +5,7 @@ package buffer
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"math"
 	"sync"
 	"sync/atomic"
@@ -13,6 +13,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
+	"github.com/belfry-go/belfry/internal/waitlist"
 )
 
 // Config configures a [Layer].
@@ -24,6 +25,15 @@ type Config struct {
 	MaxWait time.Duration
 }
 
+// NewLayer returns a buffer with this configuration, as [New] does.
+func (cfg Config) NewLayer() (interceptor.Layer, error) {
+	l, err := New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
 func (cfg Config) check(errs *check.Errors) {
 	check.Required(errs, "Size", cfg.Size, check.From(1, math.MaxInt32))
 	check.Zero(errs, "MaxWait", cfg.MaxWait, check.Positive, "no bound")
@@ -32,146 +42,246 @@ func (cfg Config) check(errs *check.Errors) {
 // An Option sets what is not plain data.
 type Option func(*options)
 
-type options struct{ name string }
+type options struct {
+	errs     *check.Errors
+	name     string
+	priority interceptor.PriorityFunc
+}
 
 // WithName names the layer in refusals, metrics and the stack's String. The
 // default is "buffer"; it must not be empty.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
+// WithPriority sets how the priority of a call is found that has to wait;
+// [interceptor.ContextPriority] by default. If the buffer is full, a call of a
+// higher priority takes the slot of one of the lowest. Use the same function for the
+// limits inside. It is called concurrently, once for each call that has to wait.
+func WithPriority(priority interceptor.PriorityFunc) Option {
+	return func(o *options) {
+		o.errs.NotNil(priority == nil, "WithPriority", "a function")
+		o.priority = priority
+	}
+}
+
 // A Layer is a buffer. It is safe for concurrent use, also by several stacks,
-// which share its places. It keeps no lock; a call that need not wait, or is
-// refused, costs no allocation.
+// which share its slots. A call that need not wait, or is refused, takes no lock
+// and costs no allocation.
 type Layer struct {
 	interceptor.GateOnly
 
 	// Set by New and not changed.
-	name string
-	full *interceptor.Refusal
+	name     string
+	priority interceptor.PriorityFunc
+	evicted  *interceptor.Refusal
 
-	config atomic.Pointer[Config]
-	taken  atomic.Int64 // Places in use.
-	places sync.Pool    // *place
+	settings atomic.Pointer[settings]
+
+	// floor is what the weight of a call must exceed to get a slot: less than any
+	// weight while there is a free slot, and otherwise the least among those that wait.
+	// It is one word, so that a call is refused only if at one moment the buffer was
+	// full of calls that do not rank lower. Set under mu.
+	floor atomic.Int64
+
+	// mu guards the list and what is in it. It is taken while gates inside hold their
+	// locks, and no lock is taken under it.
+	mu    sync.Mutex
+	calls waitlist.List[*slot]
+}
+
+// settings are not changed.
+type settings struct {
+	Config
+	full *interceptor.Refusal
 }
 
 // New returns a buffer. An error is a [*interceptor.ConfigError], or several joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
-	o := options{name: "buffer"}
+	o := options{errs: check.Of("buffer"), name: "buffer", priority: interceptor.ContextPriority}
 	for _, opt := range opts {
 		opt(&o)
 	}
-	errs := check.Of("buffer")
-	errs.Name(o.name)
-	cfg.check(errs)
-	if err := errs.Err(); err != nil {
+	o.errs.Name(o.name)
+	l := &Layer{name: o.name, priority: o.priority}
+	l.evicted = interceptor.Refuse(l.name, interceptor.ReasonQueueFull, "evicted from the wait queue by a call that goes first")
+	if err := l.update(cfg, o.errs); err != nil {
 		return nil, err
 	}
-	l := &Layer{name: o.name}
-	l.full = interceptor.Refuse(l.name, interceptor.ReasonQueueFull, "as many calls wait as may")
-	l.places.New = func() any { return &place{layer: l} }
-	l.config.Store(&cfg)
 	return l, nil
 }
 
-// Update changes the configuration while calls wait. They keep their places, also
+// NewLayer returns the buffer itself.
+func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+// Update changes the configuration while calls wait. They keep their slots, also
 // beyond a smaller Size, and the MaxWait they began with. On an error nothing has
 // changed.
-func (l *Layer) Update(cfg Config) error {
-	errs := check.Of("buffer")
+func (l *Layer) Update(cfg Config) error { return l.update(cfg, check.Of("buffer")) }
+
+func (l *Layer) update(cfg Config, errs *check.Errors) error {
 	cfg.check(errs)
 	if err := errs.Err(); err != nil {
 		return err
 	}
-	l.config.Store(&cfg)
+	full := interceptor.Refuse(l.name, interceptor.ReasonQueueFull, fmt.Sprintf("wait queue is full (%d waiting)", cfg.Size))
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.settings.Store(&settings{cfg, full})
+	l.setFloorLocked()
 	return nil
 }
 
 // Config returns the configuration as it was given to New or Update.
-func (l *Layer) Config() Config { return *l.config.Load() }
+func (l *Layer) Config() Config { return l.settings.Load().Config }
 
-// Waiting returns how many places are taken.
-func (l *Layer) Waiting() int { return int(l.taken.Load()) }
+// Waiting returns how many slots are taken.
+func (l *Layer) Waiting() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.calls.Len()
+}
 
 // String returns the layer's name.
 func (l *Layer) String() string { return l.name }
 
-// Validate rejects a buffer as the innermost layer.
-func (l *Layer) Validate(inner []interceptor.Layer) error {
-	if len(inner) == 0 {
-		return errors.New("there is no layer inside that a call could wait for")
-	}
-	return nil
-}
+// Traits says that the buffer decides how long calls wait inside it.
+func (l *Layer) Traits() interceptor.Traits { return interceptor.Governs }
 
-// WrapGate returns the gate.
-func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return &gate{layer: l, inner: inner}
+// WrapGate returns the gate. A stack calls WrapGateOver instead.
+func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate { return l.WrapGateOver(inner, 0) }
+
+// WrapGateOver returns the gate. waits is how many of the gates inside can wait and
+// pass the slot, 0 if that is not known: a call then keeps its slot until the gates
+// inside have answered.
+func (l *Layer) WrapGateOver(inner interceptor.Gate, waits int) interceptor.Gate {
+	if waits == 0 {
+		waits = math.MaxInt32
+	}
+	return &gate{layer: l, inner: inner, waits: int32(waits)}
 }
 
 type gate struct {
 	layer *Layer
 	inner interceptor.Gate
+	waits int32
 }
 
-// Admit asks for capacity first and for a place second, so that as many calls can
-// pass at a time as the layers inside have capacity for, however few places
-// there are.
-func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-	mark := c.Mark()
-	err := g.inner.Admit(ctx, c, interceptor.None)
-	if err == nil {
+// Admit asks for capacity first and for a slot second, so that as many calls can
+// pass at a time as the layers inside have capacity for, however few slots there are.
+func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+	l := g.layer
+	mayWait, err := a.Try(ctx, g.inner)
+	switch {
+	case err == nil:
 		return nil
-	}
-	if !interceptor.WaitMayHelp(err) {
+	case ctx.Err() != nil:
+		return interceptor.Ended(ctx, l.name)
+	case !mayWait || a.Internals().NeverWaits():
 		return err
 	}
-	l := g.layer
-	if ctx.Err() != nil {
-		return interceptor.Ended(ctx, l.name)
+	rank := waitlist.Rank{Priority: l.priority(ctx, a), Further: a.Attempt() > 0}
+	if a.Internals().Expendable() { // No other call is to lose its slot for it.
+		rank = waitlist.Rank{Priority: math.MinInt}
 	}
-	if c.Attempt() > 0 && w == interceptor.None {
-		return err // A retry or hedge never queues.
+	if weight(rank) <= l.floor.Load() {
+		return l.settings.Load().full
 	}
-	c.Rollback(mark, err)
-	cfg := l.config.Load()
-	if l.taken.Add(1) > int64(cfg.Size) {
-		l.taken.Add(-1)
-		return l.full
+	return g.wait(ctx, a, w, rank)
+}
+
+// wait lets the call wait inside, in a slot.
+func (g *gate) wait(ctx context.Context, a *interceptor.Admission, w interceptor.Wait, rank waitlist.Rank) error {
+	l, in := g.layer, a.Internals()
+	ctx, evict := context.WithCancelCause(ctx)
+	defer evict(nil)
+	s := &slot{layer: l, rank: rank, evict: evict}
+	s.left.Store(g.waits)
+	s.node.Value = s
+	set, evicted, ok := l.enter(s)
+	if !ok {
+		return set.full
 	}
-	p := l.places.Get().(*place)
-	p.held.Store(true)
-	p.outer = c.SetPlace(p)
-	defer p.giveBack(c)
+	if evicted != nil {
+		evicted.evict(l.evicted)
+	}
+	defer l.free(s)
+	s.outer = in.SetSlot(s)
+	defer in.SetSlot(s.outer)
 	to := interceptor.Forever
-	if cfg.MaxWait > 0 {
-		to = interceptor.For(cfg.MaxWait)
+	if set.MaxWait > 0 {
+		to = interceptor.For(set.MaxWait)
 	}
-	return g.inner.Admit(ctx, c, c.Widen(w, to))
+	err := g.inner.Admit(ctx, a, in.Widen(w, to))
+	if err != nil && context.Cause(ctx) == error(l.evicted) {
+		return l.evicted // Whatever a gate makes of it that does not ask for the cause.
+	}
+	return err
 }
 
-// place is one of the buffer's places, taken by one call. It is reused.
-type place struct {
+// enter gives s a slot. If all are taken it takes the one of the call that ranks
+// last, if that ranks lower, and returns that to be evicted.
+func (l *Layer) enter(s *slot) (set *settings, evicted *slot, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	set = l.settings.Load()
+	if weight(s.rank) <= l.floor.Load() {
+		return set, nil, false
+	}
+	if l.calls.Len() >= set.Size {
+		evicted = l.calls.Last(false).Value
+		l.calls.Remove(&evicted.node)
+	}
+	l.calls.Push(&s.node, s.rank)
+	l.setFloorLocked()
+	return set, evicted, true
+}
+
+// free frees s, if it is taken.
+func (l *Layer) free(s *slot) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.calls.Remove(&s.node) {
+		l.setFloorLocked()
+	}
+}
+
+func (l *Layer) setFloorLocked() {
+	floor := int64(math.MinInt64)
+	if l.calls.Len() >= l.settings.Load().Size {
+		floor = weight(l.calls.Last(false).Value.rank)
+	}
+	l.floor.Store(floor)
+}
+
+// weight is a rank as a number: more is better. Priorities beyond 2^61, either way,
+// count as that.
+func weight(r waitlist.Rank) int64 {
+	const most = 1 << 61
+	w := 2 * min(max(int64(r.Priority), -most), most)
+	if r.Further {
+		w++
+	}
+	return w
+}
+
+// slot is one of the buffer's slots, taken by one call.
+type slot struct {
+	// Set before it is taken, outer before the gates inside are asked.
 	layer *Layer
-	outer interceptor.Place // That of a buffer further out; may be nil.
-	held  atomic.Bool
+	rank  waitlist.Rank
+	evict context.CancelCauseFunc
+	outer interceptor.Slot // That of a buffer further out; may be nil.
+
+	left atomic.Int32 // How many gates that can wait have not passed the call yet.
+	node waitlist.Node[*slot]
 }
 
-// Leave frees the place if it has not been left yet, and the one further out.
-func (p *place) Leave() {
-	if p.held.CompareAndSwap(true, false) {
-		p.layer.taken.Add(-1)
-		if p.outer != nil {
-			p.outer.Leave()
-		}
+// Pass frees the slot if the last gate that can wait has passed the call. A buffer
+// further out has the same gates inside, and others.
+func (s *slot) Pass() {
+	if s.left.Add(-1) == 0 {
+		s.layer.free(s)
 	}
-}
-
-// giveBack is the end of the waiting, whatever came of it. The place further out
-// stays taken, for that is its buffer's to give back.
-func (p *place) giveBack(c *interceptor.Call) {
-	c.SetPlace(p.outer)
-	if p.held.CompareAndSwap(true, false) {
-		p.layer.taken.Add(-1)
+	if s.outer != nil {
+		s.outer.Pass()
 	}
-	p.outer = nil
-	p.layer.places.Put(p)
 }

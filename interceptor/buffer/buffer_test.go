@@ -22,9 +22,9 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/interceptor/loadshed"
 	"github.com/belfry-go/belfry/internal/calltest"
-	"github.com/belfry-go/belfry/internal/layertest"
 )
 
 func must[T any](t testing.TB) func(T, error) T {
@@ -37,7 +37,7 @@ func must[T any](t testing.TB) func(T, error) T {
 	}
 }
 
-func places(t testing.TB, n int) *buffer.Layer {
+func slots(t testing.TB, n int) *buffer.Layer {
 	t.Helper()
 	return must[*buffer.Layer](t)(buffer.New(buffer.Config{Size: n}))
 }
@@ -55,15 +55,15 @@ func shed(t testing.TB) *loadshed.Layer {
 func checkRest(t *testing.T, b *buffer.Layer) {
 	t.Helper()
 	if n := b.Waiting(); n != 0 {
-		t.Errorf("%d places taken at rest, want none", n)
+		t.Errorf("%d slots taken at rest, want none", n)
 	}
 }
 
-func TestACallThatNeedNotWaitPassesAndTakesNoPlace(t *testing.T) {
-	b := places(t, 1)
+func TestNoSlotForCallThatNeedNotWait(t *testing.T) {
+	b := slots(t, 1)
 	c := calltest.Stack(t, b, limit(t, 2)).Wrap(calltest.Server(func(context.Context) error {
 		if n := b.Waiting(); n != 0 {
-			t.Errorf("%d places taken while a call runs, want none", n)
+			t.Errorf("%d slots taken while a call runs, want none", n)
 		}
 		return status.Error(codes.NotFound, "the server's")
 	}))
@@ -75,9 +75,9 @@ func TestACallThatNeedNotWaitPassesAndTakesNoPlace(t *testing.T) {
 }
 
 // Tower's Shed(Buffer(2, Limit(1))).
-func TestInsideAShedOneRunsTwoWaitAndTheFourthIsRefused(t *testing.T) {
+func TestInsideShed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := places(t, 2)
+		b := slots(t, 2)
 		c := calltest.Stack(t, shed(t), b, limit(t, 1)).Wrap(calltest.Takes(time.Second))
 		for range 2 {
 			ends := calltest.Begin(c, 4)
@@ -91,9 +91,9 @@ func TestInsideAShedOneRunsTwoWaitAndTheFourthIsRefused(t *testing.T) {
 	})
 }
 
-func TestAPlaceIsFreeAgainWhenItsCallRuns(t *testing.T) {
+func TestSlotIsFreeWhenCallRuns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := calltest.Stack(t, places(t, 1), limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		c := calltest.Stack(t, slots(t, 1), limit(t, 1)).Wrap(calltest.Takes(time.Second))
 		first := calltest.Begin(c, 3) // Runs, waits, refused.
 		time.Sleep(1500 * time.Millisecond)
 		second := calltest.Begin(c, 2) // The second of the first runs.
@@ -102,10 +102,9 @@ func TestAPlaceIsFreeAgainWhenItsCallRuns(t *testing.T) {
 	})
 }
 
-func TestACancelledWaiterIsNeverSentAndLeavesNoTrace(t *testing.T) {
+func TestCancelledWaiter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := places(t, 2)
-		type name struct{}
+		b := slots(t, 2)
 		var sent []string
 		c := calltest.Stack(t, b, limit(t, 1)).Wrap(calltest.Server(func(ctx context.Context) error {
 			sent = append(sent, ctx.Value(name{}).(string))
@@ -144,9 +143,11 @@ type notReady struct {
 	asked atomic.Int64
 }
 
+func (g *notReady) NewLayer() (interceptor.Layer, error) { return g, nil }
+
 func (g *notReady) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	busy := interceptor.Refuse("inner", interceptor.ReasonConcurrency, "not ready")
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		g.asked.Add(1)
 		switch err := w.Sleep(ctx, interceptor.InstantOf(g.until)); {
 		case err == interceptor.ErrWaitOver:
@@ -156,13 +157,13 @@ func (g *notReady) WrapGate(inner interceptor.Gate) interceptor.Gate {
 		case g.err != nil:
 			return g.err
 		}
-		return inner.Admit(ctx, c, w)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func TestWhenInnerIsNotReadyTheCallWaitsAndWhenItFailsTheCallGetsItsError(t *testing.T) {
+func TestInnerNotReadyAndFailing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := places(t, 10)
+		b := slots(t, 10)
 		inner := &notReady{until: time.Now().Add(time.Second)}
 		c := calltest.Stack(t, shed(t), b, inner).Wrap(calltest.Takes(0))
 		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.OK(time.Second))
@@ -178,10 +179,10 @@ func TestWhenInnerIsNotReadyTheCallWaitsAndWhenItFailsTheCallGetsItsError(t *tes
 	})
 }
 
-func TestWhatWaitingCannotHelpIsAskedOnce(t *testing.T) {
+func TestRefusalThatWaitingCannotHelp(t *testing.T) {
 	for _, r := range []interceptor.Reason{interceptor.ReasonFilter, interceptor.ReasonThrottled, interceptor.ReasonBreakerOpen} {
 		inner := &notReady{until: time.Now(), err: interceptor.Refuse("inner", r, "")}
-		c := calltest.Stack(t, places(t, 1), inner).Wrap(calltest.Takes(0))
+		c := calltest.Stack(t, slots(t, 1), inner).Wrap(calltest.Takes(0))
 		if err := c.Invoke(context.Background(), calltest.Method, nil, nil); calltest.Reason(err) != r || status.Code(err) != r.Code() {
 			t.Errorf("got %v, want the refusal from inside with %s", err, r)
 		}
@@ -191,20 +192,20 @@ func TestWhatWaitingCannotHelpIsAskedOnce(t *testing.T) {
 	}
 }
 
-func TestACallThatHasEndedTakesNoPlaceAndSaysSo(t *testing.T) {
+func TestEndedCallTakesNoSlot(t *testing.T) {
 	l := limit(t, 1)
 	if err := l.SetLimit(0); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	err := calltest.Stack(t, places(t, 1), l).Wrap(calltest.Takes(0)).Invoke(ctx, calltest.Method, nil, nil)
+	err := calltest.Stack(t, slots(t, 1), l).Wrap(calltest.Takes(0)).Invoke(ctx, calltest.Method, nil, nil)
 	if calltest.Reason(err) != interceptor.ReasonCancelled || status.Code(err) != codes.Canceled {
 		t.Errorf("got %v, want CANCELLED", err)
 	}
 }
 
-func TestMaxWaitAndTheCallersDeadlineEndTheWaiting(t *testing.T) {
+func TestMaxWaitAndDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := must[*buffer.Layer](t)(buffer.New(buffer.Config{Size: 5, MaxWait: 300 * time.Millisecond}))
 		c := calltest.Stack(t, shed(t), b, limit(t, 1)).Wrap(calltest.Takes(time.Second))
@@ -221,9 +222,9 @@ func TestMaxWaitAndTheCallersDeadlineEndTheWaiting(t *testing.T) {
 	})
 }
 
-func TestUpdateKeepsWaitersAndABadOneChangesNothing(t *testing.T) {
+func TestUpdate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := places(t, 3)
+		b := slots(t, 3)
 		c := calltest.Stack(t, b, limit(t, 1)).Wrap(calltest.Takes(time.Second))
 		ends := calltest.Begin(c, 4)
 		for _, bad := range []buffer.Config{{}, {Size: 1, MaxWait: -1}} {
@@ -244,9 +245,9 @@ func TestUpdateKeepsWaitersAndABadOneChangesNothing(t *testing.T) {
 	})
 }
 
-func TestAPlaceOfAnOuterBufferIsFreeWhenTheWaitFurtherInEnds(t *testing.T) {
+func TestNestedBuffers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		outer, inner := places(t, 3), places(t, 1)
+		outer, inner := slots(t, 3), slots(t, 1)
 		c := calltest.Stack(t, outer, inner, limit(t, 1)).Wrap(calltest.Takes(time.Second))
 		ends := calltest.Begin(c, 3)
 		// The third finds the inner one full and waiting there does not help it.
@@ -257,8 +258,8 @@ func TestAPlaceOfAnOuterBufferIsFreeWhenTheWaitFurtherInEnds(t *testing.T) {
 }
 
 // Tower sheds 116 of such 5,000 calls.
-func TestNoneOf5000CallsIsRefusedUnderAQueueOf10000(t *testing.T) {
-	b := places(t, 10_000)
+func TestNoRefusalWhileThereIsRoom(t *testing.T) {
+	b := slots(t, 10_000)
 	c := calltest.Stack(t, shed(t), b, limit(t, 10)).Wrap(calltest.Server(func(context.Context) error { return nil }))
 	var wg sync.WaitGroup
 	var failed atomic.Int64
@@ -280,7 +281,7 @@ func TestNoneOf5000CallsIsRefusedUnderAQueueOf10000(t *testing.T) {
 // there is always room. It is refused if a place is still taken by a call that was
 // handed a permit but has not run since.
 func TestClientsThatFitAreNeverRefused(t *testing.T) {
-	b := places(t, 2)
+	b := slots(t, 2)
 	c := calltest.Stack(t, shed(t), b, limit(t, 1)).Wrap(calltest.Server(func(context.Context) error { return nil }))
 	var wg sync.WaitGroup
 	var failed atomic.Int64
@@ -300,7 +301,7 @@ func TestClientsThatFitAreNeverRefused(t *testing.T) {
 	checkRest(t, b)
 }
 
-func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
+func TestConfigErrors(t *testing.T) {
 	for _, tc := range []struct {
 		cfg  buffer.Config
 		opts []buffer.Option
@@ -315,17 +316,17 @@ func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
 			t.Errorf("New(%+v) = %v, want an error that says %q", tc.cfg, err, tc.want)
 		}
 	}
-	if _, err := interceptor.NewStack(limit(t, 1), places(t, 1)); err == nil || !strings.Contains(err.Error(), "buffer") {
+	if _, err := interceptor.NewStack(limit(t, 1), slots(t, 1)); err == nil || !strings.Contains(err.Error(), "buffer") {
 		t.Errorf("NewStack with a buffer innermost = %v, want an error", err)
 	}
 }
 
 func TestConformance(t *testing.T) {
-	layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
-		b := places(t, 200)
-		return []interceptor.Layer{b, limit(t, 20)}, func() error {
+	layertest.RunStack(t, func() ([]interceptor.Spec, func() error) {
+		b := slots(t, 200)
+		return []interceptor.Spec{b, limit(t, 20)}, func() error {
 			if n := b.Waiting(); n != 0 {
-				return fmt.Errorf("%d places taken, want none", n)
+				return fmt.Errorf("%d slots taken, want none", n)
 			}
 			return nil
 		}
@@ -338,7 +339,7 @@ func unary(tb testing.TB) map[string]func() {
 	if err := full.SetLimit(0); err != nil {
 		tb.Fatal(err)
 	}
-	taken := places(tb, 1)
+	taken := slots(tb, 1)
 	ctx, cancel := context.WithCancel(context.Background())
 	wait := calltest.Stack(tb, taken, full).UnaryClientInterceptor()
 	waiting := make(chan struct{})
@@ -351,9 +352,11 @@ func unary(tb testing.TB) map[string]func() {
 	}
 	tb.Cleanup(func() { cancel(); <-waiting })
 	calls := make(map[string]func())
-	for name, layers := range map[string][]interceptor.Layer{
-		"admitted": {places(tb, 100), limit(tb, 1024)},
-		"refused":  {taken, full},
+	for name, layers := range map[string][]interceptor.Spec{
+		"admitted":           {slots(tb, 100), limit(tb, 1024)},
+		"refused":            {taken, full},
+		"admitted_in_a_shed": {shed(tb), slots(tb, 100), limit(tb, 1024)},
+		"refused_in_a_shed":  {shed(tb), taken, full},
 	} {
 		ic := calltest.Stack(tb, layers...).UnaryClientInterceptor()
 		calls[name] = func() { ic(ctx, calltest.Method, nil, nil, nil, calltest.Noop) }
@@ -361,7 +364,7 @@ func unary(tb testing.TB) map[string]func() {
 	return calls
 }
 
-func TestNoCallThatNeedNotWaitAllocates(t *testing.T) {
+func TestAllocations(t *testing.T) {
 	for name, call := range unary(t) {
 		if n := testing.AllocsPerRun(1000, call); n >= 1 {
 			t.Errorf("%s: %v allocations per call, want 0", name, n)

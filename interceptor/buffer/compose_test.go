@@ -6,11 +6,15 @@ package buffer_test
 import (
 	"context"
 	"io"
+	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/failfast"
@@ -18,7 +22,7 @@ import (
 )
 
 // How the limits that wait and the layers that say how long compose. A toy bucket
-// stands in for a rate limit: it refunds what was not sent.
+// takes the role of a rate limit: it refunds what was not sent.
 
 // bucket has a number of tokens that are not filled up.
 type bucket struct {
@@ -26,20 +30,22 @@ type bucket struct {
 	tokens int64
 }
 
+func (b *bucket) NewLayer() (interceptor.Layer, error) { return b, nil }
+
 func (b *bucket) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	empty := interceptor.Refuse("bucket", interceptor.ReasonRateLimit, "")
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		if b.tokens == 0 {
 			return empty
 		}
 		b.tokens--
-		c.Hold(b, 1)
-		return inner.Admit(ctx, c, w)
+		a.Hold(b, 1)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func (b *bucket) Release(n int64, o interceptor.Outcome, _ error) {
-	if o == interceptor.NotSent {
+func (b *bucket) Release(n int64, e interceptor.End) {
+	if !e.Outcome.Sent() {
 		b.tokens += n
 	}
 }
@@ -49,7 +55,7 @@ func fast(t testing.TB, d time.Duration) *failfast.Layer {
 	return must[*failfast.Layer](t)(failfast.New(failfast.Config{After: d}))
 }
 
-func TestAFullLimitWaitsExactlyASecondAndAShedOutsideRefusesAtOnce(t *testing.T) {
+func TestComposeShedOverLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		calltest.Expect(t, calltest.Burst(calltest.Stack(t, limit(t, 1)).Wrap(calltest.Takes(time.Second)), 2),
 			calltest.OK(time.Second), calltest.OK(2*time.Second))
@@ -58,7 +64,7 @@ func TestAFullLimitWaitsExactlyASecondAndAShedOutsideRefusesAtOnce(t *testing.T)
 	})
 }
 
-func TestTenRefusalsBurnNoToken(t *testing.T) {
+func TestComposeRefusalsBurnNoToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &bucket{tokens: 5}
 		l := limit(t, 1)
@@ -72,7 +78,7 @@ func TestTenRefusalsBurnNoToken(t *testing.T) {
 		}
 		calltest.Expect(t, ends(), calltest.OK(time.Second))
 		// Nor does asking twice, as a buffer does that lets a call wait.
-		ends = calltest.Begin(calltest.Stack(t, shed(t), places(t, 1), b, l).Wrap(calltest.Takes(time.Second)), 3)
+		ends = calltest.Begin(calltest.Stack(t, shed(t), slots(t, 1), b, l).Wrap(calltest.Takes(time.Second)), 3)
 		calltest.Expect(t, ends(), calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.Refused(0, interceptor.ReasonQueueFull))
 		if b.tokens != 2 {
 			t.Errorf("%d tokens left after two more calls, want 2", b.tokens)
@@ -80,9 +86,9 @@ func TestTenRefusalsBurnNoToken(t *testing.T) {
 	})
 }
 
-func TestFailFastRefusesAtExactlyItsBoundInsideABuffer(t *testing.T) {
+func TestComposeFailFastInsideBuffer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b, f := places(t, 3), fast(t, 300*time.Millisecond)
+		b, f := slots(t, 3), fast(t, 300*time.Millisecond)
 		c := calltest.Stack(t, shed(t), b, f, limit(t, 1)).Wrap(calltest.Takes(time.Second))
 		failed := calltest.Refused(300*time.Millisecond, interceptor.ReasonFailFast)
 		calltest.Expect(t, calltest.Burst(c, 5), calltest.OK(time.Second), failed, failed, failed, calltest.Refused(0, interceptor.ReasonQueueFull))
@@ -90,33 +96,33 @@ func TestFailFastRefusesAtExactlyItsBoundInsideABuffer(t *testing.T) {
 	})
 }
 
-func TestABufferInsideAFailFastWaitsOnItsBehalf(t *testing.T) {
+func TestComposeBufferInsideFailFast(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := calltest.Stack(t, fast(t, 300*time.Millisecond), places(t, 1), limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		c := calltest.Stack(t, fast(t, 300*time.Millisecond), slots(t, 1), limit(t, 1)).Wrap(calltest.Takes(time.Second))
 		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.OK(2*time.Second))
 	})
 }
 
-func TestAShedInsideABufferTakesItsWaitingAway(t *testing.T) {
+func TestComposeShedInsideBuffer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := calltest.Stack(t, places(t, 10), shed(t), limit(t, 1)).Wrap(calltest.Takes(time.Second))
+		c := calltest.Stack(t, slots(t, 10), shed(t), limit(t, 1)).Wrap(calltest.Takes(time.Second))
 		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.Refused(0, interceptor.ReasonConcurrency))
 	})
 }
 
 // Tower's builder documentation counts them.
-func TestTheOrderOfBufferAndLimitDecidesHowManyCallsThereAre(t *testing.T) {
+func TestComposeOrderOfBufferAndLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, tc := range []struct {
 			name                     string
-			layers                   []interceptor.Layer
+			layers                   []interceptor.Spec
 			calls                    int
 			running, queued, refused int
 		}{
-			{"shed > buffer(100) > limit(10)", []interceptor.Layer{shed(t), places(t, 100), limit(t, 10)}, 150, 10, 100, 40},
-			{"buffer(100) > limit(10)", []interceptor.Layer{places(t, 100), limit(t, 10)}, 150, 10, 100, 40},
-			{"shed > limit(10) > buffer(100)", []interceptor.Layer{shed(t), limit(t, 10), places(t, 100), &bucket{tokens: 1000}}, 150, 10, 0, 140},
-			{"limit(10) > buffer(100)", []interceptor.Layer{limit(t, 10), places(t, 100), &bucket{tokens: 1000}}, 150, 10, 140, 0},
+			{"shed > buffer(100) > limit(10)", []interceptor.Spec{shed(t), slots(t, 100), limit(t, 10)}, 150, 10, 100, 40},
+			{"buffer(100) > limit(10)", []interceptor.Spec{slots(t, 100), limit(t, 10)}, 150, 10, 100, 40},
+			{"shed > limit(10) > buffer(100)", []interceptor.Spec{shed(t), limit(t, 10), slots(t, 100), &bucket{tokens: 1000}}, 150, 10, 0, 140},
+			{"limit(10) > buffer(100)", []interceptor.Spec{limit(t, 10), slots(t, 100), &bucket{tokens: 1000}}, 150, 10, 140, 0},
 		} {
 			running := 0
 			release := make(chan struct{})
@@ -181,9 +187,9 @@ func (m *message) RecvMsg(any) error {
 	return nil
 }
 
-func TestAStreamHoldsItsPermitButNoPlaceUntilItHasEnded(t *testing.T) {
+func TestComposeStream(t *testing.T) {
 	desc := &grpc.StreamDesc{ServerStreams: true}
-	b, l := places(t, 1), limit(t, 1)
+	b, l := slots(t, 1), limit(t, 1)
 	c := calltest.Stack(t, shed(t), b, l).Wrap(oneMessage{})
 	check := func(when string, permits int64, waiting int) {
 		t.Helper()
@@ -226,22 +232,29 @@ func TestAStreamHoldsItsPermitButNoPlaceUntilItHasEnded(t *testing.T) {
 	})
 }
 
-// again makes a second attempt of calls that fail.
+// again makes a second attempt of calls that fail, as a retry does, or as a hedge does
+// if it is expendable.
 type again struct {
 	interceptor.CallOnly
-	_ byte
+	wait       interceptor.Wait
+	expendable bool
+	backoff    time.Duration
 }
 
-func (*again) WrapCall(next interceptor.Next, inner interceptor.Gate) interceptor.Next {
+func (l *again) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l *again) WrapCall(next interceptor.Next, again interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error {
 		origin := c.Origin()
+		origin.Expendable = l.expendable
 		err := next(ctx, c)
 		if err == nil {
 			return nil
 		}
-		f := origin.Fork()
-		if inner.Admit(ctx, f, interceptor.None) != nil {
-			return err
+		time.Sleep(l.backoff)
+		f, refused := again(ctx, &origin, l.wait)
+		if refused != nil {
+			return interceptor.RefusedAgain(refused, err)
 		}
 		err = next(ctx, f)
 		c.Adopt(f)
@@ -249,36 +262,83 @@ func (*again) WrapCall(next interceptor.Next, inner interceptor.Gate) intercepto
 	}
 }
 
-func TestAFurtherAttemptPassesABufferButDoesNotWaitInIt(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b, l := places(t, 10), limit(t, 1)
-		attempts := 0
-		c := calltest.Stack(t, &again{}, b, l).Wrap(calltest.Server(func(context.Context) error {
-			attempts++
+type name struct{}
+
+// named is the context of a call whose server knows it by a name.
+func named(n string) context.Context { return context.WithValue(context.Background(), name{}, n) }
+
+func TestFurtherAttempts(t *testing.T) {
+	// The call "flaky" fails after 1s, which hands the permit to "one", and tries again
+	// after a while. "two" waits in the buffer, and "three" comes at some moment.
+	run := func(t *testing.T, a *again, priority int, three time.Duration) (sent []string, errs map[string]error) {
+		b := slots(t, 2)
+		c := calltest.Stack(t, shed(t), a, b, limit(t, 1)).Wrap(calltest.Server(func(ctx context.Context) error {
+			sent = append(sent, ctx.Value(name{}).(string))
 			time.Sleep(time.Second)
-			return io.ErrUnexpectedEOF
+			if len(sent) == 1 {
+				return status.Error(codes.Unavailable, "flaky")
+			}
+			return nil
 		}))
-		call := func() {
-			t.Helper()
-			if err := c.Invoke(context.Background(), calltest.Method, nil, &struct{}{}); err != io.ErrUnexpectedEOF {
-				t.Errorf("got %v, want the server's error", err)
-			}
+		errs = make(map[string]error)
+		var mu sync.Mutex
+		var wg sync.WaitGroup
+		for _, call := range []struct {
+			name string
+			at   time.Duration
+		}{{"flaky", 0}, {"one", 100 * time.Millisecond}, {"two", 200 * time.Millisecond}, {"three", three}} {
+			wg.Go(func() {
+				time.Sleep(call.at)
+				ctx := named(call.name)
+				if call.name == "flaky" {
+					ctx = interceptor.ContextWithPriority(ctx, priority)
+				}
+				err := c.Invoke(ctx, calltest.Method, nil, &struct{}{})
+				mu.Lock()
+				defer mu.Unlock()
+				errs[call.name] = err
+			})
 		}
-		start := time.Now()
-		call()
-		if attempts != 2 || time.Since(start) != 2*time.Second {
-			t.Errorf("%d attempts in %v with a permit free, want 2 in 2s", attempts, time.Since(start))
-		}
-		attempts = 0
-		time.AfterFunc(500*time.Millisecond, func() { // Takes the permit for itself.
-			if err := l.SetLimit(0); err != nil {
-				t.Error(err)
-			}
-		})
-		call()
-		if attempts != 1 || time.Since(start) != 3*time.Second {
-			t.Errorf("%d attempts, until %v, with no permit free, want 1, until 3s", attempts, time.Since(start))
-		}
+		wg.Wait()
 		checkRest(t, b)
-	})
+		return sent, errs
+	}
+	const backoff, full, late = 500 * time.Millisecond, 1200 * time.Millisecond, 1700 * time.Millisecond
+	for _, tc := range []struct {
+		name     string
+		layer    again
+		priority int
+		three    time.Duration
+		sent     []string
+		refused  map[string]interceptor.Reason
+	}{
+		{"of_a_retry_evict_first_attempts", again{wait: interceptor.Forever, backoff: backoff}, 0, full,
+			[]string{"flaky", "one", "flaky", "two"}, map[string]interceptor.Reason{"three": interceptor.ReasonQueueFull}},
+		{"that_are_expendable_evict_nobody", again{wait: interceptor.Forever, expendable: true, backoff: backoff}, 1, full,
+			[]string{"flaky", "one", "two", "three"}, map[string]interceptor.Reason{"flaky": interceptor.ReasonQueueFull}},
+		{"that_are_expendable_give_their_slots_to_others", again{wait: interceptor.Forever, expendable: true, backoff: backoff}, 1, late,
+			[]string{"flaky", "one", "two", "three"}, map[string]interceptor.Reason{"flaky": interceptor.ReasonQueueFull}},
+		{"without_a_wait_do_not_wait", again{wait: interceptor.None, backoff: backoff}, 1, late,
+			[]string{"flaky", "one", "two", "three"}, map[string]interceptor.Reason{"flaky": interceptor.ReasonConcurrency}},
+		{"without_a_wait_evict_nobody", again{wait: interceptor.None, backoff: backoff}, 1, full,
+			[]string{"flaky", "one", "two", "three"}, map[string]interceptor.Reason{"flaky": interceptor.ReasonConcurrency}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				sent, errs := run(t, &tc.layer, tc.priority, tc.three)
+				if !slices.Equal(sent, tc.sent) {
+					t.Errorf("sent %v, want %v", sent, tc.sent)
+				}
+				for n, err := range errs {
+					if got := calltest.Reason(err); got != tc.refused[n] {
+						t.Errorf("%s: %v, want %q", n, err, tc.refused[n])
+					}
+				}
+				// Its status is the server's.
+				if err := errs["flaky"]; err != nil && status.Convert(err).Message() != "flaky" {
+					t.Errorf("flaky: status %v, want the server's", status.Convert(err))
+				}
+			})
+		})
+	}
 }

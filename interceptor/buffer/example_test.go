@@ -18,7 +18,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/loadshed"
 )
 
-// slow stands in for a connection: its calls take until release is closed.
+// slow takes the role of a connection. Its calls take until release is closed.
 type slow struct {
 	grpc.ClientConnInterface
 	begun, release chan struct{}
@@ -31,19 +31,11 @@ func (s *slow) Invoke(context.Context, string, any, any, ...grpc.CallOption) err
 }
 
 func Example() {
-	shed, err := loadshed.New(loadshed.Config{})
-	if err != nil {
-		log.Fatal(err)
-	}
 	queue, err := buffer.New(buffer.Config{Size: 1})
 	if err != nil {
 		log.Fatal(err)
 	}
-	limit, err := concurrency.New(concurrency.Config{Limit: 1})
-	if err != nil {
-		log.Fatal(err)
-	}
-	stack, err := interceptor.NewStack(shed, queue, limit)
+	stack, err := interceptor.NewStack(loadshed.Config{}, queue, concurrency.Config{Limit: 1})
 	if err != nil {
 		log.Fatal(err)
 	}

@@ -67,7 +67,7 @@ func must[T any](t testing.TB) func(T, error) T {
 	}
 }
 
-func TestAIMDAddsOnePerRoundAndBacksOffOncePerOverload(t *testing.T) {
+func TestAIMD(t *testing.T) {
 	f := newFeed(must[*concurrency.AIMD](t)(concurrency.NewAIMD(concurrency.AIMDConfig{Initial: 30, Max: 40})))
 	for i := range int64(5) {
 		f.round(0, 10*ms, 0)
@@ -88,7 +88,7 @@ func TestAIMDAddsOnePerRoundAndBacksOffOncePerOverload(t *testing.T) {
 	check(t, "a drop in every round, where +1 and -10% balance", f.limit.Limit(), 8, 11)
 }
 
-func TestAIMDDoesNotGrowWhileLessThanHalfIsUsed(t *testing.T) {
+func TestAIMDIdleClient(t *testing.T) {
 	f := newFeed(must[*concurrency.AIMD](t)(concurrency.NewAIMD(concurrency.AIMDConfig{Initial: 30})))
 	for range 100 {
 		f.round(14, 10*ms, 0)
@@ -100,7 +100,7 @@ func TestAIMDDoesNotGrowWhileLessThanHalfIsUsed(t *testing.T) {
 	check(t, "a client that uses half", f.limit.Limit(), 31, 31)
 }
 
-func TestAIMDTakesATimeoutForADrop(t *testing.T) {
+func TestAIMDTimeout(t *testing.T) {
 	f := newFeed(must[*concurrency.AIMD](t)(concurrency.NewAIMD(concurrency.AIMDConfig{Initial: 30, Timeout: 50 * ms})))
 	f.round(0, 51*ms, 0)
 	check(t, "successes over the timeout", f.limit.Limit(), 27, 27)
@@ -108,7 +108,7 @@ func TestAIMDTakesATimeoutForADrop(t *testing.T) {
 	check(t, "successes at the timeout", f.limit.Limit(), 27, 28)
 }
 
-func TestGradient2ComputesThePublishedFormula(t *testing.T) {
+func TestGradient2Formula(t *testing.T) {
 	// As published: it acts on each sample.
 	g := must[*concurrency.Gradient2](t)(concurrency.NewGradient2(concurrency.Gradient2Config{Initial: 50, Window: 1, WindowSamples: 1}))
 	at := interceptor.Instant(time.Hour)
@@ -138,7 +138,7 @@ func TestGradient2ComputesThePublishedFormula(t *testing.T) {
 	sample("1.5·9.63/20: gradient 0.72", 20*ms)
 }
 
-func TestGradient2ConvergesUpBacksOffOnLatencyAndDropsAndIgnoresIdleClients(t *testing.T) {
+func TestGradient2(t *testing.T) {
 	cfg := concurrency.Gradient2Config{Window: 10 * ms}
 	newG := func() *feed { return newFeed(must[*concurrency.Gradient2](t)(concurrency.NewGradient2(cfg))) }
 
@@ -176,7 +176,7 @@ func TestGradient2ConvergesUpBacksOffOnLatencyAndDropsAndIgnoresIdleClients(t *t
 	check(t, "a server of 40 workers", f.limit.Limit(), 40, 120)
 }
 
-func TestVegasKeepsAFewCallsQueueing(t *testing.T) {
+func TestVegas(t *testing.T) {
 	f := newFeed(must[*concurrency.Vegas](t)(concurrency.NewVegas(concurrency.VegasConfig{Window: 10 * ms})))
 	rtt := queueing(60, 10*ms)
 	for range 200 {
@@ -200,7 +200,7 @@ func TestVegasKeepsAFewCallsQueueing(t *testing.T) {
 	check(t, "drops", f.limit.Limit(), 997, 997) // By log10(1000), once.
 }
 
-func TestVegasFindsANewBestRoundTripAfterAProbe(t *testing.T) {
+func TestVegasProbe(t *testing.T) {
 	f := newFeed(must[*concurrency.Vegas](t)(concurrency.NewVegas(concurrency.VegasConfig{Window: 10 * ms, ProbeWindows: 50})))
 	for range 60 {
 		f.round(10, 10*ms, 0)
@@ -222,7 +222,7 @@ func TestVegasFindsANewBestRoundTripAfterAProbe(t *testing.T) {
 	}
 }
 
-func TestUpdatingAnAlgorithmKeepsWhatItKnows(t *testing.T) {
+func TestUpdateAlgorithm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 40})
 		update := func(cfg concurrency.Config, want int64) {
@@ -255,11 +255,12 @@ type recorder struct {
 
 func (r *recorder) Limit() int64                  { return r.n }
 func (r *recorder) OnSample(s concurrency.Sample) { r.samples = append(r.samples, s) }
+func (r *recorder) Bound() time.Duration          { return 15 * ms }
 
-func TestAnAlgorithmSeesSuccessesAndSignsOfOverloadOnly(t *testing.T) {
+func TestSamples(t *testing.T) {
 	unavailable, notFound := status.Error(codes.Unavailable, ""), status.Error(codes.NotFound, "")
-	call := func(l *concurrency.Layer, ctx context.Context, err error, inside ...interceptor.Layer) {
-		c := calltest.Stack(t, append([]interceptor.Layer{l}, inside...)...).Wrap(calltest.Server(func(ctx context.Context) error {
+	call := func(l *concurrency.Layer, ctx context.Context, err error, inside ...interceptor.Spec) {
+		c := calltest.Stack(t, append([]interceptor.Spec{l}, inside...)...).Wrap(calltest.Server(func(ctx context.Context) error {
 			select {
 			case <-time.After(20 * ms):
 				return err
@@ -270,6 +271,11 @@ func TestAnAlgorithmSeesSuccessesAndSignsOfOverloadOnly(t *testing.T) {
 		c.Invoke(ctx, calltest.Method, nil, nil)
 	}
 	bg := context.Background()
+	callFor := func(l *concurrency.Layer, patience time.Duration) {
+		ctx, cancel := context.WithTimeout(bg, patience)
+		defer cancel()
+		call(l, ctx, nil)
+	}
 	for _, tc := range []struct {
 		name string
 		cfg  concurrency.Config
@@ -279,11 +285,9 @@ func TestAnAlgorithmSeesSuccessesAndSignsOfOverloadOnly(t *testing.T) {
 		{"success", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, nil) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1}}},
 		{"waiting further in is not part of the round trip", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, nil, &slow{50 * ms}) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1}}},
 		{"a sign of overload", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, unavailable) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Dropped: true}}},
-		{"the caller's deadline", concurrency.Config{}, func(l *concurrency.Layer) {
-			ctx, cancel := context.WithTimeout(bg, 10*ms)
-			defer cancel()
-			call(l, ctx, nil)
-		}, []concurrency.Sample{{RTT: 10 * ms, InFlight: 1, Dropped: true}}},
+		{"the caller's deadline", concurrency.Config{}, func(l *concurrency.Layer) { callFor(l, 10*ms) }, nil},
+		{"the caller's deadline, beyond the algorithm's bound", concurrency.Config{}, func(l *concurrency.Layer) { callFor(l, 16*ms) },
+			[]concurrency.Sample{{RTT: 16 * ms, InFlight: 1, Dropped: true}}},
 		{"another failure", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, notFound) }, nil},
 		{"a configured code", concurrency.Config{DropCodes: []codes.Code{codes.NotFound}}, func(l *concurrency.Layer) {
 			call(l, bg, notFound)
@@ -345,18 +349,20 @@ func stream20(l *concurrency.Layer) {
 // slow is a gate that takes its time, and says so.
 type slow struct{ d time.Duration }
 
-func (s *slow) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next { return next }
+func (s *slow) NewLayer() (interceptor.Layer, error) { return s, nil }
+
+func (s *slow) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next { return next }
 
 func (s *slow) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		since := c.Now()
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		since := a.Now()
 		time.Sleep(s.d)
-		c.Waited("slow", since)
-		return inner.Admit(ctx, c, w)
+		a.Waited("slow", since)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func TestTheLayerEnforcesAtLeastOneWhateverAnAlgorithmSays(t *testing.T) {
+func TestAlgorithmBelowOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &recorder{n: -3}
 		l := limit(t, concurrency.Config{}, concurrency.WithAlgorithm(r))
@@ -371,7 +377,7 @@ func TestTheLayerEnforcesAtLeastOneWhateverAnAlgorithmSays(t *testing.T) {
 // algorithm, through a whole stack and in virtual time, finds a limit at which the
 // workers are busy and the queue in the server is short; Gradient2 lets it grow
 // slowly, as latency that lasts becomes its new normal.
-func TestAdaptiveLimitsFindTheCapacityOfAServer(t *testing.T) {
+func TestAdaptiveFindsCapacity(t *testing.T) {
 	for _, tc := range []struct {
 		name    string
 		cfg     concurrency.Config

@@ -20,8 +20,8 @@ type AIMDConfig struct {
 	// Increase is by how much the limit grows when as many calls as it allows have
 	// succeeded, from 0.01 to 100; 1 if zero.
 	Increase float64
-	// Timeout makes a drop of a success that took longer; none does if zero. It
-	// must not be negative.
+	// Timeout makes a drop of a call that took longer, whether it succeeded or its
+	// caller gave up; none does if zero. It must not be negative.
 	Timeout time.Duration
 }
 
@@ -80,6 +80,9 @@ func (a *AIMD) Update(cfg AIMDConfig) error {
 
 // Limit is the limit now.
 func (a *AIMD) Limit() int64 { return int64(a.limit) }
+
+// Bound is Timeout.
+func (a *AIMD) Bound() time.Duration { return a.cfg.Timeout }
 
 func (a *AIMD) start(limit float64) { a.limit = a.clamp(limit) }
 

@@ -17,7 +17,7 @@ import (
 // admitAndRefuse are the rows of the benchmarks: a call, how to make it, and
 // whether it is refused.
 func admitAndRefuse(tb testing.TB) map[string]func() error {
-	unary := func(layers ...interceptor.Layer) func() error {
+	unary := func(layers ...interceptor.Spec) func() error {
 		ic := calltest.Stack(tb, layers...).UnaryClientInterceptor()
 		none := []grpc.CallOption{interceptor.WithWait(interceptor.None)}
 		ctx, cancel := context.WithCancel(context.Background())
@@ -31,7 +31,7 @@ func admitAndRefuse(tb testing.TB) map[string]func() error {
 	return map[string]func() error{
 		"empty_stack":      unary(),
 		"fixed":            unary(fixed(tb, 1024)),
-		"weighted":         unary(limit(tb, concurrency.Config{Limit: 1024}, concurrency.WithCost(func(context.Context, *interceptor.Call) int64 { return 3 }))),
+		"weighted":         unary(limit(tb, concurrency.Config{Limit: 1024}, concurrency.WithCost(func(context.Context, *interceptor.Admission) int64 { return 3 }))),
 		"aimd":             unary(limit(tb, concurrency.Config{AIMD: &concurrency.AIMDConfig{}})),
 		"gradient2":        unary(limit(tb, concurrency.Config{Gradient2: &concurrency.Gradient2Config{}})),
 		"vegas":            unary(limit(tb, concurrency.Config{Vegas: &concurrency.VegasConfig{}})),
@@ -40,7 +40,7 @@ func admitAndRefuse(tb testing.TB) map[string]func() error {
 	}
 }
 
-func TestNoCallThatNeedNotWaitAllocates(t *testing.T) {
+func TestAllocations(t *testing.T) {
 	for name, call := range admitAndRefuse(t) {
 		if n := testing.AllocsPerRun(1000, func() { call() }); n >= 1 {
 			t.Errorf("%s: %v allocations per call, want 0", name, n)

@@ -57,6 +57,10 @@ func (c *codel) drop(now interceptor.Instant, sojourn time.Duration, last bool) 
 	return true
 }
 
+// empty says that nobody waits, so that the next queue starts below target: RFC 8289
+// resets first_above_time when the queue is empty.
+func (c *codel) empty() { c.above = 0 }
+
 func (c *codel) standing(now interceptor.Instant, sojourn time.Duration, last bool) bool {
 	switch {
 	case sojourn < c.target || last:

@@ -5,6 +5,7 @@ package concurrency
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"strconv"
 	"sync"
@@ -12,12 +13,11 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
+	"github.com/belfry-go/belfry/internal/keyed"
 )
 
 // Discipline is the order in which waiting calls of the same priority are
@@ -79,17 +79,42 @@ type Config struct {
 	// UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED if nil, none if empty and
 	// not nil. Calls that failed with other codes teach it nothing.
 	DropCodes []codes.Code
-	// SampleStreams lets algorithms learn from streams, with their whole life as
-	// the round trip. Set it if streams are answers of several messages; how long a
-	// subscription or a conversation lasts says nothing about load. Streams hold
-	// permits in any case.
+	// SampleStreams lets algorithms learn from streams: the time to the first response,
+	// a header or a message, is the round trip of one whose server may send many
+	// messages, and the whole life that of others. Streams hold permits in any case.
 	SampleStreams bool
+
+	// KeyBy gives calls a limit each by what they are told apart by, with a queue and an
+	// algorithm of its own. All calls share one limit if it is zero. It cannot be
+	// changed.
+	KeyBy interceptor.KeyBy
+	// MaxKeys is for how many keys there are limits, from 1 to 1,000,000; 1000 if
+	// zero. Keys beyond it share one limit. A key without a call in flight makes room
+	// for new ones; if an algorithm sets the limits, when it has not been seen for a
+	// minute, because what the algorithm has learnt is lost with it.
+	MaxKeys int
 }
 
 const (
 	defaultCoDelTarget   = 5 * time.Millisecond
 	defaultCoDelInterval = 100 * time.Millisecond
+
+	defaultMaxKeys = 1000
+	mostKeys       = 1_000_000
+	keepLearnt     = time.Minute
 )
+
+// Others is the key of the limit that keys beyond [Config.MaxKeys] share.
+const Others = keyed.Others
+
+// NewLayer returns a limit with this configuration, as [New] does.
+func (cfg Config) NewLayer() (interceptor.Layer, error) {
+	l, err := New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
+}
 
 // An Option sets what is not plain data.
 type Option func(*options)
@@ -97,8 +122,8 @@ type Option func(*options)
 type options struct {
 	errs     *check.Errors
 	name     string
-	cost     func(ctx context.Context, c *interceptor.Call) int64
-	priority func(ctx context.Context, c *interceptor.Call) int
+	cost     func(ctx context.Context, a *interceptor.Admission) int64
+	priority interceptor.PriorityFunc
 	custom   Limit
 }
 
@@ -107,25 +132,39 @@ type options struct {
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // WithCost lets calls differ in how many permits they take; without it each takes
-// one. cost is called once per admission, concurrently, and must be quick;
-// what it returns below 1 counts as 1. A call that costs more than the limit runs
-// when nothing else does. While a heavy call waits for its turn lighter ones wait
-// behind it, and are refused if they may not wait, although there may be a permit
-// for them: it is promised.
-func WithCost(cost func(ctx context.Context, c *interceptor.Call) int64) Option {
+// one. cost is called once per admission, concurrently, and must be quick; what it
+// returns below 1 counts as 1. A call that costs more than the limit runs when nothing
+// else does. While a heavy call waits for its turn lighter ones wait behind it, and are
+// refused if they may not wait, although there may be a permit for them: it is
+// promised, unless they have a higher priority.
+//
+// Where calls may not wait, as inside a load shed, overload refuses nearly all heavy
+// calls, because light ones take each permit as it comes back. Give heavy calls a
+// higher priority there: permits are then kept for them, see [WithPriority].
+func WithCost(cost func(ctx context.Context, a *interceptor.Admission) int64) Option {
 	return func(o *options) {
 		o.errs.NotNil(cost == nil, "WithCost", "a function")
 		o.cost = cost
 	}
 }
 
-// WithPriority sets how the priority of a call that has to wait is found;
-// without it, it is the one of [ContextWithPriority].
-// Calls of a higher priority are admitted before all that wait at a lower one,
-// whatever the discipline. If calls of a high priority alone exceed the limit
-// those below starve: they wait until their own Wait, their deadline or MaxWait
-// ends. The function is not called for calls that find a permit free.
-func WithPriority(priority func(ctx context.Context, c *interceptor.Call) int) Option {
+// WithPriority sets how the priority of a call is found;
+// [interceptor.ContextPriority] by default. It is called concurrently, at most twice
+// per admission, and not for calls that find a permit free, unless permits are kept for
+// a priority.
+//
+// Calls of a higher priority are admitted before all that wait at a lower one, whatever
+// the discipline. If calls of a high priority alone exceed the limit those below
+// starve: they wait until their own Wait, their deadline or MaxWait ends.
+//
+// Where calls may not wait, as inside a load shed, permits are kept free for higher
+// priorities: as many as it takes for 2 % of their calls to be refused, at most all but
+// one. That number finds itself, from the calls that are refused, and goes back to
+// zero within seconds when calls of that priority stop. What is kept idles now and then:
+// with three calls of a high priority for every ten permits the lower ones lose about
+// a third of what would be left for them. A buffer between the load shed and the limit
+// costs them nothing.
+func WithPriority(priority interceptor.PriorityFunc) Option {
 	return func(o *options) {
 		o.errs.NotNil(priority == nil, "WithPriority", "a function")
 		o.priority = priority
@@ -133,7 +172,8 @@ func WithPriority(priority func(ctx context.Context, c *interceptor.Call) int) O
 }
 
 // WithAlgorithm lets an algorithm of your own look for the limit. None of the four
-// in Config is set then. The Layer uses it exclusively; it cannot be shared.
+// in Config is set then, and KeyBy is not either. The Layer uses it exclusively; it
+// cannot be shared.
 func WithAlgorithm(a Limit) Option {
 	return func(o *options) {
 		o.errs.NotNil(a == nil, "WithAlgorithm", "an algorithm")
@@ -141,119 +181,118 @@ func WithAlgorithm(a Limit) Option {
 	}
 }
 
-type priorityKey struct{}
-
-// ContextWithPriority returns a context whose calls have the given priority where
-// they have to wait for a permit; 0 is that of all others, and higher goes first.
-func ContextWithPriority(ctx context.Context, priority int) context.Context {
-	return context.WithValue(ctx, priorityKey{}, priority)
-}
-
-func contextPriority(ctx context.Context, _ *interceptor.Call) int {
-	p, _ := ctx.Value(priorityKey{}).(int)
-	return p
-}
-
-// MetadataPriority returns a function for [WithPriority] that reads the priority
-// from the call's outgoing metadata, so that it can be passed on from server to
-// server. What is missing or not a decimal number has priority 0.
-func MetadataPriority(key string) func(ctx context.Context, c *interceptor.Call) int {
-	return func(ctx context.Context, _ *interceptor.Call) int {
-		md, _ := metadata.FromOutgoingContext(ctx)
-		if v := md.Get(key); len(v) > 0 {
-			if p, err := strconv.Atoi(v[0]); err == nil {
-				return p
-			}
-		}
-		return 0
-	}
-}
-
 // A Layer is a concurrency limit. It is safe for concurrent use, also by several
 // stacks, whose calls it then limits together. A fixed limit takes no lock for a call
-// that finds a permit free and nobody waiting, an adaptive one takes one for each
-// sample, and every lock is held for a few instructions. It allocates nothing,
-// admitted or refused; only a call that waits may.
+// that finds a permit free and nobody waiting, or is refused; an adaptive one takes one
+// for each sample, and every lock is held for a few instructions. It allocates nothing,
+// admitted or refused; only a call that waits does.
 type Layer struct {
 	interceptor.GateOnly
 
 	// Set by New and not changed.
 	name     string
-	cost     func(context.Context, *interceptor.Call) int64 // Nil: 1.
-	priority func(context.Context, *interceptor.Call) int
+	cost     func(context.Context, *interceptor.Admission) int64 // Nil: 1.
+	priority interceptor.PriorityFunc
 	custom   Limit
-	refusals [refusedCount]*interceptor.Refusal
 
-	permits  permits
 	settings atomic.Pointer[settings]
-	sampler  sampler // Its mu also orders changes of the configuration.
 
-	observed atomic.Int64 // What an observer was last told.
+	one  *limiter             // Nil if there are keys.
+	keys *keyed.Map[*limiter] // Nil if there are none.
+
+	mu sync.Mutex // Orders changes of the configuration. Limiters are locked under it.
 }
 
-// settings is what admission looks at; it is not changed.
+// settings are not changed.
 type settings struct {
-	config   Config // As it was given.
-	adaptive bool
-	streams  bool
-	maxWait  time.Duration
-	drops    codeset.Set
+	config           Config // As it was given.
+	limit            int64  // If it is fixed; SetLimit changes it.
+	adaptive         bool
+	maxKeys          int
+	target, interval time.Duration
+	drops            codeset.Set
+}
+
+// refusals returns the refusals that go with s.
+func (s *settings) refusals() *refusals {
+	rs := &refusals{limit: s.limit, maxWaiters: s.config.MaxWaiters, maxWait: s.config.MaxWait}
+	if s.adaptive {
+		rs.limit = -1
+	}
+	return rs
 }
 
 // New returns a limit. An error is a [*interceptor.ConfigError], or several joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
-	o := options{errs: check.Of("concurrency"), name: "concurrency", priority: contextPriority}
+	o := options{errs: check.Of("concurrency"), name: "concurrency", priority: interceptor.ContextPriority}
 	for _, opt := range opts {
 		opt(&o)
 	}
 	o.errs.Name(o.name)
 	l := &Layer{name: o.name, cost: o.cost, priority: o.priority, custom: o.custom}
-	l.sampler.layer = l
-	l.observed.Store(-1)
-	refuse := func(reason interceptor.Reason, message string) *interceptor.Refusal {
-		return interceptor.Refuse(l.name, reason, message)
+	set, err := l.check(cfg, o.errs)
+	if err != nil {
+		return nil, err
 	}
-	l.refusals = [refusedCount]*interceptor.Refusal{
-		noPlace:     refuse(interceptor.ReasonQueueFull, "as many calls wait for a permit as may"),
-		displaced:   refuse(interceptor.ReasonQueueFull, "as many calls wait for a permit as may, and another one goes first"),
-		delayed:     refuse(interceptor.ReasonConcurrency, "calls have been waiting for permits for too long"),
-		noneInTime:  refuse(interceptor.ReasonConcurrency, "no permit became free in the time allowed"),
-		maxWaitOver: refuse(interceptor.ReasonConcurrency, "no permit became free in the longest time a call waits"),
-		noneFree:    refuse(interceptor.ReasonConcurrency, "no permit is free"),
+	l.settings.Store(set)
+	if cfg.KeyBy.IsSet() {
+		l.keys = keyed.New(func() int { return l.settings.Load().maxKeys }, l.newLimiter, l.droppable)
+		return l, nil
 	}
-	if err := l.update(cfg, o.errs); err != nil {
+	l.one = newLimiter(l, "")
+	if err := l.one.configure(set); err != nil {
 		return nil, err
 	}
 	return l, nil
 }
 
-// Update changes the configuration while calls run. Permits in use stay in use,
-// and calls that wait go on waiting. An algorithm that is configured anew keeps
-// what it knows; another algorithm begins at the limit that holds, within its own
-// bounds. On an error nothing has changed.
-func (l *Layer) Update(cfg Config) error { return l.update(cfg, check.Of("concurrency")) }
+// NewLayer returns the limit itself.
+func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
 
-func (l *Layer) update(cfg Config, errs *check.Errors) error {
-	given := cfg.clone()
-	set := l.check(&cfg, errs)
-	if err := errs.Err(); err != nil {
-		return err
+// newLimiter makes the limit of a key.
+func (l *Layer) newLimiter(key string) *limiter {
+	lim := newLimiter(l, key)
+	if err := lim.configure(l.settings.Load()); err != nil {
+		panic(err) // The settings are checked.
 	}
-	s := &l.sampler
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	algorithm, err := l.choose(s.algorithm, cfg)
+	return lim
+}
+
+// droppable says of which key the limit may be forgotten.
+func (l *Layer) droppable(lim *limiter, unused time.Duration, _ int64) bool {
+	return lim.idle() && (!l.settings.Load().adaptive || unused >= keepLearnt)
+}
+
+// limiters calls f with the limit, or with those of all keys.
+func (l *Layer) limiters(f func(*limiter) error) error {
+	if l.keys == nil {
+		return f(l.one)
+	}
+	for _, lim := range l.keys.All() { // Those made from here on have the new settings.
+		if err := f(lim); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Update changes the configuration while calls run. Permits in use stay in use, and
+// calls that wait keep waiting. An algorithm that is configured again keeps what it
+// knows; another algorithm starts at the limit that holds, within its own bounds. On an
+// error nothing has changed.
+func (l *Layer) Update(cfg Config) error {
+	errs := check.Of("concurrency")
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if old := l.settings.Load().config.KeyBy; !cfg.KeyBy.Same(old) {
+		errs.Add("KeyBy", cfg.KeyBy, "must stay as it is: make a new layer")
+	}
+	set, err := l.check(cfg, errs)
 	if err != nil {
 		return err
 	}
-	s.algorithm, set.config = algorithm, given
-	limit := cfg.Limit
-	if algorithm != nil {
-		limit = limitOf(algorithm)
-	}
 	l.settings.Store(set)
-	l.permits.configure(limit, cfg.Discipline, cfg.MaxWaiters, cfg.CoDelTarget, cfg.CoDelInterval)
-	return nil
+	return l.limiters(func(lim *limiter) error { return lim.configure(set) })
 }
 
 // Config returns the configuration as it was last given to New or Update. It knows
@@ -275,18 +314,27 @@ func clone[T any](p *T) *T {
 	return &v
 }
 
-// check checks cfg and fills in its defaults. The algorithms have their own.
-func (l *Layer) check(cfg *Config, errs *check.Errors) *settings {
-	l.checkBound(cfg, errs)
+// check checks cfg and returns what follows from it, with defaults filled in. The
+// algorithms have their own.
+func (l *Layer) check(cfg Config, errs *check.Errors) (*settings, error) {
+	set := &settings{
+		config: cfg.clone(), limit: cfg.Limit, adaptive: cfg.Limit == 0,
+		maxKeys: cfg.MaxKeys, target: cfg.CoDelTarget, interval: cfg.CoDelInterval,
+	}
+	l.checkBound(&cfg, errs)
 	errs.Require(cfg.Discipline >= FIFO && cfg.Discipline <= CoDel, "Discipline", cfg.Discipline, "must be FIFO, LIFO or CoDel")
 	check.Zero(errs, "MaxWaiters", cfg.MaxWaiters, check.Positive, "no bound")
 	check.Zero(errs, "MaxWait", cfg.MaxWait, check.Positive, "no bound")
-	check.Default(errs, "CoDelTarget", &cfg.CoDelTarget, check.Positive, defaultCoDelTarget)
-	check.Default(errs, "CoDelInterval", &cfg.CoDelInterval, check.Positive, defaultCoDelInterval)
-	return &settings{
-		adaptive: cfg.Limit == 0, streams: cfg.SampleStreams, maxWait: cfg.MaxWait,
-		drops: check.Codes(errs, "DropCodes", cfg.DropCodes, codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded),
+	check.Default(errs, "CoDelTarget", &set.target, check.Positive, defaultCoDelTarget)
+	check.Default(errs, "CoDelInterval", &set.interval, check.Positive, defaultCoDelInterval)
+	check.Default(errs, "MaxKeys", &set.maxKeys, check.From(1, mostKeys), defaultMaxKeys)
+	var bad *interceptor.ConfigError
+	if errors.As(cfg.KeyBy.Check("concurrency"), &bad) {
+		errs.Add(bad.Field, bad.Value, bad.Rule)
 	}
+	errs.Require(l.custom == nil || !cfg.KeyBy.IsSet(), "KeyBy", cfg.KeyBy, "must not be set if WithAlgorithm is used")
+	set.drops = check.Codes(errs, "DropCodes", cfg.DropCodes, codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded)
+	return set, errs.Err()
 }
 
 // checkBound checks that the limit has one source, and checks that.
@@ -313,85 +361,100 @@ func (l *Layer) checkBound(cfg *Config, errs *check.Errors) {
 	errs.Require(set > 0 || l.custom != nil, "Limit", cfg.Limit, "must be from 1 to %d unless AIMD, Gradient2 or Vegas is set", int64(maxLimit))
 }
 
-// choose returns the algorithm that cfg asks for, nil for a fixed limit: the one
-// before, reconfigured, if it is of the same kind. A new one starts at the limit
-// that holds, if there is one.
-func (l *Layer) choose(before Limit, cfg Config) (Limit, error) {
-	var next interface {
-		Limit
-		start(limit float64)
-	}
-	var err error
-	switch {
-	case l.custom != nil:
-		return l.custom, nil
-	case cfg.AIMD != nil:
-		if a, ok := before.(*AIMD); ok {
-			return a, a.Update(*cfg.AIMD)
-		}
-		next, err = NewAIMD(*cfg.AIMD)
-	case cfg.Gradient2 != nil:
-		if g, ok := before.(*Gradient2); ok {
-			return g, g.Update(*cfg.Gradient2)
-		}
-		next, err = NewGradient2(*cfg.Gradient2)
-	case cfg.Vegas != nil:
-		if v, ok := before.(*Vegas); ok {
-			return v, v.Update(*cfg.Vegas)
-		}
-		next, err = NewVegas(*cfg.Vegas)
-	default:
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	if n := l.Limit(); n > 0 {
-		next.start(float64(n))
-	}
-	return next, nil
-}
-
-// SetLimit changes a fixed limit while calls run. Shrinking takes effect as permits
-// come back, growing admits waiting calls at once. 0 stops admission: calls wait
-// as long as they may, for ever if nothing bounds them, as in Tower, and go on when
-// the limit is raised. It fails if n is not from 0 to 2147483647, or an algorithm
-// sets the limit.
+// SetLimit changes a fixed limit while calls run, with [Config.KeyBy] that of each key.
+// Shrinking takes effect as permits come back, growing admits waiting calls at once. 0
+// stops admission: calls wait as long as they may, for ever if nothing bounds them, as
+// in Tower, and are admitted when the limit is raised. It fails if n is not from 0 to
+// 2147483647, or an algorithm sets the limit.
 func (l *Layer) SetLimit(n int64) error {
 	errs := check.Of("concurrency")
 	check.Required(errs, "SetLimit", n, check.From[int64](0, maxLimit))
 	if err := errs.Err(); err != nil {
 		return err
 	}
-	s := &l.sampler
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.algorithm != nil {
-		errs.Add("SetLimit", n, "must not be used while an algorithm (%T) sets the limit", s.algorithm)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	set := *l.settings.Load()
+	if set.adaptive {
+		errs.Add("SetLimit", n, "must not be used while an algorithm (%s) sets the limit", l.algorithmName(&set.config))
 		return errs.Err()
 	}
-	l.permits.setLimit(n)
-	return nil
+	set.limit = n
+	l.settings.Store(&set)
+	return l.limiters(func(lim *limiter) error {
+		lim.setLimit(&set)
+		return nil
+	})
+}
+
+func (l *Layer) algorithmName(cfg *Config) string {
+	switch {
+	case cfg.AIMD != nil:
+		return "AIMD"
+	case cfg.Gradient2 != nil:
+		return "Gradient2"
+	case cfg.Vegas != nil:
+		return "Vegas"
+	}
+	return "WithAlgorithm"
 }
 
 // String returns the layer's name.
 func (l *Layer) String() string { return l.name }
 
-// Limit returns how many permits there are.
-func (l *Layer) Limit() int64 { return l.permits.limit.Load() }
+// Traits says that calls may wait for permits.
+func (l *Layer) Traits() interceptor.Traits { return interceptor.Waits }
 
-// InUse returns how many permits are held by calls. It exceeds Limit for a while
-// after the limit has shrunk, and while a call runs that costs more than the limit.
-func (l *Layer) InUse() int64 {
-	_, n, _ := l.permits.read()
-	return n
+// Stats are the figures of one limit.
+type Stats struct {
+	Limit   int64 // how many permits there are
+	InUse   int64 // how many of them calls hold; see [Layer.InUse]
+	Waiting int   // how many calls wait for permits
 }
 
-// Waiting returns how many calls wait for permits.
-func (l *Layer) Waiting() int {
-	_, _, n := l.permits.read()
-	return n
+func (lim *limiter) stats() (s Stats) {
+	s.Limit, s.InUse, s.Waiting = lim.permits.read()
+	return s
 }
+
+// Stats returns the figures of the limit of a key; zero if there is none for it. Without
+// [Config.KeyBy] there is one limit, whatever the key.
+func (l *Layer) Stats(key string) Stats {
+	if l.keys == nil {
+		return l.one.stats()
+	}
+	if lim, ok := l.keys.Peek(key); ok {
+		return lim.stats()
+	}
+	return Stats{}
+}
+
+// total adds up the figures of all limits, and takes the greatest of them as the limit.
+func (l *Layer) total() (t Stats) {
+	l.limiters(func(lim *limiter) error {
+		s := lim.stats()
+		t.Limit, t.InUse, t.Waiting = max(t.Limit, s.Limit), t.InUse+s.InUse, t.Waiting+s.Waiting
+		return nil
+	})
+	return t
+}
+
+// Limit returns how many permits there are. With [Config.KeyBy] it is the number for
+// each key if it is fixed, and otherwise that of the key that has the most.
+func (l *Layer) Limit() int64 {
+	if set := l.settings.Load(); !set.adaptive {
+		return set.limit
+	}
+	return l.total().Limit
+}
+
+// InUse returns how many permits are held by calls, with [Config.KeyBy] those of all
+// keys. It exceeds Limit for a while after the limit has shrunk, and while a call runs
+// that costs more than the limit.
+func (l *Layer) InUse() int64 { return l.total().InUse }
+
+// Waiting returns how many calls wait for permits, with [Config.KeyBy] those of all keys.
+func (l *Layer) Waiting() int { return l.total().Waiting }
 
 // WrapGate returns the gate.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
@@ -403,133 +466,26 @@ type gate struct {
 	inner interceptor.Gate
 }
 
-func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	l := g.layer
+	lim := l.one
+	if lim == nil {
+		// A limit that a call has permits of, or waits at, is not forgotten. Pinned, it
+		// is not either before that.
+		e := l.keys.Pin(l.settings.Load().config.KeyBy.Key(ctx, a), int64(a.Now()))
+		defer e.Unpin()
+		lim = e.Value
+	}
 	cost := int64(1)
 	if l.cost != nil {
-		cost = min(max(l.cost(ctx, c), 1), maxLimit)
+		cost = min(max(l.cost(ctx, a), 1), maxLimit)
 	}
 	set := l.settings.Load()
-	if !l.permits.try(cost, c.Place()) {
-		if err := l.wait(ctx, c, w, cost, set.maxWait); err != nil {
-			return err
-		}
-	}
-	c.Hold(l, cost)
-	l.observe(c)
-	if err := g.inner.Admit(ctx, c, w); err != nil {
+	level, err := lim.acquire(ctx, a, w, cost, set)
+	if err != nil {
 		return err
 	}
-	if set.adaptive && (set.streams || c.Kind() == interceptor.Unary) {
-		// Held last: the round trip begins when all gates have been passed, and the
-		// sample is taken while the call's permit still counts.
-		c.Hold(&l.sampler, int64(c.Now()))
-	}
-	return nil
-}
-
-// wait waits for a permit.
-func (l *Layer) wait(ctx context.Context, c *interceptor.Call, w interceptor.Wait, cost int64, maxWait time.Duration) error {
-	if w == interceptor.None {
-		return l.refusals[noneFree]
-	}
-	since := interceptor.Now()
-	if !w.Allows(since, since+1) {
-		return l.refusals[noneFree]
-	}
-	if ctx.Err() != nil { // It must not take the place of one that still can wait.
-		return interceptor.Ended(ctx, l.name)
-	}
-	over := noneInTime
-	if maxWait > 0 {
-		if bound := since.Add(maxWait).Wait(); bound < w {
-			w, over = bound, maxWaitOver
-		}
-	}
-	wt := &waiter{cost: cost, priority: l.priority(ctx, c), since: since, place: c.Place(), done: make(chan struct{}, 1)}
-	l.permits.enqueue(wt)
-	err := w.On(ctx, wt.done)
-	if err != nil && !l.permits.abandon(wt) {
-		if wt.why == admitted && err != interceptor.ErrWaitOver {
-			l.permits.release(cost) // The call will not be made; the permit is handed on.
-		} else {
-			err = nil
-		}
-	}
-	c.Waited(l.name, since)
-	switch {
-	case err == interceptor.ErrWaitOver:
-		return l.refusals[over]
-	case err != nil:
-		return interceptor.Ended(ctx, l.name)
-	case wt.why != admitted:
-		return l.refusals[wt.why]
-	}
-	return nil
-}
-
-// Release takes permits back.
-func (l *Layer) Release(cost int64, _ interceptor.Outcome, _ error) { l.permits.release(cost) }
-
-// observe tells the call's observer of a limit that has changed. Limits change at
-// the end of calls, where there is no observer, so it is the next call's that
-// hears of it.
-func (l *Layer) observe(c *interceptor.Call) {
-	n := l.Limit()
-	if was := l.observed.Load(); was != n && l.observed.CompareAndSwap(was, n) {
-		c.Observer().Limit(l.name, float64(n))
-	}
-}
-
-// sampler takes the samples of an adaptive limit.
-type sampler struct {
-	layer *Layer
-
-	// mu guards algorithm and what it points to, and orders changes of the limit.
-	// permits.mu is taken under it.
-	mu        sync.Mutex
-	algorithm Limit // Nil for a fixed limit.
-}
-
-// Release tells the algorithm how a call has ended.
-func (s *sampler) Release(start int64, o interceptor.Outcome, err error) {
-	l := s.layer
-	dropped := false
-	switch o {
-	case interceptor.OK:
-	case interceptor.Failed:
-		if l.settings.Load().drops&(1<<code(err)) == 0 {
-			return
-		}
-		dropped = true
-	default:
-		return
-	}
-	begun := interceptor.Instant(start)
-	sample := Sample{Start: begun, RTT: max(interceptor.Now().Sub(begun), 0), Dropped: dropped}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.algorithm == nil {
-		return // The limit has become a fixed one.
-	}
-	var limit int64
-	limit, sample.InFlight, _ = l.permits.read()
-	s.algorithm.OnSample(sample)
-	if n := limitOf(s.algorithm); n != limit {
-		l.permits.setLimit(n)
-	}
-}
-
-// limitOf is a's limit, within what the layer can enforce.
-func limitOf(a Limit) int64 { return min(max(a.Limit(), 1), maxLimit) }
-
-// code is the status code of err, without making a status of a refusal.
-func code(err error) codes.Code {
-	if r, ok := interceptor.AsRefusal(err); ok && r.Reason != interceptor.ReasonBudget {
-		if r.Code != codes.OK {
-			return min(r.Code, 31)
-		}
-		return r.Reason.Code()
-	}
-	return min(status.Code(err), 31)
+	lim.hold(a, cost, level, set)
+	lim.observe(a)
+	return g.inner.Admit(ctx, a, w)
 }

@@ -23,8 +23,8 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/internal/calltest"
-	"github.com/belfry-go/belfry/internal/layertest"
 )
 
 func limit(t testing.TB, cfg concurrency.Config, opts ...concurrency.Option) *concurrency.Layer {
@@ -64,7 +64,7 @@ func invoke(ctx context.Context, c grpc.ClientConnInterface, opts ...grpc.CallOp
 	return done
 }
 
-func TestCallsBeyondTheLimitWaitAndEachEndAdmitsOne(t *testing.T) {
+func TestLimitAdmitsAsCallsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 2)
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
@@ -80,7 +80,7 @@ func TestCallsBeyondTheLimitWaitAndEachEndAdmitsOne(t *testing.T) {
 	})
 }
 
-func TestALimitOfZeroAdmitsNobodyUntilItIsRaised(t *testing.T) {
+func TestLimitOfZero(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 1)
 		if err := l.SetLimit(0); err != nil {
@@ -113,19 +113,21 @@ type hold struct {
 	err error
 }
 
+func (h *hold) NewLayer() (interceptor.Layer, error) { return h, nil }
+
 func (h *hold) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		if err := w.Sleep(ctx, interceptor.Now().Add(h.d)); err != nil {
 			return interceptor.Ended(ctx, "hold")
 		}
 		if h.err != nil {
 			return h.err
 		}
-		return inner.Admit(ctx, c, w)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func TestAPermitIsHeldByACallThatWaitsFurtherIn(t *testing.T) {
+func TestPermitHeldWhileWaitingInside(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 1)
 		c := calltest.Stack(t, l, &hold{d: time.Second}).Wrap(calltest.Takes(time.Second))
@@ -134,7 +136,7 @@ func TestAPermitIsHeldByACallThatWaitsFurtherIn(t *testing.T) {
 	})
 }
 
-func TestACallThatIsRefusedFurtherInGivesItsPermitToTheNext(t *testing.T) {
+func TestPermitOfRefusedCallIsHandedOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 1)
 		no := interceptor.Refuse("no", interceptor.ReasonFilter, "")
@@ -145,7 +147,7 @@ func TestACallThatIsRefusedFurtherInGivesItsPermitToTheNext(t *testing.T) {
 	})
 }
 
-func TestAFailedAndACancelledCallGiveTheirPermitsToTheNext(t *testing.T) {
+func TestPermitOfEndedCallIsHandedOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 1)
 		boom := status.Error(codes.Internal, "boom")
@@ -182,7 +184,7 @@ func TestAFailedAndACancelledCallGiveTheirPermitsToTheNext(t *testing.T) {
 	})
 }
 
-func TestAWaiterThatIsCancelledLeavesTheQueueToTheOthers(t *testing.T) {
+func TestQueueCancelledWaiter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 1)
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
@@ -207,7 +209,7 @@ func TestAWaiterThatIsCancelledLeavesTheQueueToTheOthers(t *testing.T) {
 	})
 }
 
-func TestOneLayerLimitsTheCallsOfAllConnectionsTogether(t *testing.T) {
+func TestLimitIsSharedByStacks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 1)
 		a, b := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second)), calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
@@ -219,7 +221,7 @@ func TestOneLayerLimitsTheCallsOfAllConnectionsTogether(t *testing.T) {
 	})
 }
 
-func TestACallThatMayNotWaitIsRefusedWithUnavailable(t *testing.T) {
+func TestRefusalOfCallThatMayNotWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := calltest.Stack(t, fixed(t, 1)).Wrap(calltest.Takes(time.Second))
 		calltest.Expect(t, calltest.Burst(c, 3, interceptor.WithWait(interceptor.None)),
@@ -231,7 +233,7 @@ func TestACallThatMayNotWaitIsRefusedWithUnavailable(t *testing.T) {
 	})
 }
 
-func TestMaxWaitBoundsHowLongCallsWait(t *testing.T) {
+func TestMaxWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 1, MaxWait: 300 * time.Millisecond})
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
@@ -271,9 +273,9 @@ func order(t *testing.T, l *concurrency.Layer, calls ...context.Context) (admitt
 	return admitted
 }
 
-func TestTheDisciplineSaysWhoseTurnItIs(t *testing.T) {
+func TestQueueOrder(t *testing.T) {
 	bg := context.Background()
-	high, low := concurrency.ContextWithPriority(bg, 5), concurrency.ContextWithPriority(bg, -1)
+	high, low := interceptor.ContextWithPriority(bg, 5), interceptor.ContextWithPriority(bg, -1)
 	withMD := func(p string) context.Context { return metadata.AppendToOutgoingContext(bg, "x-priority", p) }
 	for _, tc := range []struct {
 		name  string
@@ -286,7 +288,7 @@ func TestTheDisciplineSaysWhoseTurnItIs(t *testing.T) {
 		{"LIFO admits who came last", concurrency.Config{Discipline: concurrency.LIFO}, nil, []context.Context{bg, bg, bg}, []int{2, 1, 0}},
 		{"a higher priority goes first", concurrency.Config{}, nil, []context.Context{low, bg, high, bg, high}, []int{2, 4, 1, 3, 0}},
 		{"LIFO is within a priority", concurrency.Config{Discipline: concurrency.LIFO}, nil, []context.Context{high, bg, high, bg}, []int{2, 0, 3, 1}},
-		{"priorities come from metadata", concurrency.Config{}, []concurrency.Option{concurrency.WithPriority(concurrency.MetadataPriority("x-priority"))},
+		{"priorities come from metadata", concurrency.Config{}, []concurrency.Option{concurrency.WithPriority(interceptor.MetadataPriority("x-priority"))},
 			[]context.Context{withMD("-3"), withMD("none"), bg, withMD("7")}, []int{3, 1, 2, 0}},
 		{"a full FIFO queue refuses who comes last", concurrency.Config{MaxWaiters: 2}, nil, []context.Context{bg, bg, bg, bg}, []int{0, 1}},
 		{"a full LIFO queue refuses who has waited longest", concurrency.Config{MaxWaiters: 2, Discipline: concurrency.LIFO}, nil, []context.Context{bg, bg, bg}, []int{2, 1}},
@@ -303,7 +305,7 @@ func TestTheDisciplineSaysWhoseTurnItIs(t *testing.T) {
 	}
 }
 
-func TestAFullQueueRefusesAtOnceWithQueueFull(t *testing.T) {
+func TestQueueFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 1, MaxWaiters: 1})
 		calltest.Expect(t, calltest.Burst(calltest.Stack(t, l).Wrap(calltest.Takes(time.Second)), 3),
@@ -316,7 +318,7 @@ func TestAFullQueueRefusesAtOnceWithQueueFull(t *testing.T) {
 
 // The queue is standing from the first call to be admitted later than the target
 // until the interval has passed; from then on CoDel refuses.
-func TestCoDelRefusesFromAStandingQueueAndNotFromABurst(t *testing.T) {
+func TestCoDelStandingQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := concurrency.Config{Limit: 1, Discipline: concurrency.CoDel, CoDelTarget: 20 * time.Millisecond, CoDelInterval: 100 * time.Millisecond}
 		c := calltest.Stack(t, limit(t, cfg)).Wrap(calltest.Takes(10 * time.Millisecond))
@@ -348,7 +350,7 @@ func TestCoDelRefusesFromAStandingQueueAndNotFromABurst(t *testing.T) {
 	})
 }
 
-func costOf(ctx context.Context, _ *interceptor.Call) int64 {
+func costOf(ctx context.Context, _ *interceptor.Admission) int64 {
 	n, _ := ctx.Value(costKey{}).(int64)
 	return n
 }
@@ -357,7 +359,7 @@ type costKey struct{}
 
 func costs(n int64) context.Context { return context.WithValue(context.Background(), costKey{}, n) }
 
-func TestAHeavyCallTakesItsPermitsAndIsNotOvertakenWhileItWaits(t *testing.T) {
+func TestCostIsNotOvertaken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 4}, concurrency.WithCost(costOf))
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
@@ -388,7 +390,7 @@ func TestAHeavyCallTakesItsPermitsAndIsNotOvertakenWhileItWaits(t *testing.T) {
 	})
 }
 
-func TestACallThatCostsMoreThanTheLimitRunsAlone(t *testing.T) {
+func TestCostAboveLimitRunsAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 2}, concurrency.WithCost(costOf))
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
@@ -408,7 +410,7 @@ func TestACallThatCostsMoreThanTheLimitRunsAlone(t *testing.T) {
 	})
 }
 
-func TestAHeavyWaiterThatGivesUpLetsTheOthersPass(t *testing.T) {
+func TestCostWaiterGivesUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := limit(t, concurrency.Config{Limit: 2}, concurrency.WithCost(costOf))
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
@@ -427,7 +429,7 @@ func TestAHeavyWaiterThatGivesUpLetsTheOthersPass(t *testing.T) {
 	})
 }
 
-func TestALimitChangesWhileCallsRunAndWait(t *testing.T) {
+func TestSetLimitWhileCallsRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := fixed(t, 3)
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
@@ -456,7 +458,7 @@ func TestALimitChangesWhileCallsRunAndWait(t *testing.T) {
 	})
 }
 
-func TestUpdateKeepsPermitsAndQueueAndABadOneChangesNothing(t *testing.T) {
+func TestUpdate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := concurrency.Config{Limit: 1}
 		l := limit(t, cfg)
@@ -511,7 +513,7 @@ func (c *streams) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _
 	return &stream{ctx: ctx, errs: slices.Clone(c.errs)}, nil
 }
 
-func TestAStreamHoldsItsPermitForItsLifeAndGivesItBackOnce(t *testing.T) {
+func TestStreamHoldsPermit(t *testing.T) {
 	desc := &grpc.StreamDesc{ServerStreams: true}
 	l := fixed(t, 2)
 	holding := func(want int64, when string) {
@@ -552,7 +554,7 @@ func TestAStreamHoldsItsPermitForItsLifeAndGivesItBackOnce(t *testing.T) {
 	holding(0, "after a creation failure")
 }
 
-func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
+func TestConfigErrors(t *testing.T) {
 	type cfg = concurrency.Config
 	for _, tc := range []struct {
 		cfg  cfg
@@ -629,7 +631,7 @@ func (o *observer) Waited(_, layer string, d time.Duration) {
 }
 func (o *observer) Refused(_, layer string, r interceptor.Reason) { o.add("refused %s %s", layer, r) }
 
-func TestTheObserverSeesTheLimitWaitsAndRefusals(t *testing.T) {
+func TestObserver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		obs := &observer{}
 		l := limit(t, concurrency.Config{Limit: 1}, concurrency.WithName("orders"))
@@ -647,15 +649,252 @@ func TestTheObserverSeesTheLimitWaitsAndRefusals(t *testing.T) {
 	})
 }
 
+func TestDrainWakesWaiters(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := fixed(t, 1)
+		s := calltest.Stack(t, l)
+		ends := calltest.Begin(s.Wrap(calltest.Takes(time.Second)), 3)
+		if err := s.Drain(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		drained := calltest.Refused(0, interceptor.ReasonDrain)
+		calltest.Expect(t, ends(), calltest.OK(time.Second), drained, drained)
+		checkRest(t, l)
+	})
+}
+
+// RFC 8289 forgets a standing queue when it is empty, however it became so.
+func TestCoDelQueueEmptiedByCancellation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limit(t, concurrency.Config{Limit: 1, Discipline: concurrency.CoDel})
+		s := calltest.Stack(t, l)
+		slow := s.Wrap(calltest.Takes(20 * time.Millisecond))
+		ends := calltest.Begin(slow, 2) // The second waits for longer than the target,
+		ctx, cancel := context.WithCancel(context.Background())
+		third := invoke(ctx, slow) // and at its grant another one waits,
+		time.Sleep(25 * time.Millisecond)
+		cancel() // which gives up.
+		if err := <-third; calltest.Reason(err) != interceptor.ReasonCancelled {
+			t.Errorf("got %v, want CANCELLED", err)
+		}
+		ends()
+		time.Sleep(time.Hour)
+		// No queue has been standing for 100 ms.
+		calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(6*time.Millisecond)), 3),
+			calltest.OK(6*time.Millisecond), calltest.OK(12*time.Millisecond), calltest.OK(18*time.Millisecond))
+		checkRest(t, l)
+	})
+}
+
+func TestRefusalTexts(t *testing.T) {
+	const what = "belfry: orders: "
+	high := interceptor.ContextWithPriority(context.Background(), 1)
+	none := func() interceptor.Wait { return interceptor.None }
+	forever := func() interceptor.Wait { return interceptor.Forever }
+	for _, tc := range []struct {
+		name string
+		cfg  concurrency.Config
+		wait func() interceptor.Wait
+		want []string // Of those that are refused of one, two of the same priority and one of a higher.
+	}{
+		{"may_not_wait", concurrency.Config{Limit: 1}, none,
+			[]string{what + "CONCURRENCY: no permit is free (limit 1)", what + "CONCURRENCY: no permit is free (limit 1)", what + "CONCURRENCY: no permit is free (limit 1)"}},
+		{"adaptive", concurrency.Config{AIMD: &concurrency.AIMDConfig{Initial: 1}}, none,
+			[]string{what + "CONCURRENCY: no permit is free", what + "CONCURRENCY: no permit is free", what + "CONCURRENCY: no permit is free"}},
+		{"queue_full", concurrency.Config{Limit: 1, MaxWaiters: 1}, forever,
+			[]string{what + "QUEUE_FULL: evicted from the wait queue by a call that goes first (limit 1)", what + "QUEUE_FULL: wait queue is full (1 waiting, limit 1)"}},
+		{"max_wait", concurrency.Config{Limit: 1, MaxWait: time.Minute}, forever,
+			[]string{what + "CONCURRENCY: no permit became free in 1m0s (limit 1)", what + "CONCURRENCY: no permit became free in 1m0s (limit 1)", what + "CONCURRENCY: no permit became free in 1m0s (limit 1)"}},
+		{"in_time", concurrency.Config{Limit: 1}, func() interceptor.Wait { return interceptor.For(time.Second) },
+			[]string{what + "CONCURRENCY: no permit became free in the time that the call may wait (limit 1)", what + "CONCURRENCY: no permit became free in the time that the call may wait (limit 1)", what + "CONCURRENCY: no permit became free in the time that the call may wait (limit 1)"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := limit(t, tc.cfg, concurrency.WithName("orders"))
+				c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Hour))
+				var got []string
+				var mu sync.Mutex
+				var wg sync.WaitGroup
+				for _, ctx := range []context.Context{context.Background(), context.Background(), context.Background(), high} {
+					wg.Go(func() {
+						if err := c.Invoke(ctx, calltest.Method, nil, nil, interceptor.WithWait(tc.wait())); err != nil {
+							mu.Lock()
+							defer mu.Unlock()
+							got = append(got, err.Error())
+						}
+					})
+					synctest.Wait()
+				}
+				wg.Wait()
+				slices.Sort(got)
+				if !slices.Equal(got, tc.want) {
+					t.Errorf("refused with\n%q, want\n%q", got, tc.want)
+				}
+			})
+		})
+	}
+	t.Run("after_set_limit", func(t *testing.T) {
+		l := fixed(t, 7)
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(0))
+		if err := l.SetLimit(0); err != nil {
+			t.Fatal(err)
+		}
+		err := c.Invoke(context.Background(), calltest.Method, nil, nil, interceptor.WithWait(interceptor.None))
+		if want := "belfry: concurrency: CONCURRENCY: no permit is free (limit 0)"; err == nil || err.Error() != want {
+			t.Errorf("got %v, want %q", err, want)
+		}
+	})
+}
+
+func TestKeys(t *testing.T) {
+	tenant := func(name string) context.Context {
+		return metadata.AppendToOutgoingContext(context.Background(), "tenant", name)
+	}
+	keyBy := interceptor.KeyBy{Metadata: "tenant"}
+	none := interceptor.WithWait(interceptor.None)
+	t.Run("each_has_a_limit", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			l := limit(t, concurrency.Config{Limit: 1, KeyBy: keyBy})
+			c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
+			a1, a2, b := invoke(tenant("a"), c), invoke(tenant("a"), c), invoke(tenant("b"), c)
+			synctest.Wait()
+			if got, want := l.Stats("a"), (concurrency.Stats{Limit: 1, InUse: 1, Waiting: 1}); got != want {
+				t.Errorf("stats of a: %+v, want %+v", got, want)
+			}
+			if l.InUse() != 2 || l.Waiting() != 1 || l.Limit() != 1 {
+				t.Errorf("in use %d, waiting %d, limit %d; want 2, 1, 1", l.InUse(), l.Waiting(), l.Limit())
+			}
+			err := c.Invoke(tenant("b"), calltest.Method, nil, nil, none)
+			if r, _ := interceptor.AsRefusal(err); r == nil || r.Key != "b" || r.Reason != interceptor.ReasonConcurrency {
+				t.Errorf("got %v, want a refusal that names b", err)
+			}
+			for _, done := range []<-chan error{a1, a2, b} {
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			}
+			checkRest(t, l)
+		})
+	})
+	t.Run("too_many_share_one", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			l := limit(t, concurrency.Config{Limit: 1, KeyBy: keyBy, MaxKeys: 2})
+			c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
+			var dones []<-chan error
+			for _, name := range []string{"a", "b", "c"} {
+				dones = append(dones, invoke(tenant(name), c))
+				synctest.Wait()
+			}
+			err := c.Invoke(tenant("d"), calltest.Method, nil, nil, none)
+			if r, _ := interceptor.AsRefusal(err); r == nil || r.Key != concurrency.Others {
+				t.Errorf("got %v, want a refusal for the limit that c and d share", err)
+			}
+			for _, done := range dones {
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			}
+			time.Sleep(time.Second)
+			// Those that have no call make room.
+			e, f := invoke(tenant("e"), c), invoke(tenant("f"), c)
+			synctest.Wait()
+			if l.Stats("e").InUse != 1 || l.Stats("f").InUse != 1 || l.Stats("a") != (concurrency.Stats{}) {
+				t.Errorf("stats of e %+v, f %+v, a %+v; want limits of their own, and none", l.Stats("e"), l.Stats("f"), l.Stats("a"))
+			}
+			<-e
+			<-f
+			checkRest(t, l)
+		})
+	})
+	t.Run("set_limit_and_update_change_all", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			l := limit(t, concurrency.Config{Limit: 1, KeyBy: keyBy})
+			c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
+			all := func(n int) {
+				t.Helper()
+				var dones []<-chan error
+				for range n {
+					dones = append(dones, invoke(tenant("a"), c, none), invoke(tenant("b"), c, none))
+				}
+				synctest.Wait()
+				if got := l.InUse(); got != int64(2*n) {
+					t.Errorf("%d permits in use, want %d of each of two keys", got, n)
+				}
+				for _, done := range dones {
+					if err := <-done; err != nil {
+						t.Error(err)
+					}
+				}
+			}
+			all(1)
+			if err := l.SetLimit(3); err != nil {
+				t.Fatal(err)
+			}
+			all(3)
+			if err := l.Update(concurrency.Config{Limit: 2, KeyBy: keyBy}); err != nil {
+				t.Fatal(err)
+			}
+			all(2)
+			if err := l.Update(concurrency.Config{AIMD: &concurrency.AIMDConfig{}, KeyBy: keyBy}); err != nil {
+				t.Fatal(err)
+			}
+			if got := l.Stats("a").Limit; got != 2 {
+				t.Errorf("the algorithm of a key starts at %d, want the limit that held, 2", got)
+			}
+			calltest.WantConfigError(t, l.Update(concurrency.Config{Limit: 2}), "concurrency", "KeyBy", interceptor.KeyBy{})
+			checkRest(t, l)
+		})
+	})
+	t.Run("what_an_algorithm_has_learnt_is_kept_for_a_minute", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			l := limit(t, concurrency.Config{AIMD: &concurrency.AIMDConfig{}, KeyBy: keyBy, MaxKeys: 1})
+			s := calltest.Stack(t, l)
+			down := s.Wrap(calltest.Server(func(context.Context) error { return status.Error(codes.Unavailable, "") }))
+			<-invoke(tenant("a"), down)
+			if got := l.Stats("a").Limit; got != 18 {
+				t.Fatalf("limit %d after a drop, want 18", got)
+			}
+			ok := s.Wrap(calltest.Takes(0))
+			time.Sleep(59 * time.Second)
+			<-invoke(tenant("b"), ok)
+			if got := l.Stats("a").Limit; got != 18 {
+				t.Errorf("limit %d of a after 59s, want 18", got)
+			}
+			time.Sleep(2 * time.Second)
+			<-invoke(tenant("b"), ok)
+			if got, gone := l.Stats("b").Limit, l.Stats("a").Limit; got != 20 || gone != 0 {
+				t.Errorf("limits %d of b and %d of a after 61s, want 20 and none", got, gone)
+			}
+		})
+	})
+	t.Run("concurrently", func(t *testing.T) {
+		l := limit(t, concurrency.Config{Limit: 2, KeyBy: keyBy, MaxKeys: 5})
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(0))
+		var wg sync.WaitGroup
+		for i := range 8 {
+			wg.Go(func() {
+				for n := range 500 {
+					if err := c.Invoke(tenant(string(rune('a'+(n*i)%11))), calltest.Method, nil, nil); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		wg.Wait()
+		checkRest(t, l)
+	})
+}
+
 func TestConformance(t *testing.T) {
 	for name, cfg := range map[string]concurrency.Config{
 		"fixed":     {Limit: 20},
 		"priority":  {Limit: 20, MaxWaiters: 100, Discipline: concurrency.LIFO},
+		"keys":      {Limit: 20, KeyBy: interceptor.KeyBy{Method: true}, MaxKeys: 3},
 		"codel":     {Limit: 20, MaxWait: time.Second, Discipline: concurrency.CoDel},
 		"gradient2": {Gradient2: &concurrency.Gradient2Config{WindowSamples: 1, Window: 1}, SampleStreams: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			layertest.Run(t, func() (interceptor.Layer, func() error) {
+			layertest.Run(t, func() (interceptor.Spec, func() error) {
 				l := limit(t, cfg)
 				return l, func() error { return atRest(l) }
 			})

@@ -15,7 +15,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 )
 
-// busy stands in for a connection; while it serves a call it makes another one.
+// busy takes the role of a connection. While it serves a call it makes another one.
 type busy struct {
 	grpc.ClientConnInterface
 	during func()

@@ -25,11 +25,20 @@ type Limit interface {
 	OnSample(s Sample)
 }
 
+// Bounded is a [Limit] that takes a call which lasts longer than its Bound for a sign of
+// overload. It is then also told of calls that were given up by their callers after
+// more than that, as drops; other calls that were given up say nothing. A Bound that
+// is not positive is none.
+type Bounded interface {
+	Limit
+	Bound() time.Duration
+}
+
 // A Sample is a call that has ended, with success or with a sign of overload.
 // Calls that say nothing about the server's load make no sample.
 type Sample struct {
-	Start    interceptor.Instant // when the call was admitted
-	RTT      time.Duration       // from Start to its end; not negative
+	Start    interceptor.Instant // when the call, or its first attempt, was sent
+	RTT      time.Duration       // from Start to its end, or to a stream's first response; positive
 	InFlight int64               // permits in use when it ended, its own included
 	Dropped  bool                // it failed in a way that speaks of overload
 }

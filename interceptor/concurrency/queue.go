@@ -4,110 +4,113 @@
 package concurrency
 
 import (
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/waitlist"
 )
 
 // permits gives out permits and queues the calls that find none. While nobody
-// waits that takes no lock, but of a call that has a place to leave. Otherwise a
-// free permit goes to the next waiter at the moment it becomes free, under the lock,
-// so none is ever lost to a waiter that has gone, and no newcomer overtakes.
+// waits that takes no lock. Otherwise a permit that comes back goes to the next
+// waiter under the lock, so none is ever lost to a waiter that has gone, and no
+// newcomer overtakes.
 type permits struct {
-	// state holds the permits in use, and in its lowest bit whether calls wait.
-	// While they do it changes only under mu; otherwise anybody may change it who
-	// finds it unchanged.
+	// state holds the permits in use, and in its lowest bit whether it is locked. While
+	// it is, which is as long as calls wait or mu is held, it changes only under mu;
+	// otherwise anybody may change it who finds it unchanged.
 	state atomic.Int64
 	limit atomic.Int64 // Set under mu.
 
 	// mu guards everything below. It is held for a few instructions, never while
-	// waiting. The sampler's lock is taken before it; a Place is left under it.
+	// waiting. The limiter's lock is taken before it; slots are passed under it.
 	mu         sync.Mutex
-	waiting    int
-	levels     []level // The priorities that calls wait at, highest first; none is empty.
+	calls      waitlist.List[*waiter]
 	discipline Discipline
 	maxWaiters int // 0 is no bound.
 	codel      codel
 }
 
-// level is the queue of one priority, in order of arrival.
-type level struct {
-	priority    int
-	first, last *waiter
-}
-
-// waiter is a call that waits. The first five fields do not change; the others
-// are guarded by permits.mu, and may be read when done has been received from.
+// waiter is a call that waits. why may be read when done has been received from.
 type waiter struct {
-	cost       int64
-	priority   int
-	since      interceptor.Instant
-	place      interceptor.Place // May be nil.
-	done       chan struct{}     // One slot: sent on once, when the wait is over.
-	prev, next *waiter
-	queued     bool
-	why        refused // Set before done is sent on.
+	cost  int64
+	rank  waitlist.Rank
+	since interceptor.Instant
+	slot  interceptor.Slot // May be nil.
+	done  chan struct{}    // Has room for one: sent on once, when the wait is over.
+	node  waitlist.Node[*waiter]
+	why   refused // Set before done is sent on.
+
+	expendable bool // No other call is refused for its sake.
 }
 
-// refused is why a waiter got no permit.
+func newWaiter(cost int64, rank waitlist.Rank, since interceptor.Instant, slot interceptor.Slot) *waiter {
+	w := &waiter{cost: cost, rank: rank, since: since, slot: slot, done: make(chan struct{}, 1)}
+	w.node.Value = w
+	return w
+}
+
+// refused is why a call got no permit.
 type refused uint8
 
 const (
 	admitted     refused = iota
-	noPlace              // The queue is full, and others come first.
-	displaced            // The queue was full and another came first.
+	queueFull            // The queue is full of calls that do not go later.
+	evicted              // The queue was full and a call came that goes first.
 	delayed              // CoDel.
-	noneInTime           // The wait allowed by others is over.
+	noneInTime           // The time that the call was allowed to wait is over.
 	maxWaitOver          // The layer's own bound is over.
-	noneFree             // No waiting allowed.
+	noneFree             // The call may not wait.
+	reserved             // The call may not wait, and what is free is for higher priorities.
 	refusedCount         // How many there are.
 )
 
 const (
-	queueBit   = 1 // In permits.state: calls wait.
+	lockedBit  = 1 // In permits.state.
 	permitBits = 1 // By how many bits the permits in use are shifted there.
 )
 
 // fits reports whether a call of the given cost may run while so many permits are
-// in use. One that costs more than there are permits runs when nothing else does.
-func (p *permits) fits(cost, inUse int64) bool {
+// in use and keep others are not for it. One that costs more than there are permits
+// runs when nothing else does.
+func (p *permits) fits(cost, keep, inUse int64) bool {
 	limit := p.limit.Load()
-	return limit > 0 && (cost <= limit-inUse || inUse == 0)
+	return limit > 0 && (cost <= limit-inUse-keep || inUse == 0)
 }
 
-// take takes permits if they are free and nobody waits for them. If it does not,
-// it returns the state that it found.
-func (p *permits) take(cost int64) (state int64, ok bool) {
+// take takes permits if they are free and calls may pass without the lock. If it
+// does not, it returns the permits in use that it found.
+func (p *permits) take(cost, keep int64) (inUse int64, ok bool) {
 	for {
 		s := p.state.Load()
-		if s&queueBit != 0 || !p.fits(cost, s>>permitBits) {
-			return s, false
+		inUse = s >> permitBits
+		if s&lockedBit != 0 || !p.fits(cost, keep, inUse) {
+			return inUse, false
 		}
 		if p.state.CompareAndSwap(s, s+cost<<permitBits) {
-			return s, true
+			return inUse, true
 		}
 	}
 }
 
-// try takes permits if they are free and nobody waits for them. A call that has
-// them waits no more, so it leaves its place, if it has one, in the same moment:
-// none is told that there is no permit, and then finds the place still taken.
-func (p *permits) try(cost int64, place interceptor.Place) bool {
-	if place == nil {
-		if _, ok := p.take(cost); ok {
-			return true
-		}
-	}
+// takeLocked takes permits if they are free, unless a call waits whose turn comes
+// first. It passes the slot before others can see that the permits are taken, so none
+// is told that there is no permit and then finds the slot of this call still taken.
+func (p *permits) takeLocked(cost, keep int64, rank waitlist.Rank, slot interceptor.Slot) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	_, ok := p.take(cost)
-	if ok && place != nil {
-		place.Leave()
+	p.state.Or(lockedBit)
+	defer p.settleLocked()
+	first := p.firstLocked()
+	if first != nil && !rank.Before(first.rank) || !p.fits(cost, keep, p.inUse()) {
+		return false
 	}
-	return ok
+	if slot != nil {
+		slot.Pass()
+	}
+	p.state.Add(cost << permitBits)
+	return true
 }
 
 // enqueue lets w wait, unless it is admitted or refused at once: then its done
@@ -115,29 +118,22 @@ func (p *permits) try(cost int64, place interceptor.Place) bool {
 func (p *permits) enqueue(w *waiter) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for p.waiting == 0 {
-		s, ok := p.take(w.cost)
-		if ok {
-			w.end(admitted)
-			return
-		}
-		// From here on permits come back under the lock, which is held.
-		if p.state.CompareAndSwap(s, s|queueBit) {
-			break
-		}
-	}
+	p.state.Or(lockedBit)
 	defer p.settleLocked()
-	p.insertLocked(w)
+	p.calls.Push(&w.node, w.rank)
 	// A call that goes first may fit where the one that was first did not. Then it
-	// does not wait, and displaces nobody.
+	// does not wait, and evicts nobody.
 	p.grantLocked()
-	if p.maxWaiters > 0 && p.waiting > p.maxWaiters {
-		out := p.lastLocked()
-		p.removeLocked(out)
+	if p.maxWaiters > 0 && p.calls.Len() > p.maxWaiters {
+		out := p.calls.Last(p.discipline == LIFO).Value
+		if w.expendable {
+			out = w
+		}
+		p.calls.Remove(&out.node)
 		if out == w {
-			out.end(noPlace)
+			out.end(queueFull)
 		} else {
-			out.end(displaced)
+			out.end(evicted)
 		}
 	}
 }
@@ -147,21 +143,21 @@ func (p *permits) enqueue(w *waiter) {
 func (p *permits) abandon(w *waiter) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !w.queued {
+	if !p.calls.Remove(&w.node) {
 		<-w.done // It has a value: it was sent under mu.
 		return false
 	}
 	defer p.settleLocked()
-	p.removeLocked(w)
 	p.grantLocked() // w may have been one that did not fit and stood in the way.
 	return true
 }
 
-// settleLocked lets calls pass without the lock again when nobody waits any more.
-// It follows on whatever may have ended a wait.
+// settleLocked follows on whatever may have ended a wait: when nobody waits any more
+// calls may pass without the lock again, and the queue has not been standing.
 func (p *permits) settleLocked() {
-	if p.waiting == 0 {
-		p.state.And(^queueBit)
+	if p.calls.Len() == 0 {
+		p.codel.empty()
+		p.state.And(^lockedBit)
 	}
 }
 
@@ -169,7 +165,7 @@ func (p *permits) settleLocked() {
 func (p *permits) release(cost int64) {
 	for {
 		s := p.state.Load()
-		if s&queueBit != 0 {
+		if s&lockedBit != 0 {
 			break
 		}
 		if p.state.CompareAndSwap(s, s-cost<<permitBits) {
@@ -207,102 +203,49 @@ func (p *permits) setLimit(limit int64) {
 func (p *permits) read() (limit, inUse int64, waiting int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.limit.Load(), p.state.Load() >> permitBits, p.waiting
+	return p.limit.Load(), p.inUse(), p.calls.Len()
 }
+
+// inUse is how many permits are in use. Without the lock it may lack some that are on
+// their way from one call to the next.
+func (p *permits) inUse() int64 { return p.state.Load() >> permitBits }
 
 // grantLocked hands free permits to those whose turn it is. If the one whose turn
 // it is does not fit, the others wait behind it, or it would wait for ever.
 func (p *permits) grantLocked() {
 	var now interceptor.Instant
-	for p.waiting > 0 {
-		w := p.firstLocked()
-		if !p.fits(w.cost, p.state.Load()>>permitBits) {
-			return
-		}
+	for w := p.firstLocked(); w != nil && p.fits(w.cost, 0, p.inUse()); w = p.firstLocked() {
+		why := admitted
 		if p.discipline == CoDel {
 			if now == 0 {
 				now = interceptor.Now()
 			}
-			if p.codel.drop(now, now.Sub(w.since), p.waiting == 1) {
-				p.removeLocked(w)
-				w.end(delayed)
-				continue
+			if p.codel.drop(now, now.Sub(w.since), p.calls.Len() == 1) {
+				why = delayed
 			}
 		}
-		p.removeLocked(w)
-		p.state.Add(w.cost << permitBits)
-		w.end(admitted)
+		p.calls.Remove(&w.node)
+		w.end(why)
+		if why == admitted {
+			p.state.Add(w.cost << permitBits)
+		}
 	}
 }
 
-// end ends the wait. Caller holds permits.mu.
+// end ends the wait. Caller must hold permits.mu. It passes the slot before the permits
+// are seen to be taken, see takeLocked.
 func (w *waiter) end(why refused) {
-	if w.place != nil {
-		w.place.Leave()
+	if why == admitted && w.slot != nil {
+		w.slot.Pass()
 	}
 	w.why = why
 	w.done <- struct{}{}
 }
 
-// firstLocked is the waiter whose turn it is.
+// firstLocked is the waiter whose turn it is, nil if nobody waits.
 func (p *permits) firstLocked() *waiter {
-	l := &p.levels[0]
-	if p.discipline == LIFO {
-		return l.last
+	if n := p.calls.First(p.discipline == LIFO); n != nil {
+		return n.Value
 	}
-	return l.first
-}
-
-// lastLocked is the waiter whose turn would be last.
-func (p *permits) lastLocked() *waiter {
-	l := &p.levels[len(p.levels)-1]
-	if p.discipline == LIFO {
-		return l.first
-	}
-	return l.last
-}
-
-// levelLocked finds where the level of a priority is, or would be.
-func (p *permits) levelLocked(priority int) (i int, found bool) {
-	return slices.BinarySearchFunc(p.levels, priority, func(l level, priority int) int {
-		switch {
-		case l.priority > priority:
-			return -1
-		case l.priority < priority:
-			return 1
-		}
-		return 0
-	})
-}
-
-func (p *permits) insertLocked(w *waiter) {
-	w.queued = true
-	p.waiting++
-	i, found := p.levelLocked(w.priority)
-	if !found {
-		p.levels = slices.Insert(p.levels, i, level{w.priority, w, w})
-		return
-	}
-	l := &p.levels[i]
-	w.prev, l.last.next, l.last = l.last, w, w
-}
-
-func (p *permits) removeLocked(w *waiter) {
-	i, _ := p.levelLocked(w.priority)
-	l := &p.levels[i]
-	if w.prev == nil {
-		l.first = w.next
-	} else {
-		w.prev.next = w.next
-	}
-	if w.next == nil {
-		l.last = w.prev
-	} else {
-		w.next.prev = w.prev
-	}
-	if l.first == nil {
-		p.levels = slices.Delete(p.levels, i, i+1)
-	}
-	w.prev, w.next, w.queued = nil, nil, false
-	p.waiting--
+	return nil
 }

@@ -12,19 +12,25 @@ import (
 	"time"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/waitlist"
 )
 
-func newWaiter(cost int64) *waiter { return &waiter{cost: cost, done: make(chan struct{}, 1)} }
+func waiterOf(cost int64) *waiter { return newWaiter(cost, waitlist.Rank{}, 0, nil) }
+
+// passes counts how often a slot is passed.
+type passes int
+
+func (n *passes) Pass() { *n++ }
 
 // Tower's multi_waiters: a permit that was given to a waiter which has gone is
 // given to the next.
-func TestAPermitGivenToAWaiterThatHasGoneIsHandedOn(t *testing.T) {
+func TestPermitsWaiterGone(t *testing.T) {
 	p := &permits{}
 	p.setLimit(1)
-	if !p.try(1, nil) {
+	if _, ok := p.take(1, 0); !ok {
 		t.Fatal("no permit at rest")
 	}
-	second, third := newWaiter(1), newWaiter(1)
+	second, third := waiterOf(1), waiterOf(1)
 	p.enqueue(second)
 	p.enqueue(third)
 	p.release(1)
@@ -40,10 +46,40 @@ func TestAPermitGivenToAWaiterThatHasGoneIsHandedOn(t *testing.T) {
 	}
 }
 
+// passFunc is a slot that calls a function.
+type passFunc func()
+
+func (f passFunc) Pass() { f() }
+
+// A slot is passed before anybody can see that the permits are taken, and while none
+// can be taken without the lock. Otherwise a call could be told that there is no
+// permit, and then find the slot of the one that has it still taken.
+func TestPermitsPassSlotFirst(t *testing.T) {
+	p := &permits{}
+	p.setLimit(2)
+	passed := 0
+	slot := passFunc(func() {
+		passed++
+		if p.state.Load()&lockedBit == 0 || p.inUse() != 1 {
+			t.Errorf("the slot was passed in state %#x, want one permit in use and the lock", p.state.Load())
+		}
+	})
+	p.take(1, 0)
+	if !p.takeLocked(1, 0, waitlist.Rank{}, slot) {
+		t.Fatal("no permit")
+	}
+	w := newWaiter(1, waitlist.Rank{}, 0, slot)
+	p.enqueue(w)
+	p.release(1)
+	if passed != 2 || w.why != admitted || len(w.done) != 1 {
+		t.Errorf("slots were passed %d times, want 2", passed)
+	}
+}
+
 // A queue of random calls against a model that is a plain sum: what is in use is
 // what was admitted and not released, never more than the limit but for a call
 // that runs alone, and nobody waits who could run.
-func TestNoPermitIsLostOrInventedInRandomHistories(t *testing.T) {
+func TestPermitsRandomHistories(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
@@ -61,18 +97,27 @@ func TestNoPermitIsLostOrInventedInRandomHistories(t *testing.T) {
 					} else if w.why == admitted {
 						running = append(running, w.cost)
 					}
+					if passed := *w.slot.(*passes) == 1; passed != (len(w.done) == 1 && w.why == admitted) {
+						t.Fatalf("the slot of a call was passed %d times, and it has ended as %d: %v", *w.slot.(*passes), w.why, len(w.done) == 1)
+					}
 				}
 				waiting = still
 			}
 			for step := range 300 {
 				switch rng.IntN(6) {
 				case 0:
-					if cost := 1 + rng.Int64N(4); p.try(cost, nil) {
+					cost, rank, slot := 1+rng.Int64N(4), waitlist.Rank{Priority: rng.IntN(3)}, new(passes)
+					first := p.firstLocked()
+					want := p.fits(cost, 0, p.inUse()) && (first == nil || rank.Before(first.rank))
+					got := p.takeLocked(cost, 0, rank, slot)
+					if got != want || (*slot == 1) != got {
+						t.Fatalf("step %d: permits were taken: %v, want %v; the slot was passed %d times", step, got, want, *slot)
+					}
+					if got {
 						running = append(running, cost)
 					}
 				case 1, 2:
-					w := newWaiter(1 + rng.Int64N(4))
-					w.priority, w.since = rng.IntN(3), interceptor.Now()
+					w := newWaiter(1+rng.Int64N(4), waitlist.Rank{Priority: rng.IntN(3)}, interceptor.Now(), new(passes))
 					waiting = append(waiting, w)
 					p.enqueue(w)
 				case 3:
@@ -107,10 +152,10 @@ func TestNoPermitIsLostOrInventedInRandomHistories(t *testing.T) {
 				if inUse != sum || n != len(waiting) {
 					t.Fatalf("step %d: %d in use and %d waiting, want %d and %d", step, inUse, n, sum, len(waiting))
 				}
-				if bit := p.state.Load()&queueBit != 0; bit != (n > 0) {
-					t.Fatalf("step %d: the state says that calls wait: %v, and %d do", step, bit, n)
+				if bit := p.state.Load()&lockedBit != 0; bit != (n > 0) {
+					t.Fatalf("step %d: the state says that the lock is needed: %v, and %d do", step, bit, n)
 				}
-				if n > 0 && p.fits(p.firstLocked().cost, inUse) {
+				if n > 0 && p.fits(p.firstLocked().cost, 0, inUse) {
 					t.Fatalf("step %d: the first waiter, of cost %d, could run: %d of %d in use", step, p.firstLocked().cost, inUse, limit)
 				}
 			}
@@ -118,16 +163,15 @@ func TestNoPermitIsLostOrInventedInRandomHistories(t *testing.T) {
 	}
 }
 
-func TestACallThatNeedNotWaitDisplacesNobodyFromAFullQueue(t *testing.T) {
+func TestPermitsFullQueueEvictsNobodyInVain(t *testing.T) {
 	for _, tc := range []struct {
 		discipline Discipline
 		priority   int
 	}{{FIFO, 1}, {LIFO, 0}} {
 		p := &permits{}
 		p.configure(3, tc.discipline, 1, 0, 0)
-		p.try(1, nil)
-		heavy, light := newWaiter(3), newWaiter(1)
-		light.priority = tc.priority
+		p.take(1, 0)
+		heavy, light := waiterOf(3), newWaiter(1, waitlist.Rank{Priority: tc.priority}, 0, nil)
 		p.enqueue(heavy)
 		p.enqueue(light)
 		if len(light.done) != 1 || light.why != admitted {
@@ -136,6 +180,21 @@ func TestACallThatNeedNotWaitDisplacesNobodyFromAFullQueue(t *testing.T) {
 		if len(heavy.done) != 0 {
 			t.Errorf("%v: the only one that waits was refused (%d), and as many may", tc.discipline, heavy.why)
 		}
+	}
+}
+
+// The extra attempt of a hedge goes first among those that wait, but no call is
+// refused for its sake.
+func TestPermitsExpendableEvictsNobody(t *testing.T) {
+	p := &permits{}
+	p.configure(1, FIFO, 1, 0, 0)
+	p.take(1, 0)
+	first, extra := waiterOf(1), newWaiter(1, waitlist.Rank{Further: true}, 0, nil)
+	extra.expendable = true
+	p.enqueue(first)
+	p.enqueue(extra)
+	if len(first.done) != 0 || len(extra.done) != 1 || extra.why != queueFull {
+		t.Errorf("the queue was full: the first attempt ended %d times, the extra one with %d; want it refused", len(first.done), extra.why)
 	}
 }
 
@@ -170,7 +229,7 @@ func TestCoDelsControlLaw(t *testing.T) {
 
 // Calls with and without the lock, at once: if one of them handed a permit to nobody,
 // a waiter would wait for ever.
-func TestNoWaiterIsForgottenByCallsThatTakeNoLock(t *testing.T) {
+func TestPermitsWithAndWithoutLock(t *testing.T) {
 	const limit, most = 3, 2
 	p := &permits{}
 	p.setLimit(limit)
@@ -180,8 +239,8 @@ func TestNoWaiterIsForgottenByCallsThatTakeNoLock(t *testing.T) {
 		wg.Go(func() {
 			for n := range 20_000 {
 				cost := int64(1 + (n+i)%most)
-				if !p.try(cost, nil) {
-					w := newWaiter(cost)
+				if _, ok := p.take(cost, 0); !ok {
+					w := waiterOf(cost)
 					p.enqueue(w)
 					if n%5 == 0 && p.abandon(w) {
 						continue

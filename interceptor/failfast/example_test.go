@@ -17,7 +17,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/failfast"
 )
 
-// stuck stands in for a connection to a server that does not answer.
+// stuck takes the role of a connection to a server that does not answer.
 type stuck struct {
 	grpc.ClientConnInterface
 	begun, answer chan struct{}
@@ -34,11 +34,7 @@ func Example() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	limit, err := concurrency.New(concurrency.Config{Limit: 1})
-	if err != nil {
-		log.Fatal(err)
-	}
-	stack, err := interceptor.NewStack(fast, limit)
+	stack, err := interceptor.NewStack(fast, concurrency.Config{Limit: 1})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -59,7 +55,7 @@ func Example() {
 	fmt.Println(call(), "failing:", fast.Failing())
 	// Output:
 	// Unavailable failing: true
-	// belfry: failfast: FAIL_FAST: nothing inside has been ready for too long
+	// belfry: failfast: FAIL_FAST: no call was admitted for too long
 	// <nil>
 	// <nil> failing: false
 }

@@ -5,7 +5,6 @@ package failfast
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,6 +21,15 @@ type Config struct {
 	// After is how long a call waits at most, and how long nothing may be admitted
 	// before all that wait fail; 3s if zero. It must not be negative.
 	After time.Duration
+}
+
+// NewLayer returns a fail-fast with this configuration, as [New] does.
+func (cfg Config) NewLayer() (interceptor.Layer, error) {
+	l, err := New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
 }
 
 // after checks cfg, and returns After with its default filled in.
@@ -83,14 +91,17 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 		return nil, err
 	}
 	l := &Layer{name: o.name, config: cfg, after: after, waiters: make(map[*waiter]struct{})}
-	l.failing = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "nothing inside has been ready for too long")
-	l.tooLong = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "the call has waited for too long")
+	l.failing = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "no call was admitted for too long")
+	l.tooLong = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "the call waited for too long")
 	return l, nil
 }
 
-// Update changes the configuration while calls wait: they keep their own bound,
-// and all that concerns them together follows the new one. A layer that fails
-// fast goes on until readiness returns. On an error nothing has changed.
+// NewLayer returns the fail-fast itself.
+func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+// Update changes the configuration while calls wait: each keeps the bound it began
+// with, and the new one decides when all of them fail together. A layer that fails
+// fast does so until a call is admitted. On an error nothing has changed.
 func (l *Layer) Update(cfg Config) error {
 	errs := check.Of("failfast")
 	after := cfg.after(errs)
@@ -122,13 +133,8 @@ func (l *Layer) Waiting() int { return int(l.waiting.Load()) }
 // String returns the layer's name.
 func (l *Layer) String() string { return l.name }
 
-// Validate rejects a fail-fast as the innermost layer.
-func (l *Layer) Validate(inner []interceptor.Layer) error {
-	if len(inner) == 0 {
-		return errors.New("there is no layer inside that a call could wait for")
-	}
-	return nil
-}
+// Traits says that it decides how long calls wait inside it.
+func (l *Layer) Traits() interceptor.Traits { return interceptor.Governs }
 
 // WrapGate returns the gate.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
@@ -140,33 +146,33 @@ type gate struct {
 	inner interceptor.Gate
 }
 
-// Admit asks for capacity that is there first, which all calls may, whatever the
-// state; only a call that has to wait meets the state.
-func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+// Admit asks for capacity that is there first, which every call may, whatever the
+// state. Only a call that has to wait is subject to it.
+func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	l := g.layer
-	mark := c.Mark()
-	err := g.inner.Admit(ctx, c, interceptor.None)
+	mayWait, err := a.Try(ctx, g.inner)
 	switch {
 	case err == nil:
-		l.ready(c)
+		l.ready(a)
 		return nil
-	case !interceptor.WaitMayHelp(err):
-		return err
 	case ctx.Err() != nil:
 		return interceptor.Ended(ctx, l.name)
+	case !mayWait:
+		return err
 	case l.failed.Load():
 		return l.failing
 	case w == interceptor.None:
 		return err
 	}
-	c.Rollback(mark, err)
-	return g.wait(ctx, c, w)
+	return g.wait(ctx, a, w)
 }
 
 // wait lets the call wait inside.
-func (g *gate) wait(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+func (g *gate) wait(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	l := g.layer
-	waitCtx, cancel := context.WithCancelCause(ctx)
+	parked, done := a.Park(ctx) // Also for gates inside that do not park the call.
+	defer done()
+	waitCtx, cancel := context.WithCancelCause(parked)
 	defer cancel(nil)
 	me := &waiter{cancel: cancel}
 	start := interceptor.Now()
@@ -176,13 +182,16 @@ func (g *gate) wait(ctx context.Context, c *interceptor.Call, w interceptor.Wait
 	}
 	defer l.leave(me)
 	bound := start.Add(after)
-	err = g.inner.Admit(waitCtx, c, w.Narrow(bound.Wait()))
+	err = g.inner.Admit(waitCtx, a, w.Narrow(bound.Wait()))
 	switch {
 	case err == nil:
-		l.ready(c)
+		l.ready(a)
 		return nil
-	case ctx.Err() != nil:
-		return err
+	case parked.Err() != nil:
+		if _, ok := interceptor.AsRefusal(err); ok {
+			return err
+		}
+		return interceptor.Ended(parked, l.name)
 	case waitCtx.Err() != nil:
 		return l.failing
 	}
@@ -196,9 +205,9 @@ func (g *gate) wait(ctx context.Context, c *interceptor.Call, w interceptor.Wait
 }
 
 // ready notes that a call was admitted.
-func (l *Layer) ready(c *interceptor.Call) {
+func (l *Layer) ready(a *interceptor.Admission) {
 	if l.waiting.Load() > 0 {
-		l.admitted.Store(int64(c.Now()))
+		l.admitted.Store(int64(a.Now()))
 	}
 	if l.failed.Load() {
 		l.failed.Store(false)
@@ -225,6 +234,9 @@ func (l *Layer) enter(w *waiter, now interceptor.Instant) (after time.Duration, 
 func (l *Layer) leave(w *waiter) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if _, waits := l.waiters[w]; !waits {
+		return
+	}
 	delete(l.waiters, w)
 	l.waiting.Store(int64(len(l.waiters)))
 	if len(l.waiters) == 0 {
@@ -250,14 +262,30 @@ func (l *Layer) judgeLocked(now interceptor.Instant) bool {
 	if len(l.waiters) == 0 {
 		return false // The timer fired when the last one had just gone.
 	}
-	end := max(l.since, interceptor.Instant(l.admitted.Load())).Add(l.after)
+	end := l.endLocked()
+	if now >= end {
+		// A call that is admitted meanwhile either sees that it has to reset failed, or
+		// is seen here.
+		l.failed.Store(true)
+		if end = l.endLocked(); now < end {
+			l.failed.Store(false)
+		}
+	}
 	if now < end {
 		l.timer.Reset(end.Sub(now))
 		return false
 	}
-	l.failed.Store(true)
 	for w := range l.waiters {
 		w.cancel(l.failing)
 	}
+	// They are on their way out. The next one to wait is the first again.
+	clear(l.waiters)
+	l.waiting.Store(0)
+	l.timer.Stop()
 	return true
+}
+
+// endLocked is when all that waits fails unless a call is admitted before.
+func (l *Layer) endLocked() interceptor.Instant {
+	return max(l.since, interceptor.Instant(l.admitted.Load())).Add(l.after)
 }

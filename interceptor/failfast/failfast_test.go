@@ -7,20 +7,24 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/failfast"
+	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/internal/calltest"
-	"github.com/belfry-go/belfry/internal/layertest"
 )
 
 const ms = time.Millisecond
@@ -57,7 +61,7 @@ func invoke(ctx context.Context, c grpc.ClientConnInterface, opts ...grpc.CallOp
 	return done
 }
 
-func TestACallWaitsForAtMostTheBound(t *testing.T) {
+func TestBound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := calltest.Stack(t, after(t, 300*ms), limit(t, 1)).Wrap(calltest.Takes(time.Second))
 		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.Refused(300*ms, interceptor.ReasonFailFast))
@@ -66,7 +70,7 @@ func TestACallWaitsForAtMostTheBound(t *testing.T) {
 	})
 }
 
-func TestWhenNothingWasAdmittedForTheBoundAllThatWaitsAndAllThatComesFailsUntilReadinessReturns(t *testing.T) {
+func TestFailing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := after(t, 300*ms)
 		s := calltest.Stack(t, f, limit(t, 1))
@@ -102,7 +106,7 @@ func TestWhenNothingWasAdmittedForTheBoundAllThatWaitsAndAllThatComesFailsUntilR
 	})
 }
 
-func TestAQueueThatMovesDoesNotFailAsAWhole(t *testing.T) {
+func TestMovingQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := after(t, 300*ms)
 		c := calltest.Stack(t, f, limit(t, 1)).Wrap(calltest.Takes(200 * ms))
@@ -116,7 +120,7 @@ func TestAQueueThatMovesDoesNotFailAsAWhole(t *testing.T) {
 	})
 }
 
-func TestACallThatGivesUpDoesNotProlongTheWaitingOfTheOthers(t *testing.T) {
+func TestCallThatGivesUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := after(t, 300*ms)
 		c := calltest.Stack(t, f, limit(t, 1)).Wrap(calltest.Takes(time.Second))
@@ -138,7 +142,7 @@ func TestACallThatGivesUpDoesNotProlongTheWaitingOfTheOthers(t *testing.T) {
 	})
 }
 
-func TestATighterWaitOrDeadlineEndsACallAndNotTheOthers(t *testing.T) {
+func TestTighterWaitOrDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := after(t, 300*ms)
 		c := calltest.Stack(t, f, limit(t, 1)).Wrap(calltest.Takes(time.Second))
@@ -158,7 +162,7 @@ func TestATighterWaitOrDeadlineEndsACallAndNotTheOthers(t *testing.T) {
 	})
 }
 
-func TestTheRefusalOfACallThatWaitedTooLongTellsTheInnerReason(t *testing.T) {
+func TestRefusalTellsInnerReason(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, l := after(t, 300*ms), limit(t, 1)
 		c := calltest.Stack(t, f, l).Wrap(calltest.Takes(200 * ms))
@@ -181,15 +185,17 @@ type decides struct {
 	asked int
 }
 
+func (g *decides) NewLayer() (interceptor.Layer, error) { return g, nil }
+
 func (g *decides) WrapGate(interceptor.Gate) interceptor.Gate {
 	no := interceptor.Refuse("filter", interceptor.ReasonFilter, "")
-	return interceptor.GateFunc(func(context.Context, *interceptor.Call, interceptor.Wait) error {
+	return interceptor.GateFunc(func(context.Context, *interceptor.Admission, interceptor.Wait) error {
 		g.asked++
 		return no
 	})
 }
 
-func TestWhatWaitingCannotHelpIsAskedOnceAndSaysNothingAboutReadiness(t *testing.T) {
+func TestRefusalThatWaitingCannotHelp(t *testing.T) {
 	f, g := after(t, 300*ms), &decides{}
 	err := calltest.Stack(t, f, g).Wrap(calltest.Takes(0)).Invoke(context.Background(), calltest.Method, nil, nil)
 	if calltest.Reason(err) != interceptor.ReasonFilter || g.asked != 1 {
@@ -198,7 +204,7 @@ func TestWhatWaitingCannotHelpIsAskedOnceAndSaysNothingAboutReadiness(t *testing
 	checkState(t, f, false, 0)
 }
 
-func TestACallThatHasEndedDoesNotWaitAndSaysSo(t *testing.T) {
+func TestEndedCall(t *testing.T) {
 	f, l := after(t, 300*ms), limit(t, 1)
 	if err := l.SetLimit(0); err != nil {
 		t.Fatal(err)
@@ -212,7 +218,7 @@ func TestACallThatHasEndedDoesNotWaitAndSaysSo(t *testing.T) {
 	checkState(t, f, false, 0)
 }
 
-func TestUpdateHoldsForThoseThatWaitAndABadOneChangesNothing(t *testing.T) {
+func TestUpdate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := after(t, time.Minute)
 		c := calltest.Stack(t, f, limit(t, 1)).Wrap(calltest.Takes(time.Second))
@@ -233,7 +239,7 @@ func TestUpdateHoldsForThoseThatWaitAndABadOneChangesNothing(t *testing.T) {
 	})
 }
 
-func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
+func TestConfigErrors(t *testing.T) {
 	if _, err := failfast.New(failfast.Config{After: -time.Second}); err == nil || !strings.Contains(err.Error(), "failfast: After is -1s, must be positive, or 0 for 3s") {
 		t.Errorf("New = %v", err)
 	}
@@ -246,9 +252,9 @@ func TestBadConfigurationIsAnErrorThatNamesFieldValueAndRule(t *testing.T) {
 }
 
 func TestConformance(t *testing.T) {
-	layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
+	layertest.RunStack(t, func() ([]interceptor.Spec, func() error) {
 		f, l := after(t, 10*ms), limit(t, 20)
-		return []interceptor.Layer{f, l}, func() error {
+		return []interceptor.Spec{f, l}, func() error {
 			if f.Waiting() != 0 || l.InUse() != 0 || l.Waiting() != 0 {
 				return fmt.Errorf("%d calls wait here and %d inside, %d permits in use; want none", f.Waiting(), l.Waiting(), l.InUse())
 			}
@@ -277,7 +283,7 @@ func unary(tb testing.TB) map[string]func() {
 	return calls
 }
 
-func TestNoCallThatNeedNotWaitAllocates(t *testing.T) {
+func TestAllocations(t *testing.T) {
 	for name, call := range unary(t) {
 		if n := testing.AllocsPerRun(1000, call); n >= 1 {
 			t.Errorf("%s: %v allocations per call, want 0", name, n)
@@ -291,6 +297,156 @@ func BenchmarkFailFast(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				call()
+			}
+		})
+	}
+}
+
+// A server that cannot be reached is no reason to wait for longer than the bound.
+func TestNoReadyEndpoint(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := after(t, 300*ms)
+		s := calltest.Stack(t, f, limit(t, 10))
+		conn, err := grpc.NewClient("passthrough:///nowhere", append(s.DialOptions(),
+			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}))...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		failed := calltest.Refused(300*ms, interceptor.ReasonFailFast)
+		calltest.Expect(t, calltest.Burst(conn, 2), failed, failed)
+		checkState(t, f, true, 0)
+		calltest.Expect(t, calltest.Burst(conn, 1), calltest.Refused(0, interceptor.ReasonFailFast))
+		if n := s.InFlight(); n != 0 {
+			t.Errorf("%d calls in flight, want none", n)
+		}
+	})
+}
+
+// ignorant is a gate that waits and asks neither its Wait nor Park.
+type ignorant struct{ interceptor.GateOnly }
+
+func (g *ignorant) NewLayer() (interceptor.Layer, error) { return g, nil }
+
+func (g *ignorant) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		if w == interceptor.None {
+			return errors.New("busy")
+		}
+		<-ctx.Done()
+		return ctx.Err()
+	})
+}
+
+func TestDrainWakesWaiters(t *testing.T) {
+	for name, inside := range map[string]interceptor.Spec{"limit": limit(t, 1), "ignorant": &ignorant{}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := after(t, time.Hour)
+				s := calltest.Stack(t, f, inside)
+				if l, ok := inside.(*concurrency.Layer); ok {
+					if err := l.SetLimit(0); err != nil {
+						t.Fatal(err)
+					}
+				}
+				ends := calltest.Begin(s.Wrap(calltest.Takes(0)), 2)
+				if err := s.Drain(context.Background()); err != nil {
+					t.Fatal(err)
+				}
+				drained := calltest.Refused(0, interceptor.ReasonDrain)
+				calltest.Expect(t, ends(), drained, drained)
+				checkState(t, f, false, 0)
+			})
+		})
+	}
+}
+
+// stubborn is a gate that admits nobody who waits; the first one it does not even let
+// go when the waiting is over.
+type stubborn struct {
+	interceptor.GateOnly
+	ready   bool
+	waited  int
+	release chan struct{}
+}
+
+func (g *stubborn) NewLayer() (interceptor.Layer, error) { return g, nil }
+
+func (g *stubborn) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		switch {
+		case w == interceptor.None && g.ready:
+			return inner.Admit(ctx, a, w)
+		case w == interceptor.None:
+			return errors.New("busy")
+		}
+		if g.waited++; g.waited == 1 {
+			<-g.release
+		}
+		<-ctx.Done()
+		return ctx.Err()
+	})
+}
+
+// A call that was told to fail and has not gone yet does not stop the clock of those
+// that come later.
+func TestFailingTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, g := after(t, 300*ms), &stubborn{release: make(chan struct{})}
+		c := calltest.Stack(t, f, g).Wrap(calltest.Takes(0))
+		first := calltest.Begin(c, 1)
+		time.Sleep(400 * ms)
+		checkState(t, f, true, 0)
+		g.ready = true
+		calltest.Expect(t, calltest.Burst(c, 1), calltest.OK(0))
+		g.ready = false
+		second := calltest.Begin(c, 1)
+		checkState(t, f, false, 1)
+		calltest.Expect(t, second(), calltest.Refused(300*ms, interceptor.ReasonFailFast))
+		close(g.release)
+		calltest.Expect(t, first(), calltest.Refused(700*ms, interceptor.ReasonFailFast))
+	})
+}
+
+// Whatever happens, nobody waits who could be admitted, none waits for longer than
+// the bound, and the layer does not fail while calls are admitted.
+func TestLiveness(t *testing.T) {
+	const bound = 50 * ms
+	for seed := range uint64(100) {
+		synctest.Test(t, func(t *testing.T) {
+			rng := rand.New(rand.NewPCG(seed, 1))
+			n := int64(1 + rng.IntN(3))
+			f, l := after(t, bound), limit(t, n)
+			c := calltest.Stack(t, f, l)
+			var wg sync.WaitGroup
+			for range 200 {
+				service := time.Duration(rng.IntN(40)) * ms
+				if rng.IntN(20) == 0 {
+					service = 500 * ms
+				}
+				patience := time.Duration(1+rng.IntN(200)) * ms
+				wg.Go(func() {
+					ctx, cancel := context.WithTimeout(context.Background(), patience)
+					defer cancel()
+					begun := time.Now()
+					err := c.Wrap(calltest.Takes(service)).Invoke(ctx, calltest.Method, nil, nil)
+					if r := calltest.Reason(err); r != "" && time.Since(begun) > bound {
+						t.Errorf("seed %d: %v after %v, want at most %v", seed, err, time.Since(begun), bound)
+					}
+				})
+				time.Sleep(time.Duration(rng.IntN(30)) * ms)
+				synctest.Wait()
+				if f.Waiting() > 0 && l.InUse() < n {
+					t.Fatalf("seed %d: %d calls wait, and %d of %d permits are in use", seed, f.Waiting(), l.InUse(), n)
+				}
+			}
+			wg.Wait()
+			if f.Waiting() != 0 || l.Waiting() != 0 || l.InUse() != 0 {
+				t.Errorf("seed %d: at rest %d and %d calls wait, and %d permits are in use", seed, f.Waiting(), l.Waiting(), l.InUse())
 			}
 		})
 	}

@@ -6,12 +6,13 @@
 // permissions, quotas kept elsewhere, requests that are known to fail, and to add
 // to the context or the request what the decision found.
 //
-//	layer, err := filter.New(filter.Config{}, func(ctx context.Context, c *interceptor.Call, req any) (context.Context, error) {
-//		if !allowed(ctx, c.Method()) {
-//			return nil, errors.New("not for this tenant")
-//		}
-//		return metadata.AppendToOutgoingContext(ctx, "tenant", tenant), nil
-//	})
+//	stack, err := interceptor.NewStack(filter.Predicate(
+//		func(ctx context.Context, c *interceptor.Call, req any) (context.Context, error) {
+//			if !allowed(ctx, c.Method()) {
+//				return nil, errors.New("not for this tenant")
+//			}
+//			return metadata.AppendToOutgoingContext(ctx, "tenant", tenant), nil
+//		}))
 //
 // There are two forms. A [Filter] stands in the call path: its predicate may change
 // the context and the request, and by the time it runs the call has been admitted

@@ -28,16 +28,13 @@ func (echo) Invoke(ctx context.Context, method string, _, _ any, _ ...grpc.CallO
 }
 
 func Example() {
-	layer, err := filter.New(filter.Config{}, func(ctx context.Context, c *interceptor.Call, req any) (context.Context, error) {
+	tenant := func(ctx context.Context, c *interceptor.Call, req any) (context.Context, error) {
 		if strings.HasPrefix(c.Method(), "/admin.") {
 			return nil, errors.New("not for this tenant")
 		}
 		return metadata.AppendToOutgoingContext(ctx, "tenant", "blue"), nil
-	})
-	if err != nil {
-		log.Fatal(err)
 	}
-	stack, err := interceptor.NewStack(layer)
+	stack, err := interceptor.NewStack(filter.Predicate(tenant))
 	if err != nil {
 		log.Fatal(err)
 	}

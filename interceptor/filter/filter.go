@@ -6,12 +6,9 @@ package filter
 import (
 	"context"
 	"errors"
-	"io"
 	"reflect"
 	"sync/atomic"
-	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -36,8 +33,27 @@ func (c Config) check(errs *check.Errors) {
 // the request of a unary call, which c.SetRequest replaces; nil for a stream. The
 // context it returns is the call's from here on, and is derived from ctx; nil
 // leaves it as it is. It must not modify req, which is the caller's, and must not
-// keep c. It is called concurrently.
+// keep c. It is called concurrently. One that waits does so with the context of
+// c.Park, which also ends when the stack drains.
+//
+// A Predicate is a [interceptor.Spec] of a [Filter] with the zero Config.
 type Predicate func(ctx context.Context, c *interceptor.Call, req any) (context.Context, error)
+
+// NewLayer makes a [Filter] of p.
+func (p Predicate) NewLayer() (interceptor.Layer, error) { return New(Config{}, p) }
+
+// A GatePredicate decides over a call before the layers inside are asked: nil lets it
+// pass, an error rejects it. req is the request of a unary call, nil for a stream. It
+// must change neither req nor a, must not keep a, and is called concurrently. It may
+// take its time also where the call must not wait for capacity; what it takes, if that
+// is a millisecond or more, is reported to the observer as waiting. One that waits does
+// so with the context of a.Park, which also ends when the stack drains.
+//
+// A GatePredicate is a [interceptor.Spec] of a [Gate] with the zero Config.
+type GatePredicate func(ctx context.Context, a *interceptor.Admission, req any) error
+
+// NewLayer makes a [Gate] of p.
+func (p GatePredicate) NewLayer() (interceptor.Layer, error) { return NewGate(Config{}, p) }
 
 // A MessagePredicate decides over a message that is to be sent on a stream: it
 // returns what to send in its place, nil for m itself, or an error, which ends the
@@ -114,7 +130,7 @@ type Filter struct {
 	interceptor.CallOnly
 	core
 	predicate Predicate
-	messages  MessagePredicate
+	messages  interceptor.Layer // Filters the messages of streams; nil if none are filtered.
 }
 
 // An Option configures what is not data.
@@ -159,14 +175,44 @@ func New(config Config, predicate Predicate, opts ...Option) (*Filter, error) {
 	if err := o.errs.Err(); err != nil {
 		return nil, err
 	}
-	f := &Filter{predicate: predicate, messages: o.messages}
+	f := &Filter{predicate: predicate}
 	f.name = o.name
 	f.config.Store(&config)
+	if o.messages != nil {
+		var err error
+		if f.messages, err = interceptor.MapRequest(f.mapper(o.messages)).NewLayer(); err != nil {
+			return nil, err
+		}
+	}
 	return f, nil
 }
 
+// mapper returns what p makes of a message.
+func (f *Filter) mapper(p MessagePredicate) func(ctx context.Context, method string, m any) (any, error) {
+	return func(ctx context.Context, method string, m any) (any, error) {
+		replaced, err := p(ctx, method, m)
+		if err != nil {
+			return nil, f.refuse(ctx, err, true)
+		}
+		if replaced != nil {
+			return replaced, nil
+		}
+		return m, nil
+	}
+}
+
+// NewLayer returns f.
+func (f *Filter) NewLayer() (interceptor.Layer, error) { return f, nil }
+
+// Traits returns 0: a filter is always ready.
+func (f *Filter) Traits() interceptor.Traits { return 0 }
+
 // WrapCall returns the call path.
-func (f *Filter) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+func (f *Filter) WrapCall(next interceptor.Next, again interceptor.Again) interceptor.Next {
+	stream := next
+	if f.messages != nil {
+		stream = f.messages.WrapCall(next, again)
+	}
 	return func(ctx context.Context, c *interceptor.Call) error {
 		changed, err := f.predicate(ctx, c, c.Request())
 		if err != nil {
@@ -175,86 +221,22 @@ func (f *Filter) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor
 		if changed != nil {
 			ctx = changed
 		}
-		if f.messages == nil || c.Kind() == interceptor.Unary {
+		if c.Kind() == interceptor.Unary {
 			return next(ctx, c)
 		}
-		ctx, cancel := context.WithCancel(ctx)
-		if err := next(ctx, c); err != nil {
-			cancel()
-			return err
-		}
-		c.SetStream(&stream{
-			ClientStream: c.Stream(), filter: f, ctx: ctx, cancel: cancel, method: c.Method(), single: !c.Desc().ServerStreams,
-		})
-		return nil
+		return stream(ctx, c)
 	}
-}
-
-// stream is a stream whose messages are filtered.
-type stream struct {
-	grpc.ClientStream
-	filter   *Filter
-	ctx      context.Context
-	cancel   context.CancelFunc
-	method   string
-	single   bool                  // The server sends one message.
-	rejected atomic.Pointer[error] // Set by SendMsg, and read by RecvMsg.
-}
-
-func (s *stream) SendMsg(m any) error {
-	if r := s.rejected.Load(); r != nil {
-		return *r
-	}
-	replaced, err := s.filter.messages(s.ctx, s.method, m)
-	if err != nil {
-		err = s.filter.refuse(s.ctx, err, true)
-		s.rejected.Store(&err)
-		// Without a cause: for the layers inside it is a call that its caller gave up.
-		s.cancel()
-		return err
-	}
-	if replaced != nil {
-		m = replaced
-	}
-	err = s.ClientStream.SendMsg(m)
-	if err != nil && err != io.EOF {
-		s.cancel() // The stream has ended.
-	}
-	return err
-}
-
-func (s *stream) RecvMsg(m any) error {
-	err := s.ClientStream.RecvMsg(m)
-	if err == nil {
-		if s.single {
-			s.cancel() // The stream has ended.
-		}
-		return nil
-	}
-	s.cancel()
-	if r := s.rejected.Load(); r != nil {
-		return *r
-	}
-	return err
 }
 
 // A Gate is the layer of the admission. It may stand in any number of stacks.
 type Gate struct {
 	interceptor.GateOnly
 	core
-	predicate func(ctx context.Context, c *interceptor.Call, req any) error
+	predicate GatePredicate
 }
 
-// slow is from when on the time of a predicate is waiting.
-const slow = time.Millisecond
-
-// NewGate returns a Gate whose predicate lets a call pass with nil and rejects it
-// with an error. req is the request of a unary call, nil for a stream. The
-// predicate must change neither it nor c, must not keep c, and is called
-// concurrently. What it takes, if that is a millisecond or more, is reported to
-// the observer as waiting. It may take its time also where the call must not wait
-// for capacity. An error is a [*interceptor.ConfigError], or several joined.
-func NewGate(config Config, predicate func(ctx context.Context, c *interceptor.Call, req any) error, opts ...Option) (*Gate, error) {
+// NewGate returns a Gate. An error is a [*interceptor.ConfigError], or several joined.
+func NewGate(config Config, predicate GatePredicate, opts ...Option) (*Gate, error) {
 	o := optionsOf(config, predicate == nil, opts)
 	o.errs.Require(o.messages == nil, "WithMessages", check.Set, "must not be used with NewGate, which sees no messages")
 	if err := o.errs.Err(); err != nil {
@@ -266,17 +248,21 @@ func NewGate(config Config, predicate func(ctx context.Context, c *interceptor.C
 	return g, nil
 }
 
+// NewLayer returns g.
+func (g *Gate) NewLayer() (interceptor.Layer, error) { return g, nil }
+
+// Traits returns 0: a Gate does not wait for capacity.
+func (g *Gate) Traits() interceptor.Traits { return 0 }
+
 // WrapGate returns the gate.
 func (g *Gate) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		since := interceptor.Now()
-		err := g.predicate(ctx, c, c.Request())
-		if interceptor.Now().Sub(since) >= slow {
-			c.Waited(g.name, since) // The gates inside have to read the clock anew.
-		}
+		err := g.predicate(ctx, a, a.Request())
+		a.Internals().Consulted(g.name, since)
 		if err != nil {
 			return g.refuse(ctx, err, false)
 		}
-		return inner.Admit(ctx, c, w)
+		return inner.Admit(ctx, a, w)
 	})
 }

@@ -25,8 +25,8 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/internal/calltest"
-	"github.com/belfry-go/belfry/internal/layertest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -79,6 +79,8 @@ func (s *stream2) SendMsg(m any) error {
 	return nil
 }
 
+func (s *stream2) Header() (metadata.MD, error) { return nil, status.Error(codes.Unavailable, "") }
+
 func (s *stream2) RecvMsg(m any) error {
 	s.mu.Lock()
 	ended := slices.Contains(s.sent, "end")
@@ -93,7 +95,7 @@ func (s *stream2) RecvMsg(m any) error {
 	return status.FromContextError(s.ctx.Err()).Err()
 }
 
-func wrap(t testing.TB, conn grpc.ClientConnInterface, layers ...interceptor.Layer) (grpc.ClientConnInterface, *interceptor.Stack) {
+func wrap(t testing.TB, conn grpc.ClientConnInterface, layers ...interceptor.Spec) (grpc.ClientConnInterface, *interceptor.Stack) {
 	t.Helper()
 	s := calltest.Stack(t, layers...)
 	return s.Wrap(conn), s
@@ -108,7 +110,7 @@ func mustNew(t testing.TB, p Predicate, opts ...Option) *Filter {
 	return f
 }
 
-func mustNewGate(t testing.TB, p func(context.Context, *interceptor.Call, any) error) *Gate {
+func mustNewGate(t testing.TB, p GatePredicate) *Gate {
 	t.Helper()
 	g, err := NewGate(Config{}, p)
 	if err != nil {
@@ -118,10 +120,11 @@ func mustNewGate(t testing.TB, p func(context.Context, *interceptor.Call, any) e
 }
 
 // both makes a layer of each form of a predicate that only decides.
-func both(t *testing.T, p func(context.Context, *interceptor.Call, any) error, f func(t *testing.T, l interceptor.Layer)) {
+func both(t *testing.T, p GatePredicate, f func(t *testing.T, l interceptor.Layer)) {
+	t.Helper()
 	t.Run("filter", func(t *testing.T) {
 		f(t, mustNew(t, func(ctx context.Context, c *interceptor.Call, req any) (context.Context, error) {
-			return nil, p(ctx, c, req)
+			return nil, p(ctx, nil, req)
 		}))
 	})
 	t.Run("gate", func(t *testing.T) { f(t, mustNewGate(t, p)) })
@@ -133,8 +136,8 @@ func call(c grpc.ClientConnInterface, ctx context.Context, ping string) (string,
 	return reply.GetValue(), err
 }
 
-func TestWhatThePredicateAcceptsPasses(t *testing.T) {
-	accept := func(context.Context, *interceptor.Call, any) error { return nil }
+func TestAccepted(t *testing.T) {
+	accept := func(context.Context, *interceptor.Admission, any) error { return nil }
 	both(t, accept, func(t *testing.T, l interceptor.Layer) {
 		c, _ := wrap(t, &ponger{}, l)
 		for i := range 10 {
@@ -153,20 +156,22 @@ type ledger struct {
 	outcomes []interceptor.Outcome
 }
 
+func (l *ledger) NewLayer() (interceptor.Layer, error) { return l, nil }
+
 func (l *ledger) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		l.admitted++
-		c.Hold(l, 0)
-		return inner.Admit(ctx, c, w)
+		a.Hold(l, 0)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func (l *ledger) Release(_ int64, o interceptor.Outcome, _ error) { l.outcomes = append(l.outcomes, o) }
+func (l *ledger) Release(_ int64, e interceptor.End) { l.outcomes = append(l.outcomes, e.Outcome) }
 
 var errNo = errors.New("not for this tenant")
 
-func TestARejectedCallIsNotSentAndCostsNothingOnEitherSide(t *testing.T) {
-	reject := func(context.Context, *interceptor.Call, any) error { return errNo }
+func TestRejectedCostsNothing(t *testing.T) {
+	reject := func(context.Context, *interceptor.Admission, any) error { return errNo }
 	both(t, reject, func(t *testing.T, l interceptor.Layer) {
 		srv := &ponger{}
 		outer, inner := &ledger{}, &ledger{}
@@ -202,15 +207,12 @@ func TestARejectedCallIsNotSentAndCostsNothingOnEitherSide(t *testing.T) {
 	})
 }
 
-func TestAGateRejectsWithoutWaitingInTheQueueInside(t *testing.T) {
+func TestGateRejectsBeforeQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sem := semaphore.NewWeighted(1)
-		limit, err := interceptor.FromSemaphore("limit", sem)
-		if err != nil {
-			t.Fatal(err)
-		}
+		limit := interceptor.FromSemaphore("limit", sem)
 		sem.TryAcquire(1) // Full.
-		c, _ := wrap(t, &ponger{}, mustNewGate(t, func(context.Context, *interceptor.Call, any) error { return errNo }), limit)
+		c, _ := wrap(t, &ponger{}, mustNewGate(t, func(context.Context, *interceptor.Admission, any) error { return errNo }), limit)
 		start := time.Now()
 		if _, err := call(c, context.Background(), "ping"); !errors.Is(err, errNo) || time.Since(start) != 0 {
 			t.Errorf("call: %v after %v, want the rejection at once", err, time.Since(start))
@@ -218,7 +220,7 @@ func TestAGateRejectsWithoutWaitingInTheQueueInside(t *testing.T) {
 	})
 }
 
-func TestThePredicateMayChangeContextAndRequest(t *testing.T) {
+func TestPredicateChangesContextAndRequest(t *testing.T) {
 	f := mustNew(t, func(ctx context.Context, c *interceptor.Call, req any) (context.Context, error) {
 		if m, ok := req.(*wrapperspb.StringValue); ok {
 			c.SetRequest(wrapperspb.String(m.GetValue() + "!"))
@@ -247,8 +249,8 @@ func TestThePredicateMayChangeContextAndRequest(t *testing.T) {
 	}
 }
 
-func TestASlowPredicateCountsAgainstTheCallersDeadline(t *testing.T) {
-	slow := func(ctx context.Context, _ *interceptor.Call, _ any) error {
+func TestSlowPredicateMeetsDeadline(t *testing.T) {
+	slow := func(ctx context.Context, _ *interceptor.Admission, _ any) error {
 		select {
 		case <-time.After(time.Second):
 			return nil
@@ -286,11 +288,11 @@ type waits struct {
 
 func (w *waits) Waited(_, _ string, d time.Duration) { w.d = append(w.d, d) }
 
-func TestTheTimeOfASlowGateIsSeenAsWaiting(t *testing.T) {
+func TestSlowGateIsSeenAsWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		obs := &waits{}
 		d := 20 * time.Millisecond
-		g := mustNewGate(t, func(context.Context, *interceptor.Call, any) error { time.Sleep(d); return nil })
+		g := mustNewGate(t, func(context.Context, *interceptor.Admission, any) error { time.Sleep(d); return nil })
 		c, _ := wrap(t, &ponger{}, interceptor.Observe(obs), g)
 		call(c, context.Background(), "ping")
 		d = 0
@@ -301,7 +303,7 @@ func TestTheTimeOfASlowGateIsSeenAsWaiting(t *testing.T) {
 	})
 }
 
-func TestTheStatusOfARejection(t *testing.T) {
+func TestRejectionStatus(t *testing.T) {
 	own, err := status.New(codes.FailedPrecondition, "no such plan").WithDetails(wrapperspb.String("detail"))
 	if err != nil {
 		t.Fatal(err)
@@ -354,7 +356,7 @@ func TestTheStatusOfARejection(t *testing.T) {
 	}
 }
 
-func TestMessagesOfAStreamAreFilteredAndARejectedOneEndsIt(t *testing.T) {
+func TestMessagesFiltered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := mustNew(t, func(context.Context, *interceptor.Call, any) (context.Context, error) { return nil, nil },
 			WithMessages(func(_ context.Context, m string, msg any) (any, error) {
@@ -413,12 +415,18 @@ func TestMessagesOfAStreamAreFilteredAndARejectedOneEndsIt(t *testing.T) {
 	})
 }
 
-func TestAStreamThatIsFilteredLeavesNoContextBehind(t *testing.T) {
+func TestMessagesLeaveNoContext(t *testing.T) {
 	f := mustNew(t, func(context.Context, *interceptor.Call, any) (context.Context, error) { return nil, nil },
 		WithMessages(func(context.Context, string, any) (any, error) { return nil, nil }))
 	for name, end := range map[string]func(s grpc.ClientStream) error{
 		"EOF":            func(s grpc.ClientStream) error { s.SendMsg(wrapperspb.String("end")); return s.RecvMsg(nil) },
 		"the one answer": func(s grpc.ClientStream) error { return s.RecvMsg(&wrapperspb.StringValue{}) },
+		"an error of Header": func(s grpc.ClientStream) error {
+			if _, err := s.Header(); err == nil {
+				return errors.New("Header returned no error")
+			}
+			return nil
+		},
 		"an error of SendMsg": func(s grpc.ClientStream) error {
 			if s.SendMsg(wrapperspb.String("too large")) == nil {
 				return errors.New("SendMsg returned no error")
@@ -443,8 +451,8 @@ func TestAStreamThatIsFilteredLeavesNoContextBehind(t *testing.T) {
 	}
 }
 
-func TestUpdateChangesTheCodeAndABadConfigChangesNothing(t *testing.T) {
-	both(t, func(context.Context, *interceptor.Call, any) error { return errNo }, func(t *testing.T, l interceptor.Layer) {
+func TestUpdate(t *testing.T) {
+	both(t, func(context.Context, *interceptor.Admission, any) error { return errNo }, func(t *testing.T, l interceptor.Layer) {
 		c, _ := wrap(t, &ponger{}, l)
 		u := l.(interface{ Update(Config) error })
 		want := func(code codes.Code) {
@@ -465,8 +473,8 @@ func TestUpdateChangesTheCodeAndABadConfigChangesNothing(t *testing.T) {
 	})
 }
 
-func TestBadArgumentsAreErrors(t *testing.T) {
-	gate := func(context.Context, *interceptor.Call, any) error { return nil }
+func TestConfigErrors(t *testing.T) {
+	gate := func(context.Context, *interceptor.Admission, any) error { return nil }
 	pred := func(context.Context, *interceptor.Call, any) (context.Context, error) { return nil, nil }
 	for name, f := range map[string]func() (any, error){
 		"filter: predicate is nil":                     func() (any, error) { return New(Config{}, nil) },
@@ -483,7 +491,7 @@ func TestBadArgumentsAreErrors(t *testing.T) {
 	}
 }
 
-func TestTheNameIsInRefusals(t *testing.T) {
+func TestName(t *testing.T) {
 	f := mustNew(t, func(context.Context, *interceptor.Call, any) (context.Context, error) { return nil, errNo }, WithName("acl"))
 	c, stack := wrap(t, &ponger{}, f)
 	_, err := call(c, context.Background(), "ping")
@@ -493,19 +501,15 @@ func TestTheNameIsInRefusals(t *testing.T) {
 }
 
 func TestConformance(t *testing.T) {
-	accept := func(context.Context, *interceptor.Call, any) error { return nil }
+	accept := func(context.Context, *interceptor.Admission, any) error { return nil }
 	both(t, accept, func(t *testing.T, l interceptor.Layer) {
-		layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
+		layertest.RunStack(t, func() ([]interceptor.Spec, func() error) {
 			led := &counter{sem: semaphore.NewWeighted(4000)}
-			limit, err := interceptor.FromSemaphore("limit", led.sem)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return []interceptor.Layer{l, limit}, led.atRest
+			return []interceptor.Spec{l, interceptor.FromSemaphore("limit", led.sem)}, led.atRest
 		})
 	})
 	t.Run("messages", func(t *testing.T) {
-		layertest.Run(t, func() (interceptor.Layer, func() error) {
+		layertest.Run(t, func() (interceptor.Spec, func() error) {
 			return mustNew(t, func(ctx context.Context, _ *interceptor.Call, _ any) (context.Context, error) { return ctx, nil },
 				WithMessages(func(_ context.Context, _ string, m any) (any, error) { return m, nil })), nil
 		})
@@ -527,7 +531,7 @@ func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 	for name, err := range map[string]error{"accepted": nil, "rejected": errNo} {
 		for form, l := range map[string]interceptor.Layer{
 			"filter": mustNew(t, func(context.Context, *interceptor.Call, any) (context.Context, error) { return nil, err }),
-			"gate":   mustNewGate(t, func(context.Context, *interceptor.Call, any) error { return err }),
+			"gate":   mustNewGate(t, func(context.Context, *interceptor.Admission, any) error { return err }),
 		} {
 			s, err := interceptor.NewStack(l)
 			if err != nil {
@@ -539,6 +543,6 @@ func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 	return out
 }
 
-func TestNothingIsAllocated(t *testing.T) { calltest.AllocateNothing(t, benchmarks(t), method) }
+func TestAllocations(t *testing.T) { calltest.AllocateNothing(t, benchmarks(t), method) }
 
 func BenchmarkFilter(b *testing.B) { calltest.Bench(b, benchmarks(b), method) }

@@ -17,8 +17,8 @@ import (
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
+	"github.com/belfry-go/belfry/internal/further"
 	"github.com/belfry-go/belfry/internal/latency"
-	"github.com/belfry-go/belfry/internal/repeat"
 )
 
 // Defaults of [Config].
@@ -29,6 +29,8 @@ const (
 	DefaultMinDataPoints = 10
 	DefaultWindow        = time.Minute
 	DefaultBufferBytes   = 256 << 10
+	// DefaultMaxServerDelay is longer than a call can gain by an extra attempt.
+	DefaultMaxServerDelay = 10 * time.Second
 	// DefaultMinPerSecond is the reserve of the layer's own budget: one extra attempt
 	// a second, so that a client with few calls can hedge some of them, and one with
 	// many those that a stall catches all at once.
@@ -66,7 +68,8 @@ type Config struct {
 	// Window is how long latencies are remembered. 1 s to 1 h; zero means one minute.
 	Window time.Duration
 	// MaxAttempts bounds the attempts of a call, the first included. 1 to 10, where
-	// 1 hedges nothing; zero means 2.
+	// 1 hedges nothing; zero means 2. An extra attempt that a layer inside refused does
+	// not count.
 	MaxAttempts int
 	// NonFatal are the codes of failures after which the next attempt is made at
 	// once, and not after the delay. Nil means UNAVAILABLE. After any other failure
@@ -75,6 +78,10 @@ type Config struct {
 	// DeclaredOnly hedges only methods that are declared idempotent in their .proto
 	// file, and those of [WithIdempotent].
 	DeclaredOnly bool
+	// MaxServerDelay is the longest delay before the next attempt that a server may ask
+	// for when it fails one, by RetryInfo or pushback. If it asks for more, no further
+	// attempt is made. Negative is an error; zero means 10 s.
+	MaxServerDelay time.Duration
 	// BufferBytes is how many bytes of sent messages are kept for each stream so
 	// that it can be hedged. A stream that sends more before its first response is
 	// not hedged, nor is one with messages whose size cannot be told: other than
@@ -98,12 +105,13 @@ type settings struct {
 	max        int
 	nonFatal   codeset.Set
 	declared   bool
+	longest    time.Duration // That a server may ask for.
 	buffer     int
 	budget     budget.Config
 }
 
-// settings checks c. shared says that the budget is given by WithBudget.
-func (c Config) settings(errs *check.Errors, shared bool) *settings {
+// settings checks c.
+func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	c.NonFatal = slices.Clone(c.NonFatal) // The caller may change its own.
 	given := c
 	// A budget counts in millionths.
@@ -119,6 +127,7 @@ func (c Config) settings(errs *check.Errors, shared bool) *settings {
 	check.Default(errs, "Window", &c.Window, check.From(time.Second, time.Hour), DefaultWindow)
 	check.Default(errs, "MaxAttempts", &c.MaxAttempts, check.From(1, 10), DefaultMaxAttempts)
 	nonFatal := check.Codes(errs, "NonFatal", c.NonFatal, codes.Unavailable)
+	check.Default(errs, "MaxServerDelay", &c.MaxServerDelay, check.Positive, DefaultMaxServerDelay)
 	check.Default(errs, "BufferBytes", &c.BufferBytes, check.From(1, 64<<20), DefaultBufferBytes)
 	if c.Budget.Ratio == 0 {
 		c.Budget.Ratio = c.MaxExtraLoad
@@ -126,10 +135,10 @@ func (c Config) settings(errs *check.Errors, shared bool) *settings {
 	if c.Budget.MinPerSecond == 0 {
 		c.Budget.MinPerSecond = DefaultMinPerSecond
 	}
-	repeat.CheckBudget(errs, given.Budget, c.Budget, shared)
+	o.CheckBudget(errs, given.Budget, c.Budget)
 	return &settings{
 		given: given, fixed: c.Delay, percentile: c.Percentile, least: c.MinDelay, points: c.MinDataPoints, window: c.Window,
-		max: c.MaxAttempts, nonFatal: nonFatal, declared: c.DeclaredOnly, buffer: c.BufferBytes, budget: c.Budget,
+		max: c.MaxAttempts, nonFatal: nonFatal, declared: c.DeclaredOnly, longest: c.MaxServerDelay, buffer: c.BufferBytes, budget: c.Budget,
 	}
 }
 
@@ -137,47 +146,37 @@ func (c Config) settings(errs *check.Errors, shared bool) *settings {
 type Option func(*options)
 
 type options struct {
-	errs       *check.Errors
-	name       string
-	budget     *budget.Budget
-	shared     bool // WithBudget was used.
-	idempotent func(method string) bool
+	further.Options
+	errs *check.Errors
 }
 
 // WithName names the layer in metrics and the stack's String. The
 // default is "hedge"; it must not be empty.
-func WithName(name string) Option { return func(o *options) { o.name = name } }
+func WithName(name string) Option { return func(o *options) { o.Name = name } }
 
 // WithBudget makes the layer spend b, which it may share with other layers and
 // stacks. By default it has a budget of its own.
 func WithBudget(b *budget.Budget) Option {
-	return func(o *options) {
-		o.errs.NotNil(b == nil, "WithBudget", "a budget")
-		o.budget, o.shared = b, true
-	}
+	return func(o *options) { o.SetBudget(o.errs, b) }
 }
 
 // WithIdempotent restricts the layer to the methods, such as "/pkg.Service/Get",
 // for which f returns true; with Config.DeclaredOnly those that are declared
 // idempotent come on top. f is called concurrently, once for each call.
 func WithIdempotent(f func(method string) bool) Option {
-	return func(o *options) {
-		o.errs.NotNil(f == nil, "WithIdempotent", "a function")
-		o.idempotent = f
-	}
+	return func(o *options) { o.SetIdempotent(o.errs, f) }
 }
 
 // A Layer hedges calls; see the package's documentation. It is an
 // [interceptor.Layer].
 type Layer struct {
 	// Set by New and not changed.
-	name       string
-	budget     *budget.Budget
-	shared     bool // The budget was given.
-	idempotent func(method string) bool
-	latencies  *latency.Window
+	maker     *further.Maker
+	latencies *latency.Window
 
-	set atomic.Pointer[settings]
+	clock clock
+	races sync.Pool // *race of unary calls.
+	set   atomic.Pointer[settings]
 	// mu serialises Update; the budget's and the window's own mutexes are locked
 	// under it.
 	mu sync.Mutex
@@ -186,41 +185,43 @@ type Layer struct {
 // New returns a layer that knows no latencies yet. An error is a
 // [*interceptor.ConfigError], or several joined.
 func New(c Config, opts ...Option) (*Layer, error) {
-	errs := check.Of("hedge")
-	o := options{errs: errs, name: "hedge"}
+	o := options{errs: check.Of("hedge")}
+	o.Name = "hedge"
 	for _, opt := range opts {
 		opt(&o)
 	}
-	errs.Name(o.name)
-	s := c.settings(errs, o.shared)
-	if err := errs.Err(); err != nil {
+	o.errs.Name(o.Name)
+	s := c.settings(o.errs, &o.Options)
+	if err := o.errs.Err(); err != nil {
 		return nil, err
 	}
-	l := &Layer{name: o.name, budget: o.budget, shared: o.shared, idempotent: o.idempotent, latencies: latency.New(s.window)}
-	if !l.shared {
-		var err error
-		if l.budget, err = budget.New(s.budget); err != nil {
-			return nil, err
-		}
+	maker, err := further.NewMaker(o.Options, s.budget)
+	if err != nil {
+		return nil, err
 	}
+	l := &Layer{maker: maker, latencies: latency.New(s.window)}
 	l.set.Store(s)
 	return l, nil
 }
+
+// NewLayer returns a layer of c, as [New] does.
+func (c Config) NewLayer() (interceptor.Layer, error) { return New(c) }
+
+// NewLayer returns l itself.
+func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
 
 // Update changes the configuration for calls that begin from now on. Latencies
 // are kept, and the budget keeps its balance. On an error nothing has changed.
 func (l *Layer) Update(c Config) error {
 	errs := check.Of("hedge")
-	s := c.settings(errs, l.shared)
+	s := c.settings(errs, &l.maker.Options)
 	if err := errs.Err(); err != nil {
 		return err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !l.shared {
-		if err := l.budget.Update(s.budget); err != nil {
-			return err
-		}
+	if err := l.maker.Update(s.budget); err != nil {
+		return err
 	}
 	if l.set.Load().window != s.window {
 		l.latencies.SetWindow(s.window)
@@ -237,65 +238,78 @@ func (l *Layer) Config() Config {
 }
 
 // Budget returns the budget that the layer spends.
-func (l *Layer) Budget() *budget.Budget { return l.budget }
+func (l *Layer) Budget() *budget.Budget { return l.maker.Budget }
 
 // Delay returns how long a call that began now would wait before an extra attempt.
 // ok is false as long as too few latencies are known, when calls are not hedged.
-func (l *Layer) Delay() (d time.Duration, ok bool) { return l.delay(l.set.Load()) }
+func (l *Layer) Delay() (d time.Duration, ok bool) {
+	return l.delay(l.set.Load(), interceptor.Now())
+}
 
-func (l *Layer) delay(set *settings) (d time.Duration, ok bool) {
+func (l *Layer) delay(set *settings, now interceptor.Instant) (d time.Duration, ok bool) {
 	if set.fixed != 0 {
 		return set.fixed, true
 	}
-	d, n := l.latencies.Quantile(set.percentile)
+	d, n := l.latencies.QuantileAt(now, set.percentile)
 	return max(d, set.least), n >= set.points
 }
 
 // mayHedge reports whether calls of the method may be hedged.
 func (l *Layer) mayHedge(set *settings, method string) bool {
-	return set.max > 1 && repeat.May(set.declared, l.idempotent, method)
+	return set.max > 1 && l.maker.May(set.declared, method)
 }
 
 // String returns the layer's name.
-func (l *Layer) String() string { return l.name }
+func (l *Layer) String() string { return l.maker.Name }
+
+// Traits says that the layer hedges.
+func (*Layer) Traits() interceptor.Traits { return interceptor.Hedges }
 
 // WrapGate returns a gate that counts calls for the budget.
-func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate { return &gate{l, inner} }
-
-type gate struct {
-	layer *Layer
-	inner interceptor.Gate
-}
-
-func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-	g.layer.budget.Count(c, g.layer.name)
-	return g.inner.Admit(ctx, c, w)
-}
+func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate { return l.maker.Gate(inner) }
 
 // WrapCall returns the call path that hedges.
-func (l *Layer) WrapCall(next interceptor.Next, inner interceptor.Gate) interceptor.Next {
+func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error {
-		set := l.set.Load()
-		delay, known := l.delay(set)
-		hedged := known && l.mayHedge(set, c.Method())
-		if hedged && c.Balanced() {
+		set, now := l.set.Load(), c.Internals().AdmittedAt()
+		delay, known := l.delay(set, now)
+		if !known || !l.mayHedge(set, c.Method()) {
+			return l.measure(ctx, c, set, now, next)
+		}
+		if c.Internals().Balanced() {
 			ctx, _ = attempt.WithTried(ctx)
 		}
 		if c.Kind() != interceptor.Unary {
-			return l.open(ctx, c, set, delay, hedged, next, inner)
+			s := &stream{single: !c.Desc().ServerStreams}
+			s.race.init(l, set, delay, ctx, c, next, again)
+			s.race.stream = s
+			return s.open()
 		}
-		if !hedged {
-			start := interceptor.Now()
-			err := next(ctx, c)
-			if err == nil {
-				l.latencies.Record(interceptor.Now().Sub(start))
-			}
-			return err
+		r, ok := l.races.Get().(*race)
+		if !ok {
+			r = new(race)
 		}
-		r := &race{
-			layer: l, set: set, delay: delay, ctx: ctx, call: c, origin: c.Origin(), next: next, inner: inner, observer: c.Observer(),
-		}
-		c.KeepTrailer()
-		return r.unary()
+		r.init(l, set, delay, ctx, c, next, again)
+		err := r.unary(now)
+		r.reuse() // Not after a panic.
+		return err
 	}
+}
+
+// measure passes a call on that is not hedged, and measures it.
+func (l *Layer) measure(ctx context.Context, c *interceptor.Call, set *settings, start interceptor.Instant, next interceptor.Next) error {
+	err := next(ctx, c)
+	switch {
+	case err != nil:
+	case c.Kind() == interceptor.Unary:
+		l.record(start, interceptor.Now())
+	case set.fixed == 0:
+		c.SetStream(&measured{ClientStream: c.Stream(), layer: l})
+	}
+	return err
+}
+
+// record records the latency of an attempt that succeeded.
+func (l *Layer) record(start, end interceptor.Instant) {
+	l.latencies.RecordAt(end, end.Sub(start))
 }

@@ -27,10 +27,10 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/calltest"
-	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
 )
 
@@ -131,7 +131,7 @@ func (s *server) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.Ca
 }
 
 // call makes a call through the layers. It returns the time it took, too.
-func (s *server) call(opts []grpc.CallOption, layers ...interceptor.Layer) (reply string, took time.Duration, err error) {
+func (s *server) call(opts []grpc.CallOption, layers ...interceptor.Spec) (reply string, took time.Duration, err error) {
 	s.t.Helper()
 	start := time.Now()
 	r := wrapperspb.String("before")
@@ -205,7 +205,7 @@ func TestTowerCompletesBeforeHedge(t *testing.T) {
 	})
 }
 
-func TestTowerRequestNotRetryableOrClonableIsNotHedged(t *testing.T) {
+func TestTowerRequestNotRetryable(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, answer{after: 50 * ms, reply: "orig-done"})
 		l := tower(t, hedge.WithIdempotent(func(m string) bool { return m != method }))
@@ -217,7 +217,7 @@ func TestTowerRequestNotRetryableOrClonableIsNotHedged(t *testing.T) {
 }
 
 // What Tower has wrong: whichever finishes first wins there, an error too.
-func TestAnErrorNeverBeatsASuccessThatIsStillPossible(t *testing.T) {
+func TestErrorNeverBeatsPossibleSuccess(t *testing.T) {
 	for name, tc := range map[string]struct {
 		answers []answer
 		want    string
@@ -252,7 +252,7 @@ func retryInfo(t *testing.T, d time.Duration) error {
 	return st.Err()
 }
 
-func TestWhenExtraAttemptsAreMade(t *testing.T) {
+func TestExtraAttempts(t *testing.T) {
 	pushback := func(v string) metadata.MD { return metadata.Pairs("grpc-retry-pushback-ms", v) }
 	slow := answer{after: time.Second}
 	for _, tc := range []struct {
@@ -294,7 +294,7 @@ func TestWhenExtraAttemptsAreMade(t *testing.T) {
 	}
 }
 
-func TestAWinnerDoesNotWaitForAPushback(t *testing.T) {
+func TestServerDelayEndedByWinner(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, answer{after: 20 * ms, reply: "orig"}, answer{err: unavailable, trailer: metadata.Pairs("grpc-retry-pushback-ms", "5000")})
 		c := fixed
@@ -305,20 +305,21 @@ func TestAWinnerDoesNotWaitForAPushback(t *testing.T) {
 	})
 }
 
-func TestACallThatEndsWhileItWaitsForAPushbackReturnsTheServersError(t *testing.T) {
+// The same as a retry's in its back-off.
+func TestServerDelayCancelledKeepsServersError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, answer{err: unavailable, trailer: metadata.Pairs("grpc-retry-pushback-ms", "5000")})
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(time.Second, cancel)
 		start := time.Now()
 		err := calltest.Stack(t, mustNew(t, fixed)).Wrap(s).Invoke(ctx, method, wrapperspb.String("hello"), new(wrapperspb.StringValue))
-		if err != unavailable || time.Since(start) != time.Second {
-			t.Errorf("got %v after %v, want the server's error when the caller gives up", err, time.Since(start))
+		if status.Code(err) != codes.Canceled || !errors.Is(err, unavailable) || time.Since(start) != time.Second {
+			t.Errorf("got %v after %v, want CANCELLED that wraps the server's error when the caller gives up", err, time.Since(start))
 		}
 	})
 }
 
-func TestACallerWhoGivesUpEndsAllAttempts(t *testing.T) {
+func TestDeadlineEndsAllAttempts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, answer{after: time.Hour})
 		ctx, cancel := context.WithTimeout(t.Context(), 25*ms)
@@ -341,20 +342,22 @@ type tickets struct {
 	log  []string
 }
 
+func (l *tickets) NewLayer() (interceptor.Layer, error) { return l, nil }
+
 func (l *tickets) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Admission, w interceptor.Wait) error {
 		c.Hold(l, int64(c.Attempt()))
 		return inner.Admit(ctx, c, w)
 	})
 }
 
-func (l *tickets) Release(n int64, o interceptor.Outcome, _ error) {
+func (l *tickets) Release(n int64, e interceptor.End) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.log = append(l.log, fmt.Sprintf("%s %d %s", l.name, n, o))
+	l.log = append(l.log, fmt.Sprintf("%s %d %s", l.name, n, e.Outcome))
 }
 
-func TestLosersAreIgnoredWhoeverWins(t *testing.T) {
+func TestLosersAreIgnored(t *testing.T) {
 	for winner, answers := range [][]answer{
 		{{after: 15 * ms}, {after: time.Hour}},
 		{{after: time.Hour}, {after: 5 * ms}},
@@ -374,7 +377,7 @@ func TestLosersAreIgnoredWhoeverWins(t *testing.T) {
 	}
 }
 
-func TestAttemptsHaveTheirOwnResultsAndTheCallerGetsTheWinners(t *testing.T) {
+func TestResultsAreThoseOfWinner(t *testing.T) {
 	for winner, answers := range [][]answer{
 		{{after: 15 * ms, reply: "0", trailer: metadata.Pairs("n", "0")}, {after: 15 * ms, reply: "1", trailer: metadata.Pairs("n", "1")}},
 		{{after: 16 * ms, reply: "0", trailer: metadata.Pairs("n", "0")}, {after: 5 * ms, reply: "1", trailer: metadata.Pairs("n", "1")}},
@@ -406,59 +409,12 @@ func TestAttemptsHaveTheirOwnResultsAndTheCallerGetsTheWinners(t *testing.T) {
 	}
 }
 
-// limit lets n attempts in at a time and refuses the others.
-type limit struct {
-	interceptor.GateOnly
-	mu    sync.Mutex
-	n     int
-	waits []interceptor.Wait
-}
-
-func (l *limit) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	full := interceptor.Refuse("limit", interceptor.ReasonConcurrency, "")
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		l.mu.Lock()
-		l.waits = append(l.waits, w)
-		ok := l.n > 0
-		if ok {
-			l.n--
-			c.Hold(l, 0)
-		}
-		l.mu.Unlock()
-		if !ok {
-			return full
-		}
-		return inner.Admit(ctx, c, w)
-	})
-}
-
-func (l *limit) Release(int64, interceptor.Outcome, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.n++
-}
-
-func TestAHedgeNeverQueuesAndTakesNoSlotBeforeItFires(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l, inside := mustNew(t, fixed), &limit{n: 1}
-		s := newServer(t, answer{after: 50 * ms, reply: "orig"})
-		if got, took, err := s.call(nil, l, inside); got != "orig" || err != nil || took != 50*ms {
-			t.Errorf("got %q, %v after %v; want the original's answer", got, err, took)
-		}
-		if want := []interceptor.Wait{interceptor.Forever, interceptor.None}; !slices.Equal(inside.waits, want) {
-			t.Errorf("attempts were admitted with %v, want %v", inside.waits, want)
-		}
-		s.want("0s 0 sent", "50ms 0 answered")
-		if got := l.Budget().Balance(); got != 1000.05 {
-			t.Errorf("balance = %v, want 1000 + 0.05: the attempt was not made", got)
-		}
-	})
-}
-
 // refusing is a layer whose call path refuses all attempts but the first.
 type refusing struct{ interceptor.CallOnly }
 
-func (*refusing) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+func (l *refusing) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*refusing) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error {
 		if c.Attempt() > 0 {
 			return interceptor.Refuse("refusing", interceptor.ReasonShed, "")
@@ -467,11 +423,14 @@ func (*refusing) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor
 	}
 }
 
-func TestAnAttemptThatIsRefusedInsideCostsNothingAndIsNotTheResult(t *testing.T) {
+func TestRefusedAttemptCostsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, fixed)
-		if _, _, err := newServer(t, answer{err: unavailable}).call(nil, l, &refusing{}); err != unavailable {
-			t.Errorf("got %v, want the server's error", err)
+		e := &events{}
+		_, _, err := newServer(t, answer{err: unavailable}).call(nil, interceptor.Observe(e), l, &refusing{})
+		wantRefusedAgain(t, err, "refusing", interceptor.ReasonShed)
+		if got := strings.Count(strings.Join(e.log, ","), "refused refusing SHED"); got != 1 {
+			t.Errorf("the observer saw %q, want the refusal, once", e.log)
 		}
 		if got := l.Budget().Balance(); got != 1000.05 {
 			t.Errorf("balance = %v, want 1000 + 0.05", got)
@@ -498,7 +457,7 @@ func (e *events) HedgeFired(_, layer string)                    { e.add("fired %
 func (e *events) HedgeWon(_, layer string)                      { e.add("won %s", layer) }
 func (e *events) Budget(layer string, balance float64)          { e.add("budget %s %.2f", layer, balance) }
 
-func TestTheBudgetBoundsHedgesAndAllIsObserved(t *testing.T) {
+func TestBudgetBoundsHedges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := &events{}
 		l := mustNew(t, hedge.Config{Delay: 10 * ms, MaxExtraLoad: 0.5, Budget: budget.Config{MinPerSecond: budget.None}})
@@ -507,7 +466,7 @@ func TestTheBudgetBoundsHedgesAndAllIsObserved(t *testing.T) {
 		}
 		want := []string{
 			"budget hedge 0.50", "attempt 0", "budget hedge 0.50", "refused hedge BUDGET",
-			"budget hedge 1.00", "attempt 0", "fired hedge", "attempt 1", "budget hedge 0.00", "won hedge",
+			"budget hedge 1.00", "attempt 0", "budget hedge 0.00", "fired hedge", "attempt 1", "won hedge",
 			"budget hedge 0.50", "attempt 0", "budget hedge 0.50", "refused hedge BUDGET",
 		}
 		if !slices.Equal(e.log, want) {
@@ -516,7 +475,7 @@ func TestTheBudgetBoundsHedgesAndAllIsObserved(t *testing.T) {
 	})
 }
 
-func TestAFirstAttemptThatLostCountsWithTheTimeItTook(t *testing.T) {
+func TestLatencyOfLostFirstAttempt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := tower(t)
 		// Two thirds of the calls from now on take 100 ms on the first attempt, and
@@ -534,7 +493,7 @@ func TestAFirstAttemptThatLostCountsWithTheTimeItTook(t *testing.T) {
 	})
 }
 
-func TestFailuresAreNoLatencies(t *testing.T) {
+func TestLatencyIgnoresFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, hedge.Config{})
 		for range 20 {
@@ -562,7 +521,7 @@ func TestFailuresAreNoLatencies(t *testing.T) {
 	})
 }
 
-func TestAPanicOfAnAttemptReachesTheCallerAfterTheOthersHaveEnded(t *testing.T) {
+func TestPanicReachesCaller(t *testing.T) {
 	for name, answers := range map[string][]answer{
 		"of the first":           {{after: 20 * ms, panics: "boom"}, {after: time.Hour}},
 		"of an extra attempt":    {{after: time.Hour}, {after: 20 * ms, panics: "boom"}},
@@ -588,7 +547,7 @@ func TestAPanicOfAnAttemptReachesTheCallerAfterTheOthersHaveEnded(t *testing.T) 
 	}
 }
 
-func TestMaxExtraLoadSetsPercentileAndBudget(t *testing.T) {
+func TestMaxExtraLoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, hedge.Config{MaxExtraLoad: 0.25})
 		for i := range 100 {
@@ -607,7 +566,7 @@ func TestMaxExtraLoadSetsPercentileAndBudget(t *testing.T) {
 	})
 }
 
-func TestConfigurationsThatCannotBeAreRefusedAndChangeNothing(t *testing.T) {
+func TestInvalidConfigChangesNothing(t *testing.T) {
 	l := mustNew(t, fixed)
 	for field, c := range map[string]hedge.Config{
 		"MaxExtraLoad is 1":     {MaxExtraLoad: 1},
@@ -655,7 +614,7 @@ func TestConfigurationsThatCannotBeAreRefusedAndChangeNothing(t *testing.T) {
 	}
 }
 
-func TestUpdateKeepsLatenciesAndBalance(t *testing.T) {
+func TestUpdate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := tower(t)
 		before := l.Budget().Balance()
@@ -672,7 +631,7 @@ func TestUpdateKeepsLatenciesAndBalance(t *testing.T) {
 	})
 }
 
-func TestOnlyDeclaredMethodsAreHedgedIfAskedFor(t *testing.T) {
+func TestDeclaredOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := fixed
 		c.DeclaredOnly = true
@@ -688,17 +647,17 @@ func TestOnlyDeclaredMethodsAreHedgedIfAskedFor(t *testing.T) {
 func TestConformance(t *testing.T) {
 	for name, delay := range map[string]time.Duration{"hedging_at_once": time.Microsecond, "hedging_some": 5 * ms, "by_percentile": 0} {
 		t.Run(name, func(t *testing.T) {
-			layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
+			layertest.RunStack(t, func() ([]interceptor.Spec, func() error) {
 				outer, inner := new(calltest.Counter), new(calltest.Counter)
 				l := mustNew(t, hedge.Config{Delay: delay, MaxAttempts: 3, Budget: budget.Config{MinPerSecond: 100}})
-				return []interceptor.Layer{outer, l, inner}, func() error { return errors.Join(outer.AtRest(), inner.AtRest()) }
+				return []interceptor.Spec{outer, l, inner}, func() error { return errors.Join(outer.AtRest(), inner.AtRest()) }
 			})
 		})
 	}
 }
 
-func TestConformanceAroundARetryWithTheSameBudget(t *testing.T) {
-	layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
+func TestConformanceAroundRetry(t *testing.T) {
+	layertest.RunStack(t, func() ([]interceptor.Spec, func() error) {
 		b, err := budget.New(budget.Config{MinPerSecond: 100})
 		if err != nil {
 			t.Fatal(err)
@@ -709,21 +668,28 @@ func TestConformanceAroundARetryWithTheSameBudget(t *testing.T) {
 		}
 		outer, inner := new(calltest.Counter), new(calltest.Counter)
 		l := mustNew(t, hedge.Config{Delay: 100 * time.Microsecond}, hedge.WithBudget(b))
-		return []interceptor.Layer{outer, l, r, inner}, func() error { return errors.Join(outer.AtRest(), inner.AtRest()) }
+		return []interceptor.Spec{outer, l, r, inner}, func() error { return errors.Join(outer.AtRest(), inner.AtRest()) }
 	})
 }
 
-func TestACallThatIsNotHedgedAllocatesNothing(t *testing.T) {
+func TestAllocations(t *testing.T) {
 	const undeclared = "/belfry.testing.v1.TestService/Unary"
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	ctx := t.Context()
-	for name, c := range map[string]hedge.Config{
-		"one attempt": {MaxAttempts: 1},
-		"undeclared":  {Delay: time.Second, DeclaredOnly: true},
+	for _, tc := range []struct {
+		name string
+		c    hedge.Config
+		want float64
+	}{
+		{"one attempt", hedge.Config{MaxAttempts: 1}, 0},
+		{"undeclared", hedge.Config{Delay: time.Second, DeclaredOnly: true}, 0},
+		{"does not fire", hedge.Config{Delay: time.Second}, 1},
+		{"does not fire by percentile", hedge.Config{}, 1},
 	} {
-		unary := calltest.Stack(t, mustNew(t, c)).UnaryClientInterceptor()
-		if n := testing.AllocsPerRun(1000, func() { unary(ctx, undeclared, nil, nil, nil, calltest.Noop, opts...) }); n > 0.1 && !race.Enabled {
-			t.Errorf("%s: %v allocations, want none", name, n) // A percentile is computed anew now and then.
+		unary := calltest.Stack(t, tc.c).UnaryClientInterceptor()
+		n := testing.AllocsPerRun(1000, func() { unary(ctx, undeclared, nil, nil, nil, calltest.Noop, opts...) })
+		if n > tc.want+0.1 && !race.Enabled { // A percentile is computed again now and then.
+			t.Errorf("%s: %v allocations, want %v", tc.name, n, tc.want)
 		}
 	}
 }

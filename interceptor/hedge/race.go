@@ -5,6 +5,7 @@ package hedge
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -12,123 +13,149 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
-	"github.com/belfry-go/belfry/internal/repeat"
+	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/further"
 )
 
 // race is the attempts of one call side by side, until one succeeds or all have
-// failed. The first runs on the caller's goroutine; the others on that of the
-// timer that started them, or on whichever has just failed. It is over, and no
+// failed. The first runs on the caller's goroutine; the others on one that the
+// layer's clock starts, or on that of whichever has just failed. It is over, and no
 // goroutine of it is left, when run returns.
+//
+// A race that was none, because its first attempt ended before the delay did, is
+// reused: of such a call only the context of the attempt is allocated.
 type race struct {
-	layer    *Layer
-	set      *settings
-	delay    time.Duration
-	ctx      context.Context // The call's.
-	call     *interceptor.Call
-	origin   interceptor.Origin
-	next     interceptor.Next
-	inner    interceptor.Gate
-	observer interceptor.Observer
-	stream   *stream // Nil for a unary call.
+	further.Call
+	layer  *Layer
+	set    *settings
+	delay  time.Duration
+	ctx    context.Context // The call's.
+	next   interceptor.Next
+	stream *stream // Nil for a unary call.
 
-	first try
+	first  try
+	alarm  alarm // When the next extra attempt is due.
+	reused bool  // It will be.
 
-	// mu guards the fields below and, for a stream, its own. Nothing is locked
-	// under it but what context.CancelFunc locks.
+	// mu guards the fields below and, for a stream, its own. Under it are locked the
+	// layer's clock and what cancelling a context locks.
 	mu       sync.Mutex
 	change   sync.Cond // Signals running, and what streams wait for.
-	timer    *time.Timer
-	extra    []*try
-	running  int  // Attempts, and goroutines that wait to make one.
-	closed   bool // No attempt begins any more.
+	hedged   bool      // Another attempt was made, or was to be.
+	extra    []*try    // Those that were refused are not among them.
+	running  int       // Attempts, and goroutines that are about to make one.
+	closed   bool      // No attempt starts any more.
 	winner   *try
-	last     *try // The last that failed.
-	err      error
-	panicked any // What an attempt on a goroutine of ours panicked with.
+	last     *try  // The last that failed,
+	err      error // with this error,
+	refusal  error // and why there was no other attempt after it, if it was refused.
+	panicked any   // What an attempt on a goroutine of ours panicked with.
 }
 
 // try is one attempt.
 type try struct {
-	call   *interceptor.Call
-	ctx    context.Context
-	cancel context.CancelFunc
-	start  interceptor.Instant
-	lane   *lane // Of a stream, once it is open.
+	ctx   *cancelContext
+	call  *interceptor.Call
+	start interceptor.Instant // When it was sent.
+	lane  *lane               // Of a stream, once it is open.
 
 	// Guarded by race.mu.
-	lost bool // It was cancelled because of another; its end means nothing.
-	over bool
+	started bool // It was admitted.
+	lost    bool // It was cancelled because of another; its end means nothing.
+	over    bool
 }
 
+func (t *try) cancel() { t.ctx.cancel() }
+
 // trailer is what came with the failure of t.
-func (t *try) trailer(unary bool) metadata.MD {
-	switch {
-	case unary:
-		return t.call.Trailer()
-	case t.lane != nil:
+func (t *try) trailer() metadata.MD {
+	if t.lane != nil {
 		return t.lane.stream.Trailer()
 	}
-	return nil
+	return t.call.Internals().Trailer()
+}
+
+// verdict says what follows the end of an attempt.
+type verdict struct {
+	again bool          // Another attempt,
+	after time.Duration // after the delay that the server asks for.
+}
+
+// init readies a race.
+func (r *race) init(l *Layer, set *settings, delay time.Duration, ctx context.Context, c *interceptor.Call, next interceptor.Next, again interceptor.Again) {
+	r.Call, r.layer, r.set, r.delay, r.ctx, r.next = l.maker.Of(c, again), l, set, delay, ctx, next
+	r.first.ctx, r.first.call = &cancelContext{Context: ctx}, c
+	r.Call.Origin.Expendable = true
+	r.alarm.race = r
+	r.change.L = &r.mu
+	c.Internals().WantTrailer()
 }
 
 // unary carries out a unary call.
-func (r *race) unary() error {
-	r.first.call = r.call
-	r.first.ctx, r.first.cancel = context.WithCancel(r.ctx)
+func (r *race) unary(now interceptor.Instant) error {
 	defer r.first.cancel()
-	t, err := r.run()
+	t, err := r.run(now)
 	if t != &r.first {
-		r.call.Adopt(t.call)
+		r.Adopt(t.call)
 		t.cancel()
 	}
 	return err
 }
 
+// reuse gives a race back that is over and that nobody but the caller has seen.
+func (r *race) reuse() {
+	if l := r.layer; r.reused {
+		*r = race{}
+		l.races.Put(r)
+	}
+}
+
 // run carries out the race. It returns the attempt that decided it, which is the
 // last one that failed if err is not nil.
-func (r *race) run() (*try, error) {
-	r.change.L = &r.mu
-	r.first.start = interceptor.Now()
+func (r *race) run(now interceptor.Instant) (*try, error) {
+	r.first.start = now
 	r.mu.Lock()
 	r.running = 1
+	r.first.started = true
 	if !r.closed {
-		r.timer = time.AfterFunc(r.delay, r.tick)
+		r.layer.clock.set(&r.alarm, r.first.start, r.delay)
 	}
 	r.mu.Unlock()
-	defer r.close()
 	returned := false
 	defer func() {
-		if !returned { // A panic: the others have to end before it goes on.
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			r.running--
+		if !returned {
+			r.close()
 		}
 	}()
-	err := r.carryOut(&r.first)
-	again := r.ended(&r.first, err)
+	err := r.carryOut(r.first.ctx, &r.first)
+	v := r.ended(&r.first, err)
 	returned = true
-	for again {
-		again = r.another(true)
+	for v.again {
+		v = r.another(v, true)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for r.running > 0 {
 		r.change.Wait()
 	}
-	if r.panicked != nil {
+	r.noMoreLocked()
+	switch {
+	case r.panicked != nil:
 		panic(r.panicked)
-	}
-	if r.winner != nil {
+	case r.winner != nil:
 		return r.winner, nil
+	case r.refusal != nil:
+		return r.last, r.Refused(r.ctx, r.refusal, r.err)
 	}
 	return r.last, r.err
 }
 
-// close ends all attempts but the winner, and waits for them.
+// close is the end of the first attempt by a panic, before which the others end.
 func (r *race) close() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.closeLocked(r.winner)
+	r.running--
+	r.closeLocked(nil)
 	for r.running > 0 {
 		r.change.Wait()
 	}
@@ -137,140 +164,173 @@ func (r *race) close() {
 // closeLocked ends all attempts but one. Caller must hold r.mu.
 func (r *race) closeLocked(but *try) {
 	r.noMoreLocked()
-	lose := func(t *try) {
-		if t != but && !t.over {
-			t.lost = true
-			t.cancel()
-		}
-	}
-	lose(&r.first)
+	r.loseLocked(&r.first, but)
 	for _, t := range r.extra {
-		lose(t)
+		r.loseLocked(t, but)
 	}
 	r.change.Broadcast()
 }
 
-// noMoreLocked lets no attempt begin any more. Caller must hold r.mu.
+func (r *race) loseLocked(t, but *try) {
+	if t != but && !t.over {
+		t.lost = true
+		t.cancel()
+	}
+}
+
+// noMoreLocked lets no attempt start any more. Caller must hold r.mu.
 func (r *race) noMoreLocked() {
-	r.closed = true
-	if r.timer != nil {
-		r.timer.Stop()
+	if !r.closed {
+		r.closed = true
+		// An alarm that was still set has started nothing.
+		r.reused = r.layer.clock.stop(&r.alarm) && !r.hedged
+	}
+	for _, t := range r.extra {
+		if !t.started {
+			t.cancel()
+		}
 	}
 }
 
 // carryOut carries out an attempt as far as the race goes.
-func (r *race) carryOut(t *try) error {
+func (r *race) carryOut(ctx context.Context, t *try) error {
 	if r.stream != nil {
-		return r.stream.receive(t)
+		return r.stream.receive(ctx, t)
 	}
-	return r.next(t.ctx, t.call)
+	return r.next(ctx, t.call)
 }
 
 // tick is called on a goroutine of its own when the delay is over.
 func (r *race) tick() {
-	for again := r.another(false); again; {
-		again = r.another(true)
+	r.mu.Lock()
+	closed := r.closed
+	if !closed {
+		r.running++
+	}
+	r.mu.Unlock()
+	if closed {
+		return
+	}
+	for v := r.another(verdict{}, false); v.again; {
+		v = r.another(v, true)
 	}
 }
 
-// another makes an extra attempt, and reports whether the next one should follow
-// at once. follows says that it follows one that ended, and counts as running
-// already.
-func (r *race) another(follows bool) (again bool) {
+// another makes an extra attempt, which counts as running already. follows says
+// that it follows one that failed.
+func (r *race) another(v verdict, follows bool) verdict {
 	r.mu.Lock()
-	if !follows {
-		r.running++
-	}
+	r.hedged = true
+	r.layer.clock.stop(&r.alarm)
 	if r.closed || 1+len(r.extra) >= r.set.max || r.ctx.Err() != nil {
-		r.running--
-		r.change.Broadcast()
+		r.leaveLocked()
 		r.mu.Unlock()
-		return false
+		return verdict{}
 	}
-	t := &try{start: interceptor.Now()}
-	t.ctx, t.cancel = context.WithCancel(r.ctx)
+	t := &try{ctx: &cancelContext{Context: r.ctx}}
 	r.extra = append(r.extra, t)
-	if 1+len(r.extra) < r.set.max {
-		r.timer.Reset(r.delay)
-	} else {
-		r.timer.Stop()
-	}
 	r.mu.Unlock()
 
-	var err error
-	made, ended := false, false
+	ended := false
 	defer func() {
 		if ended {
 			return
 		}
-		v := recover()
+		p := recover()
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		if v != nil && r.panicked == nil {
-			r.panicked = v // For the caller's goroutine.
+		if p != nil && r.panicked == nil {
+			r.panicked = p // For the caller's goroutine.
 			r.closeLocked(nil)
 		}
 		t.over = true
 		t.cancel()
-		r.running--
-		r.change.Broadcast()
+		r.leaveLocked()
 	}()
-	if made, err = r.attempt(t); !made {
-		return false
+	// It may wait for the layers inside: ahead of first attempts, as long as no other
+	// attempt answers.
+	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, Run: func(ctx context.Context, c *interceptor.Call) error {
+		if !r.start(t, c) {
+			c.GiveUp()
+			return interceptor.Ended(ctx, r.layer.maker.Name)
+		}
+		return r.carryOut(ctx, t)
+	}})
+	if a.Call == nil {
+		r.refused(t, err, follows)
+		return verdict{}
 	}
 	ended = true
-	return r.ended(t, err)
+	return r.ended(t, a.Err)
 }
 
-// attempt pays for an extra attempt, has it admitted and carries it out. made is
-// false if it was not sent, which leaves the race as it was.
-func (r *race) attempt(t *try) (made bool, err error) {
-	b := r.layer.budget
-	if !b.Withdraw(t.start) {
-		r.observer.Budget(r.layer.name, b.Balance())
-		r.observer.Refused(r.call.Method(), r.layer.name, interceptor.ReasonBudget)
-		r.mu.Lock()
-		r.noMoreLocked() // A call does not live long enough for that to change.
-		r.mu.Unlock()
-		return false, nil
-	}
-	defer func() {
-		if !made {
-			b.Refund(t.start)
+// start notes that an extra attempt was admitted, and now runs on c. It returns
+// false if it comes too late: a permit that an attempt waits for may be the one that
+// the first attempt had when it answered.
+func (r *race) start(t *try, c *interceptor.Call) bool {
+	t.call, t.start = c, interceptor.Now()
+	r.mu.Lock()
+	closed := r.closed
+	if !closed {
+		t.started = true
+		if 1+len(r.extra) < r.set.max {
+			r.layer.clock.set(&r.alarm, t.start, r.delay)
 		}
-		r.observer.Budget(r.layer.name, b.Balance())
-	}()
-	f := r.origin.Fork()
-	f.KeepTrailer()
-	ctx := repeat.WithPrevious(t.ctx, f.Attempt())
-	if r.inner.Admit(ctx, f, interceptor.None) != nil {
-		return false, nil // The stack has told the observer.
 	}
-	t.call, t.ctx = f, ctx
-	r.observer.HedgeFired(r.call.Method(), r.layer.name)
-	err = r.carryOut(t)
-	if refusal, ok := interceptor.AsRefusal(err); ok && refusal.NotSent() {
-		return false, nil
+	r.mu.Unlock()
+	if closed {
+		return false
 	}
-	return true, err
+	r.Observer().HedgeFired(r.Method(), r.layer.maker.Name)
+	return true
 }
 
-// ended notes how an attempt ended, and reports whether the next one should
-// follow at once. If so it still counts as running, until that does.
-func (r *race) ended(t *try, err error) (again bool) {
+// refused notes that there was no extra attempt.
+func (r *race) refused(t *try, err error, follows bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if i := slices.Index(r.extra, t); i >= 0 {
+		r.extra = slices.Delete(r.extra, i, i+1)
+	}
+	if r.closed && r.ctx.Err() == nil {
+		return // It was cancelled.
+	}
+	if follows {
+		r.refusal = err
+	}
+	if refusal, ok := interceptor.AsRefusal(err); ok && refusal.Reason == interceptor.ReasonBudget {
+		r.noMoreLocked() // A call does not live long enough for that to change.
+	} else if !r.closed && r.running > 1 { // The others may be slow for longer.
+		r.layer.clock.set(&r.alarm, interceptor.Now(), r.delay)
+	}
+}
+
+// leaveLocked is the end of an attempt, or of a goroutine that was to make one.
+// Caller must hold r.mu.
+func (r *race) leaveLocked() {
+	r.running--
+	r.change.Broadcast()
+}
+
+// ended notes how an attempt ended. If another one follows, it still counts as
+// running, until that does.
+func (r *race) ended(t *try, err error) verdict {
 	now := interceptor.Now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	defer func() {
-		if !again {
-			r.running--
-			r.change.Broadcast()
-		}
-		t.over = true
-		if t != r.winner {
-			t.cancel()
-		}
-	}()
+	v := r.judgeLocked(t, err, now)
+	t.over = true
+	if t != r.winner {
+		t.cancel()
+	}
+	if !v.again {
+		r.leaveLocked()
+	}
+	return v
+}
+
+// judgeLocked says what follows the end of an attempt. Caller must hold r.mu.
+func (r *race) judgeLocked(t *try, err error, now interceptor.Instant) verdict {
 	switch {
 	case r.winner != nil || t.lost:
 		// How long the first attempt took until another one won is less than it would
@@ -278,9 +338,9 @@ func (r *race) ended(t *try, err error) (again bool) {
 		// the percentile down, to where more and more calls are hedged. Of other
 		// attempts it says nothing.
 		if t == &r.first && r.winner != nil {
-			r.layer.latencies.Record(now.Sub(t.start))
+			r.layer.record(t.start, now)
 		}
-		return false
+		return verdict{}
 	case err == nil:
 		r.winner = t
 		if r.stream != nil {
@@ -288,33 +348,24 @@ func (r *race) ended(t *try, err error) (again bool) {
 		} else {
 			r.closeLocked(t)
 		}
-		r.layer.latencies.Record(now.Sub(t.start))
+		r.layer.record(t.start, now)
 		if t != &r.first {
-			r.observer.HedgeWon(r.call.Method(), r.layer.name)
+			r.Observer().HedgeWon(r.Method(), r.layer.maker.Name)
 		}
-		return false
+		return verdict{}
 	}
 	refusal, refused := interceptor.AsRefusal(err)
 	if r.err == nil || !refused || !refusal.NotSent() {
 		r.last, r.err = t, err
 	}
-	wish := repeat.WishOf(err, t.trailer(r.stream == nil))
 	nonFatal := r.set.nonFatal.Has(status.Code(err))
 	if refused {
 		nonFatal = !refusal.NotSent() && refusal.Reason == interceptor.ReasonDeadline // Of the attempt.
 	}
-	if r.ctx.Err() != nil || wish.Stop || !nonFatal {
-		r.noMoreLocked() // The others go on: one of them may succeed.
-		return false
+	wish := attempt.WishOf(err, t.trailer())
+	if r.ctx.Err() != nil || !nonFatal || wish.Stop || wish.After > r.set.longest {
+		r.noMoreLocked() // The others continue: one of them may succeed.
+		return verdict{}
 	}
-	if wish.After == 0 || r.closed {
-		return !r.closed
-	}
-	// The server's delay replaces ours. The attempt counts as running meanwhile, so
-	// that the race is not over, and is cancelled if another one wins.
-	r.timer.Stop()
-	r.mu.Unlock()
-	slept := interceptor.Forever.Sleep(t.ctx, now.Add(wish.After))
-	r.mu.Lock()
-	return slept == nil && !r.closed
+	return verdict{!r.closed, wish.After}
 }

@@ -7,14 +7,13 @@ import (
 	"context"
 	"io"
 	"sync/atomic"
-	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/message"
-	"github.com/belfry-go/belfry/internal/repeat"
 )
 
 // inline is up to how many bytes an extra attempt is sent before its first
@@ -22,39 +21,6 @@ import (
 // on a server that waits for its responses to be read. More is sent by a goroutine
 // of its own.
 const inline = 32 << 10
-
-// open opens a stream that is hedged until its first response message.
-func (l *Layer) open(ctx context.Context, c *interceptor.Call, set *settings, delay time.Duration, hedged bool, next interceptor.Next, inner interceptor.Gate) error {
-	if !hedged {
-		err := next(ctx, c)
-		if err == nil && set.fixed == 0 {
-			c.SetStream(&measured{ClientStream: c.Stream(), layer: l})
-		}
-		return err
-	}
-	s := &stream{single: !c.Desc().ServerStreams}
-	s.race = race{
-		layer: l, set: set, delay: delay, ctx: ctx, call: c, origin: c.Origin(), next: next, inner: inner,
-		observer: c.Observer(), stream: s,
-	}
-	first := &s.race.first
-	first.call = c
-	first.ctx, first.cancel = context.WithCancel(ctx)
-	s.race.change.L = &s.race.mu
-	opened := false
-	defer func() {
-		if !opened {
-			first.cancel()
-		}
-	}()
-	if err := next(first.ctx, c); err != nil {
-		return err
-	}
-	opened = true
-	first.lane = &lane{stream: c.Stream(), caughtUp: true}
-	c.SetStream(s)
-	return nil
-}
 
 // measured is a stream that is not hedged. It measures how long the first
 // response message is waited for.
@@ -72,7 +38,7 @@ func (m *measured) RecvMsg(msg any) error {
 	start := interceptor.Now()
 	err := m.ClientStream.RecvMsg(msg)
 	if err == nil || err == io.EOF {
-		m.layer.latencies.Record(interceptor.Now().Sub(start))
+		m.layer.record(start, interceptor.Now())
 	}
 	return err
 }
@@ -101,6 +67,24 @@ type stream struct {
 	pinned  bool // The first attempt is the only one, and nothing is kept.
 }
 
+// open opens the first attempt.
+func (s *stream) open() error {
+	first := &s.race.first
+	opened := false
+	defer func() {
+		if !opened {
+			first.cancel()
+		}
+	}()
+	if err := s.race.next(first.ctx, first.call); err != nil {
+		return err
+	}
+	opened = true
+	first.lane = &lane{stream: first.call.Stream(), caughtUp: true}
+	first.call.SetStream(s)
+	return nil
+}
+
 // lane is an open attempt.
 type lane struct {
 	stream grpc.ClientStream
@@ -113,14 +97,14 @@ type lane struct {
 // chosen is the attempt that a stream has become.
 type chosen struct {
 	grpc.ClientStream
-	cancel context.CancelFunc
+	try    *try
 	single bool
 }
 
 func (c *chosen) SendMsg(m any) error {
 	err := c.ClientStream.SendMsg(m)
 	if err != nil && err != io.EOF {
-		c.cancel() // As in RecvMsg, which need not be called any more.
+		c.try.cancel() // As in RecvMsg, which need not be called any more.
 	}
 	return err
 }
@@ -128,7 +112,7 @@ func (c *chosen) SendMsg(m any) error {
 func (c *chosen) RecvMsg(m any) error {
 	err := c.ClientStream.RecvMsg(m)
 	if err != nil || c.single {
-		c.cancel() // It has ended; only its context is left.
+		c.try.cancel() // It has ended; only its context is left.
 	}
 	return err
 }
@@ -145,7 +129,7 @@ func (s *stream) chooseLocked(t *try) {
 		return
 	}
 	s.sent = nil
-	s.chosen.Store(&chosen{ClientStream: t.lane.stream, cancel: t.cancel, single: s.single})
+	s.chosen.Store(&chosen{ClientStream: t.lane.stream, try: t, single: s.single})
 }
 
 func (s *stream) RecvMsg(m any) error {
@@ -162,7 +146,7 @@ func (s *stream) RecvMsg(m any) error {
 			s.chooseLocked(&r.first)
 		}
 	}()
-	t, err := r.run()
+	t, err := r.run(interceptor.Now())
 	ran = true
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -171,7 +155,7 @@ func (s *stream) RecvMsg(m any) error {
 	}
 	s.chooseLocked(t)
 	if t != &r.first {
-		r.call.Adopt(t.call)
+		r.Adopt(t.call)
 		if err == nil && !t.lane.eof {
 			message.CopyInto(m, t.lane.reply)
 		}
@@ -182,7 +166,7 @@ func (s *stream) RecvMsg(m any) error {
 	if err != nil || s.single {
 		t.cancel()
 	}
-	s.decided.Store(&chosen{ClientStream: t.lane.stream, cancel: t.cancel, single: s.single})
+	s.decided.Store(&chosen{ClientStream: t.lane.stream, try: t, single: s.single})
 	return err
 }
 
@@ -196,12 +180,12 @@ func (s *stream) start(m any) {
 }
 
 // receive carries out an attempt up to its first response message.
-func (s *stream) receive(t *try) error {
+func (s *stream) receive(ctx context.Context, t *try) error {
 	r := &s.race
 	if t == &r.first {
 		return s.end(t, t.lane.stream.RecvMsg(s.target))
 	}
-	if err := r.next(t.ctx, t.call); err != nil {
+	if err := r.next(ctx, t.call); err != nil {
 		return err
 	}
 	l := &lane{stream: t.call.Stream(), reply: message.NewLike(s.target)}
@@ -292,7 +276,7 @@ func (s *stream) SendMsg(m any) error {
 // the chosen attempt.
 func (s *stream) keep(m any) (first grpc.ClientStream, ok bool) {
 	r := &s.race
-	n, known := repeat.Size(m)
+	n, known := attempt.Size(m)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	first = r.first.lane.stream

@@ -41,7 +41,7 @@ var streamKinds = []interceptor.Kind{interceptor.ClientStream, interceptor.Serve
 // dial returns a client of a server in memory, whose streams go through the layers
 // and whose attempts, counted from 0, first through script. If that returns an
 // error the attempt ends with it; n counts the attempts.
-func dial(t *testing.T, script func(n int, s grpc.ServerStream) error, layers ...interceptor.Layer) (c testingv1.TestServiceClient, n *atomic.Int64) {
+func dial(t *testing.T, script func(n int, s grpc.ServerStream) error, layers ...interceptor.Spec) (c testingv1.TestServiceClient, n *atomic.Int64) {
 	t.Helper()
 	n = new(atomic.Int64)
 	srv := testserver.New(t, testserver.InMemory(), testserver.GRPC(
@@ -79,7 +79,7 @@ var whole = map[interceptor.Kind]string{
 	interceptor.ClientStream: "2 3", interceptor.ServerStream: "x 1,x 1,x 1", interceptor.BidiStream: "0 1,1 2,2 3",
 }
 
-func TestStreamsOfAllKindsAreHedgedUntilTheirFirstMessage(t *testing.T) {
+func TestStreamHedgedUntilFirstMessage(t *testing.T) {
 	for _, kind := range streamKinds {
 		for _, tc := range []struct {
 			name     string
@@ -143,7 +143,7 @@ func TestStreamsOfAllKindsAreHedgedUntilTheirFirstMessage(t *testing.T) {
 	}
 }
 
-func TestAStreamWhoseAttemptsAllFailReturnsTheLastFailure(t *testing.T) {
+func TestStreamReturnsLastFailure(t *testing.T) {
 	for _, kind := range streamKinds {
 		synctest.Test(t, func(t *testing.T) {
 			c, n := dial(t, func(n int, s grpc.ServerStream) error {
@@ -160,7 +160,7 @@ func TestAStreamWhoseAttemptsAllFailReturnsTheLastFailure(t *testing.T) {
 	}
 }
 
-func TestAStreamThatEndsWellWithoutAMessageIsASuccess(t *testing.T) {
+func TestStreamWithoutMessageIsSuccess(t *testing.T) {
 	for winner, script := range []func(int, grpc.ServerStream) error{delays(15 * ms), delays(time.Hour)} {
 		synctest.Test(t, func(t *testing.T) {
 			c, n := dial(t, script, mustNew(t, fixed))
@@ -179,7 +179,7 @@ func TestAStreamThatEndsWellWithoutAMessageIsASuccess(t *testing.T) {
 	}
 }
 
-func TestAStreamThatAsksForItsHeaderOrSendsTooMuchIsNotHedged(t *testing.T) {
+func TestStreamNotHedged(t *testing.T) {
 	for name, prepare := range map[string]func(t *testing.T, s grpc.BidiStreamingClient[testingv1.BidiRequest, testingv1.BidiResponse]){
 		"header": func(t *testing.T, s grpc.BidiStreamingClient[testingv1.BidiRequest, testingv1.BidiResponse]) {
 			go func() {
@@ -243,7 +243,9 @@ type noted struct {
 	ctxs []context.Context
 }
 
-func (l *noted) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+func (l *noted) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l *noted) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error {
 		l.ctxs = append(l.ctxs, ctx)
 		return next(ctx, c)
@@ -251,7 +253,7 @@ func (l *noted) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.
 }
 
 // A stream may be left alone after an error of SendMsg, says gRPC.
-func TestAStreamThatEndsWithAnErrorOfSendMsgLeavesNoContextBehind(t *testing.T) {
+func TestStreamSendErrorFreesContext(t *testing.T) {
 	for _, answers := range []int{0, 1} {
 		synctest.Test(t, func(t *testing.T) {
 			l := new(noted)
@@ -304,7 +306,7 @@ func bidi(t *testing.T, c testingv1.TestServiceClient) (s grpc.BidiStreamingClie
 	return s, received
 }
 
-func TestMessagesSentDuringARaceReachTheWinnerInOrder(t *testing.T) {
+func TestStreamSendsDuringRaceInOrder(t *testing.T) {
 	for winner, script := range []func(int, grpc.ServerStream) error{delays(40*ms, time.Hour), delays(time.Hour, 30*ms)} {
 		synctest.Test(t, func(t *testing.T) {
 			c, n := dial(t, script, mustNew(t, fixed))
@@ -328,7 +330,7 @@ func TestMessagesSentDuringARaceReachTheWinnerInOrder(t *testing.T) {
 	}
 }
 
-func TestABufferThatFillsDuringARaceEndsIt(t *testing.T) {
+func TestStreamBufferFillsDuringRace(t *testing.T) {
 	for name, tc := range map[string]struct {
 		script func(int, grpc.ServerStream) error
 	}{
@@ -372,7 +374,7 @@ func TestABufferThatFillsDuringARaceEndsIt(t *testing.T) {
 	}
 }
 
-func TestAStreamThatIsNotHedgedIsMeasuredAndThenHedged(t *testing.T) {
+func TestStreamIsMeasured(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, hedge.Config{Budget: budget.Config{MinPerSecond: 100}})
 		var slow atomic.Bool
@@ -403,7 +405,7 @@ func TestAStreamThatIsNotHedgedIsMeasuredAndThenHedged(t *testing.T) {
 
 // The race detector and the leak checker are the judges here, and that every
 // message arrives once.
-func TestConcurrentStreamsDeliverEveryMessageOnceWhoeverWins(t *testing.T) {
+func TestStreamConcurrent(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
@@ -448,7 +450,7 @@ func TestConcurrentStreamsDeliverEveryMessageOnceWhoeverWins(t *testing.T) {
 // tail makes calls at a steady rate through a belfry.p2c channel to servers that
 // each stall 100 ms every 2 s, and returns the quantile and the attempts that
 // reached the servers.
-func tail(t testing.TB, inMemory bool, calls int, q float64, layers ...interceptor.Layer) (at time.Duration, attempts int64) {
+func tail(t testing.TB, inMemory bool, calls int, q float64, layers ...interceptor.Spec) (at time.Duration, attempts int64) {
 	const servers, rate, every, stall = 5, 300, 2 * time.Second, 100 * ms
 	t.Helper()
 	cluster := testserver.NewCluster(t, servers, func(int) []testserver.Option {
@@ -510,7 +512,7 @@ func tail(t testing.TB, inMemory bool, calls int, q float64, layers ...intercept
 	return took[int(q*float64(calls))], attempts
 }
 
-func TestHedgingHalvesP999OfServersThatStall(t *testing.T) {
+func TestHedgingHalvesP999(t *testing.T) {
 	if race.Enabled {
 		t.Skip("6,000 calls, three times: slow under the race detector, which has the other tests")
 	}
@@ -542,8 +544,8 @@ func TestHedgingHalvesP999OfServersThatStall(t *testing.T) {
 func BenchmarkTail(b *testing.B) {
 	for _, bc := range []struct {
 		name   string
-		layers []interceptor.Layer
-	}{{"without", nil}, {"hedged", []interceptor.Layer{mustNew(b, hedge.Config{})}}} {
+		layers []interceptor.Spec
+	}{{"without", nil}, {"hedged", []interceptor.Spec{mustNew(b, hedge.Config{})}}} {
 		b.Run(bc.name, func(b *testing.B) {
 			const calls = 3000
 			var p999 time.Duration

@@ -16,7 +16,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/loadshed"
 )
 
-// busy stands in for a connection; while it serves a call it makes another one.
+// busy takes the role of a connection. While it serves a call it makes another one.
 type busy struct {
 	grpc.ClientConnInterface
 	during func()
@@ -28,15 +28,10 @@ func (b *busy) Invoke(context.Context, string, any, any, ...grpc.CallOption) err
 }
 
 func Example() {
-	shed, err := loadshed.New(loadshed.Config{})
-	if err != nil {
-		log.Fatal(err)
-	}
-	limit, err := concurrency.New(concurrency.Config{Limit: 1})
-	if err != nil {
-		log.Fatal(err)
-	}
-	stack, err := interceptor.NewStack(shed, limit)
+	stack, err := interceptor.NewStack(
+		loadshed.Config{},
+		concurrency.Config{Limit: 1},
+	)
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -51,6 +46,6 @@ func Example() {
 	fmt.Println(conn.Invoke(context.Background(), "/orders.Orders/Get", nil, nil))
 	// Output:
 	// [loadshed > concurrency]
-	// Unavailable belfry: concurrency: CONCURRENCY: no permit is free
+	// Unavailable belfry: concurrency: CONCURRENCY: no permit is free (limit 1)
 	// <nil>
 }

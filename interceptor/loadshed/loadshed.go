@@ -6,13 +6,24 @@ package loadshed
 import (
 	"context"
 
+	"google.golang.org/grpc/status"
+
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
 )
 
-// Config configures a [Layer]. There is nothing to configure: what overload is,
-// the layers inside say.
+// Config configures a [Layer]. There is nothing to configure: the layers inside say
+// what overload is.
 type Config struct{}
+
+// NewLayer returns a load shed, as [New] does.
+func (cfg Config) NewLayer() (interceptor.Layer, error) {
+	l, err := New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
+}
 
 // An Option sets what is not plain data.
 type Option func(*options)
@@ -44,11 +55,14 @@ func New(_ Config, opts ...Option) (*Layer, error) {
 		return nil, err
 	}
 	l := &Layer{name: o.name}
-	l.shed = interceptor.Refuse(l.name, interceptor.ReasonShed, "nothing inside is ready")
+	l.shed = interceptor.Refuse(l.name, interceptor.ReasonShed, "a layer inside is not ready")
 	return l, nil
 }
 
-// Update changes nothing, for there is nothing to change, and returns nil.
+// NewLayer returns the load shed itself.
+func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+// Update changes nothing, because there is nothing to change, and returns nil.
 func (l *Layer) Update(Config) error { return nil }
 
 // Config returns the configuration.
@@ -56,6 +70,9 @@ func (l *Layer) Config() Config { return Config{} }
 
 // String returns the layer's name.
 func (l *Layer) String() string { return l.name }
+
+// Traits says that it decides how long calls wait inside it.
+func (l *Layer) Traits() interceptor.Traits { return interceptor.Governs }
 
 // WrapGate returns the gate.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
@@ -67,8 +84,10 @@ type gate struct {
 	inner interceptor.Gate
 }
 
-func (g *gate) Admit(ctx context.Context, c *interceptor.Call, _ interceptor.Wait) error {
-	err := g.inner.Admit(ctx, c, interceptor.None)
+// Admit lets nothing inside wait. An error that says in gRPC's terms why it refused
+// is returned as it is; what another one means for the caller only the shed knows.
+func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, _ interceptor.Wait) error {
+	err := g.inner.Admit(ctx, a, interceptor.None)
 	if err == nil {
 		return nil
 	}
@@ -78,6 +97,8 @@ func (g *gate) Admit(ctx context.Context, c *interceptor.Call, _ interceptor.Wai
 	if ctx.Err() != nil {
 		return interceptor.Ended(ctx, g.layer.name)
 	}
-	// A gate of somebody else's that does not say in gRPC's terms why it refused.
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
 	return g.layer.shed.Because(err, false)
 }

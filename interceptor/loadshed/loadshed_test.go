@@ -6,6 +6,7 @@ package loadshed_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -16,9 +17,9 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/interceptor/loadshed"
 	"github.com/belfry-go/belfry/internal/calltest"
-	"github.com/belfry-go/belfry/internal/layertest"
 )
 
 func shed(t testing.TB, opts ...loadshed.Option) *loadshed.Layer {
@@ -45,19 +46,21 @@ type refuses struct {
 	err error
 }
 
+func (g *refuses) NewLayer() (interceptor.Layer, error) { return g, nil }
+
 func (g *refuses) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		if w != interceptor.None {
 			return errors.New("asked to wait")
 		}
 		if g.err != nil {
 			return g.err
 		}
-		return inner.Admit(ctx, c, w)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func TestAReadyInnerAnswersAndOneThatIsNotIsNotCalled(t *testing.T) {
+func TestReadyAndNotReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		calls := 0
 		c := calltest.Stack(t, shed(t), limit(t, 1)).Wrap(calltest.Server(func(context.Context) error {
@@ -74,7 +77,7 @@ func TestAReadyInnerAnswersAndOneThatIsNotIsNotCalled(t *testing.T) {
 	})
 }
 
-func TestItShedsForWhateverReasonInnerIsNotReadyAndTellsIt(t *testing.T) {
+func TestInnerReasonIsTold(t *testing.T) {
 	for _, r := range []interceptor.Reason{
 		interceptor.ReasonConcurrency, interceptor.ReasonRateLimit, interceptor.ReasonQueueFull,
 		interceptor.ReasonBreakerOpen, "A_REASON_OF_ITS_OWN",
@@ -93,7 +96,7 @@ func TestItShedsForWhateverReasonInnerIsNotReadyAndTellsIt(t *testing.T) {
 	}
 }
 
-func TestTheCallersEndInsideIsNotOverload(t *testing.T) {
+func TestCallersEnd(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	err := calltest.Stack(t, shed(t), &refuses{err: ctx.Err()}).Wrap(calltest.Takes(0)).Invoke(ctx, calltest.Method, nil, nil)
@@ -102,14 +105,29 @@ func TestTheCallersEndInsideIsNotOverload(t *testing.T) {
 	}
 }
 
-func TestItStandsAnywhereAndShedsNothingThatIsOutsideIt(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := calltest.Stack(t, limit(t, 1), shed(t)).Wrap(calltest.Takes(time.Second))
-		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.OK(2*time.Second))
-	})
+func TestUselessPlaceIsAnError(t *testing.T) {
+	for _, specs := range [][]interceptor.Spec{{loadshed.Config{}}, {limit(t, 1), loadshed.Config{}}} {
+		if _, err := interceptor.NewStack(specs...); err == nil || !strings.Contains(err.Error(), "loadshed") {
+			t.Errorf("NewStack with a load shed innermost = %v, want an error that names it", err)
+		}
+	}
 }
 
-func TestAnEmptyNameIsAnError(t *testing.T) {
+// A gate's own status says more than SHED would, and keeps its code under a shed as
+// under a buffer.
+func TestInnerStatusIsKept(t *testing.T) {
+	for _, own := range []error{
+		status.Error(codes.ResourceExhausted, "tenant over quota"),
+		fmt.Errorf("quota: %w", status.Error(codes.PermissionDenied, "no tenant")),
+	} {
+		err := calltest.Stack(t, shed(t), &refuses{err: own}).Wrap(calltest.Takes(0)).Invoke(context.Background(), calltest.Method, nil, nil)
+		if err != own {
+			t.Errorf("a gate that refuses with %v: %v, want that", own, err)
+		}
+	}
+}
+
+func TestConfigErrors(t *testing.T) {
 	if _, err := loadshed.New(loadshed.Config{}, loadshed.WithName("")); err == nil || !strings.Contains(err.Error(), `loadshed: WithName is ""`) {
 		t.Errorf("New = %v, want an error that names the option", err)
 	}
@@ -120,9 +138,9 @@ func TestAnEmptyNameIsAnError(t *testing.T) {
 }
 
 func TestConformance(t *testing.T) {
-	layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
+	layertest.RunStack(t, func() ([]interceptor.Spec, func() error) {
 		l := limit(t, 20)
-		return []interceptor.Layer{shed(t), l}, func() error {
+		return []interceptor.Spec{shed(t), l}, func() error {
 			if n := l.InUse(); n != 0 {
 				return errors.New("permits in use")
 			}
@@ -144,7 +162,7 @@ func unary(tb testing.TB) map[string]func() {
 	return calls
 }
 
-func TestItNeverAllocates(t *testing.T) {
+func TestAllocations(t *testing.T) {
 	for name, call := range unary(t) {
 		if n := testing.AllocsPerRun(1000, call); n >= 1 {
 			t.Errorf("%s: %v allocations per call, want 0", name, n)

@@ -22,10 +22,19 @@
 // tries again: failures are not remembered. A connection lives while a call or a
 // stream uses it, and IdleTimeout longer.
 //
-// There are at most MaxConns at a time. At that bound a call with a new key closes
-// the connection that has been idle for longest. If all are in use it waits, first
-// come first served, as long as its context, Config.MaxWait and
-// interceptor.WithWait allow, and is then refused with UNAVAILABLE and reason
-// CONCURRENCY. Making a connection is not such waiting: a call takes part in it as
-// long as its context lives.
+// There are at most MaxConns at a time. At that bound a call with a new key takes the
+// place of the connection that has been idle for longest, which is closed in the
+// background. If all are in use it waits, first come first served, as long as its
+// context, Config.MaxWait and interceptor.WithWait allow, and is then refused with
+// UNAVAILABLE and reason CONCURRENCY. While keys wait, once in a second the connection
+// that was made first takes no new calls and is closed when those in flight have ended,
+// so that a busy key does not keep the others out for ever.
+//
+// A call waits for its connection to be made just so long, but at least 20 ms, and is
+// then refused with reason NOT_READY. So a load shed in the stack in front works: it
+// sheds what would wait for another connection's end, or for one whose making hangs.
+// The end of the stack in front wakes what waits here, and so does [Maker.Close].
+//
+// A Maker does not ask whether a connection is READY. A stack on the connection itself,
+// which the MakeFunc gives it, does.
 package maker

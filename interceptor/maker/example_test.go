@@ -42,7 +42,7 @@ func (s server) Close() error {
 }
 
 func Example() {
-	conn, err := maker.New(maker.Config{MaxConns: 1, IdleTimeout: 5 * time.Minute}, tenantOf,
+	conn, err := maker.New(maker.Config{MaxConns: 100, IdleTimeout: 5 * time.Minute}, tenantOf,
 		func(_ context.Context, tenant string) (maker.Conn, error) {
 			fmt.Println("connecting to", tenant)
 			// In a program: grpc.NewClient("dns:///"+tenant+".example.com", …).
@@ -61,12 +61,12 @@ func Example() {
 	if err := conn.Close(); err != nil {
 		log.Fatal(err)
 	}
-	// Output:
+	// Unordered output:
 	// connecting to blue
 	// blue got /orders.Orders/Get
 	// blue got /orders.Orders/Get
-	// closed blue
 	// connecting to green
 	// green got /orders.Orders/Get
+	// closed blue
 	// closed green
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
+	"github.com/belfry-go/belfry/internal/isnil"
 )
 
 // ReasonMake is the reason of the refusal of a call whose key or connection could
@@ -33,15 +34,18 @@ type Conn interface {
 // Config bounds the connections. The zero Config is the default.
 type Config struct {
 	// MaxConns is how many connections there are at most, those included that are
-	// being made or closed. At least 1; zero means 100.
+	// being made. One that is being closed does not count any more. At least 1; zero
+	// means 100.
 	MaxConns int
 
 	// IdleTimeout is for how long a connection must not have been used to be closed.
 	// At least 1 ms; zero means 5 minutes, [None] never.
 	IdleTimeout time.Duration
 
-	// MaxWait is for how long a call may wait while all connections are in use. Zero
-	// is no bound but the call's own, [None] not to wait.
+	// MaxWait is for how long a call may wait for its connection, while all are in use
+	// or while its own is being made. Zero is no bound but the call's own, [None] not to
+	// wait. It takes 20 ms for a connection to be made for not waiting, which is far more
+	// than grpc.NewClient takes: so long every call waits for that.
 	MaxWait time.Duration
 }
 
@@ -51,8 +55,8 @@ const (
 	DefaultIdleTimeout = 5 * time.Minute
 )
 
-// None, as an IdleTimeout or a MaxWait, is never to close idle connections, and
-// not to wait.
+// None as an IdleTimeout is never to close idle connections, and as a MaxWait not to
+// wait.
 const None = check.None
 
 // withDefaults checks c and returns it with its defaults filled in.
@@ -83,10 +87,11 @@ type Maker struct {
 	key  KeyFunc
 	make MakeFunc
 
-	full, closedRefusal *interceptor.Refusal
+	full, making, closedRefusal *interceptor.Refusal
 
-	done chan struct{}  // Closed when Close has done its work.
-	wg   sync.WaitGroup // Goroutines, and the timer while it is armed. Added to with mu held.
+	ended chan struct{}  // Closed when Close begins its work,
+	done  chan struct{}  // and when it has done it.
+	wg    sync.WaitGroup // Goroutines, and the timer while it is armed. Added to with mu held.
 
 	// mu guards the fields below and those of entries. Nothing is locked under it,
 	// and no function of the user's is called.
@@ -94,11 +99,13 @@ type Maker struct {
 	given   Config // As it was given.
 	config  Config // With defaults.
 	entries map[string]*entry
-	closing int         // Of slots, those whose connection is being closed for good.
-	slots   int         // Connections that are made, being made, or being closed.
-	idle    list        // Entries that are not in use, the longest idle first.
-	queue   list        // Entries that have no slot, the first come first.
-	timer   *time.Timer // Closes idle ones; nil if it is not armed.
+	retired map[*entry]struct{} // Entries that take no new calls, and are closed when their last one ends.
+	slots   int                 // Entries whose connection is made or being made.
+	closing int                 // Connections that are being closed, on behalf of nobody.
+	idle    list                // Entries that are not in use, the longest idle first.
+	queue   list                // Entries that have no slot, the first come first.
+	timer   *time.Timer         // Closes idle ones; nil if it is not armed.
+	turns   *time.Timer         // Retires one while others wait; nil if it is not armed.
 	closed  bool
 	errs    []error // Of closing, by Close.
 }
@@ -111,7 +118,7 @@ type entry struct {
 	granted chan struct{} // Closed when it has a slot, or err.
 	made    chan struct{} // Closed when conn or err is set, which do not change after that.
 
-	conn    Conn
+	conn    Conn                     // Nil while it is being made, and if it could not be.
 	streams grpc.ClientConnInterface // conn, with a stack that knows the end of streams.
 	err     error
 
@@ -120,7 +127,8 @@ type entry struct {
 	refs       int                // Calls that use it or wait for it, and streams.
 	in         *list              // It is in at most one list.
 	prev, next *entry
-	since      interceptor.Instant // When it became idle.
+	began      interceptor.Instant // When it was made,
+	since      interceptor.Instant // and when it became idle.
 }
 
 // An Option configures what is not data.
@@ -148,9 +156,11 @@ func New(config Config, key KeyFunc, makeConn MakeFunc, opts ...Option) (*Maker,
 		return nil, err
 	}
 	m := &Maker{
-		name: o.name, key: key, make: makeConn, given: config, config: filled, entries: map[string]*entry{}, done: make(chan struct{}),
+		name: o.name, key: key, make: makeConn, given: config, config: filled,
+		entries: map[string]*entry{}, retired: map[*entry]struct{}{}, ended: make(chan struct{}), done: make(chan struct{}),
 	}
 	m.full = interceptor.Refuse(m.name, interceptor.ReasonConcurrency, "all connections are in use")
+	m.making = interceptor.Refuse(m.name, interceptor.ReasonNotReady, "the connection is being made")
 	m.closedRefusal = interceptor.Refuse(m.name, interceptor.ReasonDrain, "it is closed")
 	return m, nil
 }
@@ -171,8 +181,8 @@ func (m *Maker) Update(config Config) error {
 	}
 	m.given, m.config = config, filled
 	m.grantLocked()
-	for m.slots-m.closing > filled.MaxConns && m.idle.first != nil {
-		m.evictLocked(m.idle.first)
+	for m.slots > filled.MaxConns && m.idle.first != nil {
+		m.dropLocked(m.idle.first)
 	}
 	m.disarmLocked()
 	m.armLocked()
@@ -188,16 +198,17 @@ func (m *Maker) Config() Config {
 
 // Stats are how many connections there are.
 type Stats struct {
-	Conns  int // made, being made or being closed: at most Config.MaxConns
-	Idle   int // of these, the ones that are not in use
-	Queued int // keys that wait for one of the others to become idle
+	Conns   int // made or being made: at most Config.MaxConns
+	Idle    int // of these, the ones that are not in use
+	Queued  int // keys that wait for one of the others to become idle
+	Closing int // being closed, besides Conns
 }
 
 // Stats returns the stats.
 func (m *Maker) Stats() Stats {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return Stats{Conns: m.slots, Idle: m.idle.len, Queued: m.queue.len}
+	return Stats{Conns: m.slots, Idle: m.idle.len, Queued: m.queue.len, Closing: m.closing}
 }
 
 // Invoke makes a unary call on the connection of its key.
@@ -228,18 +239,20 @@ type inUse struct {
 	entry *entry
 }
 
-func (l *inUse) String() string { return "inuse" }
+func (l *inUse) NewLayer() (interceptor.Layer, error) { return l, nil }
+func (l *inUse) String() string                       { return "inuse" }
+func (l *inUse) Traits() interceptor.Traits           { return 0 }
 
 func (l *inUse) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		l.entry.maker.retain(l.entry)
-		c.Hold(l, 0)
-		return inner.Admit(ctx, c, w)
+		a.Hold(l, 0)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
 // Release is called when the stream has ended.
-func (l *inUse) Release(int64, interceptor.Outcome, error) { l.entry.maker.release(l.entry) }
+func (l *inUse) Release(int64, interceptor.End) { l.entry.maker.release(l.entry) }
 
 func (m *Maker) retain(e *entry) {
 	m.mu.Lock()
@@ -297,26 +310,55 @@ func (m *Maker) acquire(ctx context.Context, method string, args any, opts []grp
 	return e, nil
 }
 
+// grace is how long a call that may not wait waits for a connection to be made.
+const grace = 20 * time.Millisecond
+
 // await waits for a slot and then until the connection is made.
 func (m *Maker) await(ctx context.Context, e *entry, maxWait time.Duration, opts []grpc.CallOption) error {
 	w := interceptor.WaitOf(opts)
 	switch {
-	case maxWait < 0:
+	case maxWait == None:
 		w = interceptor.None
 	case maxWait > 0:
 		w = w.Narrow(interceptor.For(maxWait))
 	}
-	switch err := w.On(ctx, e.granted); {
-	case err == interceptor.ErrWaitOver:
-		return m.full
-	case err != nil:
-		return interceptor.Ended(ctx, m.name)
+	parked, done := interceptor.ParkOf(ctx, opts)
+	defer done()
+	if w.Remaining() > 0 {
+		m.takeTurns()
+	}
+	if err := m.on(parked, w, e.granted, m.full); err != nil {
+		return err
+	}
+	return m.on(parked, max(w, interceptor.For(grace)), e.made, m.making)
+}
+
+// on waits for ready as long as w allows; over is the refusal if that is not enough.
+func (m *Maker) on(ctx context.Context, w interceptor.Wait, ready <-chan struct{}, over *interceptor.Refusal) error {
+	select {
+	case <-ready:
+		return nil
+	default:
+	}
+	d := w.Remaining()
+	if d == 0 {
+		return over
+	}
+	var end <-chan time.Time
+	if w != interceptor.Forever {
+		t := time.NewTimer(d)
+		defer t.Stop()
+		end = t.C
 	}
 	select {
-	case <-e.made:
+	case <-ready:
 		return nil
+	case <-m.ended:
+		return m.closedRefusal
 	case <-ctx.Done():
 		return interceptor.Ended(ctx, m.name)
+	case <-end:
+		return over
 	}
 }
 
@@ -325,54 +367,38 @@ func (m *Maker) release(e *entry) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	e.refs--
-	if e.refs > 0 || m.closed || m.entries[e.key] != e {
-		return
-	}
-	if e.in == &m.queue { // Nobody waits for it any more.
+	switch {
+	case e.refs > 0 || m.closed:
+	case e.in == &m.queue: // Nobody waits for it any more.
 		m.queue.remove(e)
 		delete(m.entries, e.key)
+	case e.conn == nil: // It is being made, and whoever makes it goes on; or it could not be made.
+	default:
+		m.restLocked(e)
+	}
+}
+
+// restLocked has e, which is made and not in use, wait for calls, or gives its slot
+// away. Caller must hold m.mu, and so for all functions whose names end like this.
+func (m *Maker) restLocked(e *entry) {
+	if m.isRetiredLocked(e) || m.slots > m.config.MaxConns || m.queue.first != nil {
+		m.dropLocked(e)
 		return
 	}
-	if e.conn != nil {
-		m.idleLocked(e)
-	}
-	// Otherwise it is being made, and whoever makes it goes on.
+	e.since = interceptor.Now()
+	m.idle.push(e)
+	m.armLocked()
 }
 
-// idleLocked has e, which is made and not in use, wait for calls, or give its slot
-// away. Caller must hold m.mu, and so for all functions whose names end like this.
-func (m *Maker) idleLocked(e *entry) {
-	switch {
-	case m.slots-m.closing > m.config.MaxConns:
-		m.evictLocked(e)
-	case m.queue.first != nil:
-		next := m.queue.first
-		m.queue.remove(next)
-		delete(m.entries, e.key)
-		m.runLocked(next, e.conn)
-	default:
-		e.since = interceptor.Now()
-		m.idle.push(e)
-		m.armLocked()
-	}
-}
-
-// addLocked makes the entry of a key and finds it a slot, or a place in the queue.
+// addLocked makes the entry of a key and finds it a slot, or a position in the queue.
 func (m *Maker) addLocked(ctx context.Context, key string) *entry {
 	e := &entry{maker: m, key: key, asked: ctx, granted: make(chan struct{}), made: make(chan struct{})}
 	m.entries[key] = e
-	switch {
-	case m.slots < m.config.MaxConns:
-		m.slots++
-		m.runLocked(e, nil)
-	case m.idle.first != nil:
-		victim := m.idle.first
-		m.idle.remove(victim)
-		delete(m.entries, victim.key)
-		m.runLocked(e, victim.conn)
-	default:
-		m.queue.push(e)
+	if m.slots >= m.config.MaxConns && m.idle.first != nil {
+		m.dropLocked(m.idle.first)
 	}
+	m.queue.push(e)
+	m.grantLocked()
 	return e
 }
 
@@ -382,13 +408,12 @@ func (m *Maker) grantLocked() {
 		e := m.queue.first
 		m.queue.remove(e)
 		m.slots++
-		m.runLocked(e, nil)
+		m.makeLocked(e)
 	}
 }
 
-// runLocked makes the connection of e, which has a slot, after it has closed the
-// one that had the slot before.
-func (m *Maker) runLocked(e *entry, before Conn) {
+// makeLocked makes the connection of e, which has a slot.
+func (m *Maker) makeLocked(e *entry) {
 	// Without the values of the call for longer than needed.
 	ctx, cancel := context.WithCancel(context.WithoutCancel(e.asked))
 	e.asked, e.cancel = nil, cancel
@@ -398,9 +423,6 @@ func (m *Maker) runLocked(e *entry, before Conn) {
 		var conn Conn
 		err := error(status.Error(codes.Internal, "make did not return")) // As after runtime.Goexit.
 		defer func() { m.settle(e, conn, err) }()
-		if before != nil {
-			before.Close() // Its calls are over, so there is nobody to tell of an error.
-		}
 		conn, err = m.call(ctx, e.key)
 	})
 }
@@ -413,7 +435,7 @@ func (m *Maker) call(ctx context.Context, key string) (conn Conn, err error) {
 		}
 	}()
 	conn, err = m.make(ctx, key)
-	if err == nil && conn == nil {
+	if err == nil && isnil.Value(conn) {
 		err = status.Error(codes.Internal, "make returned neither a connection nor an error")
 	}
 	return conn, err
@@ -425,7 +447,9 @@ func (m *Maker) settle(e *entry, conn Conn, err error) {
 	if err == nil {
 		var stack *interceptor.Stack
 		if stack, err = interceptor.NewStack(&inUse{entry: e}); err == nil {
-			streams = stack.Wrap(conn)
+			// The Maker does not ask whether conn is READY, for streams as little as for
+			// unary calls: a stack on conn itself may.
+			streams = stack.Wrap(struct{ grpc.ClientConnInterface }{conn})
 		}
 	}
 	m.mu.Lock()
@@ -435,13 +459,12 @@ func (m *Maker) settle(e *entry, conn Conn, err error) {
 		e.err = m.closedRefusal
 	case err != nil:
 		e.err = m.refuse("no connection for "+e.key, err, codes.Unavailable)
-		delete(m.entries, e.key)
-		m.slots--
+		m.forgetLocked(e)
 		m.grantLocked()
 	default:
-		e.conn, e.streams = conn, streams
+		e.conn, e.streams, e.began = conn, streams, interceptor.Now()
 		if e.refs == 0 {
-			m.idleLocked(e)
+			m.restLocked(e)
 		}
 	}
 	close(e.made)
@@ -461,23 +484,112 @@ func (m *Maker) closeConn(conn Conn) {
 	}
 }
 
-// evictLocked closes the connection of e, which is not in use.
-func (m *Maker) evictLocked(e *entry) {
+// dropLocked closes the connection of e, which is not in use, in the background, and
+// gives its slot away.
+func (m *Maker) dropLocked(e *entry) {
 	if e.in == &m.idle {
 		m.idle.remove(e)
 	}
-	delete(m.entries, e.key)
+	m.forgetLocked(e)
 	m.closing++
 	m.wg.Go(func() {
-		e.conn.Close() // As in runLocked.
+		e.conn.Close() // Its calls are over, so there is nobody to tell of an error.
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		m.closing--
-		m.slots--
-		if !m.closed {
-			m.grantLocked()
-		}
 	})
+	m.grantLocked()
+}
+
+// forgetLocked takes the slot of e away.
+func (m *Maker) forgetLocked(e *entry) {
+	if m.entries[e.key] == e {
+		delete(m.entries, e.key)
+	}
+	delete(m.retired, e)
+	m.slots--
+}
+
+// retireLocked lets e, which has a slot, take no new calls. It is closed when its last
+// call has ended; the next call of its key makes, or waits for, another connection.
+func (m *Maker) retireLocked(e *entry) {
+	if e.in == &m.idle {
+		m.dropLocked(e)
+		return
+	}
+	delete(m.entries, e.key)
+	m.retired[e] = struct{}{}
+}
+
+func (m *Maker) isRetiredLocked(e *entry) bool {
+	_, ok := m.retired[e]
+	return ok
+}
+
+// Forget drops the connection of a key: calls in flight end on it, it is closed when
+// they have, and the next call makes another one. It is for a connection that the
+// program knows to be of no use any more. It reports whether there was one.
+func (m *Maker) Forget(key string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e := m.entries[key]
+	if e == nil || e.in == &m.queue {
+		return false
+	}
+	m.retireLocked(e)
+	return true
+}
+
+// turn is how long a connection is used at least while other keys wait.
+const turn = time.Second
+
+// takeTurns lets those that are in the queue have a connection in time, though all are
+// always in use: once in a turn the one that was made first is retired.
+func (m *Maker) takeTurns() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.takeTurnsLocked(0)
+}
+
+// takeTurnsLocked arms the timer of the next turn, not before after has passed.
+func (m *Maker) takeTurnsLocked(after time.Duration) {
+	if m.turns != nil || m.queue.first == nil || m.closed {
+		return
+	}
+	if e := m.oldestLocked(); e != nil {
+		after = max(after, e.began.Add(turn).Sub(interceptor.Now()))
+	} else {
+		after = max(after, turn) // All are being made, or retired already.
+	}
+	m.wg.Add(1)
+	m.turns = time.AfterFunc(after, m.nextTurn)
+}
+
+// nextTurn is called by the timer.
+func (m *Maker) nextTurn() {
+	defer m.wg.Done()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.turns = nil
+	if m.closed || m.queue.first == nil {
+		return
+	}
+	after := time.Duration(0)
+	if e := m.oldestLocked(); e != nil && interceptor.Now() >= e.began.Add(turn) {
+		m.retireLocked(e)
+		after = turn
+	}
+	m.takeTurnsLocked(after)
+}
+
+// oldestLocked is the entry that was made first of those in use that are not retired.
+func (m *Maker) oldestLocked() (oldest *entry) {
+	for _, e := range m.entries {
+		if e.conn != nil && (oldest == nil || e.began < oldest.began) {
+			oldest = e
+		}
+	}
+	return oldest
 }
 
 // armLocked sets the timer for the entry that has been idle for longest.
@@ -511,7 +623,7 @@ func (m *Maker) expire() {
 	m.disarmLocked() // Itself, or one that was set while it waited for the lock.
 	now := interceptor.Now()
 	for e := m.idle.first; e != nil && m.config.IdleTimeout >= 0 && now.Sub(e.since) >= m.config.IdleTimeout; e = m.idle.first {
-		m.evictLocked(e)
+		m.dropLocked(e)
 	}
 	m.armLocked()
 }
@@ -529,25 +641,32 @@ func (m *Maker) Close() error {
 		return errors.Join(m.errs...)
 	}
 	m.closed = true
+	close(m.ended)
 	m.disarmLocked()
-	for _, e := range m.entries {
+	if m.turns != nil && m.turns.Stop() {
+		m.wg.Done()
+	}
+	end := func(e *entry) {
 		switch {
 		case e.conn != nil:
 			m.wg.Go(func() { m.closeConn(e.conn) })
 		case e.cancel != nil:
 			e.cancel()
-		default: // In the queue.
-			e.err = m.closedRefusal
-			close(e.granted)
-			close(e.made)
 		}
 	}
+	for _, e := range m.entries {
+		end(e)
+	}
+	for e := range m.retired {
+		end(e)
+	}
 	clear(m.entries)
+	clear(m.retired)
 	m.idle, m.queue = list{}, list{}
 	m.mu.Unlock()
 	m.wg.Wait()
 	m.mu.Lock()
-	m.slots = 0
+	m.slots, m.closing = 0, 0
 	m.mu.Unlock()
 	close(m.done)
 	return errors.Join(m.errs...)

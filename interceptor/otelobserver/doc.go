@@ -7,7 +7,7 @@
 //
 //	obs, err := otelobserver.New(otel.GetMeterProvider())
 //	…
-//	stack, err := interceptor.NewStack(interceptor.Observe(obs), limit, retry)
+//	stack, err := interceptor.NewStack(interceptor.Observe(obs), retry.Config{}, concurrency.Config{Limit: 20})
 //
 // The instruments, with their attributes:
 //
@@ -22,6 +22,7 @@
 //	belfry.budget.balance  gauge      belfry.layer                                               further attempts that the budget allows now
 //	belfry.limit           gauge      belfry.layer                                               the limit in force
 //
-// belfry.attempt is "first" or "further", belfry.outcome as interceptor.Outcome
-// prints it, and rpc.grpc.status the name of the status code.
+// rpc.method is the full name of the method: of the first [MaxMethods] of them, and
+// "other" of further ones. belfry.attempt is "first" or "further", belfry.outcome is
+// as interceptor.Outcome prints it, and rpc.grpc.status the name of the status code.
 package otelobserver

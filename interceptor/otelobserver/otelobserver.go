@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -31,9 +32,41 @@ type Observer struct {
 	wait                                                       metric.Float64Histogram
 	budget, limit                                              metric.Float64Gauge
 
+	// methods are the names that are reported, and known how many there are.
+	methods sync.Map // of string to struct{}
+	known   atomic.Int64
 	// sets has the attributes of each combination that has occurred. Their number
 	// is bounded as that of methods, layers and reasons is.
 	sets sync.Map // of key to *option
+}
+
+// MaxMethods is how many method names an Observer reports. Calls of further ones
+// have the method "other", because a program that passes calls on may be sent any
+// number of names, and each is kept for ever.
+const MaxMethods = 1000
+
+// other is reported for methods beyond MaxMethods, as gRPC does for unknown ones.
+const other = "other"
+
+// reported is the name that is reported for a method.
+func (o *Observer) reported(method string) string {
+	if method == other {
+		return other
+	}
+	if _, ok := o.methods.Load(method); ok {
+		return method
+	}
+	if o.known.Load() >= MaxMethods {
+		return other
+	}
+	if o.known.Add(1) > MaxMethods {
+		o.known.Add(-1)
+		return other
+	}
+	if _, twice := o.methods.LoadOrStore(method, struct{}{}); twice {
+		o.known.Add(-1)
+	}
+	return method
 }
 
 // key is one combination of attribute values.
@@ -105,6 +138,12 @@ func New(p metric.MeterProvider) (*Observer, error) {
 func (o *Observer) with(k key) *option {
 	if v, ok := o.sets.Load(k); ok {
 		return v.(*option)
+	}
+	if k.method != "" {
+		if m := o.reported(k.method); m != k.method {
+			k.method = m
+			return o.with(k)
+		}
 	}
 	var kvs []attribute.KeyValue
 	if k.method != "" {

@@ -6,6 +6,7 @@ package otelobserver_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -57,22 +58,19 @@ func points(t *testing.T, r sdk.Reader) map[string]float64 {
 	return got
 }
 
-func TestAStackReportsItsCallsAsInstruments(t *testing.T) {
+func TestInstruments(t *testing.T) {
 	reader := sdk.NewManualReader()
 	provider := sdk.NewMeterProvider(sdk.WithReader(reader))
 	obs, err := otelobserver.New(provider)
 	if err != nil {
 		t.Fatal(err)
 	}
-	allow, err := interceptor.FromAllow("breaker", interceptor.ReasonBreakerOpen, func(ctx context.Context) (func(interceptor.Outcome, error), error) {
+	allow := interceptor.FromAllow("breaker", interceptor.ReasonBreakerOpen, func(ctx context.Context) (func(interceptor.Outcome, error), error) {
 		if ctx.Value(open{}) != nil {
 			return nil, errors.New("open")
 		}
 		return nil, nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	stack, err := interceptor.NewStack(interceptor.Observe(obs), allow)
 	if err != nil {
 		t.Fatal(err)
@@ -125,7 +123,37 @@ func TestAStackReportsItsCallsAsInstruments(t *testing.T) {
 
 type open struct{}
 
-func TestNewRejectsANilProvider(t *testing.T) {
+func TestMaxMethods(t *testing.T) {
+	reader := sdk.NewManualReader()
+	obs, err := otelobserver.New(sdk.NewMeterProvider(sdk.WithReader(reader)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const further = 50
+	for range 2 {
+		for i := range otelobserver.MaxMethods + further {
+			obs.Attempt(fmt.Sprintf("/s/m%d", i), 0)
+		}
+	}
+	obs.Refused("/s/m0", "limit", interceptor.ReasonConcurrency)
+	obs.Refused("/s/new", "limit", interceptor.ReasonConcurrency)
+	got := points(t, reader)
+	for name, want := range map[string]float64{
+		"belfry.attempts{belfry.attempt=first,rpc.method=/s/m0}":                        2,
+		"belfry.attempts{belfry.attempt=first,rpc.method=other}":                        2 * further,
+		"belfry.refused{belfry.layer=limit,belfry.reason=CONCURRENCY,rpc.method=/s/m0}": 1,
+		"belfry.refused{belfry.layer=limit,belfry.reason=CONCURRENCY,rpc.method=other}": 1,
+	} {
+		if got[name] != want {
+			t.Errorf("%s = %v, want %v", name, got[name], want)
+		}
+	}
+	if n := len(got); n != otelobserver.MaxMethods+3 {
+		t.Errorf("%d points, want %d", n, otelobserver.MaxMethods+3)
+	}
+}
+
+func TestNilProvider(t *testing.T) {
 	if _, err := otelobserver.New(nil); err == nil {
 		t.Error("New(nil) returned no error")
 	}

@@ -1,50 +1,76 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package ratelimit is a layer that lets calls begin at a limited rate. Use it
-// to stay within a quota, or to spare a server that says how much it can bear; to
-// bound how many calls run at a time, use a concurrency limit instead, which
+// Package ratelimit is a layer that limits the rate at which calls are sent. Use
+// it to stay within a quota, or to spare a server that says how much it can bear.
+// To bound how many calls run at a time, use a concurrency limit instead, which
 // follows a server that gets slower.
 //
-//	limit, err := ratelimit.New(ratelimit.Config{Limit: 100, Per: time.Second, Burst: 20})
-//	…
-//	stack, err := interceptor.NewStack(limit)
+//	stack, err := interceptor.NewStack(
+//		concurrency.Config{Limit: 50},
+//		ratelimit.Config{Limit: 100, Per: time.Second, Burst: 20},
+//	)
 //
 // # What it does to a call
 //
-// Each call, or each attempt if the layer stands inside a retry or a hedge, takes
-// a token when it is admitted; a stream takes one, not one for each message.
-// Without a token the call waits its turn, first come, first served, or is
-// refused: as its [interceptor.Wait] says. A call whose turn would come after the end of its Wait
+// Each call, or each attempt if the layer is inside a retry or a hedge, takes a
+// token when it is admitted. A stream takes one token, however many messages it
+// has. A call that finds no token waits for one or is refused, as its
+// [interceptor.Wait] says. A call whose token would come after the end of its Wait
 // or after its deadline is refused at once, with RESOURCE_EXHAUSTED, reason
-// RATE_LIMIT, and a RetryInfo that says when its turn would have come. A call
-// that is refused further in, or that is not sent for another reason, gives its
-// token back, to the first in the queue if there is one.
+// RATE_LIMIT, and a RetryInfo that says when its token would have come.
 //
-// One Layer has one rate, shared by all stacks, connections and methods that it
-// stands in: a limit for the whole program is one value in all stacks. With a key
-// ([Config.KeyBy], [WithKey]) each key has that rate.
+// Calls that wait are served by priority ([WithPriority]). Within a priority,
+// further attempts of a call go ahead of first attempts, and otherwise whoever came
+// first.
+//
+// A call that was not sent gives its token back: a layer inside refused it, there
+// was no connection, or gRPC could not marshal the request. The token goes to the
+// first call that waits. See below for when it comes too late.
+//
+// One Layer has one rate, shared by all stacks, connections and methods that use
+// it: for one limit of the whole program, put one value into all stacks. With
+// [Config.KeyBy] each key has that rate, and a refusal names the key.
 //
 // # Algorithms
 //
-// [Smooth], the default, is the generic cell rate algorithm: Burst tokens at most,
-// and one more every Per/Limit. In any interval of length t at most
-// Burst + t·Limit/Per calls begin. It is one atomic word.
+// [Smooth], the default, is the generic cell rate algorithm: a bucket of at most
+// Burst tokens, and a new token every Per/Limit. In any interval of length t at
+// most
 //
-// [Window] has the semantics of Tower's rate limit, Limit calls at once and then
-// none until Per has passed, but over a window that slides with each call: in no
-// interval of length Per do more than Limit calls begin, where windows that
-// begin anew let twice the limit pass around their edges.
+//	Burst + t·Limit/Per
+//
+// calls are admitted, not counting those that give their token back. A token that
+// comes back late is worth nothing if the bucket could have been refilled without
+// it meanwhile: otherwise, calls that hold many tokens for a while and then give
+// them back would let others exceed the bound. A token comes back in time for at
+// most the first Burst·Per/Limit after it was taken.
+//
+// [Window] admits at most Limit calls in any interval of length Per. It has the
+// semantics of Tower's rate limit (Limit calls at once, and then none until Per has
+// passed), but over a window that slides with each call. Windows with fixed edges
+// admit up to twice the limit around an edge. A token that is given back is worth
+// something until Per has passed.
 //
 // # Order
 //
-// Outside a retry the layer counts calls, inside it attempts, which is what a
-// server's quota counts. A queue that bounds the number of calls that wait
-// stands outside it, as does a load shed; a concurrency limit stands inside it, so
-// that no permit is held while waiting for a token.
+// Put the rate inside of whatever calls wait for, such as a concurrency limit:
 //
-// # Other limiters
+//	buffer > concurrency > ratelimit
 //
-// [FromRate] makes a layer of a limiter of golang.org/x/time/rate, [FromLimiter]
-// of a [Limiter] that asks elsewhere, such as one that many processes share.
+// Then a call takes its token directly before it is sent, and the bound above is one
+// on what the server sees. In the order ratelimit > concurrency, tokens are taken
+// before the wait for a permit: with 100 calls a second and a server that hangs for
+// 10 s, the 1,000 calls that have their token are all sent in the second after.
+// The price of the recommended order is that a call holds its permit while it waits
+// for a token.
+//
+// Outside of a retry the layer counts calls, inside of it attempts, which is what a
+// server's quota counts. A load shed or a buffer stays outside of the rate.
+//
+// # Third-party limiters
+//
+// [FromRate] makes a layer of a limiter of golang.org/x/time/rate. [FromLimiter]
+// makes one of a [Limiter] that asks elsewhere, such as a store that many processes
+// share.
 package ratelimit

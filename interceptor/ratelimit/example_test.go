@@ -11,13 +11,14 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 )
 
-// echo stands in for a connection; a *grpc.ClientConn is used in the same way, or
+// echo takes the part of a connection. A *grpc.ClientConn is used in the same way, or
 // takes the stack's DialOptions.
 type echo struct{ grpc.ClientConnInterface }
 
@@ -27,11 +28,7 @@ func (echo) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.CallOpt
 }
 
 func Example() {
-	limit, err := ratelimit.New(ratelimit.Config{Limit: 2, Per: time.Minute, Burst: 2})
-	if err != nil {
-		log.Fatal(err)
-	}
-	stack, err := interceptor.NewStack(limit)
+	stack, err := interceptor.NewStack(ratelimit.Config{Limit: 2, Per: time.Minute, Burst: 2})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -54,27 +51,25 @@ func Example() {
 	// ratelimit RATE_LIMIT ResourceExhausted true
 }
 
-// Unary calls and streams have a rate each.
-func ExampleWithKey() {
-	kind := func(_ context.Context, c *interceptor.Call) string {
-		if c.Kind() == interceptor.Unary {
-			return "unary"
+// Each tenant has a rate of its own, and a refusal says whose was exceeded.
+func ExampleConfig_keyBy() {
+	stack, err := interceptor.NewStack(ratelimit.Config{
+		Limit: 1, Per: time.Minute,
+		KeyBy: interceptor.KeyBy{Metadata: "tenant"},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	conn := stack.Wrap(echo{})
+	for _, tenant := range []string{"a", "b", "a"} {
+		ctx := metadata.AppendToOutgoingContext(context.Background(), "tenant", tenant)
+		err := conn.Invoke(ctx, "/helloworld.Greeter/SayHello", nil, nil, interceptor.WithWait(interceptor.None))
+		if err != nil {
+			fmt.Println(status.Convert(err).Message())
 		}
-		return "streams"
 	}
-	limit, err := ratelimit.New(ratelimit.Config{Limit: 100}, ratelimit.WithKey(kind), ratelimit.WithName("by-kind"))
-	if err != nil {
-		log.Fatal(err)
-	}
-	stack, err := interceptor.NewStack(limit)
-	if err != nil {
-		log.Fatal(err)
-	}
-	if err := stack.Wrap(echo{}).Invoke(context.Background(), "/helloworld.Greeter/SayHello", nil, nil); err != nil {
-		log.Fatal(err)
-	}
-	fmt.Println(stack, limit.Keys())
 	// Output:
 	// called /helloworld.Greeter/SayHello
-	// [by-kind] 1
+	// called /helloworld.Greeter/SayHello
+	// belfry: ratelimit: RATE_LIMIT ("a"): more than 1 in 1m0s
 }

@@ -43,104 +43,104 @@ const unknownRetry = 100 * time.Millisecond
 // limiter's error.
 func WithFailOpen() Option { return func(o *options) { o.open = true } }
 
-// FromLimiter makes a layer of a limiter that decides elsewhere. The key of a call
-// is what [WithKey] says, and otherwise empty. A call waits by asking again when
-// it was told to, as long as its Wait and its deadline allow; among those who wait
-// the limiter chooses.
-func FromLimiter(limiter Limiter, opts ...Option) (interceptor.Layer, error) {
+// FromLimiter returns a layer of a limiter that decides elsewhere. by says which key
+// a call has, and the zero KeyBy that all have the empty one; a refusal names the
+// key. A call waits by asking again when the limiter said, as long as its Wait and
+// its deadline allow. Among those that wait the limiter chooses, so [WithPriority]
+// has no effect. An error of NewStack is a [*interceptor.ConfigError], or several
+// joined.
+func FromLimiter(limiter Limiter, by interceptor.KeyBy, opts ...Option) interceptor.Spec {
 	o := optionsOf(opts)
 	isNil := limiter == nil || reflect.ValueOf(limiter).Kind() == reflect.Pointer && reflect.ValueOf(limiter).IsNil()
 	o.errs.NotNil(isNil, "FromLimiter.limiter", "a limiter")
+	o.errs.In("FromLimiter").KeyBy("by", by)
 	if err := o.errs.Err(); err != nil {
-		return nil, err
-	}
-	if o.key == nil {
-		o.key = func(context.Context, *interceptor.Call) string { return "" }
+		return failed{err}
 	}
 	failed := interceptor.Refuse(o.name, interceptor.ReasonRateLimit, "the limiter cannot decide")
 	failed.Code = codes.Unavailable
 	return &elsewhere{
-		name: o.name, key: o.key, open: o.open, limiter: limiter, over: newRefusals(o.name, "no token"), failed: failed,
-	}, nil
+		name: o.name, by: by, open: o.open, limiter: limiter, over: newRefusals(o.name, "", "no token"), failed: failed,
+	}
 }
 
 type elsewhere struct {
 	interceptor.GateOnly
 	name    string
-	key     KeyFunc
+	by      interceptor.KeyBy
 	open    bool
 	limiter Limiter
 	over    *refusals
 	failed  *interceptor.Refusal
 }
 
-func (l *elsewhere) String() string { return l.name }
+func (l *elsewhere) NewLayer() (interceptor.Layer, error) { return l, nil }
+func (l *elsewhere) String() string                       { return l.name }
+func (l *elsewhere) Traits() interceptor.Traits           { return traits }
 
 func (l *elsewhere) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		key := l.key(ctx, c)
-		taken, err := l.take(ctx, c, key, w)
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		key := l.by.Key(ctx, a)
+		taken, err := l.take(ctx, a, key, w)
 		if err != nil {
+			if r, ok := err.(*interceptor.Refusal); ok && key != "" && r.Reason == interceptor.ReasonRateLimit {
+				err = r.ForKey(key)
+			}
 			return err
 		}
-		if taken {
-			c.Hold(&token{limiter: l.limiter, key: key}, 0)
+		if slot := a.Internals().Slot(); slot != nil {
+			slot.Pass()
 		}
-		return inner.Admit(ctx, c, w)
+		if taken {
+			a.Hold(&token{limiter: l.limiter, key: key}, 0)
+		}
+		return inner.Admit(ctx, a, w)
 	})
 }
 
 // take reports whether the call passes with a token, or without because the
 // limiter has failed.
-func (l *elsewhere) take(ctx context.Context, c *interceptor.Call, key string, w interceptor.Wait) (taken bool, err error) {
-	var since interceptor.Instant
-	for {
-		d, err := l.ask(ctx, c, key)
-		if err != nil || d.OK {
-			if since != 0 {
-				c.Waited(l.name, since)
-			}
-			switch {
-			case err == nil:
-				return true, nil
-			case ctx.Err() != nil:
-				return false, interceptor.Ended(ctx, l.name)
-			case l.open:
-				return false, nil
-			}
+func (l *elsewhere) take(ctx context.Context, a *interceptor.Admission, key string, w interceptor.Wait) (taken bool, err error) {
+	latest := latestOf(ctx, w)
+	for since := interceptor.Instant(0); ; {
+		d, err := l.ask(ctx, a, key)
+		switch {
+		case err == nil && d.OK:
+			return true, nil
+		case ctx.Err() != nil:
+			return false, interceptor.Ended(ctx, l.name)
+		case err != nil && l.open:
+			return false, nil
+		case err != nil:
 			return false, l.failed.Because(err, false)
 		}
-		if ctx.Err() != nil {
-			return false, interceptor.Ended(ctx, l.name)
-		}
 		now := interceptor.Now()
-		turn, again := interceptor.Instant(never), now.Add(unknownRetry)
+		turn, again := never, now.Add(unknownRetry)
 		if d.RetryAfter > 0 {
 			turn = now.Add(d.RetryAfter)
 			again = turn
 		}
-		if again > latestOf(ctx, w) {
-			err = l.over.after(turn, now)
-		} else {
-			if since == 0 {
-				since = now
-			}
-			if w.Sleep(ctx, again) == nil {
-				continue
-			}
-			err = interceptor.Ended(ctx, l.name)
+		if again > latest {
+			return false, l.over.after(turn, now)
 		}
-		if since != 0 {
-			c.Waited(l.name, since)
+		if since == 0 {
+			since = now
+			parked, done := a.Park(ctx)
+			defer done()
+			defer a.Waited(l.name, since)
+			ctx = parked
 		}
-		return false, err
+		if w.Sleep(ctx, again) != nil {
+			return false, interceptor.Ended(ctx, l.name)
+		}
 	}
 }
 
 // ask asks the limiter. To find out may take as long as the deadlines of the layers
 // outside allow, however long the call may wait.
-func (l *elsewhere) ask(ctx context.Context, c *interceptor.Call, key string) (Decision, error) {
-	if end, ok := c.Widen(interceptor.None, interceptor.Forever).End(); ok {
+func (l *elsewhere) ask(ctx context.Context, a *interceptor.Admission, key string) (Decision, error) {
+	in := a.Internals()
+	if end, ok := in.Widen(interceptor.None, interceptor.Forever).End(); ok && !in.NeverWaits() {
 		within, cancel := context.WithDeadline(ctx, end.Time())
 		defer cancel()
 		ctx = within
@@ -154,9 +154,9 @@ type token struct {
 	key     string
 }
 
-// Release gives the token back if it was not used.
-func (t *token) Release(_ int64, o interceptor.Outcome, _ error) {
-	if o == interceptor.NotSent {
+// Release gives back the token of a call that was not sent.
+func (t *token) Release(_ int64, e interceptor.End) {
+	if !e.Outcome.Sent() {
 		t.limiter.Refund(t.key)
 	}
 }

@@ -11,23 +11,24 @@ import (
 	"time"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/waitlist"
 )
 
 // never is when a token comes that does not come.
 const never interceptor.Instant = math.MaxInt64
 
-// lookAgain is how often at least to look for tokens of a source that may be changed
-// by others, while calls wait for them.
+// lookAgain is how often at least to look for tokens of a source that others may
+// change, while calls wait for them.
 const lookAgain = time.Second
 
 // A source says when tokens come. It is safe for concurrent use.
 type source interface {
-	// take takes a token if there is one now. at is what refund wants to know.
-	take(now interceptor.Instant) (at interceptor.Instant, ok bool)
+	// take takes a token if there is one now. token is what refund wants to know.
+	take(now interceptor.Instant) (token int64, ok bool)
 	// next is when the token after so many others can be taken; not before now.
 	next(now interceptor.Instant, ahead int) interceptor.Instant
-	// refund gives a token back.
-	refund(at interceptor.Instant)
+	// refund gives a token back, unless it comes too late.
+	refund(token int64)
 }
 
 // An own source is one of this package.
@@ -39,102 +40,118 @@ type own interface {
 	update(now interceptor.Instant, p *params)
 }
 
-// A queue gives the tokens of a source to calls, first come, first served. A call
-// that finds a token and nobody waiting takes no lock.
+// A queue gives the tokens of a source to calls, in the order of their ranks. A
+// call that finds a token and nobody waiting takes no lock, and neither does one
+// that is refused because it may not wait.
 //
-// Waiting calls do not reserve tokens ahead of time: then a token that is given
-// back goes to the first in the queue and everyone moves up, a call that gives
-// up leaves no trace, and a changed rate holds for those who wait already.
+// Waiting calls do not reserve tokens ahead of time. So a token that is given back
+// goes to the first in the queue and all others move up, a call that gives up
+// leaves no trace, and a changed rate holds for those that wait already.
 type queue struct {
-	name    string
-	src     source
-	over    atomic.Pointer[refusals]
-	waiting atomic.Int64 // The length of the list below. Written under mu.
+	name     string
+	key      string // Empty if calls are not told apart.
+	src      source
+	priority interceptor.PriorityFunc
+	over     atomic.Pointer[refusals] // Nil until needed. Written under mu.
+	waiting  atomic.Int64             // The length of list. Written under mu.
 
 	// mu guards the fields below. The source's own lock may be taken under it, and
-	// that of a gate further out, by interceptor.Place.
-	mu         sync.Mutex
-	head, tail *waiter
-	timer      *time.Timer // Fires when the head's token comes; nil until first needed.
+	// that of a gate further out, by interceptor.Slot.
+	mu      sync.Mutex
+	message string // Of refusals.
+	list    waitlist.List[waiter]
+	timer   *time.Timer // Fires when the token of the first in the list comes; nil until first needed.
 }
 
-// A waiter is a call in a queue. Its fields are guarded by the queue's mu, but for
-// at and turn, which are set before done is closed and read after.
+// A waiter is a call in a queue. Its fields are guarded by the queue's mu, except
+// for ok, token and turn, which are set before done is closed and read after.
 type waiter struct {
-	prev, next *waiter
-	latest     interceptor.Instant // It waits for no token that comes later.
-	place      interceptor.Place   // Where it waits on behalf of a gate further out; may be nil.
-	done       chan struct{}       // Closed when the waiter leaves the list with a token or a refusal.
-	at         interceptor.Instant // When its token was taken; 0 for a refusal.
-	turn       interceptor.Instant // Of a refusal: when its token would have come.
+	latest interceptor.Instant // It waits for no token that comes later.
+	slot   interceptor.Slot    // Where it waits on behalf of a gate further out; may be nil.
+	done   chan struct{}       // Closed when the waiter leaves the list with a token or a refusal.
+	ok     bool                // It has a token.
+	token  int64
+	turn   interceptor.Instant // Of a refusal: when its token would have come.
 }
 
-func newQueue(name string, src source, over *refusals) *queue {
-	q := &queue{name: name, src: src}
-	q.over.Store(over)
-	return q
+func newQueue(name, key string, src source, priority interceptor.PriorityFunc, message string) *queue {
+	return &queue{name: name, key: key, src: src, priority: priority, message: message}
 }
 
-// acquire takes a token for c.
-func (q *queue) acquire(ctx context.Context, c *interceptor.Call, w interceptor.Wait) (interceptor.Instant, error) {
-	if q.waiting.Load() == 0 {
-		if at, ok := q.src.take(c.Now()); ok {
-			return at, nil
+// acquire takes a token for a call.
+func (q *queue) acquire(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) (token int64, err error) {
+	waiting, now := q.waiting.Load(), a.Now()
+	if waiting == 0 {
+		if token, ok := q.src.take(now); ok {
+			if slot := a.Internals().Slot(); slot != nil {
+				slot.Pass()
+			}
+			return token, nil
 		}
 	}
-	return q.acquireSlow(ctx, c, w)
-}
-
-func (q *queue) acquireSlow(ctx context.Context, c *interceptor.Call, w interceptor.Wait) (interceptor.Instant, error) {
+	latest := latestOf(ctx, w)
+	if waiting == 0 || w == interceptor.None { // Nobody gives way to this call.
+		if turn := q.src.next(now, int(waiting)); turn > latest || turn == never {
+			return 0, q.refusals().after(turn, now)
+		}
+	}
 	if ctx.Err() != nil {
 		return 0, interceptor.Ended(ctx, q.name)
 	}
-	latest := latestOf(ctx, w)
-	now := interceptor.Now()
-	q.mu.Lock()
-	q.serveLocked(now)
-	if q.head == nil {
-		if at, ok := q.src.take(now); ok {
-			q.mu.Unlock()
-			return at, nil
-		}
-	}
-	if turn := q.src.next(now, int(q.waiting.Load())); turn > latest || turn == never {
-		q.mu.Unlock()
-		return 0, q.over.Load().after(turn, now)
-	}
-	me := &waiter{latest: latest, place: c.Place(), done: make(chan struct{})}
-	q.pushLocked(me)
-	// Who gives a token back looks at the length of the list, so one that came back
-	// before the list grew is found here.
-	q.serveLocked(now)
-	q.armLocked(now)
-	q.mu.Unlock()
-
-	var end <-chan time.Time
-	if w != interceptor.Forever {
-		t := time.NewTimer(w.Remaining())
-		defer t.Stop()
-		end = t.C
-	}
-	select {
-	case <-me.done:
-	case <-ctx.Done():
-		q.leave(me)
-		c.Waited(q.name, now)
-		return 0, interceptor.Ended(ctx, q.name)
-	case <-end:
-		q.expire(me)
-	}
-	c.Waited(q.name, now)
-	if me.at == 0 {
-		return 0, q.over.Load().after(me.turn, interceptor.Now())
-	}
-	return me.at, nil
+	return q.wait(ctx, a, w, latest)
 }
 
-// latestOf is the last moment that a token is of use to a call: within its Wait,
-// and before its deadline, for at its deadline it is over.
+// wait waits for a token, unless that would come after latest.
+func (q *queue) wait(ctx context.Context, a *interceptor.Admission, w interceptor.Wait, latest interceptor.Instant) (int64, error) {
+	rank := waitlist.Rank{Priority: q.priority(ctx, a), Further: a.Attempt() > 0}
+	slot := a.Internals().Slot()
+	since := interceptor.Now()
+	q.mu.Lock()
+	q.serveLocked(since)
+	if q.list.Len() == 0 {
+		if token, ok := q.src.take(since); ok {
+			if slot != nil {
+				slot.Pass()
+			}
+			q.mu.Unlock()
+			return token, nil
+		}
+	}
+	if turn := q.src.next(since, q.list.Before(rank)); turn > latest || turn == never {
+		q.mu.Unlock()
+		return 0, q.refusals().after(turn, since)
+	}
+	me := &waitlist.Node[waiter]{Value: waiter{latest: latest, slot: slot, done: make(chan struct{})}}
+	q.list.Push(me, rank)
+	q.waiting.Add(1)
+	// Who gives a token back looks at the length of the list, so one that came back
+	// before the list grew is found here.
+	q.serveLocked(since)
+	q.armLocked(since)
+	q.mu.Unlock()
+
+	parked, done := a.Park(ctx)
+	defer done()
+	err := w.On(parked, me.Value.done)
+	switch err {
+	case nil:
+	case interceptor.ErrWaitOver:
+		q.expire(me)
+	default:
+		q.leave(me)
+	}
+	a.Waited(q.name, since)
+	switch {
+	case err != nil && err != interceptor.ErrWaitOver:
+		return 0, interceptor.Ended(parked, q.name)
+	case !me.Value.ok:
+		return 0, q.refusals().after(me.Value.turn, interceptor.Now())
+	}
+	return me.Value.token, nil
+}
+
+// latestOf is the last moment at which a token is of use to a call: within its
+// Wait, and before its deadline, because at its deadline it is over.
 func latestOf(ctx context.Context, w interceptor.Wait) interceptor.Instant {
 	latest := interceptor.Instant(w)
 	if w == interceptor.None {
@@ -146,51 +163,56 @@ func latestOf(ctx context.Context, w interceptor.Wait) interceptor.Instant {
 	return latest
 }
 
-// Release takes a token back that was not used.
-func (q *queue) Release(token int64, o interceptor.Outcome, _ error) {
-	if o != interceptor.NotSent {
+// refusals returns what calls are refused with. Caller must not hold q.mu.
+func (q *queue) refusals() *refusals {
+	if r := q.over.Load(); r != nil {
+		return r
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	r := q.over.Load()
+	if r == nil {
+		r = newRefusals(q.name, q.key, q.message)
+		q.over.Store(r)
+	}
+	return r
+}
+
+// Release takes back the token of a call that was not sent.
+func (q *queue) Release(token int64, e interceptor.End) {
+	if e.Outcome.Sent() {
 		return
 	}
-	q.src.refund(interceptor.Instant(token))
+	q.src.refund(token)
 	if q.waiting.Load() > 0 {
 		q.serve()
 	}
 }
 
-// leave is the end of me's waiting without a token.
-func (q *queue) leave(me *waiter) {
+// leave ends the waiting of me without a token.
+func (q *queue) leave(me *waitlist.Node[waiter]) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	select {
-	case <-me.done:
-		if me.at == 0 {
-			return
-		}
-		q.src.refund(me.at)
-	default:
-		q.removeLocked(me)
+	if q.list.Remove(me) {
+		q.waiting.Add(-1)
+	} else if me.Value.ok {
+		q.src.refund(me.Value.token)
 	}
 	now := interceptor.Now()
 	q.serveLocked(now)
 	q.armLocked(now)
 }
 
-// expire is the end of me's Wait. Its turn was to come before that, but others may
-// have taken its token from the source. One that has come by now is still its own.
-func (q *queue) expire(me *waiter) {
+// expire is the end of me's Wait. Its token was to come before that, but others may
+// have taken it: calls of a higher rank, or users of the source. If it has come by
+// now, me gets it.
+func (q *queue) expire(me *waitlist.Node[waiter]) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	now := interceptor.Now()
 	q.serveLocked(now)
-	select {
-	case <-me.done:
-	default:
-		ahead := 0
-		for other := me.prev; other != nil; other = other.prev {
-			ahead++
-		}
-		me.turn = q.src.next(now, ahead)
-		q.wakeLocked(me)
+	if ahead := q.list.Ahead(me, false); ahead >= 0 {
+		q.refuseLocked(me, q.src.next(now, ahead))
 	}
 	q.armLocked(now)
 }
@@ -204,33 +226,41 @@ func (q *queue) serve() {
 	q.armLocked(now)
 }
 
-// serveLocked gives tokens to the first waiters as long as there are any. Caller
-// must hold q.mu.
+// serveLocked gives tokens to the first in the list as long as there are any.
+// Caller must hold q.mu.
 func (q *queue) serveLocked(now interceptor.Instant) {
-	for q.head != nil {
-		at, ok := q.src.take(now)
+	for me := q.list.First(false); me != nil; me = q.list.First(false) {
+		token, ok := q.src.take(now)
 		if !ok {
 			return
 		}
-		me := q.head
-		me.at = at
-		q.wakeLocked(me)
+		q.removeLocked(me)
+		me.Value.token, me.Value.ok = token, true
+		if me.Value.slot != nil {
+			me.Value.slot.Pass()
+		}
+		close(me.Value.done)
 	}
 }
 
-// wakeLocked ends the waiting of me, whose fields say how. Caller must hold q.mu.
-func (q *queue) wakeLocked(me *waiter) {
-	q.removeLocked(me)
-	if me.place != nil {
-		me.place.Leave()
-	}
-	close(me.done)
-}
-
-// armLocked sets the timer to the moment when the head's token comes. Caller must
+// refuseLocked ends the waiting of me, whose token would come at turn. Caller must
 // hold q.mu.
+func (q *queue) refuseLocked(me *waitlist.Node[waiter], turn interceptor.Instant) {
+	q.removeLocked(me)
+	me.Value.turn = turn
+	close(me.Value.done)
+}
+
+// removeLocked takes me off the list. Caller must hold q.mu.
+func (q *queue) removeLocked(me *waitlist.Node[waiter]) {
+	q.list.Remove(me)
+	q.waiting.Add(-1)
+}
+
+// armLocked sets the timer to the moment when the next token comes. Caller must hold
+// q.mu.
 func (q *queue) armLocked(now interceptor.Instant) {
-	if q.head == nil {
+	if q.list.Len() == 0 {
 		if q.timer != nil {
 			q.timer.Stop()
 		}
@@ -248,26 +278,24 @@ func (q *queue) armLocked(now interceptor.Instant) {
 }
 
 // update changes the rate of a source that is this package's own. Waiters whose
-// turn comes too late now are refused.
+// token comes too late now are refused.
 func (q *queue) update(p *params) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	now := interceptor.Now()
-	q.over.Store(p.over)
+	q.message = p.message
+	q.over.Store(nil)
 	if src, ok := q.src.(own); ok {
 		src.update(now, p)
 	}
 	q.serveLocked(now)
 	ahead := 0
-	for me := q.head; me != nil; {
-		next := me.next
-		if turn := q.src.next(now, ahead); turn > me.latest {
-			me.turn = turn
-			q.wakeLocked(me)
+	for me := range q.list.All(false) {
+		if turn := q.src.next(now, ahead); turn > me.Value.latest {
+			q.refuseLocked(me, turn)
 		} else {
 			ahead++
 		}
-		me = next
 	}
 	q.armLocked(now)
 }
@@ -276,29 +304,4 @@ func (q *queue) update(p *params) {
 func (q *queue) full(now interceptor.Instant) bool {
 	src, ok := q.src.(own)
 	return ok && src.full(now)
-}
-
-func (q *queue) pushLocked(me *waiter) {
-	if q.tail == nil {
-		q.head = me
-	} else {
-		q.tail.next, me.prev = me, q.tail
-	}
-	q.tail = me
-	q.waiting.Add(1)
-}
-
-func (q *queue) removeLocked(me *waiter) {
-	if me.prev == nil {
-		q.head = me.next
-	} else {
-		me.prev.next = me.next
-	}
-	if me.next == nil {
-		q.tail = me.prev
-	} else {
-		me.next.prev = me.prev
-	}
-	me.prev, me.next = nil, nil
-	q.waiting.Add(-1)
 }

@@ -10,34 +10,42 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/belfry-go/belfry/interceptor"
-	"github.com/belfry-go/belfry/internal/check"
 )
 
-// FromRate makes a layer of a limiter of golang.org/x/time/rate, which may be used
-// elsewhere at the same time. Calls wait, are refused and give tokens back as with
-// [New]. The limiter may be changed by its methods: calls that wait see it
-// when the next token was expected to come, or within a second.
+// FromRate returns a layer of a limiter of golang.org/x/time/rate, which may be used
+// elsewhere at the same time. Calls wait and are refused as with [New]. The limiter
+// may be changed by its methods: calls that wait see it when the next token was
+// expected to come, or within a second. An error of NewStack is a
+// [*interceptor.ConfigError], or several joined.
 //
-// A token is given back by reserving minus one, since the limiter takes
-// reservations back only before their time.
-func FromRate(limiter *rate.Limiter, opts ...Option) (interceptor.Layer, error) {
+// A call that was not sent gives its token back by reserving minus one, because the
+// limiter takes reservations back only before their time. It does so only within
+// the time that the limiter takes to make a whole burst of tokens. What is sent may
+// therefore come in bursts of up to twice the limiter's burst, at the same average
+// rate.
+func FromRate(limiter *rate.Limiter, opts ...Option) interceptor.Spec {
 	o := optionsOf(opts)
 	o.errs.NotNil(limiter == nil, "FromRate.limiter", "a limiter")
-	o.errs.Require(o.key == nil, "WithKey", check.Set, "must not be used with FromRate, whose limiter has no keys")
 	o.notOpen()
 	if err := o.errs.Err(); err != nil {
-		return nil, err
+		return failed{err}
 	}
-	q := newQueue(o.name, rateSource{limiter}, newRefusals(o.name, "no token"))
-	return &rateLayer{queue: q}, nil
+	return &rateLayer{queue: newQueue(o.name, "", rateSource{limiter}, o.priority, "no token")}
 }
+
+// failed is a Spec that could not be made.
+type failed struct{ err error }
+
+func (f failed) NewLayer() (interceptor.Layer, error) { return nil, f.err }
 
 type rateLayer struct {
 	interceptor.GateOnly
 	queue *queue
 }
 
-func (l *rateLayer) String() string { return l.queue.name }
+func (l *rateLayer) NewLayer() (interceptor.Layer, error) { return l, nil }
+func (l *rateLayer) String() string                       { return l.queue.name }
+func (l *rateLayer) Traits() interceptor.Traits           { return traits }
 
 func (l *rateLayer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return &gate{queue: l.queue, inner: inner}
@@ -46,12 +54,12 @@ func (l *rateLayer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 // rateSource is a rate.Limiter as a source.
 type rateSource struct{ l *rate.Limiter }
 
-// take reads the clock, for a reading that is shared by the gates of a call may be
-// older than the limiter's last one, and a limiter of this kind would turn back its
-// own clock and give out the tokens since then a second time.
-func (s rateSource) take(interceptor.Instant) (interceptor.Instant, bool) {
+// take reads the clock, because a reading that is shared by the gates of a call may
+// be older than the limiter's last one, and a limiter of this kind would turn back
+// its own clock and give out the tokens since then a second time.
+func (s rateSource) take(interceptor.Instant) (at int64, ok bool) {
 	now := interceptor.Now()
-	return now, s.l.AllowN(now.Time(), 1)
+	return int64(now), s.l.AllowN(now.Time(), 1)
 }
 
 func (s rateSource) next(now interceptor.Instant, ahead int) interceptor.Instant {
@@ -69,4 +77,10 @@ func (s rateSource) next(now interceptor.Instant, ahead int) interceptor.Instant
 	return now.Add(time.Duration(math.Ceil(max(wait, 0))))
 }
 
-func (s rateSource) refund(interceptor.Instant) { s.l.ReserveN(interceptor.Now().Time(), -1) }
+func (s rateSource) refund(at int64) {
+	now := interceptor.Now()
+	age, full := now.Sub(interceptor.Instant(at)).Seconds(), float64(s.l.Burst())
+	if age*float64(s.l.Limit()) < full {
+		s.l.ReserveN(now.Time(), -1)
+	}
+}

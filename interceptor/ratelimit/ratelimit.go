@@ -15,15 +15,15 @@ import (
 	"github.com/belfry-go/belfry/internal/keyed"
 )
 
-// Algorithm is how tokens come; see the package documentation.
+// Algorithm says how tokens come; see the package documentation.
 type Algorithm uint8
 
 const (
-	// Smooth lets a token come every Per/Limit, and keeps up to Burst of them. It is
-	// the default.
+	// Smooth makes a token every Per/Limit, and keeps up to Burst of them. It is the
+	// default.
 	Smooth Algorithm = iota
-	// Window lets up to Limit calls begin in any interval of length Per, as soon as
-	// they like.
+	// Window admits up to Limit calls in any interval of length Per, as soon as they
+	// come.
 	Window
 )
 
@@ -38,42 +38,16 @@ func (a Algorithm) String() string {
 	return fmt.Sprintf("Algorithm(%d)", uint8(a))
 }
 
-// KeyBy is what calls are told apart by.
-type KeyBy uint8
-
-const (
-	// KeyNone does not tell calls apart: they share one rate. It is the default.
-	KeyNone KeyBy = iota
-	// KeyMethod gives each method its own rate, by its full name.
-	KeyMethod
-	// KeyMetadata gives each value of the outgoing metadata's entry KeyName its own
-	// rate, by the first value if there are several; calls without one share one.
-	// It costs a copy of the call's metadata.
-	KeyMetadata
-)
-
-// String returns the name in lower case.
-func (k KeyBy) String() string {
-	switch k {
-	case KeyNone:
-		return "none"
-	case KeyMethod:
-		return "method"
-	case KeyMetadata:
-		return "metadata"
-	}
-	return fmt.Sprintf("KeyBy(%d)", uint8(k))
-}
-
-// Config says at what rate calls may begin. It is plain data.
+// Config says at what rate calls are admitted. Apart from the function in KeyBy it
+// is plain data.
 type Config struct {
-	// Limit is how many calls may begin in each Per. Required; from 1 to 1e9, and for
-	// the Window algorithm, which remembers as many, to 1e6.
+	// Limit is how many calls are admitted in each Per. Required; from 1 to 1e9, and
+	// for the Window algorithm, which remembers as many, to 1e6.
 	Limit int
 	// Per is what Limit is counted in. From 1 ms to 8760 h (a year); 0 is the default,
 	// 1 s. Per/Limit must not be less than 1 ns.
 	Per time.Duration
-	// Burst is how many calls may begin at once after a pause, for the Smooth
+	// Burst is how many calls are admitted at once after a pause, for the Smooth
 	// algorithm; Window has no such number, and it must be 0. From 1 to 1e9, as long
 	// as Burst tokens come in a year; 0 is the default, a tenth of Limit and at least
 	// 1: enough for calls that come together by chance, at 10 % over the limit in the
@@ -81,16 +55,18 @@ type Config struct {
 	Burst int
 	// Algorithm is [Smooth] or [Window].
 	Algorithm Algorithm
-	// KeyBy gives calls a rate each by what they are told apart by.
-	KeyBy KeyBy
-	// KeyName is the name of the metadata entry for [KeyMetadata], otherwise empty.
-	KeyName string
-	// MaxKeys bounds how many keys are kept, at some 200 bytes each, and for the
-	// Window algorithm 8 more for each call in the window. From 1 to 1e6; 0 is the
-	// default, 10,000. A key whose tokens are all there is dropped when the place is
-	// needed, which forgives nothing. If no key can be dropped, all the keys that find
-	// no place share one rate: none is let through unlimited, and no key that is known
-	// suffers from those that are not.
+
+	// KeyBy gives the calls of each key a rate of their own. By default there is one
+	// rate for all.
+	KeyBy interceptor.KeyBy
+	// MaxKeys bounds how many keys have a rate of their own. From 1 to 1e6; 0 is the
+	// default, 10,000. A key takes some 300 bytes, for the Window algorithm 8 more for
+	// each call in the window, and up to 6,000 more once calls of it are refused.
+	//
+	// A key whose tokens are all there is dropped when there are new ones, which
+	// forgives nothing. If no key can be dropped, all keys beyond share one more rate,
+	// and refusals name them "(others)". So none is unlimited, and no key with a rate
+	// of its own suffers from those without.
 	MaxKeys int
 }
 
@@ -99,8 +75,6 @@ const (
 	maxWindow    = 1_000_000
 	minPer       = time.Millisecond
 	maxPer       = 8760 * time.Hour
-	maxKeys      = 1_000_000
-	defaultKeys  = 10_000
 	defaultPer   = time.Second
 	defaultBurst = 10 // As a part of Limit.
 )
@@ -113,17 +87,17 @@ type params struct {
 	per       time.Duration
 	burst     int
 	algorithm Algorithm
-	keyBy     KeyBy
-	keyName   string
+	keyBy     interceptor.KeyBy
 	maxKeys   int
 
 	// interval is the time between tokens, and tolerance Burst of them, in units of
 	// gcra.
 	interval, tolerance int64
-	over                *refusals
+	message             string // Of refusals.
 }
 
-func (cfg Config) params(errs *check.Errors, name string) *params {
+// params checks cfg. old is what an update replaces; nil for a new layer.
+func (cfg Config) params(errs *check.Errors, old *params) *params {
 	given := cfg
 	errs.Require(cfg.Algorithm <= Window, "Algorithm", cfg.Algorithm, "must be Smooth or Window")
 	if cfg.Algorithm == Window {
@@ -135,23 +109,20 @@ func (cfg Config) params(errs *check.Errors, name string) *params {
 	}
 	check.Default(errs, "Per", &cfg.Per, check.From(minPer, maxPer), defaultPer)
 	errs.Require(int64(cfg.Limit) <= int64(cfg.Per), "Limit", cfg.Limit, "must be at most %d, one call in 1ns of Per", int64(cfg.Per))
-	switch cfg.KeyBy {
-	case KeyNone, KeyMethod:
-		errs.Require(cfg.KeyName == "", "KeyName", cfg.KeyName, "must be empty unless KeyBy is metadata")
-	case KeyMetadata:
-		errs.Require(cfg.KeyName != "", "KeyName", cfg.KeyName, "must name a metadata entry if KeyBy is metadata")
-	default:
-		errs.Add("KeyBy", cfg.KeyBy, "must be KeyNone, KeyMethod or KeyMetadata")
+	var oldKeyBy *interceptor.KeyBy
+	if old != nil {
+		errs.Require(cfg.Algorithm == old.algorithm || cfg.Algorithm > Window, "Algorithm", cfg.Algorithm, "must stay %v: make a new layer", old.algorithm)
+		oldKeyBy = &old.keyBy
 	}
-	check.Default(errs, "MaxKeys", &cfg.MaxKeys, check.From(1, maxKeys), defaultKeys)
+	check.Keys(errs, cfg.KeyBy, oldKeyBy, &cfg.MaxKeys, nil)
 	p := &params{
 		given: given, limit: cfg.Limit, per: cfg.Per, burst: cfg.Burst, algorithm: cfg.Algorithm,
-		keyBy: cfg.KeyBy, keyName: cfg.KeyName, maxKeys: cfg.MaxKeys,
+		keyBy: cfg.KeyBy, maxKeys: cfg.MaxKeys,
 	}
 	if errs.Err() != nil {
 		return nil
 	}
-	p.over = newRefusals(name, fmt.Sprintf("more than %d in %v", p.limit, p.per))
+	p.message = fmt.Sprintf("more than %d in %v", p.limit, p.per)
 	if p.algorithm == Smooth {
 		// Rounded up, so that the rate is never more than the limit.
 		p.interval = (int64(p.per)*unit + int64(p.limit) - 1) / int64(p.limit)
@@ -162,41 +133,31 @@ func (cfg Config) params(errs *check.Errors, name string) *params {
 	return p
 }
 
-func (p *params) newQueue(name string) *queue {
-	var src source
-	if p.algorithm == Window {
-		src = newWindow(p)
-	} else {
-		src = newGCRA(p)
-	}
-	return newQueue(name, src, p.over)
-}
-
 // An Option changes what a layer is besides its Config.
 type Option func(*options)
 
 type options struct {
-	errs *check.Errors
-	name string
-	key  KeyFunc
-	open bool
+	errs     *check.Errors
+	name     string
+	priority interceptor.PriorityFunc
+	open     bool
 }
 
 // WithName names the layer, for refusals, metrics and Stack.String. By default it
 // is "ratelimit"; it must not be empty.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
-// WithKey gives the calls of each key their own rate; [Config.KeyBy] must be
-// KeyNone then.
-func WithKey(key KeyFunc) Option {
+// WithPriority sets what says which of the calls that wait goes first: the one with
+// the higher priority. By default that is [interceptor.ContextPriority].
+func WithPriority(f interceptor.PriorityFunc) Option {
 	return func(o *options) {
-		o.errs.NotNil(key == nil, "WithKey", "a function")
-		o.key = key
+		o.errs.NotNil(f == nil, "WithPriority", "a function")
+		o.priority = f
 	}
 }
 
 func optionsOf(opts []Option) options {
-	o := options{errs: check.Of("ratelimit"), name: "ratelimit"}
+	o := options{errs: check.Of("ratelimit"), name: "ratelimit", priority: interceptor.ContextPriority}
 	for _, opt := range opts {
 		opt(&o)
 	}
@@ -209,14 +170,14 @@ func (o *options) notOpen() {
 	o.errs.Require(!o.open, "WithFailOpen", check.Set, "must be used with FromLimiter alone")
 }
 
-// Layer is a rate limit. It may stand in any number of stacks, which then share
-// the rate.
+// Layer is a rate limit. It may be used in any number of stacks, which then share
+// the rate. All its methods may be called concurrently.
 type Layer struct {
 	interceptor.GateOnly
-	name string
-	key  KeyFunc            // Nil if calls are not told apart.
-	one  *queue             // If key is nil.
-	keys *keyed.Map[*queue] // If it is not.
+	name     string
+	priority interceptor.PriorityFunc
+	one      *queue             // If calls are not told apart.
+	keys     *keyed.Map[*queue] // If they are.
 
 	rate atomic.Pointer[params]
 	// mu is held by Update, so that what it changes is one configuration in the end.
@@ -228,50 +189,65 @@ type Layer struct {
 func New(cfg Config, opts ...Option) (*Layer, error) {
 	o := optionsOf(opts)
 	o.notOpen()
-	o.errs.Require(o.key == nil || cfg.KeyBy == KeyNone, "KeyBy", cfg.KeyBy, "must be KeyNone if WithKey is used")
-	p := cfg.params(o.errs, o.name)
+	p := cfg.params(o.errs, nil)
 	if err := o.errs.Err(); err != nil {
 		return nil, err
 	}
-	l := &Layer{name: o.name, key: o.key}
+	l := &Layer{name: o.name, priority: o.priority}
 	l.rate.Store(p)
-	switch p.keyBy {
-	case KeyMethod:
-		l.key = byMethod
-	case KeyMetadata:
-		l.key = byMetadata(p.keyName)
+	if !p.keyBy.IsSet() {
+		l.one = l.newQueue("")
+		return l, nil
 	}
-	if l.key == nil {
-		l.one = p.newQueue(l.name)
-	} else {
-		l.keys = newKeys(l)
+	// A queue may be dropped if no call is about to take its token and its bucket is
+	// full. Then a new bucket is as good, so nothing is forgiven, and a token that a
+	// call gives back later would not have fitted in anyway.
+	l.keys = keyed.New(
+		func() int { return l.rate.Load().maxKeys },
+		l.newQueue,
+		func(q *queue, _ time.Duration, now int64) bool { return q.full(interceptor.Instant(now)) })
+	return l, nil
+}
+
+// NewLayer makes the layer as New does without options.
+func (cfg Config) NewLayer() (interceptor.Layer, error) {
+	l, err := New(cfg)
+	if err != nil {
+		return nil, err
 	}
 	return l, nil
 }
 
+// NewLayer returns the layer itself.
+func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l *Layer) newQueue(key string) *queue {
+	p := l.rate.Load()
+	var src source
+	if p.algorithm == Window {
+		src = newWindow(p)
+	} else {
+		src = newGCRA(p)
+	}
+	return newQueue(l.name, key, src, l.priority, p.message)
+}
+
 // Update changes the configuration while calls run. What was taken stays taken:
 // tokens missing from a bucket are missing from the new one, and calls in a window
-// remain in it. Those who wait keep their order; their turns follow the new rate at
-// once, and one whose turn comes too late now is refused. A call that passes
+// remain in it. Calls that wait keep their order. Their tokens come at the new rate
+// at once, and one whose token comes too late now is refused. A call that passes
 // at the same moment may pass under the old rate.
 //
-// Algorithm, KeyBy and KeyName cannot be changed, for then there is nothing to
-// keep: make a new layer. On an error nothing has changed.
+// Algorithm and KeyBy cannot be changed, because there would be nothing to keep:
+// make a new layer. On an error nothing has changed.
 func (l *Layer) Update(cfg Config) error {
-	errs := check.Of("ratelimit")
-	p := cfg.params(errs, l.name)
-	if err := errs.Err(); err != nil {
-		return err
-	}
-	old := l.rate.Load().given // What is compared does not change.
-	errs.Require(cfg.Algorithm == old.Algorithm, "Algorithm", cfg.Algorithm, "must stay %v: make a new layer", old.Algorithm)
-	errs.Require(cfg.KeyBy == old.KeyBy, "KeyBy", cfg.KeyBy, "must stay %v: make a new layer", old.KeyBy)
-	errs.Require(cfg.KeyName == old.KeyName, "KeyName", cfg.KeyName, "must stay %q: make a new layer", old.KeyName)
-	if err := errs.Err(); err != nil {
-		return err
-	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	errs := check.Of("ratelimit")
+	p := cfg.params(errs, l.rate.Load())
+	if err := errs.Err(); err != nil {
+		return err
+	}
 	l.rate.Store(p)
 	if l.keys == nil {
 		l.one.update(p)
@@ -298,7 +274,8 @@ func (l *Layer) Waiting() int {
 	return int(n)
 }
 
-// Keys returns how many keys are kept; 0 if calls are not told apart.
+// Keys returns how many keys have a rate of their own; 0 if calls are not told
+// apart.
 func (l *Layer) Keys() int {
 	if l.keys == nil {
 		return 0
@@ -308,6 +285,13 @@ func (l *Layer) Keys() int {
 
 // String returns the layer's name.
 func (l *Layer) String() string { return l.name }
+
+// traits are those of all layers of this package.
+const traits = interceptor.Waits | interceptor.Decides
+
+// Traits says that calls may wait in the layer, and that it decides when they are
+// sent.
+func (l *Layer) Traits() interceptor.Traits { return traits }
 
 // WrapGate returns the gate that takes tokens.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
@@ -323,13 +307,13 @@ type gate struct {
 	inner interceptor.Gate
 }
 
-func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-	at, err := g.queue.acquire(ctx, c, w)
+func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+	token, err := g.queue.acquire(ctx, a, w)
 	if err != nil {
 		return err
 	}
-	c.Hold(g.queue, int64(at))
-	return g.inner.Admit(ctx, c, w)
+	a.Hold(g.queue, token)
+	return g.inner.Admit(ctx, a, w)
 }
 
 // keyedGate takes the tokens of a queue for each key.
@@ -338,13 +322,14 @@ type keyedGate struct {
 	inner interceptor.Gate
 }
 
-func (g *keyedGate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-	e := g.layer.keys.Pin(g.layer.key(ctx, c), int64(c.Now()))
-	at, err := e.Value.acquire(ctx, c, w)
+func (g *keyedGate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+	key := g.layer.rate.Load().keyBy.Key(ctx, a)
+	e := g.layer.keys.Pin(key, int64(a.Now()))
+	token, err := e.Value.acquire(ctx, a, w)
 	e.Unpin()
 	if err != nil {
 		return err
 	}
-	c.Hold(e.Value, int64(at))
-	return g.inner.Admit(ctx, c, w)
+	a.Hold(e.Value, token)
+	return g.inner.Admit(ctx, a, w)
 }

@@ -14,10 +14,16 @@ type refusals struct {
 	timed   *retryafter.Cache[interceptor.Refusal]
 }
 
-func newRefusals(name, message string) *refusals {
+func newRefusals(name, key, message string) *refusals {
 	unknown := interceptor.Refuse(name, interceptor.ReasonRateLimit, message)
-	// When tokens are missing, calls come at any time before the next one.
-	return &refusals{unknown, retryafter.New(2*retryafter.PerDecade, unknown.After)}
+	// While tokens are missing, calls come at any time before the next one, so the
+	// times differ. There are many keys, so they keep less.
+	size := 2 * retryafter.PerDecade
+	if key != "" {
+		unknown = unknown.ForKey(key)
+		size = retryafter.PerDecade
+	}
+	return &refusals{unknown, retryafter.New(size, unknown.After)}
 }
 
 // after returns the refusal of a call whose token comes at turn.

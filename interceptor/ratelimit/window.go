@@ -12,9 +12,9 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 )
 
-// window is a sliding log: when each call of the last Per began. A call is let
-// through if fewer than Limit did. That is exact, for eight bytes a call; a pair
-// of counters that approximates the same would let more than Limit calls pass in
+// window is a sliding log: when each call of the last Per was admitted. A call is
+// admitted if these are fewer than Limit. That is exact, at eight bytes a call; a
+// pair of counters that approximates the same would admit more than Limit calls in
 // some windows.
 type window struct {
 	// mu guards the fields below. It is held for a few comparisons, and for a copy
@@ -28,7 +28,7 @@ type window struct {
 
 func newWindow(p *params) *window { return &window{rate: p} }
 
-// at returns the place of the i-th oldest call, from 0. Caller must hold w.mu.
+// at returns the entry of the i-th oldest call, from 0. Caller must hold w.mu.
 func (w *window) at(i int) *interceptor.Instant { return &w.log[(w.first+i)&(len(w.log)-1)] }
 
 // expireLocked forgets the calls that have left the window. Caller must hold w.mu.
@@ -38,7 +38,7 @@ func (w *window) expireLocked(now interceptor.Instant) {
 	}
 }
 
-func (w *window) take(now interceptor.Instant) (interceptor.Instant, bool) {
+func (w *window) take(now interceptor.Instant) (at int64, ok bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.n > 0 {
@@ -53,7 +53,7 @@ func (w *window) take(now interceptor.Instant) (interceptor.Instant, bool) {
 	}
 	w.n++
 	*w.at(w.n - 1) = now
-	return now, true
+	return int64(now), true
 }
 
 // growLocked doubles the log. Caller must hold w.mu.
@@ -69,8 +69,8 @@ func (w *window) next(now interceptor.Instant, ahead int) interceptor.Instant {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.expireLocked(now)
-	// The next calls begin now as long as there is room, then each as an older one
-	// leaves, and after Limit of them as these leave again.
+	// The next calls are admitted now as long as there is room, then each as an older
+	// one leaves, and after Limit of them as these leave again.
 	limit := w.rate.limit
 	turn := now
 	i := ahead % limit
@@ -86,9 +86,10 @@ func (w *window) next(now interceptor.Instant, ahead int) interceptor.Instant {
 	return turn.Add(rounds * w.rate.per)
 }
 
-// refund forgets a call that began at t. It is mostly the last one or among the
-// last, so the newer ones move.
-func (w *window) refund(t interceptor.Instant) {
+// refund forgets a call that was admitted at a moment, if that is still in the
+// window. It is mostly the last one or among the last, so the newer ones move.
+func (w *window) refund(at int64) {
+	t := interceptor.Instant(at)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	i := sort.Search(w.n, func(i int) bool { return *w.at(i) > t }) - 1

@@ -45,7 +45,7 @@ func backoffs(t *testing.T, f func(rng *rand.Rand, b Backoff)) {
 	}
 }
 
-func TestTowerBackoffBaseFirstIsTheInitialDelay(t *testing.T) {
+func TestTowerBackoffBaseFirst(t *testing.T) {
 	backoffs(t, func(_ *rand.Rand, b Backoff) {
 		// A float64 has 53 bits, so very long delays are rounded.
 		if got := b.base(0); got > b.Max || math.Abs(float64(got-b.Initial)) > float64(b.Initial)*1e-15 {
@@ -57,7 +57,7 @@ func TestTowerBackoffBaseFirstIsTheInitialDelay(t *testing.T) {
 	})
 }
 
-func TestTowerBackoffBaseIsBetweenInitialAndMaxAndGrows(t *testing.T) {
+func TestTowerBackoffBase(t *testing.T) {
 	backoffs(t, func(rng *rand.Rand, b Backoff) {
 		ns := []int{0, 1, 2, 3, 10, 100, rng.IntN(1 << 20), 1 << 30, math.MaxInt}
 		slices.Sort(ns)
@@ -75,7 +75,7 @@ func TestTowerBackoffBaseIsBetweenInitialAndMaxAndGrows(t *testing.T) {
 	})
 }
 
-func TestTowerBackoffJitterStaysInItsRange(t *testing.T) {
+func TestTowerBackoffJitter(t *testing.T) {
 	backoffs(t, func(_ *rand.Rand, b Backoff) {
 		var d delays
 		last := b.Initial
@@ -102,7 +102,7 @@ func TestTowerBackoffJitterStaysInItsRange(t *testing.T) {
 	})
 }
 
-func TestWithoutJitterDelaysAreTheSequenceUntilMax(t *testing.T) {
+func TestBackoffWithoutJitter(t *testing.T) {
 	b, err := filled(Backoff{Initial: 100 * time.Millisecond, Max: time.Second, Jitter: NoJitter})
 	if err != nil {
 		t.Fatal(err)
@@ -123,7 +123,7 @@ func TestWithoutJitterDelaysAreTheSequenceUntilMax(t *testing.T) {
 
 // Two calls draw the same three delays of 1e9 and more possible ones by chance
 // about once in 1e27 runs.
-func TestTheJitterOfTwoCallsDiffers(t *testing.T) {
+func TestJitterDiffersBetweenCalls(t *testing.T) {
 	for j := FullJitter; j < NoJitter; j++ {
 		b, err := filled(Backoff{Initial: time.Second, Max: time.Hour, Jitter: j})
 		if err != nil {
@@ -164,7 +164,7 @@ func TestJitterIsUniform(t *testing.T) {
 	}
 }
 
-func TestTowerBackoffThatCannotBeIsRefused(t *testing.T) {
+func TestTowerBackoffInvalid(t *testing.T) {
 	for field, bs := range map[string][]Backoff{
 		"Initial":    {{Initial: -1}},
 		"Max":        {{Initial: 2, Max: 1}, {Max: time.Millisecond}, {Max: -1}},
@@ -180,7 +180,7 @@ func TestTowerBackoffThatCannotBeIsRefused(t *testing.T) {
 	}
 }
 
-func TestJittersHaveNames(t *testing.T) {
+func TestJitterString(t *testing.T) {
 	if got := fmt.Sprint(FullJitter, EqualJitter, DecorrelatedJitter, NoJitter, Jitter(9)); got != "full equal decorrelated none Jitter(9)" {
 		t.Errorf("the jitters print as %q", got)
 	}

@@ -19,7 +19,7 @@ import (
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
-	"github.com/belfry-go/belfry/internal/repeat"
+	"github.com/belfry-go/belfry/internal/further"
 )
 
 const (
@@ -27,12 +27,17 @@ const (
 	DefaultMaxAttempts = 3
 	// DefaultBufferBytes is also gRPC's own limit for what is kept of a stream.
 	DefaultBufferBytes = 256 << 10
+	// DefaultMaxServerDelay is more than overload lasts that a moment cures, and less
+	// than callers and limits can afford to wait.
+	DefaultMaxServerDelay = 10 * time.Second
 )
 
 // Config is what is repeated, how often and when. The zero value is the default.
 type Config struct {
 	// MaxAttempts bounds the attempts of a call, the first included. 1 to 100, where
-	// 1 repeats nothing; zero means 3.
+	// 1 repeats nothing; zero means 3. Attempts that were not sent, because there was
+	// no connection, count apart, up to the same number; one that a layer inside
+	// refused does not count.
 	MaxAttempts int
 	// Codes are the status codes to repeat. Nil means UNAVAILABLE and
 	// RESOURCE_EXHAUSTED; the latter is repeated only if the server says when to
@@ -49,6 +54,12 @@ type Config struct {
 	BufferBytes int
 	// Backoff is how long to wait before each retry.
 	Backoff Backoff
+	// MaxServerDelay is the longest delay that a server may ask for, by RetryInfo or
+	// pushback. If it asks for more, the call ends at once with its error: a call
+	// without a deadline would wait as long as the server likes, and layers outside
+	// would hold for it what they hold. Negative is an error; zero means 10 s, or
+	// Backoff.Max if that is longer.
+	MaxServerDelay time.Duration
 	// Budget bounds the retries of all calls together. It must be the zero value
 	// if [WithBudget] is used.
 	Budget budget.Config
@@ -62,17 +73,20 @@ type settings struct {
 	declared bool
 	buffer   int
 	backoff  Backoff
+	longest  time.Duration // That a server may ask for.
 }
 
-// settings checks c. shared says that the budget is given by WithBudget.
-func (c Config) settings(errs *check.Errors, shared bool) *settings {
+// settings checks c.
+func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	c.Codes = slices.Clone(c.Codes) // The caller may change its own.
 	s := &settings{given: c, declared: c.DeclaredOnly}
 	check.Default(errs, "MaxAttempts", &c.MaxAttempts, check.From(1, 100), DefaultMaxAttempts)
 	s.codes = check.Codes(errs, "Codes", c.Codes, codes.Unavailable, codes.ResourceExhausted)
 	check.Default(errs, "BufferBytes", &c.BufferBytes, check.From(1, 64<<20), DefaultBufferBytes)
 	s.max, s.buffer, s.backoff = c.MaxAttempts, c.BufferBytes, c.Backoff.withDefaults(errs.In("Backoff"))
-	repeat.CheckBudget(errs, c.Budget, c.Budget, shared)
+	check.DefaultText(errs, "MaxServerDelay", &c.MaxServerDelay, check.Positive, max(DefaultMaxServerDelay, s.backoff.Max), "10s, or Backoff.Max if that is longer")
+	s.longest = c.MaxServerDelay
+	o.CheckBudget(errs, c.Budget, c.Budget)
 	return s
 }
 
@@ -102,35 +116,27 @@ type Policy func(ctx context.Context, a *Attempt) bool
 type Option func(*options)
 
 type options struct {
-	errs       *check.Errors
-	name       string
-	budget     *budget.Budget
-	shared     bool // WithBudget was used.
-	idempotent func(method string) bool
-	policy     Policy
+	further.Options
+	errs   *check.Errors
+	policy Policy
 }
 
 // WithName names the layer in refusals, metrics and the stack's String. The
 // default is "retry"; it must not be empty.
-func WithName(name string) Option { return func(o *options) { o.name = name } }
+func WithName(name string) Option { return func(o *options) { o.Name = name } }
 
 // WithBudget makes the layer spend b, which it may share with other layers and
 // stacks. By default it has a budget of its own.
 func WithBudget(b *budget.Budget) Option {
-	return func(o *options) {
-		o.errs.NotNil(b == nil, "WithBudget", "a budget")
-		o.budget, o.shared = b, true
-	}
+	return func(o *options) { o.SetBudget(o.errs, b) }
 }
 
 // WithIdempotent restricts the layer to the methods, such as "/pkg.Service/Get",
 // for which f returns true; with Config.DeclaredOnly those that are declared
-// idempotent come on top. f is called concurrently, and once or more for each call.
+// idempotent come on top. What was not sent is repeated whatever f says. f is called
+// concurrently, and once or more for each call.
 func WithIdempotent(f func(method string) bool) Option {
-	return func(o *options) {
-		o.errs.NotNil(f == nil, "WithIdempotent", "a function")
-		o.idempotent = f
-	}
+	return func(o *options) { o.SetIdempotent(o.errs, f) }
 }
 
 // WithPolicy lets p decide instead of Config.Codes.
@@ -145,13 +151,8 @@ func WithPolicy(p Policy) Option {
 // [interceptor.Layer].
 type Layer struct {
 	// Set by New and not changed.
-	name       string
-	exhausted  *interceptor.Refusal
-	cancelled  *interceptor.Refusal
-	budget     *budget.Budget
-	shared     bool // The budget was given.
-	idempotent func(method string) bool
-	policy     Policy
+	maker  *further.Maker
+	policy Policy
 
 	set atomic.Pointer[settings]
 	// mu serialises Update; the budget's own mutex is locked under it.
@@ -160,44 +161,44 @@ type Layer struct {
 
 // New returns a layer. An error is a [*interceptor.ConfigError], or several joined.
 func New(c Config, opts ...Option) (*Layer, error) {
-	errs := check.Of("retry")
-	o := options{errs: errs, name: "retry"}
+	o := options{errs: check.Of("retry")}
+	o.Name = "retry"
 	for _, opt := range opts {
 		opt(&o)
 	}
-	errs.Name(o.name)
-	s := c.settings(errs, o.shared)
-	if err := errs.Err(); err != nil {
+	o.errs.Name(o.Name)
+	s := c.settings(o.errs, &o.Options)
+	if err := o.errs.Err(); err != nil {
 		return nil, err
 	}
-	l := &Layer{name: o.name, budget: o.budget, shared: o.shared, idempotent: o.idempotent, policy: o.policy}
-	if !l.shared {
-		var err error
-		if l.budget, err = budget.New(c.Budget); err != nil {
-			return nil, err
-		}
+	maker, err := further.NewMaker(o.Options, c.Budget)
+	if err != nil {
+		return nil, err
 	}
-	l.exhausted = interceptor.Refuse(l.name, interceptor.ReasonBudget, "the budget for further attempts is spent")
-	l.cancelled = interceptor.Refuse(l.name, interceptor.ReasonCancelled, "the caller gave up before the next attempt")
+	l := &Layer{maker: maker, policy: o.policy}
 	l.set.Store(s)
 	return l, nil
 }
+
+// NewLayer returns a layer of c, as [New] does.
+func (c Config) NewLayer() (interceptor.Layer, error) { return New(c) }
+
+// NewLayer returns l itself.
+func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
 
 // Update changes the configuration while calls run: attempts that fail from now
 // on are judged by the new one. The budget keeps its balance. On an error nothing
 // has changed.
 func (l *Layer) Update(c Config) error {
 	errs := check.Of("retry")
-	s := c.settings(errs, l.shared)
+	s := c.settings(errs, &l.maker.Options)
 	if err := errs.Err(); err != nil {
 		return err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !l.shared {
-		if err := l.budget.Update(c.Budget); err != nil {
-			return err
-		}
+	if err := l.maker.Update(c.Budget); err != nil {
+		return err
 	}
 	l.set.Store(s)
 	return nil
@@ -211,180 +212,176 @@ func (l *Layer) Config() Config {
 }
 
 // Budget returns the budget that the layer spends.
-func (l *Layer) Budget() *budget.Budget { return l.budget }
+func (l *Layer) Budget() *budget.Budget { return l.maker.Budget }
 
 // String returns the layer's name.
-func (l *Layer) String() string { return l.name }
+func (l *Layer) String() string { return l.maker.Name }
+
+// Traits says that the layer retries.
+func (*Layer) Traits() interceptor.Traits { return interceptor.Retries }
 
 // WrapGate returns a gate that counts calls for the budget.
-func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate { return &gate{l, inner} }
-
-type gate struct {
-	layer *Layer
-	inner interceptor.Gate
-}
-
-func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-	g.layer.budget.Count(c, g.layer.name)
-	return g.inner.Admit(ctx, c, w)
-}
+func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate { return l.maker.Gate(inner) }
 
 // WrapCall returns the call path that repeats.
-func (l *Layer) WrapCall(next interceptor.Next, inner interceptor.Gate) interceptor.Next {
+func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error {
-		if c.Balanced() {
+		in := c.Internals()
+		if in.Balanced() {
 			ctx, _ = attempt.WithTried(ctx)
 		}
 		if c.Kind() != interceptor.Unary {
-			return l.open(ctx, c, next, inner)
+			return l.open(ctx, c, next, again)
 		}
-		origin := c.Origin()
-		c.KeepTrailer()
+		of := l.maker.Of(c, again)
+		in.WantTrailer()
 		err := next(ctx, c)
 		if err == nil && l.policy == nil {
 			return nil
 		}
-		return l.repeat(ctx, c, origin, next, inner, err)
+		return l.repeat(ctx, of, next, err)
 	}
 }
 
-// repeat goes on with a unary call after its first attempt.
-func (l *Layer) repeat(ctx context.Context, c *interceptor.Call, origin interceptor.Origin, next interceptor.Next, inner interceptor.Gate, err error) error {
-	s := series{layer: l, call: c, origin: origin, next: next, inner: inner, made: 1, request: c.Request()}
-	last := c
+// repeat continues a unary call after its first attempt.
+func (l *Layer) repeat(ctx context.Context, of further.Call, next interceptor.Next, err error) error {
+	s := &series{Call: of, layer: l, next: next, request: of.Request()}
+	last := s.first(ctx, err)
 	for {
-		f, ferr, again := s.step(ctx, last.Reply(), err, last.Trailer())
-		if !again {
-			err = ferr
-			break
+		again, err := s.step(ctx, last)
+		if again == nil {
+			if last.Call != of.Call {
+				of.Adopt(last.Call)
+			}
+			return err
 		}
-		last, err = f, ferr
+		last = again
 	}
-	if last != c {
-		c.Adopt(last)
-	}
-	return err
 }
 
 // series is a call that is being repeated.
 type series struct {
-	layer   *Layer
-	call    *interceptor.Call
-	origin  interceptor.Origin
-	next    interceptor.Next
-	inner   interceptor.Gate
-	made    int // Attempts made.
-	delays  delays
-	request any // What further attempts of a unary call send.
+	further.Call
+	layer  *Layer
+	next   interceptor.Next
+	made   int // Attempts that were sent,
+	unsent int // and that were not.
+	delays delays
+	// request is what further attempts of a unary call send.
+	request any
 }
 
-// step judges an attempt that ended with err, and repeats it if it should be: f
-// is the further attempt, and err how it ended; for a stream, whether it could be
-// opened. If again is false, err is the call's.
-func (s *series) step(ctx context.Context, reply any, last error, trailer metadata.MD) (f *interceptor.Call, err error, again bool) {
-	set := s.layer.set.Load()
-	delay, verdict, ok := s.judge(ctx, set, reply, last, trailer)
-	if !ok {
-		return nil, verdict, false
-	}
-	now := interceptor.Now()
-	if t, ok := ctx.Deadline(); ok && now.Add(delay) >= interceptor.InstantOf(t) {
-		return nil, last, false
-	}
-	b, o := s.layer.budget, s.call.Observer()
-	if !b.Withdraw(now) {
-		o.Budget(s.layer.name, b.Balance())
-		if last == nil {
-			return nil, nil, false
-		}
-		return nil, s.layer.exhausted.Because(last, true), false
-	}
-	o.Budget(s.layer.name, b.Balance())
-	sent := false
-	defer func() {
-		if !sent {
-			b.Refund(now)
-			o.Budget(s.layer.name, b.Balance())
-		}
-	}()
-	if delay > 0 && interceptor.Forever.Sleep(ctx, now.Add(delay)) != nil {
-		if last == nil || ctx.Err() != context.Canceled {
-			return nil, last, false
-		}
-		return nil, s.layer.cancelled.Because(last, true), false
-	}
-	f = s.origin.Fork()
-	if s.inner.Admit(ctx, f, interceptor.None) != nil {
-		return nil, last, false // The stack has told the observer.
-	}
-	s.made++
-	if f.Kind() == interceptor.Unary {
-		f.SetRequest(s.request)
-		f.KeepTrailer()
-	}
-	sent = true
-	err = s.next(repeat.WithPrevious(ctx, f.Attempt()), f)
-	if r, ok := interceptor.AsRefusal(err); ok && r.NotSent() {
-		sent = false
-		return nil, last, false
-	}
-	return f, err, true
+// failure is an attempt that is over: a failure, or a success that a policy judges.
+type failure struct {
+	further.Attempt
+	trailer metadata.MD
 }
 
-// judge decides whether an attempt should be repeated, and after which delay. If
-// not, err is the call's.
-func (s *series) judge(ctx context.Context, set *settings, reply any, last error, trailer metadata.MD) (delay time.Duration, err error, ok bool) {
-	if ctx.Err() != nil || s.made >= set.max && (last != nil && s.layer.policy == nil) {
-		return 0, last, false
+// first counts the first attempt, which ended with err; for a stream, whether it
+// could be opened.
+func (s *series) first(ctx context.Context, err error) *failure {
+	c := s.Call.Call
+	sent := c.Internals().Outcome(ctx, err).Sent()
+	return s.count(further.Attempt{Call: c, Err: err, Sent: sent})
+}
+
+func (s *series) count(a further.Attempt) *failure {
+	if a.Sent {
+		s.made++
+	} else {
+		s.unsent++
 	}
-	if r, ok := interceptor.AsRefusal(last); ok && (r.NotSent() || r.Reason != interceptor.ReasonDeadline) {
-		return 0, last, false
+	return &failure{a, a.Call.Internals().Trailer()}
+}
+
+// step judges an attempt, and repeats it if it should be: again is the further
+// attempt, of a stream also one that could be opened. If again is nil, err is the
+// call's.
+func (s *series) step(ctx context.Context, last *failure) (again *failure, err error) {
+	v := s.judge(ctx, last)
+	if !v.repeat {
+		return nil, v.err
 	}
-	var wish repeat.Wish
-	if last != nil {
-		if wish = repeat.WishOf(last, trailer); wish.Stop {
-			return 0, last, false
+	if t, ok := ctx.Deadline(); ok && interceptor.Now().Add(v.after) >= interceptor.InstantOf(t) {
+		return nil, last.Err
+	}
+	a, refused := s.Make(ctx, further.Plan{Delay: v.after, Unsent: s.unsent, Run: s.run})
+	if refused != nil {
+		return nil, s.Refused(ctx, refused, last.Err)
+	}
+	return s.count(a), nil
+}
+
+// run carries out a further attempt.
+func (s *series) run(ctx context.Context, a *interceptor.Call) error {
+	if a.Kind() == interceptor.Unary {
+		a.SetRequest(s.request)
+	}
+	return s.next(ctx, a)
+}
+
+// A verdict says what follows an attempt.
+type verdict struct {
+	repeat bool
+	after  time.Duration // How long to wait before it is repeated.
+	err    error         // The call's if it is not.
+}
+
+// judge decides whether an attempt is repeated.
+func (s *series) judge(ctx context.Context, last *failure) verdict {
+	l, set, stop := s.layer, s.layer.set.Load(), verdict{err: last.Err}
+	spent := s.made >= set.max || s.unsent >= set.max
+	if ctx.Err() != nil || spent && last.Err != nil && l.policy == nil {
+		return stop
+	}
+	if r, ok := interceptor.AsRefusal(last.Err); ok && (r.NotSent() || r.Reason != interceptor.ReasonDeadline) {
+		return stop
+	}
+	var wish attempt.Wish
+	if last.Err != nil {
+		if wish = attempt.WishOf(last.Err, last.trailer); wish.Stop || wish.After > set.longest {
+			return stop
 		}
 	}
-	if !s.layer.mayRepeat(set, s.call.Method()) {
-		return 0, last, false
+	if last.Sent && !s.Maker.May(set.declared, s.Method()) {
+		return stop
 	}
-	if p := s.layer.policy; p != nil {
-		a := &Attempt{Method: s.call.Method(), Kind: s.call.Kind(), N: s.made, Err: last, Request: s.request}
-		if last == nil {
-			a.Reply = reply
+	if l.policy != nil {
+		if again, err := s.ask(ctx, last); !again {
+			return verdict{err: err}
 		}
-		again := p(ctx, a)
-		s.request = a.Request
-		if !again {
-			if a.Err == nil && s.call.Kind() != interceptor.Unary {
-				a.Err = last
-			}
-			return 0, a.Err, false
-		}
-		if s.made >= set.max {
-			return 0, last, false
-		}
-	} else if !set.repeats(last, wish) {
-		return 0, last, false
+	} else if !set.repeats(last.Err, wish) {
+		return stop
 	}
-	if wish.Exact {
+	switch {
+	case spent:
+		return stop
+	case wish.Exact:
 		s.delays.reset()
-		return wish.After, nil, true
+		return verdict{repeat: true, after: wish.After}
 	}
-	return max(s.delays.next(&set.backoff), wish.After), nil, true
+	return verdict{repeat: true, after: max(s.delays.next(&set.backoff), wish.After)}
+}
+
+// ask asks the policy about an attempt. If that is not repeated, err is the call's.
+func (s *series) ask(ctx context.Context, last *failure) (again bool, err error) {
+	a := &Attempt{Method: s.Method(), Kind: s.Kind(), N: s.made + s.unsent, Err: last.Err, Request: s.request}
+	if last.Err == nil {
+		a.Reply = last.Call.Reply()
+	}
+	again = s.layer.policy(ctx, a)
+	s.request = a.Request
+	if a.Err == nil && s.Kind() != interceptor.Unary {
+		a.Err = last.Err
+	}
+	return again, a.Err
 }
 
 // repeats reports whether an error is one to repeat by its code.
-func (set *settings) repeats(err error, wish repeat.Wish) bool {
+func (set *settings) repeats(err error, wish attempt.Wish) bool {
 	if _, deadline := interceptor.AsRefusal(err); deadline {
 		return true // Of an attempt, cut short by a layer inside; see judge.
 	}
 	code := status.Code(err)
 	return set.codes.Has(code) && (code != codes.ResourceExhausted || wish.Asked)
-}
-
-// mayRepeat reports whether the method may be repeated.
-func (l *Layer) mayRepeat(set *settings, method string) bool {
-	return repeat.May(set.declared, l.idempotent, method)
 }

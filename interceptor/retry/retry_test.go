@@ -29,10 +29,10 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
+	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/calltest"
-	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
 )
 
@@ -110,7 +110,7 @@ func (s *server) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.Ca
 func (s *server) attempts() int { return len(s.seen) }
 
 // call makes a call through the layers.
-func (s *server) call(ctx context.Context, opts []grpc.CallOption, layers ...interceptor.Layer) (string, error) {
+func (s *server) call(ctx context.Context, opts []grpc.CallOption, layers ...interceptor.Spec) (string, error) {
 	s.t.Helper()
 	reply := new(wrapperspb.StringValue)
 	err := calltest.Stack(s.t, layers...).Wrap(s).Invoke(ctx, method, wrapperspb.String("hello"), reply, opts...)
@@ -119,7 +119,7 @@ func (s *server) call(ctx context.Context, opts []grpc.CallOption, layers ...int
 
 // The tests that Tower's own retry has, by their names there.
 
-func TestTowerRetryErrorsTheSameRequestIsSentAgainAndItsSuccessReturned(t *testing.T) {
+func TestTowerRetryErrors(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := fails(t, unavailable)
 		got, err := s.call(t.Context(), nil, mustNew(t, quick))
@@ -132,7 +132,7 @@ func TestTowerRetryErrorsTheSameRequestIsSentAgainAndItsSuccessReturned(t *testi
 	})
 }
 
-func TestTowerRetryLimitTheThirdErrorIsTheResultOfThreeAttempts(t *testing.T) {
+func TestTowerRetryLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) {
 			return "", nil, status.Errorf(codes.Unavailable, "retry %d", n)
@@ -147,7 +147,7 @@ func TestTowerRetryLimitTheThirdErrorIsTheResultOfThreeAttempts(t *testing.T) {
 	})
 }
 
-func TestTowerRetryErrorInspectionAPolicyReadsErrors(t *testing.T) {
+func TestTowerRetryErrorInspection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := fails(t, status.Error(codes.Internal, "retry 1"), status.Error(codes.Internal, "reject"))
 		_, err := s.call(t.Context(), nil, mustNew(t, quick, retry.WithPolicy(func(_ context.Context, a *retry.Attempt) bool {
@@ -159,7 +159,7 @@ func TestTowerRetryErrorInspectionAPolicyReadsErrors(t *testing.T) {
 	})
 }
 
-func TestTowerRetryCannotCloneRequestThePolicyIsNotAskedAboutAMethodThatMayNotBeRepeated(t *testing.T) {
+func TestTowerRetryCannotCloneRequest(t *testing.T) {
 	l := mustNew(t, quick,
 		retry.WithIdempotent(func(m string) bool { return m != method }),
 		retry.WithPolicy(func(context.Context, *retry.Attempt) bool {
@@ -176,7 +176,7 @@ func TestTowerRetryCannotCloneRequestThePolicyIsNotAskedAboutAMethodThatMayNotBe
 	}
 }
 
-func TestTowerRetryMutatingPolicyAPolicyRetriesSuccessesReplacesRequestsAndTheResult(t *testing.T) {
+func TestTowerRetryMutatingPolicy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := fails(t)
 		var replies []string
@@ -201,7 +201,7 @@ func TestTowerRetryMutatingPolicyAPolicyRetriesSuccessesReplacesRequestsAndTheRe
 	})
 }
 
-func TestASuccessThatCannotBeRepeatedStands(t *testing.T) {
+func TestPolicyWithoutBudgetKeepsSuccess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) { return fmt.Sprint("answer ", n), nil, nil }}
 		l := mustNew(t, retry.Config{MaxAttempts: 9, Backoff: quick.Backoff, Budget: budget.Config{MinPerSecond: 0.4, Ratio: budget.None}},
@@ -214,7 +214,7 @@ func TestASuccessThatCannotBeRepeatedStands(t *testing.T) {
 
 // What is repeated.
 
-func TestCodesDecideWhatIsRepeated(t *testing.T) {
+func TestCodes(t *testing.T) {
 	for code := codes.Canceled; code <= codes.Unauthenticated; code++ {
 		for _, tc := range []struct {
 			codes []codes.Code
@@ -248,7 +248,7 @@ func retryInfo(t *testing.T, code codes.Code, d time.Duration) error {
 	return st.Err()
 }
 
-func TestServersSayWhenToComeBack(t *testing.T) {
+func TestServerDelay(t *testing.T) {
 	exhausted := status.Error(codes.ResourceExhausted, "")
 	pushback := func(v ...string) metadata.MD { return metadata.MD{"grpc-retry-pushback-ms": v} }
 	for _, tc := range []struct {
@@ -292,7 +292,7 @@ func TestServersSayWhenToComeBack(t *testing.T) {
 	}
 }
 
-func TestAPushbackStartsTheBackoffOver(t *testing.T) {
+func TestServerDelayResetsBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
 		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) {
@@ -314,7 +314,7 @@ func TestAPushbackStartsTheBackoffOver(t *testing.T) {
 	})
 }
 
-func TestADelayPastTheDeadlineFailsAtOnceWithTheServersError(t *testing.T) {
+func TestBackoffPastDeadlineFailsAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
@@ -335,7 +335,7 @@ func TestADelayPastTheDeadlineFailsAtOnceWithTheServersError(t *testing.T) {
 	})
 }
 
-func TestACancelledBackoffSaysSoAndKeepsTheServersError(t *testing.T) {
+func TestBackoffCancelledKeepsServersError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(5*time.Millisecond, cancel)
@@ -359,18 +359,20 @@ type tickets struct {
 	log  *[]string
 }
 
+func (l *tickets) NewLayer() (interceptor.Layer, error) { return l, nil }
+
 func (l *tickets) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Admission, w interceptor.Wait) error {
 		c.Hold(l, int64(c.Attempt()))
 		return inner.Admit(ctx, c, w)
 	})
 }
 
-func (l *tickets) Release(n int64, o interceptor.Outcome, _ error) {
-	*l.log = append(*l.log, fmt.Sprintf("%s %d %s", l.name, n, o))
+func (l *tickets) Release(n int64, e interceptor.End) {
+	*l.log = append(*l.log, fmt.Sprintf("%s %d %s", l.name, n, e.Outcome))
 }
 
-func TestACancelledCallIsIgnoredOutsideAndNotTakenForNotSent(t *testing.T) {
+func TestBackoffCancelledIsIgnoredOutside(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(5*time.Millisecond, cancel)
@@ -390,7 +392,9 @@ type local struct {
 	made  int
 }
 
-func (l *local) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+func (l *local) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l *local) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error {
 		if l.made++; l.made >= l.first {
 			return l.err
@@ -399,7 +403,7 @@ func (l *local) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.
 	}
 }
 
-func TestALocalRefusalIsNoServersUnavailable(t *testing.T) {
+func TestRefusalIsNotRepeated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		refused := interceptor.Refuse("shed", interceptor.ReasonShed, "")
 		l := mustNew(t, quick)
@@ -411,8 +415,10 @@ func TestALocalRefusalIsNoServersUnavailable(t *testing.T) {
 			t.Errorf("balance = %v, want 100: nothing was sent, so nothing counts", got)
 		}
 		inside = &local{first: 2, err: refused}
-		if _, err := fails(t, unavailable).call(t.Context(), nil, l, inside); err != unavailable || inside.made != 2 {
-			t.Errorf("%d attempts, %v; want a refused retry to leave the server's error", inside.made, err)
+		_, err := fails(t, unavailable).call(t.Context(), nil, l, inside)
+		wantRefusedAgain(t, err, "shed", interceptor.ReasonShed)
+		if inside.made != 2 {
+			t.Errorf("%d attempts, want 2", inside.made)
 		}
 		if got := l.Budget().Balance(); got != 100.2 {
 			t.Errorf("balance = %v, want 100.2: the retry was not sent", got)
@@ -420,11 +426,10 @@ func TestALocalRefusalIsNoServersUnavailable(t *testing.T) {
 	})
 }
 
-// attemptTimeout is an interceptor of others that limits each attempt to d, as the
+// attemptTimeout is a third-party interceptor that limits each attempt to d, as the
 // timeout layer does.
-func attemptTimeout(t *testing.T, d time.Duration) interceptor.Layer {
-	t.Helper()
-	l, err := interceptor.Foreign("timeout", func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+func attemptTimeout(d time.Duration) interceptor.Spec {
+	return interceptor.Foreign("timeout", func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		tctx, cancel := context.WithTimeout(ctx, d)
 		defer cancel()
 		err := invoker(tctx, m, req, reply, cc, opts...)
@@ -433,10 +438,6 @@ func attemptTimeout(t *testing.T, d time.Duration) interceptor.Layer {
 		}
 		return err
 	}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l
 }
 
 // slow answers after the given delays, and then at once.
@@ -459,12 +460,12 @@ func (s *slow) Invoke(ctx context.Context, m string, req, reply any, opts ...grp
 	return nil
 }
 
-func TestADeadlineOfAnAttemptIsRepeatedAndThatOfTheCallIsNot(t *testing.T) {
+func TestDeadlineOfAttemptIsRepeated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &slow{server: server{t: t, answer: fails(t).answer}, delays: []time.Duration{time.Hour, time.Hour}}
 		start := time.Now()
 		reply := new(wrapperspb.StringValue)
-		conn := calltest.Stack(t, mustNew(t, quick), attemptTimeout(t, time.Second)).Wrap(s)
+		conn := calltest.Stack(t, mustNew(t, quick), attemptTimeout(time.Second)).Wrap(s)
 		if err := conn.Invoke(t.Context(), method, wrapperspb.String(""), reply); err != nil || reply.GetValue() != "ok" {
 			t.Errorf("got %v, want the third attempt's success", err)
 		}
@@ -480,7 +481,7 @@ func TestADeadlineOfAnAttemptIsRepeatedAndThatOfTheCallIsNot(t *testing.T) {
 	})
 }
 
-func TestOnlyDeclaredMethodsAreRepeatedIfAskedFor(t *testing.T) {
+func TestDeclaredOnly(t *testing.T) {
 	levels := map[string]descriptorpb.MethodOptions_IdempotencyLevel{
 		"Unknown":    descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN,
 		"Read":       descriptorpb.MethodOptions_NO_SIDE_EFFECTS,
@@ -525,7 +526,7 @@ func TestOnlyDeclaredMethodsAreRepeatedIfAskedFor(t *testing.T) {
 
 // What attempts get, and what callers do.
 
-func TestAttemptsTellTheServerTheirNumberAndShareWhatWasTried(t *testing.T) {
+func TestAttemptsCarryNumberAndTried(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := fails(t, unavailable, unavailable)
 		ctx := metadata.NewOutgoingContext(t.Context(), metadata.Pairs("key", "value"))
@@ -555,7 +556,7 @@ func TestAttemptsTellTheServerTheirNumberAndShareWhatWasTried(t *testing.T) {
 	})
 }
 
-func TestTheCallerGetsTheReplyAndTheResultsOfTheLastAttemptAndOneOnFinish(t *testing.T) {
+func TestResultsAreThoseOfLastAttempt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) {
 			if n < 3 {
@@ -577,7 +578,7 @@ func TestTheCallerGetsTheReplyAndTheResultsOfTheLastAttemptAndOneOnFinish(t *tes
 	})
 }
 
-func TestANestedRetryObeysAndPassesOnThePushbackOfTheInnerOnesLastAttempt(t *testing.T) {
+func TestNestedRetryPassesPushbackOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) {
 			if n == 2 {
@@ -587,65 +588,6 @@ func TestANestedRetryObeysAndPassesOnThePushbackOfTheInnerOnesLastAttempt(t *tes
 		}}
 		if _, err := s.call(t.Context(), nil, mustNew(t, quick), mustNew(t, quick)); err != unavailable || s.attempts() != 2 {
 			t.Errorf("%d attempts, %v; want both layers to stop at the pushback of the second", s.attempts(), err)
-		}
-	})
-}
-
-// limit lets n calls in and refuses the others at once, however long they may wait;
-// it notes what they may.
-type limit struct {
-	interceptor.GateOnly
-	mu    sync.Mutex
-	n     int
-	waits []interceptor.Wait
-}
-
-func (l *limit) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	full := interceptor.Refuse("limit", interceptor.ReasonConcurrency, "")
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		l.waits = append(l.waits, w)
-		if !l.take() {
-			return full
-		}
-		c.Hold(l, 0)
-		return inner.Admit(ctx, c, w)
-	})
-}
-
-func (l *limit) take() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.n--
-	if l.n < 0 {
-		l.n = 0
-		return false
-	}
-	return true
-}
-
-func (l *limit) Release(int64, interceptor.Outcome, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.n++
-}
-
-func TestARetryNeverQueuesAndOneThatIsNotAdmittedLeavesTheServersError(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l, inside := mustNew(t, quick), &limit{n: 1}
-		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) {
-			if n == 2 {
-				time.AfterFunc(time.Millisecond, func() { inside.take() }) // Taken by others during the back-off.
-			}
-			return "", nil, unavailable
-		}}
-		if _, err := s.call(t.Context(), nil, l, inside); err != unavailable || s.attempts() != 2 {
-			t.Errorf("%d attempts, %v; want 2 and the server's error", s.attempts(), err)
-		}
-		if want := []interceptor.Wait{interceptor.Forever, interceptor.None, interceptor.None}; !slices.Equal(inside.waits, want) {
-			t.Errorf("attempts were admitted with %v, want %v", inside.waits, want)
-		}
-		if got := l.Budget().Balance(); math.Abs(got-99.2) > 1e-9 {
-			t.Errorf("balance = %v, want 99.2: the attempt that was refused costs nothing", got)
 		}
 	})
 }
@@ -672,7 +614,7 @@ func (e *events) Ended(_ string, _ interceptor.Kind, o interceptor.Outcome, err 
 	e.add("ended %s %s", o, status.Code(err))
 }
 
-func TestASpentBudgetReturnsTheServersErrorAndIsObserved(t *testing.T) {
+func TestBudgetSpentReturnsServersError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := &events{}
 		c := quick
@@ -687,8 +629,8 @@ func TestASpentBudgetReturnsTheServersErrorAndIsObserved(t *testing.T) {
 		if got := status.Convert(err); !proto.Equal(got.Proto(), want.Proto()) {
 			t.Errorf("the status is %v, want the server's, %v", got, want)
 		}
-		if r, ok := interceptor.AsRefusal(err); !ok || r.Reason != interceptor.ReasonBudget || r.Layer != "retry" {
-			t.Errorf("the error is %v, want a refusal with reason BUDGET", err)
+		if r, ok := interceptor.AsRefusal(err); !ok || r.Reason != interceptor.ReasonBudget || r.Layer != "retry" || !r.Further {
+			t.Errorf("the error is %v, want a refusal of a further attempt with reason BUDGET", err)
 		}
 		wantLog := []string{"budget retry 1.0", "attempt 0", "budget retry 0.0", "attempt 1", "budget retry 0.0", "refused retry BUDGET", "ended failed Unavailable"}
 		if !slices.Equal(e.log, wantLog) {
@@ -699,7 +641,7 @@ func TestASpentBudgetReturnsTheServersErrorAndIsObserved(t *testing.T) {
 
 func (s *server) answer1() error { _, _, err := s.answer(1, ""); return err }
 
-func TestStacksShareABudget(t *testing.T) {
+func TestBudgetShared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b, err := budget.New(budget.Config{TTL: time.Second, MinPerSecond: 3, Ratio: budget.None})
 		if err != nil {
@@ -717,14 +659,15 @@ func TestStacksShareABudget(t *testing.T) {
 	})
 }
 
-func TestConfigurationsThatCannotBeAreRefusedAndChangeNothing(t *testing.T) {
+func TestInvalidConfigChangesNothing(t *testing.T) {
 	l := mustNew(t, retry.Config{Budget: budget.Config{MinPerSecond: 1}})
 	for field, c := range map[string]retry.Config{
 		"MaxAttempts": {MaxAttempts: 101}, "MaxAttempts is -1": {MaxAttempts: -1},
 		"Codes[0]": {Codes: []codes.Code{codes.OK}}, "Codes[1]": {Codes: []codes.Code{codes.Internal, 17}},
 		"BufferBytes": {BufferBytes: -1}, "BufferBytes is 1": {BufferBytes: 1 << 30},
-		"Backoff.Max": {Backoff: retry.Backoff{Max: -1}},
-		"Budget.TTL":  {Budget: budget.Config{TTL: 1}, MaxAttempts: 7},
+		"Backoff.Max":    {Backoff: retry.Backoff{Max: -1}},
+		"MaxServerDelay": {MaxServerDelay: -1},
+		"Budget.TTL":     {Budget: budget.Config{TTL: 1}, MaxAttempts: 7},
 	} {
 		if _, err := retry.New(c); err == nil || !strings.HasPrefix(err.Error(), "retry: "+field) {
 			t.Errorf("New(%+v) = %v, want an error that names %s", c, err, field)
@@ -750,7 +693,7 @@ func TestConfigurationsThatCannotBeAreRefusedAndChangeNothing(t *testing.T) {
 	}
 }
 
-func TestUpdateAppliesToCallsInFlightAndKeepsTheBalance(t *testing.T) {
+func TestUpdate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, quick)
 		s := &server{t: t}
@@ -773,21 +716,21 @@ func TestUpdateAppliesToCallsInFlightAndKeepsTheBalance(t *testing.T) {
 }
 
 func TestConformance(t *testing.T) {
-	layertest.Run(t, func() (interceptor.Layer, func() error) {
+	layertest.Run(t, func() (interceptor.Spec, func() error) {
 		l := mustNew(t, retry.Config{Backoff: retry.Backoff{Initial: time.Microsecond}})
 		return l, nil
 	})
 }
 
-func TestEveryTicketInsideAndOutsideIsReleased(t *testing.T) {
-	layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
+func TestConformanceBetweenGates(t *testing.T) {
+	layertest.RunStack(t, func() ([]interceptor.Spec, func() error) {
 		outer, inner := new(calltest.Counter), new(calltest.Counter)
 		l := mustNew(t, retry.Config{Backoff: retry.Backoff{Initial: time.Microsecond}})
-		return []interceptor.Layer{outer, l, inner}, func() error { return errors.Join(outer.AtRest(), inner.AtRest()) }
+		return []interceptor.Spec{outer, l, inner}, func() error { return errors.Join(outer.AtRest(), inner.AtRest()) }
 	})
 }
 
-func TestACallWhoseFirstAttemptSucceedsAllocatesNothing(t *testing.T) {
+func TestFirstSuccessAllocatesNothing(t *testing.T) {
 	unary := calltest.Stack(t, mustNew(t, retry.Config{})).UnaryClientInterceptor()
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	ctx := t.Context()

@@ -14,7 +14,8 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry/interceptor"
-	"github.com/belfry-go/belfry/internal/repeat"
+	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/further"
 )
 
 // inline is up to how many bytes are sent again by the goroutine that found the
@@ -24,26 +25,33 @@ import (
 const inline = 32 << 10
 
 // open opens a stream that is repeated until it commits.
-func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.Next, inner interceptor.Gate) error {
+func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.Next, again interceptor.Again) error {
 	set := l.set.Load()
-	if set.max == 1 || !l.mayRepeat(set, c.Method()) {
+	if set.max == 1 {
 		return next(ctx, c)
 	}
-	s := &stream{
-		ctx: ctx, limit: set.buffer, live: true,
-		series: series{layer: l, call: c, origin: c.Origin(), next: next, inner: inner, made: 1},
-	}
-	s.changed.L = &s.mu
-	last := c
+	of := l.maker.Of(c, again)
 	err := next(ctx, c)
-	for err != nil {
-		f, ferr, again := s.series.step(ctx, nil, err, nil)
-		if !again {
-			return ferr
-		}
-		last, err = f, ferr
+	may := l.maker.May(set.declared, c.Method())
+	if err == nil && !may {
+		return nil
 	}
-	s.cur, s.attempt = last.Stream(), last
+	s := &stream{ctx: ctx, limit: set.buffer, live: true, series: series{Call: of, layer: l, next: next}}
+	s.changed.L = &s.mu
+	last := s.series.first(ctx, err)
+	for last.Err != nil {
+		again, err := s.series.step(ctx, last)
+		if again == nil {
+			return err
+		}
+		last = again
+	}
+	if !may { // What was not sent has been sent now.
+		c.Adopt(last.Call)
+		c.SetStream(last.Call.Stream())
+		return nil
+	}
+	s.cur, s.attempt = last.Call.Stream(), last.Call
 	c.SetStream(s)
 	return nil
 }
@@ -69,11 +77,11 @@ type stream struct {
 	// mu guards the fields below. It is not held while a message is sent or
 	// received, for these may block on one another.
 	mu      sync.Mutex
-	changed sync.Cond // Signals live and of.
+	changed sync.Cond // Signals live and curGen.
 	cur     grpc.ClientStream
 	attempt *interceptor.Call // Whose stream cur is.
 	gen     int               // Counts attempts.
-	of      int               // Which of them cur is; less than gen during a retry.
+	curGen  int               // The generation of cur; less than gen during a retry.
 	live    bool              // cur has been sent all that there is.
 	final   bool              // cur will not be repeated.
 	sent    []any
@@ -93,7 +101,7 @@ func (s *stream) current() (cur grpc.ClientStream, gen int, final bool) {
 func (s *stream) settled() (cur grpc.ClientStream, gen int, final bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.of != s.gen {
+	for s.curGen != s.gen {
 		s.changed.Wait()
 	}
 	return s.cur, s.gen, s.final
@@ -124,8 +132,8 @@ func (s *stream) commitLocked() {
 		return // replay calls it again.
 	}
 	s.sent = nil
-	if s.attempt != s.series.call {
-		s.series.call.Adopt(s.attempt)
+	if of := s.series.Call.Call; s.attempt != of {
+		of.Adopt(s.attempt)
 	}
 	s.committed.CompareAndSwap(nil, &s.cur) // cur is not changed any more.
 	s.changed.Broadcast()
@@ -190,30 +198,28 @@ func (s *stream) retry(cur grpc.ClientStream, gen int, err error) (again bool, _
 		if !again { // Or a panic.
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			s.live, s.of = true, s.gen // What is sent from now on meets the end of the last attempt.
+			s.live, s.curGen = true, s.gen // What is sent from now on meets the end of the last attempt.
 			s.commitLocked()
 		}
 	}()
-	trailer := cur.Trailer()
-	for {
-		f, ferr, again := s.series.step(s.ctx, nil, err, trailer)
-		if !again {
-			return false, ferr
+	last := &failure{Attempt: further.Attempt{Call: s.attempt, Err: err, Sent: true}, trailer: cur.Trailer()}
+	for last.Err != nil {
+		next, err := s.series.step(s.ctx, last)
+		if next == nil {
+			return false, err
 		}
-		if err, trailer = ferr, nil; err != nil {
-			continue
-		}
-		s.mu.Lock()
-		s.cur, s.attempt, s.of = f.Stream(), f, gen
-		s.changed.Broadcast()
-		n := len(s.sent)
-		if s.size > inline {
-			n = 0
-		}
-		s.mu.Unlock()
-		s.replay(f.Stream(), gen, 0, n)
-		return true, nil
+		last = next
 	}
+	s.mu.Lock()
+	s.cur, s.attempt, s.curGen = last.Call.Stream(), last.Call, gen
+	s.changed.Broadcast()
+	n := len(s.sent)
+	if s.size > inline {
+		n = 0
+	}
+	s.mu.Unlock()
+	s.replay(last.Call.Stream(), gen, 0, n)
+	return true, nil
 }
 
 // replay sends an attempt what was sent before, from the i-th message on, until it
@@ -282,13 +288,16 @@ func (s *stream) SendMsg(m any) error {
 // nil if that is replay's to do. If it cannot be kept the stream commits; keep then
 // returns false as soon as it is live.
 func (s *stream) keep(m any) (cur grpc.ClientStream, gen int, ok bool) {
-	n, known := repeat.Size(m)
+	n, known := attempt.Size(m)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.final && (!known || s.size+n > s.limit) {
+	fits := known && s.size+n <= s.limit
+	if !s.final && !fits {
 		s.commitLocked()
 	}
-	if s.final {
+	// A message that fits is replay's to send until the attempt has caught up: replay may
+	// itself wait for the caller to receive.
+	if s.final && (s.live || !fits) {
 		for !s.live {
 			s.changed.Wait()
 		}

@@ -39,7 +39,7 @@ import (
 // dial returns a client of a server in memory, whose calls go through the layers
 // and whose attempts, counted from 1, first through script. What script handles
 // ends as it says.
-func dial(t *testing.T, script func(n int, s grpc.ServerStream) (handled bool, err error), layers ...interceptor.Layer) (testingv1.TestServiceClient, *atomic.Int64) {
+func dial(t *testing.T, script func(n int, s grpc.ServerStream) (handled bool, err error), layers ...interceptor.Spec) (testingv1.TestServiceClient, *atomic.Int64) {
 	t.Helper()
 	n := new(atomic.Int64)
 	srv := testserver.New(t, testserver.InMemory(), testserver.GRPC(
@@ -71,7 +71,7 @@ func failing(n, read int) func(int, grpc.ServerStream) (bool, error) {
 	}
 }
 
-func TestStreamsOfAllKindsAreRepeatedThoughTheServerSentHeaders(t *testing.T) {
+func TestStreamRepeatedAfterHeaders(t *testing.T) {
 	for kind, want := range map[interceptor.Kind]string{
 		interceptor.ClientStream: "2 3", interceptor.ServerStream: "x 1,x 1,x 1", interceptor.BidiStream: "0 1,1 2,2 3",
 	} {
@@ -99,7 +99,7 @@ func TestStreamsOfAllKindsAreRepeatedThoughTheServerSentHeaders(t *testing.T) {
 	}
 }
 
-func TestAUnaryCallIsRepeatedThoughTheServerSentHeaders(t *testing.T) {
+func TestUnaryRepeatedAfterHeaders(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		srv := testserver.New(t, testserver.InMemory())
 		if err := srv.FailAfterHeaders(codes.Unavailable, 1); err != nil {
@@ -117,7 +117,7 @@ func TestAUnaryCallIsRepeatedThoughTheServerSentHeaders(t *testing.T) {
 	})
 }
 
-func TestARetryGoesToAnEndpointThatTheCallHasNotTried(t *testing.T) {
+func TestRetryGoesToUntriedEndpoint(t *testing.T) {
 	cluster := testserver.NewCluster(t, 3, nil)
 	r := manual.NewBuilderWithScheme("retry")
 	r.InitialState(resolver.State{Endpoints: cluster.Endpoints()})
@@ -153,7 +153,7 @@ func TestARetryGoesToAnEndpointThatTheCallHasNotTried(t *testing.T) {
 	}
 }
 
-func TestTransparentRetriesOfGRPCAreNotCounted(t *testing.T) {
+func TestTransparentRetriesDoNotCount(t *testing.T) {
 	srv := testserver.New(t)
 	e := &events{}
 	l := mustNew(t, retry.Config{})
@@ -179,7 +179,7 @@ func TestTransparentRetriesOfGRPCAreNotCounted(t *testing.T) {
 	}
 }
 
-func TestServersPushBackOverTheWire(t *testing.T) {
+func TestServerDelayOnTheWire(t *testing.T) {
 	for kind := interceptor.Unary; kind <= interceptor.BidiStream; kind++ {
 		for pushback, want := range map[string]int64{"-1": 1, "5": 3} {
 			synctest.Test(t, func(t *testing.T) {
@@ -213,7 +213,7 @@ func TestServersPushBackOverTheWire(t *testing.T) {
 	}
 }
 
-func TestNoMessageIsDeliveredTwice(t *testing.T) {
+func TestStreamDeliversNoMessageTwice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, n := dial(t, func(_ int, s grpc.ServerStream) (bool, error) {
 			if err := s.SendMsg(&testingv1.ServerStreamResponse{Payload: []byte("a")}); err != nil {
@@ -228,7 +228,7 @@ func TestNoMessageIsDeliveredTwice(t *testing.T) {
 	})
 }
 
-func TestAHeaderThatTheCallerHasSeenCommits(t *testing.T) {
+func TestStreamHeaderSeenCommits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, n := dial(t, failing(2, 0), mustNew(t, quick))
 		s, err := c.ServerStream(t.Context(), &testingv1.ServerStreamRequest{})
@@ -244,7 +244,7 @@ func TestAHeaderThatTheCallerHasSeenCommits(t *testing.T) {
 	})
 }
 
-func TestAHeaderThatIsNotThereDoesNotCommit(t *testing.T) {
+func TestStreamHeaderMissingDoesNotCommit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, n := dial(t, func(n int, _ grpc.ServerStream) (bool, error) { return n < 3, unavailable }, mustNew(t, quick))
 		s, err := c.ServerStream(t.Context(), &testingv1.ServerStreamRequest{})
@@ -267,7 +267,7 @@ func TestAHeaderThatIsNotThereDoesNotCommit(t *testing.T) {
 }
 
 // An attempt may have a header and fail: then its header is not the stream's.
-func TestAHeaderIsThatOfTheAttemptWhoseMessagesAreReceived(t *testing.T) {
+func TestStreamHeaderIsThatOfReceivedAttempt(t *testing.T) {
 	for name, wait := range map[string]time.Duration{"before the failure": 0, "during the back-off": time.Second / 2} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -305,7 +305,7 @@ func TestAHeaderIsThatOfTheAttemptWhoseMessagesAreReceived(t *testing.T) {
 	}
 }
 
-func TestAStreamThatSendsMoreThanItsBufferIsNotRepeated(t *testing.T) {
+func TestStreamBufferBytes(t *testing.T) {
 	for size, want := range map[int]int64{900: 2, 1100: 1} {
 		synctest.Test(t, func(t *testing.T) {
 			conf := quick
@@ -329,7 +329,7 @@ func TestAStreamThatSendsMoreThanItsBufferIsNotRepeated(t *testing.T) {
 }
 
 // What they are kept in takes memory, however little is in them.
-func TestAStreamThatSendsTooManyEmptyMessagesIsNotRepeated(t *testing.T) {
+func TestStreamBufferCountsEmptyMessages(t *testing.T) {
 	for messages, want := range map[int]int64{200: 2, 201: 1} {
 		synctest.Test(t, func(t *testing.T) {
 			conf := quick
@@ -352,7 +352,7 @@ func TestAStreamThatSendsTooManyEmptyMessagesIsNotRepeated(t *testing.T) {
 	}
 }
 
-func TestSendingToAnAttemptThatHasEndedIsNoErrorUntilTheBufferIsFull(t *testing.T) {
+func TestStreamSendAfterEndOfAttempt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conf := quick
 		conf.BufferBytes = 1024
@@ -379,7 +379,7 @@ func TestSendingToAnAttemptThatHasEndedIsNoErrorUntilTheBufferIsFull(t *testing.
 
 // A server that answers as it reads, to a client that does not read while it
 // replays, would wait for the client as the client waits for it.
-func TestALargeReplayDoesNotDeadlockWithAServerThatAnswers(t *testing.T) {
+func TestStreamReplayDoesNotDeadlock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const messages, size = 30, 8 << 10
 		c, n := dial(t, func(n int, s grpc.ServerStream) (bool, error) {
@@ -457,7 +457,7 @@ func (s *scriptedStream) RecvMsg(any) error            { return s.recv() }
 
 // A caller that goes on sending while little is replayed must not make it much, for
 // then the server could wait for the client that waits for it.
-func TestWhatIsSentDuringAReplayDoesNotKeepRecvMsgFromReceiving(t *testing.T) {
+func TestStreamReceivesDuringReplay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const size, messages, window = 8 << 10, 10, 64 << 10
 		replaying, sent, read := make(chan struct{}), make(chan struct{}), make(chan struct{})
@@ -515,7 +515,7 @@ func TestWhatIsSentDuringAReplayDoesNotKeepRecvMsgFromReceiving(t *testing.T) {
 	})
 }
 
-func TestMessagesSentDuringABackoffAreSentInOrder(t *testing.T) {
+func TestStreamSendsDuringBackoffInOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conf := retry.Config{Backoff: retry.Backoff{Initial: time.Second, Jitter: retry.NoJitter}}
 		c, _ := dial(t, failing(1, 1), mustNew(t, conf))
@@ -557,7 +557,7 @@ func TestMessagesSentDuringABackoffAreSentInOrder(t *testing.T) {
 	})
 }
 
-func TestABufferThatFillsDuringABackoffIsStillReplayedOnce(t *testing.T) {
+func TestStreamBufferFillsDuringBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conf := retry.Config{BufferBytes: 1000, Backoff: retry.Backoff{Initial: time.Second, Jitter: retry.NoJitter}}
 		c, n := dial(t, failing(1, 1), mustNew(t, conf))
@@ -591,7 +591,7 @@ func TestABufferThatFillsDuringABackoffIsStillReplayedOnce(t *testing.T) {
 	})
 }
 
-func TestConcurrentBidiStreamsDeliverEveryMessageOnceWhateverFails(t *testing.T) {
+func TestStreamConcurrentBidi(t *testing.T) {
 	const streams, messages = 50, 100
 	c, _ := dial(t, func(n int, s grpc.ServerStream) (bool, error) {
 		if n%3 == 0 {
@@ -645,7 +645,7 @@ func TestConcurrentBidiStreamsDeliverEveryMessageOnceWhateverFails(t *testing.T)
 	}
 }
 
-func TestAStreamThatCannotBeOpenedIsOpenedAgain(t *testing.T) {
+func TestStreamOpenFailureIsRepeated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opens := 0
 		open := func(ctx context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, _ string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
@@ -661,7 +661,7 @@ func TestAStreamThatCannotBeOpenedIsOpenedAgain(t *testing.T) {
 	})
 }
 
-func TestStreamsThatMayNotBeRepeatedCostNothing(t *testing.T) {
+func TestStreamNotRepeatedCostsNothing(t *testing.T) {
 	one := mustNew(t, retry.Config{MaxAttempts: 1})
 	none := mustNew(t, retry.Config{}, retry.WithIdempotent(func(string) bool { return false }))
 	base := streamAllocs(t, &local{first: math.MaxInt})
@@ -672,7 +672,7 @@ func TestStreamsThatMayNotBeRepeatedCostNothing(t *testing.T) {
 	}
 }
 
-func streamAllocs(t *testing.T, layers ...interceptor.Layer) float64 {
+func streamAllocs(t *testing.T, layers ...interceptor.Spec) float64 {
 	open := calltest.Stack(t, layers...).StreamClientInterceptor()
 	streamer := func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
 		return eof{}, nil
@@ -692,7 +692,7 @@ type eof struct{ grpc.ClientStream }
 func (eof) RecvMsg(any) error { return io.EOF }
 
 // The acceptance of the whole: ten servers that fail every call for 10 s.
-func TestARetryStormIsBoundedByTheBudgetAndOverWithinOneTTL(t *testing.T) {
+func TestRetryStormIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const servers, rate, outage, ttl = 10, 400, 10 * time.Second, 10 * time.Second
 		start := time.Now()
@@ -747,7 +747,7 @@ func TestARetryStormIsBoundedByTheBudgetAndOverWithinOneTTL(t *testing.T) {
 }
 
 // After an outage the budget has to be there for the failures of every day.
-func TestAfterAnOutageOrdinaryFailuresAreRepeatedAgainWithinOneTTL(t *testing.T) {
+func TestBudgetRecoversWithinTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const outage, ttl, every = 10 * time.Second, 10 * time.Second, 10 // One attempt in ten fails.
 		start := time.Now()

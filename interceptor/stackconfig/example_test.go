@@ -34,7 +34,7 @@ func Example() {
 
 	limit := stack.Layer("all").(*concurrency.Layer)
 	config.SharedLayers["all"].GetConcurrency().Bound = nil
-	err = stack.Update(config)
+	_, err = stack.Update(config)
 	if wrong := (*stackconfig.Error)(nil); errors.As(err, &wrong) {
 		fmt.Println("not changed:", wrong.Field)
 	}
@@ -46,15 +46,18 @@ func Example() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	if err := stack.Update(config); err != nil {
+	changes, err := stack.Update(config)
+	if err != nil {
 		log.Fatal(err)
 	}
 	fmt.Println(stack)
+	fmt.Println("new:", changes.Began)
 	fmt.Println("the same limit, now of", limit.Limit())
 	// Output:
 	// shop.Orders/List: [timeout > hedge > all]
 	// *: [timeout > retry > all]
 	// not changed: sharedLayers["all"].concurrency.limit
 	// *: [loadshed > all]
+	// new: [methodConfig[0].layers[0]]
 	// the same limit, now of 50
 }

@@ -55,14 +55,14 @@ func FuzzParseStack(f *testing.F) {
 		}
 		before := s.String()
 		for range 2 {
-			if err := s.Update(n); err != nil {
+			if _, err := s.Update(n); err != nil {
 				t.Fatalf("a config that was accepted does not update its own stack: %v", err)
 			}
 			if got := s.String(); got != before {
 				t.Fatalf("after an update to the same config the stack is %s, want %s", got, before)
 			}
 		}
-		if err := s.Update(&configv1.Stack{}); err != nil {
+		if _, err := s.Update(&configv1.Stack{}); err != nil {
 			t.Fatalf("an update to the empty config: %v", err)
 		}
 	})

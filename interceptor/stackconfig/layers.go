@@ -4,13 +4,13 @@
 package stackconfig
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
+	"math"
+	"reflect"
 	"time"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -28,23 +28,57 @@ import (
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/check"
-	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
+
+// kinds are the kinds of layers, by the JSON names of their fields in Layer. A field
+// of a kind's message is set in the Config of its package if that has one of the same
+// name (see [fieldOf]), whatever its type; the others are for the options that are
+// listed here.
+var kinds = map[string]kind{
+	"timeout":     kindOf(timeout.New, timeout.WithName),
+	"rateLimit":   kindOf(ratelimit.New, ratelimit.WithName, priority(ratelimit.WithPriority)),
+	"concurrency": kindOf(concurrency.New, concurrency.WithName, priority(concurrency.WithPriority), supplied("costFunc", "WithCostFunc", concurrency.WithCost)),
+	"buffer":      kindOf(buffer.New, buffer.WithName),
+	"loadShed":    kindOf(loadshed.New, loadshed.WithName),
+	"failFast":    kindOf(failfast.New, failfast.WithName),
+	"throttle":    kindOf(throttle.New, throttle.WithName),
+	"breaker":     kindOf(breaker.New, breaker.WithName, breakerChange),
+	"retry": kindOf(retry.New, retry.WithName, spends(true, retry.WithBudget),
+		supplied("idempotentFunc", "WithIdempotentFunc", retry.WithIdempotent), supplied("policy", "WithRetryPolicy", retry.WithPolicy)),
+	"hedge": kindOf(hedge.New, hedge.WithName, spends(false, hedge.WithBudget),
+		supplied("idempotentFunc", "WithIdempotentFunc", hedge.WithIdempotent)),
+}
+
+// lift lets go what waits in a layer that is in no list any more, by a limit that
+// nobody meets.
+var lift = map[string]func(interceptor.Layer) error{
+	"concurrency": func(l interceptor.Layer) error {
+		c := l.(*concurrency.Layer).Config()
+		c.Limit, c.AIMD, c.Gradient2, c.Vegas = math.MaxInt32, nil, nil, nil
+		return l.(*concurrency.Layer).Update(c)
+	},
+	"rateLimit": func(l interceptor.Layer) error {
+		c := l.(*ratelimit.Layer).Config()
+		c.Limit, c.Per, c.Burst = max(c.Limit, 10_000), time.Millisecond, 0
+		return l.(*ratelimit.Layer).Update(c)
+	},
+}
+
+// fixed are the fields that Update cannot change. A layer takes over the state of
+// another only if they are the same.
+var fixed = map[protoreflect.Name]bool{
+	"algorithm": true, "per_method": true, "per_metadata": true, "key_func": true, "cost_func": true,
+	"priority_metadata": true, "priority_func": true, "budget": true, "idempotent_func": true, "policy": true,
+}
+
+// A kind turns a message into what makes a layer.
+type kind func(s *source, m protoreflect.Message) definition
 
 // A definition is a layer's config, ready to make the layer or to change one.
 type definition struct {
-	kind   string // The JSON name of the field that holds it.
-	fixed  fixed
+	fixed  proto.Message // The message with the fixed fields alone.
 	make   func() (interceptor.Layer, error)
 	update func(interceptor.Layer) error
-}
-
-// fixed is what Update cannot change. A layer takes over the state of another only
-// if it is the same.
-type fixed struct {
-	algorithm                       ratelimit.Algorithm
-	key, cost, priority             string
-	budget, idempotent, retryPolicy string
 }
 
 // updatable is a layer whose package has a config type C.
@@ -53,28 +87,96 @@ type updatable[C any] interface {
 	Update(C) error
 }
 
-func define[C any, L updatable[C], O any](c C, make func(C, ...O) (L, error), options []O, fixed fixed) *definition {
-	return &definition{
-		fixed: fixed,
-		make: func() (interceptor.Layer, error) {
-			l, err := make(c, options...)
-			if err != nil {
-				return nil, err
+// an extra returns an option for a layer if its message asks for one.
+type extra[O any] func(s *source, m protoreflect.Message) (o O, ok bool)
+
+func kindOf[C any, L updatable[C], O any](make func(C, ...O) (L, error), withName func(string) O, extras ...extra[O]) kind {
+	return func(s *source, m protoreflect.Message) definition {
+		var c C
+		s.read(m, reflect.ValueOf(&c).Elem(), "")
+		var opts []O
+		if s.name != "" {
+			opts = append(opts, withName(s.name))
+		}
+		for _, extra := range extras {
+			if o, ok := extra(s, m); ok {
+				opts = append(opts, o)
 			}
-			return l, nil
-		},
-		update: func(l interceptor.Layer) error { return l.(L).Update(c) },
+		}
+		d := definition{
+			make:   func() (interceptor.Layer, error) { return make(c, opts...) },
+			update: func(l interceptor.Layer) error { return l.(L).Update(c) },
+		}
+		same := m.New()
+		m.Range(func(fd protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+			// The first value of an enum is what it is if it is not set.
+			if fixed[fd.Name()] && !(fd.Enum() != nil && v.Enum() == 1) && v.Interface() != false {
+				same.Set(fd, v)
+			}
+			return true
+		})
+		d.fixed = same.Interface()
+		return d
 	}
 }
 
-// keyFunc says what calls are told apart by.
-type keyFunc = func(ctx context.Context, c *interceptor.Call) string
+// supplied is the extra of a field that names what the program supplies.
+func supplied[F, O any](field, option string, with func(F) O) extra[O] {
+	return func(s *source, m protoreflect.Message) (o O, ok bool) {
+		if name := get(m, field).String(); name != "" {
+			return with(look[F](s, field, name, option)), true
+		}
+		return o, false
+	}
+}
 
-// source is one layer's message on the way to a definition. The first error is
-// kept, and later values do not matter.
+func priority[O any](with func(interceptor.PriorityFunc) O) extra[O] {
+	return func(s *source, m protoreflect.Message) (o O, ok bool) {
+		fd := m.WhichOneof(m.Descriptor().Oneofs().ByName("priority"))
+		if fd == nil {
+			return o, false
+		}
+		if name := m.Get(fd).String(); fd.Name() == "priority_func" {
+			return with(look[interceptor.PriorityFunc](s, "priorityFunc", name, "WithPriorityFunc")), true
+		} else {
+			return with(interceptor.MetadataPriority(s.metadataKey("priorityMetadata", name))), true
+		}
+	}
+}
+
+// spends is the extra of a field that names a budget; byDefault says whether that is
+// the one for all if the field is not set.
+func spends[O any](byDefault bool, with func(*budget.Budget) O) extra[O] {
+	return func(s *source, m protoreflect.Message) (o O, ok bool) {
+		name := get(m, "budget").String()
+		if name == "" && !byDefault {
+			return o, false
+		}
+		b := s.budgets[name]
+		if b == nil {
+			s.fail("budget", "%q, must be the name of a budget in budgets", name)
+			return o, false
+		}
+		return with(b.value), true
+	}
+}
+
+func breakerChange(s *source, _ protoreflect.Message) (breaker.Option, bool) {
+	f, name := s.opts.breakerChange, s.name
+	if f == nil {
+		return nil, false
+	}
+	if name == "" {
+		name = "breaker"
+	}
+	return breaker.WithOnStateChange(func(c breaker.Change) { f(name, c) }), true
+}
+
+// source is one message on the way to a definition. The first error is kept, and
+// later values do not matter.
 type source struct {
 	opts    *options
-	budgets map[string]*budget.Budget
+	budgets map[string]*spending
 	name    string // Of the layer; empty for its package's default.
 	path    string // Of the message.
 	err     error
@@ -86,10 +188,105 @@ func (s *source) fail(field, format string, args ...any) {
 	}
 }
 
-func (s *source) duration(field string, d *durationpb.Duration) time.Duration {
-	if d == nil {
-		return 0
+// get returns the value of a field, which need not be set, by its JSON name.
+func get(m protoreflect.Message, field string) protoreflect.Value {
+	return m.Get(m.Descriptor().Fields().ByJSONName(field))
+}
+
+// look looks up what the program supplies under a name.
+func look[F any](s *source, field, name, option string) F {
+	f, ok := s.opts.supplied[supply{option, name}].(F)
+	if !ok {
+		s.fail(field, "%q, must be a name that the program gave to %s", name, option)
 	}
+	return f
+}
+
+func (s *source) metadataKey(field, key string) string {
+	if key == "" {
+		s.fail(field, `"", must be the key of a metadata entry`)
+	}
+	return key
+}
+
+// read sets the fields of a Config, or of a part of one, to those of a message. What
+// is not set in the message stays zero, which is the default.
+func (s *source) read(m protoreflect.Message, config reflect.Value, path string) {
+	for i := range config.NumField() {
+		v := config.Field(i)
+		if by, ok := v.Addr().Interface().(*interceptor.KeyBy); ok {
+			*by = s.keyBy(m)
+			continue
+		}
+		fd := fieldOf(m.Descriptor(), config.Type().Field(i).Name)
+		if fd != nil && m.Has(fd) && !isReference(fd) {
+			s.set(v, fd, m.Get(fd), join(path, fd.JSONName()))
+		}
+	}
+}
+
+// isReference reports whether the field is the name of something.
+func isReference(fd protoreflect.FieldDescriptor) bool {
+	return fd.Kind() == protoreflect.StringKind && !fd.IsList()
+}
+
+// set sets a field of a Config.
+func (s *source) set(to reflect.Value, fd protoreflect.FieldDescriptor, from protoreflect.Value, field string) {
+	switch {
+	case fd.IsList():
+		to.Set(reflect.ValueOf(s.codes(field, from.List())))
+	case fd.Message() != nil && fd.Message().FullName() == durationName:
+		to.SetInt(int64(s.duration(field, from.Message().Interface().(*durationpb.Duration))))
+	case fd.Message() != nil:
+		if to.Kind() == reflect.Pointer {
+			to.Set(reflect.New(to.Type().Elem()))
+			to = to.Elem()
+		}
+		s.read(from.Message(), to, field)
+	case fd.Enum() != nil:
+		// 0 is that it is not set; the values of the package begin with 0.
+		if fd.Enum().Values().ByNumber(from.Enum()) == nil {
+			s.fail(field, "%d, must be one of %s", from.Enum(), enumNames(fd.Enum()))
+		}
+		to.Set(reflect.ValueOf(int64(from.Enum()) - 1).Convert(to.Type()))
+	case fd.Kind() == protoreflect.DoubleKind:
+		f := from.Float()
+		if fd.HasOptionalKeyword() { // In a Config 0 is the default, and None is none.
+			if f == 0 {
+				f = check.None
+			} else if f < 0 {
+				s.fail(field, "%v, must not be negative", f)
+			}
+		}
+		to.SetFloat(f)
+	case fd.Kind() == protoreflect.BoolKind:
+		to.SetBool(from.Bool())
+	default:
+		if to.OverflowInt(from.Int()) {
+			s.fail(field, "%d, must be a number of 32 bits on this machine", from.Int())
+		}
+		to.SetInt(from.Int())
+	}
+}
+
+// keyBy is what the oneof "key" of a message says.
+func (s *source) keyBy(m protoreflect.Message) (by interceptor.KeyBy) {
+	fd := m.WhichOneof(m.Descriptor().Oneofs().ByName("key"))
+	if fd == nil {
+		return by
+	}
+	switch v := m.Get(fd); fd.Name() {
+	case "per_method":
+		by.Method = v.Bool()
+	case "per_metadata":
+		by.Metadata = s.metadataKey("perMetadata", v.String())
+	case "key_func":
+		by.Func = look[interceptor.KeyFunc](s, "keyFunc", v.String(), "WithKeyFunc")
+	}
+	return by
+}
+
+func (s *source) duration(field string, d *durationpb.Duration) time.Duration {
 	if err := d.CheckValid(); err != nil {
 		s.fail(field, "%v, must be a valid duration: %w", d, err)
 		return 0
@@ -101,375 +298,18 @@ func (s *source) duration(field string, d *durationpb.Duration) time.Duration {
 	return v
 }
 
-// int is for counts, which are int where the program runs.
-func (s *source) int(field string, v int64) int {
-	if int64(int(v)) != v {
-		s.fail(field, "%d, must be a number of 32 bits on this machine", v)
-	}
-	return int(v)
-}
-
-// codes parses names of codes. None are nil, which is the default everywhere.
-func (s *source) codes(field string, names []string) []codes.Code {
-	var cs []codes.Code
-	for i, name := range names {
-		var c codes.Code
+// codes parses names of codes.
+func (s *source) codes(field string, names protoreflect.List) []codes.Code {
+	cs := make([]codes.Code, names.Len())
+	for i := range cs {
+		name := names.Get(i).String()
 		quoted, err := json.Marshal(name)
 		if err == nil {
-			err = c.UnmarshalJSON(quoted)
+			err = cs[i].UnmarshalJSON(quoted)
 		}
-		if err != nil || c == codes.OK {
+		if err != nil || cs[i] == codes.OK {
 			s.fail(fmt.Sprintf("%s[%d]", field, i), `%q, must be the name of a status code other than OK, such as "UNAVAILABLE"`, name)
 		}
-		cs = append(cs, c)
 	}
 	return cs
-}
-
-// function looks up what the program supplies under a name.
-func function[F any](s *source, field, name string, from map[string]F, option string) F {
-	f, ok := from[name]
-	if !ok {
-		s.fail(field, "%q, must be a name that the program gave to %s", name, option)
-	}
-	return f
-}
-
-// key is what a layer's oneof of the same name says: a function, or method is
-// true, or neither. keyed is the same in words.
-func (s *source) key(m interface {
-	GetPerMethod() bool
-	GetPerMetadata() string
-	GetKeyFunc() string
-}, isMetadata, isFunc bool) (method bool, f keyFunc, keyed string) {
-	switch {
-	case isFunc:
-		return false, function(s, "keyFunc", m.GetKeyFunc(), s.opts.keys, "WithKeyFunc"), "func " + m.GetKeyFunc()
-	case isMetadata:
-		key := m.GetPerMetadata()
-		if key == "" {
-			s.fail("perMetadata", `"", must be the key of a metadata entry`)
-		}
-		return false, func(ctx context.Context, _ *interceptor.Call) string {
-			md, _ := metadata.FromOutgoingContext(ctx)
-			if v := md.Get(key); len(v) > 0 {
-				return v[0]
-			}
-			return ""
-		}, "metadata " + key
-	case m.GetPerMethod():
-		return true, nil, "method"
-	}
-	return false, nil, ""
-}
-
-// named adds the option that names a layer if the config does.
-func named[O any](s *source, withName func(string) O, opts ...O) []O {
-	if s.name != "" {
-		opts = append(opts, withName(s.name))
-	}
-	return opts
-}
-
-// define returns the definition of the layer in l, which is of a kind that is
-// made from data.
-func (s *source) define(l *configv1.Layer) (*definition, error) {
-	var d *definition
-	switch k := l.GetKind().(type) {
-	case *configv1.Layer_Timeout:
-		d = s.timeout(k.Timeout)
-	case *configv1.Layer_RateLimit:
-		d = s.rateLimit(k.RateLimit)
-	case *configv1.Layer_Concurrency:
-		d = s.concurrency(k.Concurrency)
-	case *configv1.Layer_Buffer:
-		c := buffer.Config{Size: s.int("size", k.Buffer.GetSize()), MaxWait: s.duration("maxWait", k.Buffer.GetMaxWait())}
-		d = define(c, buffer.New, named(s, buffer.WithName), fixed{})
-	case *configv1.Layer_LoadShed:
-		d = define(loadshed.Config{}, loadshed.New, named(s, loadshed.WithName), fixed{})
-	case *configv1.Layer_FailFast:
-		c := failfast.Config{After: s.duration("after", k.FailFast.GetAfter())}
-		d = define(c, failfast.New, named(s, failfast.WithName), fixed{})
-	case *configv1.Layer_Throttle:
-		d = s.throttle(k.Throttle)
-	case *configv1.Layer_Breaker:
-		d = s.breaker(k.Breaker)
-	case *configv1.Layer_Retry:
-		d = s.retry(k.Retry)
-	case *configv1.Layer_Hedge:
-		d = s.hedge(k.Hedge)
-	default:
-		return nil, wrong(s.path, "no kind, must be exactly one of %s", fieldNames(l.ProtoReflect().Descriptor()))
-	}
-	if s.err != nil {
-		return nil, s.err
-	}
-	return d, nil
-}
-
-// kindOf returns the field of the kind that is set in l; nil if none is.
-func kindOf(l *configv1.Layer) protoreflect.FieldDescriptor {
-	m := l.ProtoReflect()
-	return m.WhichOneof(m.Descriptor().Oneofs().ByName("kind"))
-}
-
-func (s *source) timeout(m *configv1.Timeout) *definition {
-	c := timeout.Config{
-		Timeout:       s.duration("call", m.GetCall()),
-		Lifetime:      s.duration("lifetime", m.GetLifetime()),
-		FirstResponse: s.duration("firstResponse", m.GetFirstResponse()),
-		Message:       s.duration("message", m.GetMessage()),
-		Idle:          s.duration("idle", m.GetIdle()),
-	}
-	if a := m.GetAdaptive(); a != nil {
-		c.Adaptive = &timeout.Adaptive{
-			Percentile: a.GetPercentile(),
-			Multiple:   a.GetMultiple(),
-			Min:        s.duration("adaptive.min", a.GetMin()),
-			Window:     s.duration("adaptive.window", a.GetWindow()),
-			MinSamples: s.int("adaptive.minSamples", a.GetMinSamples()),
-		}
-	}
-	return define(c, timeout.New, named(s, timeout.WithName), fixed{})
-}
-
-func (s *source) rateLimit(m *configv1.RateLimit) *definition {
-	c := ratelimit.Config{
-		Limit:     s.int("limit", m.GetLimit()),
-		Per:       s.duration("per", m.GetPer()),
-		Burst:     s.int("burst", m.GetBurst()),
-		Algorithm: ratelimit.Smooth,
-		MaxKeys:   s.int("maxKeys", m.GetMaxKeys()),
-	}
-	switch a := m.GetAlgorithm(); a {
-	case configv1.RateLimit_ALGORITHM_UNSPECIFIED, configv1.RateLimit_ALGORITHM_SMOOTH:
-	case configv1.RateLimit_ALGORITHM_WINDOW:
-		c.Algorithm = ratelimit.Window
-	default:
-		s.badEnum("algorithm", a)
-	}
-	_, isMetadata := m.GetKey().(*configv1.RateLimit_PerMetadata)
-	_, isFunc := m.GetKey().(*configv1.RateLimit_KeyFunc)
-	method, key, keyed := s.key(m, isMetadata, isFunc)
-	opts := named(s, ratelimit.WithName)
-	if method {
-		c.KeyBy = ratelimit.KeyMethod
-	}
-	if key != nil {
-		opts = append(opts, ratelimit.WithKey(key))
-	}
-	return define(c, ratelimit.New, opts, fixed{algorithm: c.Algorithm, key: keyed})
-}
-
-func (s *source) badEnum(field string, v protoreflect.Enum) {
-	s.fail(field, "%d, must be one of %s", v.Number(), enumNames(v.Descriptor()))
-}
-
-func (s *source) concurrency(m *configv1.Concurrency) *definition {
-	c := concurrency.Config{
-		Limit:         m.GetLimit(),
-		MaxWaiters:    s.int("maxWaiters", m.GetMaxWaiters()),
-		MaxWait:       s.duration("maxWait", m.GetMaxWait()),
-		CoDelTarget:   s.duration("codelTarget", m.GetCodelTarget()),
-		CoDelInterval: s.duration("codelInterval", m.GetCodelInterval()),
-		DropCodes:     s.codes("dropCodes", m.GetDropCodes()),
-		SampleStreams: m.GetSampleStreams(),
-	}
-	switch b := m.GetBound().(type) {
-	case *configv1.Concurrency_Aimd:
-		a := b.Aimd
-		c.AIMD = &concurrency.AIMDConfig{
-			Initial: a.GetInitial(), Min: a.GetMin(), Max: a.GetMax(),
-			BackoffRatio: a.GetBackoffRatio(),
-			Increase:     a.GetIncrease(),
-			Timeout:      s.duration("aimd.timeout", a.GetTimeout()),
-		}
-	case *configv1.Concurrency_Gradient2:
-		g := b.Gradient2
-		c.Gradient2 = &concurrency.Gradient2Config{
-			Initial: g.GetInitial(), Min: g.GetMin(), Max: g.GetMax(),
-			QueueSize:     g.GetQueueSize(),
-			Smoothing:     g.GetSmoothing(),
-			Tolerance:     g.GetTolerance(),
-			LongWindow:    s.int("gradient2.longWindow", g.GetLongWindow()),
-			BackoffRatio:  g.GetBackoffRatio(),
-			Window:        s.duration("gradient2.window", g.GetWindow()),
-			WindowSamples: s.int("gradient2.windowSamples", g.GetWindowSamples()),
-		}
-	case *configv1.Concurrency_Vegas:
-		v := b.Vegas
-		c.Vegas = &concurrency.VegasConfig{
-			Initial: v.GetInitial(), Min: v.GetMin(), Max: v.GetMax(),
-			Smoothing:     v.GetSmoothing(),
-			ProbeWindows:  s.int("vegas.probeWindows", v.GetProbeWindows()),
-			Window:        s.duration("vegas.window", v.GetWindow()),
-			WindowSamples: s.int("vegas.windowSamples", v.GetWindowSamples()),
-		}
-	}
-	switch d := m.GetDiscipline(); d {
-	case configv1.Concurrency_DISCIPLINE_UNSPECIFIED, configv1.Concurrency_DISCIPLINE_FIFO:
-		c.Discipline = concurrency.FIFO
-	case configv1.Concurrency_DISCIPLINE_LIFO:
-		c.Discipline = concurrency.LIFO
-	case configv1.Concurrency_DISCIPLINE_CODEL:
-		c.Discipline = concurrency.CoDel
-	default:
-		s.badEnum("discipline", d)
-	}
-	opts := named(s, concurrency.WithName)
-	if name := m.GetCostFunc(); name != "" {
-		opts = append(opts, concurrency.WithCost(function(s, "costFunc", name, s.opts.costs, "WithCostFunc")))
-	}
-	var priority string
-	switch p := m.GetPriority().(type) {
-	case *configv1.Concurrency_PriorityMetadata:
-		if p.PriorityMetadata == "" {
-			s.fail("priorityMetadata", `"", must be the key of a metadata entry`)
-		}
-		priority = "metadata " + p.PriorityMetadata
-		opts = append(opts, concurrency.WithPriority(concurrency.MetadataPriority(p.PriorityMetadata)))
-	case *configv1.Concurrency_PriorityFunc:
-		priority = "func " + p.PriorityFunc
-		opts = append(opts, concurrency.WithPriority(function(s, "priorityFunc", p.PriorityFunc, s.opts.priorities, "WithPriorityFunc")))
-	}
-	return define(c, concurrency.New, opts, fixed{cost: m.GetCostFunc(), priority: priority})
-}
-
-func (s *source) throttle(m *configv1.Throttle) *definition {
-	return define(throttle.Config{
-		K:           m.GetK(),
-		Window:      s.duration("window", m.GetWindow()),
-		MaxRefused:  m.GetMaxRefused(),
-		MinRequests: s.int("minRequests", m.GetMinRequests()),
-		RejectCodes: s.codes("rejectCodes", m.GetRejectCodes()),
-		PerMethod:   m.GetPerMethod(),
-	}, throttle.New, named(s, throttle.WithName), fixed{})
-}
-
-func (s *source) breaker(m *configv1.Breaker) *definition {
-	c := breaker.Config{
-		ConsecutiveFailures: s.int("consecutiveFailures", m.GetConsecutiveFailures()),
-		FailureRatio:        m.GetFailureRatio(),
-		SlowCallRatio:       m.GetSlowCallRatio(),
-		SlowCall:            s.duration("slowCall", m.GetSlowCall()),
-		Window:              s.duration("window", m.GetWindow()),
-		MinCalls:            s.int("minCalls", m.GetMinCalls()),
-		OpenFor:             s.duration("openFor", m.GetOpenFor()),
-		OpenGrowth:          m.GetOpenGrowth(),
-		MaxOpenFor:          s.duration("maxOpenFor", m.GetMaxOpenFor()),
-		Jitter:              s.orNone("jitter", m.Jitter),
-		Probes:              s.int("probes", m.GetProbes()),
-		FailureCodes:        s.codes("failureCodes", m.GetFailureCodes()),
-		MaxKeys:             s.int("maxKeys", m.GetMaxKeys()),
-		KeyIdle:             s.duration("keyIdle", m.GetKeyIdle()),
-	}
-	_, isMetadata := m.GetKey().(*configv1.Breaker_PerMetadata)
-	_, isFunc := m.GetKey().(*configv1.Breaker_KeyFunc)
-	method, key, keyed := s.key(m, isMetadata, isFunc)
-	opts := named(s, breaker.WithName)
-	c.PerMethod = method
-	if key != nil {
-		opts = append(opts, breaker.WithKey(key))
-	}
-	if f := s.opts.breakerChange; f != nil {
-		name := s.name
-		if name == "" {
-			name = "breaker"
-		}
-		opts = append(opts, breaker.WithOnStateChange(func(c breaker.Change) { f(name, c) }))
-	}
-	return define(c, breaker.New, opts, fixed{key: keyed})
-}
-
-func (s *source) budget(m *configv1.Budget) (budget.Config, error) {
-	if m == nil {
-		m = &configv1.Budget{}
-	}
-	c := budget.Config{
-		TTL:          s.duration("ttl", m.GetTtl()),
-		Ratio:        s.orNone("ratio", m.Ratio),
-		MinPerSecond: s.orNone("minPerSecond", m.MinPerSecond),
-	}
-	return c, s.err
-}
-
-// orNone is a value that can be unset: unset is the default, and 0 is none. In a
-// Config 0 is the default, and None is none.
-func (s *source) orNone(field string, v *float64) float64 {
-	switch {
-	case v == nil:
-		return 0
-	case *v == 0:
-		return check.None
-	case *v < 0:
-		s.fail(field, "%v, must not be negative", *v)
-	}
-	return *v
-}
-
-// spends returns the budget that a layer names, or the one for all.
-func (s *source) spends(name string) *budget.Budget {
-	b := s.budgets[name]
-	if b == nil {
-		s.fail("budget", "%q, must be the name of a budget in budgets", name)
-	}
-	return b
-}
-
-func (s *source) retry(m *configv1.Retry) *definition {
-	b := m.GetBackoff()
-	c := retry.Config{
-		MaxAttempts:  s.int("maxAttempts", m.GetMaxAttempts()),
-		Codes:        s.codes("codes", m.GetCodes()),
-		DeclaredOnly: m.GetDeclaredOnly(),
-		BufferBytes:  s.int("bufferBytes", m.GetBufferBytes()),
-		Backoff: retry.Backoff{
-			Initial:    s.duration("backoff.initial", b.GetInitial()),
-			Max:        s.duration("backoff.max", b.GetMax()),
-			Multiplier: b.GetMultiplier(),
-		},
-	}
-	switch j := b.GetJitter(); j {
-	case configv1.Backoff_JITTER_UNSPECIFIED, configv1.Backoff_JITTER_FULL:
-		c.Backoff.Jitter = retry.FullJitter
-	case configv1.Backoff_JITTER_EQUAL:
-		c.Backoff.Jitter = retry.EqualJitter
-	case configv1.Backoff_JITTER_DECORRELATED:
-		c.Backoff.Jitter = retry.DecorrelatedJitter
-	case configv1.Backoff_JITTER_NONE:
-		c.Backoff.Jitter = retry.NoJitter
-	default:
-		s.badEnum("backoff.jitter", j)
-	}
-	opts := named(s, retry.WithName, retry.WithBudget(s.spends(m.GetBudget())))
-	if name := m.GetIdempotentFunc(); name != "" {
-		opts = append(opts, retry.WithIdempotent(function(s, "idempotentFunc", name, s.opts.idempotent, "WithIdempotentFunc")))
-	}
-	if name := m.GetPolicy(); name != "" {
-		opts = append(opts, retry.WithPolicy(function(s, "policy", name, s.opts.policies, "WithRetryPolicy")))
-	}
-	return define(c, retry.New, opts, fixed{budget: m.GetBudget(), idempotent: m.GetIdempotentFunc(), retryPolicy: m.GetPolicy()})
-}
-
-func (s *source) hedge(m *configv1.Hedge) *definition {
-	c := hedge.Config{
-		MaxExtraLoad:  m.GetMaxExtraLoad(),
-		Delay:         s.duration("delay", m.GetDelay()),
-		Percentile:    m.GetPercentile(),
-		MinDelay:      s.duration("minDelay", m.GetMinDelay()),
-		MinDataPoints: s.int("minDataPoints", m.GetMinDataPoints()),
-		Window:        s.duration("window", m.GetWindow()),
-		MaxAttempts:   s.int("maxAttempts", m.GetMaxAttempts()),
-		NonFatal:      s.codes("nonFatal", m.GetNonFatal()),
-		DeclaredOnly:  m.GetDeclaredOnly(),
-		BufferBytes:   s.int("bufferBytes", m.GetBufferBytes()),
-	}
-	opts := named(s, hedge.WithName)
-	if name := m.GetBudget(); name != "" {
-		opts = append(opts, hedge.WithBudget(s.spends(name)))
-	}
-	if name := m.GetIdempotentFunc(); name != "" {
-		opts = append(opts, hedge.WithIdempotent(function(s, "idempotentFunc", name, s.opts.idempotent, "WithIdempotentFunc")))
-	}
-	return define(c, hedge.New, opts, fixed{budget: m.GetBudget(), idempotent: m.GetIdempotentFunc()})
 }

@@ -34,11 +34,13 @@ func newStack(t testing.TB, js string, opts ...Option) *Stack {
 	return s
 }
 
-func update(t testing.TB, s *Stack, js string) {
+func update(t testing.TB, s *Stack, js string) Changes {
 	t.Helper()
-	if err := s.Update(parse(t, js)); err != nil {
+	c, err := s.Update(parse(t, js))
+	if err != nil {
 		t.Fatalf("Update: %v\n%s", err, js)
 	}
+	return c
 }
 
 // all is a config with one entry for all methods.

@@ -83,7 +83,11 @@ func locate(js []byte, md protoreflect.MessageDescriptor, path string) *Error {
 			fd = md.Fields().ByTextName(key)
 		}
 		if fd == nil {
-			return wrong(field, "unknown field, must be one of %s", fieldNames(md))
+			hint := ""
+			if md.Name() == "MethodConfig" {
+				hint = " (a setting of gRPC's own service config, such as timeout, is a layer here or is set there)"
+			}
+			return wrong(field, "unknown field, must be one of %s%s", fieldNames(md.Fields()), hint)
 		}
 		if isNull(value) {
 			continue
@@ -167,10 +171,13 @@ func describe(fd protoreflect.FieldDescriptor) string {
 	return "an integer"
 }
 
-func fieldNames(md protoreflect.MessageDescriptor) string {
+func fieldNames(fields interface {
+	Len() int
+	Get(int) protoreflect.FieldDescriptor
+}) string {
 	var names []string
-	for i := range md.Fields().Len() {
-		names = append(names, md.Fields().Get(i).JSONName())
+	for i := range fields.Len() {
+		names = append(names, fields.Get(i).JSONName())
 	}
 	if names == nil {
 		return "none"
@@ -238,19 +245,35 @@ func (e *layerError) Error() string { return fmt.Sprintf("%v, %s", e.config.Valu
 func (e *layerError) Unwrap() error { return e.config }
 
 // renamed gives the fields that a rule names their names in the data. A rule names
-// a field by a word of its own, as a Config does.
+// a field, by a word of its own, as a Config does.
 func renamed(rule string, around []protoreflect.MessageDescriptor) string {
 	words := strings.Split(rule, " ")
 	for i, word := range words {
 		name := strings.TrimRight(word, ",")
 		for _, md := range around {
-			if fd := fieldOf(md, name); fd != nil {
-				words[i] = fd.JSONName() + word[len(name):]
+			if path := pathOf(md, name); path != "" {
+				words[i] = path + word[len(name):]
 				break
 			}
 		}
 	}
 	return strings.Join(words, " ")
+}
+
+// pathOf returns the path in the data of what a Config calls name, such as
+// Backoff.Max; empty if there is none.
+func pathOf(md protoreflect.MessageDescriptor, name string) (path string) {
+	for name := range strings.SplitSeq(name, ".") {
+		if md == nil {
+			return ""
+		}
+		fd := fieldOf(md, name)
+		if fd == nil {
+			return ""
+		}
+		path, md = join(path, fd.JSONName()), fd.Message()
+	}
+	return path
 }
 
 // jsonNames has the fields of Configs whose names in the schema differ in more than

@@ -79,6 +79,12 @@ var bad = []struct{ js, field string }{
 	{all(`{"timeout": {"call": "1s", "adaptive": {}}}`), `methodConfig[0].layers[0].timeout.adaptive.min`},
 	{all(`{"timeout": {"call": "1s", "adaptive": {"min": "1s", "percentile": 1}}}`), `methodConfig[0].layers[0].timeout.adaptive.percentile`},
 	{all(`{"timeout": {"call": "1s", "adaptive": {"min": "1s", "minSamples": -1}}}`), `methodConfig[0].layers[0].timeout.adaptive.minSamples`},
+	{`{"methodConfig": [{"name": [{}], "timeout": "1s"}]}`, `methodConfig[0].timeout`},
+	{`{"methodConfig": [{"name": [{}], "waitForReady": true}]}`, `methodConfig[0].waitForReady`},
+	{all(`{"throttle": {"keyFunc": "f"}}`), `methodConfig[0].layers[0].throttle.keyFunc`},
+	{all(`{"concurrency": {"limit": 1, "perMetadata": ""}}`), `methodConfig[0].layers[0].concurrency.perMetadata`},
+	{all(`{"rateLimit": {"limit": 1, "priorityFunc": "f"}}`), `methodConfig[0].layers[0].rateLimit.priorityFunc`},
+	{all(`{"retry": {"maxServerDelay": "-1s"}}`), `methodConfig[0].layers[0].retry.maxServerDelay`},
 	{all(`{"hedge": {"maxExtraLoad": 1e-9}}`), `methodConfig[0].layers[0].hedge.maxExtraLoad`},
 	{all(`{"hedge": {"maxExtraLoad": 1}}`), `methodConfig[0].layers[0].hedge.maxExtraLoad`},
 	{all(`{"hedge": {"delay": "1s", "percentile": 0.9}}`), `methodConfig[0].layers[0].hedge.percentile`},
@@ -144,7 +150,7 @@ var bad = []struct{ js, field string }{
 		`methodConfig[1].layers[2].concurrency.limit`},
 }
 
-func TestABadConfigNamesTheFieldAndChangesNothing(t *testing.T) {
+func TestError(t *testing.T) {
 	s := newStack(t, all(`{"name": "l", "concurrency": {"limit": 7}}`))
 	layer, before := s.Layer("l"), s.String()
 	for _, c := range bad {
@@ -173,7 +179,7 @@ func TestABadConfigNamesTheFieldAndChangesNothing(t *testing.T) {
 		if m == nil {
 			continue
 		}
-		if uerr := s.Update(m); uerr == nil || uerr.Error() != err.Error() {
+		if _, uerr := s.Update(m); uerr == nil || uerr.Error() != err.Error() {
 			t.Errorf("%s\n  Update: error %v, want %v", c.js, uerr, err)
 		}
 		if got := s.String(); got != before || s.Layer("l") != layer {
@@ -183,7 +189,7 @@ func TestABadConfigNamesTheFieldAndChangesNothing(t *testing.T) {
 }
 
 // A message names the place once and speaks of the data by its own names.
-func TestError_in_layer(t *testing.T) {
+func TestErrorInLayer(t *testing.T) {
 	const layer = "stackconfig: methodConfig[0].layers[0]."
 	for js, want := range map[string]string{
 		all(`{"retry": {"maxAttempts": 101}}`):                           layer + "retry.maxAttempts: 101, must be from 1 to 100, or 0 for 3",
@@ -219,7 +225,7 @@ func TestError_in_layer(t *testing.T) {
 	}
 }
 
-func TestMessagesThatNoJSONMakesAreErrors(t *testing.T) {
+func TestErrorOfMessagesWithoutJSON(t *testing.T) {
 	rate := func(r *configv1.RateLimit) *configv1.Stack {
 		return &configv1.Stack{MethodConfig: []*configv1.MethodConfig{{
 			Name:   []*configv1.MethodName{nil},
@@ -245,7 +251,7 @@ func TestMessagesThatNoJSONMakesAreErrors(t *testing.T) {
 	}
 }
 
-func TestBadOptionsAreErrors(t *testing.T) {
+func TestOptionErrors(t *testing.T) {
 	l := interceptor.CarryWait()
 	for name, opts := range map[string][]Option{
 		"empty name":  {WithLayer("", l)},
@@ -265,11 +271,11 @@ func TestBadOptionsAreErrors(t *testing.T) {
 	}
 }
 
-func TestTheMostSpecificNameCounts(t *testing.T) {
+func TestMethods(t *testing.T) {
 	s := newStack(t, `{"methodConfig": [
-		{"name": [{}], "layers": [{"name": "any", "loadShed": {}}]},
-		{"name": [{"service": "a.A"}, {"service": "b.B", "method": "M"}], "layers": [{"name": "ab", "loadShed": {}}]},
-		{"name": [{"service": "a.A", "method": "M"}], "layers": [{"name": "am", "loadShed": {}}]}
+		{"name": [{}], "layers": [{"name": "any", "breaker": {}}]},
+		{"name": [{"service": "a.A"}, {"service": "b.B", "method": "M"}], "layers": [{"name": "ab", "breaker": {}}]},
+		{"name": [{"service": "a.A", "method": "M"}], "layers": [{"name": "am", "breaker": {}}]}
 	]}`)
 	want := "*: [any]\na.A/*, b.B/M: [ab]\na.A/M: [am]"
 	if got := s.String(); got != want {

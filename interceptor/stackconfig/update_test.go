@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"reflect"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -41,7 +42,7 @@ func wantRefused(t *testing.T, what string, err error, layer string, reason inte
 	}
 }
 
-func TestAConcurrencyLimitKeepsPermitsAndQueueAcrossUpdates(t *testing.T) {
+func TestUpdateKeepsConcurrency(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStack(t, all(`{"name": "l", "concurrency": {"limit": 2}}`))
 		l := s.Layer("l").(*concurrency.Layer)
@@ -84,7 +85,7 @@ func TestAConcurrencyLimitKeepsPermitsAndQueueAcrossUpdates(t *testing.T) {
 	})
 }
 
-func TestAnAlgorithmKeepsItsLimitAcrossUpdates(t *testing.T) {
+func TestUpdateKeepsAlgorithm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStack(t, all(`{"name": "l", "concurrency": {"aimd": {"initial": 100, "backoffRatio": 0.5}}}`))
 		l := s.Layer("l").(*concurrency.Layer)
@@ -103,7 +104,7 @@ func TestAnAlgorithmKeepsItsLimitAcrossUpdates(t *testing.T) {
 	})
 }
 
-func TestARateLimitKeepsWhatWasTakenAcrossUpdates(t *testing.T) {
+func TestUpdateKeepsRateLimit(t *testing.T) {
 	for _, algorithm := range []string{`"burst": 10`, `"algorithm": "ALGORITHM_WINDOW"`} {
 		synctest.Test(t, func(t *testing.T) {
 			s := newStack(t, all(`{"loadShed": {}}, {"rateLimit": {"limit": 10, "per": "10s", `+algorithm+`}}`))
@@ -121,7 +122,7 @@ func TestARateLimitKeepsWhatWasTakenAcrossUpdates(t *testing.T) {
 	}
 }
 
-func TestABufferKeepsItsQueueAcrossUpdates(t *testing.T) {
+func TestUpdateKeepsBuffer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStack(t, all(`{"loadShed": {}}, {"name": "b", "buffer": {"size": 2}}, {"concurrency": {"limit": 1}}`))
 		b := s.Layer("b").(*buffer.Layer)
@@ -152,14 +153,14 @@ func TestABufferKeepsItsQueueAcrossUpdates(t *testing.T) {
 	})
 }
 
-func TestABreakerKeepsItsStateAcrossUpdates(t *testing.T) {
+func TestUpdateKeepsBreaker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var changes []string
 		s := newStack(t, all(`{"name": "b", "breaker": {"consecutiveFailures": 3, "openFor": "10s", "jitter": 0}}`),
 			WithBreakerChange(func(layer string, c breaker.Change) {
 				changes = append(changes, fmt.Sprint(layer, " ", c.From, " ", c.To))
 			}))
-		b := s.Layer("b").(*breaker.Breaker)
+		b := s.Layer("b").(*breaker.Layer)
 		server := &fake{}
 		server.answer(status.Error(codes.Unavailable, ""))
 		conn := s.Wrap(server)
@@ -185,10 +186,10 @@ func TestABreakerKeepsItsStateAcrossUpdates(t *testing.T) {
 	})
 }
 
-func TestAThrottleKeepsItsCountsAcrossUpdates(t *testing.T) {
+func TestUpdateKeepsThrottle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStack(t, all(`{"name": "t", "throttle": {"minRequests": 1000}}`))
-		l := s.Layer("t").(*throttle.Throttle)
+		l := s.Layer("t").(*throttle.Layer)
 		server := &fake{}
 		server.answer(status.Error(codes.Unavailable, ""))
 		for range 100 {
@@ -201,7 +202,7 @@ func TestAThrottleKeepsItsCountsAcrossUpdates(t *testing.T) {
 	})
 }
 
-func TestAFailFastKeepsFailingAcrossUpdates(t *testing.T) {
+func TestUpdateKeepsFailFast(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStack(t, all(`{"name": "f", "failFast": {"after": "1s"}}, {"name": "l", "concurrency": {"limit": 1}}`))
 		server := &fake{}
@@ -223,7 +224,7 @@ func TestAFailFastKeepsFailingAcrossUpdates(t *testing.T) {
 	})
 }
 
-func TestBudgetsKeepTheirBalanceAcrossUpdates(t *testing.T) {
+func TestUpdateKeepsBudgets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		layers := `{"retry": {"maxAttempts": 100, "backoff": {"initial": "0.001s", "max": "0.001s"}}}`
 		config := `{"budget": {"minPerSecond": %d}, "budgets": {"b": {"minPerSecond": 1}}, "methodConfig": [{"name": [{}], "layers": [` + layers + `]}]}`
@@ -257,7 +258,7 @@ func (l late) Invoke(context.Context, string, any, any, ...grpc.CallOption) erro
 	return nil
 }
 
-func TestLatenciesAreKeptAcrossUpdates(t *testing.T) {
+func TestUpdateKeepsLatencies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		config := `{"name": "t", "timeout": {"call": "%ds", "adaptive": {"min": "0.001s", "multiple": 2, "minSamples": 20}}}, {"name": "h", "hedge": {"maxExtraLoad": %v}}`
 		s := newStack(t, all(fmt.Sprintf(config, 10, 0.05)))
@@ -301,7 +302,7 @@ func values(s *Stack) (v [][]interceptor.Layer) {
 	return v
 }
 
-func TestWhichLayerTakesOverFromWhich(t *testing.T) {
+func TestUpdateTakesOver(t *testing.T) {
 	const none = "none"
 	for name, c := range map[string]struct {
 		js   string
@@ -322,7 +323,15 @@ func TestWhichLayerTakesOverFromWhich(t *testing.T) {
 		"an entry that is split": {`{"methodConfig": [
 			{"name": [{"service": "b.B"}], "layers": [{"concurrency": {"limit": 1}}]},
 			{"name": [{"service": "a.A"}], "layers": [{"concurrency": {"limit": 1}}]}]}`,
-			[]string{"0.0", none}},
+			[]string{none, "0.0"}}, // The first name of before counts.
+		"an entry that another one is put before": {`{"methodConfig": [
+			{"name": [{"service": "c.C"}, {"service": "b.B"}], "layers": [{"name": "y", "concurrency": {"limit": 1}}]},
+			{"name": [{"service": "a.A"}], "layers": [{"concurrency": {"limit": 1}}]}]}`,
+			[]string{none, "0.0"}},
+		"an entry whose first name finds nothing to take over": {`{"methodConfig": [
+			{"name": [{"service": "a.A"}], "layers": [{"buffer": {"size": 1}}, {"name": "z", "concurrency": {"limit": 1}}]},
+			{"name": [{"service": "c.C"}, {"service": "b.B"}], "layers": [{"concurrency": {"limit": 1}}]}]}`,
+			[]string{none, none, "0.0"}},
 		"an entry whose first name is new": {`{"methodConfig": [
 			{"name": [{"service": "c.C"}, {}], "layers": [{"concurrency": {"limit": 1}}]}]}`,
 			[]string{"1.0"}},
@@ -356,7 +365,7 @@ func TestWhichLayerTakesOverFromWhich(t *testing.T) {
 	}
 }
 
-func TestASharedLayerIsOneLimitForAllEntries(t *testing.T) {
+func TestSharedLayer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStack(t, `{"methodConfig": [
 			{"name": [{"service": "a.A"}], "layers": [{"loadShed": {}}, {"shared": "global"}]},
@@ -374,7 +383,7 @@ func TestASharedLayerIsOneLimitForAllEntries(t *testing.T) {
 	})
 }
 
-func TestCallsInFlightKeepTheStackTheyBeganWith(t *testing.T) {
+func TestUpdateSparesCallsInFlight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStack(t, all(`{"retry": {"maxAttempts": 2, "backoff": {"initial": "0.001s", "max": "0.001s"}}}`))
 		server := &fake{}
@@ -404,45 +413,130 @@ func TestCallsInFlightKeepTheStackTheyBeganWith(t *testing.T) {
 	})
 }
 
-// stubborn is a layer like those of packages whose Update fails although the
-// config is good to begin with, which belfry's own do not.
-type stubborn struct {
-	interceptor.GateOnly
-	config int
-	no     bool
+// A config that is refused at the very end, by the observer that it does not show.
+func TestUpdateRefusedChangesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStack(t, all(`{"name": "l", "concurrency": {"limit": 1}}, {"name": "a", "concurrency": {"aimd": {"initial": 100, "backoffRatio": 0.5}}}, {"name": "r", "rateLimit": {"limit": 50, "per": "3600s", "burst": 2}}`),
+			WithObserver(&counter{}), WithLayer("second", interceptor.Observe(&counter{})))
+		limit, learnt := s.Layer("l").(*concurrency.Layer), s.Layer("a").(*concurrency.Layer)
+		server := &fake{}
+		conn := s.Wrap(server)
+		server.answer(status.Error(codes.Unavailable, ""))
+		conn.Invoke(t.Context(), method, nil, nil)
+		if got := learnt.Limit(); got != 50 {
+			t.Fatalf("after a drop the limit is %d, want 50", got)
+		}
+		server.hold()
+		ctx, cancel := context.WithCancel(t.Context())
+		errs := calls(ctx, conn, method, 10)
+		synctest.Wait()
+		_, err := s.Update(parse(t, all(`{"name": "l", "concurrency": {"limit": 10}}, {"name": "a", "concurrency": {"aimd": {"min": 100}}}, {"name": "r", "rateLimit": {"limit": 1000}}, {"provided": "second"}`)))
+		if e := (*Error)(nil); !errors.As(err, &e) || e.Field != "methodConfig[0].layers" {
+			t.Fatalf("Update with a second observer: error %v, want an *Error of methodConfig[0].layers", err)
+		}
+		synctest.Wait()
+		if r, w := server.running(), limit.Waiting(); r != 1 || w != 9 {
+			t.Errorf("after an update that was refused %d calls run and %d wait, want 1 and 9", r, w)
+		}
+		if got := learnt.Limit(); got != 50 {
+			t.Errorf("after an update that was refused the limit is %d, want 50 as it was learnt", got)
+		}
+		cancel()
+		for range 10 {
+			<-errs
+		}
+	})
 }
 
-func (s *stubborn) WrapGate(inner interceptor.Gate) interceptor.Gate { return inner }
-
-func (s *stubborn) Update(config int) error {
-	if s.no {
-		return errors.New("stubborn: no")
+// What a layer can be made with it can be changed to, if what is fixed is the same.
+func TestUpdateAcceptsWhatNewAccepts(t *testing.T) {
+	for _, layers := range [][]string{
+		{`{"concurrency": {"limit": 1}}`, `{"concurrency": {"aimd": {}}}`, `{"concurrency": {"gradient2": {}}}`, `{"concurrency": {"vegas": {}, "maxWait": "1s"}}`, `{"concurrency": {"limit": 2147483647, "discipline": "DISCIPLINE_CODEL", "maxWaiters": 1}}`},
+		{`{"concurrency": {"limit": 1, "perMethod": true}}`, `{"concurrency": {"vegas": {}, "perMethod": true, "maxKeys": 7}}`},
+		{`{"rateLimit": {"limit": 1}}`, `{"rateLimit": {"limit": 1000000, "per": "0.001s", "burst": 1000}}`, `{"rateLimit": {"limit": 1, "per": "31536000s"}}`},
+		{`{"rateLimit": {"limit": 1, "algorithm": "ALGORITHM_WINDOW", "perMetadata": "k"}}`, `{"rateLimit": {"limit": 1000000, "per": "0.001s", "algorithm": "ALGORITHM_WINDOW", "perMetadata": "k", "maxKeys": 1}}`},
+		{`{"timeout": {"idle": "1s"}}`, `{"timeout": {"call": "1s", "adaptive": {"min": "1s"}}}`, `{"timeout": {"lifetime": "1s", "firstResponse": "1s", "message": "1s"}}`},
+		{`{"throttle": {}}`, `{"throttle": {"k": 1, "window": "1s", "maxRefused": 1, "minRequests": 1, "rejectCodes": ["UNKNOWN"]}}`},
+		{`{"breaker": {}}`, `{"breaker": {"consecutiveFailures": 1}}`, `{"breaker": {"slowCall": "1s", "slowCallRatio": 1, "window": "86400s", "openFor": "0.001s", "jitter": 0}}`},
+		{`{"retry": {}}`, `{"retry": {"maxAttempts": 100, "codes": ["UNKNOWN"], "backoff": {"initial": "10s", "jitter": "JITTER_NONE"}, "maxServerDelay": "100s"}}`},
+		{`{"hedge": {}}`, `{"hedge": {"delay": "1s", "maxExtraLoad": 0.9}}`, `{"hedge": {"percentile": 0.5, "window": "1s", "maxAttempts": 10, "nonFatal": ["UNKNOWN"]}}`},
+		{`{"failFast": {}}, {"concurrency": {"limit": 1}}`, `{"failFast": {"after": "100s"}}, {"concurrency": {"limit": 1}}`},
+		{`{"buffer": {"size": 1}}, {"concurrency": {"limit": 1}}`, `{"buffer": {"size": 2147483647, "maxWait": "1s"}}, {"concurrency": {"limit": 1}}`},
+	} {
+		for _, from := range layers {
+			for _, to := range layers {
+				s := newStack(t, all(from))
+				old := s.built.Load().entries[0].layers[0]
+				b := &built{config: parse(t, all(to))}
+				if err := b.build(&s.opts); err != nil {
+					t.Fatal(err)
+				}
+				now := b.entries[0].layers[0]
+				if !now.takeOver(old) {
+					t.Errorf("%s does not take over from %s", to, from)
+				} else if err := now.update(now.value); err != nil {
+					t.Errorf("from %s to %s: %v", from, to, err)
+				}
+			}
+		}
 	}
-	s.config = config
-	return nil
 }
 
-func TestAnUpdateThatALayerRefusesIsTakenBack(t *testing.T) {
-	first := &stubborn{config: 1}
-	makes := func(config int) *layer {
-		d := define(config, func(c int, _ ...struct{}) (*stubborn, error) { return &stubborn{config: c}, nil }, nil, fixed{})
-		return &layer{definition: d, message: parse(t, all(`{"loadShed": {}}`)).MethodConfig[0].Layers[0]}
+func TestUpdateSaysWhatBegan(t *testing.T) {
+	s := newStack(t, `{"budgets": {"b": {}}, "sharedLayers": {"s": {"concurrency": {"limit": 1}}}, "methodConfig": [
+		{"name": [{}], "layers": [{"timeout": {"call": "1s"}}, {"retry": {}}, {"name": "old", "concurrency": {"limit": 1}}, {"rateLimit": {"limit": 1}}, {"shared": "s"}]}]}`)
+	same := s.Config()
+	if c, err := s.Update(same); err != nil || c.Began != nil || c.Ended != nil {
+		t.Errorf("Update to the same config: %+v, %v, want no changes", c, err)
 	}
-	was, second := makes(1), makes(1)
-	was.value, second.value = first, &stubborn{config: 1, no: true}
-	now, refuses := makes(2), makes(2)
-	now.takeOver(was)
-	refuses.takeOver(second)
-	b := &built{entries: []*entry{{layers: []*layer{now, refuses}}}}
-	if err := b.apply(); err == nil {
-		t.Fatal("apply returned no error")
+	got := update(t, s, `{"budgets": {"c": {}}, "sharedLayers": {"s": {"concurrency": {"limit": 2}}, "t": {"breaker": {}}}, "methodConfig": [
+		{"name": [{"service": "a.A"}]},
+		{"name": [{}], "layers": [{"timeout": {"call": "2s"}}, {"retry": {"budget": "c"}}, {"name": "new", "concurrency": {"limit": 1}}, {"rateLimit": {"limit": 1, "algorithm": "ALGORITHM_WINDOW"}}, {"shared": "t"}]}]}`)
+	want := Changes{
+		Began: []string{`budgets["c"]`, "methodConfig[1].layers[1]", "methodConfig[1].layers[2]", "methodConfig[1].layers[3]", `sharedLayers["t"]`},
+		Ended: []string{`budgets["b"]`, "methodConfig[0].layers[1]", "methodConfig[0].layers[2]", "methodConfig[0].layers[3]"},
 	}
-	if first.config != 1 {
-		t.Errorf("the layer before the one that refused has config %d, want 1 as before", first.config)
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("Update says\n%q, want\n%q", got, want)
 	}
 }
 
-func TestNamesAreTheLayersNames(t *testing.T) {
+func TestUpdateLetsWaitersOfRemovedLayersGo(t *testing.T) {
+	for _, layer := range []string{
+		`{"concurrency": {"limit": 1}}`,
+		`{"concurrency": {"aimd": {"initial": 1, "max": 1}}}`,
+		`{"concurrency": {"limit": 1, "perMethod": true}}`,
+		`{"rateLimit": {"limit": 1, "per": "3600s"}}`,
+		`{"rateLimit": {"limit": 1, "per": "3600s", "perMethod": true}}`,
+		`{"rateLimit": {"limit": 1, "per": "3600s", "algorithm": "ALGORITHM_WINDOW"}}`,
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newStack(t, all(layer))
+			server := &fake{}
+			errs := calls(t.Context(), s.Wrap(server), method, 5)
+			synctest.Wait()
+			if got := server.running(); got != 1 {
+				t.Fatalf("%s: %d of 5 calls run, want 1", layer, got)
+			}
+			update(t, s, all(`{"breaker": {}}`))
+			time.Sleep(time.Millisecond)
+			synctest.Wait()
+			if got := server.running(); got != 5 {
+				t.Errorf("%s: when it has been removed %d of 5 calls run, want all", layer, got)
+			}
+			for range server.running() {
+				server.end(nil)
+			}
+			for range 5 {
+				if err := <-errs; err != nil {
+					t.Errorf("%s: a call that waited: %v", layer, err)
+				}
+			}
+		})
+	}
+}
+
+func TestNames(t *testing.T) {
 	s := newStack(t, `{"methodConfig": [{"name": [{}], "layers": [
 		{"name": "a", "timeout": {"call": "1s"}}, {"name": "b", "hedge": {}}, {"name": "c", "retry": {}}, {"name": "d", "throttle": {}},
 		{"name": "e", "breaker": {}}, {"name": "f", "failFast": {}}, {"name": "g", "loadShed": {}}, {"name": "h", "buffer": {"size": 1}},
@@ -460,7 +554,7 @@ func TestNamesAreTheLayersNames(t *testing.T) {
 	}
 }
 
-func TestConfigReturnsACopyOfWhatHolds(t *testing.T) {
+func TestConfig(t *testing.T) {
 	m := parse(t, all(`{"name": "l", "concurrency": {"limit": 7}}`))
 	s, err := NewStackFromConfig(m)
 	if err != nil {
@@ -476,7 +570,7 @@ func TestConfigReturnsACopyOfWhatHolds(t *testing.T) {
 	}
 }
 
-func TestWhatTheProgramSuppliesIsUsed(t *testing.T) {
+func TestOptions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		obs := &counter{}
 		var provided int
@@ -488,9 +582,9 @@ func TestWhatTheProgramSuppliesIsUsed(t *testing.T) {
 				{"name": [{"service": "p.P"}], "layers": [{"retry": {"policy": "p"}}]},
 				{"name": [{"service": "l.L"}], "layers": [{"provided": "l"}]}]}`,
 			WithObserver(obs),
-			WithKeyFunc("k", func(_ context.Context, c *interceptor.Call) string { return c.Method() }),
-			WithCostFunc("c", func(context.Context, *interceptor.Call) int64 { return 2 }),
-			WithPriorityFunc("p", func(context.Context, *interceptor.Call) int { return 2 }),
+			WithKeyFunc("k", func(_ context.Context, c *interceptor.Admission) string { return c.Method() }),
+			WithCostFunc("c", func(context.Context, *interceptor.Admission) int64 { return 2 }),
+			WithPriorityFunc("p", func(context.Context, *interceptor.Admission) int { return 2 }),
 			WithIdempotentFunc("i", func(m string) bool { return m == "/r.R/Yes" }),
 			WithRetryPolicy("p", never),
 			WithLayer("l", interceptor.MapError(func(context.Context, string, error) error { provided++; return nil })),
@@ -506,7 +600,7 @@ func TestWhatTheProgramSuppliesIsUsed(t *testing.T) {
 
 		server.answer(status.Error(codes.Unavailable, ""))
 		invoke("/m.M/A")
-		if got := s.Layer("m").(*breaker.Breaker).States(); len(got) != 1 {
+		if got := s.Layer("m").(*breaker.Layer).States(); len(got) != 1 {
 			t.Errorf("a breaker per metadata has circuits %v, want one", got)
 		}
 		for m, want := range map[string]int{"/r.R/Yes": 3, "/r.R/No": 1, "/p.P/M": 1} {
@@ -556,7 +650,7 @@ func (c *counter) attempts() int {
 
 // Updates at random while calls run lose no call and no permit. The check holds
 // for every interleaving.
-func TestUpdatesUnderLoadLoseNothing(t *testing.T) {
+func TestUpdateUnderLoad(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	configs := []string{
@@ -613,7 +707,7 @@ type instant struct{ grpc.ClientConnInterface }
 
 func (instant) Invoke(context.Context, string, any, any, ...grpc.CallOption) error { return nil }
 
-func TestCallsCostNoAllocation(t *testing.T) {
+func TestAllocations(t *testing.T) {
 	if race.Enabled {
 		t.Skip("the race detector allocates")
 	}

@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"reflect"
 	"slices"
 	"sync/atomic"
 
@@ -16,6 +15,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
+	"github.com/belfry-go/belfry/internal/isnil"
 )
 
 // ReasonNoRoute is the reason of the refusal of a call for which the function has
@@ -39,7 +39,7 @@ type route func(ctx context.Context, method string, args any) (grpc.ClientConnIn
 func New(choose func(ctx context.Context, method string, args any) int, conns ...grpc.ClientConnInterface) (*Steer, error) {
 	errs := newErrors(choose == nil, conns, len(conns))
 	for i, c := range conns {
-		errs.NotNil(isNil(c), fmt.Sprintf("conns[%d]", i), "a connection")
+		errs.NotNil(isnil.Value(c), fmt.Sprintf("conns[%d]", i), "a connection")
 	}
 	if err := errs.Err(); err != nil {
 		return nil, err
@@ -59,7 +59,7 @@ func New(choose func(ctx context.Context, method string, args any) int, conns ..
 func NewKeyed[K comparable](choose func(ctx context.Context, method string, args any) K, conns map[K]grpc.ClientConnInterface) (*Steer, error) {
 	errs := newErrors(choose == nil, conns, len(conns))
 	for k, c := range conns {
-		errs.NotNil(isNil(c), fmt.Sprintf("conns[%#v]", k), "a connection")
+		errs.NotNil(isnil.Value(c), fmt.Sprintf("conns[%#v]", k), "a connection")
 	}
 	if err := errs.Err(); err != nil {
 		return nil, err
@@ -95,27 +95,29 @@ func refuse(format string, args ...any) error {
 	return r
 }
 
-// isNil reports whether c is nil or a nil pointer in the interface.
-func isNil(c grpc.ClientConnInterface) bool {
-	if c == nil {
-		return true
-	}
-	v := reflect.ValueOf(c)
-	return v.Kind() == reflect.Pointer && v.IsNil()
-}
-
 // Replace lets calls that begin from now on go where those of by go. Calls in
 // flight stay where they are, so a connection that is not among the new ones may
-// be closed when they have ended. A nil by changes nothing.
-func (s *Steer) Replace(by *Steer) {
-	if by != nil {
-		s.route.Store(by.route.Load())
+// be closed when they have ended. It is an error if by is nil or was not made by New.
+func (s *Steer) Replace(by *Steer) error {
+	if by == nil || by.route.Load() == nil {
+		return &interceptor.ConfigError{Layer: "steer", Field: "by", Value: nil, Rule: "must be a Steer that New or NewKeyed has made"}
 	}
+	s.route.Store(by.route.Load())
+	return nil
+}
+
+// of returns the connection of a call.
+func (s *Steer) of(ctx context.Context, method string, args any) (grpc.ClientConnInterface, error) {
+	r := s.route.Load()
+	if r == nil {
+		return nil, refuse("there are no connections: the Steer was not made by New")
+	}
+	return (*r)(ctx, method, args)
 }
 
 // Invoke makes a unary call on the connection chosen for it.
 func (s *Steer) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
-	c, err := (*s.route.Load())(ctx, method, args)
+	c, err := s.of(ctx, method, args)
 	if err != nil {
 		return err
 	}
@@ -124,7 +126,7 @@ func (s *Steer) Invoke(ctx context.Context, method string, args, reply any, opts
 
 // NewStream opens a stream on the connection chosen for it.
 func (s *Steer) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	c, err := (*s.route.Load())(ctx, method, nil)
+	c, err := s.of(ctx, method, nil)
 	if err != nil {
 		return nil, err
 	}

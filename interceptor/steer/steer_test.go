@@ -65,7 +65,7 @@ func call(t *testing.T, c grpc.ClientConnInterface, args any, want int) {
 	}
 }
 
-func TestTheChosenConnectionGetsTheCall(t *testing.T) {
+func TestChosenByNumber(t *testing.T) {
 	s := mustNew(t, byArgs, numbered(42), numbered(57))
 	call(t, s, 1, 57)
 	call(t, s, 0, 42)
@@ -75,7 +75,7 @@ func TestTheChosenConnectionGetsTheCall(t *testing.T) {
 	}
 }
 
-func TestTheChosenConnectionGetsTheCallByKey(t *testing.T) {
+func TestChosenByKey(t *testing.T) {
 	s, err := NewKeyed(func(ctx context.Context, method string, args any) string {
 		return method[:2]
 	}, map[string]grpc.ClientConnInterface{"/s": numbered(42), "/t": numbered(57)})
@@ -96,14 +96,10 @@ func TestTheChosenConnectionGetsTheCallByKey(t *testing.T) {
 
 // Tower's steer is not ready before all its services are, also those that the
 // call is not for.
-func TestOnlyTheChosenConnectionHasToBeReady(t *testing.T) {
+func TestOnlyChosenHasToBeReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sem := semaphore.NewWeighted(1)
-		limit, err := interceptor.FromSemaphore("limit", sem)
-		if err != nil {
-			t.Fatal(err)
-		}
-		stack, err := interceptor.NewStack(limit)
+		stack, err := interceptor.NewStack(interceptor.FromSemaphore("limit", sem))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -127,7 +123,7 @@ func TestOnlyTheChosenConnectionHasToBeReady(t *testing.T) {
 	})
 }
 
-func TestAChoiceOutOfRangeIsAnErrorThatSaysSoAndNothingIsSent(t *testing.T) {
+func TestChoiceOutOfRange(t *testing.T) {
 	s := mustNew(t, byArgs, numbered(42), numbered(57))
 	for _, i := range []int{-1, 2} {
 		err := s.Invoke(context.Background(), method, i, nil)
@@ -145,7 +141,14 @@ func TestAChoiceOutOfRangeIsAnErrorThatSaysSoAndNothingIsSent(t *testing.T) {
 	}
 }
 
-func TestReplaceLetsLaterCallsGoElsewhereWhileCallsRun(t *testing.T) {
+func TestZeroSteerRefuses(t *testing.T) {
+	err := new(Steer).Invoke(context.Background(), method, 0, nil)
+	if r, ok := interceptor.AsRefusal(err); !ok || r.Reason != ReasonNoRoute {
+		t.Errorf("a call on the zero Steer: %v, want a refusal with reason NO_ROUTE", err)
+	}
+}
+
+func TestReplace(t *testing.T) {
 	s := mustNew(t, byArgs, numbered(0), numbered(1))
 	next := mustNew(t, byArgs, numbered(0), numbered(1), numbered(2))
 	var wg sync.WaitGroup
@@ -156,13 +159,19 @@ func TestReplaceLetsLaterCallsGoElsewhereWhileCallsRun(t *testing.T) {
 			}
 		})
 	}
-	s.Replace(next)
-	s.Replace(nil)
+	if err := s.Replace(next); err != nil {
+		t.Error(err)
+	}
+	for _, bad := range []*Steer{nil, new(Steer)} {
+		if err := s.Replace(bad); err == nil || !strings.HasPrefix(err.Error(), "steer: by is nil") {
+			t.Errorf("Replace(%v): %v, want an error", bad, err)
+		}
+	}
 	call(t, s, 2, 2)
 	wg.Wait()
 }
 
-func TestBadArgumentsAreErrors(t *testing.T) {
+func TestConfigErrors(t *testing.T) {
 	var nilConn *grpc.ClientConn
 	keyed := func(context.Context, string, any) string { return "" }
 	for want, f := range map[string]func() (*Steer, error){
@@ -180,14 +189,14 @@ func TestBadArgumentsAreErrors(t *testing.T) {
 	}
 }
 
-func TestLaterChangesOfWhatItWasMadeFromDoNotMatter(t *testing.T) {
+func TestArgumentsAreCopied(t *testing.T) {
 	conns := []grpc.ClientConnInterface{numbered(1)}
 	s := mustNew(t, byArgs, conns...)
 	conns[0] = nil
 	call(t, s, 0, 1)
 }
 
-func TestSteeringAllocatesNothing(t *testing.T) {
+func TestAllocations(t *testing.T) {
 	s := mustNew(t, func(context.Context, string, any) int { return 1 }, numbered(42), numbered(57))
 	ctx, reply := context.Background(), new(int)
 	if got := testing.AllocsPerRun(100, func() { s.Invoke(ctx, method, nil, reply) }); got != 0 {

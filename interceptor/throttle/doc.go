@@ -7,33 +7,52 @@
 // share a server that may be overloaded, so that the server does not spend what
 // it has left on rejecting.
 //
-//	layer, err := throttle.New(throttle.Config{})
-//	…
-//	stack, err := interceptor.NewStack(timeout, retry, layer, limit)
+//	stack, err := interceptor.NewStack(
+//		timeout.Config{Timeout: time.Second},
+//		retry.Config{},
+//		concurrency.Config{Limit: 20},
+//		throttle.Config{},
+//	)
 //
-// Of the calls of the last two minutes the throttle counts all (requests) and
-// those that the server accepted (accepts). A new call is refused at random, with
-// the probability
+// Of the calls of the last 30 seconds the throttle counts all (requests) and those
+// that the server accepted (accepts). A new call is refused at random, with the
+// probability
 //
 //	max(0, (requests - K×accepts) / (requests + 1))
 //
 // With K = 2 nothing is refused until the server rejects every second call; when
 // it rejects all, nearly every call is refused, but never more than the share
-// that the config states. The refused are requests too, so a client that keeps
+// that the config states. Refused calls are requests too, so a client that keeps
 // coming is refused the more, and the server sees at most about K times what it
-// accepts.
+// accepts. The refusal is UNAVAILABLE with reason THROTTLED. The throttle never
+// waits, because waiting would not help.
 //
-// What counts as rejected is said by code: by default UNAVAILABLE,
-// RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED. Any other error is an answer of a
-// server that works. A call counts when it ends, a stream as one call with the
-// status of its end; so calls in flight and a burst at the start are not
-// mistaken for rejections. A call cancelled by its caller, or not sent because a
-// gate further in refused, does not count.
+// # What is counted
 //
-// The refusal is UNAVAILABLE with reason THROTTLED. The throttle never waits: no
-// waiting helps. Inside a retry it sees attempts, which is the place for it:
-// outside, a call that succeeds at its third attempt would count as accepted.
-// It stands outside of a buffer and a fail-fast: these ask the layers inside once
-// without waiting and, if there is no capacity, once more, and a throttle inside
-// would draw twice for a call that waits, and refuse more than the stated share.
+// A call counts when it ends, and a stream of responses at its first response or its
+// end, whichever comes first. So calls in flight and a burst at the start are not
+// mistaken for rejections.
+//
+//   - A status of the server is a rejection or an answer, by its code. By default
+//     UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED are rejections. The
+//     deadline of a layer, such as a timeout, counts as DEADLINE_EXCEEDED.
+//   - A call for which there was no connection does not count, unless
+//     [Config.CountNotConnected] is set.
+//   - A call that its caller cancelled, or whose caller's deadline passed, does not
+//     count, and neither does one that was not sent.
+//
+// # Order
+//
+// Put the throttle inside of whatever calls wait for, where a breaker would be:
+//
+//	buffer > concurrency > ratelimit > throttle
+//
+// Then it draws once for each call, when that is about to be sent. A buffer or a
+// fail-fast asks the layers inside it first without waiting, and again if that was
+// in vain. If the limit refuses the first time, the throttle inside of it has not
+// been asked. In the order buffer > throttle > concurrency it has been, so it draws
+// twice for a call that waits, and refuses more than the stated share.
+//
+// Inside a retry the throttle sees attempts, which is the place for it: outside, a
+// call that succeeds at its third attempt would count as accepted.
 package throttle

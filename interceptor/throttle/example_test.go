@@ -16,7 +16,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/throttle"
 )
 
-// overloaded stands in for a connection to a server that rejects every call.
+// overloaded is a connection to a server that rejects every call.
 type overloaded struct{ grpc.ClientConnInterface }
 
 func (overloaded) Invoke(context.Context, string, any, any, ...grpc.CallOption) error {

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
@@ -21,7 +20,7 @@ import (
 	"github.com/belfry-go/belfry/internal/rolling"
 )
 
-// Config is what a Throttle does. The zero Config is the default.
+// Config is what a throttle does. The zero Config is the default.
 type Config struct {
 	// K is how many requests are let through for each one that the server accepts:
 	// the lower, the sooner calls are refused. 1.1 spares the server most, but a
@@ -29,16 +28,24 @@ type Config struct {
 	K float64
 
 	// Window is over what time calls are counted. It moves in twentieths. Between
-	// 1 s and 24 h; zero means 2 minutes.
+	// 1 s and 24 h; zero means 30 s.
+	//
+	// It is also what decides for how long calls are refused after the server has
+	// recovered, because the window still holds the outage. With the default
+	// MaxRefused and K, nine of ten calls are refused for half a window. By then a
+	// twentieth of the window is accepted, and the probability falls below 0.9. From
+	// there the share that is accepted doubles about every third of a window, and the
+	// last call is refused after one and three quarters of a window: 53 s. The two
+	// minutes of the book make that three and a half minutes.
 	Window time.Duration
 
 	// MaxRefused is the greatest probability with which a call is refused, so that
 	// a share of calls keeps asking whether the server has recovered. Greater than
 	// 0 and at most 1; zero means 0.9. It trades the load of a server that rejects
-	// everything against how long after its recovery calls are still refused: with
-	// 0.9 a tenth of the calls and one and three quarters of a window, with
-	// Finagle's 0.75 a quarter and one and a quarter. With 1 there is hardly any
-	// recovery while calls keep coming.
+	// everything against how long calls are refused after its recovery: with 0.9 it is
+	// a tenth of the calls and one and three quarters of a window, with Finagle's 0.75
+	// a quarter and one and a quarter. With 1 there is hardly any recovery while
+	// calls keep coming.
 	MaxRefused float64
 
 	// MinRequests is how many calls the window must have counted before any is
@@ -47,76 +54,84 @@ type Config struct {
 	MinRequests int
 
 	// RejectCodes are the codes that say that the server did not accept the call.
-	// Nil means UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED. A throttle
-	// without codes would refuse nothing: a list that is empty is an error.
+	// Nil means UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED. The caller's
+	// own deadline is no rejection, whatever the list says.
 	RejectCodes []codes.Code
 
-	// PerMethod counts and refuses each method by itself: right if one server
-	// rejects one method and serves another. The first 1,000 methods have a count
-	// of their own, the others share one; what is not called for an hour, and for a
-	// window, is forgotten.
-	PerMethod bool
+	// CountNotConnected counts calls that were not sent because there was no
+	// connection as rejected: no endpoint was READY, or the resolver failed. By
+	// default they do not count.
+	CountNotConnected bool
+
+	// KeyBy counts and refuses the calls of each key by themselves: with Method, right
+	// if one server rejects one method and serves another. By default all calls are
+	// counted together.
+	KeyBy interceptor.KeyBy
+
+	// MaxKeys is how many keys are counted by themselves, at some 500 bytes each. All
+	// keys beyond are counted together. From 1 to 1e6; zero means 10,000.
+	MaxKeys int
+
+	// KeyIdle is for how long a key must not have been called before what was counted
+	// of it may be forgotten, at least for a Window. That happens when new keys come,
+	// at the latest when there are MaxKeys. At least 1 s; zero means 10 minutes.
+	KeyIdle time.Duration
 }
 
 // Defaults of [Config].
 const (
 	DefaultK           = 2
-	DefaultWindow      = 2 * time.Minute
+	DefaultWindow      = 30 * time.Second
 	DefaultMaxRefused  = 0.9
 	DefaultMinRequests = 10
-)
-
-const (
-	maxMethods = 1000
-	methodIdle = time.Hour
+	DefaultMaxKeys     = check.DefaultMaxKeys
+	DefaultKeyIdle     = check.DefaultKeyIdle
 )
 
 // settings are a Config that was found good, with its defaults filled in.
 type settings struct {
-	given       Config
-	k           float64
-	window      time.Duration
-	maxRefused  float64
-	minRequests int64
-	reject      codeset.Set
-	perMethod   bool
-	idle        time.Duration
+	Config
+	given  Config
+	reject codeset.Set
 }
 
-func (c Config) settings(errs *check.Errors) *settings {
+// settings checks c. old is what an update replaces; nil for a new layer.
+func (c Config) settings(errs *check.Errors, old *settings) *settings {
 	c.RejectCodes = slices.Clone(c.RejectCodes) // The caller may change its own.
-	s := &settings{given: c, perMethod: c.PerMethod}
+	given := c
 	check.Default(errs, "K", &c.K, check.AtLeast(1.0), DefaultK)
 	check.Default(errs, "Window", &c.Window, check.From(time.Second, 24*time.Hour), DefaultWindow)
 	check.Default(errs, "MaxRefused", &c.MaxRefused, check.Above(0.0, 1), DefaultMaxRefused)
 	check.Default(errs, "MinRequests", &c.MinRequests, check.Positive, DefaultMinRequests)
-	s.reject = check.Codes(errs, "RejectCodes", c.RejectCodes, codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded)
+	reject := check.Codes(errs, "RejectCodes", c.RejectCodes, codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded)
 	errs.Require(c.RejectCodes == nil || len(c.RejectCodes) > 0, "RejectCodes", c.RejectCodes, "must hold a code, or be nil for the default")
-	s.k, s.window, s.maxRefused, s.minRequests = c.K, c.Window, c.MaxRefused, int64(c.MinRequests)
-	s.idle = max(methodIdle, s.window)
-	return s
+	var oldKeyBy *interceptor.KeyBy
+	if old != nil {
+		oldKeyBy = &old.KeyBy
+	}
+	check.Keys(errs, c.KeyBy, oldKeyBy, &c.MaxKeys, &c.KeyIdle)
+	return &settings{Config: c, given: given, reject: reject}
 }
 
 // probability is the share of calls that is to be refused.
 func (s *settings) probability(requests, accepts int64) float64 {
-	if requests < s.minRequests {
+	if requests < int64(s.MinRequests) {
 		return 0
 	}
-	p := (float64(requests) - s.k*float64(accepts)) / (float64(requests) + 1)
-	return min(max(p, 0), s.maxRefused)
+	p := (float64(requests) - s.K*float64(accepts)) / (float64(requests) + 1)
+	return min(max(p, 0), s.MaxRefused)
 }
 
-// A Throttle is the layer. It has one state for all stacks it stands in. All its
-// methods may be called concurrently.
-type Throttle struct {
+// Layer is a throttle. It has one state for all stacks that use it. All its methods
+// may be called concurrently.
+type Layer struct {
 	interceptor.GateOnly
-	name    string
-	refused *interceptor.Refusal
-	random  func() float64 // In [0, 1); of tests if not math/rand's.
+	name   string
+	random func() float64 // In [0, 1); of tests if not math/rand's.
 
 	settings atomic.Pointer[settings]
-	all      *counts // Of all methods.
-	methods  *keyed.Map[*counts]
+	all      *counts             // If all calls are counted together.
+	keys     *keyed.Map[*counts] // If those of each key are.
 }
 
 // An Option configures what is not data.
@@ -128,36 +143,53 @@ type options struct{ name string }
 // default "throttle"; it must not be empty. It tells several throttles apart.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
-// New returns a Throttle. An error is a [*interceptor.ConfigError], or several
-// joined.
-func New(config Config, opts ...Option) (*Throttle, error) {
+// New returns a Layer. An error is a [*interceptor.ConfigError], or several joined.
+func New(config Config, opts ...Option) (*Layer, error) {
 	o := options{name: "throttle"}
 	for _, opt := range opts {
 		opt(&o)
 	}
 	errs := check.Of("throttle")
 	errs.Name(o.name)
-	s := config.settings(errs)
+	s := config.settings(errs, nil)
 	if err := errs.Err(); err != nil {
 		return nil, err
 	}
-	t := &Throttle{name: o.name, random: rand.Float64}
-	t.refused = interceptor.Refuse(t.name, interceptor.ReasonThrottled, "the server rejects most calls")
+	t := &Layer{name: o.name, random: rand.Float64}
 	t.settings.Store(s)
-	t.all = t.newCounts()
-	t.methods = keyed.New(
-		func() int { return maxMethods },
-		func(string) *counts { return t.newCounts() },
-		func(_ *counts, unused time.Duration, _ int64) bool { return unused >= t.settings.Load().idle })
+	if !s.KeyBy.IsSet() {
+		t.all = t.newCounts("")
+		return t, nil
+	}
+	t.keys = keyed.New(
+		func() int { return t.settings.Load().MaxKeys },
+		t.newCounts,
+		func(_ *counts, unused time.Duration, _ int64) bool {
+			s := t.settings.Load()
+			return unused >= max(s.KeyIdle, s.Window)
+		})
 	return t, nil
 }
 
+// NewLayer makes the layer as New does without options.
+func (c Config) NewLayer() (interceptor.Layer, error) {
+	t, err := New(c)
+	if err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// NewLayer returns the layer itself.
+func (t *Layer) NewLayer() (interceptor.Layer, error) { return t, nil }
+
 // Update replaces the config while calls run. What was counted is kept, also if
-// the window changes, as far as the new one reaches back; with PerMethod newly
-// set, methods start at nothing. A bad config changes nothing.
-func (t *Throttle) Update(config Config) error {
+// the window changes, as far as the new one reaches back. KeyBy cannot be changed,
+// because there would be nothing to keep: make a new layer. A bad config changes
+// nothing.
+func (t *Layer) Update(config Config) error {
 	errs := check.Of("throttle")
-	s := config.settings(errs)
+	s := config.settings(errs, t.settings.Load())
 	if err := errs.Err(); err != nil {
 		return err
 	}
@@ -166,99 +198,121 @@ func (t *Throttle) Update(config Config) error {
 }
 
 // Config returns the config as it was given to New or Update.
-func (t *Throttle) Config() Config {
+func (t *Layer) Config() Config {
 	c := t.settings.Load().given
 	c.RejectCodes = slices.Clone(c.RejectCodes)
 	return c
 }
 
-// Stats are what a Throttle goes by.
+// Stats are what a throttle goes by.
 type Stats struct {
 	Requests    int64   // calls in the window: those that ended and those refused here
 	Accepts     int64   // those among them that the server accepted
 	Probability float64 // with which a call is refused now, between 0 and Config.MaxRefused
 }
 
-// Stats returns the stats of a method, such as "/helloworld.Greeter/SayHello". If
-// the config is not per method they are those of all methods together.
-func (t *Throttle) Stats(method string) Stats {
-	s := t.settings.Load()
+// Stats returns the stats of a key, such as the method
+// "/helloworld.Greeter/SayHello" with Config.KeyBy.Method. If all calls are counted
+// together, key does not matter.
+func (t *Layer) Stats(key string) Stats {
 	c := t.all
-	if s.perMethod {
+	if t.keys != nil {
 		var ok bool
-		if c, ok = t.methods.Peek(method); !ok {
+		if c, ok = t.keys.Peek(key); !ok {
 			return Stats{}
 		}
 	}
+	s := t.settings.Load()
 	requests, accepts := c.window(s).Sum(int64(interceptor.Now()))
 	return Stats{Requests: requests, Accepts: accepts, Probability: s.probability(requests, accepts)}
 }
 
 // String returns the layer's name.
-func (t *Throttle) String() string { return t.name }
+func (t *Layer) String() string { return t.name }
+
+// Traits says that it decides, and never waits.
+func (t *Layer) Traits() interceptor.Traits { return interceptor.Decides }
 
 // WrapGate returns the gate.
-func (t *Throttle) WrapGate(inner interceptor.Gate) interceptor.Gate {
+func (t *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return &gate{throttle: t, inner: inner}
 }
 
 type gate struct {
-	throttle *Throttle
+	throttle *Layer
 	inner    interceptor.Gate
 }
 
-func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	t := g.throttle
-	s, now := t.settings.Load(), int64(c.Now())
-	counted := t.all
-	if s.perMethod {
-		counted = t.methods.Get(c.Method(), now)
+	s, now, c := t.settings.Load(), int64(a.Now()), t.all
+	if c == nil {
+		c = t.keys.Get(s.KeyBy.Key(ctx, a), now)
 	}
-	window := counted.window(s)
+	window := c.window(s)
 	if p := s.probability(window.Sum(now)); p > 0 && t.random() < p {
 		window.Add(now, false)
-		return t.refused
+		return c.refused
 	}
-	c.Hold(counted, 0)
-	return g.inner.Admit(ctx, c, w)
+	a.Hold(c, 0)
+	return g.inner.Admit(ctx, a, w)
 }
 
-// counts are the requests, and of note among them the accepts, of one method or
-// of all.
+// counts are the requests, and of note among them the accepts, of one key or of
+// all.
 type counts struct {
-	throttle *Throttle
+	throttle *Layer
+	refused  *interceptor.Refusal
 	win      atomic.Pointer[rolling.Window]
 	resize   sync.Mutex // Serialises changes of win; nothing is locked under it.
 }
 
-func (t *Throttle) newCounts() *counts {
-	c := &counts{throttle: t}
-	c.win.Store(rolling.New(t.settings.Load().window))
+func (t *Layer) newCounts(key string) *counts {
+	c := &counts{throttle: t, refused: interceptor.Refuse(t.name, interceptor.ReasonThrottled, "the server rejects most calls")}
+	if key != "" {
+		c.refused = c.refused.ForKey(key)
+	}
+	c.win.Store(rolling.New(t.settings.Load().Window))
 	return c
 }
 
 // window returns the window, of the span that s wants.
 func (c *counts) window(s *settings) *rolling.Window {
-	if w := c.win.Load(); w.Span() == s.window {
+	if w := c.win.Load(); w.Span() == s.Window {
 		return w
 	}
 	c.resize.Lock()
 	defer c.resize.Unlock()
 	s = c.throttle.settings.Load() // Not the caller's, which may be the older one by now.
 	w := c.win.Load()
-	if w.Span() != s.window {
-		w = w.Resized(int64(interceptor.Now()), s.window)
+	if w.Span() != s.Window {
+		w = w.Resized(int64(interceptor.Now()), s.Window)
 		c.win.Store(w)
 	}
 	return w
 }
 
-// Release counts a call that has ended.
-func (c *counts) Release(_ int64, o interceptor.Outcome, err error) {
-	if o == interceptor.Ignored || o == interceptor.NotSent {
+// Respond counts a stream at its first response, which accepts it.
+func (c *counts) Respond(int64, interceptor.End) { c.add(c.throttle.settings.Load(), true) }
+
+// Release counts a call that has ended, unless its first response has counted.
+func (c *counts) Release(_ int64, e interceptor.End) {
+	if e.Responded {
 		return
 	}
 	s := c.throttle.settings.Load()
-	accepted := o == interceptor.OK || !s.reject.Has(status.Code(err))
+	switch e.Outcome {
+	case interceptor.OK:
+		c.add(s, true)
+	case interceptor.Failed:
+		c.add(s, !s.reject.Has(e.Code()))
+	case interceptor.NotConnected:
+		if s.CountNotConnected {
+			c.add(s, false)
+		}
+	}
+}
+
+func (c *counts) add(s *settings, accepted bool) {
 	c.window(s).Add(int64(interceptor.Now()), accepted)
 }

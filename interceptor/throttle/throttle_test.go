@@ -16,24 +16,55 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/check"
-	"github.com/belfry-go/belfry/internal/layertest"
+	"github.com/belfry-go/belfry/internal/keyed"
+	"github.com/belfry-go/belfry/internal/testserver"
+	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestProbability(t *testing.T) {
+	t.Run("is_the_books_formula", testProbabilityIsTheBooksFormula)
+	t.Run("is_compared_with_a_random_number", testProbabilityIsComparedWithARandomNumber)
+	t.Run("spares_an_outage_and_recovers", testProbabilitySparesAnOutageAndRecovers)
+	t.Run("lets_K_times_the_capacity_through", testProbabilityLetsKTimesTheCapacityThrough)
+	t.Run("is_drawn_for_once_inside_a_limit", testProbabilityIsDrawnForOnceInsideALimit)
+}
+
+func TestCount(t *testing.T) {
+	t.Run("calls_in_flight", testCountCallsInFlight)
+	t.Run("outcome_and_code", testCountOutcomeAndCode)
+	t.Run("calls_that_are_not_sent", testCountCallsThatAreNotSent)
+	t.Run("stream_once", testCountStreamOnce)
+	t.Run("by_method", testCountByMethod)
+	t.Run("idle_keys_make_room", testCountIdleKeysMakeRoom)
+	t.Run("window_forgets", testCountWindowForgets)
+}
+
+func TestConfig(t *testing.T) {
+	t.Run("update_keeps_what_was_counted", testConfigUpdateKeepsWhatWasCounted)
+	t.Run("bad_values_are_errors", testConfigBadValuesAreErrors)
+	t.Run("empty_name", testConfigEmptyName)
+	t.Run("name", testConfigName)
+}
 
 const method = "/s/m"
 
 // server is a connection that answers with what answer says.
 type server struct {
-	answer func(method string) error
-	calls  atomic.Int64
+	answer   func(method string) error
+	messages int // Of each stream, before its end.
+	calls    atomic.Int64
 }
 
 func (s *server) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.CallOption) error {
@@ -43,16 +74,20 @@ func (s *server) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.Ca
 
 func (s *server) NewStream(ctx context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
 	s.calls.Add(1)
-	return &stream{ctx: ctx, end: s.answer(method)}, nil
+	return &stream{ctx: ctx, left: s.messages, end: s.answer(method)}, nil
 }
 
 type stream struct {
 	grpc.ClientStream
-	ctx context.Context
-	end error
+	ctx  context.Context
+	left int
+	end  error
 }
 
 func (s *stream) RecvMsg(any) error {
+	if s.left--; s.left >= 0 {
+		return nil
+	}
 	if s.end == nil {
 		return io.EOF
 	}
@@ -61,7 +96,9 @@ func (s *stream) RecvMsg(any) error {
 
 func answering(err error) *server { return &server{answer: func(string) error { return err }} }
 
-func mustNew(t testing.TB, c Config) *Throttle {
+var byMethod = interceptor.KeyBy{Method: true}
+
+func mustNew(t testing.TB, c Config) *Layer {
 	t.Helper()
 	l, err := New(c)
 	if err != nil {
@@ -70,9 +107,9 @@ func mustNew(t testing.TB, c Config) *Throttle {
 	return l
 }
 
-func wrap(t testing.TB, conn grpc.ClientConnInterface, layers ...interceptor.Layer) grpc.ClientConnInterface {
+func wrap(t testing.TB, conn grpc.ClientConnInterface, specs ...interceptor.Spec) grpc.ClientConnInterface {
 	t.Helper()
-	return calltest.Stack(t, layers...).Wrap(conn)
+	return calltest.Stack(t, specs...).Wrap(conn)
 }
 
 func call(c grpc.ClientConnInterface) error {
@@ -89,14 +126,14 @@ var (
 	notFound    = status.Error(codes.NotFound, "no such thing")
 )
 
-func wantStats(t *testing.T, l *Throttle, m string, requests, accepts int64) {
+func wantStats(t *testing.T, l *Layer, m string, requests, accepts int64) {
 	t.Helper()
 	if s := l.Stats(m); s.Requests != requests || s.Accepts != accepts {
 		t.Errorf("%d requests, %d accepted, want %d and %d", s.Requests, s.Accepts, requests, accepts)
 	}
 }
 
-func TestTheProbabilityIsTheBooksFormulaUpToTheStatedShare(t *testing.T) {
+func testProbabilityIsTheBooksFormula(t *testing.T) {
 	for _, tc := range []struct {
 		k, share          float64
 		requests, accepts int64
@@ -131,7 +168,7 @@ func TestTheProbabilityIsTheBooksFormulaUpToTheStatedShare(t *testing.T) {
 	}
 }
 
-func TestACallIsRefusedIfTheRandomNumberIsBelowTheProbability(t *testing.T) {
+func testProbabilityIsComparedWithARandomNumber(t *testing.T) {
 	l := mustNew(t, Config{})
 	next := 1.0 // Never below.
 	l.random = func() float64 { return next }
@@ -158,7 +195,7 @@ func TestACallIsRefusedIfTheRandomNumberIsBelowTheProbability(t *testing.T) {
 	}
 }
 
-func TestCallsInFlightSayNothing(t *testing.T) {
+func testCountCallsInFlight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{MinRequests: 1})
 		c := wrap(t, &server{answer: func(string) error { time.Sleep(time.Second); return nil }}, l)
@@ -177,71 +214,151 @@ func TestCallsInFlightSayNothing(t *testing.T) {
 	})
 }
 
-func TestWhatCountsIsDecidedByOutcomeAndCode(t *testing.T) {
-	cancelled, cancel := context.WithCancel(context.Background())
-	cancel()
+func testCountOutcomeAndCode(t *testing.T) {
 	refuse := interceptor.Refuse("inner", interceptor.ReasonConcurrency, "")
+	notReady := interceptor.Refuse("connection", interceptor.ReasonNotReady, "")
+	deadline := interceptor.Refuse("timeout", interceptor.ReasonDeadline, "")
+	deadline.Sent = true
 	for _, tc := range []struct {
 		name              string
-		ctx               context.Context
+		config            Config
+		cause             error // Of the end of the context, while the call runs.
 		err               error
 		requests, accepts int64
 	}{
-		{"success", context.Background(), nil, 1, 1},
-		{"an error that is an answer", context.Background(), notFound, 1, 1},
-		{"UNAVAILABLE", context.Background(), unavailable, 1, 0},
-		{"RESOURCE_EXHAUSTED", context.Background(), status.Error(codes.ResourceExhausted, ""), 1, 0},
-		{"DEADLINE_EXCEEDED", context.Background(), status.Error(codes.DeadlineExceeded, ""), 1, 0},
-		{"cancelled by the caller", cancelled, status.Error(codes.Canceled, ""), 0, 0},
-		{"refused behind the stack", context.Background(), refuse, 0, 0},
+		{"success", Config{}, nil, nil, 1, 1},
+		{"an error that is an answer", Config{}, nil, notFound, 1, 1},
+		{"UNAVAILABLE", Config{}, nil, unavailable, 1, 0},
+		{"RESOURCE_EXHAUSTED", Config{}, nil, status.Error(codes.ResourceExhausted, ""), 1, 0},
+		{"DEADLINE_EXCEEDED", Config{}, nil, status.Error(codes.DeadlineExceeded, ""), 1, 0},
+		{"cancelled by the caller", Config{}, context.Canceled, status.Error(codes.Canceled, ""), 0, 0},
+		{"past the caller's deadline", Config{}, context.DeadlineExceeded, status.Error(codes.DeadlineExceeded, ""), 0, 0},
+		{"past the deadline of a layer", Config{}, deadline, status.Error(codes.Canceled, ""), 1, 0},
+		{"not sent", Config{}, nil, refuse, 0, 0},
+		{"without a connection", Config{}, nil, notReady, 0, 0},
+		{"without a connection if so configured", Config{CountNotConnected: true}, nil, notReady, 1, 0},
+		{"other codes by config", Config{RejectCodes: []codes.Code{codes.NotFound}}, nil, notFound, 1, 0},
+		{"none of the other codes by config", Config{RejectCodes: []codes.Code{codes.NotFound}}, nil, unavailable, 1, 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			l := mustNew(t, Config{})
-			wrap(t, answering(tc.err), l).Invoke(tc.ctx, method, nil, nil)
+			l := mustNew(t, tc.config)
+			ctx, cancel := context.WithCancelCause(context.Background())
+			defer cancel(nil)
+			srv := &server{answer: func(string) error {
+				if tc.cause != nil {
+					cancel(tc.cause)
+				}
+				return tc.err
+			}}
+			wrap(t, srv, l).Invoke(ctx, method, nil, nil)
 			wantStats(t, l, "", tc.requests, tc.accepts)
 		})
 	}
 	t.Run("refused by a gate inside", func(t *testing.T) {
 		l := mustNew(t, Config{})
-		inner, err := interceptor.FromAllow("inner", interceptor.ReasonConcurrency, func(context.Context) (func(interceptor.Outcome, error), error) {
+		inner := interceptor.FromAllow("inner", interceptor.ReasonConcurrency, func(context.Context) (func(interceptor.Outcome, error), error) {
 			return nil, refuse
 		})
-		if err != nil {
-			t.Fatal(err)
-		}
 		if err := call(wrap(t, answering(nil), l, inner)); err != error(refuse) {
 			t.Errorf("call: %v, want the inner refusal", err)
 		}
 		wantStats(t, l, "", 0, 0)
 	})
-	t.Run("other codes by config", func(t *testing.T) {
-		l := mustNew(t, Config{RejectCodes: []codes.Code{codes.NotFound}})
-		call(wrap(t, answering(notFound), l))
-		call(wrap(t, answering(unavailable), l))
-		wantStats(t, l, "", 2, 1)
-	})
 }
 
-func TestAStreamCountsOnceWithTheStatusOfItsEnd(t *testing.T) {
+// On a real connection, calls that were not sent do not count.
+func testCountCallsThatAreNotSent(t *testing.T) {
+	expired, cancel := context.WithDeadline(t.Context(), time.Now().Add(-time.Second))
+	defer cancel()
+	srv := testserver.New(t)
 	l := mustNew(t, Config{})
-	for _, end := range []error{nil, unavailable} {
-		s, err := wrap(t, answering(end), l).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, method)
+	conn := testserver.Dial(t, srv)
+	client := testingv1.NewTestServiceClient(wrap(t, conn, l))
+	if _, err := client.Unary(t.Context(), &testingv1.UnaryRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	for range 100 {
+		client.Unary(expired, &testingv1.UnaryRequest{})
+		client.Unary(t.Context(), &testingv1.UnaryRequest{Payload: make([]byte, 100)}, grpc.MaxCallSendMsgSize(50))
+	}
+	srv.Stop()
+	conn.WaitForStateChange(t.Context(), connectivity.Ready)
+	for range 100 {
+		client.Unary(t.Context(), &testingv1.UnaryRequest{})
+	}
+	wantStats(t, l, "", 1, 1)
+}
+
+func testCountStreamOnce(t *testing.T) {
+	l := mustNew(t, Config{})
+	for _, tc := range []struct {
+		messages          int
+		end               error
+		requests, accepts int64
+	}{
+		{0, nil, 1, 1},
+		{0, unavailable, 1, 0},
+		{2, nil, 1, 1},
+		{2, unavailable, 1, 1}, // It was accepted.
+	} {
+		conn := wrap(t, &server{answer: func(string) error { return tc.end }, messages: tc.messages}, l)
+		s, err := conn.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, method)
 		if err != nil {
 			t.Fatal(err)
 		}
-		before := l.Stats("").Requests
-		for range 3 {
+		before := l.Stats("")
+		for range 4 {
 			s.RecvMsg(nil)
 		}
-		if got := l.Stats("").Requests - before; got != 1 {
-			t.Errorf("a stream that ended with %v counted %d times, want once", end, got)
+		after := l.Stats("")
+		if n, m := after.Requests-before.Requests, after.Accepts-before.Accepts; n != tc.requests || m != tc.accepts {
+			t.Errorf("a stream of %d messages that ended with %v counted as %d requests and %d accepts, want %d and %d",
+				tc.messages, tc.end, n, m, tc.requests, tc.accepts)
 		}
 	}
-	wantStats(t, l, "", 2, 1)
 }
 
-func TestMethodsAreCountedApartIfSoConfigured(t *testing.T) {
-	l := mustNew(t, Config{PerMethod: true})
+// While the limit is busy, a call that waits in a buffer has not been drawn for.
+func testProbabilityIsDrawnForOnceInsideALimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := mustNew(t, Config{})
+		draws := 0
+		l.random = func() float64 { draws++; return 1 }
+		for range DefaultMinRequests {
+			l.all.Release(0, interceptor.End{Outcome: interceptor.Failed, Err: unavailable})
+		}
+		limit := interceptor.FromSemaphore("limit", semaphore.NewWeighted(1))
+		stack := calltest.Stack(t, &twice{}, limit, l)
+		if got := stack.Advice(); len(got) != 0 {
+			t.Errorf("advice %q, want none", got)
+		}
+		calltest.Burst(stack.Wrap(calltest.Takes(time.Second)), 5)
+		if draws != 5 {
+			t.Errorf("%d draws for 5 calls, want 5", draws)
+		}
+		if got := calltest.Stack(t, l, limit).Advice(); len(got) != 1 {
+			t.Errorf("advice %q on a throttle outside a limit, want one sentence", got)
+		}
+	})
+}
+
+// twice asks the gates inside without waiting, and again if that was in vain, as a
+// buffer does.
+type twice struct{ interceptor.GateOnly }
+
+func (l *twice) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l *twice) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		if mayWait, err := a.Try(ctx, inner); !mayWait {
+			return err
+		}
+		return inner.Admit(ctx, a, w)
+	})
+}
+
+func testCountByMethod(t *testing.T) {
+	l := mustNew(t, Config{KeyBy: byMethod})
 	l.random = func() float64 { return 0 }
 	c := wrap(t, &server{answer: func(m string) error {
 		if m == "/s/bad" {
@@ -258,30 +375,33 @@ func TestMethodsAreCountedApartIfSoConfigured(t *testing.T) {
 	wantStats(t, l, "/s/good", 20, 20)
 	wantStats(t, l, "/s/bad", 20, 0)
 	wantStats(t, l, "/s/never", 0, 0)
-	if err := c.Invoke(context.Background(), "/s/bad", nil, nil); !throttled(err) {
-		t.Errorf("a call of the bad method: %v, want a refusal", err)
+	err := c.Invoke(context.Background(), "/s/bad", nil, nil)
+	if r, ok := interceptor.AsRefusal(err); !throttled(err) || !ok || r.Key != "/s/bad" {
+		t.Errorf("a call of the bad method: %v, want a refusal that names it", err)
 	}
 }
 
-func TestPerMethod(t *testing.T) {
-	t.Run("forgets methods that were not called for an hour to make room", func(t *testing.T) {
+func testCountIdleKeysMakeRoom(t *testing.T) {
+	for _, config := range []Config{{KeyIdle: time.Minute}, {KeyIdle: time.Second, Window: time.Minute}} {
 		synctest.Test(t, func(t *testing.T) {
-			l := mustNew(t, Config{PerMethod: true})
+			config.KeyBy, config.MaxKeys = byMethod, 3
+			l := mustNew(t, config)
 			c := wrap(t, answering(nil), l)
-			for i := range maxMethods {
+			for i := range config.MaxKeys {
 				c.Invoke(context.Background(), fmt.Sprintf("/s/%d", i), nil, nil)
 			}
-			time.Sleep(methodIdle - time.Second)
+			time.Sleep(time.Minute - time.Second)
 			c.Invoke(context.Background(), "/s/new", nil, nil)
-			wantStats(t, l, "/s/new", 0, 0) // It shares a count with others.
+			wantStats(t, l, "/s/new", 0, 0)
+			wantStats(t, l, keyed.Others, 1, 1)
 			time.Sleep(time.Second)
 			c.Invoke(context.Background(), "/s/new", nil, nil)
 			wantStats(t, l, "/s/new", 1, 1)
 		})
-	})
+	}
 }
 
-func TestTheWindowForgets(t *testing.T) {
+func testCountWindowForgets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Window: 20 * time.Second})
 		c := wrap(t, answering(notFound), l)
@@ -296,11 +416,11 @@ func TestTheWindowForgets(t *testing.T) {
 	})
 }
 
-// Sixty calls a second, to a server that works for two minutes, rejects
-// everything for four, and works again. False failures: the share below is the mean of 7,200
-// independent draws, so its standard deviation is below 0.4 %; the bounds are at
+// Sixty calls a second, to a server that works for a minute, rejects everything for
+// two, and works again. False failures: the share below is the mean of 3,600
+// independent draws, so its standard deviation is below 0.5 %; the bounds are at
 // least five of those away, which is less than one run in a million.
-func TestAnOutageIsSparedAndRecoveredFrom(t *testing.T) {
+func testProbabilitySparesAnOutageAndRecovers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		seed := rand.Uint64()
 		t.Logf("seed %d", seed)
@@ -326,23 +446,28 @@ func TestAnOutageIsSparedAndRecoveredFrom(t *testing.T) {
 			}
 			return float64(srv.calls.Load()-reached) / float64(n)
 		}
-		if got := run(2 * time.Minute); got != 1 {
+		if got := run(time.Minute); got != 1 {
 			t.Errorf("healthy: %v of the calls reach the server, want all", got)
 		}
 		down = true
-		run(2 * time.Minute)
-		if got := run(2 * time.Minute); got < 0.08 || got > 0.12 {
+		run(time.Minute)
+		if got := run(time.Minute); got < 0.075 || got > 0.125 {
 			t.Errorf("down for a window: %v of the calls reach the server, want a tenth", got)
 		}
 		down = false
-		took := time.Duration(0)
+		took, half := time.Duration(0), time.Duration(0)
 		for took < 10*time.Minute && l.Stats("").Probability > 0 {
-			run(time.Second)
+			if run(time.Second); half == 0 && l.Stats("").Probability < 0.5 {
+				half = took
+			}
 			took += time.Second
 		}
-		// Its standard deviation is about 6 s.
-		if took < 2*time.Minute+30*time.Second || took > 4*time.Minute+30*time.Second {
-			t.Errorf("no call is refused any more after %v, want about one and three quarters of a window, 3m30s", took)
+		// Standard deviations of about 3 s.
+		if half < 25*time.Second || half > 55*time.Second {
+			t.Errorf("half of the calls pass after %v, want about 1.35 of a window, 40s", half)
+		}
+		if took < 38*time.Second || took > 68*time.Second {
+			t.Errorf("no call is refused any more after %v, want about one and three quarters of a window, 53s", took)
 		}
 		if got := run(time.Minute); got != 1 {
 			t.Errorf("recovered: %v of the calls reach the server, want all", got)
@@ -352,9 +477,9 @@ func TestAnOutageIsSparedAndRecoveredFrom(t *testing.T) {
 
 // The server takes one call in ten. What reaches it settles at K times that
 // share: with K 2 a fifth.
-func TestTheServerSeesAboutKTimesWhatItAccepts(t *testing.T) {
+func testProbabilityLetsKTimesTheCapacityThrough(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := mustNew(t, Config{})
+		l := mustNew(t, Config{Window: 2 * time.Minute})
 		seed := rand.Uint64()
 		t.Logf("seed %d", seed)
 		l.random = rand.New(rand.NewPCG(seed, 0)).Float64
@@ -384,7 +509,7 @@ func TestTheServerSeesAboutKTimesWhatItAccepts(t *testing.T) {
 	})
 }
 
-func TestUpdateKeepsWhatWasCountedAndABadConfigChangesNothing(t *testing.T) {
+func testConfigUpdateKeepsWhatWasCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{})
 		l.random = func() float64 { return 0 }
@@ -392,13 +517,16 @@ func TestUpdateKeepsWhatWasCountedAndABadConfigChangesNothing(t *testing.T) {
 		for range 10 {
 			call(c)
 		}
-		for _, bad := range []Config{{K: 0.5}, {K: 3, MaxRefused: 2}, {PerMethod: true, Window: time.Nanosecond}} {
+		for _, bad := range []Config{{K: 0.5}, {K: 3, MaxRefused: 2}, {MinRequests: -1, Window: time.Nanosecond}} {
 			if err := l.Update(bad); err == nil {
 				t.Errorf("Update(%+v) returned no error", bad)
 			}
 		}
 		if s := l.Stats(""); s.Probability != 0.9 || s.Requests != 10 {
 			t.Errorf("after bad updates: %+v, want 10 requests and probability 0.9", s)
+		}
+		if err := l.Update(Config{KeyBy: byMethod}); err == nil || !strings.Contains(err.Error(), "must stay nothing") {
+			t.Errorf("Update of KeyBy: %v, want an error: it cannot change", err)
 		}
 		if err := l.Update(Config{K: 3, MaxRefused: 0.5, Window: time.Minute}); err != nil {
 			t.Fatal(err)
@@ -411,7 +539,7 @@ func TestUpdateKeepsWhatWasCountedAndABadConfigChangesNothing(t *testing.T) {
 	})
 }
 
-func TestBadConfigsAreErrorsThatNameTheField(t *testing.T) {
+func testConfigBadValuesAreErrors(t *testing.T) {
 	for _, tc := range []struct {
 		c    Config
 		want string
@@ -426,6 +554,9 @@ func TestBadConfigsAreErrorsThatNameTheField(t *testing.T) {
 		{Config{MaxRefused: 1.1}, "throttle: MaxRefused is 1.1, must be"},
 		{Config{MaxRefused: math.NaN()}, "throttle: MaxRefused is NaN, must be"},
 		{Config{MinRequests: -1}, "throttle: MinRequests is -1, must be"},
+		{Config{MaxKeys: -1}, "throttle: MaxKeys is -1, must be"},
+		{Config{KeyIdle: time.Millisecond}, "throttle: KeyIdle is 1ms, must be"},
+		{Config{KeyBy: interceptor.KeyBy{Method: true, Metadata: "x"}}, "throttle: KeyBy is Method and"},
 		{Config{RejectCodes: []codes.Code{codes.Unavailable, codes.OK}}, "throttle: RejectCodes[1] is OK, must be"},
 		{Config{RejectCodes: []codes.Code{}}, "throttle: RejectCodes is [], must"},
 	} {
@@ -435,13 +566,13 @@ func TestBadConfigsAreErrorsThatNameTheField(t *testing.T) {
 	}
 }
 
-func TestAnEmptyNameIsAnError(t *testing.T) {
+func testConfigEmptyName(t *testing.T) {
 	if _, err := New(Config{}, WithName("")); err == nil || !strings.Contains(err.Error(), `throttle: WithName is ""`) {
 		t.Errorf("New with an empty name = %v, want an error that names WithName", err)
 	}
 }
 
-func TestTheNameIsInRefusalsAndInTheStack(t *testing.T) {
+func testConfigName(t *testing.T) {
 	l, err := New(Config{MinRequests: 1}, WithName("orders-throttle"))
 	if err != nil {
 		t.Fatal(err)
@@ -455,10 +586,10 @@ func TestTheNameIsInRefusalsAndInTheStack(t *testing.T) {
 }
 
 func TestConformance(t *testing.T) {
-	for _, perMethod := range []bool{false, true} {
-		t.Run(fmt.Sprintf("per_method_%v", perMethod), func(t *testing.T) {
-			layertest.Run(t, func() (interceptor.Layer, func() error) {
-				l := mustNew(t, Config{PerMethod: perMethod})
+	for name, by := range map[string]interceptor.KeyBy{"one": {}, "by_method": byMethod} {
+		t.Run(name, func(t *testing.T) {
+			layertest.Run(t, func() (interceptor.Spec, func() error) {
+				l := mustNew(t, Config{KeyBy: by})
 				return l, func() error {
 					if s := l.Stats(""); s.Accepts > s.Requests {
 						return fmt.Errorf("%d of %d requests accepted", s.Accepts, s.Requests)
@@ -472,12 +603,12 @@ func TestConformance(t *testing.T) {
 
 func benchmarks(t testing.TB) map[string]grpc.UnaryClientInterceptor {
 	out := map[string]grpc.UnaryClientInterceptor{}
-	for name, c := range map[string]Config{"admitted": {}, "admitted_per_method": {PerMethod: true}, "refused": {}} {
+	for name, c := range map[string]Config{"admitted": {}, "admitted_by_method": {KeyBy: byMethod}, "refused": {}} {
 		l := mustNew(t, c)
 		if name == "refused" {
 			l.random = func() float64 { return 0 }
 			for range DefaultMinRequests {
-				l.all.Release(0, interceptor.Failed, unavailable)
+				l.all.Release(0, interceptor.End{Outcome: interceptor.Failed, Err: unavailable})
 			}
 		}
 		out[name] = calltest.Stack(t, l).UnaryClientInterceptor()
@@ -491,5 +622,5 @@ func BenchmarkThrottle(b *testing.B) { calltest.Bench(b, benchmarks(b), method) 
 
 func settingsOf(c Config) (*settings, error) {
 	errs := check.Of("throttle")
-	return c.settings(errs), errs.Err()
+	return c.settings(errs, nil), errs.Err()
 }

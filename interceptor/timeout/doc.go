@@ -6,9 +6,10 @@
 // every stack: a call without a deadline waits for a server that stalls as long as
 // the server likes.
 //
-//	deadline, err := timeout.New(timeout.Config{Timeout: time.Second, Idle: time.Minute})
-//	…
-//	stack, err := interceptor.NewStack(deadline, retry)
+//	stack, err := interceptor.NewStack(
+//		timeout.Config{Timeout: time.Second, Idle: time.Minute},
+//		retry.Config{},
+//	)
 //
 // # What it does to a call
 //
@@ -45,6 +46,9 @@
 // up in time for another; a stack may well have both. Outside of limits and
 // queues it covers the time spent in them; inside, the clock starts when the
 // call is admitted by them.
+//
+// A timeout that gRPC's own service config has for a method bounds the whole call too,
+// wherever the layer stands; the earlier of the two counts.
 //
 // # Adaptive timeouts
 //

@@ -27,11 +27,7 @@ func (stalled) Invoke(ctx context.Context, _ string, _, _ any, _ ...grpc.CallOpt
 }
 
 func Example() {
-	deadline, err := timeout.New(timeout.Config{Timeout: 50 * time.Millisecond, Idle: time.Minute})
-	if err != nil {
-		log.Fatal(err)
-	}
-	stack, err := interceptor.NewStack(deadline)
+	stack, err := interceptor.NewStack(timeout.Config{Timeout: 50 * time.Millisecond, Idle: time.Minute})
 	if err != nil {
 		log.Fatal(err)
 	}

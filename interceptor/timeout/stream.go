@@ -24,14 +24,14 @@ func (l *Layer) stream(ctx context.Context, c *interceptor.Call, next intercepto
 		}
 		return err
 	}
-	begun := c.Now()
-	if token, ok := c.Token(l); ok {
-		begun = interceptor.Instant(token)
+	beginning, ok := noted(c, &l.beginning)
+	if !ok { // The gate had other settings.
+		beginning = interceptor.Now()
 	}
-	st := &stream{layer: l, settings: s, kind: c.Kind(), ctx: ctx, end: c.StreamEnd()}
+	st := &stream{layer: l, settings: s, kind: c.Kind(), ctx: ctx, end: c.Internals().StreamEnd()}
 	st.own = ctx
 	if s.Lifetime > 0 {
-		deadline := begun.Add(s.Lifetime)
+		deadline := beginning.Add(s.Lifetime)
 		if t, ok := ctx.Deadline(); !ok || deadline < interceptor.InstantOf(t) {
 			st.due.lifetime = deadline
 			st.own, st.release = context.WithDeadlineCause(ctx, deadline.Time(), s.causes[Lifetime])
@@ -39,7 +39,7 @@ func (l *Layer) stream(ctx context.Context, c *interceptor.Call, next intercepto
 	}
 	st.own, st.cancel = context.WithCancelCause(st.own)
 	if s.FirstResponse > 0 && st.kind == interceptor.ServerStream {
-		st.due.first = begun.Add(s.FirstResponse)
+		st.due.first = beginning.Add(s.FirstResponse)
 	}
 	opened := false
 	defer func() {

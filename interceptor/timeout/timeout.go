@@ -187,6 +187,15 @@ func exceeded(layer string, b Bound, limit time.Duration, err error, sent bool) 
 	}
 }
 
+// NewLayer makes the layer as New does without options.
+func (cfg Config) NewLayer() (interceptor.Layer, error) {
+	l, err := New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
 // An Option changes what a layer is besides its Config.
 type Option func(*options)
 
@@ -203,16 +212,16 @@ type Layer struct {
 	settings atomic.Pointer[settings]
 	// recent are the latencies for an adaptive timeout; nil until there was one.
 	recent atomic.Pointer[latency.Window]
-	timing timing // What holds the tickets that say when an adaptive call began.
+
+	// The gate leaves these notes for the call path.
+	beginning noteKey // When the call reached the gate, if something is counted from then.
+	deadline  noteKey // When a unary call has to be over, if that is before its caller's deadline.
 
 	mu sync.Mutex // Held by Update. The lock of recent is taken under it.
 }
 
-// timing releases nothing. It has a size so that it has an address of its own.
-type timing struct{ _ byte }
-
-// Release does nothing.
-func (*timing) Release(int64, interceptor.Outcome, error) {}
+// noteKey is the key of a note by its address, and so it has a size.
+type noteKey struct{ _ byte }
 
 // New makes a layer. An error is a [*interceptor.ConfigError], or several joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
@@ -281,8 +290,11 @@ func (l *Layer) timeout(s *settings) time.Duration {
 // String returns the layer's name.
 func (l *Layer) String() string { return l.name }
 
-// Release does nothing: a ticket only carries a moment from the gate to the call.
-func (l *Layer) Release(int64, interceptor.Outcome, error) {}
+// NewLayer returns l.
+func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+// Traits returns 0: a timeout is always ready.
+func (l *Layer) Traits() interceptor.Traits { return 0 }
 
 // WrapGate returns the gate that bounds the time spent in the gates inside.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
@@ -294,41 +306,38 @@ type gate struct {
 	inner interceptor.Gate
 }
 
-// Admit lets the gates inside wait no longer than the call may take. The ticket of
-// a unary call is its deadline, if it is earlier than the caller's. The ticket of a
-// stream is when it began. No context is made for a call that may be refused.
-func (g *gate) Admit(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+// Admit lets the gates inside wait no longer than the call may take. It makes no
+// context, because the call may be refused.
+func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	l := g.layer
 	s := l.settings.Load()
-	b, limit := Timeout, time.Duration(0)
-	if c.Kind() == interceptor.Unary {
-		limit = l.timeout(s)
-		if s.Adaptive != nil {
-			c.Hold(&l.timing, int64(c.Now()))
-		}
+	b, limit, counts := Timeout, time.Duration(0), false
+	if a.Kind() == interceptor.Unary {
+		limit, counts = l.timeout(s), s.Adaptive != nil
 	} else {
-		b, limit = s.untilOpen(c.Kind())
-		if s.startCounts(c.Kind()) {
-			c.Hold(l, int64(c.Now()))
-		}
+		b, limit = s.untilOpen(a.Kind())
+		counts = s.startCounts(a.Kind())
+	}
+	if counts {
+		a.Note(&l.beginning, int64(a.Now()))
 	}
 	if limit == 0 {
-		return l.explainWait(ctx, g.inner.Admit(ctx, c, w))
+		return l.explainWait(ctx, g.inner.Admit(ctx, a, w))
 	}
-	deadline := c.Now().Add(limit)
+	deadline := a.Now().Add(limit)
 	if t, ok := ctx.Deadline(); ok && interceptor.InstantOf(t) <= deadline {
-		return l.explainWait(ctx, g.inner.Admit(ctx, c, w))
+		return l.explainWait(ctx, g.inner.Admit(ctx, a, w))
 	}
-	if c.Kind() == interceptor.Unary {
-		c.Hold(l, int64(deadline))
+	if a.Kind() == interceptor.Unary {
+		a.Note(&l.deadline, int64(deadline))
 	}
-	before := c.Bound(deadline)
-	err := g.inner.Admit(ctx, c, w.Narrow(deadline.Wait()))
-	c.SetBound(before)
+	before := a.Internals().Bound(deadline)
+	err := g.inner.Admit(ctx, a, w.Narrow(deadline.Wait()))
+	a.Internals().SetBound(before)
 	if err == nil || isExceeded(err) {
 		return err
 	}
-	// What refused may have waited without saying so to c.
+	// The gate that refused may have waited without telling a, whose clock is old then.
 	if ctx.Err() == nil && interceptor.Now() >= deadline {
 		return exceeded(l.name, b, limit, err, false)
 	}
@@ -370,7 +379,7 @@ func (l *Layer) explainWait(ctx context.Context, err error) error {
 }
 
 // WrapCall returns the call path that bounds the time of the call itself.
-func (l *Layer) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.Next {
+func (l *Layer) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error {
 		if c.Kind() == interceptor.Unary {
 			return l.unary(ctx, c, next)
@@ -379,23 +388,28 @@ func (l *Layer) WrapCall(next interceptor.Next, _ interceptor.Gate) interceptor.
 	}
 }
 
+// noted returns the moment that the gate noted under key.
+func noted(c *interceptor.Call, key *noteKey) (interceptor.Instant, bool) {
+	at, ok := c.Noted(key)
+	return interceptor.Instant(at), ok
+}
+
 func (l *Layer) unary(ctx context.Context, c *interceptor.Call, next interceptor.Next) error {
-	begun, adaptive := c.Token(&l.timing)
-	token, tightens := c.Token(l)
+	beginning, adaptive := noted(c, &l.beginning)
+	deadline, tightens := noted(c, &l.deadline)
 	if !tightens {
 		err := next(ctx, c)
 		if err != nil {
 			return l.explain(ctx, ctx, nil, err)
 		}
 		if adaptive {
-			l.record(interceptor.Instant(begun))
+			l.record(beginning)
 		}
 		return nil
 	}
-	deadline := interceptor.Instant(token)
 	cause := l.settings.Load().causes[Timeout]
 	if adaptive {
-		cause = exceeded(l.name, Timeout, deadline.Sub(interceptor.Instant(begun)), nil, true)
+		cause = exceeded(l.name, Timeout, deadline.Sub(beginning), nil, true)
 	}
 	own, cancel := context.WithDeadlineCause(ctx, deadline.Time(), cause)
 	defer cancel()
@@ -407,14 +421,14 @@ func (l *Layer) unary(ctx context.Context, c *interceptor.Call, next interceptor
 		err = l.explain(ctx, own, cause, err)
 	}
 	if adaptive && (err == nil || context.Cause(own) == error(cause) && isExceeded(err)) {
-		l.record(interceptor.Instant(begun))
+		l.record(beginning)
 	}
 	return err
 }
 
-// record notes the latency of a call that began at a moment and is over.
-func (l *Layer) record(begun interceptor.Instant) {
-	l.recent.Load().Record(interceptor.Now().Sub(begun))
+// record records the latency of a call that is over.
+func (l *Layer) record(beginning interceptor.Instant) {
+	l.recent.Load().Record(interceptor.Now().Sub(beginning))
 }
 
 // explain says whose deadline it was that made a call, or an operation on a stream,

@@ -29,9 +29,9 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/internal/calltest"
-	"github.com/belfry-go/belfry/internal/layertest"
 	"github.com/belfry-go/belfry/internal/race"
 )
 
@@ -49,13 +49,8 @@ func mustNew(t testing.TB, cfg Config, opts ...Option) *Layer {
 }
 
 // limit lets n calls run at a time.
-func limit(t testing.TB, n int64) interceptor.Layer {
-	t.Helper()
-	l, err := interceptor.FromSemaphore("limit", semaphore.NewWeighted(n))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l
+func limit(n int64) interceptor.Spec {
+	return interceptor.FromSemaphore("limit", semaphore.NewWeighted(n))
 }
 
 // conn is a connection made of two functions.
@@ -134,7 +129,7 @@ func took(t *testing.T, begin time.Time, want time.Duration) {
 	}
 }
 
-func TestACallIsCutShortAtItsTimeoutAndTheErrorSaysSo(t *testing.T) {
+func TestCallCutShort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cc := calltest.Stack(t, mustNew(t, Config{Timeout: 100 * ms}, WithName("per-call"))).Wrap(calltest.Takes(time.Hour))
 		begin := time.Now()
@@ -148,7 +143,7 @@ func TestACallIsCutShortAtItsTimeoutAndTheErrorSaysSo(t *testing.T) {
 	})
 }
 
-func TestACallWithinItsTimeoutIsLeftAlone(t *testing.T) {
+func TestCallWithinTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		if err := call(context.Background(), calltest.Stack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(calltest.Takes(100*ms-1))); err != nil {
 			t.Errorf("a call 1 ns faster than its timeout: %v", err)
@@ -157,7 +152,7 @@ func TestACallWithinItsTimeoutIsLeftAlone(t *testing.T) {
 }
 
 // Tower polls the response before the timer.
-func TestAResponseThatIsReadyWins(t *testing.T) {
+func TestCallReadyResponseWins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		late := conn{invoke: func(context.Context) error { time.Sleep(time.Second); return nil }}
 		if err := call(context.Background(), calltest.Stack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(late)); err != nil {
@@ -166,7 +161,7 @@ func TestAResponseThatIsReadyWins(t *testing.T) {
 	})
 }
 
-func TestTheCallersDeadlineIsNeverLoosenedAndTheErrorSaysThatItWasTheCallers(t *testing.T) {
+func TestCallKeepsEarlierDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var seen time.Time
 		cc := calltest.Stack(t, mustNew(t, Config{Timeout: 100 * ms})).Wrap(conn{invoke: func(ctx context.Context) error {
@@ -184,7 +179,7 @@ func TestTheCallersDeadlineIsNeverLoosenedAndTheErrorSaysThatItWasTheCallers(t *
 	})
 }
 
-func TestErrorsOfTheServerAndOfACancelledCallerAreLeftAlone(t *testing.T) {
+func TestCallOtherErrorsStay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Timeout: 100 * ms})
 		for _, want := range []error{
@@ -213,10 +208,10 @@ func TestErrorsOfTheServerAndOfACancelledCallerAreLeftAlone(t *testing.T) {
 
 // Tower's timer starts when the call does: of these 20 calls all succeed there, the
 // last after 800 ms.
-func TestWaitingForAdmissionCounts(t *testing.T) {
+func TestGateWaitCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var sent atomic.Int64
-		cc := calltest.Stack(t, mustNew(t, Config{Timeout: 50 * ms}), limit(t, 1)).Wrap(conn{invoke: func(ctx context.Context) error {
+		cc := calltest.Stack(t, mustNew(t, Config{Timeout: 50 * ms}), limit(1)).Wrap(conn{invoke: func(ctx context.Context) error {
 			sent.Add(1)
 			return wait(ctx, 40*ms)
 		}})
@@ -250,9 +245,9 @@ func TestWaitingForAdmissionCounts(t *testing.T) {
 	})
 }
 
-func TestTheRefusalOfAGateIsInTheErrorAndOneThatComesAtOnceIsLeftAlone(t *testing.T) {
+func TestGateRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cc := calltest.Stack(t, mustNew(t, Config{Timeout: 50 * ms}), limit(t, 1)).Wrap(calltest.Takes(time.Hour))
+		cc := calltest.Stack(t, mustNew(t, Config{Timeout: 50 * ms}), limit(1)).Wrap(calltest.Takes(time.Hour))
 		occupy(t, cc)
 		err := cc.Invoke(context.Background(), "/s/m", nil, nil, interceptor.WithWait(interceptor.None))
 		if r, ok := interceptor.AsRefusal(err); !ok || r.Layer != "limit" || r.Reason != interceptor.ReasonConcurrency {
@@ -260,7 +255,7 @@ func TestTheRefusalOfAGateIsInTheErrorAndOneThatComesAtOnceIsLeftAlone(t *testin
 		}
 	})
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, 1)
+		l := limit(1)
 		occupy(t, calltest.Stack(t, l).Wrap(calltest.Takes(time.Second)))
 		err := call(context.Background(), calltest.Stack(t, mustNew(t, Config{Timeout: 50 * ms}), l).Wrap(calltest.Takes(0)))
 		wantExceeded(t, err, "timeout", Timeout, 50*ms, false)
@@ -282,14 +277,16 @@ type stalls struct {
 	d time.Duration
 }
 
+func (l *stalls) NewLayer() (interceptor.Layer, error) { return l, nil }
+
 func (l *stalls) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		time.Sleep(l.d)
-		return inner.Admit(ctx, c, w)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func TestACallThatIsAdmittedTooLateIsNotSent(t *testing.T) {
+func TestGateAdmitsTooLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := Config{Timeout: 50 * ms, Lifetime: 50 * ms}
 		cc := calltest.Stack(t, mustNew(t, cfg), &stalls{d: 60 * ms}).Wrap(conn{
@@ -311,13 +308,10 @@ func (lost) Take(ctx context.Context, _ string) (ratelimit.Decision, error) {
 
 func (lost) Refund(string) {}
 
-func TestAskingALimiterElsewhereCounts(t *testing.T) {
+func TestGateRemoteLimiterCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for name, opts := range map[string][]ratelimit.Option{"fails closed": nil, "fails open": {ratelimit.WithFailOpen()}} {
-			elsewhere, err := ratelimit.FromLimiter(lost{}, opts...)
-			if err != nil {
-				t.Fatal(err)
-			}
+			elsewhere := ratelimit.FromLimiter(lost{}, interceptor.KeyBy{}, opts...)
 			cc := calltest.Stack(t, mustNew(t, Config{Timeout: 50 * ms}), elsewhere).Wrap(conn{
 				invoke: func(context.Context) error { t.Errorf("%s: the call was sent", name); return nil },
 			})
@@ -331,24 +325,19 @@ func TestAskingALimiterElsewhereCounts(t *testing.T) {
 }
 
 // retry is an interceptor that makes a second attempt at once.
-func retry(t *testing.T) interceptor.Layer {
-	t.Helper()
-	l, err := interceptor.Foreign("retry", func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+func retry() interceptor.Spec {
+	return interceptor.Foreign("retry", func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		if err := invoker(ctx, method, req, reply, cc, opts...); err == nil {
 			return nil
 		}
 		return invoker(ctx, method, req, reply, cc, opts...)
 	}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l
 }
 
-func TestInsideARetryEachAttemptHasItsOwnTimeoutAndOutsideTheCallHasOne(t *testing.T) {
+func TestTimeoutOfAttemptAndCall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		perCall, perAttempt := mustNew(t, Config{Timeout: time.Second}, WithName("call")), mustNew(t, Config{Timeout: 300 * ms}, WithName("attempt"))
-		cc := calltest.Stack(t, perCall, retry(t), perAttempt).Wrap(calltest.Takes(time.Hour))
+		cc := calltest.Stack(t, perCall, retry(), perAttempt).Wrap(calltest.Takes(time.Hour))
 		begin := time.Now()
 		wantExceeded(t, call(context.Background(), cc), "attempt", Timeout, 300*ms, true)
 		took(t, begin, 600*ms)
@@ -362,7 +351,7 @@ func TestInsideARetryEachAttemptHasItsOwnTimeoutAndOutsideTheCallHasOne(t *testi
 	})
 }
 
-func TestTheDeadlineGoesToTheServer(t *testing.T) {
+func TestDeadlineGoesToServer(t *testing.T) {
 	lis := bufconn.Listen(1 << 16)
 	left := make(chan time.Duration, 1)
 	srv := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, s grpc.ServerStream) error {
@@ -415,7 +404,7 @@ func TestTheDeadlineGoesToTheServer(t *testing.T) {
 	}
 }
 
-func TestAnAdaptiveTimeoutFollowsTheLatencyBetweenItsBounds(t *testing.T) {
+func TestAdaptive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Timeout: time.Second, Adaptive: &Adaptive{Multiple: 2, Min: 10 * ms, MinSamples: 10, Window: time.Minute}})
 		at := func(d time.Duration) error {
@@ -476,7 +465,7 @@ func TestAnAdaptiveTimeoutFollowsTheLatencyBetweenItsBounds(t *testing.T) {
 	})
 }
 
-func TestABadConfigIsAnErrorThatNamesTheFieldAndChangesNothing(t *testing.T) {
+func TestConfigErrors(t *testing.T) {
 	for _, tt := range []struct {
 		cfg  Config
 		want string
@@ -522,7 +511,7 @@ func TestABadConfigIsAnErrorThatNamesTheFieldAndChangesNothing(t *testing.T) {
 	}
 }
 
-func TestAnEmptyNameIsAnError(t *testing.T) {
+func TestEmptyName(t *testing.T) {
 	if _, err := New(Config{Timeout: ms}, WithName("")); err == nil || !strings.Contains(err.Error(), `timeout: WithName is ""`) {
 		t.Errorf("New with an empty name = %v, want an error that names WithName", err)
 	}
@@ -585,7 +574,7 @@ func drain(s grpc.ClientStream) (n int, err error) {
 	}
 }
 
-func TestTimeoutIsNotForStreams(t *testing.T) {
+func TestStreamIgnoresTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := mustOpen(t, calltest.Stack(t, mustNew(t, Config{Timeout: ms})).Wrap(taped(0, time.Hour)), interceptor.ServerStream)
 		if n, err := drain(s); n != 1 || err != io.EOF {
@@ -594,7 +583,7 @@ func TestTimeoutIsNotForStreams(t *testing.T) {
 	})
 }
 
-func TestAStreamEndsAtItsLifetimeWaitingIncluded(t *testing.T) {
+func TestStreamLifetime(t *testing.T) {
 	for _, k := range []interceptor.Kind{interceptor.ClientStream, interceptor.ServerStream, interceptor.BidiStream} {
 		t.Run(k.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -614,7 +603,7 @@ func TestAStreamEndsAtItsLifetimeWaitingIncluded(t *testing.T) {
 	}
 }
 
-func TestTheFirstResponseIsAwaitedFromWhenThereIsSomethingToRespondTo(t *testing.T) {
+func TestStreamFirstResponse(t *testing.T) {
 	for _, tt := range []struct {
 		kind interceptor.Kind
 		want time.Duration // When the stream is cut short.
@@ -657,7 +646,7 @@ func TestTheFirstResponseIsAwaitedFromWhenThereIsSomethingToRespondTo(t *testing
 	}
 }
 
-func TestTheFirstResponseOfAServerStreamBoundsItsOpeningAndTheWaitForIt(t *testing.T) {
+func TestStreamFirstResponseBoundsOpening(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{FirstResponse: 100 * ms, Lifetime: time.Second})
 		begin := time.Now()
@@ -667,7 +656,7 @@ func TestTheFirstResponseOfAServerStreamBoundsItsOpeningAndTheWaitForIt(t *testi
 		wantExceeded(t, err, "timeout", FirstResponse, 100*ms, true)
 		took(t, begin, 100*ms)
 
-		one := limit(t, 1)
+		one := limit(1)
 		occupy(t, calltest.Stack(t, one).Wrap(calltest.Takes(time.Minute)))
 		begin = time.Now()
 		_, err = open(calltest.Stack(t, l, one).Wrap(taped(0)), interceptor.ServerStream)
@@ -678,7 +667,7 @@ func TestTheFirstResponseOfAServerStreamBoundsItsOpeningAndTheWaitForIt(t *testi
 	})
 }
 
-func TestOneRecvMsgOrSendMsgMayTakeNoLongerThanMessage(t *testing.T) {
+func TestStreamMessage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Message: 100 * ms})
 		s := mustOpen(t, calltest.Stack(t, l).Wrap(taped(0, 99*ms, 99*ms, 99*ms, 101*ms)), interceptor.ServerStream)
@@ -715,7 +704,7 @@ func TestOneRecvMsgOrSendMsgMayTakeNoLongerThanMessage(t *testing.T) {
 	})
 }
 
-func TestAStreamThatIsIdleIsCutShortAndMessagesInEitherDirectionKeepItAlive(t *testing.T) {
+func TestStreamIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := mustNew(t, Config{Idle: 100 * ms})
 		begin := time.Now()
@@ -749,17 +738,19 @@ type ledger struct {
 	log []string
 }
 
+func (l *ledger) NewLayer() (interceptor.Layer, error) { return l, nil }
+
 func (l *ledger) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
-		c.Hold(l, 0)
-		return inner.Admit(ctx, c, w)
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		a.Hold(l, 0)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
-func (l *ledger) Release(_ int64, o interceptor.Outcome, err error) {
+func (l *ledger) Release(_ int64, e interceptor.End) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.log = append(l.log, fmt.Sprintf("%v %v", o, status.Code(err)))
+	l.log = append(l.log, fmt.Sprintf("%v %v", e.Outcome, e.Code()))
 }
 
 func (l *ledger) events() []string {
@@ -768,7 +759,7 @@ func (l *ledger) events() []string {
 	return slices.Clone(l.log)
 }
 
-func TestAnAbandonedStreamThatIsCutShortGivesBackWhatLayersHoldForIt(t *testing.T) {
+func TestStreamAbandoned(t *testing.T) {
 	for name, cfg := range map[string]Config{
 		"idle":     {Idle: time.Second},
 		"lifetime": {Lifetime: time.Second},
@@ -798,7 +789,7 @@ func TestAnAbandonedStreamThatIsCutShortGivesBackWhatLayersHoldForIt(t *testing.
 	}
 }
 
-func TestTheCallersDeadlineOnAStreamWithBoundsIsSaidToBeTheCallers(t *testing.T) {
+func TestStreamCallersDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cc := calltest.Stack(t, mustNew(t, Config{Lifetime: time.Hour, Idle: time.Minute})).Wrap(taped(0, time.Hour))
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
@@ -811,7 +802,7 @@ func TestTheCallersDeadlineOnAStreamWithBoundsIsSaidToBeTheCallers(t *testing.T)
 	})
 }
 
-func TestTheTimerIsNotSetForEachMessage(t *testing.T) {
+func TestStreamTimerIsSetRarely(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		recvs := make([]time.Duration, 1000)
 		for i := range recvs {
@@ -851,17 +842,12 @@ func TestConformance(t *testing.T) {
 		"adaptive": {Timeout: 10 * time.Second, Adaptive: &Adaptive{Min: time.Second, MinSamples: 1}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			layertest.RunStack(t, func() ([]interceptor.Layer, func() error) {
+			layertest.RunStack(t, func() ([]interceptor.Spec, func() error) {
 				outside, inside := semaphore.NewWeighted(5000), semaphore.NewWeighted(5000)
-				a, err := interceptor.FromSemaphore("outside", outside)
-				if err != nil {
-					t.Fatal(err)
+				specs := []interceptor.Spec{
+					interceptor.FromSemaphore("outside", outside), cfg, interceptor.FromSemaphore("inside", inside),
 				}
-				b, err := interceptor.FromSemaphore("inside", inside)
-				if err != nil {
-					t.Fatal(err)
-				}
-				return []interceptor.Layer{a, mustNew(t, cfg), b}, func() error {
+				return specs, func() error {
 					if !outside.TryAcquire(5000) || !inside.TryAcquire(5000) {
 						return errors.New("a permit is still held")
 					}
@@ -879,7 +865,7 @@ func cases(t testing.TB) []struct {
 } {
 	adaptive := &Adaptive{Min: ms, MinSamples: 1}
 	hour := 2 * time.Hour // Later than the deadline of the benchmark's calls.
-	full := limit(t, 0)
+	full := limit(0)
 	type c = struct {
 		name   string
 		unary  grpc.UnaryClientInterceptor
@@ -895,7 +881,7 @@ func cases(t testing.TB) []struct {
 	}
 }
 
-func TestOnlyACallWhoseDeadlineIsTightenedCostsAnAllocation(t *testing.T) {
+func TestAllocations(t *testing.T) {
 	if race.Enabled {
 		t.Skip("the race detector allocates")
 	}
@@ -936,12 +922,12 @@ func BenchmarkStream(b *testing.B) {
 	empty := conn{stream: func(context.Context) (grpc.ClientStream, error) { return constant{err: io.EOF}, nil }}
 	for _, c := range []struct {
 		name   string
-		layers []interceptor.Layer
+		layers []interceptor.Spec
 	}{
 		{"no_layer", nil},
-		{"all_bounds", []interceptor.Layer{mustNew(b, Config{Lifetime: time.Hour, FirstResponse: time.Minute, Message: time.Minute, Idle: time.Minute})}},
-		{"idle", []interceptor.Layer{mustNew(b, Config{Idle: time.Minute})}},
-		{"lifetime", []interceptor.Layer{mustNew(b, Config{Lifetime: time.Minute})}},
+		{"all_bounds", []interceptor.Spec{mustNew(b, Config{Lifetime: time.Hour, FirstResponse: time.Minute, Message: time.Minute, Idle: time.Minute})}},
+		{"idle", []interceptor.Spec{mustNew(b, Config{Idle: time.Minute})}},
+		{"lifetime", []interceptor.Spec{mustNew(b, Config{Lifetime: time.Minute})}},
 	} {
 		stack := calltest.Stack(b, c.layers...)
 		b.Run(c.name+"/open_and_end", func(b *testing.B) {

@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/grpc"
 
+	"github.com/belfry-go/belfry"
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
@@ -20,40 +21,31 @@ import (
 	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/calltest"
 	"github.com/belfry-go/belfry/internal/race"
+	"github.com/belfry-go/belfry/internal/testserver"
 )
-
-func layer[L interceptor.Layer](l L, err error) func(testing.TB) interceptor.Layer {
-	return func(t testing.TB) interceptor.Layer {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return l
-	}
-}
 
 // six are the layers whose cost is promised: none refuses, and the timeout does not
 // tighten the deadline of the calls, which end in half an hour.
-func six(t testing.TB) []interceptor.Layer {
-	return []interceptor.Layer{
-		layer(loadshed.New(loadshed.Config{}))(t),
-		layer(timeout.New(timeout.Config{Timeout: time.Hour}))(t),
-		layer(retry.New(retry.Config{}))(t),
-		layer(buffer.New(buffer.Config{Size: 100}))(t),
-		layer(ratelimit.New(ratelimit.Config{Limit: 1e9, Burst: 1e9}))(t),
-		layer(concurrency.New(concurrency.Config{Limit: 1000}))(t),
+func six(testing.TB) []interceptor.Spec {
+	return []interceptor.Spec{
+		loadshed.Config{},
+		timeout.Config{Timeout: time.Hour},
+		retry.Config{},
+		buffer.Config{Size: 100},
+		ratelimit.Config{Limit: 1e9, Burst: 1e9},
+		concurrency.Config{Limit: 1000},
 	}
 }
 
 // gate is the one layer of a stream through a gate.
-func gate(t testing.TB) []interceptor.Layer {
-	return []interceptor.Layer{layer(concurrency.New(concurrency.Config{Limit: 1000}))(t)}
+func gate(testing.TB) []interceptor.Spec {
+	return []interceptor.Spec{concurrency.Config{Limit: 1000}}
 }
 
 // refusing is six with a rate that is used up.
-func refusing(t testing.TB) []interceptor.Layer {
+func refusing(t testing.TB) []interceptor.Spec {
 	layers := six(t)
-	layers[4] = layer(ratelimit.New(ratelimit.Config{Limit: 1, Per: 24 * time.Hour}))(t)
+	layers[4] = ratelimit.Config{Limit: 1, Per: 24 * time.Hour}
 	return layers
 }
 
@@ -143,9 +135,12 @@ type over struct{ grpc.ClientStream }
 func (over) RecvMsg(any) error { return io.EOF }
 
 // openAndEnd returns a function that runs a stream through a stack.
-func openAndEnd(t testing.TB, layers []interceptor.Layer) func() {
+func openAndEnd(t testing.TB, layers []interceptor.Spec) func() {
 	stream := calltest.Stack(t, layers...).StreamClientInterceptor()
-	cc := new(grpc.ClientConn) // It is not used, but there, as gRPC passes one.
+	cc := testserver.Dial(t, testserver.New(t)) // Not used, but asked whether it is ready.
+	if err := belfry.WaitReady(testContext(t), cc); err != nil {
+		t.Fatal(err)
+	}
 	desc := &grpc.StreamDesc{ServerStreams: true}
 	opts := []grpc.CallOption{grpc.StaticMethod()}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
@@ -164,7 +159,7 @@ func openAndEnd(t testing.TB, layers []interceptor.Layer) func() {
 }
 
 func BenchmarkStream(b *testing.B) {
-	for name, layers := range map[string]func(testing.TB) []interceptor.Layer{"limit": gate, "shed_timeout_retry_buffer_rate_limit": six} {
+	for name, layers := range map[string]func(testing.TB) []interceptor.Spec{"limit": gate, "shed_timeout_retry_buffer_rate_limit": six} {
 		b.Run(name, func(b *testing.B) {
 			run := openAndEnd(b, layers(b))
 			b.ReportAllocs()

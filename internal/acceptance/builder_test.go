@@ -102,7 +102,7 @@ func TestOrderDecidesHowManyCallsAreInFlight(t *testing.T) {
 		shed   = `{"loadShed": {}}`
 		queue  = `{"name": "buffer", "buffer": {"size": 100}}`
 		limit  = `{"name": "limit", "concurrency": {"limit": 10}}`
-		within = `{"provided": "ready"}` // What a buffer may stand in front of that is always ready.
+		within = `{"rateLimit": {"limit": 1000000000, "burst": 1000000000}}` // What is always ready.
 	)
 	for _, c := range []struct {
 		order                  string
@@ -111,12 +111,12 @@ func TestOrderDecidesHowManyCallsAreInFlight(t *testing.T) {
 		{queue + "," + limit, 10, 100, 100},
 		{limit + "," + queue + "," + within, 10, 190, 0},
 		{shed + "," + limit, 10, 0, -1},
-		{limit + "," + shed, 10, 190, -1},
+		{limit + "," + shed + "," + within, 10, 190, -1},
 		{shed + "," + queue + "," + limit, 10, 100, 100},
 		{queue + "," + shed + "," + limit, 10, 0, 0},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			s := newStack(t, c.order, stackconfig.WithLayer("ready", interceptor.CarryWait()))
+			s := newStack(t, c.order)
 			server := newHeld()
 			conn := s.Wrap(server)
 			errs := make(chan error, 200)
@@ -183,55 +183,33 @@ func (a *attempts) Invoke(ctx context.Context, _ string, _, _ any, _ ...grpc.Cal
 // only back-off is between the first and the second: ten seconds.
 func TestOrderDecidesWhetherALayerSeesCallsOrAttempts(t *testing.T) {
 	const sec = time.Second
-	again := func(t *testing.T, backoff time.Duration) interceptor.Layer {
-		return layer(retry.New(retry.Config{Backoff: retry.Backoff{Initial: backoff, Max: time.Minute, Jitter: retry.NoJitter}}))(t)
+	again := func(backoff time.Duration) interceptor.Spec {
+		return retry.Config{Backoff: retry.Backoff{Initial: backoff, Max: time.Minute, Jitter: retry.NoJitter}}
 	}
-	limit := func(t *testing.T, n int64) interceptor.Layer {
-		return layer(concurrency.New(concurrency.Config{Limit: n}))(t)
-	}
-	rate := func(t *testing.T) interceptor.Layer {
-		return layer(ratelimit.New(ratelimit.Config{Limit: 2, Burst: 2}))(t)
-	}
-	oneSecond := func(t *testing.T) interceptor.Layer { return layer(timeout.New(timeout.Config{Timeout: sec}))(t) }
-	extra := func(t *testing.T) interceptor.Layer {
-		return layer(hedge.New(hedge.Config{Delay: sec / 10, Budget: budget.Config{Ratio: 1}}))(t)
-	}
+	limit := func(n int64) interceptor.Spec { return concurrency.Config{Limit: n} }
+	rate := ratelimit.Config{Limit: 2, Burst: 2}
+	oneSecond := timeout.Config{Timeout: sec}
+	extra := hedge.Config{Delay: sec / 10, Budget: budget.Config{Ratio: 1}}
 	for _, c := range []struct {
 		name          string
-		layers        func(*testing.T) []interceptor.Layer
+		layers        []interceptor.Spec
 		calls         int
 		take, at      time.Duration // How long an attempt takes, and when is looked.
 		started, runs int64         // Attempts, then.
 		ends          time.Duration // When the last call has ended; 0 is not checked.
 	}{
-		{"a call keeps its permit while it backs off", func(t *testing.T) []interceptor.Layer {
-			return []interceptor.Layer{limit(t, 2), again(t, 10*sec)}
-		}, 4, sec, 5 * sec, 2, 0, 0},
-		{"while a call backs off another may run", func(t *testing.T) []interceptor.Layer {
-			return []interceptor.Layer{again(t, 10*sec), limit(t, 2)}
-		}, 4, sec, 5 * sec, 4, 0, 0},
-		{"a rate of calls does not count attempts", func(t *testing.T) []interceptor.Layer {
-			return []interceptor.Layer{rate(t), again(t, sec/100)}
-		}, 2, sec / 100, sec / 2, 6, 0, 0},
-		{"a rate of attempts does, and a retry does not wait for it", func(t *testing.T) []interceptor.Layer {
-			return []interceptor.Layer{again(t, sec/100), rate(t)}
-		}, 2, sec / 100, sec / 2, 2, 0, 0},
-		{"one second for the call", func(t *testing.T) []interceptor.Layer {
-			return []interceptor.Layer{oneSecond(t), again(t, sec)}
-		}, 1, time.Hour, sec / 2, 1, 1, sec},
-		{"one second for each attempt, and back-offs of one and two", func(t *testing.T) []interceptor.Layer {
-			return []interceptor.Layer{again(t, sec), oneSecond(t)}
-		}, 1, time.Hour, sec / 2, 1, 1, 6 * sec},
-		{"a hedged call holds two permits", func(t *testing.T) []interceptor.Layer {
-			return []interceptor.Layer{extra(t), limit(t, 3)}
-		}, 2, sec, sec / 2, 3, 3, 0},
-		{"two calls and up to four attempts", func(t *testing.T) []interceptor.Layer {
-			return []interceptor.Layer{limit(t, 2), extra(t)}
-		}, 2, sec, sec / 2, 4, 4, 0},
+		{"a call keeps its permit while it backs off", []interceptor.Spec{limit(2), again(10 * sec)}, 4, sec, 5 * sec, 2, 0, 0},
+		{"while a call backs off another may run", []interceptor.Spec{again(10 * sec), limit(2)}, 4, sec, 5 * sec, 4, 0, 0},
+		{"a rate of calls does not count attempts", []interceptor.Spec{rate, again(sec / 100)}, 2, sec / 100, sec / 2, 6, 0, 0},
+		{"a rate of attempts does, and a retry waits for its token", []interceptor.Spec{again(sec / 100), rate}, 2, sec / 100, sec * 4 / 10, 2, 0, 2*sec + sec/100},
+		{"one second for the call", []interceptor.Spec{oneSecond, again(sec)}, 1, time.Hour, sec / 2, 1, 1, sec},
+		{"one second for each attempt, and back-offs of one and two", []interceptor.Spec{again(sec), oneSecond}, 1, time.Hour, sec / 2, 1, 1, 6 * sec},
+		{"a hedged call holds two permits", []interceptor.Spec{extra, limit(3)}, 2, sec, sec / 2, 3, 3, 0},
+		{"two calls and up to four attempts", []interceptor.Spec{limit(2), extra}, 2, sec, sec / 2, 4, 4, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := calltest.Stack(t, c.layers(t)...)
+				s := calltest.Stack(t, c.layers...)
 				server := &attempts{take: c.take}
 				conn := s.Wrap(server)
 				begin := time.Now()

@@ -16,7 +16,6 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/stackconfig"
-	"github.com/belfry-go/belfry/internal/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
@@ -125,62 +124,6 @@ func TestHedgingHalvesTheTailForSixPercentMoreCalls(t *testing.T) {
 				}
 			})
 		})
-	}
-}
-
-// The same on loopback and by the clock on the wall. A machine that is busy with
-// something else makes every call late, which no hedge mends, so a round counts only
-// if timers were on time. Without such a round the test says nothing; with one, it
-// is enough that hedges lowered p99.9 twofold in any of them.
-func TestHedgingHalvesTheTailOnTheWire(t *testing.T) {
-	if race.Enabled || testing.Short() {
-		t.Skip("it takes seconds of an idle machine: run it without -race and -short")
-	}
-	const rounds = 4
-	cluster := newStalling(t)
-	c := newTails(t, cluster, hedges["p95"])
-	c.warmUp(t, 2*time.Second)
-	valid := 0
-	for range rounds {
-		late := lateness(t.Context())
-		base, hedged := c.stalled(t, cluster, 4*time.Second)
-		const most = 5 * time.Millisecond
-		if d := late(); d > most {
-			t.Logf("a round is void: this machine was late by %v, want at most %v", d, most)
-			continue
-		}
-		if base >= stallFor/2 && hedged*2 <= base {
-			return
-		}
-		valid++
-	}
-	if valid == 0 {
-		t.Skipf("in none of %d rounds this machine was on time", rounds)
-	}
-	t.Errorf("in none of %d rounds, %d of them on an idle machine, hedges lowered p99.9 at least twofold", rounds, valid)
-}
-
-// lateness measures, until the function it returns is called, by how much one in
-// two hundred timers of a millisecond is late.
-func lateness(ctx context.Context) (stop func() time.Duration) {
-	ctx, cancel := context.WithCancel(ctx)
-	worst := make(chan time.Duration)
-	go func() {
-		var late []time.Duration
-		for ctx.Err() == nil {
-			begin := time.Now()
-			select {
-			case <-time.After(time.Millisecond):
-				late = append(late, time.Since(begin)-time.Millisecond)
-			case <-ctx.Done():
-			}
-		}
-		slices.Sort(late)
-		worst <- late[len(late)*199/200]
-	}()
-	return func() time.Duration {
-		cancel()
-		return <-worst
 	}
 }
 

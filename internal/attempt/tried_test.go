@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-func TestWithTriedKeepsTheTrackerAndSharesTheTriedOfANestedLayer(t *testing.T) {
+func TestWithTried(t *testing.T) {
 	type other struct{}
 	base := context.WithValue(NewContext(context.Background(), &Info{Tracker: "tracker"}), other{}, "value")
 	ctx, tried := WithTried(base)

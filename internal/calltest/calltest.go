@@ -63,10 +63,10 @@ func Takes(d time.Duration) Server {
 // Noop is an invoker that does nothing, for counting and timing what a stack does.
 func Noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
 
-// Stack is a stack of layers, the first outermost.
-func Stack(t testing.TB, layers ...interceptor.Layer) *interceptor.Stack {
+// Stack is a stack of the layers of specs, the first outermost.
+func Stack(t testing.TB, specs ...interceptor.Spec) *interceptor.Stack {
 	t.Helper()
-	s, err := interceptor.NewStack(layers...)
+	s, err := interceptor.NewStack(specs...)
 	if err != nil {
 		t.Fatalf("NewStack: %v", err)
 	}
@@ -135,12 +135,15 @@ type Counter struct {
 	held int // Guarded by mu.
 }
 
+// NewLayer returns the counter itself.
+func (l *Counter) NewLayer() (interceptor.Layer, error) { return l, nil }
+
 // WrapGate returns the gate.
 func (l *Counter) WrapGate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Call, w interceptor.Wait) error {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		l.add(1)
-		c.Hold(l, 0)
-		return inner.Admit(ctx, c, w)
+		a.Hold(l, 0)
+		return inner.Admit(ctx, a, w)
 	})
 }
 
@@ -151,7 +154,7 @@ func (l *Counter) add(n int) {
 }
 
 // Release takes a ticket back.
-func (l *Counter) Release(int64, interceptor.Outcome, error) { l.add(-1) }
+func (l *Counter) Release(int64, interceptor.End) { l.add(-1) }
 
 // AtRest returns an error if tickets are out.
 func (l *Counter) AtRest() error {

@@ -71,6 +71,14 @@ func (s set) String() string { return string(s) }
 // Name adds an error if the name that WithName gives a layer is empty.
 func (e *Errors) Name(name string) { e.Require(name != "", "WithName", name, "must not be empty") }
 
+// KeyBy adds an error if more than one field of a KeyBy is set.
+func (e *Errors) KeyBy(field string, by interceptor.KeyBy) {
+	var c *interceptor.ConfigError
+	if errors.As(by.Check(e.layer), &c) {
+		e.Add(field, c.Value, c.Rule)
+	}
+}
+
 // Nested adds the errors in err, which another package has found in a field.
 func (e *Errors) Nested(field string, err error) {
 	switch err := err.(type) {
@@ -210,6 +218,27 @@ func Codes(e *Errors, field string, list []codes.Code, def ...codes.Code) codese
 		e.Add(fmt.Sprintf("%s[%d]", field, bad), list[bad], codeset.Rule)
 	}
 	return s
+}
+
+// What layers that tell calls apart by key have in common.
+const (
+	maxKeys        = 1_000_000
+	DefaultMaxKeys = 10_000
+	DefaultKeyIdle = 10 * time.Minute
+)
+
+// Keys checks the settings KeyBy, MaxKeys and KeyIdle of a layer that tells calls
+// apart; idle is nil if it has no KeyIdle. old is the KeyBy that the layer was made
+// with, which an update may not change; nil for a new layer.
+func Keys(e *Errors, by interceptor.KeyBy, old *interceptor.KeyBy, most *int, idle *time.Duration) {
+	e.KeyBy("KeyBy", by)
+	if old != nil && by.Check(e.layer) == nil {
+		e.Require(by.Same(*old), "KeyBy", by, "must stay %v: make a new layer", *old)
+	}
+	Default(e, "MaxKeys", most, From(1, maxKeys), DefaultMaxKeys)
+	if idle != nil {
+		Default(e, "KeyIdle", idle, AtLeast(time.Second), DefaultKeyIdle)
+	}
 }
 
 // text is how a rule prints a limit: without an exponent, and 1h for 1h0m0s.

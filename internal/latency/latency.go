@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
+
+	"github.com/belfry-go/belfry/interceptor"
 )
 
 const (
@@ -34,13 +36,11 @@ const (
 // younger than half of it, and none that is older than the whole. It is safe for
 // concurrent use, and recording and asking do not allocate.
 type Window struct {
-	epoch time.Time // Where times are counted from.
-
 	// mu guards the fields below. It is held for an increment or a look at last, now
 	// and then for a scan of the histogram, and once in half a window for a rotation.
 	mu       sync.Mutex
 	half     time.Duration           // Half the window.
-	turn     time.Duration           // When the halves turn next, since epoch.
+	turn     interceptor.Instant     // When the halves turn next.
 	cur, old *hdrhistogram.Histogram // The current half and the one before.
 	all      *hdrhistogram.Histogram // Both together, so that a quantile needs no merging.
 	last     answer
@@ -51,13 +51,13 @@ type answer struct {
 	q    float64 // 0 is no answer.
 	d    time.Duration
 	n    int64
-	turn time.Duration // The turn that the answer ends with.
+	turn interceptor.Instant // The turn that the answer ends with.
 }
 
 // New returns an empty Window. It panics if window is not positive: what users
 // configure is checked by who asks them.
 func New(window time.Duration) *Window {
-	w := &Window{epoch: time.Now(), cur: histogram(), old: histogram(), all: histogram()}
+	w := &Window{cur: histogram(), old: histogram(), all: histogram()}
 	w.SetWindow(window)
 	return w
 }
@@ -74,21 +74,23 @@ func (w *Window) SetWindow(window time.Duration) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	now := time.Since(w.epoch)
+	now := interceptor.Now()
 	if w.half > 0 {
 		w.rotateLocked(now)
 	}
 	half := max(window/2, 1)
-	begun := w.turn - w.half // When the current half began.
-	w.half, w.turn = half, max(begun+half, now)
+	begun := w.turn.Add(-w.half) // When the current half began.
+	w.half, w.turn = half, max(begun.Add(half), now)
 	w.last = answer{}
 }
 
 // Record adds a latency, rounded up to microseconds. One that is negative counts
 // as zero.
-func (w *Window) Record(d time.Duration) {
+func (w *Window) Record(d time.Duration) { w.RecordAt(interceptor.Now(), d) }
+
+// RecordAt is Record for a caller that has read the clock.
+func (w *Window) RecordAt(now interceptor.Instant, d time.Duration) {
 	v := int64((min(max(d, 0), highest) + time.Microsecond - 1) / time.Microsecond)
-	now := time.Since(w.epoch)
 	w.mu.Lock()
 	w.rotateLocked(now)
 	// Neither fails, for v is within the range.
@@ -101,7 +103,11 @@ func (w *Window) Record(d time.Duration) {
 // exceed, and how many there are. 0 < q <= 1. Without any it returns 0, 0. The
 // latency may be out of date by one more in 32 of the data.
 func (w *Window) Quantile(q float64) (d time.Duration, n int) {
-	now := time.Since(w.epoch)
+	return w.QuantileAt(interceptor.Now(), q)
+}
+
+// QuantileAt is Quantile for a caller that has read the clock.
+func (w *Window) QuantileAt(now interceptor.Instant, q float64) (d time.Duration, n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.rotateLocked(now)
@@ -116,17 +122,17 @@ func (w *Window) Quantile(q float64) (d time.Duration, n int) {
 }
 
 // rotateLocked drops what has become too old. Caller must hold w.mu.
-func (w *Window) rotateLocked(now time.Duration) {
+func (w *Window) rotateLocked(now interceptor.Instant) {
 	if now < w.turn {
 		return
 	}
 	w.cur, w.old = w.old, w.cur
-	if now >= w.turn+w.half {
+	if now >= w.turn.Add(w.half) {
 		w.old.Reset() // Nothing was recorded for more than a half.
 	}
 	w.cur.Reset()
 	w.all.Reset()
 	w.all.Merge(w.old)
 	// The halves keep their rhythm, so that the time of a record says which it is in.
-	w.turn += w.half * ((now-w.turn)/w.half + 1)
+	w.turn = w.turn.Add(w.half * (now.Sub(w.turn)/w.half + 1))
 }

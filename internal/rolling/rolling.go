@@ -41,6 +41,18 @@ type Window struct {
 	span    time.Duration
 	width   int64
 	buckets [Buckets]atomic.Uint64
+
+	// past is what Sum found in the buckets before the one of the present, so that it
+	// has to look at all of them only once for each bucket.
+	past   atomic.Pointer[past]
+	newest atomic.Int64 // The latest slot that Sum has made a past for, or is making one for.
+	late   atomic.Int64 // How many events came for slots before newest.
+}
+
+// past is what a Window has counted before a slot.
+type past struct {
+	slot, late int64
+	all, noted int64
 }
 
 // New returns an empty Window. span is at least [Buckets] nanoseconds.
@@ -66,7 +78,16 @@ func (w *Window) Add(now int64, noted bool) {
 }
 
 func (w *Window) add(now int64, all, noted uint64) {
-	i, turn := place(now / w.width)
+	slot := now / w.width
+	w.addTo(slot, all, noted)
+	// Either Sum sees the event in its bucket, or it is seen here that Sum may not have.
+	if slot < w.newest.Load() {
+		w.late.Add(1)
+	}
+}
+
+func (w *Window) addTo(slot int64, all, noted uint64) {
+	i, turn := place(slot)
 	b := &w.buckets[i]
 	for {
 		old := b.Load()
@@ -93,21 +114,44 @@ func (w *Window) add(now int64, all, noted uint64) {
 // Sum returns how many events there were in the span that ends now, and how many
 // of them were of note.
 func (w *Window) Sum(now int64) (all, noted int64) {
-	last, turn := place(now / w.width)
-	for i := last; i >= 0; i-- {
-		if v := w.buckets[i].Load(); v>>turnShift == turn {
-			all += int64(v & countMask)
-			noted += int64(v >> countBits & countMask)
-		}
+	slot := now / w.width
+	p := w.past.Load()
+	if p == nil || p.slot != slot || p.late != w.late.Load() {
+		p = w.lookBack(slot)
 	}
-	turn = (turn - 1) & turnMask // The rest of the ring is of the turn before.
-	for i := last + 1; i < Buckets; i++ {
-		if v := w.buckets[i].Load(); v>>turnShift == turn {
-			all += int64(v & countMask)
-			noted += int64(v >> countBits & countMask)
-		}
+	i, turn := place(slot)
+	all, noted = w.count(i, turn)
+	return all + p.all, noted + p.noted
+}
+
+// lookBack returns the past of a slot.
+func (w *Window) lookBack(slot int64) *past {
+	newest := w.newest.Load()
+	for newest < slot && !w.newest.CompareAndSwap(newest, slot) {
+		newest = w.newest.Load()
 	}
-	return all, noted
+	p := &past{slot: slot, late: w.late.Load()}
+	now, turn := place(slot)
+	for i := range int64(Buckets) {
+		if i == now {
+			turn-- // The rest of the ring is of the turn before.
+			continue
+		}
+		all, noted := w.count(i, turn&turnMask)
+		p.all, p.noted = p.all+all, p.noted+noted
+	}
+	if newest <= slot {
+		w.past.Store(p)
+	}
+	return p
+}
+
+// count returns what a bucket has counted in a turn.
+func (w *Window) count(i int64, turn uint64) (all, noted int64) {
+	if v := w.buckets[i].Load(); v>>turnShift == turn {
+		return int64(v & countMask), int64(v >> countBits & countMask)
+	}
+	return 0, 0
 }
 
 // Resized returns a Window of another span that has counted what w has, as far as

@@ -6,6 +6,7 @@ package rolling
 import (
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -125,6 +126,47 @@ func TestNoEventIsLostByAddingConcurrently(t *testing.T) {
 	}
 	wg.Wait()
 	sum(t, w, int64(time.Hour+5*time.Second), 40_000, 20_000)
+}
+
+// What Sum remembers of the past must not hide events that come late.
+func TestSumSeesLateEvents(t *testing.T) {
+	w := New(20 * time.Second)
+	start := int64(time.Hour)
+	w.Add(start, true)
+	sum(t, w, start+int64(5*time.Second), 1, 1)
+	w.Add(start+int64(2*time.Second), false)
+	sum(t, w, start+int64(5*time.Second), 2, 1)
+	sum(t, w, start+int64(3*time.Second), 2, 1) // A reader that is late itself.
+	w.Add(start+int64(4*time.Second), true)
+	sum(t, w, start+int64(5*time.Second), 3, 2)
+	sum(t, w, start+int64(6*time.Second), 3, 2)
+}
+
+func TestSumSeesLateEventsOfOthers(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	for round := range 200 {
+		w := New(20 * time.Second)
+		var clock atomic.Int64
+		clock.Store(int64(time.Hour))
+		var wg sync.WaitGroup
+		for g := range 4 {
+			rng := rand.New(rand.NewPCG(seed, uint64(4*round+g)))
+			wg.Go(func() {
+				for range 100 {
+					now := clock.Add(rng.Int64N(int64(50 * time.Millisecond)))
+					w.Sum(now)
+					w.Add(now-rng.Int64N(int64(2*time.Second)), true)
+				}
+			})
+		}
+		wg.Wait()
+		now := clock.Load()
+		all, noted := w.Sum(now)
+		if fresh, _ := w.Resized(now, 20*time.Second).Sum(now); all != fresh || noted != fresh {
+			t.Fatalf("round %d: Sum = %d, %d, but the buckets hold %d", round, all, noted, fresh)
+		}
+	}
 }
 
 func BenchmarkAdd(b *testing.B) {

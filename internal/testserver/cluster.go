@@ -125,7 +125,7 @@ func (c *Cluster) dial(ctx context.Context, addr string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "tcp", addr)
 	}
-	return s.dial(ctx)
+	return s.DialContext(ctx)
 }
 
 // Close closes all servers. It is idempotent.

@@ -301,14 +301,14 @@ func (s *Server) DialOptions() []grpc.DialOption {
 	opts := []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())}
 	if s.address == "" {
 		opts = append(opts, grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-			return s.dial(ctx)
+			return s.DialContext(ctx)
 		}))
 	}
 	return opts
 }
 
-// dial connects to the server.
-func (s *Server) dial(ctx context.Context) (net.Conn, error) {
+// DialContext connects to the server, for a dialer of a test that does more.
+func (s *Server) DialContext(ctx context.Context) (net.Conn, error) {
 	if s.address != "" {
 		var d net.Dialer
 		return d.DialContext(ctx, "tcp", s.address)

@@ -26,6 +26,9 @@ type Rank struct {
 	Further  bool // Whether it is a retry or a hedge. At the same Priority these go first.
 }
 
+// Before reports whether calls of rank a go before those of rank b.
+func (a Rank) Before(b Rank) bool { return a.compare(b) < 0 }
+
 // compare is negative if a goes before b.
 func (a Rank) compare(b Rank) int {
 	switch {
@@ -67,6 +70,7 @@ type List[T any] struct {
 type level[T any] struct {
 	rank           Rank
 	oldest, newest *Node[T]
+	len            int
 }
 
 // first is the node whose turn is first at this level.
@@ -96,11 +100,12 @@ func (l *List[T]) Push(n *Node[T], r Rank) {
 	l.len++
 	i, found := l.find(r)
 	if !found {
-		l.levels = slices.Insert(l.levels, i, level[T]{r, n, n})
+		l.levels = slices.Insert(l.levels, i, level[T]{rank: r, oldest: n, newest: n, len: 1})
 		return
 	}
 	lv := &l.levels[i]
 	n.prev, lv.newest.next, lv.newest = lv.newest, n, n
+	lv.len++
 }
 
 // Remove takes n out of the list and reports whether it was in. Afterwards n may
@@ -111,6 +116,7 @@ func (l *List[T]) Remove(n *Node[T]) bool {
 	}
 	i, _ := l.find(n.rank)
 	lv := &l.levels[i]
+	lv.len--
 	if n.prev == nil {
 		lv.oldest = n.next
 	} else {
@@ -174,6 +180,19 @@ func (l *List[T]) after(n *Node[T], lifo bool) *Node[T] {
 		return l.levels[i+1].first(lifo)
 	}
 	return nil
+}
+
+// Before returns how many nodes have their turn before one of rank r that arrives
+// now, in a list that is not LIFO. It takes O(n).
+func (l *List[T]) Before(r Rank) int {
+	before := 0
+	for i := range l.levels {
+		if l.levels[i].rank.compare(r) > 0 {
+			break
+		}
+		before += l.levels[i].len
+	}
+	return before
 }
 
 // Ahead returns how many nodes have their turn before n, or -1 if n is not in the

@@ -197,6 +197,26 @@ func TestAhead(t *testing.T) {
 	}
 }
 
+func TestBefore(t *testing.T) {
+	var l List[string]
+	push(&l, Rank{}, "a", "b", "c")
+	high := push(&l, Rank{Priority: 1}, "d")[0]
+	push(&l, Rank{Further: true}, "e")
+	check := func(r Rank, want int) {
+		t.Helper()
+		if got := l.Before(r); got != want {
+			t.Errorf("Before(%+v) = %d, want %d", r, got, want)
+		}
+	}
+	check(Rank{}, 5)
+	check(Rank{Further: true}, 2)
+	check(Rank{Priority: 1}, 1)
+	check(Rank{Priority: 1, Further: true}, 0)
+	check(Rank{Priority: -1}, 5)
+	l.Remove(high)
+	check(Rank{}, 4)
+}
+
 // TestRandom compares a List with a slice that is sorted by the documented order.
 func TestRandom(t *testing.T) {
 	seed := rand.Uint64()

@@ -25,16 +25,13 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// Algorithm is how turns come.
+// Algorithm is interceptor/ratelimit.Algorithm.
 type RateLimit_Algorithm int32
 
 const (
-	// ALGORITHM_SMOOTH.
-	RateLimit_ALGORITHM_UNSPECIFIED RateLimit_Algorithm = 0
-	// One every per/limit, and a burst after a pause (GCRA).
-	RateLimit_ALGORITHM_SMOOTH RateLimit_Algorithm = 1
-	// As many as the limit in any interval of the length "per", as soon as they like.
-	RateLimit_ALGORITHM_WINDOW RateLimit_Algorithm = 2
+	RateLimit_ALGORITHM_UNSPECIFIED RateLimit_Algorithm = 0 // ALGORITHM_SMOOTH
+	RateLimit_ALGORITHM_SMOOTH      RateLimit_Algorithm = 1
+	RateLimit_ALGORITHM_WINDOW      RateLimit_Algorithm = 2
 )
 
 // Enum value maps for RateLimit_Algorithm.
@@ -78,19 +75,14 @@ func (RateLimit_Algorithm) EnumDescriptor() ([]byte, []int) {
 	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{6, 0}
 }
 
-// Discipline is the order in which waiting calls are admitted.
+// Discipline is interceptor/concurrency.Discipline.
 type Concurrency_Discipline int32
 
 const (
-	// DISCIPLINE_FIFO.
-	Concurrency_DISCIPLINE_UNSPECIFIED Concurrency_Discipline = 0
-	// First the one that has waited longest.
-	Concurrency_DISCIPLINE_FIFO Concurrency_Discipline = 1
-	// First the one that came last.
-	Concurrency_DISCIPLINE_LIFO Concurrency_Discipline = 2
-	// As FIFO, and when calls have waited for too long for a while some are
-	// refused (RFC 8289).
-	Concurrency_DISCIPLINE_CODEL Concurrency_Discipline = 3
+	Concurrency_DISCIPLINE_UNSPECIFIED Concurrency_Discipline = 0 // DISCIPLINE_FIFO
+	Concurrency_DISCIPLINE_FIFO        Concurrency_Discipline = 1
+	Concurrency_DISCIPLINE_LIFO        Concurrency_Discipline = 2
+	Concurrency_DISCIPLINE_CODEL       Concurrency_Discipline = 3
 )
 
 // Enum value maps for Concurrency_Discipline.
@@ -136,20 +128,15 @@ func (Concurrency_Discipline) EnumDescriptor() ([]byte, []int) {
 	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{7, 0}
 }
 
-// Jitter is how delays are spread.
+// Jitter is interceptor/retry.Jitter.
 type Backoff_Jitter int32
 
 const (
-	// JITTER_FULL.
-	Backoff_JITTER_UNSPECIFIED Backoff_Jitter = 0
-	// Between zero and the exponential delay.
-	Backoff_JITTER_FULL Backoff_Jitter = 1
-	// Between half of the exponential delay and all of it.
-	Backoff_JITTER_EQUAL Backoff_Jitter = 2
-	// Between the initial delay and three times the last one.
+	Backoff_JITTER_UNSPECIFIED  Backoff_Jitter = 0 // JITTER_FULL
+	Backoff_JITTER_FULL         Backoff_Jitter = 1
+	Backoff_JITTER_EQUAL        Backoff_Jitter = 2
 	Backoff_JITTER_DECORRELATED Backoff_Jitter = 3
-	// The exponential delay itself.
-	Backoff_JITTER_NONE Backoff_Jitter = 4
+	Backoff_JITTER_NONE         Backoff_Jitter = 4
 )
 
 // Enum value maps for Backoff_Jitter.
@@ -413,11 +400,19 @@ func (x *MethodName) GetMethod() string {
 // use and queues, counts and balances, latencies, circuits. It takes over the
 // state of the layer of the same kind and name in the same entry. Where names are
 // not given, the first of a kind takes over from the first of that kind, the
-// second from the second. An entry is the same as before if it has the first of
-// its names, or failing that the second, and so on, in common with an entry of
-// before. A shared layer takes over from the shared layer of the same kind and
-// name. What a field cannot change while calls run, it says; then the layer
-// begins anew.
+// second from the second. An entry is the same as before if it has a name in common
+// with an entry of before; of several the one whose name stands first in both, and
+// only one from which a layer can take over. A shared layer takes over from the
+// shared layer of the same kind and name. If "algorithm", "budget", what calls are
+// told apart by, or a function is not the same, the layer begins with a state of its
+// own.
+//
+// The fields of a kind are those of the Config in its Go package, and have the same
+// meaning, unit, range and default: see
+// https://pkg.go.dev/github.com/belfry-go/belfry/interceptor. A field that is not in a
+// Config, or differs from it, says so here. Status codes are given by their gRPC
+// names, and an empty list of them is the default. Functions, and what calls are told
+// apart by, are named as the program supplies them.
 type Layer struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The name of the layer in refusals, in metrics and when the stack is printed;
@@ -687,23 +682,15 @@ func (*Layer_Retry) isLayer_Kind() {}
 
 func (*Layer_Hedge) isLayer_Kind() {}
 
-// Timeout bounds how long a call takes with all its waiting inside the layer; an
-// attempt, if the layer is inside a retry or a hedge. One that takes longer ends
-// with DEADLINE_EXCEEDED. Each bound that is unset is no bound; at least one is set.
+// Timeout is interceptor/timeout.Config.
 type Timeout struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How long a unary call may take; with adaptive, the greatest timeout.
-	Call *durationpb.Duration `protobuf:"bytes,1,opt,name=call,proto3" json:"call,omitempty"`
-	// Lets the timeout of unary calls follow their latency. Unset: it does not.
-	Adaptive *AdaptiveTimeout `protobuf:"bytes,2,opt,name=adaptive,proto3" json:"adaptive,omitempty"`
-	// How long a stream may take from its beginning to its end.
-	Lifetime *durationpb.Duration `protobuf:"bytes,3,opt,name=lifetime,proto3" json:"lifetime,omitempty"`
-	// How long the first response message of a stream may take from when there is
-	// something to respond to.
+	// Config.Timeout.
+	Call          *durationpb.Duration `protobuf:"bytes,1,opt,name=call,proto3" json:"call,omitempty"`
+	Adaptive      *AdaptiveTimeout     `protobuf:"bytes,2,opt,name=adaptive,proto3" json:"adaptive,omitempty"`
+	Lifetime      *durationpb.Duration `protobuf:"bytes,3,opt,name=lifetime,proto3" json:"lifetime,omitempty"`
 	FirstResponse *durationpb.Duration `protobuf:"bytes,4,opt,name=first_response,json=firstResponse,proto3" json:"first_response,omitempty"`
-	// How long a stream may wait to receive a message, and to send one.
-	Message *durationpb.Duration `protobuf:"bytes,5,opt,name=message,proto3" json:"message,omitempty"`
-	// How long a stream may be without a message received or sent.
+	Message       *durationpb.Duration `protobuf:"bytes,5,opt,name=message,proto3" json:"message,omitempty"`
 	Idle          *durationpb.Duration `protobuf:"bytes,6,opt,name=idle,proto3" json:"idle,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -781,21 +768,14 @@ func (x *Timeout) GetIdle() *durationpb.Duration {
 	return nil
 }
 
-// AdaptiveTimeout is a timeout of a multiple of the latency that a percentile of the
-// recent calls that succeeded did not exceed, between min and Timeout.call.
+// AdaptiveTimeout is interceptor/timeout.Adaptive.
 type AdaptiveTimeout struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// That percentile as a share. Above 0, below 1. Default 0.99.
-	Percentile float64 `protobuf:"fixed64,1,opt,name=percentile,proto3" json:"percentile,omitempty"`
-	// That multiple, 1 to 100. Default 3.
-	Multiple float64 `protobuf:"fixed64,2,opt,name=multiple,proto3" json:"multiple,omitempty"`
-	// The least timeout. Required; above 0, at most Timeout.call.
-	Min *durationpb.Duration `protobuf:"bytes,3,opt,name=min,proto3" json:"min,omitempty"`
-	// How long a latency counts, 1s to 3600s. Default 60s.
-	Window *durationpb.Duration `protobuf:"bytes,4,opt,name=window,proto3" json:"window,omitempty"`
-	// How many latencies there must be; with fewer the timeout is Timeout.call. 1 to
-	// 1e6. Default 100.
-	MinSamples    int64 `protobuf:"varint,5,opt,name=min_samples,json=minSamples,proto3" json:"min_samples,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Percentile    float64                `protobuf:"fixed64,1,opt,name=percentile,proto3" json:"percentile,omitempty"`
+	Multiple      float64                `protobuf:"fixed64,2,opt,name=multiple,proto3" json:"multiple,omitempty"`
+	Min           *durationpb.Duration   `protobuf:"bytes,3,opt,name=min,proto3" json:"min,omitempty"`
+	Window        *durationpb.Duration   `protobuf:"bytes,4,opt,name=window,proto3" json:"window,omitempty"`
+	MinSamples    int64                  `protobuf:"varint,5,opt,name=min_samples,json=minSamples,proto3" json:"min_samples,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -865,33 +845,29 @@ func (x *AdaptiveTimeout) GetMinSamples() int64 {
 	return 0
 }
 
-// RateLimit bounds how many calls begin in a time. Others wait for their turn or,
-// where they may not, are refused with RESOURCE_EXHAUSTED.
+// RateLimit is interceptor/ratelimit.Config.
 type RateLimit struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many calls may begin in each "per". Required; 1 to 1e9, with
-	// ALGORITHM_WINDOW to 1e6.
-	Limit int64 `protobuf:"varint,1,opt,name=limit,proto3" json:"limit,omitempty"`
-	// What the limit is counted in, 1ms to 31536000s (a year). Default 1s.
-	Per *durationpb.Duration `protobuf:"bytes,2,opt,name=per,proto3" json:"per,omitempty"`
-	// How many calls may begin at once after a pause, with ALGORITHM_SMOOTH alone. 1
-	// to 1e9, and no more than come in a year. Default a tenth of the limit, at
-	// least 1.
-	Burst int64 `protobuf:"varint,3,opt,name=burst,proto3" json:"burst,omitempty"`
-	// How turns come. Cannot change.
-	Algorithm RateLimit_Algorithm `protobuf:"varint,4,opt,name=algorithm,proto3,enum=belfry.config.v1.RateLimit_Algorithm" json:"algorithm,omitempty"`
-	// What calls are told apart by, for a rate each. Unset: they share one. Cannot
-	// change.
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Limit     int64                  `protobuf:"varint,1,opt,name=limit,proto3" json:"limit,omitempty"`
+	Per       *durationpb.Duration   `protobuf:"bytes,2,opt,name=per,proto3" json:"per,omitempty"`
+	Burst     int64                  `protobuf:"varint,3,opt,name=burst,proto3" json:"burst,omitempty"`
+	Algorithm RateLimit_Algorithm    `protobuf:"varint,4,opt,name=algorithm,proto3,enum=belfry.config.v1.RateLimit_Algorithm" json:"algorithm,omitempty"`
+	// Config.KeyBy.
 	//
 	// Types that are valid to be assigned to Key:
 	//
 	//	*RateLimit_PerMethod
 	//	*RateLimit_PerMetadata
 	//	*RateLimit_KeyFunc
-	Key isRateLimit_Key `protobuf_oneof:"key"`
-	// How many keys are kept, 1 to 1e6. The keys that find no place share one rate.
-	// Default 10000.
-	MaxKeys       int64 `protobuf:"varint,8,opt,name=max_keys,json=maxKeys,proto3" json:"max_keys,omitempty"`
+	Key     isRateLimit_Key `protobuf_oneof:"key"`
+	MaxKeys int64           `protobuf:"varint,8,opt,name=max_keys,json=maxKeys,proto3" json:"max_keys,omitempty"`
+	// ratelimit.WithPriority.
+	//
+	// Types that are valid to be assigned to Priority:
+	//
+	//	*RateLimit_PriorityMetadata
+	//	*RateLimit_PriorityFunc
+	Priority      isRateLimit_Priority `protobuf_oneof:"priority"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -995,22 +971,45 @@ func (x *RateLimit) GetMaxKeys() int64 {
 	return 0
 }
 
+func (x *RateLimit) GetPriority() isRateLimit_Priority {
+	if x != nil {
+		return x.Priority
+	}
+	return nil
+}
+
+func (x *RateLimit) GetPriorityMetadata() string {
+	if x != nil {
+		if x, ok := x.Priority.(*RateLimit_PriorityMetadata); ok {
+			return x.PriorityMetadata
+		}
+	}
+	return ""
+}
+
+func (x *RateLimit) GetPriorityFunc() string {
+	if x != nil {
+		if x, ok := x.Priority.(*RateLimit_PriorityFunc); ok {
+			return x.PriorityFunc
+		}
+	}
+	return ""
+}
+
 type isRateLimit_Key interface {
 	isRateLimit_Key()
 }
 
 type RateLimit_PerMethod struct {
-	// True: by their method.
 	PerMethod bool `protobuf:"varint,5,opt,name=per_method,json=perMethod,proto3,oneof"`
 }
 
 type RateLimit_PerMetadata struct {
-	// By the first value of this entry of the call's outgoing metadata.
 	PerMetadata string `protobuf:"bytes,6,opt,name=per_metadata,json=perMetadata,proto3,oneof"`
 }
 
 type RateLimit_KeyFunc struct {
-	// By the function that the program supplies under this name.
+	// The name that the program gave to stackconfig.WithKeyFunc.
 	KeyFunc string `protobuf:"bytes,7,opt,name=key_func,json=keyFunc,proto3,oneof"`
 }
 
@@ -1020,13 +1019,29 @@ func (*RateLimit_PerMetadata) isRateLimit_Key() {}
 
 func (*RateLimit_KeyFunc) isRateLimit_Key() {}
 
-// Concurrency bounds how many calls run at a time. A stream runs until it has
-// ended. Others wait for a permit or, where they may not, are refused with
-// UNAVAILABLE.
+type isRateLimit_Priority interface {
+	isRateLimit_Priority()
+}
+
+type RateLimit_PriorityMetadata struct {
+	// The entry of the call's outgoing metadata that has the priority.
+	PriorityMetadata string `protobuf:"bytes,9,opt,name=priority_metadata,json=priorityMetadata,proto3,oneof"`
+}
+
+type RateLimit_PriorityFunc struct {
+	// The name that the program gave to stackconfig.WithPriorityFunc.
+	PriorityFunc string `protobuf:"bytes,10,opt,name=priority_func,json=priorityFunc,proto3,oneof"`
+}
+
+func (*RateLimit_PriorityMetadata) isRateLimit_Priority() {}
+
+func (*RateLimit_PriorityFunc) isRateLimit_Priority() {}
+
+// Concurrency is interceptor/concurrency.Config.
 type Concurrency struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The limit, or the algorithm that looks for it. Required. When it changes
-	// permits in use stay in use; another algorithm begins at the limit that holds.
+	// Required. When it changes permits in use stay in use; another algorithm begins at
+	// the limit that holds.
 	//
 	// Types that are valid to be assigned to Bound:
 	//
@@ -1034,35 +1049,32 @@ type Concurrency struct {
 	//	*Concurrency_Aimd
 	//	*Concurrency_Gradient2
 	//	*Concurrency_Vegas
-	Bound isConcurrency_Bound `protobuf_oneof:"bound"`
-	// The order in which waiting calls are admitted.
-	Discipline Concurrency_Discipline `protobuf:"varint,5,opt,name=discipline,proto3,enum=belfry.config.v1.Concurrency_Discipline" json:"discipline,omitempty"`
-	// How many calls may wait. Unset: no bound.
-	MaxWaiters int64 `protobuf:"varint,6,opt,name=max_waiters,json=maxWaiters,proto3" json:"max_waiters,omitempty"`
-	// How long a call waits at most. Unset: no bound.
-	MaxWait *durationpb.Duration `protobuf:"bytes,7,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
-	// With DISCIPLINE_CODEL, how long calls may have to wait for longer than
-	// codel_interval. Default 5ms.
-	CodelTarget *durationpb.Duration `protobuf:"bytes,8,opt,name=codel_target,json=codelTarget,proto3" json:"codel_target,omitempty"`
-	// See codel_target. Default 100ms.
-	CodelInterval *durationpb.Duration `protobuf:"bytes,9,opt,name=codel_interval,json=codelInterval,proto3" json:"codel_interval,omitempty"`
-	// The codes of failed calls that tell an algorithm of overload, by their gRPC
-	// names. Empty: UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED.
-	DropCodes []string `protobuf:"bytes,10,rep,name=drop_codes,json=dropCodes,proto3" json:"drop_codes,omitempty"`
-	// Lets an algorithm learn from streams too, with their whole life as the round
-	// trip.
-	SampleStreams bool `protobuf:"varint,11,opt,name=sample_streams,json=sampleStreams,proto3" json:"sample_streams,omitempty"`
-	// How many permits a call takes, by the function that the program supplies
-	// under this name. Unset: one. Cannot change.
+	Bound         isConcurrency_Bound    `protobuf_oneof:"bound"`
+	Discipline    Concurrency_Discipline `protobuf:"varint,5,opt,name=discipline,proto3,enum=belfry.config.v1.Concurrency_Discipline" json:"discipline,omitempty"`
+	MaxWaiters    int64                  `protobuf:"varint,6,opt,name=max_waiters,json=maxWaiters,proto3" json:"max_waiters,omitempty"`
+	MaxWait       *durationpb.Duration   `protobuf:"bytes,7,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
+	CodelTarget   *durationpb.Duration   `protobuf:"bytes,8,opt,name=codel_target,json=codelTarget,proto3" json:"codel_target,omitempty"`
+	CodelInterval *durationpb.Duration   `protobuf:"bytes,9,opt,name=codel_interval,json=codelInterval,proto3" json:"codel_interval,omitempty"`
+	DropCodes     []string               `protobuf:"bytes,10,rep,name=drop_codes,json=dropCodes,proto3" json:"drop_codes,omitempty"`
+	SampleStreams bool                   `protobuf:"varint,11,opt,name=sample_streams,json=sampleStreams,proto3" json:"sample_streams,omitempty"`
+	// concurrency.WithCost: the name that the program gave to stackconfig.WithCostFunc.
 	CostFunc string `protobuf:"bytes,12,opt,name=cost_func,json=costFunc,proto3" json:"cost_func,omitempty"`
-	// The priority of a call that has to wait. Unset: that of its context. Cannot
-	// change.
+	// concurrency.WithPriority.
 	//
 	// Types that are valid to be assigned to Priority:
 	//
 	//	*Concurrency_PriorityMetadata
 	//	*Concurrency_PriorityFunc
-	Priority      isConcurrency_Priority `protobuf_oneof:"priority"`
+	Priority isConcurrency_Priority `protobuf_oneof:"priority"`
+	// Config.KeyBy.
+	//
+	// Types that are valid to be assigned to Key:
+	//
+	//	*Concurrency_PerMethod
+	//	*Concurrency_PerMetadata
+	//	*Concurrency_KeyFunc
+	Key           isConcurrency_Key `protobuf_oneof:"key"`
+	MaxKeys       int64             `protobuf:"varint,18,opt,name=max_keys,json=maxKeys,proto3" json:"max_keys,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1221,27 +1233,64 @@ func (x *Concurrency) GetPriorityFunc() string {
 	return ""
 }
 
+func (x *Concurrency) GetKey() isConcurrency_Key {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *Concurrency) GetPerMethod() bool {
+	if x != nil {
+		if x, ok := x.Key.(*Concurrency_PerMethod); ok {
+			return x.PerMethod
+		}
+	}
+	return false
+}
+
+func (x *Concurrency) GetPerMetadata() string {
+	if x != nil {
+		if x, ok := x.Key.(*Concurrency_PerMetadata); ok {
+			return x.PerMetadata
+		}
+	}
+	return ""
+}
+
+func (x *Concurrency) GetKeyFunc() string {
+	if x != nil {
+		if x, ok := x.Key.(*Concurrency_KeyFunc); ok {
+			return x.KeyFunc
+		}
+	}
+	return ""
+}
+
+func (x *Concurrency) GetMaxKeys() int64 {
+	if x != nil {
+		return x.MaxKeys
+	}
+	return 0
+}
+
 type isConcurrency_Bound interface {
 	isConcurrency_Bound()
 }
 
 type Concurrency_Limit struct {
-	// A fixed number of permits, 1 to 2147483647.
 	Limit int64 `protobuf:"varint,1,opt,name=limit,proto3,oneof"`
 }
 
 type Concurrency_Aimd struct {
-	// Additive increase, multiplicative decrease.
 	Aimd *Aimd `protobuf:"bytes,2,opt,name=aimd,proto3,oneof"`
 }
 
 type Concurrency_Gradient2 struct {
-	// Netflix's Gradient2: the round trip now against its long-term average.
 	Gradient2 *Gradient2 `protobuf:"bytes,3,opt,name=gradient2,proto3,oneof"`
 }
 
 type Concurrency_Vegas struct {
-	// TCP Vegas: an estimate of how many calls queue in the server.
 	Vegas *Vegas `protobuf:"bytes,4,opt,name=vegas,proto3,oneof"`
 }
 
@@ -1258,12 +1307,12 @@ type isConcurrency_Priority interface {
 }
 
 type Concurrency_PriorityMetadata struct {
-	// The decimal number in this entry of the call's outgoing metadata.
+	// The entry of the call's outgoing metadata that has the priority.
 	PriorityMetadata string `protobuf:"bytes,13,opt,name=priority_metadata,json=priorityMetadata,proto3,oneof"`
 }
 
 type Concurrency_PriorityFunc struct {
-	// By the function that the program supplies under this name.
+	// The name that the program gave to stackconfig.WithPriorityFunc.
 	PriorityFunc string `protobuf:"bytes,14,opt,name=priority_func,json=priorityFunc,proto3,oneof"`
 }
 
@@ -1271,23 +1320,38 @@ func (*Concurrency_PriorityMetadata) isConcurrency_Priority() {}
 
 func (*Concurrency_PriorityFunc) isConcurrency_Priority() {}
 
-// Aimd increases the limit by a constant for as many successes as it allows
-// calls, and multiplies it with a ratio on a drop.
+type isConcurrency_Key interface {
+	isConcurrency_Key()
+}
+
+type Concurrency_PerMethod struct {
+	PerMethod bool `protobuf:"varint,15,opt,name=per_method,json=perMethod,proto3,oneof"`
+}
+
+type Concurrency_PerMetadata struct {
+	PerMetadata string `protobuf:"bytes,16,opt,name=per_metadata,json=perMetadata,proto3,oneof"`
+}
+
+type Concurrency_KeyFunc struct {
+	// The name that the program gave to stackconfig.WithKeyFunc.
+	KeyFunc string `protobuf:"bytes,17,opt,name=key_func,json=keyFunc,proto3,oneof"`
+}
+
+func (*Concurrency_PerMethod) isConcurrency_Key() {}
+
+func (*Concurrency_PerMetadata) isConcurrency_Key() {}
+
+func (*Concurrency_KeyFunc) isConcurrency_Key() {}
+
+// Aimd is interceptor/concurrency.AIMDConfig.
 type Aimd struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// The limit to begin with, from min to max. Default 20.
-	Initial int64 `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
-	// The least limit, 1 to 2147483647. Default 1.
-	Min int64 `protobuf:"varint,2,opt,name=min,proto3" json:"min,omitempty"`
-	// The greatest limit, min to 2147483647. Default 1000.
-	Max int64 `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`
-	// What the limit is multiplied with on a drop, 0.5 to 0.99. Default 0.9.
-	BackoffRatio float64 `protobuf:"fixed64,4,opt,name=backoff_ratio,json=backoffRatio,proto3" json:"backoff_ratio,omitempty"`
-	// By how much the limit grows when as many calls as it allows have succeeded,
-	// 0.01 to 100. Default 1.
-	Increase float64 `protobuf:"fixed64,5,opt,name=increase,proto3" json:"increase,omitempty"`
-	// Makes a drop of a success that took longer. Unset: none does.
-	Timeout       *durationpb.Duration `protobuf:"bytes,6,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Initial       int64                  `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
+	Min           int64                  `protobuf:"varint,2,opt,name=min,proto3" json:"min,omitempty"`
+	Max           int64                  `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`
+	BackoffRatio  float64                `protobuf:"fixed64,4,opt,name=backoff_ratio,json=backoffRatio,proto3" json:"backoff_ratio,omitempty"`
+	Increase      float64                `protobuf:"fixed64,5,opt,name=increase,proto3" json:"increase,omitempty"`
+	Timeout       *durationpb.Duration   `protobuf:"bytes,6,opt,name=timeout,proto3" json:"timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1364,33 +1428,19 @@ func (x *Aimd) GetTimeout() *durationpb.Duration {
 	return nil
 }
 
-// Gradient2 multiplies the limit with the long-term round trip divided by the one
-// now, and adds room for a queue.
+// Gradient2 is interceptor/concurrency.Gradient2Config.
 type Gradient2 struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// The limit to begin with, from min to max. Default 20.
-	Initial int64 `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
-	// The least limit, 1 to 2147483647. Default 1.
-	Min int64 `protobuf:"varint,2,opt,name=min,proto3" json:"min,omitempty"`
-	// The greatest limit, min to 2147483647. Default 1000.
-	Max int64 `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`
-	// How many calls may queue in the server, 0.1 to 1000. Default 4.
-	QueueSize float64 `protobuf:"fixed64,4,opt,name=queue_size,json=queueSize,proto3" json:"queue_size,omitempty"`
-	// How much of a new value enters the limit, 0.01 to 1. Default 0.2.
-	Smoothing float64 `protobuf:"fixed64,5,opt,name=smoothing,proto3" json:"smoothing,omitempty"`
-	// How many times the long-term round trip is still no sign of queueing, 1 to
-	// 10. Default 1.5.
-	Tolerance float64 `protobuf:"fixed64,6,opt,name=tolerance,proto3" json:"tolerance,omitempty"`
-	// Over how many windows the long-term round trip is averaged, 10 to 1000000.
-	// Default 600.
-	LongWindow int64 `protobuf:"varint,7,opt,name=long_window,json=longWindow,proto3" json:"long_window,omitempty"`
-	// What the limit is multiplied with on a drop, 0.5 to 0.99. Default 0.9.
-	BackoffRatio float64 `protobuf:"fixed64,8,opt,name=backoff_ratio,json=backoffRatio,proto3" json:"backoff_ratio,omitempty"`
-	// For how long samples are gathered before the limit is computed anew. Default
-	// 100ms.
-	Window *durationpb.Duration `protobuf:"bytes,9,opt,name=window,proto3" json:"window,omitempty"`
-	// How many successes are gathered at least. Default 10.
-	WindowSamples int64 `protobuf:"varint,10,opt,name=window_samples,json=windowSamples,proto3" json:"window_samples,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Initial       int64                  `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
+	Min           int64                  `protobuf:"varint,2,opt,name=min,proto3" json:"min,omitempty"`
+	Max           int64                  `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`
+	QueueSize     float64                `protobuf:"fixed64,4,opt,name=queue_size,json=queueSize,proto3" json:"queue_size,omitempty"`
+	Smoothing     float64                `protobuf:"fixed64,5,opt,name=smoothing,proto3" json:"smoothing,omitempty"`
+	Tolerance     float64                `protobuf:"fixed64,6,opt,name=tolerance,proto3" json:"tolerance,omitempty"`
+	LongWindow    int64                  `protobuf:"varint,7,opt,name=long_window,json=longWindow,proto3" json:"long_window,omitempty"`
+	BackoffRatio  float64                `protobuf:"fixed64,8,opt,name=backoff_ratio,json=backoffRatio,proto3" json:"backoff_ratio,omitempty"`
+	Window        *durationpb.Duration   `protobuf:"bytes,9,opt,name=window,proto3" json:"window,omitempty"`
+	WindowSamples int64                  `protobuf:"varint,10,opt,name=window_samples,json=windowSamples,proto3" json:"window_samples,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1495,26 +1545,16 @@ func (x *Gradient2) GetWindowSamples() int64 {
 	return 0
 }
 
-// Vegas estimates from the best round trip how many calls queue in the server, and
-// keeps that number small.
+// Vegas is interceptor/concurrency.VegasConfig.
 type Vegas struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// The limit to begin with, from min to max. Default 20.
-	Initial int64 `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
-	// The least limit, 1 to 2147483647. Default 1.
-	Min int64 `protobuf:"varint,2,opt,name=min,proto3" json:"min,omitempty"`
-	// The greatest limit, min to 2147483647. Default 1000.
-	Max int64 `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`
-	// How much of a new value enters the limit, 0.01 to 1. Default 1.
-	Smoothing float64 `protobuf:"fixed64,4,opt,name=smoothing,proto3" json:"smoothing,omitempty"`
-	// After how many windows the best round trip is looked for anew, 10 to 1000000.
-	// Default 300.
-	ProbeWindows int64 `protobuf:"varint,5,opt,name=probe_windows,json=probeWindows,proto3" json:"probe_windows,omitempty"`
-	// For how long samples are gathered before the limit is computed anew. Default
-	// 100ms.
-	Window *durationpb.Duration `protobuf:"bytes,6,opt,name=window,proto3" json:"window,omitempty"`
-	// How many successes are gathered at least. Default 10.
-	WindowSamples int64 `protobuf:"varint,7,opt,name=window_samples,json=windowSamples,proto3" json:"window_samples,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Initial       int64                  `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
+	Min           int64                  `protobuf:"varint,2,opt,name=min,proto3" json:"min,omitempty"`
+	Max           int64                  `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`
+	Smoothing     float64                `protobuf:"fixed64,4,opt,name=smoothing,proto3" json:"smoothing,omitempty"`
+	ProbeWindows  int64                  `protobuf:"varint,5,opt,name=probe_windows,json=probeWindows,proto3" json:"probe_windows,omitempty"`
+	Window        *durationpb.Duration   `protobuf:"bytes,6,opt,name=window,proto3" json:"window,omitempty"`
+	WindowSamples int64                  `protobuf:"varint,7,opt,name=window_samples,json=windowSamples,proto3" json:"window_samples,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1598,14 +1638,11 @@ func (x *Vegas) GetWindowSamples() int64 {
 	return 0
 }
 
-// Buffer lets calls wait for what is inside, as Tower's buffer. When all its
-// places are taken calls are refused with UNAVAILABLE.
+// Buffer is interceptor/buffer.Config.
 type Buffer struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many calls may wait. Required; 1 to 2147483647.
-	Size int64 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
-	// How long a call waits at most. Unset: no bound but deadlines.
-	MaxWait       *durationpb.Duration `protobuf:"bytes,2,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Size          int64                  `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
+	MaxWait       *durationpb.Duration   `protobuf:"bytes,2,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1654,8 +1691,7 @@ func (x *Buffer) GetMaxWait() *durationpb.Duration {
 	return nil
 }
 
-// LoadShed refuses a call with UNAVAILABLE if anything inside is not ready for it
-// now.
+// LoadShed is interceptor/loadshed.Config.
 type LoadShed struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1692,13 +1728,10 @@ func (*LoadShed) Descriptor() ([]byte, []int) {
 	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{12}
 }
 
-// FailFast bounds how long calls wait. When nothing has been admitted for that
-// long, all that wait fail, and new ones fail at once until something inside is
-// ready again, with UNAVAILABLE.
+// FailFast is interceptor/failfast.Config.
 type FailFast struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// How long a call waits at most, and how long nothing may be admitted. Default 3s.
-	After         *durationpb.Duration `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	After         *durationpb.Duration   `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1740,28 +1773,27 @@ func (x *FailFast) GetAfter() *durationpb.Duration {
 	return nil
 }
 
-// Throttle refuses calls with UNAVAILABLE, with the probability
-// max(0, (requests - k*accepts)/(requests + 1)): client-side adaptive throttling.
+// Throttle is interceptor/throttle.Config.
 type Throttle struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many requests are let through for each one that the server accepts.
-	// Finite, 1 or above. Default 2.
-	K float64 `protobuf:"fixed64,1,opt,name=k,proto3" json:"k,omitempty"`
-	// Over what time calls are counted, 1s to 86400s. Default 120s.
-	Window *durationpb.Duration `protobuf:"bytes,2,opt,name=window,proto3" json:"window,omitempty"`
-	// The greatest probability with which a call is refused. Above 0, at most 1.
-	// Default 0.9.
-	MaxRefused float64 `protobuf:"fixed64,3,opt,name=max_refused,json=maxRefused,proto3" json:"max_refused,omitempty"`
-	// How many calls must have been counted before any is refused, 1 or above.
-	// Default 10.
-	MinRequests int64 `protobuf:"varint,4,opt,name=min_requests,json=minRequests,proto3" json:"min_requests,omitempty"`
-	// The codes by which the server says that it did not accept a call, by their
-	// gRPC names. Empty: UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED.
-	RejectCodes []string `protobuf:"bytes,5,rep,name=reject_codes,json=rejectCodes,proto3" json:"reject_codes,omitempty"`
-	// Counts and refuses each method by itself.
-	PerMethod     bool `protobuf:"varint,6,opt,name=per_method,json=perMethod,proto3" json:"per_method,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	K           float64                `protobuf:"fixed64,1,opt,name=k,proto3" json:"k,omitempty"`
+	Window      *durationpb.Duration   `protobuf:"bytes,2,opt,name=window,proto3" json:"window,omitempty"`
+	MaxRefused  float64                `protobuf:"fixed64,3,opt,name=max_refused,json=maxRefused,proto3" json:"max_refused,omitempty"`
+	MinRequests int64                  `protobuf:"varint,4,opt,name=min_requests,json=minRequests,proto3" json:"min_requests,omitempty"`
+	RejectCodes []string               `protobuf:"bytes,5,rep,name=reject_codes,json=rejectCodes,proto3" json:"reject_codes,omitempty"`
+	// Config.KeyBy.
+	//
+	// Types that are valid to be assigned to Key:
+	//
+	//	*Throttle_PerMethod
+	//	*Throttle_PerMetadata
+	//	*Throttle_KeyFunc
+	Key               isThrottle_Key       `protobuf_oneof:"key"`
+	MaxKeys           int64                `protobuf:"varint,9,opt,name=max_keys,json=maxKeys,proto3" json:"max_keys,omitempty"`
+	KeyIdle           *durationpb.Duration `protobuf:"bytes,10,opt,name=key_idle,json=keyIdle,proto3" json:"key_idle,omitempty"`
+	CountNotConnected bool                 `protobuf:"varint,11,opt,name=count_not_connected,json=countNotConnected,proto3" json:"count_not_connected,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Throttle) Reset() {
@@ -1829,66 +1861,113 @@ func (x *Throttle) GetRejectCodes() []string {
 	return nil
 }
 
+func (x *Throttle) GetKey() isThrottle_Key {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
 func (x *Throttle) GetPerMethod() bool {
 	if x != nil {
-		return x.PerMethod
+		if x, ok := x.Key.(*Throttle_PerMethod); ok {
+			return x.PerMethod
+		}
 	}
 	return false
 }
 
-// Breaker refuses calls with UNAVAILABLE while its circuit is open. One of
-// consecutive_failures, failure_ratio and slow_call_ratio trips it; if none is
-// set, a failure_ratio of 0.5.
+func (x *Throttle) GetPerMetadata() string {
+	if x != nil {
+		if x, ok := x.Key.(*Throttle_PerMetadata); ok {
+			return x.PerMetadata
+		}
+	}
+	return ""
+}
+
+func (x *Throttle) GetKeyFunc() string {
+	if x != nil {
+		if x, ok := x.Key.(*Throttle_KeyFunc); ok {
+			return x.KeyFunc
+		}
+	}
+	return ""
+}
+
+func (x *Throttle) GetMaxKeys() int64 {
+	if x != nil {
+		return x.MaxKeys
+	}
+	return 0
+}
+
+func (x *Throttle) GetKeyIdle() *durationpb.Duration {
+	if x != nil {
+		return x.KeyIdle
+	}
+	return nil
+}
+
+func (x *Throttle) GetCountNotConnected() bool {
+	if x != nil {
+		return x.CountNotConnected
+	}
+	return false
+}
+
+type isThrottle_Key interface {
+	isThrottle_Key()
+}
+
+type Throttle_PerMethod struct {
+	PerMethod bool `protobuf:"varint,6,opt,name=per_method,json=perMethod,proto3,oneof"`
+}
+
+type Throttle_PerMetadata struct {
+	PerMetadata string `protobuf:"bytes,7,opt,name=per_metadata,json=perMetadata,proto3,oneof"`
+}
+
+type Throttle_KeyFunc struct {
+	// The name that the program gave to stackconfig.WithKeyFunc.
+	KeyFunc string `protobuf:"bytes,8,opt,name=key_func,json=keyFunc,proto3,oneof"`
+}
+
+func (*Throttle_PerMethod) isThrottle_Key() {}
+
+func (*Throttle_PerMetadata) isThrottle_Key() {}
+
+func (*Throttle_KeyFunc) isThrottle_Key() {}
+
+// Breaker is interceptor/breaker.Config.
 type Breaker struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Trips at this many failures with no success in between. RESOURCE_EXHAUSTED
-	// does not count here. Unset: off.
-	ConsecutiveFailures int64 `protobuf:"varint,1,opt,name=consecutive_failures,json=consecutiveFailures,proto3" json:"consecutive_failures,omitempty"`
-	// Trips at this share of failures in the window. Above 0, at most 1. Unset: off.
-	FailureRatio float64 `protobuf:"fixed64,2,opt,name=failure_ratio,json=failureRatio,proto3" json:"failure_ratio,omitempty"`
-	// Trips at this share of unary calls in the window that took slow_call or
-	// longer. Above 0, at most 1. Unset: off.
-	SlowCallRatio float64 `protobuf:"fixed64,3,opt,name=slow_call_ratio,json=slowCallRatio,proto3" json:"slow_call_ratio,omitempty"`
-	// See slow_call_ratio, together with which it is set. 0.000001s or above.
-	SlowCall *durationpb.Duration `protobuf:"bytes,4,opt,name=slow_call,json=slowCall,proto3" json:"slow_call,omitempty"`
-	// Over what time ratios are taken, 0.1s to 86400s. Default 10s.
-	Window *durationpb.Duration `protobuf:"bytes,5,opt,name=window,proto3" json:"window,omitempty"`
-	// From how many calls in the window on ratios mean something, 1 or above.
-	// Default 20.
-	MinCalls int64 `protobuf:"varint,6,opt,name=min_calls,json=minCalls,proto3" json:"min_calls,omitempty"`
-	// How long a circuit is open until it is half-open, 1ms or above. Default 5s.
-	OpenFor *durationpb.Duration `protobuf:"bytes,7,opt,name=open_for,json=openFor,proto3" json:"open_for,omitempty"`
-	// By how much it is open longer each time in a row that probes fail. Finite, 1 or
-	// above. Default 2.
-	OpenGrowth float64 `protobuf:"fixed64,8,opt,name=open_growth,json=openGrowth,proto3" json:"open_growth,omitempty"`
-	// The longest time open, open_for or above. Default 60s, or open_for if that is
-	// longer.
-	MaxOpenFor *durationpb.Duration `protobuf:"bytes,9,opt,name=max_open_for,json=maxOpenFor,proto3" json:"max_open_for,omitempty"`
-	// The random share of up to this by which each time open is shorter, 0 (none)
-	// to 1. Unset: 0.2.
-	Jitter *float64 `protobuf:"fixed64,10,opt,name=jitter,proto3,oneof" json:"jitter,omitempty"`
-	// How many calls a half-open circuit lets pass, and how many have to succeed for
-	// it to close, 1 or above. Default 1.
-	Probes int64 `protobuf:"varint,11,opt,name=probes,proto3" json:"probes,omitempty"`
-	// The codes that are failures, by their gRPC names. Empty: UNKNOWN,
-	// DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE and DATA_LOSS.
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	ConsecutiveFailures int64                  `protobuf:"varint,1,opt,name=consecutive_failures,json=consecutiveFailures,proto3" json:"consecutive_failures,omitempty"`
+	FailureRatio        float64                `protobuf:"fixed64,2,opt,name=failure_ratio,json=failureRatio,proto3" json:"failure_ratio,omitempty"`
+	SlowCallRatio       float64                `protobuf:"fixed64,3,opt,name=slow_call_ratio,json=slowCallRatio,proto3" json:"slow_call_ratio,omitempty"`
+	SlowCall            *durationpb.Duration   `protobuf:"bytes,4,opt,name=slow_call,json=slowCall,proto3" json:"slow_call,omitempty"`
+	Window              *durationpb.Duration   `protobuf:"bytes,5,opt,name=window,proto3" json:"window,omitempty"`
+	MinCalls            int64                  `protobuf:"varint,6,opt,name=min_calls,json=minCalls,proto3" json:"min_calls,omitempty"`
+	OpenFor             *durationpb.Duration   `protobuf:"bytes,7,opt,name=open_for,json=openFor,proto3" json:"open_for,omitempty"`
+	OpenGrowth          float64                `protobuf:"fixed64,8,opt,name=open_growth,json=openGrowth,proto3" json:"open_growth,omitempty"`
+	MaxOpenFor          *durationpb.Duration   `protobuf:"bytes,9,opt,name=max_open_for,json=maxOpenFor,proto3" json:"max_open_for,omitempty"`
+	// 0 is none, and unset the default.
+	Jitter       *float64 `protobuf:"fixed64,10,opt,name=jitter,proto3,oneof" json:"jitter,omitempty"`
+	Probes       int64    `protobuf:"varint,11,opt,name=probes,proto3" json:"probes,omitempty"`
 	FailureCodes []string `protobuf:"bytes,12,rep,name=failure_codes,json=failureCodes,proto3" json:"failure_codes,omitempty"`
-	// What has a circuit of its own. Unset: all calls share one. Cannot change.
+	// Config.KeyBy.
 	//
 	// Types that are valid to be assigned to Key:
 	//
 	//	*Breaker_PerMethod
 	//	*Breaker_PerMetadata
 	//	*Breaker_KeyFunc
-	Key isBreaker_Key `protobuf_oneof:"key"`
-	// How many circuits there are at most, 1 or above; further keys share one more.
-	// Default 1000.
-	MaxKeys int64 `protobuf:"varint,16,opt,name=max_keys,json=maxKeys,proto3" json:"max_keys,omitempty"`
-	// For how long a key must not have been called for its circuit to be
-	// forgotten, 1s or above. Default 600s.
-	KeyIdle       *durationpb.Duration `protobuf:"bytes,17,opt,name=key_idle,json=keyIdle,proto3" json:"key_idle,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Key                isBreaker_Key        `protobuf_oneof:"key"`
+	MaxKeys            int64                `protobuf:"varint,16,opt,name=max_keys,json=maxKeys,proto3" json:"max_keys,omitempty"`
+	KeyIdle            *durationpb.Duration `protobuf:"bytes,17,opt,name=key_idle,json=keyIdle,proto3" json:"key_idle,omitempty"`
+	IgnoreNotConnected bool                 `protobuf:"varint,18,opt,name=ignore_not_connected,json=ignoreNotConnected,proto3" json:"ignore_not_connected,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Breaker) Reset() {
@@ -2053,22 +2132,27 @@ func (x *Breaker) GetKeyIdle() *durationpb.Duration {
 	return nil
 }
 
+func (x *Breaker) GetIgnoreNotConnected() bool {
+	if x != nil {
+		return x.IgnoreNotConnected
+	}
+	return false
+}
+
 type isBreaker_Key interface {
 	isBreaker_Key()
 }
 
 type Breaker_PerMethod struct {
-	// True: each method.
 	PerMethod bool `protobuf:"varint,13,opt,name=per_method,json=perMethod,proto3,oneof"`
 }
 
 type Breaker_PerMetadata struct {
-	// Each value of this entry of the call's outgoing metadata.
 	PerMetadata string `protobuf:"bytes,14,opt,name=per_metadata,json=perMetadata,proto3,oneof"`
 }
 
 type Breaker_KeyFunc struct {
-	// Each key of the function that the program supplies under this name.
+	// The name that the program gave to stackconfig.WithKeyFunc.
 	KeyFunc string `protobuf:"bytes,15,opt,name=key_func,json=keyFunc,proto3,oneof"`
 }
 
@@ -2078,18 +2162,13 @@ func (*Breaker_PerMetadata) isBreaker_Key() {}
 
 func (*Breaker_KeyFunc) isBreaker_Key() {}
 
-// Budget bounds how many further attempts, retries and hedges, there may be in
-// proportion to calls.
+// Budget is interceptor/budget.Config.
 type Budget struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How long a call counts, and how long an attempt is remembered, 1s to 60s.
-	// Default 10s.
-	Ttl *durationpb.Duration `protobuf:"bytes,1,opt,name=ttl,proto3" json:"ttl,omitempty"`
-	// How many further attempts a call pays for, 0 (none) to 1000, in steps of a
-	// millionth. Unset: 0.2.
+	Ttl   *durationpb.Duration   `protobuf:"bytes,1,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	// 0 is none, and unset the default.
 	Ratio *float64 `protobuf:"fixed64,2,opt,name=ratio,proto3,oneof" json:"ratio,omitempty"`
-	// How many further attempts there may be in each second whatever the calls pay
-	// for, 0 (none) to 1000000; those of a ttl may come at once. Unset: 10.
+	// 0 is none, and unset the default.
 	MinPerSecond  *float64 `protobuf:"fixed64,3,opt,name=min_per_second,json=minPerSecond,proto3,oneof" json:"min_per_second,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2146,34 +2225,24 @@ func (x *Budget) GetMinPerSecond() float64 {
 	return 0
 }
 
-// Retry repeats calls that failed, within a budget.
+// Retry is interceptor/retry.Config.
 type Retry struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many attempts a call makes at most, the first included, 1 to 100.
-	// Default 3.
-	MaxAttempts int64 `protobuf:"varint,1,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
-	// The codes to repeat, by their gRPC names. Empty: UNAVAILABLE, and
-	// RESOURCE_EXHAUSTED, which is repeated only if the server says when to come back.
-	// What a timeout inside the retry has cut short is repeated in any case.
-	Codes []string `protobuf:"bytes,2,rep,name=codes,proto3" json:"codes,omitempty"`
-	// Repeats only methods that are declared idempotent in their .proto file, and
-	// those of idempotent_func.
-	DeclaredOnly bool `protobuf:"varint,3,opt,name=declared_only,json=declaredOnly,proto3" json:"declared_only,omitempty"`
-	// How many bytes of sent messages are kept for each stream so that it can be
-	// repeated, up to 67108864. Default 262144.
-	BufferBytes int64 `protobuf:"varint,4,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
-	// How long to wait before each retry.
-	Backoff *Backoff `protobuf:"bytes,5,opt,name=backoff,proto3" json:"backoff,omitempty"`
-	// The name of the budget in Stack.budgets. Unset: Stack.budget. Cannot change.
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	MaxAttempts  int64                  `protobuf:"varint,1,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
+	Codes        []string               `protobuf:"bytes,2,rep,name=codes,proto3" json:"codes,omitempty"`
+	DeclaredOnly bool                   `protobuf:"varint,3,opt,name=declared_only,json=declaredOnly,proto3" json:"declared_only,omitempty"`
+	BufferBytes  int64                  `protobuf:"varint,4,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
+	Backoff      *Backoff               `protobuf:"bytes,5,opt,name=backoff,proto3" json:"backoff,omitempty"`
+	// The name of the budget in Stack.budgets. Unset: Stack.budget.
 	Budget string `protobuf:"bytes,6,opt,name=budget,proto3" json:"budget,omitempty"`
-	// Restricts retries to the methods for which the function returns true that the
-	// program supplies under this name. Cannot change.
+	// retry.WithIdempotent: the name that the program gave to
+	// stackconfig.WithIdempotentFunc.
 	IdempotentFunc string `protobuf:"bytes,7,opt,name=idempotent_func,json=idempotentFunc,proto3" json:"idempotent_func,omitempty"`
-	// Lets the policy decide instead of the codes that the program supplies under
-	// this name. Cannot change.
-	Policy        string `protobuf:"bytes,8,opt,name=policy,proto3" json:"policy,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// retry.WithPolicy: the name that the program gave to stackconfig.WithRetryPolicy.
+	Policy         string               `protobuf:"bytes,8,opt,name=policy,proto3" json:"policy,omitempty"`
+	MaxServerDelay *durationpb.Duration `protobuf:"bytes,9,opt,name=max_server_delay,json=maxServerDelay,proto3" json:"max_server_delay,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Retry) Reset() {
@@ -2262,19 +2331,20 @@ func (x *Retry) GetPolicy() string {
 	return ""
 }
 
-// Backoff is how long a call waits before each retry: initial *
-// multiplier^retries, at most max, and jittered.
+func (x *Retry) GetMaxServerDelay() *durationpb.Duration {
+	if x != nil {
+		return x.MaxServerDelay
+	}
+	return nil
+}
+
+// Backoff is interceptor/retry.Backoff.
 type Backoff struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// The delay before the first retry. Default 0.05s.
-	Initial *durationpb.Duration `protobuf:"bytes,1,opt,name=initial,proto3" json:"initial,omitempty"`
-	// The longest delay, initial or above. Default 5s, or initial if that is longer.
-	Max *durationpb.Duration `protobuf:"bytes,2,opt,name=max,proto3" json:"max,omitempty"`
-	// By how much a delay is longer than the one before. Finite, 1 or above.
-	// Default 2.
-	Multiplier float64 `protobuf:"fixed64,3,opt,name=multiplier,proto3" json:"multiplier,omitempty"`
-	// How delays are spread.
-	Jitter        Backoff_Jitter `protobuf:"varint,4,opt,name=jitter,proto3,enum=belfry.config.v1.Backoff_Jitter" json:"jitter,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Initial       *durationpb.Duration   `protobuf:"bytes,1,opt,name=initial,proto3" json:"initial,omitempty"`
+	Max           *durationpb.Duration   `protobuf:"bytes,2,opt,name=max,proto3" json:"max,omitempty"`
+	Multiplier    float64                `protobuf:"fixed64,3,opt,name=multiplier,proto3" json:"multiplier,omitempty"`
+	Jitter        Backoff_Jitter         `protobuf:"varint,4,opt,name=jitter,proto3,enum=belfry.config.v1.Backoff_Jitter" json:"jitter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2337,46 +2407,26 @@ func (x *Backoff) GetJitter() Backoff_Jitter {
 	return Backoff_JITTER_UNSPECIFIED
 }
 
-// Hedge repeats a call that takes long while it runs, and returns the first
-// success.
+// Hedge is interceptor/hedge.Config.
 type Hedge struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// The share of calls that may get an extra attempt. It sets the budget to this
-	// share of calls, and the delay to the latency that all but four fifths of this
-	// share stay below. At least 0.000001, below 1. Default 0.05.
-	MaxExtraLoad float64 `protobuf:"fixed64,1,opt,name=max_extra_load,json=maxExtraLoad,proto3" json:"max_extra_load,omitempty"`
-	// How long to wait before each extra attempt. Unset: a percentile of recent
-	// latencies.
-	Delay *durationpb.Duration `protobuf:"bytes,2,opt,name=delay,proto3" json:"delay,omitempty"`
-	// That percentile as a share. Above 0, below 1; unset if delay is set. Default 1 -
-	// 0.8 * max_extra_load.
-	Percentile float64 `protobuf:"fixed64,3,opt,name=percentile,proto3" json:"percentile,omitempty"`
-	// The least delay that a percentile may ask for. Default 0.001s.
-	MinDelay *durationpb.Duration `protobuf:"bytes,4,opt,name=min_delay,json=minDelay,proto3" json:"min_delay,omitempty"`
-	// How many latencies must be known before a call is hedged by a percentile of
-	// them, 1 or above. Default 10.
-	MinDataPoints int64 `protobuf:"varint,5,opt,name=min_data_points,json=minDataPoints,proto3" json:"min_data_points,omitempty"`
-	// How long latencies are remembered, 1s to 3600s. Default 60s.
-	Window *durationpb.Duration `protobuf:"bytes,6,opt,name=window,proto3" json:"window,omitempty"`
-	// How many attempts a call makes at most, the first included, 1 to 10.
-	// Default 2.
-	MaxAttempts int64 `protobuf:"varint,7,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
-	// The codes of failures after which the next attempt is made at once, by their
-	// gRPC names. After other failures no further attempt is made. Empty: UNAVAILABLE.
-	NonFatal []string `protobuf:"bytes,8,rep,name=non_fatal,json=nonFatal,proto3" json:"non_fatal,omitempty"`
-	// Hedges only methods that are declared idempotent in their .proto file, and those
-	// of idempotent_func.
-	DeclaredOnly bool `protobuf:"varint,9,opt,name=declared_only,json=declaredOnly,proto3" json:"declared_only,omitempty"`
-	// How many bytes of sent messages are kept for each stream so that it can be
-	// hedged, up to 67108864. Default 262144.
-	BufferBytes int64 `protobuf:"varint,10,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
-	// The name of the budget in Stack.budgets, which lets hedges and retries spend
-	// one. Unset: a budget of its own of max_extra_load, and one attempt a second
-	// besides. Cannot change.
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	MaxExtraLoad  float64                `protobuf:"fixed64,1,opt,name=max_extra_load,json=maxExtraLoad,proto3" json:"max_extra_load,omitempty"`
+	Delay         *durationpb.Duration   `protobuf:"bytes,2,opt,name=delay,proto3" json:"delay,omitempty"`
+	Percentile    float64                `protobuf:"fixed64,3,opt,name=percentile,proto3" json:"percentile,omitempty"`
+	MinDelay      *durationpb.Duration   `protobuf:"bytes,4,opt,name=min_delay,json=minDelay,proto3" json:"min_delay,omitempty"`
+	MinDataPoints int64                  `protobuf:"varint,5,opt,name=min_data_points,json=minDataPoints,proto3" json:"min_data_points,omitempty"`
+	Window        *durationpb.Duration   `protobuf:"bytes,6,opt,name=window,proto3" json:"window,omitempty"`
+	MaxAttempts   int64                  `protobuf:"varint,7,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
+	NonFatal      []string               `protobuf:"bytes,8,rep,name=non_fatal,json=nonFatal,proto3" json:"non_fatal,omitempty"`
+	DeclaredOnly  bool                   `protobuf:"varint,9,opt,name=declared_only,json=declaredOnly,proto3" json:"declared_only,omitempty"`
+	BufferBytes   int64                  `protobuf:"varint,10,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
+	// The name of the budget in Stack.budgets, which lets hedges and retries spend one.
+	// Unset: a budget of its own, of max_extra_load.
 	Budget string `protobuf:"bytes,11,opt,name=budget,proto3" json:"budget,omitempty"`
-	// Restricts hedges to the methods for which the function returns true that the
-	// program supplies under this name. Cannot change.
-	IdempotentFunc string `protobuf:"bytes,12,opt,name=idempotent_func,json=idempotentFunc,proto3" json:"idempotent_func,omitempty"`
+	// hedge.WithIdempotent: the name that the program gave to
+	// stackconfig.WithIdempotentFunc.
+	IdempotentFunc string               `protobuf:"bytes,12,opt,name=idempotent_func,json=idempotentFunc,proto3" json:"idempotent_func,omitempty"`
+	MaxServerDelay *durationpb.Duration `protobuf:"bytes,13,opt,name=max_server_delay,json=maxServerDelay,proto3" json:"max_server_delay,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -2495,6 +2545,13 @@ func (x *Hedge) GetIdempotentFunc() string {
 	return ""
 }
 
+func (x *Hedge) GetMaxServerDelay() *durationpb.Duration {
+	if x != nil {
+		return x.MaxServerDelay
+	}
+	return nil
+}
+
 var File_belfry_config_v1_stack_proto protoreflect.FileDescriptor
 
 const file_belfry_config_v1_stack_proto_rawDesc = "" +
@@ -2550,7 +2607,7 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\x03min\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x03min\x121\n" +
 	"\x06window\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x06window\x12\x1f\n" +
 	"\vmin_samples\x18\x05 \x01(\x03R\n" +
-	"minSamples\"\x82\x03\n" +
+	"minSamples\"\xe4\x03\n" +
 	"\tRateLimit\x12\x14\n" +
 	"\x05limit\x18\x01 \x01(\x03R\x05limit\x12+\n" +
 	"\x03per\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03per\x12\x14\n" +
@@ -2560,12 +2617,17 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"per_method\x18\x05 \x01(\bH\x00R\tperMethod\x12#\n" +
 	"\fper_metadata\x18\x06 \x01(\tH\x00R\vperMetadata\x12\x1b\n" +
 	"\bkey_func\x18\a \x01(\tH\x00R\akeyFunc\x12\x19\n" +
-	"\bmax_keys\x18\b \x01(\x03R\amaxKeys\"R\n" +
+	"\bmax_keys\x18\b \x01(\x03R\amaxKeys\x12-\n" +
+	"\x11priority_metadata\x18\t \x01(\tH\x01R\x10priorityMetadata\x12%\n" +
+	"\rpriority_func\x18\n" +
+	" \x01(\tH\x01R\fpriorityFunc\"R\n" +
 	"\tAlgorithm\x12\x19\n" +
 	"\x15ALGORITHM_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10ALGORITHM_SMOOTH\x10\x01\x12\x14\n" +
 	"\x10ALGORITHM_WINDOW\x10\x02B\x05\n" +
-	"\x03key\"\x9a\x06\n" +
+	"\x03keyB\n" +
+	"\n" +
+	"\bpriority\"\x9f\a\n" +
 	"\vConcurrency\x12\x16\n" +
 	"\x05limit\x18\x01 \x01(\x03H\x00R\x05limit\x12,\n" +
 	"\x04aimd\x18\x02 \x01(\v2\x16.belfry.config.v1.AimdH\x00R\x04aimd\x12;\n" +
@@ -2585,7 +2647,12 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\x0esample_streams\x18\v \x01(\bR\rsampleStreams\x12\x1b\n" +
 	"\tcost_func\x18\f \x01(\tR\bcostFunc\x12-\n" +
 	"\x11priority_metadata\x18\r \x01(\tH\x01R\x10priorityMetadata\x12%\n" +
-	"\rpriority_func\x18\x0e \x01(\tH\x01R\fpriorityFunc\"h\n" +
+	"\rpriority_func\x18\x0e \x01(\tH\x01R\fpriorityFunc\x12\x1f\n" +
+	"\n" +
+	"per_method\x18\x0f \x01(\bH\x02R\tperMethod\x12#\n" +
+	"\fper_metadata\x18\x10 \x01(\tH\x02R\vperMetadata\x12\x1b\n" +
+	"\bkey_func\x18\x11 \x01(\tH\x02R\akeyFunc\x12\x19\n" +
+	"\bmax_keys\x18\x12 \x01(\x03R\amaxKeys\"h\n" +
 	"\n" +
 	"Discipline\x12\x1a\n" +
 	"\x16DISCIPLINE_UNSPECIFIED\x10\x00\x12\x13\n" +
@@ -2594,7 +2661,8 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\x10DISCIPLINE_CODEL\x10\x03B\a\n" +
 	"\x05boundB\n" +
 	"\n" +
-	"\bpriority\"\xba\x01\n" +
+	"\bpriorityB\x05\n" +
+	"\x03key\"\xba\x01\n" +
 	"\x04Aimd\x12\x18\n" +
 	"\ainitial\x18\x01 \x01(\x03R\ainitial\x12\x10\n" +
 	"\x03min\x18\x02 \x01(\x03R\x03min\x12\x10\n" +
@@ -2630,16 +2698,23 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\n" +
 	"\bLoadShed\";\n" +
 	"\bFailFast\x12/\n" +
-	"\x05after\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05after\"\xd1\x01\n" +
+	"\x05after\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05after\"\x9d\x03\n" +
 	"\bThrottle\x12\f\n" +
 	"\x01k\x18\x01 \x01(\x01R\x01k\x121\n" +
 	"\x06window\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06window\x12\x1f\n" +
 	"\vmax_refused\x18\x03 \x01(\x01R\n" +
 	"maxRefused\x12!\n" +
 	"\fmin_requests\x18\x04 \x01(\x03R\vminRequests\x12!\n" +
-	"\freject_codes\x18\x05 \x03(\tR\vrejectCodes\x12\x1d\n" +
+	"\freject_codes\x18\x05 \x03(\tR\vrejectCodes\x12\x1f\n" +
 	"\n" +
-	"per_method\x18\x06 \x01(\bR\tperMethod\"\xc5\x05\n" +
+	"per_method\x18\x06 \x01(\bH\x00R\tperMethod\x12#\n" +
+	"\fper_metadata\x18\a \x01(\tH\x00R\vperMetadata\x12\x1b\n" +
+	"\bkey_func\x18\b \x01(\tH\x00R\akeyFunc\x12\x19\n" +
+	"\bmax_keys\x18\t \x01(\x03R\amaxKeys\x124\n" +
+	"\bkey_idle\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\akeyIdle\x12.\n" +
+	"\x13count_not_connected\x18\v \x01(\bR\x11countNotConnectedB\x05\n" +
+	"\x03key\"\xf7\x05\n" +
 	"\aBreaker\x121\n" +
 	"\x14consecutive_failures\x18\x01 \x01(\x03R\x13consecutiveFailures\x12#\n" +
 	"\rfailure_ratio\x18\x02 \x01(\x01R\ffailureRatio\x12&\n" +
@@ -2661,7 +2736,8 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\fper_metadata\x18\x0e \x01(\tH\x00R\vperMetadata\x12\x1b\n" +
 	"\bkey_func\x18\x0f \x01(\tH\x00R\akeyFunc\x12\x19\n" +
 	"\bmax_keys\x18\x10 \x01(\x03R\amaxKeys\x124\n" +
-	"\bkey_idle\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\akeyIdleB\x05\n" +
+	"\bkey_idle\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\akeyIdle\x120\n" +
+	"\x14ignore_not_connected\x18\x12 \x01(\bR\x12ignoreNotConnectedB\x05\n" +
 	"\x03keyB\t\n" +
 	"\a_jitter\"\x98\x01\n" +
 	"\x06Budget\x12+\n" +
@@ -2669,7 +2745,7 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\x05ratio\x18\x02 \x01(\x01H\x00R\x05ratio\x88\x01\x01\x12)\n" +
 	"\x0emin_per_second\x18\x03 \x01(\x01H\x01R\fminPerSecond\x88\x01\x01B\b\n" +
 	"\x06_ratioB\x11\n" +
-	"\x0f_min_per_second\"\x96\x02\n" +
+	"\x0f_min_per_second\"\xdb\x02\n" +
 	"\x05Retry\x12!\n" +
 	"\fmax_attempts\x18\x01 \x01(\x03R\vmaxAttempts\x12\x14\n" +
 	"\x05codes\x18\x02 \x03(\tR\x05codes\x12#\n" +
@@ -2678,7 +2754,8 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\abackoff\x18\x05 \x01(\v2\x19.belfry.config.v1.BackoffR\abackoff\x12\x16\n" +
 	"\x06budget\x18\x06 \x01(\tR\x06budget\x12'\n" +
 	"\x0fidempotent_func\x18\a \x01(\tR\x0eidempotentFunc\x12\x16\n" +
-	"\x06policy\x18\b \x01(\tR\x06policy\"\xb4\x02\n" +
+	"\x06policy\x18\b \x01(\tR\x06policy\x12C\n" +
+	"\x10max_server_delay\x18\t \x01(\v2\x19.google.protobuf.DurationR\x0emaxServerDelay\"\xb4\x02\n" +
 	"\aBackoff\x123\n" +
 	"\ainitial\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\ainitial\x12+\n" +
 	"\x03max\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03max\x12\x1e\n" +
@@ -2691,7 +2768,7 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\vJITTER_FULL\x10\x01\x12\x10\n" +
 	"\fJITTER_EQUAL\x10\x02\x12\x17\n" +
 	"\x13JITTER_DECORRELATED\x10\x03\x12\x0f\n" +
-	"\vJITTER_NONE\x10\x04\"\xda\x03\n" +
+	"\vJITTER_NONE\x10\x04\"\x9f\x04\n" +
 	"\x05Hedge\x12$\n" +
 	"\x0emax_extra_load\x18\x01 \x01(\x01R\fmaxExtraLoad\x12/\n" +
 	"\x05delay\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05delay\x12\x1e\n" +
@@ -2707,7 +2784,8 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\fbuffer_bytes\x18\n" +
 	" \x01(\x03R\vbufferBytes\x12\x16\n" +
 	"\x06budget\x18\v \x01(\tR\x06budget\x12'\n" +
-	"\x0fidempotent_func\x18\f \x01(\tR\x0eidempotentFuncB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
+	"\x0fidempotent_func\x18\f \x01(\tR\x0eidempotentFunc\x12C\n" +
+	"\x10max_server_delay\x18\r \x01(\v2\x19.google.protobuf.DurationR\x0emaxServerDelayB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
 
 var (
 	file_belfry_config_v1_stack_proto_rawDescOnce sync.Once
@@ -2791,26 +2869,29 @@ var file_belfry_config_v1_stack_proto_depIdxs = []int32{
 	25, // 36: belfry.config.v1.Buffer.max_wait:type_name -> google.protobuf.Duration
 	25, // 37: belfry.config.v1.FailFast.after:type_name -> google.protobuf.Duration
 	25, // 38: belfry.config.v1.Throttle.window:type_name -> google.protobuf.Duration
-	25, // 39: belfry.config.v1.Breaker.slow_call:type_name -> google.protobuf.Duration
-	25, // 40: belfry.config.v1.Breaker.window:type_name -> google.protobuf.Duration
-	25, // 41: belfry.config.v1.Breaker.open_for:type_name -> google.protobuf.Duration
-	25, // 42: belfry.config.v1.Breaker.max_open_for:type_name -> google.protobuf.Duration
-	25, // 43: belfry.config.v1.Breaker.key_idle:type_name -> google.protobuf.Duration
-	25, // 44: belfry.config.v1.Budget.ttl:type_name -> google.protobuf.Duration
-	21, // 45: belfry.config.v1.Retry.backoff:type_name -> belfry.config.v1.Backoff
-	25, // 46: belfry.config.v1.Backoff.initial:type_name -> google.protobuf.Duration
-	25, // 47: belfry.config.v1.Backoff.max:type_name -> google.protobuf.Duration
-	2,  // 48: belfry.config.v1.Backoff.jitter:type_name -> belfry.config.v1.Backoff.Jitter
-	25, // 49: belfry.config.v1.Hedge.delay:type_name -> google.protobuf.Duration
-	25, // 50: belfry.config.v1.Hedge.min_delay:type_name -> google.protobuf.Duration
-	25, // 51: belfry.config.v1.Hedge.window:type_name -> google.protobuf.Duration
-	6,  // 52: belfry.config.v1.Stack.SharedLayersEntry.value:type_name -> belfry.config.v1.Layer
-	19, // 53: belfry.config.v1.Stack.BudgetsEntry.value:type_name -> belfry.config.v1.Budget
-	54, // [54:54] is the sub-list for method output_type
-	54, // [54:54] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	25, // 39: belfry.config.v1.Throttle.key_idle:type_name -> google.protobuf.Duration
+	25, // 40: belfry.config.v1.Breaker.slow_call:type_name -> google.protobuf.Duration
+	25, // 41: belfry.config.v1.Breaker.window:type_name -> google.protobuf.Duration
+	25, // 42: belfry.config.v1.Breaker.open_for:type_name -> google.protobuf.Duration
+	25, // 43: belfry.config.v1.Breaker.max_open_for:type_name -> google.protobuf.Duration
+	25, // 44: belfry.config.v1.Breaker.key_idle:type_name -> google.protobuf.Duration
+	25, // 45: belfry.config.v1.Budget.ttl:type_name -> google.protobuf.Duration
+	21, // 46: belfry.config.v1.Retry.backoff:type_name -> belfry.config.v1.Backoff
+	25, // 47: belfry.config.v1.Retry.max_server_delay:type_name -> google.protobuf.Duration
+	25, // 48: belfry.config.v1.Backoff.initial:type_name -> google.protobuf.Duration
+	25, // 49: belfry.config.v1.Backoff.max:type_name -> google.protobuf.Duration
+	2,  // 50: belfry.config.v1.Backoff.jitter:type_name -> belfry.config.v1.Backoff.Jitter
+	25, // 51: belfry.config.v1.Hedge.delay:type_name -> google.protobuf.Duration
+	25, // 52: belfry.config.v1.Hedge.min_delay:type_name -> google.protobuf.Duration
+	25, // 53: belfry.config.v1.Hedge.window:type_name -> google.protobuf.Duration
+	25, // 54: belfry.config.v1.Hedge.max_server_delay:type_name -> google.protobuf.Duration
+	6,  // 55: belfry.config.v1.Stack.SharedLayersEntry.value:type_name -> belfry.config.v1.Layer
+	19, // 56: belfry.config.v1.Stack.BudgetsEntry.value:type_name -> belfry.config.v1.Budget
+	57, // [57:57] is the sub-list for method output_type
+	57, // [57:57] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_belfry_config_v1_stack_proto_init() }
@@ -2836,6 +2917,8 @@ func file_belfry_config_v1_stack_proto_init() {
 		(*RateLimit_PerMethod)(nil),
 		(*RateLimit_PerMetadata)(nil),
 		(*RateLimit_KeyFunc)(nil),
+		(*RateLimit_PriorityMetadata)(nil),
+		(*RateLimit_PriorityFunc)(nil),
 	}
 	file_belfry_config_v1_stack_proto_msgTypes[7].OneofWrappers = []any{
 		(*Concurrency_Limit)(nil),
@@ -2844,6 +2927,14 @@ func file_belfry_config_v1_stack_proto_init() {
 		(*Concurrency_Vegas)(nil),
 		(*Concurrency_PriorityMetadata)(nil),
 		(*Concurrency_PriorityFunc)(nil),
+		(*Concurrency_PerMethod)(nil),
+		(*Concurrency_PerMetadata)(nil),
+		(*Concurrency_KeyFunc)(nil),
+	}
+	file_belfry_config_v1_stack_proto_msgTypes[14].OneofWrappers = []any{
+		(*Throttle_PerMethod)(nil),
+		(*Throttle_PerMetadata)(nil),
+		(*Throttle_KeyFunc)(nil),
 	}
 	file_belfry_config_v1_stack_proto_msgTypes[15].OneofWrappers = []any{
 		(*Breaker_PerMethod)(nil),

@@ -1,15 +1,14 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package layertest is the conformance kit for layers: whatever becomes of a
-// call, unary or stream, what a layer has taken for it is given back.
+// Package layertest is the conformance kit for layers of package interceptor: it
+// checks that a layer gives back what it has taken for a call, however the call
+// ends, and that the end of a stack or a connection reaches the calls that wait in
+// it.
 //
 //	func TestConformance(t *testing.T) {
-//		layertest.Run(t, func() (interceptor.Layer, func() error) {
-//			l, err := concurrency.New(10)
-//			if err != nil {
-//				t.Fatal(err)
-//			}
+//		layertest.Run(t, func() (interceptor.Spec, func() error) {
+//			l := newQuota(10)
 //			return l, func() error {
 //				if n := l.InUse(); n != 0 {
 //					return fmt.Errorf("%d permits in use, want 0", n)
@@ -34,6 +33,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
@@ -50,24 +50,28 @@ var kinds = []interceptor.Kind{
 	interceptor.Unary, interceptor.ClientStream, interceptor.ServerStream, interceptor.BidiStream,
 }
 
-// Run puts the layer that newLayer returns alone in a stack and checks, for each
-// kind of call and each way a call can end, on a real connection where that can
-// be had, that atRest reports nil once the stack is idle. newLayer is called for
-// each of these anew; atRest may be nil if the layer takes nothing.
+// Run puts the layer that newLayer returns alone in a stack. For each kind of call
+// and each way a call can end it checks that atRest returns nil once the stack is
+// idle. Calls go through a real connection where that is possible. newLayer is
+// called for each of these tests, and returns a new layer each time; atRest may be
+// nil if the layer takes nothing. A layer that cannot stand alone, such as a load
+// shed, is tested by [RunStack].
 //
 // The layer must admit a few calls one after the other, and let a call succeed
-// that the server answers. In the last test, 1,000 calls at once with random
-// ends, it may refuse as it likes.
-func Run(t *testing.T, newLayer func() (layer interceptor.Layer, atRest func() error)) {
+// that the server answers. Where the kit makes many calls at once the layer may
+// refuse any of them; those that it lets wait must end when the stack drains and
+// when the connection is closed, as they do if the gate waits with the context of
+// [interceptor.Admission.Park].
+func Run(t *testing.T, newLayer func() (layer interceptor.Spec, atRest func() error)) {
 	t.Helper()
-	RunStack(t, func() ([]interceptor.Layer, func() error) {
+	RunStack(t, func() ([]interceptor.Spec, func() error) {
 		l, atRest := newLayer()
-		return []interceptor.Layer{l}, atRest
+		return []interceptor.Spec{l}, atRest
 	})
 }
 
 // RunStack is Run for a whole stack of layers.
-func RunStack(t *testing.T, newLayers func() (layers []interceptor.Layer, atRest func() error)) {
+func RunStack(t *testing.T, newLayers func() (layers []interceptor.Spec, atRest func() error)) {
 	t.Helper()
 	for _, kind := range kinds {
 		for _, e := range ends {
@@ -78,6 +82,33 @@ func RunStack(t *testing.T, newLayers func() (layers []interceptor.Layer, atRest
 				f.rest(t, atRest)
 			})
 		}
+	}
+	for _, kind := range kinds {
+		t.Run(kind.String()+"/drained_while_calls_wait", func(t *testing.T) {
+			specs, atRest := newLayers()
+			f := newFixture(t, specs)
+			ctx, cancel := context.WithCancel(f.ctx)
+			defer cancel()
+			c := f.crowd(ctx, kind)
+			over, stop := context.WithCancel(f.ctx)
+			stop()
+			f.stack.Drain(over) // It begins to drain and does not wait.
+			if err := c.endsOrRuns(f.ctx, f); err != nil {
+				t.Errorf("the stack drains: %v", err)
+			}
+			cancel()
+			f.rest(t, atRest)
+		})
+		t.Run(kind.String()+"/closed_while_calls_wait", func(t *testing.T) {
+			specs, atRest := newLayers()
+			f := newFixture(t, specs)
+			c := f.crowd(f.ctx, kind)
+			f.conn.Close()
+			if err := c.endsOrRuns(f.ctx, f); err != nil {
+				t.Errorf("the connection is closed: %v", err)
+			}
+			f.rest(t, atRest)
+		})
 	}
 	t.Run("1000_concurrent_calls_with_random_ends", func(t *testing.T) {
 		layers, atRest := newLayers()
@@ -192,6 +223,16 @@ var ends = []struct {
 		f.arrived(t)
 		f.conn.Close()
 	}},
+	{"request_that_cannot_be_sent", func(t *testing.T, f *fixture, kind interceptor.Kind) {
+		if err := f.call(f.ctx, f.conn, kind, "ok", grpc.MaxCallSendMsgSize(1)); err == nil {
+			t.Errorf("a call whose request is too large returned no error")
+		}
+	}},
+	{"answer_that_cannot_be_taken", func(t *testing.T, f *fixture, kind interceptor.Kind) {
+		if err := f.call(f.ctx, f.conn, kind, "ok", grpc.MaxCallRecvMsgSize(1)); err == nil {
+			t.Errorf("a call whose answer is too large returned no error")
+		}
+	}},
 	{"creation_failure", func(t *testing.T, f *fixture, kind interceptor.Kind) {
 		if err := f.call(f.ctx, f.conn, kind, "ok", grpc.CallContentSubtype("no-such-codec")); err == nil {
 			t.Errorf("a call with an unknown codec returned no error")
@@ -213,7 +254,7 @@ type fixture struct {
 	came  chan struct{} // One for each call that blocks in the server.
 }
 
-func newFixture(t *testing.T, layers []interceptor.Layer) *fixture {
+func newFixture(t *testing.T, layers []interceptor.Spec) *fixture {
 	t.Helper()
 	stack, err := interceptor.NewStack(layers...)
 	if err != nil {
@@ -243,6 +284,13 @@ func newFixture(t *testing.T, layers []interceptor.Layer) *fixture {
 			t.Errorf("the server ended with %v", err)
 		}
 	})
+	// A load shed in the stack refuses calls while no endpoint is READY.
+	f.conn.Connect()
+	for state := f.conn.GetState(); state != connectivity.Ready; state = f.conn.GetState() {
+		if !f.conn.WaitForStateChange(ctx, state) {
+			t.Fatalf("the connection is %v, want READY", state)
+		}
+	}
 	return f
 }
 
@@ -258,6 +306,40 @@ func (f *fixture) rest(t *testing.T, atRest func() error) {
 	if err := atRest(); err != nil {
 		t.Errorf("not at rest after the call: %v", err)
 	}
+}
+
+// crowd is many calls at once, none of which the server answers.
+type crowd struct{ ended chan error }
+
+const crowded = 64
+
+// crowd starts the calls, and waits until one has reached the server or ended.
+func (f *fixture) crowd(ctx context.Context, kind interceptor.Kind) crowd {
+	c := crowd{ended: make(chan error, crowded)}
+	for range crowded {
+		go func() { c.ended <- f.call(ctx, f.conn, kind, "block") }()
+	}
+	select {
+	case <-f.came:
+		f.came <- struct{}{}
+	case err := <-c.ended:
+		c.ended <- err
+	case <-f.ctx.Done():
+	}
+	return c
+}
+
+// endsOrRuns waits until each call has ended or is at the server.
+func (c crowd) endsOrRuns(ctx context.Context, f *fixture) error {
+	for n := range crowded {
+		select {
+		case <-f.came:
+		case <-c.ended:
+		case <-ctx.Done():
+			return fmt.Errorf("%d calls still wait: a gate waits without the context of Admission.Park", crowded-n)
+		}
+	}
+	return nil
 }
 
 // arrived waits for a call to block in the server.

@@ -1,7 +1,7 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package repeat
+package attempt
 
 import (
 	"context"
@@ -19,7 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-func TestAWishIsReadFromThePushbackAndThenFromTheStatus(t *testing.T) {
+func TestWishOf(t *testing.T) {
 	st, err := status.New(codes.Unavailable, "").WithDetails(&errdetails.DebugInfo{}, &errdetails.RetryInfo{RetryDelay: durationpb.New(2 * time.Second)})
 	if err != nil {
 		t.Fatal(err)
@@ -47,7 +47,7 @@ func TestAWishIsReadFromThePushbackAndThenFromTheStatus(t *testing.T) {
 	}
 }
 
-func TestTheNumberOfPreviousAttemptsReplacesAnOuterOneAndKeepsTheRest(t *testing.T) {
+func TestWithPrevious(t *testing.T) {
 	outer := metadata.AppendToOutgoingContext(context.Background(), "key", "value")
 	ctx := WithPrevious(WithPrevious(outer, 1), 2)
 	md, _ := metadata.FromOutgoingContext(ctx)
@@ -66,7 +66,7 @@ type sized struct{}
 
 func (sized) Size() int { return 5 }
 
-func TestTheSizeOfAMessageIsThatOnTheWireWithItsFrame(t *testing.T) {
+func TestSize(t *testing.T) {
 	b := []byte("1234")
 	for _, tc := range []struct {
 		m    any
@@ -81,7 +81,7 @@ func TestTheSizeOfAMessageIsThatOnTheWireWithItsFrame(t *testing.T) {
 	}
 }
 
-func TestAMethodThatIsNotLinkedInIsNotDeclaredIdempotent(t *testing.T) {
+func TestDeclaredOfUnknownMethod(t *testing.T) {
 	for _, m := range []string{"", "/", "/a", "/a/b", "a/b", "/grpc.health.v1.Health/Nothing", "//"} {
 		if Declared(m) {
 			t.Errorf("Declared(%q) = true, want false", m)

@@ -1,11 +1,6 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package attempt is what the call side (interceptors) and the balancing side
-// (pickers) tell each other about one attempt of a call.
-//
-// A picker sees nothing of a call but its method and its context, so what it
-// has to know travels in one context value, the [Info], which it looks up once.
 package attempt
 
 import (

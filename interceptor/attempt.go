@@ -1,0 +1,244 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptor
+
+import (
+	"context"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
+
+	"github.com/belfry-go/belfry/internal/message"
+)
+
+// An Origin is a call as it stood when a layer was about to pass it on, before
+// the layers inside changed it. A layer that makes further attempts takes one
+// first; it is a value and costs nothing.
+type Origin struct {
+	// Expendable is set by a layer whose further attempts are worth waiting for, but
+	// not that another call is refused for their sake, such as a hedge's.
+	Expendable bool
+
+	call   *Call
+	method string
+	req    any
+	reply  any
+	opts   []grpc.CallOption
+	desc   *grpc.StreamDesc
+	scope  *scope
+	at     int
+}
+
+// Origin returns the call as it stands now.
+func (c *Call) Origin() Origin {
+	return Origin{
+		call: c, method: c.method, req: c.req, reply: c.reply, opts: c.opts,
+		desc: c.desc, scope: c.scope, at: c.at,
+	}
+}
+
+// Again makes a further attempt of the call that o is of: a Call with the same
+// request, a reply of its own, results of its own for Header, Trailer and Peer
+// options, and an admission of its own by the gates inside the layer.
+//
+// If they admit it, err is nil, and the layer passes the attempt to next, once;
+// an attempt it does not need any more it gives up with [Call.GiveUp]. If they
+// refuse it, err says who and why, nothing has been sent, it counts as no attempt,
+// and the observer is told, unless ctx was cancelled meanwhile. A stack that drains
+// refuses further attempts.
+//
+// w narrows what is left of the time that the call itself may wait at this place;
+// a further attempt goes ahead of the first attempts of its priority in every
+// queue. Under [None] it never waits, not even in a buffer. Its wait ends with ctx.
+//
+// An attempt is not reused, so it may outlive the call. Again may be called
+// concurrently with itself and with an attempt that runs on the call, but not
+// after the layer has returned (for a stream: after its stream has ended).
+type Again func(ctx context.Context, o *Origin, w Wait) (attempt *Call, err error)
+
+// again is the Again of the layer outside b.
+func (b *boundary) again(ctx context.Context, o *Origin, w Wait) (*Call, error) {
+	f := o.fork()
+	f.reply = message.NewLike(o.reply)
+	f.outs, f.opts = redirect(o.opts)
+	if err := b.readmit(ctx, f, w); err != nil {
+		return nil, err
+	}
+	return f, nil
+}
+
+// readmit has a fork admitted by the gates inside b.
+func (b *boundary) readmit(ctx context.Context, f *Call, w Wait) (err error) {
+	f.attempt = int(f.root.attempts.Load()) + 1
+	admitted := false
+	defer func() {
+		if !admitted {
+			f.giveUp(endOfRefused(err))
+		}
+	}()
+	if w == None {
+		f.bound = never
+	} else {
+		w = w.Narrow(*f.parent.waitAt(b.id))
+	}
+	switch {
+	case f.prog.stack.drains():
+		err = draining
+	case ctx.Err() != nil:
+		err = Ended(ctx, stackName)
+	default:
+		err = b.Admit(ctx, (*Admission)(f), w)
+	}
+	if err == nil && !f.admitted {
+		err = errForgotten(f.prog)
+	}
+	if err != nil {
+		if ctx.Err() != context.Canceled || cutShort(ctx) { // Nobody wants it any more.
+			f.prog.refused(f.method, err)
+		}
+		return err
+	}
+	admitted = true
+	f.attempt = int(f.root.attempts.Add(1))
+	if o := f.prog.obs; o != nil {
+		o.Admitted(f.method, f.kind, f.attempt)
+	}
+	return nil
+}
+
+// fork makes the Call of an attempt, which is not admitted yet.
+func (o *Origin) fork() *Call {
+	c := o.call
+	c.root.forked.Store(true)
+	c.prog.stack.enterPart() // Until it has ended or is given up.
+	f := new(Call)
+	f.reset(c.prog)
+	f.target, f.kind, f.root, f.parent, f.fronts, f.home = c.target, c.kind, c.root, c, c.fronts, o.at+1
+	f.method, f.req, f.reply, f.opts, f.desc = o.method, o.req, o.reply, o.opts, o.desc
+	f.waits, f.timed, f.expendable = c.waits, c.timed, c.expendable || o.Expendable
+	f.running, f.scope, f.at, f.entered, f.section = true, o.scope, o.at, o.at, o.at+1
+	return f
+}
+
+// detach moves the first attempt to a fork, for a layer whose first attempt may
+// outlive the call: it takes the tickets and notes of the gates inside the layer
+// with it. The attempt shares the call's reply and options.
+func (c *Call) detach() *Call {
+	o := c.Origin()
+	f := o.fork()
+	f.attempt, f.now, f.admitted = c.attempt, c.now, true
+	lo := c.from(c.at + 1)
+	f.tickets = append(f.tickets, c.tickets[lo:]...)
+	clear(c.tickets[lo:])
+	c.tickets = c.tickets[:lo]
+	f.notes = append(f.notes, c.notes...)
+	return f
+}
+
+// GiveUp gives an attempt up that [Again] made and that was not passed to next.
+func (c *Call) GiveUp() { c.giveUp(End{Outcome: NotSent}) }
+
+func (c *Call) giveUp(e End) {
+	defer c.prog.stack.leave(partOne) // Even if a Releaser panics.
+	c.release(0, -1, e)
+}
+
+// Adopt makes the results of f, an attempt that Again made of c, the call's: of a
+// unary attempt that succeeded its reply, and of every attempt what Header,
+// Trailer and Peer options ask for, once: when it has ended. Results of attempts
+// that are not adopted are dropped. The stream of f is not set on c, for that is
+// the layer's to wrap.
+//
+// For a unary call it is called after next has returned. For a stream it may be
+// called as soon as the layer has settled on f, also while it runs.
+func (c *Call) Adopt(f *Call) {
+	if f.kind == Unary {
+		c.trailer = f.trailer
+		// It need not have been sent itself: a layer inside may have forked it, or answered.
+		if f.ended && f.err == nil {
+			message.CopyInto(c.reply, f.reply)
+		}
+	}
+	f.outs.adopt()
+}
+
+// outs is where an attempt writes what the caller asked for by Header, Trailer
+// and Peer options. If the attempt is adopted it is copied to the caller's
+// variables when the attempt has ended, in whichever order that happens. A nil
+// *outs is an attempt nobody asked anything of.
+type outs struct {
+	// Written by gRPC before the attempt ends, and not read before that.
+	header, trailer metadata.MD
+	peer            peer.Peer
+
+	to []grpc.CallOption // The options as they were; not changed.
+
+	mu             sync.Mutex // Guards the fields below; nothing is locked under it.
+	adopted, ended bool
+}
+
+// redirect returns opts with the options that have results pointed at a new
+// outs; opts itself and nil if there is none.
+func redirect(opts []grpc.CallOption) (*outs, []grpc.CallOption) {
+	var o *outs
+	own := opts
+	for i, opt := range opts {
+		switch opt.(type) {
+		case grpc.HeaderCallOption, grpc.TrailerCallOption, grpc.PeerCallOption:
+		default:
+			continue
+		}
+		if o == nil {
+			o = new(outs)
+			own = append([]grpc.CallOption(nil), opts...)
+		}
+		o.to = append(o.to, opt)
+		switch opt.(type) {
+		case grpc.HeaderCallOption:
+			own[i] = grpc.Header(&o.header)
+		case grpc.TrailerCallOption:
+			own[i] = grpc.Trailer(&o.trailer)
+		case grpc.PeerCallOption:
+			own[i] = grpc.Peer(&o.peer)
+		}
+	}
+	return o, own
+}
+
+func (o *outs) adopt() {
+	if o != nil {
+		o.note(&o.adopted)
+	}
+}
+
+func (o *outs) end() {
+	if o != nil {
+		o.note(&o.ended)
+	}
+}
+
+// note sets one of the two flags, and copies the results when both are set.
+func (o *outs) note(flag *bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if *flag {
+		return
+	}
+	*flag = true
+	if !o.adopted || !o.ended {
+		return
+	}
+	for _, opt := range o.to {
+		switch opt := opt.(type) {
+		case grpc.HeaderCallOption:
+			*opt.HeaderAddr = o.header
+		case grpc.TrailerCallOption:
+			*opt.TrailerAddr = o.trailer
+		case grpc.PeerCallOption:
+			*opt.PeerAddr = o.peer
+		}
+	}
+}

@@ -1,0 +1,340 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package concurrency
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/waitlist"
+)
+
+// limiter is one limit with its queue and its algorithm: a Layer has one, or one for
+// each key. It is the Releaser of the permits of its calls.
+type limiter struct {
+	layer *Layer
+	key   string
+
+	permits  permits
+	reserve  reserve
+	refusals atomic.Pointer[refusals]
+	observed atomic.Int64 // The limit that an observer was last told.
+
+	// mu guards algorithm and what it points to, and orders changes of the limit.
+	// permits.mu is taken under it.
+	mu        sync.Mutex
+	algorithm Limit // Nil for a fixed limit.
+}
+
+// refusals are the refusals of one configuration, each made when it is first needed.
+type refusals struct {
+	limit      int64 // Fixed; -1 if it changes by itself.
+	maxWaiters int
+	maxWait    time.Duration
+	made       [refusedCount]atomic.Pointer[interceptor.Refusal]
+}
+
+func newLimiter(l *Layer, key string) *limiter {
+	lim := &limiter{layer: l, key: key}
+	lim.observed.Store(-1)
+	lim.reserve.init()
+	return lim
+}
+
+// configure sets everything that set says.
+func (lim *limiter) configure(set *settings) error {
+	lim.mu.Lock()
+	defer lim.mu.Unlock()
+	algorithm, err := lim.choose(set.config)
+	if err != nil {
+		return err
+	}
+	lim.algorithm = algorithm
+	limit := set.limit
+	if algorithm != nil {
+		limit = limitOf(algorithm)
+	}
+	lim.permits.configure(limit, set.config.Discipline, set.config.MaxWaiters, set.target, set.interval)
+	lim.refusals.Store(set.refusals())
+	return nil
+}
+
+// choose returns the algorithm that cfg asks for, nil for a fixed limit: the one
+// before, reconfigured, if it is of the same kind. A new one starts at the limit
+// that holds, if there is one.
+func (lim *limiter) choose(cfg Config) (Limit, error) {
+	var next interface {
+		Limit
+		start(limit float64)
+	}
+	var err error
+	switch before := lim.algorithm; {
+	case lim.layer.custom != nil:
+		return lim.layer.custom, nil
+	case cfg.AIMD != nil:
+		if a, ok := before.(*AIMD); ok {
+			return a, a.Update(*cfg.AIMD)
+		}
+		next, err = NewAIMD(*cfg.AIMD)
+	case cfg.Gradient2 != nil:
+		if g, ok := before.(*Gradient2); ok {
+			return g, g.Update(*cfg.Gradient2)
+		}
+		next, err = NewGradient2(*cfg.Gradient2)
+	case cfg.Vegas != nil:
+		if v, ok := before.(*Vegas); ok {
+			return v, v.Update(*cfg.Vegas)
+		}
+		next, err = NewVegas(*cfg.Vegas)
+	default:
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if n := lim.permits.limit.Load(); n > 0 {
+		next.start(float64(n))
+	}
+	return next, nil
+}
+
+// setLimit sets a fixed limit.
+func (lim *limiter) setLimit(set *settings) {
+	lim.mu.Lock()
+	defer lim.mu.Unlock()
+	lim.permits.setLimit(set.limit)
+	lim.refusals.Store(set.refusals())
+}
+
+// idle reports whether no call has or wants a permit.
+func (lim *limiter) idle() bool { return lim.permits.state.Load() == 0 }
+
+// acquire takes permits for a call, or waits for them as long as w allows. level is
+// that of the reserve, for released.
+func (lim *limiter) acquire(ctx context.Context, a *interceptor.Admission, w interceptor.Wait, cost int64, set *settings) (level int64, err error) {
+	p, in := &lim.permits, a.Internals()
+	slot := in.Slot()
+	final := w == interceptor.None && !in.Trying()
+	if final && lim.reserve.active.Load() {
+		return lim.acquireReserving(ctx, a, cost, slot)
+	}
+	inUse, ok := int64(0), false
+	if slot == nil { // One has to be passed under the lock.
+		inUse, ok = p.take(cost, 0)
+	}
+	switch {
+	case ok:
+		return 0, nil
+	case w.Remaining() > 0:
+		return 0, lim.wait(ctx, a, w, cost, set)
+	case p.fits(cost, 0, inUse) && p.takeLocked(cost, 0, lim.layer.rank(ctx, a), slot):
+		return 0, nil
+	case final:
+		lim.reserve.refused(lim.layer.priority(ctx, a), inUse, p.limit.Load(), a.Now)
+	}
+	return 0, lim.refuse(noneFree)
+}
+
+// acquireReserving takes permits for a call that may not wait, where some are kept
+// for higher priorities.
+func (lim *limiter) acquireReserving(ctx context.Context, a *interceptor.Admission, cost int64, slot interceptor.Slot) (level int64, err error) {
+	p, rank := &lim.permits, lim.layer.rank(ctx, a)
+	limit := p.limit.Load()
+	keep := min(lim.reserve.against(rank.Priority, a.Now()), limit-1)
+	ok, inUse := false, p.inUse()
+	if slot == nil {
+		inUse, ok = p.take(cost, keep)
+	}
+	if ok || p.fits(cost, keep, inUse) && p.takeLocked(cost, keep, rank, slot) {
+		return lim.reserve.admitted(rank.Priority, cost, a.Now()), nil
+	}
+	lim.reserve.refused(rank.Priority, inUse, limit, a.Now)
+	if p.fits(cost, 0, inUse) {
+		return 0, lim.refuse(reserved)
+	}
+	return 0, lim.refuse(noneFree)
+}
+
+// wait waits for permits.
+func (lim *limiter) wait(ctx context.Context, a *interceptor.Admission, w interceptor.Wait, cost int64, set *settings) error {
+	l, p := lim.layer, &lim.permits
+	if ctx.Err() != nil { // It must not take the position of one that still can wait.
+		return interceptor.Ended(ctx, l.name)
+	}
+	since, over := interceptor.Now(), noneInTime
+	if set.config.MaxWait > 0 {
+		if bound := since.Add(set.config.MaxWait).Wait(); bound < w {
+			w, over = bound, maxWaitOver
+		}
+	}
+	parked, done := a.Park(ctx)
+	defer done()
+	wt := newWaiter(cost, l.rank(ctx, a), since, a.Internals().Slot())
+	wt.expendable = a.Internals().Expendable()
+	p.enqueue(wt)
+	err := w.On(parked, wt.done)
+	if err != nil && !p.abandon(wt) {
+		if wt.why == admitted && err != interceptor.ErrWaitOver {
+			p.release(cost) // The call will not be made; the permits are handed on.
+		} else {
+			err = nil
+		}
+	}
+	a.Waited(l.name, since)
+	switch {
+	case err == interceptor.ErrWaitOver:
+		return lim.refuse(over)
+	case err != nil:
+		return interceptor.Ended(parked, l.name)
+	case wt.why != admitted:
+		return lim.refuse(wt.why)
+	}
+	return nil
+}
+
+// refuse returns the refusal for a reason.
+func (lim *limiter) refuse(why refused) error {
+	rs := lim.refusals.Load()
+	if r := rs.made[why].Load(); r != nil {
+		return r
+	}
+	reason := interceptor.ReasonConcurrency
+	if why == queueFull || why == evicted {
+		reason = interceptor.ReasonQueueFull
+	}
+	r := interceptor.Refuse(lim.layer.name, reason, rs.text(why))
+	if lim.key != "" {
+		r = r.ForKey(lim.key)
+	}
+	rs.made[why].Store(r) // If two make it at once, both are right.
+	return r
+}
+
+// text is what a refusal says. It names the settings that do not change by
+// themselves.
+func (rs *refusals) text(why refused) string {
+	text, detail := "", ""
+	switch why {
+	case queueFull:
+		text, detail = "wait queue is full", fmt.Sprintf("%d waiting", rs.maxWaiters)
+	case evicted:
+		text = "evicted from the wait queue by a call that goes first"
+	case delayed:
+		text, detail = "calls wait too long for a permit", "CoDel"
+	case noneInTime:
+		text = "no permit became free in the time that the call may wait"
+	case maxWaitOver:
+		text = "no permit became free in " + rs.maxWait.String()
+	case noneFree:
+		text = "no permit is free"
+	case reserved:
+		text = "the free permits are kept for higher priorities"
+	}
+	if rs.limit >= 0 {
+		if detail != "" {
+			detail += ", "
+		}
+		detail += fmt.Sprintf("limit %d", rs.limit)
+	}
+	if detail != "" {
+		text += " (" + detail + ")"
+	}
+	return text
+}
+
+// The token of a call has a bit that says whether the algorithm learns from it, the
+// level of the reserve, and how many permits it holds.
+const (
+	sampled    = 1
+	levelBits  = 1
+	levelMask  = 7
+	tokenShift = 4
+)
+
+// hold leaves the permits on the call.
+func (lim *limiter) hold(a *interceptor.Admission, cost, level int64, set *settings) {
+	token := cost<<tokenShift | level<<levelBits
+	if set.adaptive && (set.config.SampleStreams || a.Kind() == interceptor.Unary) {
+		a.Timed()
+		token |= sampled
+	}
+	a.Hold(lim, token)
+}
+
+// Respond tells the algorithm how long a stream took to its first response.
+func (lim *limiter) Respond(token int64, e interceptor.End) {
+	if token&sampled != 0 {
+		lim.sample(e)
+	}
+}
+
+// Release takes permits back. The algorithm learns first, while the permits of the
+// call still count.
+func (lim *limiter) Release(token int64, e interceptor.End) {
+	if token&sampled != 0 && !e.Responded {
+		lim.sample(e)
+	}
+	cost := token >> tokenShift
+	lim.reserve.released(token>>levelBits&levelMask, cost)
+	lim.permits.release(cost)
+}
+
+// sample tells the algorithm how a call has ended.
+func (lim *limiter) sample(e interceptor.End) {
+	s := Sample{Start: e.SentAt()}
+	switch e.Outcome {
+	case interceptor.OK:
+	case interceptor.Ignored:
+	case interceptor.Failed:
+		if !lim.layer.settings.Load().drops.Has(e.Code()) {
+			return
+		}
+		s.Dropped = true
+	default:
+		return
+	}
+	if s.RTT = e.Took(); s.RTT == 0 {
+		return
+	}
+	lim.mu.Lock()
+	defer lim.mu.Unlock()
+	if lim.algorithm == nil {
+		return // The limit has become a fixed one.
+	}
+	if e.Outcome == interceptor.Ignored {
+		// The call would have taken at least as long.
+		b, ok := lim.algorithm.(Bounded)
+		if !ok || b.Bound() <= 0 || s.RTT <= b.Bound() {
+			return
+		}
+		s.Dropped = true
+	}
+	s.InFlight = lim.permits.inUse()
+	lim.algorithm.OnSample(s)
+	if n := limitOf(lim.algorithm); n != lim.permits.limit.Load() {
+		lim.permits.setLimit(n)
+	}
+}
+
+// limitOf is a's limit, within what the layer can enforce.
+func limitOf(a Limit) int64 { return min(max(a.Limit(), 1), maxLimit) }
+
+// observe tells the call's observer of a limit that has changed. Limits change at
+// the end of calls, where there is no observer, so it is the next call's that
+// hears of it. The limits of keys are not told: an observer knows one per layer.
+func (lim *limiter) observe(a *interceptor.Admission) {
+	n := lim.permits.limit.Load()
+	if was := lim.observed.Load(); was != n && lim.layer.keys == nil && lim.observed.CompareAndSwap(was, n) {
+		a.Observer().Limit(lim.layer.name, float64(n))
+	}
+}
+
+// rank is where a call stands in every queue.
+func (l *Layer) rank(ctx context.Context, a *interceptor.Admission) waitlist.Rank {
+	return waitlist.Rank{Priority: l.priority(ctx, a), Further: a.Attempt() > 0}
+}

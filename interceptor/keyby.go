@@ -1,0 +1,122 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptor
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"google.golang.org/grpc/metadata"
+)
+
+// A KeyFunc says which key a call belongs to. It is called for each admission,
+// concurrently, and must not block.
+type KeyFunc func(ctx context.Context, a *Admission) string
+
+// KeyBy is what a layer tells calls apart by, so that those of each key have a
+// limit, a rate or a circuit of their own. At most one field is set; the zero KeyBy
+// does not tell calls apart.
+type KeyBy struct {
+	// Method tells calls apart by their full method name.
+	Method bool
+	// Metadata tells calls apart by the first value of this entry of their outgoing
+	// metadata; calls without it share one key. It costs a copy of the metadata.
+	Metadata string
+	// Func tells calls apart by what it returns.
+	Func KeyFunc
+}
+
+// IsSet reports whether calls are told apart.
+func (k KeyBy) IsSet() bool { return k.Method || k.Metadata != "" || k.Func != nil }
+
+// Check returns an error of the named layer if more than one field is set.
+func (k KeyBy) Check(layer string) error {
+	if len(k.set()) > 1 {
+		return &ConfigError{Layer: layer, Field: "KeyBy", Value: k, Rule: "must have at most one of Method, Metadata and Func"}
+	}
+	return nil
+}
+
+// Same reports whether k and o are set alike; of two functions nothing can be known
+// but that both are there.
+func (k KeyBy) Same(o KeyBy) bool {
+	return k.Method == o.Method && k.Metadata == o.Metadata && (k.Func == nil) == (o.Func == nil)
+}
+
+// String returns what is set, such as "Method".
+func (k KeyBy) String() string {
+	if !k.IsSet() {
+		return "nothing"
+	}
+	return strings.Join(k.set(), " and ")
+}
+
+func (k KeyBy) set() (fields []string) {
+	if k.Method {
+		fields = append(fields, "Method")
+	}
+	if k.Metadata != "" {
+		fields = append(fields, fmt.Sprintf("Metadata %q", k.Metadata))
+	}
+	if k.Func != nil {
+		fields = append(fields, "Func")
+	}
+	return fields
+}
+
+// Key returns the key of a call.
+func (k KeyBy) Key(ctx context.Context, a *Admission) string {
+	switch {
+	case k.Method:
+		return a.Method()
+	case k.Metadata != "":
+		return firstOutgoing(ctx, k.Metadata)
+	case k.Func != nil:
+		return k.Func(ctx, a)
+	}
+	return ""
+}
+
+// firstOutgoing is the first value of an entry of the outgoing metadata.
+func firstOutgoing(ctx context.Context, key string) string {
+	md, _ := metadata.FromOutgoingContext(ctx)
+	if v := md.Get(key); len(v) > 0 {
+		return v[0]
+	}
+	return ""
+}
+
+// A PriorityFunc says which priority a call has where it has to wait. It is called
+// concurrently, and must not block.
+type PriorityFunc func(ctx context.Context, a *Admission) int
+
+type priorityKey struct{}
+
+// ContextWithPriority returns a context whose calls have the given priority in
+// every queue of a stack: 0 is that of all others, and higher goes first, and is
+// refused last.
+func ContextWithPriority(ctx context.Context, priority int) context.Context {
+	return context.WithValue(ctx, priorityKey{}, priority)
+}
+
+// ContextPriority is the default PriorityFunc: what [ContextWithPriority] set.
+func ContextPriority(ctx context.Context, _ *Admission) int {
+	p, _ := ctx.Value(priorityKey{}).(int)
+	return p
+}
+
+// MetadataPriority returns a PriorityFunc that reads the priority from the call's
+// outgoing metadata, so that it can be passed on from server to server. What is
+// missing or not a decimal number has priority 0.
+func MetadataPriority(key string) PriorityFunc {
+	return func(ctx context.Context, _ *Admission) int {
+		p, err := strconv.Atoi(firstOutgoing(ctx, key))
+		if err != nil {
+			return 0
+		}
+		return p
+	}
+}

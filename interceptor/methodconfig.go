@@ -1,0 +1,40 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptor
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/grpc/codes"
+)
+
+// overdue is the end of calls whose time by gRPC's service config is over, and
+// overdueUnsent that of those that waited in a gate all the time.
+var (
+	overdue = &Refusal{
+		Layer: "service config", Reason: ReasonDeadline, Code: codes.DeadlineExceeded, Sent: true,
+		Message: "the timeout of the method has passed", Err: context.DeadlineExceeded,
+	}
+	overdueUnsent = overdue.Because(overdue.Err, false)
+)
+
+// withMethodTimeout gives a call the timeout that gRPC's own service config has for
+// its method. gRPC alone would give it to each attempt, and only from when that is
+// sent. cancel is nil if there is nothing to cancel. The other setting of a method
+// that is for the client, waitForReady, is heeded where readiness is asked for.
+func (t *target) withMethodTimeout(ctx context.Context, method string) (_ context.Context, cancel context.CancelFunc) {
+	if t.grpcConn == nil {
+		return ctx, nil
+	}
+	d := t.grpcConn.GetMethodConfig(method).Timeout
+	if d == nil || *d < 0 {
+		return ctx, nil
+	}
+	deadline := time.Now().Add(*d)
+	if own, ok := ctx.Deadline(); ok && !deadline.Before(own) {
+		return ctx, nil
+	}
+	return context.WithDeadlineCause(ctx, deadline, overdue)
+}

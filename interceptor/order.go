@@ -1,0 +1,144 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptor
+
+import (
+	"fmt"
+	"reflect"
+	"time"
+
+	"google.golang.org/grpc/grpclog"
+)
+
+var logger = grpclog.Component("belfry")
+
+// A Validator is a [Layer] that cannot stand everywhere. NewStack asks it; inner
+// are the layers inside it, outermost first.
+type Validator interface {
+	Layer
+	Validate(inner []Layer) error
+}
+
+// check says which layers cannot stand where they do, counts the boundaries, and
+// gathers advice on the others.
+func (p *program) check() error {
+	for i, l := range p.layers {
+		inside := p.layers[i+1:]
+		for j, m := range p.layers[:i] {
+			if same(l, m) || same(l, bare(m)) || same(bare(l), m) {
+				return fmt.Errorf("interceptor: layer %d (%s) is the same value as layer %d: each call would take from it twice", i, nameOf(l), j)
+			}
+		}
+		if traitsOf(l)&Governs != 0 && !anyHas(inside, Waits) {
+			return fmt.Errorf("interceptor: layer %d (%s) has nothing inside that can be not ready: put it outside of a limit, as in [%s > concurrency]", i, nameOf(l), nameOf(l))
+		}
+		if v, ok := l.(Validator); ok {
+			if err := v.Validate(inside); err != nil {
+				return fmt.Errorf("interceptor: layer %d (%s): %w", i, nameOf(l), err)
+			}
+		}
+		if !isGateOnly(l) {
+			p.boundaries++
+		}
+	}
+	p.advise()
+	return nil
+}
+
+func anyHas(layers []Layer, t Traits) bool {
+	for _, l := range layers {
+		if traitsOf(l)&t != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// advise says what is legal and surprises.
+func (p *program) advise() {
+	say := func(format string, args ...any) { p.advice = append(p.advice, fmt.Sprintf(format, args...)) }
+	for i, outer := range p.layers {
+		t := traitsOf(outer)
+		for _, inner := range p.layers[i+1:] {
+			u := traitsOf(inner)
+			// A rate both waits and decides: two of them stand right in any order.
+			if t&Decides != 0 && u&Waits != 0 && (t&Waits == 0 || u&Decides == 0) {
+				say("%s stands outside %s: it decides when a call comes and not when it is sent, so calls that it let pass wait and are sent later, when its decision may be wrong; put it inside", nameOf(outer), nameOf(inner))
+				break
+			}
+		}
+		for _, inner := range p.layers[i+1:] {
+			if t&Retries != 0 && traitsOf(inner)&Hedges != 0 {
+				say("%s stands outside %s: each of its attempts may be hedged, so a call makes up to as many attempts as both multiplied; put the hedge outside", nameOf(outer), nameOf(inner))
+			}
+			if a, b := timeoutOf(outer), timeoutOf(inner); a > 0 && b >= a {
+				say("%s (%v) stands inside %s (%v), which ends first: it never acts; give it less time", nameOf(inner), b, nameOf(outer), a)
+			}
+		}
+	}
+}
+
+// timeoutOf is the timeout of a layer that has one; zero if it has none.
+func timeoutOf(l Layer) time.Duration {
+	if t, ok := bare(l).(interface{ Timeout() time.Duration }); ok {
+		return t.Timeout()
+	}
+	return 0
+}
+
+// Advice returns what is legal in the order of the layers and rarely meant, one
+// sentence each: what a breaker, throttle or rate outside of a queue does, an
+// attempt's timeout that is not less than its call's, a retry outside a hedge. The
+// package documentation has the arithmetic. NewStack logs it once.
+func (s *Stack) Advice() []string { return append([]string(nil), s.prog.Load().advice...) }
+
+func (s *Stack) logAdvice() {
+	for _, a := range s.Advice() {
+		logger.Warningf("stack %v: %s", s, a)
+	}
+}
+
+// readyPlaces says in front of which layers, by their index, the readiness of the
+// connection is asked, so that a call that has to wait for a connection waits
+// outside of what it would hold meanwhile: directly inside the last layer that
+// governs waiting, or else outside of all; and again inside each layer further in
+// that makes further attempts, whose attempts do not pass the first place.
+func readyPlaces(layers []Layer) map[int]bool {
+	first := 0
+	for i, l := range layers {
+		if traitsOf(l)&Governs != 0 {
+			first = i + 1
+		}
+	}
+	places := map[int]bool{first: true}
+	for i := first; i < len(layers); i++ {
+		if _, isForeign := layers[i].(*foreign); isForeign || traitsOf(layers[i])&(Retries|Hedges) != 0 {
+			places[i+1] = true
+		}
+	}
+	return places
+}
+
+// same reports whether l and m are one value. Layers without state, such as an
+// empty struct, are equal without being harmful twice, but also without use.
+func same(l, m Layer) bool {
+	t := reflect.TypeOf(l)
+	return t == reflect.TypeOf(m) && reflect.ValueOf(l).Comparable() && reflect.ValueOf(m).Comparable() && l == m
+}
+
+// bare returns the layer that l applies to the calls that match, if it is an [Only].
+// The same one may stand behind several, of which a call matches one, but not also
+// by itself.
+func bare(l Layer) Layer {
+	for {
+		switch o := l.(type) {
+		case *onlyGate:
+			l = o.layer
+		case *onlyCall:
+			l = o.layer
+		default:
+			return l
+		}
+	}
+}

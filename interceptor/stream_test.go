@@ -1,0 +1,178 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptor_test
+
+import (
+	"context"
+	"io"
+	"slices"
+	"testing"
+	"testing/synctest"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/calltest"
+)
+
+func TestStream(t *testing.T) {
+	t.Run("retried_until_its_first_message", func(t *testing.T) {
+		unavailable := status.Error(codes.Unavailable, "")
+		log := &eventLog{}
+		opened := 0
+		scripts := [][]error{{unavailable}, {unavailable}, {nil, unavailable}}
+		c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+			opened++
+			return &scriptStream{ctx: ctx, errs: scripts[opened-1]}, nil
+		}}
+		s := calltest.Stack(t, &logToy{name: "call", log: log}, &retryToy{n: 5}, &logToy{name: "attempt", log: log})
+		st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, calltest.Method)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := st.RecvMsg(nil); err != nil {
+			t.Fatalf("the first message: %v, want the third attempt's", err)
+		}
+		if err := st.RecvMsg(nil); err != unavailable {
+			t.Errorf("after the first message: %v, want the server's error", err)
+		}
+		if opened != 3 {
+			t.Errorf("%d streams were opened, want 3", opened)
+		}
+		want := []string{"attempt 0 failed Unavailable", "attempt 1 failed Unavailable", "attempt 2 failed Unavailable", "call 0 failed Unavailable"}
+		if got := log.take(); !slices.Equal(got, want) {
+			t.Errorf("released %q, want %q", got, want)
+		}
+		if err := s.Drain(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+
+	t.Run("abandoned_is_released_when_its_context_ends", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			log := &eventLog{}
+			c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+				return &scriptStream{ctx: ctx}, nil
+			}}
+			s := calltest.Stack(t, &logToy{name: "outer", log: log}, &passToy{}, &logToy{name: "middle", log: log}, &passToy{}, &logToy{name: "inner", log: log})
+			ctx, cancel := context.WithCancel(context.Background())
+			if _, err := s.Wrap(c).NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, calltest.Method); err != nil {
+				t.Fatal(err)
+			}
+			cancel()
+			if err := s.Drain(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			want := []string{"inner 0 ignored Canceled", "middle 0 ignored Canceled", "outer 0 ignored Canceled"}
+			got := log.take()
+			slices.Sort(got) // Whose watch fires first decides where it begins.
+			slices.Sort(want)
+			if !slices.Equal(got, want) {
+				t.Errorf("released %q, want %q", got, want)
+			}
+		})
+	})
+
+	t.Run("OnFinish_of_an_attempt_is_not_its_end", func(t *testing.T) {
+		log := &eventLog{}
+		var finish func(error)
+		c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+			for _, o := range opts {
+				if o, ok := o.(grpc.OnFinishCallOption); ok {
+					finish = o.OnFinish
+				}
+			}
+			finish(status.Error(codes.Unavailable, "an attempt of a retry behind the stack"))
+			return &scriptStream{ctx: ctx, errs: []error{io.EOF}}, nil
+		}}
+		s := calltest.Stack(t, &logToy{name: "a", log: log})
+		st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, calltest.Method)
+		if err != nil {
+			t.Fatal(err)
+		}
+		finish(status.Error(codes.Unavailable, "another"))
+		if got := log.take(); len(got) != 0 {
+			t.Errorf("released %q while the stream is open", got)
+		}
+		if err := st.RecvMsg(nil); err != io.EOF {
+			t.Fatal(err)
+		}
+		finish(nil)
+		if got, want := log.take(), []string{"a 0 ok OK"}; !slices.Equal(got, want) {
+			t.Errorf("released %q, want %q", got, want)
+		}
+	})
+
+	t.Run("failure_to_open_reported_twice_is_released_once", func(t *testing.T) {
+		log := &eventLog{}
+		fails := status.Error(codes.Canceled, "")
+		c := &conn{stream: func(_ context.Context, _ *grpc.StreamDesc, _ string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+			for _, o := range opts {
+				if o, ok := o.(grpc.OnFinishCallOption); ok {
+					o.OnFinish(fails)
+					o.OnFinish(fails)
+				}
+			}
+			return nil, fails
+		}}
+		s := calltest.Stack(t, &logToy{name: "a", log: log}, &passToy{}, &logToy{name: "b", log: log})
+		if _, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, calltest.Method); err != fails {
+			t.Errorf("got %v, want the streamer's error", err)
+		}
+		if got, want := log.take(), []string{"b 0 failed Canceled", "a 0 failed Canceled"}; !slices.Equal(got, want) {
+			t.Errorf("released %q, want %q", got, want)
+		}
+	})
+
+	// Whoever hears of it first, the layers inside are told what the layer says and not
+	// that somebody has cancelled: a breaker has to count it.
+	t.Run("cut_short_by_a_layer_ends_for_its_reason", func(t *testing.T) {
+		log := new(eventLog)
+		s := calltest.Stack(t, &cutToy{}, &logToy{name: "inside", log: log})
+		cs, err := s.Wrap(&conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+			return &endsWith{ctx: ctx}, nil
+		}}).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, "/s/m")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cs.RecvMsg(nil); status.Code(err) != codes.Canceled {
+			t.Errorf("RecvMsg: %v, want what the stream says", err)
+		}
+		if err := s.Drain(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := log.take(), []string{"inside 0 failed DeadlineExceeded"}; !slices.Equal(got, want) {
+			t.Errorf("released as %q, want %q", got, want)
+		}
+	})
+}
+
+// cutToy cuts each stream short as soon as it is open, as a timeout does, but leaves
+// it to gRPC to tell the others.
+type cutToy struct{ interceptor.CallOnly }
+
+func (l *cutToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*cutToy) Traits() interceptor.Traits { return 0 }
+
+func (*cutToy) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) error {
+		ctx, cancel := context.WithCancelCause(ctx)
+		err := next(ctx, c)
+		cancel(&interceptor.Refusal{Layer: "cut", Reason: interceptor.ReasonDeadline, Sent: true})
+		return err
+	}
+}
+
+type endsWith struct {
+	grpc.ClientStream
+	ctx context.Context
+}
+
+func (s *endsWith) RecvMsg(any) error {
+	<-s.ctx.Done()
+	return status.FromContextError(s.ctx.Err()).Err()
+}
