@@ -11,7 +11,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/belfry-go/belfry/interceptor"
-	"github.com/belfry-go/belfry/internal/calltest"
+	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
 // byName chooses the list by the method's name.

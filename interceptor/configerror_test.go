@@ -29,7 +29,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/steer"
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
-	"github.com/belfry-go/belfry/internal/calltest"
+	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
 // A configCase makes and updates the layer of one package.

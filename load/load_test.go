@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/belfry-go/belfry/internal/race"
+	"github.com/belfry-go/belfry/internal/test/race"
 )
 
 func TestConstantIsTheSameForEverWhateverHappens(t *testing.T) {

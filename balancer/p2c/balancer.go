@@ -22,7 +22,7 @@ import (
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
 
-	"github.com/belfry-go/belfry/internal/env"
+	"github.com/belfry-go/belfry/internal/simenv"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -145,7 +145,7 @@ func (b *policy) firstUpdate(state resolver.State) {
 	b.updated = true
 	b.published = connectivity.Shutdown
 	b.metrics = newMetrics(b.cc.MetricsRecorder(), b.opts.Target.String(), state)
-	if e := env.From(state.Attributes); e != nil {
+	if e := simenv.From(state.Attributes); e != nil {
 		b.now, b.random = e.Now, e.Uint64
 	}
 }

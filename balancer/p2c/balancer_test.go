@@ -24,7 +24,7 @@ import (
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/status"
 
-	"github.com/belfry-go/belfry/internal/lbtest"
+	"github.com/belfry-go/belfry/internal/test/lbtest"
 	"github.com/belfry-go/belfry/load"
 )
 

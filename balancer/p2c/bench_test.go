@@ -18,7 +18,7 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/resolver"
 
-	"github.com/belfry-go/belfry/internal/lbtest"
+	"github.com/belfry-go/belfry/internal/test/lbtest"
 )
 
 // subject is a policy in a benchmark.

@@ -12,7 +12,7 @@ import (
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
 
-	"github.com/belfry-go/belfry/internal/interoptest"
+	"github.com/belfry-go/belfry/internal/test/interoptest"
 )
 
 // gRPC's interop cases through a channel with the policy and its DialOptions, over

@@ -23,9 +23,9 @@ import (
 	"google.golang.org/grpc/resolver"
 
 	"github.com/belfry-go/belfry/internal/attempt"
-	"github.com/belfry-go/belfry/internal/env"
-	"github.com/belfry-go/belfry/internal/lbtest"
-	"github.com/belfry-go/belfry/internal/race"
+	"github.com/belfry-go/belfry/internal/simenv"
+	"github.com/belfry-go/belfry/internal/test/lbtest"
+	"github.com/belfry-go/belfry/internal/test/race"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -149,7 +149,7 @@ func TestSamplesAreUniform(t *testing.T) {
 	for _, test := range []struct{ n, d int }{{5, 2}, {10, 2}, {10, 3}, {10, 8}, {20, 4}} {
 		bubble(t, func(t *testing.T, w *world) {
 			r := newRand(t)
-			w.startIn(&env.Env{Now: func() int64 { return 0 }, Uint64: r.Uint64},
+			w.startIn(&simenv.Env{Now: func() int64 { return 0 }, Uint64: r.Uint64},
 				fmt.Sprintf(`{"choiceCount":%d,"memory":0,"load":{"pendingRequests":{}}}`, test.d), endpoints(test.n)...)
 			rank := make(map[string]int)
 			for i, e := range w.list {
@@ -184,12 +184,12 @@ func TestSamplesAreUniform(t *testing.T) {
 }
 
 // startIn is start with a clock and a random source of the test's.
-func (w *world) startIn(e *env.Env, config string, es ...resolver.Endpoint) {
+func (w *world) startIn(e *simenv.Env, config string, es ...resolver.Endpoint) {
 	w.t.Helper()
 	c := must(parseConfig(json.RawMessage(config)))
 	w.list = es
 	err := w.b.UpdateClientConnState(balancer.ClientConnState{
-		ResolverState:  env.Set(resolver.State{Endpoints: es}, e),
+		ResolverState:  simenv.Set(resolver.State{Endpoints: es}, e),
 		BalancerConfig: c,
 	})
 	if err != nil {
@@ -206,7 +206,7 @@ func TestPicksRepeatFromASeed(t *testing.T) {
 	for i := range runs {
 		bubble(t, func(t *testing.T, w *world) {
 			var state uint64
-			w.startIn(&env.Env{Now: func() int64 { return 0 }, Uint64: func() uint64 { state++; return state * 0x9e3779b97f4a7c15 }},
+			w.startIn(&simenv.Env{Now: func() int64 { return 0 }, Uint64: func() uint64 { state++; return state * 0x9e3779b97f4a7c15 }},
 				constantConfig, endpoints(10)...)
 			for range 100 {
 				a, done := w.mustPick()

@@ -20,7 +20,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/attempt"
-	"github.com/belfry-go/belfry/internal/lbtest"
+	"github.com/belfry-go/belfry/internal/test/lbtest"
 	"github.com/belfry-go/belfry/load"
 )
 

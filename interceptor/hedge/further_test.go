@@ -26,7 +26,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/loadshed"
-	"github.com/belfry-go/belfry/internal/calltest"
+	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
 // wantRefusedAgain checks that err is the server's, with its status, and says who

@@ -18,7 +18,7 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
-	"github.com/belfry-go/belfry/internal/latency"
+	"github.com/belfry-go/belfry/internal/quantile"
 )
 
 // Defaults of [Config].
@@ -172,7 +172,7 @@ func WithIdempotent(f func(method string) bool) Option {
 type Layer struct {
 	// Set by New and not changed.
 	maker     *further.Maker
-	latencies *latency.Window
+	latencies *quantile.Window
 
 	clock clock
 	races sync.Pool // *race of unary calls.
@@ -199,7 +199,7 @@ func New(c Config, opts ...Option) (*Layer, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Layer{maker: maker, latencies: latency.New(s.window)}
+	l := &Layer{maker: maker, latencies: quantile.New(s.window)}
 	l.set.Store(s)
 	return l, nil
 }

@@ -22,7 +22,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/loadshed"
 	"github.com/belfry-go/belfry/interceptor/retry"
-	"github.com/belfry-go/belfry/internal/calltest"
+	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
 // Callers in a closed loop, a server of which one attempt in twenty takes 200 ms and

@@ -19,7 +19,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/interceptor/loadshed"
-	"github.com/belfry-go/belfry/internal/calltest"
+	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
 func shed(t testing.TB, opts ...loadshed.Option) *loadshed.Layer {

@@ -19,8 +19,8 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry/interceptor"
-	"github.com/belfry-go/belfry/internal/calltest"
-	"github.com/belfry-go/belfry/internal/race"
+	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/internal/test/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
@@ -107,7 +107,7 @@ func testExactUnderRefunds(t *testing.T) {
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
 			var wg sync.WaitGroup
-			for range 2*10*limit+burst+50 {
+			for range 2*10*limit + burst + 50 {
 				ctx := ctx
 				if rng.IntN(4) == 0 {
 					var stop context.CancelFunc

@@ -28,9 +28,9 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/layertest"
-	"github.com/belfry-go/belfry/internal/calltest"
-	"github.com/belfry-go/belfry/internal/race"
 	"github.com/belfry-go/belfry/internal/retryafter"
+	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/internal/test/race"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -16,7 +16,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
-	"github.com/belfry-go/belfry/internal/latency"
+	"github.com/belfry-go/belfry/internal/quantile"
 )
 
 // Config says how long calls may take. It is plain data. Each bound is off if it is
@@ -211,7 +211,7 @@ type Layer struct {
 	name     string
 	settings atomic.Pointer[settings]
 	// recent are the latencies for an adaptive timeout; nil until there was one.
-	recent atomic.Pointer[latency.Window]
+	recent atomic.Pointer[quantile.Window]
 
 	// The gate leaves these notes for the call path.
 	beginning noteKey // When the call reached the gate, if something is counted from then.
@@ -254,7 +254,7 @@ func (l *Layer) update(cfg Config, errs *check.Errors) error {
 		if w := l.recent.Load(); w != nil {
 			w.SetWindow(s.adaptive.Window)
 		} else {
-			l.recent.Store(latency.New(s.adaptive.Window))
+			l.recent.Store(quantile.New(s.adaptive.Window))
 		}
 	}
 	l.settings.Store(s)

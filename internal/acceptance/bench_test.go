@@ -19,8 +19,8 @@ import (
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/timeout"
-	"github.com/belfry-go/belfry/internal/calltest"
-	"github.com/belfry-go/belfry/internal/race"
+	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/internal/test/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 )
 

@@ -27,7 +27,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/stackconfig"
 	"github.com/belfry-go/belfry/interceptor/timeout"
-	"github.com/belfry-go/belfry/internal/calltest"
+	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
 // held is a server that answers no call until it is told to.

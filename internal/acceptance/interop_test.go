@@ -10,7 +10,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/resolver"
 
-	"github.com/belfry-go/belfry/internal/interoptest"
+	"github.com/belfry-go/belfry/internal/test/interoptest"
 	"github.com/belfry-go/belfry/resolver/discover"
 )
 

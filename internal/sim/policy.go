@@ -14,8 +14,8 @@ import (
 	"google.golang.org/grpc/resolver"
 
 	"github.com/belfry-go/belfry/balancer/p2c"
-	"github.com/belfry-go/belfry/internal/env"
-	"github.com/belfry-go/belfry/internal/lbtest"
+	"github.com/belfry-go/belfry/internal/simenv"
+	"github.com/belfry-go/belfry/internal/test/lbtest"
 )
 
 // A Policy decides which server a call goes to.
@@ -78,7 +78,7 @@ func newBalanced(c *cluster, p Policy) (*balanced, error) {
 		return nil, fmt.Errorf("unknown policy %q", p.Balancer)
 	}
 	b := &balanced{cluster: c, channel: &lbtest.Channel{}}
-	b.state.ResolverState = env.Set(resolver.State{}, &env.Env{
+	b.state.ResolverState = simenv.Set(resolver.State{}, &simenv.Env{
 		Now:    func() int64 { return c.now },
 		Uint64: c.choice.Uint64,
 	})

@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/belfry-go/belfry/internal/race"
+	"github.com/belfry-go/belfry/internal/test/race"
 )
 
 // The p99 of each policy in ratio to the oracle's, as another implementation of

@@ -1,13 +1,13 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package latency keeps the recent latencies of a layer that derives a bound
+// Package quantile keeps the recent latencies of a layer that derives a bound
 // from them: a hedge's delay, an adaptive timeout.
 //
-//	w := latency.New(time.Minute)
+//	w := quantile.New(time.Minute)
 //	w.Record(12 * time.Millisecond)
 //	p99, n := w.Quantile(0.99)
-package latency
+package quantile
 
 import (
 	"fmt"

@@ -1,7 +1,7 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package latency
+package quantile
 
 import (
 	"math/rand/v2"

@@ -1,13 +1,13 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package env lets a simulation give a balancing policy its time and its
+// Package simenv lets a simulation give a balancing policy its time and its
 // random numbers.
 //
 // A policy runs on the monotonic clock and on math/rand/v2. A simulation that
 // runs the real policy in virtual time, reproducibly from a seed, puts an [Env]
 // into the attributes of the resolver state it hands to the policy.
-package env
+package simenv
 
 import (
 	"google.golang.org/grpc/attributes"

@@ -27,7 +27,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
-	"github.com/belfry-go/belfry/internal/race"
+	"github.com/belfry-go/belfry/internal/test/race"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
