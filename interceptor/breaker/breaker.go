@@ -110,7 +110,7 @@ const (
 	DefaultKeyIdle      = check.DefaultKeyIdle
 )
 
-// None, as a Jitter, is no jitter.
+// None is a Jitter of zero, where zero is the default.
 const None = check.None
 
 // Others is the key of the circuit that keys beyond Config.MaxKeys share.

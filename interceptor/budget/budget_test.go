@@ -397,7 +397,7 @@ type spender struct {
 	b *budget.Budget
 }
 
-func (l *spender) NewLayer() (interceptor.Layer, error) { return l, nil }
+func (s *spender) NewLayer() (interceptor.Layer, error) { return s, nil }
 
 func (s *spender) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return interceptor.GateFunc(func(ctx context.Context, c *interceptor.Admission, w interceptor.Wait) error {

@@ -266,7 +266,7 @@ func TestMaxServerDelay(t *testing.T) {
 
 // A connection that cannot be made for 1 s, and calls that must not be sent twice.
 func TestNotSent(t *testing.T) {
-	run := func(t *testing.T, kind interceptor.Kind, c retry.Config, fail bool) (err error, l *retry.Layer, srv *testserver.Server, e *events) {
+	run := func(t *testing.T, kind interceptor.Kind, c retry.Config, fail bool) (l *retry.Layer, srv *testserver.Server, e *events, err error) {
 		srv = testserver.New(t, testserver.InMemory())
 		srv.Stop()
 		time.AfterFunc(time.Second, func() {
@@ -287,13 +287,13 @@ func TestNotSent(t *testing.T) {
 		if err == nil && len(header["content-type"]) == 0 {
 			t.Errorf("header %v, want that of the attempt that succeeded", header)
 		}
-		return err, l, srv, e
+		return l, srv, e, err
 	}
 	late := retry.Config{Backoff: retry.Backoff{Initial: 5 * time.Second, Multiplier: 1, Jitter: retry.NoJitter}}
 	for kind := interceptor.Unary; kind <= interceptor.BidiStream; kind++ {
 		t.Run("is_repeated_whatever_the_method/"+kind.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				err, l, srv, _ := run(t, kind, late, false)
+				l, srv, _, err := run(t, kind, late, false)
 				if err != nil || srv.Stats().Started != 1 {
 					t.Errorf("got %v after %d attempts that were sent, want success of one", err, srv.Stats().Started)
 				}
@@ -302,7 +302,7 @@ func TestNotSent(t *testing.T) {
 		})
 		t.Run("costs_nothing/"+kind.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				err, l, srv, e := run(t, kind, quick, false)
+				l, srv, e, err := run(t, kind, quick, false)
 				time.Sleep(2 * time.Second)
 				if status.Code(err) != codes.Unavailable || srv.Stats().Started != 0 {
 					t.Errorf("got %v after %d attempts that were sent, want UNAVAILABLE after none", err, srv.Stats().Started)
@@ -315,7 +315,7 @@ func TestNotSent(t *testing.T) {
 		})
 		t.Run("does_not_count/"+kind.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				err, l, srv, _ := run(t, kind, late, true)
+				l, srv, _, err := run(t, kind, late, true)
 				if status.Code(err) != codes.Unavailable || srv.Stats().Started != 3 {
 					t.Errorf("got %v after %d attempts that were sent, want MaxAttempts besides the one that was not", err, srv.Stats().Started)
 				}
