@@ -6,7 +6,6 @@ package interceptor
 import (
 	"context"
 	"errors"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -14,6 +13,8 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/internal/attempt"
 )
 
 // Kind is the kind of a call.
@@ -160,11 +161,11 @@ func fateOf(cc *grpc.ClientConn, hasPeer bool, trailer metadata.MD, err error) f
 		return sent
 	case !hasPeer:
 		return fateUnsent(cc, err)
-	case hasSpoken(trailer):
+	case attempt.ServerSpoke(trailer):
 		return sent
-	case isSendError(err):
+	case attempt.IsSendError(err):
 		return 0
-	case isReceiveError(err):
+	case attempt.IsReceiveError(err):
 		return sent | unreadable
 	}
 	return sent
@@ -181,42 +182,6 @@ func fateUnsent(cc *grpc.ClientConn, err error) fate {
 		}
 	}
 	return 0
-}
-
-// hasSpoken reports whether the server answered with a trailer alone, which is how
-// it says that a call failed: gRPC keeps its content-type in the metadata. The
-// errors that the client makes itself come without.
-func hasSpoken(trailer metadata.MD) bool { return len(trailer["content-type"]) > 0 }
-
-// The errors of a message that gRPC could not send or take, by the beginnings of
-// their texts: gRPC gives them codes that servers use as well, and no other mark.
-// They are looked for only where the server has not spoken.
-var (
-	sendErrors = map[codes.Code][]string{
-		codes.ResourceExhausted: {"trying to send message larger than max", "grpc: message too large"},
-		codes.Internal:          {"grpc: error while marshaling", "grpc: error while compressing", "grpc: failed to marshal"},
-	}
-	receiveErrors = map[codes.Code][]string{
-		codes.ResourceExhausted: {"grpc: received message larger than max", "grpc: message after decompression larger than max", "grpc: received message after decompression larger than max"},
-		codes.Internal:          {"grpc: failed to unmarshal the received message", "grpc: failed to decompress", "grpc: Decompressor is not installed"},
-		codes.Unimplemented:     {"grpc: Decompressor is not installed"},
-	}
-)
-
-func isSendError(err error) bool    { return hasText(err, sendErrors) }
-func isReceiveError(err error) bool { return hasText(err, receiveErrors) }
-
-func hasText(err error, texts map[codes.Code][]string) bool {
-	st, ok := status.FromError(err)
-	if !ok {
-		return false
-	}
-	for _, text := range texts[st.Code()] {
-		if strings.HasPrefix(st.Message(), text) {
-			return true
-		}
-	}
-	return false
 }
 
 // endOfRefused says how a call or an attempt ended that was not admitted.
@@ -243,9 +208,9 @@ func judge(ctx context.Context, err error, f fate) Outcome {
 		return NotConnected
 	case f&sent == 0:
 		return NotSent
-	case f&unreadable != 0 && isReceiveError(err):
+	case f&unreadable != 0 && attempt.IsReceiveError(err):
 		return OK
-	case f&unsendable != 0 && isSendError(err):
+	case f&unsendable != 0 && attempt.IsSendError(err):
 		if f&unasked != 0 {
 			return NotSent
 		}

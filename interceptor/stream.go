@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/internal/attempt"
 )
 
 // A scope is the life of a stream as seen from one place in the stack: outside
@@ -386,7 +388,7 @@ func (s *scope) RecvMsg(m any) error {
 	case err == nil && !s.single:
 		s.respond()
 		return nil
-	case err != nil && err != io.EOF && isReceiveError(err) && !hasSpoken(s.ClientStream.Trailer()):
+	case err != nil && err != io.EOF && attempt.IsReceiveError(err) && !attempt.ServerSpoke(s.ClientStream.Trailer()):
 		s.call.addFate(unreadable)
 	}
 	s.end(err, false)
@@ -415,7 +417,7 @@ func (s *scope) respond() {
 // SendMsg itself. If it was the first one, nothing was asked of the server.
 func (s *scope) notSent(err error) {
 	switch {
-	case s.id != s.call.prog.boundaries || !isSendError(err):
+	case s.id != s.call.prog.boundaries || !attempt.IsSendError(err):
 	case s.asked.Load() || s.responded.Load():
 		s.call.addFate(unsendable)
 	default:

@@ -10,11 +10,27 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/load"
 )
 
 // This file says what the end of an attempt means for the load of its endpoint.
 // It is the only place that does.
+
+// classifyDone returns the outcome of an attempt for which a stream was made, and of
+// which gRPC says how it ended. An error that the client made itself does not speak of
+// the endpoint: of a request that could not be sent nothing was asked, and one whose
+// answer could not be taken was answered.
+func classifyDone(ctx context.Context, info balancer.DoneInfo, responded bool, failures codeSet) load.Outcome {
+	switch {
+	case info.Err == nil || attempt.ServerSpoke(info.Trailer):
+	case attempt.IsReceiveError(info.Err), attempt.IsSendError(info.Err) && responded:
+		return load.Completed
+	case attempt.IsSendError(info.Err):
+		return load.NotSent
+	}
+	return classify(ctx, info.Err, failures)
+}
 
 // classify returns the outcome of an attempt that was sent and ended with err,
 // which is its true status. ctx is the context of the attempt.
@@ -24,6 +40,10 @@ func classify(ctx context.Context, err error, failures codeSet) load.Outcome {
 	}
 	switch code := status.Code(err); {
 	case code == codes.Canceled && ctx.Err() != nil:
+		// A deadline that a layer enforces by cancelling is the cause of the end.
+		if cause := context.Cause(ctx); cause != nil && status.Code(cause) == codes.DeadlineExceeded {
+			return classify(context.Background(), cause, failures)
+		}
 		return load.Cancelled
 	case code == codes.Canceled:
 		// Nobody on this side gave up: the server, or a proxy, reset the stream.

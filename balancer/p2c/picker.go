@@ -399,7 +399,11 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 		k.doneAt = now
 		k.track.await(k)
 	default:
-		k.finish(now, classify(k.ctx, info.Err, k.picker.config.failures))
+		outcome := classifyDone(k.ctx, info, k.state.Load()&pickResponded != 0, k.picker.config.failures)
+		if outcome == load.NotSent && k.tried != nil {
+			k.tried.Remove(k.candidate.id)
+		}
+		k.finish(now, outcome)
 	}
 }
 

@@ -17,10 +17,12 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/balancer/base"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/simenv"
@@ -822,7 +824,12 @@ func TestStressAgainstAModel(t *testing.T) {
 func TestOutcomesOfDoneInfo(t *testing.T) {
 	cancelled, cancel := context.WithCancel(context.Background())
 	cancel()
+	cutShort, cut := context.WithCancelCause(context.Background())
+	cut(statusError("DEADLINE_EXCEEDED"))
 	bg := context.Background()
+	large := status.Error(codes.ResourceExhausted, "trying to send message larger than max (5 vs. 4)")
+	answer := status.Error(codes.ResourceExhausted, "grpc: received message larger than max (5 vs. 4)")
+	spoken := metadata.Pairs("content-type", "application/grpc")
 	for _, test := range []struct {
 		name string
 		ctx  context.Context
@@ -836,6 +843,10 @@ func TestOutcomesOfDoneInfo(t *testing.T) {
 		{"cancelled while waiting for a stream", cancelled, balancer.DoneInfo{Err: statusError("CANCELLED")}, load.Cancelled},
 		{"cancelled by the caller", cancelled, balancer.DoneInfo{BytesSent: true, Err: statusError("CANCELLED")}, load.Cancelled},
 		{"cancelled by the server", bg, balancer.DoneInfo{BytesSent: true, Err: statusError("CANCELLED")}, load.Failed},
+		{"cut short by a layer's deadline", cutShort, balancer.DoneInfo{BytesSent: true, Err: statusError("CANCELLED")}, load.Failed},
+		{"a request that the client could not send", bg, balancer.DoneInfo{BytesSent: true, Err: large}, load.NotSent},
+		{"an answer that the client could not take", bg, balancer.DoneInfo{BytesSent: true, Err: answer}, load.Completed},
+		{"a server that says what the client says", bg, balancer.DoneInfo{BytesSent: true, Err: large, Trailer: spoken}, load.Failed},
 		{"an answer that is an error", bg, balancer.DoneInfo{BytesSent: true, Err: statusError("NOT_FOUND")}, load.Completed},
 		{"unavailable", bg, balancer.DoneInfo{BytesSent: true, Err: statusError("UNAVAILABLE")}, load.Failed},
 		{"unimplemented", bg, balancer.DoneInfo{BytesSent: true, Err: statusError("UNIMPLEMENTED")}, load.Failed},
