@@ -129,7 +129,7 @@ func (o *Origin) fork() *Call {
 func (c *Call) detach() *Call {
 	o := c.Origin()
 	f := o.fork()
-	f.attempt, f.now, f.admitted = c.attempt, c.now, true
+	f.attempt, f.now, f.admitted, f.wait = c.attempt, c.now, true, c.wait
 	lo := c.from(c.at + 1)
 	f.tickets = append(f.tickets, c.tickets[lo:]...)
 	clear(c.tickets[lo:])

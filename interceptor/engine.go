@@ -189,7 +189,7 @@ func innermost(ctx context.Context, c *Call) (err error) {
 func (c *Call) optionsOf(room []grpc.CallOption) []grpc.CallOption {
 	unary := c.kind == Unary
 	if c.conn != nil && c.grpcConn == nil {
-		c.carried = carriedWait{w: c.wait, call: c}
+		c.carried.call = c
 		room = append(room, &c.carried)
 	} else if unary && len(c.tickets) == 0 && c.parent == nil && !c.wantTrailer && c.prog.obs == nil {
 		return c.opts
@@ -379,7 +379,7 @@ func (c *Call) prepare(kind Kind, method string, t target, opts []grpc.CallOptio
 		case waitOption:
 			w = min(w, o.w)
 		case *carriedWait:
-			w = min(w, o.w)
+			w = min(w, o.call.wait)
 			c.fronts = append(c.fronts, o.call.prog.stack)
 		case grpc.OnFinishCallOption:
 			finish = append(finish, o.OnFinish)

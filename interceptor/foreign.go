@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 )
 
 // Foreign makes a layer of a pair of interceptors. One of them may be nil: calls of
@@ -63,10 +64,14 @@ func (f *foreign) callUnary(ctx context.Context, c *Call, next Next, inside *bou
 		}
 		a.method, a.req, a.reply, a.cc, a.opts = method, req, reply, cc, opts
 		err = next(ctx, a)
-		as.ended(err)
+		as.last.Store(&ending{err, a.trailer})
 		return err
 	}
-	return f.unary(ctx, c.method, c.req, c.reply, c.cc, invoker, c.opts...)
+	err := f.unary(ctx, c.method, c.req, c.reply, c.cc, invoker, c.opts...)
+	if last := as.last.Load(); last != nil {
+		c.trailer = last.trailer
+	}
+	return err
 }
 
 func (f *foreign) callStream(ctx context.Context, c *Call, next Next, inside *boundary) error {
@@ -99,7 +104,13 @@ type attempts struct {
 	inside *boundary
 	first  *Call // Has the call's own admission.
 	taken  atomic.Bool
-	last   atomic.Pointer[error] // Of the unary attempt that failed last.
+	last   atomic.Pointer[ending]
+}
+
+// ending is how the unary attempt that ended last did.
+type ending struct {
+	err     error
+	trailer metadata.MD
 }
 
 func newAttempts(c *Call, inside *boundary) *attempts {
@@ -112,19 +123,12 @@ func (as *attempts) next(ctx context.Context) (*Call, error) {
 	}
 	a := as.origin.fork()
 	if err := as.inside.readmit(ctx, a, Forever); err != nil {
-		if last := as.last.Load(); last != nil {
-			err = RefusedAgain(err, *last)
+		if last := as.last.Load(); last != nil && last.err != nil {
+			err = RefusedAgain(err, last.err)
 		}
 		return nil, err
 	}
 	return a, nil
-}
-
-// ended notes how a unary attempt ended.
-func (as *attempts) ended(err error) {
-	if err != nil {
-		as.last.Store(&err)
-	}
 }
 
 // close gives the admission back if the interceptor answered without it.

@@ -70,6 +70,24 @@ func TestForeign(t *testing.T) {
 		})
 	})
 
+	t.Run("first_attempt_carries_its_wait", func(t *testing.T) {
+		for name, want := range map[string]interceptor.Wait{"forever": interceptor.Forever, "none": interceptor.None} {
+			layers := []interceptor.Spec{passForeign(), newLimit("limit", 1)}
+			if want == interceptor.None {
+				layers = append([]interceptor.Spec{&shedToy{}}, layers...)
+			}
+			c := &conn{invoke: func(_ context.Context, _ string, _, _ any, opts ...grpc.CallOption) error {
+				if got := interceptor.WaitOf(opts); got != want {
+					t.Errorf("%s: the connection was told %v, want %v", name, got, want)
+				}
+				return nil
+			}}
+			if err := calltest.Stack(t, layers...).Wrap(c).Invoke(context.Background(), calltest.Method, nil, nil); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	})
+
 	t.Run("retry_inside_may_wait", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			limit := newLimit("limit", 1)

@@ -32,7 +32,7 @@ func WaitOf(opts []grpc.CallOption) Wait {
 		case waitOption:
 			w = min(w, o.w)
 		case *carriedWait:
-			w = min(w, o.w)
+			w = min(w, o.call.wait)
 		}
 	}
 	return w
@@ -45,10 +45,9 @@ type waitOption struct {
 }
 
 // carriedWait is what a stack tells a connection that is not gRPC's own and may let
-// calls wait itself: how long, and which call waits.
+// calls wait itself: which call waits, and so how long it may.
 type carriedWait struct {
 	grpc.EmptyCallOption
-	w    Wait
 	call *Call
 }
 
@@ -72,17 +71,15 @@ func (l *carryWait) Traits() Traits { return Waits }
 
 func (l *carryWait) WrapGate(inner Gate) Gate {
 	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
-		if w != Forever {
-			a.Note(l, int64(w))
-		}
+		a.pass() // It waits behind the stack, where no gate further out waits for it.
 		return inner.Admit(ctx, a, w)
 	})
 }
 
 func (l *carryWait) WrapCall(next Next, _ Again) Next {
 	return func(ctx context.Context, c *Call) error {
-		if w, ok := c.Noted(l); ok {
-			c.AddOptions(WithWait(Wait(w)))
+		if c.wait != Forever {
+			c.AddOptions(WithWait(c.wait))
 		}
 		return next(ctx, c)
 	}

@@ -362,7 +362,7 @@ func (s *scope) Header() (md metadata.MD, err error) {
 	md, err = s.ClientStream.Header()
 	if err != nil {
 		s.end(err, false)
-	} else if len(md) > 0 { // gRPC returns none, and no error, for a stream that ended without one.
+	} else if len(md) > 0 && !s.single { // gRPC returns none, and no error, for a stream that ended without one.
 		s.respond()
 	}
 	return md, err

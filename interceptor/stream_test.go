@@ -7,6 +7,7 @@ import (
 	"context"
 	"io"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 
@@ -48,6 +49,28 @@ func TestStream(t *testing.T) {
 		}
 		if err := s.Drain(context.Background()); err != nil {
 			t.Error(err)
+		}
+	})
+
+	t.Run("header_of_a_single_response_says_nothing", func(t *testing.T) {
+		for _, ask := range []bool{false, true} {
+			m := &meter{}
+			c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+				return &scriptStream{ctx: ctx, errs: []error{status.Error(codes.Unavailable, "")}}, nil
+			}}
+			st, err := calltest.Stack(t, m).Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ClientStreams: true}, calltest.Method)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if ask {
+				if md, err := st.Header(); err != nil || len(md) == 0 {
+					t.Fatalf("header %v, error %v, want one", md, err)
+				}
+			}
+			st.RecvMsg(nil)
+			if got := m.log.take(); len(got) != 1 || !strings.HasPrefix(got[0], "failed Unavailable") || strings.Contains(got[0], "response") {
+				t.Errorf("with the header asked for: %v: told %q, want one failure", ask, got)
+			}
 		}
 	})
 

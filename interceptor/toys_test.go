@@ -15,6 +15,7 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
@@ -458,6 +459,8 @@ func (s *scriptStream) RecvMsg(any) error {
 }
 
 func (s *scriptStream) SendMsg(any) error { return nil }
+
+func (s *scriptStream) Header() (metadata.MD, error) { return metadata.Pairs("key", "value"), nil }
 
 func (s *scriptStream) CloseSend() error { return nil }
 

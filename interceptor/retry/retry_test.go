@@ -292,6 +292,31 @@ func TestServerDelay(t *testing.T) {
 	}
 }
 
+// What the server says is heard through an interceptor of somebody else's, too.
+func TestServerDelayThroughForeign(t *testing.T) {
+	for _, tc := range []struct {
+		pushback string
+		attempts int
+	}{{"-1", 1}, {"", retry.DefaultMaxAttempts}} {
+		foreign := interceptor.Foreign("pass", func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			return invoker(ctx, m, req, reply, cc, opts...)
+		}, nil)
+		synctest.Test(t, func(t *testing.T) {
+			trailer := metadata.MD{}
+			if tc.pushback != "" {
+				trailer.Set("grpc-retry-pushback-ms", tc.pushback)
+			}
+			s := always(t, unavailable, trailer)
+			if _, err := s.call(t.Context(), nil, mustNew(t, quick), foreign); err != unavailable {
+				t.Errorf("pushback %q: got %v, want the server's error", tc.pushback, err)
+			}
+			if s.attempts() != tc.attempts {
+				t.Errorf("pushback %q: %d attempts, want %d", tc.pushback, s.attempts(), tc.attempts)
+			}
+		})
+	}
+}
+
 func TestServerDelayResetsBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
