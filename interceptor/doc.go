@@ -99,8 +99,14 @@
 // While no endpoint is READY, a connection is not ready, like a limit without a
 // permit: a load shed refuses (NOT_READY), a fail-fast refuses after its bound, and
 // a call that may wait waits, without holding permits or tokens of layers further
-// in. A call that gRPC itself would fail at once, because all endpoints fail and it
-// does not wait for ready, passes and gets gRPC's error.
+// in. A call that may wait, but that gRPC itself would fail at once because all
+// endpoints fail and it does not wait for ready, passes and gets gRPC's error.
+//
+// A connection is IDLE after grpc.NewClient, and again after half an hour without
+// calls (grpc.WithIdleTimeout). Then a load shed with no buffer inside refuses the
+// first calls, which make it connect. Call belfry.WaitReady before the first call,
+// and turn the idle timeout off with grpc.WithIdleTimeout(0), or let calls wait
+// with a buffer inside the load shed.
 //
 // Closing the connection and [Stack.Drain] end every wait, in gates and in
 // back-offs. What is on the wire goes on under Drain.

@@ -119,7 +119,13 @@ func (p *parking) watch(ctx context.Context, conn *grpc.ClientConn) {
 	}
 }
 
-var notReady = Refuse("connection", ReasonNotReady, "no endpoint is ready")
+// What a call is refused with that would have to wait for a connection.
+var (
+	notReady   = Refuse("connection", ReasonNotReady, "no endpoint is ready")
+	failing    = Refuse("connection", ReasonNotReady, "no endpoint is ready, all fail to connect")
+	connecting = Refuse("connection", ReasonNotReady, "no endpoint is ready, the connection connects")
+	idle       = Refuse("connection", ReasonNotReady, "no endpoint is ready, the connection was idle and connects now (see belfry.WaitReady)")
+)
 
 // A readyGate admits calls while an endpoint is READY. It takes nothing, and asks
 // gRPC's state of the connection, so it works with any policy.
@@ -139,11 +145,8 @@ func (g *readyGate) Admit(ctx context.Context, a *Admission, w Wait) error {
 // the call pass, which then fails with what gRPC knows of the reason.
 func (g *readyGate) wait(ctx context.Context, a *Admission, w Wait) error {
 	conn := a.grpcConn
-	if conn.GetState() == connectivity.Idle {
-		conn.Connect()
-	}
 	if w.Remaining() == 0 {
-		return notReady
+		return refuseUnready(conn)
 	}
 	since := Now()
 	parked, done := a.Park(ctx)
@@ -180,6 +183,22 @@ func (g *readyGate) wait(ctx context.Context, a *Admission, w Wait) error {
 			}
 		}
 		return Ended(parked, notReady.Layer)
+	}
+}
+
+// refuseUnready is wait for a call that may not wait. Only a connection that is
+// closed is left to gRPC, whose error says so.
+func refuseUnready(conn *grpc.ClientConn) error {
+	switch conn.GetState() {
+	case connectivity.Ready, connectivity.Shutdown:
+		return nil
+	case connectivity.Idle:
+		conn.Connect()
+		return idle
+	case connectivity.TransientFailure:
+		return failing
+	default:
+		return connecting
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -217,6 +218,28 @@ func TestReady(t *testing.T) {
 			w.cc.Close()
 			expectEnd(t, "a call", w.call(t.Context(), kind), refused(0, "", codes.Canceled))
 			expectLog(t, "the gate", m, "not_sent Canceled")
+		}},
+		{"closed_connection_passes_to_grpc_through_a_shed", func(t *testing.T, policy string, kind interceptor.Kind) {
+			m := &meter{}
+			w := newWorld(t, policy, &shedToy{}, m, limit())
+			w.cc.Close()
+			expectEnd(t, "a call", w.call(t.Context(), kind), refused(0, "", codes.Canceled))
+			expectLog(t, "the gate", m, "not_sent Canceled")
+		}},
+		{"refusal_says_what_the_connection_does", func(t *testing.T, policy string, kind interceptor.Kind) {
+			w := newWorld(t, policy, &shedToy{}, limit())
+			expectText := func(want string) {
+				t.Helper()
+				err := exchange(t.Context(), w.cc, kind, new(testingv1.UnaryRequest), new(testingv1.UnaryResponse))
+				if err == nil || !strings.Contains(err.Error(), want) {
+					t.Errorf("a call ended with %v, want an error with %q", err, want)
+				}
+			}
+			expectText("was idle and connects now")
+			expectText("the connection connects")
+			w.srv.Stop()
+			awaitState(t, w.cc, connectivity.TransientFailure)
+			expectText("all fail to connect")
 		}},
 		{"close_ends_the_wait", func(t *testing.T, policy string, kind interceptor.Kind) {
 			m := &meter{}

@@ -25,6 +25,11 @@
 //	Shed > Limit(10)               10 calls run, the next is refused
 //	Shed > Buffer(100) > Limit(10) 10 calls run, 100 wait, the next is refused
 //
+// Without a buffer inside it also refuses calls while the connection connects: the
+// first ones after grpc.NewClient, and after half an hour without calls, when gRPC
+// lets a connection be IDLE. If they shall succeed, call belfry.WaitReady after
+// grpc.NewClient and pass grpc.WithIdleTimeout(0).
+//
 // Outside a retry it refuses calls and further attempts alike, unless a buffer inside
 // lets them wait.
 package loadshed
