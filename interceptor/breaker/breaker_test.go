@@ -79,6 +79,7 @@ func TestKeys(t *testing.T) {
 
 func TestConfig(t *testing.T) {
 	t.Run("update_keeps_states_and_counts", testConfigUpdateKeepsStatesAndCounts)
+	t.Run("fewer_probes_close_a_half_open_circuit", testConfigFewerProbesCloseAHalfOpenCircuit)
 	t.Run("bad_values_are_errors", testConfigBadValuesAreErrors)
 	t.Run("empty_name", testConfigEmptyName)
 }
@@ -786,6 +787,21 @@ func testConfigUpdateKeepsStatesAndCounts(t *testing.T) {
 		time.Sleep(5 * time.Second)
 		f.calls(unavailable)
 		f.refused(time.Second)
+	})
+}
+
+func testConfigFewerProbesCloseAHalfOpenCircuit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		config := Config{ConsecutiveFailures: 1, Probes: 3}
+		f := newFixture(t, config)
+		f.halfOpen()
+		f.calls(nil, nil) // Two of three.
+		config.Probes = 2
+		if err := f.b.Update(config); err != nil {
+			t.Fatal(err)
+		}
+		f.calls(nil)
+		f.state(Closed)
 	})
 }
 

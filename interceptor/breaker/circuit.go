@@ -145,6 +145,10 @@ func (c *circuit) probe(s *settings, now interceptor.Instant) (word uint64, err 
 		c.probing, c.passed, c.probesFrom = 0, 0, now
 		word = c.changeLocked(HalfOpen, CauseDelay, 0)
 	default:
+		if c.passed >= s.Probes { // Update has lowered Probes, and no further probe is needed.
+			c.closeLocked(s, CauseProbesOK)
+			return c.state.Load(), nil
+		}
 		if now.Sub(c.probesFrom) >= s.OpenFor {
 			c.probing, c.probesFrom = 0, now // Those before have said nothing for long enough.
 		}
