@@ -206,7 +206,7 @@ type passed struct {
 	stack *Stack
 }
 
-var errSameStack = status.Error(codes.Internal, "belfry: the same stack stands twice on this connection: its limits would be taken twice by each call; remove one of them")
+var errSameStack = status.Error(codes.Internal, "belfry: the same stack is twice on this connection, so each call would take from its limits twice; remove one of them")
 
 func (c *Call) openStream(ctx context.Context) error {
 	opts := append(c.optionsOf(c.scope.opts[:0]), grpc.OnFinish(c.scope.finish))
