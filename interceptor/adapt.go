@@ -21,9 +21,9 @@ type Semaphore interface {
 }
 
 // FromSemaphore returns a layer that takes one permit of sem for each call or
-// attempt and holds it to its end. It refuses with reason CONCURRENCY. A
-// semaphore that is fair refuses to try while others wait; under [None] that is
-// a refusal.
+// attempt and holds it until that is over. It refuses with reason CONCURRENCY. A
+// fair semaphore admits nobody out of turn while others wait; under [None] that is a
+// refusal.
 func FromSemaphore(name string, sem Semaphore) Spec {
 	if err := checkAdapter("FromSemaphore", name, "sem", isnil.Value(sem), "a semaphore"); err != nil {
 		return failed{err}
@@ -74,8 +74,8 @@ func (l *semLayer) wait(ctx context.Context, a *Admission, w Wait) error {
 	return waitFailed(parked, waitCtx, l.full, err)
 }
 
-// bounded calls acquire with ctx, which ends with w if w allows waiting until a
-// moment, and says why it failed if it did.
+// bounded calls acquire with a context that ends when w does. It says why acquire
+// failed.
 func bounded(ctx context.Context, a *Admission, w Wait, full *Refusal, acquire func(ctx context.Context, wait bool) error) error {
 	lazy := &lazyPark{Context: ctx, admission: a}
 	defer lazy.close()
@@ -90,9 +90,8 @@ func bounded(ctx context.Context, a *Admission, w Wait, full *Refusal, acquire f
 	return nil
 }
 
-// lazyPark is a context that parks its call once somebody wants to know when it
-// ends, because a limiter that admits at once rarely does, and parking costs more
-// than most limiters.
+// lazyPark is a context that parks its call when its Done is first asked for. A
+// limiter that admits at once rarely asks, and parking costs more than most limiters.
 type lazyPark struct {
 	context.Context // The caller's.
 	admission       *Admission
@@ -114,7 +113,7 @@ func (l *lazyPark) Done() <-chan struct{} {
 
 func (l *lazyPark) Err() error { return l.current().Err() }
 
-// current is the context that holds: the parked one if there is one.
+// current returns the parked context if there is one, else the caller's.
 func (l *lazyPark) current() context.Context {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -128,7 +127,7 @@ func (l *lazyPark) currentLocked() context.Context {
 	return l.Context
 }
 
-// close is the end of the wait.
+// close ends the wait.
 func (l *lazyPark) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -138,8 +137,8 @@ func (l *lazyPark) close() {
 	}
 }
 
-// waitFailed says why waiting for a third-party limiter was in vain: the caller's
-// context has ended, or the Wait has, or the limiter refused.
+// waitFailed returns why a third-party limiter did not admit the call: the caller's
+// context ended, the Wait ended, or the limiter refused.
 func waitFailed(ctx, waitCtx context.Context, full *Refusal, err error) error {
 	switch {
 	case ctx.Err() != nil:
@@ -150,7 +149,7 @@ func waitFailed(ctx, waitCtx context.Context, full *Refusal, err error) error {
 	return refusedBy(full, err)
 }
 
-// refusedBy returns err if it is a refusal already, and otherwise full with err in it.
+// refusedBy returns err if it is a refusal, else full wrapping err.
 func refusedBy(full *Refusal, err error) error {
 	if _, ok := AsRefusal(err); ok {
 		return err
@@ -158,18 +157,18 @@ func refusedBy(full *Refusal, err error) error {
 	return full.Because(err, false)
 }
 
-// Permit is what a limiter gives out that learns from how calls end: exactly one
-// of its methods is called, once.
+// Permit is what a limiter hands out that learns from how calls end. Exactly one of
+// its methods is called, once.
 type Permit interface {
 	Success() // the call succeeded
 	Drop()    // the call failed: the limiter may take it for a sign of overload
 	Ignore()  // the call says nothing, or was never sent
 }
 
-// FromPermit returns a layer of a limiter that gives out permit objects, such as
-// an adaptive limit. acquire waits as long as its context, which ends with the
-// Wait; wait is false if it must not wait at all. A limiter that refuses returns
-// an error, which the refusal, of the given reason, wraps.
+// FromPermit returns a layer of a limiter that hands out permit objects, such as an
+// adaptive limit. acquire waits until its context ends, which is when the Wait ends;
+// wait is false if it must not wait at all. If it returns an error, the layer refuses
+// with the given reason and wraps the error.
 func FromPermit(name string, reason Reason, acquire func(ctx context.Context, wait bool) (Permit, error)) Spec {
 	if err := checkAdapter("FromPermit", name, "acquire", acquire == nil, "a function"); err != nil {
 		return failed{err}
@@ -219,10 +218,10 @@ func (p *permit) Release(_ int64, e End) {
 	}
 }
 
-// FromAllow returns a layer of a limiter or breaker of the shape "allow, then
-// done": allow refuses with an error, which the refusal, of the given reason,
-// wraps, or returns what is to be told how the call ended. done may be nil.
-// allow must not wait.
+// FromAllow returns a layer of a limiter or breaker of the shape "allow, then done".
+// If allow returns an error, the layer refuses with the given reason and wraps the
+// error. Otherwise done is called with how the call ended; done may be nil. allow must
+// not wait.
 //
 //	spec := interceptor.FromAllow("breaker", interceptor.ReasonBreakerOpen,
 //		func(context.Context) (func(interceptor.Outcome, error), error) {
@@ -266,12 +265,11 @@ type doneFunc struct{ f func(Outcome, error) }
 
 func (d *doneFunc) Release(_ int64, e End) { d.f(e.Outcome, e.Err) }
 
-// FromLimiter returns a layer of a rate limiter of go-grpc-middleware. The
-// limiter decides for itself whether it waits, but its context ends with the
-// [Wait] where that is a moment, such as the deadline of a layer outside; of
-// [None] it does not learn. The layer refuses with reason RATE_LIMIT and wraps the
-// limiter's error, so that errors.Is and errors.As see it. A limiter of this
-// shape cannot give a token back.
+// FromLimiter returns a layer of a rate limiter of go-grpc-middleware. The limiter
+// decides for itself whether it waits. Its context ends with the [Wait] if that is a
+// moment, such as the deadline of a layer outside; the limiter cannot see [None]. The
+// layer refuses with reason RATE_LIMIT and wraps the limiter's error, so that errors.Is
+// and errors.As find it. A limiter of this shape cannot take a token back.
 func FromLimiter(name string, l ratelimit.Limiter) Spec {
 	if err := checkAdapter("FromLimiter", name, "limiter", isnil.Value(l), "a limiter"); err != nil {
 		return failed{err}

@@ -12,42 +12,42 @@ import (
 // A Releaser takes back what a gate took for a call. Its dynamic type must be
 // comparable, as pointers are. Release is called exactly once for each
 // [Admission.Hold], possibly from another goroutine than Admit; it must not block.
-// token is what Hold was given, and e says how the call or attempt ended as seen
-// where the ticket's gate stands.
+// token is what Hold was given, and e says how the call or attempt ended as that gate
+// sees it.
 type Releaser interface {
 	Release(token int64, e End)
 }
 
-// A Responder is a [Releaser] that learns of a stream by its first response, not
-// by its end. Respond is called at most once for each Hold, before Release, when
-// a stream whose server may send many messages has delivered its header or its
-// first message; e is a success. End.Responded then tells Release of it.
+// A Responder is a [Releaser] that judges a stream by its first response and not by
+// its end. Respond is called at most once for each Hold, before Release, when a stream
+// whose server may send many messages has delivered its header or its first message;
+// e is a success. Release then gets an End with Responded set.
 type Responder interface {
 	Releaser
 	Respond(token int64, e End)
 }
 
-// A ticket is something that a gate took for a call. It belongs to the section of
-// its gate: section 0 are the gates outside of all layers in the call path, and
-// section i those directly inside the i-th of these. A section's tickets are
-// released when the inside of its layer is over.
+// A ticket is something that a gate took for a call. It belongs to the section of its
+// gate: section 0 holds the gates outside all layers in the call path, section i those
+// directly inside the i-th such layer. A section's tickets are released when the call
+// path inside that layer has returned.
 type ticket struct {
 	r       Releaser
 	token   int64
 	section int
 }
 
-// A note is what one half of a layer tells the other about a call.
+// A note is what the gate of a layer tells its call half about a call.
 type note struct {
 	of    any
 	value int64
 }
 
-// An Admission is a call on its way through the gates. It is the call as gates see
-// it; [Call] is the same as the call path sees it.
+// An Admission is a call as gates see it, on its way through them. [Call] is the same
+// call as the call path sees it.
 //
-// It belongs to the goroutine that runs the gates; none of its methods may be
-// called concurrently. A gate does not keep it.
+// It belongs to the goroutine that runs the gates. None of its methods may be called
+// concurrently, and a gate must not keep it.
 type Admission Call
 
 // Method is the full method name, such as "/helloworld.Greeter/SayHello".
@@ -59,8 +59,8 @@ func (a *Admission) Kind() Kind { return a.kind }
 // Desc describes the stream; nil for a unary call.
 func (a *Admission) Desc() *grpc.StreamDesc { return a.desc }
 
-// Attempt counts the attempts of the call that were begun before this one: 0 is
-// the first. Further attempts go ahead of first ones in every queue.
+// Attempt is the number of attempts of the call before this one: 0 for the first.
+// Further attempts go ahead of first ones in every queue.
 func (a *Admission) Attempt() int { return a.attempt }
 
 // Request is the request of a unary call; nil for a stream.
@@ -69,8 +69,8 @@ func (a *Admission) Request() any { return a.req }
 // Observer is the stack's observer; never nil.
 func (a *Admission) Observer() Observer { return (*Call)(a).Observer() }
 
-// Now is the time, read once per admission and then remembered: all gates that a
-// call passes without waiting share one reading. A gate that has waited says so
+// Now returns the time. It is read once per admission, so all gates that a call passes
+// without waiting share one reading. A gate that has waited says so
 // ([Admission.Waited]), and the next reading is fresh.
 func (a *Admission) Now() Instant {
 	if a.now == 0 {
@@ -79,8 +79,8 @@ func (a *Admission) Now() Instant {
 	return a.now
 }
 
-// Waited says that a gate of the named layer has waited since the given moment,
-// whether it then admitted the call or not.
+// Waited reports to the observer that a gate of the named layer has waited since the
+// given moment, whether or not it then admitted the call.
 func (a *Admission) Waited(layer string, since Instant) {
 	a.now = Now()
 	if o := a.prog.obs; o != nil {
@@ -88,21 +88,19 @@ func (a *Admission) Waited(layer string, since Instant) {
 	}
 }
 
-// Timed says that somebody wants to know when the call was sent: [End.Took] and
-// [End.SentAt] tell.
+// Timed asks for [End.Took] and [End.SentAt], which are zero without it.
 func (a *Admission) Timed() { a.timed = true }
 
-// Hold leaves a ticket on the call: r.Release(token, …) is called exactly once
-// when what it stands for is over, that is, when the inside of the nearest layer
-// outside this gate that takes part in the call is over: for a gate inside a
-// retry, the attempt; otherwise the call. Tickets are released in reverse order.
-// A stream holds its tickets until it has ended. Hold may be called before or
-// after the gate inside is asked.
+// Hold leaves a ticket on the call. r.Release(token, …) is called exactly once when
+// the call, or for a gate inside a retry the attempt, is over: when the call path
+// inside the nearest layer outside this gate has returned. Tickets are released in
+// reverse order. A stream holds its tickets until it has ended. Hold may be called
+// before or after the inner gate is asked.
 func (a *Admission) Hold(r Releaser, token int64) {
 	t := ticket{r, token, a.section}
 	a.tickets = append(a.tickets, t)
-	// A gate that holds after asking inside comes after tickets of sections further
-	// in. They are kept in the order of sections.
+	// A gate may hold after it has asked the inner gate, and then comes after tickets of
+	// sections further in. Keep the tickets in the order of sections.
 	for i := len(a.tickets) - 1; i > 0 && a.tickets[i-1].section > t.section; i-- {
 		a.tickets[i], a.tickets[i-1] = a.tickets[i-1], t
 	}
@@ -118,15 +116,15 @@ func (a *Admission) Held(r Releaser) bool {
 	return false
 }
 
-// Note leaves a note for the call half of a layer, which finds it with
-// [Call.Noted]. of is the layer.
+// Note leaves a note for the call half of a layer, which reads it with [Call.Noted].
+// of is the layer.
 func (a *Admission) Note(of any, value int64) {
 	a.notes = append(a.notes, note{of, value})
 }
 
-// Try asks inner for capacity that is there now, without waiting. If it refuses,
-// everything that inner left on the call is released, and mayWait says whether it
-// could admit the call if that waited.
+// Try asks inner to admit the call without waiting. If inner refuses, everything that
+// it left on the call is released, and mayWait says whether the call could be admitted
+// if it waited.
 func (a *Admission) Try(ctx context.Context, inner Gate) (mayWait bool, err error) {
 	tickets, notes, slot, trying := len(a.tickets), len(a.notes), a.slot, a.trying
 	a.slot, a.trying = nil, true
@@ -142,18 +140,17 @@ func (a *Admission) Try(ctx context.Context, inner Gate) (mayWait bool, err erro
 	return ctx.Err() == nil && a.waitMayHelp(ctx, err), err
 }
 
-// pass tells a buffer further out that a gate which can wait has passed the call.
+// pass tells a buffer further out that a gate that can wait has let the call through.
 func (a *Admission) pass() {
 	if a.slot != nil {
 		a.slot.Pass()
 	}
 }
 
-// waitMayHelp reports whether a call that was refused under [None] with err could
-// be admitted if it waited. It is so unless err is a [Refusal] for a reason that
-// has nothing to do with capacity, or one that says that capacity comes after the
-// call's deadline: what was decided by a filter, a throttle or a breaker would only
-// be decided once more.
+// waitMayHelp reports whether a call that was refused under [None] with err could be
+// admitted if it waited. It could not if err is a [Refusal] that waiting cannot
+// change, because a filter, throttle or breaker decided it, or if capacity comes after
+// the call's deadline.
 func (a *Admission) waitMayHelp(ctx context.Context, err error) bool {
 	r, ok := AsRefusal(err)
 	if !ok {

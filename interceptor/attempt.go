@@ -14,12 +14,12 @@ import (
 	"github.com/belfry-go/belfry/internal/message"
 )
 
-// An Origin is a call as it stood when a layer was about to pass it on, before
-// the layers inside changed it. A layer that makes further attempts takes one
-// first; it is a value and costs nothing.
+// An Origin is a call as it was when a layer was about to pass it on, before the
+// layers inside changed it. A layer that makes further attempts takes one first. It is
+// a value and costs nothing.
 type Origin struct {
-	// Expendable is set by a layer whose further attempts are worth waiting for, but
-	// not that another call is refused for their sake, such as a hedge's.
+	// Expendable is set by a layer whose further attempts may wait, but must not push
+	// another call out of the queue, such as a hedge's.
 	Expendable bool
 
 	call   *Call
@@ -32,7 +32,7 @@ type Origin struct {
 	at     int
 }
 
-// Origin returns the call as it stands now.
+// Origin returns the call as it is now.
 func (c *Call) Origin() Origin {
 	return Origin{
 		call: c, method: c.method, req: c.req, reply: c.reply, opts: c.opts,
@@ -40,23 +40,22 @@ func (c *Call) Origin() Origin {
 	}
 }
 
-// Again makes a further attempt of the call that o is of: a Call with the same
-// request, a reply of its own, results of its own for Header, Trailer and Peer
-// options, and an admission of its own by the gates inside the layer.
+// Again makes a further attempt of o's call: a Call with the same request, and with its
+// own reply, its own results for Header, Trailer and Peer options, and its own
+// admission by the gates inside the layer.
 //
-// If they admit it, err is nil, and the layer passes the attempt to next, once;
-// an attempt it does not need any more it gives up with [Call.GiveUp]. If they
-// refuse it, err says who and why, nothing has been sent, it counts as no attempt,
-// and the observer is told, unless ctx was cancelled meanwhile. A stack that drains
-// refuses further attempts.
+// If the gates admit it, err is nil. The layer then passes the attempt to next, once,
+// or gives it up with [Call.GiveUp]. If they refuse it, err says which layer and why,
+// nothing was sent, the attempt does not count, and the observer is told unless ctx
+// was cancelled meanwhile. A stack that drains refuses further attempts.
 //
-// w narrows what is left of the time that the call itself may wait at this place;
-// a further attempt goes ahead of the first attempts of its priority in every
-// queue. Under [None] it never waits, not even in a buffer. Its wait ends with ctx.
+// w narrows what is left of the time that the call itself may wait here. A further
+// attempt goes ahead of the first attempts of its priority in every queue. Under
+// [None] it never waits, not even in a buffer. Its wait ends with ctx.
 //
 // An attempt is not reused, so it may outlive the call. Again may be called
-// concurrently with itself and with an attempt that runs on the call, but not
-// after the layer has returned (for a stream: after its stream has ended).
+// concurrently with itself and with an attempt that runs on the call, but not after
+// the layer has returned, or for a stream not after the stream has ended.
 type Again func(ctx context.Context, o *Origin, w Wait) (attempt *Call, err error)
 
 // again is the Again of the layer outside b.
@@ -70,7 +69,7 @@ func (b *boundary) again(ctx context.Context, o *Origin, w Wait) (*Call, error) 
 	return f, nil
 }
 
-// readmit has a fork admitted by the gates inside b.
+// readmit asks the gates inside b to admit the fork.
 func (b *boundary) readmit(ctx context.Context, f *Call, w Wait) (err error) {
 	f.attempt = int(f.root.attempts.Load()) + 1
 	admitted := false
@@ -109,7 +108,7 @@ func (b *boundary) readmit(ctx context.Context, f *Call, w Wait) (err error) {
 	return nil
 }
 
-// fork makes the Call of an attempt, which is not admitted yet.
+// fork makes the Call of a further attempt. It is not admitted yet.
 func (o *Origin) fork() *Call {
 	c := o.call
 	c.root.forked.Store(true)
@@ -123,9 +122,9 @@ func (o *Origin) fork() *Call {
 	return f
 }
 
-// detach moves the first attempt to a fork, for a layer whose first attempt may
-// outlive the call: it takes the tickets and notes of the gates inside the layer
-// with it. The attempt shares the call's reply and options.
+// detach moves the first attempt to a fork, with the tickets and notes of the gates
+// inside the layer. It is for a layer whose first attempt may outlive the call. The
+// attempt shares the call's reply and options.
 func (c *Call) detach() *Call {
 	o := c.Origin()
 	f := o.fork()
@@ -138,7 +137,7 @@ func (c *Call) detach() *Call {
 	return f
 }
 
-// GiveUp gives an attempt up that [Again] made and that was not passed to next.
+// GiveUp releases an attempt that [Again] made and that was not passed to next.
 func (c *Call) GiveUp() { c.giveUp(End{Outcome: NotSent}) }
 
 func (c *Call) giveUp(e End) {
@@ -146,14 +145,14 @@ func (c *Call) giveUp(e End) {
 	c.release(0, -1, e)
 }
 
-// Adopt makes the results of f, an attempt that Again made of c, the call's: of a
-// unary attempt that succeeded its reply, and of every attempt what Header,
-// Trailer and Peer options ask for, once: when it has ended. Results of attempts
-// that are not adopted are dropped. The stream of f is not set on c, for that is
-// the layer's to wrap.
+// Adopt makes the results of f, an attempt that Again made of c, the results of the
+// call: the reply of a unary attempt that succeeded, and what Header, Trailer and Peer
+// options ask for, copied once when the attempt has ended. Results of attempts that are
+// not adopted are dropped. Adopt does not set the stream of f on c, because the layer
+// wraps it.
 //
-// For a unary call it is called after next has returned. For a stream it may be
-// called as soon as the layer has settled on f, also while it runs.
+// For a unary call it is called after next has returned. For a stream it may be called
+// as soon as the layer has settled on f, even while f runs.
 func (c *Call) Adopt(f *Call) {
 	if f.kind == Unary {
 		c.trailer = f.trailer
@@ -165,10 +164,9 @@ func (c *Call) Adopt(f *Call) {
 	f.outs.adopt()
 }
 
-// outs is where an attempt writes what the caller asked for by Header, Trailer
-// and Peer options. If the attempt is adopted it is copied to the caller's
-// variables when the attempt has ended, in whichever order that happens. A nil
-// *outs is an attempt nobody asked anything of.
+// outs is where an attempt writes what the caller asked for by Header, Trailer and Peer
+// options. It is copied to the caller's variables when the attempt is both adopted and
+// over, in either order. It is nil if the caller asked for nothing.
 type outs struct {
 	// Written by gRPC before the attempt ends, and not read before that.
 	header, trailer metadata.MD
@@ -180,8 +178,8 @@ type outs struct {
 	adopted, ended bool
 }
 
-// redirect returns opts with the options that have results pointed at a new
-// outs; opts itself and nil if there is none.
+// redirect returns opts with Header, Trailer and Peer pointed at a new outs, or opts
+// itself and nil if there is none.
 func redirect(opts []grpc.CallOption) (*outs, []grpc.CallOption) {
 	var o *outs
 	own := opts
@@ -220,7 +218,7 @@ func (o *outs) end() {
 	}
 }
 
-// note sets one of the two flags, and copies the results when both are set.
+// note sets one of the two flags. It copies the results when both are set.
 func (o *outs) note(flag *bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

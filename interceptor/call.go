@@ -12,17 +12,16 @@ import (
 	"google.golang.org/grpc/peer"
 )
 
-// A Call is one call on its way through a stack, or a further attempt of it that
-// [Again] made, as the call path sees it: layers read and change what is sent.
-// [Admission] is the same call as gates see it.
+// A Call is one call as the call path sees it, or a further attempt that [Again] made
+// of it. Layers read and change what is sent. [Admission] is the same call as gates
+// see it.
 //
-// A Call belongs to the goroutine that runs it; none of its methods may be called
-// concurrently, unless said otherwise. It is reused for another call when the
-// call is over, so a layer does not keep it longer than its Admit or its call,
-// or, for a stream, than the stream.
+// A Call belongs to the goroutine that runs it. None of its methods may be called
+// concurrently unless its comment says so. It is reused for another call when the call
+// is over, so a layer must not keep it beyond that, or for a stream beyond the stream.
 //
-// A new field belongs into one of the groups below and nowhere else: a Call that
-// is reused starts as the zero Call with its program.
+// Put a new field into one of the groups below: a Call that is reused starts as the
+// zero Call with its program.
 type Call struct {
 	// Set at the start and not changed.
 	prog *program
@@ -102,8 +101,7 @@ func (c *Call) Kind() Kind { return c.kind }
 // Desc describes the stream; nil for a unary call.
 func (c *Call) Desc() *grpc.StreamDesc { return c.desc }
 
-// Attempt counts the attempts of the call that were begun before this one: 0 is
-// the first.
+// Attempt is the number of attempts of the call before this one: 0 for the first.
 func (c *Call) Attempt() int { return c.attempt }
 
 // Request is the request of a unary call; nil for a stream.
@@ -112,8 +110,7 @@ func (c *Call) Request() any { return c.req }
 // SetRequest replaces the request of a unary call for the layers inside.
 func (c *Call) SetRequest(req any) { c.req = req }
 
-// Reply is the message that the reply of a unary call is written to; nil for a
-// stream.
+// Reply is the message that receives the reply of a unary call; nil for a stream.
 func (c *Call) Reply() any { return c.reply }
 
 // Options are the call options. They must not be modified; see AddOptions.
@@ -142,8 +139,8 @@ func (c *Call) Observer() Observer {
 	return NopObserver{}
 }
 
-// Noted returns the last note that the gate of a layer left on this call
-// ([Admission.Note]).
+// Noted returns the last note that the gate of a layer left on this call, see
+// [Admission.Note].
 func (c *Call) Noted(of any) (value int64, ok bool) {
 	for i := len(c.notes) - 1; i >= 0; i-- {
 		if c.notes[i].of == of {
@@ -153,8 +150,8 @@ func (c *Call) Noted(of any) (value int64, ok bool) {
 	return 0, false
 }
 
-// Park is [Admission.Park] for a layer that waits in the call path with nothing
-// sent, such as a retry that backs off.
+// Park is [Admission.Park] for a layer that waits in the call path, such as a retry
+// that backs off.
 func (c *Call) Park(ctx context.Context) (parked context.Context, done func()) {
 	parked, done = c.prog.stack.parked.add(ctx, c.grpcConn)
 	for _, s := range c.fronts {
@@ -165,14 +162,14 @@ func (c *Call) Park(ctx context.Context) (parked context.Context, done func()) {
 	return parked, done
 }
 
-// Internals is what only belfry's own layers need of a call.
+// Internals is the part of a call that only belfry's own layers use.
 func (c *Call) Internals() *Internals { return (*Internals)(c) }
 
-// waitAt is where it stands how long the call was allowed to wait in section i. The
-// last entry is that of all sections beyond, whose Waits hardly differ.
+// waitAt points at how long the call was allowed to wait in section i. The last entry
+// serves all sections beyond it, whose Waits hardly differ.
 func (c *Call) waitAt(i int) *Wait { return &c.waits[min(i, len(c.waits)-1)] }
 
-// whenSent is when the first of the attempts was sent.
+// whenSent returns when the first of the attempts was sent.
 func (c *Call) whenSent() Instant {
 	first := Instant(c.firstSent.Load())
 	if c.sentAt == 0 || first != 0 && first < c.sentAt {
@@ -181,8 +178,8 @@ func (c *Call) whenSent() Instant {
 	return c.sentAt
 }
 
-// arrived notes what became of an attempt when it was handed to the connection, for
-// it and for all that it is an attempt of.
+// arrived records what became of an attempt when it was handed to the connection, for
+// it and for all the calls that it is an attempt of.
 func (c *Call) arrived(f fate) {
 	c.fate |= f
 	for p := c.parent; p != nil; p = p.parent {
@@ -190,15 +187,15 @@ func (c *Call) arrived(f fate) {
 	}
 }
 
-// addFate notes what becomes of a stream later, for it and for all that it is an
-// attempt of. It may be called concurrently.
+// addFate records what became of a stream later, for it and for all the calls that it is
+// an attempt of. It may be called concurrently.
 func (c *Call) addFate(f fate) {
 	for ; c != nil; c = c.parent {
 		c.fates.Or(uint32(f))
 	}
 }
 
-// departs notes that an attempt is handed to the connection.
+// departs records that an attempt is handed to the connection now.
 func (c *Call) departs() {
 	if !c.timed && !c.root.timed {
 		return

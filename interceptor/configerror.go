@@ -5,9 +5,9 @@ package interceptor
 
 import "fmt"
 
-// A ConfigError says which setting of which layer is wrong. All packages below
-// this one return it for a Config, an option or an argument that they reject; if
-// several are wrong, joined by [errors.Join]. errors.As finds the first.
+// A ConfigError says which setting of which layer is wrong. All packages below this
+// one return it for a Config, an option or an argument that they reject. If several
+// are wrong, [errors.Join] joins them, and errors.As finds the first.
 type ConfigError struct {
 	Layer string // the package of the layer, such as "retry"
 	Field string // the field's Go path, such as "Backoff.Max" or "Codes[2]"; of an option "WithName"
@@ -20,7 +20,7 @@ func (e *ConfigError) Error() string {
 	return e.Layer + ": " + e.Field + " is " + shown(e.Value) + ", " + e.Rule
 }
 
-// shown is how an error prints a value.
+// shown returns v as an error prints it.
 func shown(v any) string {
 	switch v := v.(type) {
 	case nil:
@@ -32,7 +32,7 @@ func shown(v any) string {
 }
 
 // checkAdapter checks the arguments of a function that makes a layer of something
-// else. what says what its parameter must be, where that is nil.
+// else. what says what a nil parameter must be.
 func checkAdapter(function, name, parameter string, isNil bool, what string) error {
 	field := function + "."
 	switch {

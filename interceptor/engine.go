@@ -18,10 +18,10 @@ import (
 
 // A program is a list of layers, compiled. It is not changed.
 //
-// A call passes the gates from the outermost to the innermost, and then the call
-// path. Inside each layer of the call path stands a boundary. The gates between
-// two boundaries are a section; what they hold is released when the inside of the
-// section's boundary is over.
+// A call passes the gates from the outermost to the innermost, and then the call path.
+// Each layer of the call path has a boundary inside it. The gates between two
+// boundaries are a section; what they hold is released when the call path inside the
+// section's boundary has returned.
 type program struct {
 	stack      *Stack
 	layers     []Layer
@@ -32,8 +32,8 @@ type program struct {
 	advice     []string
 	calls      sync.Pool // *Call of unary calls
 
-	// choose and lists are set instead of all but stack and layers if the program
-	// depends on the method.
+	// choose and lists are set, instead of all the rest but stack and layers, if the
+	// program depends on the method.
 	choose func(method string) int
 	lists  []*program // The last one has no layers.
 }
@@ -114,15 +114,14 @@ func (s *Stack) compile(layers []Layer) (*program, error) {
 	return p, nil
 }
 
-// gateOver is a layer whose gate depends on how many of the gates inside it can
-// wait, each of which passes a [Slot] once. WrapGateOver is called instead of
-// WrapGate.
+// gateOver is a layer whose gate depends on how many of the gates inside it can wait.
+// Each of them passes a [Slot] once. WrapGateOver is called instead of WrapGate.
 type gateOver interface {
 	WrapGateOver(inner Gate, waits int) Gate
 }
 
-// wrapGate returns the gate of l around inner, the gate of the layers inside, of which
-// so many can wait.
+// wrapGate returns the gate of l around inner, the gate of the layers inside. waits is
+// how many of those can wait.
 func wrapGate(l Layer, inner Gate, waits int) Gate {
 	if over, ok := l.(gateOver); ok {
 		return over.WrapGateOver(inner, waits)
@@ -136,8 +135,8 @@ func admitAll(_ context.Context, a *Admission, w Wait) error {
 	return nil
 }
 
-// errForgotten is the end of a call that a gate has admitted without asking the
-// gates inside, whose limits it would have passed by.
+// errForgotten fails a call that a gate admitted without asking the gates inside, so
+// that it does not bypass their limits.
 func errForgotten(p *program) error {
 	return status.Errorf(codes.Internal, "belfry: a gate of %v admitted a call without asking the gate inside it (Gate.Admit must call inner.Admit)", p)
 }
@@ -147,7 +146,7 @@ var (
 	errNoStream = errors.New("interceptor: a stream was opened without an error, but is nil")
 )
 
-// innermost hands the attempt to the connection, and finds out what became of it.
+// innermost hands the attempt to the connection and records what became of it.
 func innermost(ctx context.Context, c *Call) (err error) {
 	if ctx.Err() != nil {
 		return Ended(ctx, stackName)
@@ -182,10 +181,10 @@ func innermost(ctx context.Context, c *Call) (err error) {
 	return err
 }
 
-// optionsOf returns the options of the attempt: a copy in room, unless it is unary
-// and nobody wants to know what becomes of it. Otherwise they have options by which
-// gRPC tells: it sets the peer and the trailer only of an attempt that it made a
-// stream for.
+// optionsOf returns the options of the attempt, copied into room. For a unary attempt
+// it adds those that show what became of it: gRPC sets the peer and the trailer only of
+// an attempt that it made a stream for. If nobody needs to know, it returns the
+// caller's options as they are.
 func (c *Call) optionsOf(room []grpc.CallOption) []grpc.CallOption {
 	unary := c.kind == Unary
 	if c.conn != nil && c.grpcConn == nil {
@@ -201,13 +200,13 @@ func (c *Call) optionsOf(room []grpc.CallOption) []grpc.CallOption {
 	return room
 }
 
-// passed is a call option that says which stack the call has passed.
+// passed is a call option that names a stack that the call has passed.
 type passed struct {
 	grpc.EmptyCallOption
 	stack *Stack
 }
 
-var errSameStack = status.Error(codes.Internal, "belfry: the same stack stands twice on this connection: its limits would be taken twice by each call; remove one of them")
+var errSameStack = status.Error(codes.Internal, "belfry: the same stack is twice on this connection, so each call would take from its limits twice; remove one of them")
 
 func (c *Call) openStream(ctx context.Context) error {
 	opts := append(c.optionsOf(c.scope.opts[:0]), grpc.OnFinish(c.scope.finish))
@@ -228,8 +227,8 @@ func (c *Call) openStream(ctx context.Context) error {
 	return err
 }
 
-// A boundary stands inside each layer that takes part in the call. When the
-// inside of the layer is over it releases what the gates inside took.
+// A boundary is inside each layer that takes part in the call. When the call path
+// inside it returns, it releases what the gates inside took.
 type boundary struct {
 	id   int // From 1 for the outermost; the stack itself is 0.
 	gate Gate
@@ -246,7 +245,7 @@ func (b *boundary) Admit(ctx context.Context, a *Admission, w Wait) error {
 	return err
 }
 
-// call is the Next that the layer outside b gets.
+// call is the Next of the layer outside b.
 func (b *boundary) call(ctx context.Context, c *Call) (err error) {
 	if c.entered >= b.id {
 		return errTwice
@@ -279,8 +278,8 @@ func (b *boundary) leave(ctx context.Context, c *Call, at int, returned *bool, e
 }
 
 // release releases the tickets from index lo on and removes them. Those of section
-// ended ended as e says; those of sections further in were never used. If ended is
-// negative all ended as e says.
+// ended end as e says, and those of sections further in as not sent. If ended is
+// negative all end as e says.
 func (c *Call) release(lo, ended int, e End) {
 	if lo < len(c.tickets) {
 		c.releaseFrom(lo, ended, &e)
@@ -293,9 +292,8 @@ func (c *Call) releaseFrom(lo, ended int, e *End) {
 	releaseAll(ts, ended, e)
 }
 
-// releaseAll releases tickets, the last first, and clears them. A Releaser that
-// panics does not keep the others from being released. e is passed on without a copy
-// but the one that each Releaser gets, for speed.
+// releaseAll releases tickets, the last first, and clears them. The others are released
+// even if a Releaser panics. e is a pointer for speed.
 func releaseAll(ts []ticket, ended int, e *End) {
 	n := len(ts)
 	defer func() {
@@ -315,7 +313,7 @@ func releaseAll(ts []ticket, ended int, e *End) {
 	}
 }
 
-// settle ends the unary inside of boundary i with err.
+// settle ends what boundary i of a unary call holds, with err.
 func (c *Call) settle(ctx context.Context, i int, err error) {
 	lo := c.from(i)
 	if lo < len(c.tickets) {
@@ -334,14 +332,14 @@ func (c *Call) from(i int) int {
 	return lo
 }
 
-// endOf says how c ended with err.
+// endOf returns how c ended with err.
 func (c *Call) endOf(ctx context.Context, err error) End {
 	e := End{Err: err}
 	c.judge(ctx, &e)
 	return e
 }
 
-// judge completes e, which has the error.
+// judge fills in the outcome of e from its error.
 func (c *Call) judge(ctx context.Context, e *End) {
 	if e.Err != nil {
 		e.Outcome = judge(ctx, e.Err, c.fate|fate(c.fates.Load()))
@@ -357,10 +355,10 @@ func (c *Call) judge(ctx context.Context, e *End) {
 	}
 }
 
-// begins reports whether b is where c, an attempt of its own, begins and ends.
+// begins reports whether the further attempt c begins and ends at b.
 func (b *boundary) begins(c *Call) bool { return c.parent != nil && c.home == b.id }
 
-// target is where an attempt goes.
+// target is where a call goes: a connection, or the next interceptor.
 type target struct {
 	cc       *grpc.ClientConn
 	conn     grpc.ClientConnInterface // Instead of an invoker or streamer if not nil.
@@ -369,8 +367,7 @@ type target struct {
 	grpcConn *grpc.ClientConn // cc or conn, if that is gRPC's own; otherwise nil.
 }
 
-// prepare sets what a call starts with. finish is what the caller wants to be
-// told at its end.
+// prepare sets what a call starts with. finish holds the caller's OnFinish functions.
 func (c *Call) prepare(kind Kind, method string, t target, opts []grpc.CallOption) (w Wait, finish []func(error), err error) {
 	c.kind, c.method, c.target = kind, method, t
 	w = Forever
@@ -401,7 +398,7 @@ func (c *Call) prepare(kind Kind, method string, t target, opts []grpc.CallOptio
 	return w, finish, err
 }
 
-// admit has the call admitted by all gates.
+// admit asks all gates to admit the call.
 func (p *program) admit(ctx context.Context, c *Call, w Wait) error {
 	if ctx.Err() != nil {
 		return Ended(ctx, stackName)
@@ -449,7 +446,7 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t tar
 	return err
 }
 
-// turnAway is the end of a call that the stack does not take up.
+// turnAway ends a call that the stack refuses because it drains.
 func (p *program) turnAway(method string, opts []grpc.CallOption, err error) error {
 	for _, o := range opts {
 		if o, ok := o.(grpc.OnFinishCallOption); ok {
@@ -460,8 +457,8 @@ func (p *program) turnAway(method string, opts []grpc.CallOption, err error) err
 	return err
 }
 
-// end ends a unary call. If it has not returned it panics, and its Call may be
-// used by whoever recovers.
+// end ends a unary call. If returned is false the call panics, and its Call may still be
+// in use by whoever recovers.
 func (p *program) end(ctx context.Context, c *Call, finish []func(error), returned *bool, err *error) {
 	defer p.stack.leave(callOne) // Even if a Releaser panics.
 	e := *err
@@ -489,8 +486,8 @@ func (p *program) end(ctx context.Context, c *Call, finish []func(error), return
 	}
 }
 
-// refused tells the observer about err if it is a refusal. That of a further attempt
-// was told when it was refused, not when the call ends with it.
+// refused tells the observer about err if it is a refusal. A further attempt was
+// reported when it was refused, so it is not reported again when its call ends.
 func (p *program) refused(method string, err error) {
 	if p.obs == nil {
 		return

@@ -12,15 +12,14 @@ import (
 )
 
 // Foreign makes a layer of a pair of interceptors. One of them may be nil: calls of
-// that kind pass by. Calls are admitted to the layers inside before the
-// interceptor runs; if it calls its invoker or streamer again, as a retry does, the
-// further attempt is admitted as [Again] says, with [Forever]. If it cannot be, it
-// fails with the refusal, which has the status of the unary attempt that failed
-// last, if one did ([RefusedAgain]).
+// that kind pass by. The layers inside admit a call before the interceptor runs. If it
+// calls its invoker or streamer again, as a retry does, the further attempt is admitted
+// as [Again] says, with [Forever]. If that is refused, the invoker returns the refusal,
+// with the status of the last unary attempt that failed ([RefusedAgain]).
 //
-// The interceptor sees the call's own reply and options and is free to pass on
-// others. Its *grpc.ClientConn is nil where the stack stands in front of
-// something else ([Stack.Wrap]). It costs a closure and a Call for each call.
+// The interceptor sees the call's own reply and options and may pass on different
+// ones. Its *grpc.ClientConn is nil if the stack wraps something else ([Stack.Wrap]).
+// It costs a closure and a Call for each call.
 func Foreign(name string, unary grpc.UnaryClientInterceptor, stream grpc.StreamClientInterceptor) Spec {
 	if err := checkAdapter("Foreign", name, "unary", unary == nil && stream == nil, "an interceptor, or stream must be"); err != nil {
 		return failed{err}
@@ -96,9 +95,9 @@ func (f *foreign) callStream(ctx context.Context, c *Call, next Next, inside *bo
 	return err
 }
 
-// attempts makes the Calls of the attempts of one call. Nothing is known of the
-// interceptor: it may make attempts concurrently, or after it has returned, so
-// none of them runs on the call itself.
+// attempts makes the Calls of the attempts of one call. A third-party interceptor may
+// make attempts concurrently, or after it has returned, so none of them runs on the
+// call itself.
 type attempts struct {
 	origin Origin
 	inside *boundary
@@ -131,7 +130,7 @@ func (as *attempts) next(ctx context.Context) (*Call, error) {
 	return a, nil
 }
 
-// close gives the admission back if the interceptor answered without it.
+// close gives the admission back if the interceptor answered without an attempt.
 func (as *attempts) close() {
 	if as.taken.CompareAndSwap(false, true) {
 		as.first.GiveUp()

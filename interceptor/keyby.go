@@ -16,9 +16,8 @@ import (
 // concurrently, and must not block.
 type KeyFunc func(ctx context.Context, a *Admission) string
 
-// KeyBy is what a layer tells calls apart by, so that those of each key have a
-// limit, a rate or a circuit of their own. At most one field is set; the zero KeyBy
-// does not tell calls apart.
+// KeyBy says how a layer tells calls apart, so that each key has its own limit, rate or
+// circuit. At most one field is set. The zero KeyBy does not tell calls apart.
 type KeyBy struct {
 	// Method tells calls apart by their full method name.
 	Method bool
@@ -40,13 +39,13 @@ func (k KeyBy) Check(layer string) error {
 	return nil
 }
 
-// Same reports whether k and o are set alike; of two functions nothing can be known
-// but that both are there.
+// Same reports whether k and o are set alike. Two functions count as the same, because
+// Go cannot compare them.
 func (k KeyBy) Same(o KeyBy) bool {
 	return k.Method == o.Method && k.Metadata == o.Metadata && (k.Func == nil) == (o.Func == nil)
 }
 
-// String returns what is set, such as "Method".
+// String names what is set, such as "Method".
 func (k KeyBy) String() string {
 	if !k.IsSet() {
 		return "nothing"
@@ -80,7 +79,7 @@ func (k KeyBy) Key(ctx context.Context, a *Admission) string {
 	return ""
 }
 
-// firstOutgoing is the first value of an entry of the outgoing metadata.
+// firstOutgoing returns the first value of an entry of the outgoing metadata.
 func firstOutgoing(ctx context.Context, key string) string {
 	md, _ := metadata.FromOutgoingContext(ctx)
 	if v := md.Get(key); len(v) > 0 {
@@ -89,15 +88,14 @@ func firstOutgoing(ctx context.Context, key string) string {
 	return ""
 }
 
-// A PriorityFunc says which priority a call has where it has to wait. It is called
+// A PriorityFunc returns the priority of a call that has to wait. It is called
 // concurrently, and must not block.
 type PriorityFunc func(ctx context.Context, a *Admission) int
 
 type priorityKey struct{}
 
-// ContextWithPriority returns a context whose calls have the given priority in
-// every queue of a stack: 0 is that of all others, and higher goes first, and is
-// refused last.
+// ContextWithPriority returns a context whose calls have the given priority in every
+// queue of a stack. The default is 0; a higher priority goes first and is refused last.
 func ContextWithPriority(ctx context.Context, priority int) context.Context {
 	return context.WithValue(ctx, priorityKey{}, priority)
 }
@@ -109,8 +107,8 @@ func ContextPriority(ctx context.Context, _ *Admission) int {
 }
 
 // MetadataPriority returns a PriorityFunc that reads the priority from the call's
-// outgoing metadata, so that it can be passed on from server to server. What is
-// missing or not a decimal number has priority 0.
+// outgoing metadata, so that it can be passed on from server to server. A call without
+// the entry, or with one that is not a decimal number, has priority 0.
 func MetadataPriority(key string) PriorityFunc {
 	return func(ctx context.Context, _ *Admission) int {
 		p, err := strconv.Atoi(firstOutgoing(ctx, key))

@@ -12,12 +12,12 @@ import (
 	"google.golang.org/grpc/metadata"
 )
 
-// MapRequest returns a layer that replaces requests of type M by what f makes of
-// them: the request of a unary call, each message that is sent on a stream.
-// Requests of other types pass by. An error of f ends the call and is returned as
-// it is, by a stream from then on: the stream is cancelled. f is called once for
-// each attempt if the layer stands inside a retry, and must not modify its
-// message, which is the caller's. It costs a context for each stream.
+// MapRequest returns a layer that replaces requests of type M with what f returns: the
+// request of a unary call, or each message that is sent on a stream. Requests of other
+// types pass unchanged. An error of f ends the call: it is returned as it is, and by a
+// stream from then on, which is cancelled. Inside a retry f is called once for each
+// attempt. It must not modify its message, which belongs to the caller. It costs a
+// context for each stream.
 func MapRequest[M any](f func(ctx context.Context, method string, m M) (M, error)) Spec {
 	if f == nil {
 		return noFunc("MapRequest")
@@ -33,10 +33,10 @@ func MapRequest[M any](f func(ctx context.Context, method string, m M) (M, error
 	}
 }
 
-// MapResponse returns a layer that lets f see, and change in place, responses of
-// type M: the reply of a unary call, each message that is received from a stream.
-// An error of f is returned instead of the response, by a stream from then on: the
-// stream is cancelled. It costs a context for each stream.
+// MapResponse returns a layer that lets f read and change responses of type M in place:
+// the reply of a unary call, or each message that is received from a stream. An error of
+// f is returned instead of the response, and by a stream from then on, which is
+// cancelled. It costs a context for each stream.
 func MapResponse[M any](f func(ctx context.Context, method string, m M) error) Spec {
 	if f == nil {
 		return noFunc("MapResponse")
@@ -52,13 +52,13 @@ func MapResponse[M any](f func(ctx context.Context, method string, m M) error) S
 	}
 }
 
-// MapError returns a layer that replaces the errors of calls and streams by what
-// f makes of them. f is not called for io.EOF, which is how a stream says that
-// it has ended well. If f returns nil for the error of a unary call the call
-// succeeds, with whatever the reply holds; the end of a stream becomes io.EOF; the
-// error of a stream that could not be opened stays, for there is none to return.
-// Refusals of gates do not pass through the call path, and so not through f;
-// to see those, map them in front of the stack.
+// MapError returns a layer that replaces the errors of calls and streams with what f
+// returns. f is not called for io.EOF, the normal end of a stream. If f returns nil for
+// the error of a unary call, the call succeeds with whatever the reply holds, and for
+// the error of a stream, the stream ends with io.EOF. The error of a stream that could
+// not be opened is returned as it is, because there is no stream to return. f does not
+// see refusals of gates, because these do not reach the call path; map those in front
+// of the stack.
 func MapError(f func(ctx context.Context, method string, err error) error) Spec {
 	if f == nil {
 		return noFunc("MapError")
@@ -66,7 +66,7 @@ func MapError(f func(ctx context.Context, method string, err error) error) Spec 
 	return &mapper{name: "maperror", err: f}
 }
 
-// mapper is the one layer behind the three; the fields that are nil map nothing.
+// mapper is the layer behind all three. A nil field maps nothing.
 type mapper struct {
 	CallOnly
 	name     string
@@ -138,11 +138,11 @@ type mapStream struct {
 	ended  atomic.Pointer[error] // What f ended it with.
 }
 
-// end ends the stream with an error of f. gRPC's callers take any error but io.EOF
-// of SendMsg, and any of RecvMsg, for the end, and so do the layers outside.
+// end ends the stream with an error of f. Callers, like the layers outside, take any
+// error of RecvMsg, and any of SendMsg but io.EOF, for the end of the stream.
 func (s *mapStream) end(err error) error {
 	s.ended.CompareAndSwap(nil, &err)
-	// Without a cause: for the layers inside it is a call that its caller gave up.
+	// Without a cause: the layers inside see a call that its caller cancelled.
 	s.cancel()
 	return err
 }

@@ -10,8 +10,8 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// overdue is the end of calls whose time by gRPC's service config is over, and
-// overdueUnsent that of those that waited in a gate all the time.
+// overdue ends calls whose timeout of gRPC's service config has passed. overdueUnsent
+// ends those that were still waiting in a gate.
 var (
 	overdue = &Refusal{
 		Layer: "service config", Reason: ReasonDeadline, Code: codes.DeadlineExceeded, Sent: true,
@@ -20,10 +20,9 @@ var (
 	overdueUnsent = overdue.Because(overdue.Err, false)
 )
 
-// withMethodTimeout gives a call the timeout that gRPC's own service config has for
-// its method. gRPC alone would give it to each attempt, and only from when that is
-// sent. cancel is nil if there is nothing to cancel. The other setting of a method
-// that is for the client, waitForReady, is heeded where readiness is asked for.
+// withMethodTimeout gives a call the timeout that gRPC's own service config has for its
+// method. gRPC alone would apply it to each attempt, from when that is sent. cancel is
+// nil if there is nothing to cancel. The method's waitForReady is heeded by readyGate.
 func (t *target) withMethodTimeout(ctx context.Context, method string) (_ context.Context, cancel context.CancelFunc) {
 	if t.grpcConn == nil {
 		return ctx, nil

@@ -10,9 +10,9 @@ import (
 )
 
 // An Observer sees what a stack does. Its methods are called on the path of
-// every call, concurrently, and while layers hold their locks: they must not
-// block, and must not call back into the stack. Embed [NopObserver] to be
-// ready for methods that later versions add.
+// every call, concurrently, and while layers hold their locks: they must not block, and
+// must not call back into the stack. Embed [NopObserver] to be ready for methods that
+// later versions add.
 type Observer interface {
 	// Admitted is called when a call has passed all gates, and again when a further
 	// attempt (attempt > 0) has passed those inside the layer that makes it.
@@ -20,15 +20,15 @@ type Observer interface {
 	// Refused is called when a layer refused a call, before or after it was sent,
 	// or refused a further attempt.
 	Refused(method, layer string, reason Reason)
-	// Waited is called when a gate has waited for d, in vain or not.
+	// Waited is called when a gate has waited for d, whether it admitted the call or not.
 	Waited(method, layer string, d time.Duration)
 	// Attempt is called when an attempt is handed to the connection; 0 is the first.
 	Attempt(method string, attempt int)
 	// Ended is called once for each call that was admitted, when it is over; err is
 	// what the caller got.
 	Ended(method string, kind Kind, o Outcome, err error)
-	// InFlight is called with +1 when the stack takes up a call, waiting included,
-	// and with -1 when the call is over or was refused.
+	// InFlight is called with +1 when a call enters the stack, and with -1 when it is
+	// over or was refused. Calls that wait count.
 	InFlight(delta int)
 
 	// HedgeFired is called by a hedge layer when it starts an extra attempt,
@@ -74,8 +74,8 @@ func (NopObserver) Budget(string, float64) {}
 // Limit does nothing.
 func (NopObserver) Limit(string, float64) {}
 
-// Observe returns the Spec of a layer that lets o see the whole stack it stands in,
-// wherever it stands. A stack may have one; the same observer may serve many stacks.
+// Observe returns the Spec of a layer that lets o see its whole stack, at whatever
+// position. A stack may have one, and the same observer may serve many stacks.
 func Observe(o Observer) Spec {
 	if isnil.Value(o) {
 		return failed{&ConfigError{Layer: "interceptor", Field: "Observe", Value: o, Rule: "must be an observer"}}

@@ -14,9 +14,9 @@ import (
 	"github.com/belfry-go/belfry/internal/isnil"
 )
 
-// Only applies the layer of s to the calls that m matches; for the others it is not
-// there. m is asked at each admission. A layer has one state, and may stand behind
-// several matchers, as long as no call matches two of them.
+// Only applies the layer of s to the calls that m matches, and lets other calls pass. m
+// is asked at each admission. A layer has one state. It may be used behind several
+// matchers, as long as no call matches two of them.
 //
 //	interceptor.Only(selector.MatchFunc(func(ctx context.Context, m interceptors.CallMeta) bool {
 //		return m.Service == "helloworld.Greeter"
@@ -66,7 +66,7 @@ func (o *only) matches(ctx context.Context, a *Admission) bool {
 	return o.match.Match(ctx, interceptors.NewClientCallMeta(a.Method(), a.Desc(), a.Request()))
 }
 
-// passBy admits a call for which the layer is not there.
+// passBy admits a call that the matcher does not match.
 func (o *only) passBy(ctx context.Context, a *Admission, w Wait, inner Gate) error {
 	if o.Traits()&Waits != 0 {
 		a.pass()
@@ -74,7 +74,7 @@ func (o *only) passBy(ctx context.Context, a *Admission, w Wait, inner Gate) err
 	return inner.Admit(ctx, a, w)
 }
 
-// onlyGate is only for a layer that leaves the call path alone.
+// onlyGate is Only for a layer that has no call path.
 type onlyGate struct {
 	GateOnly
 	only
@@ -95,9 +95,8 @@ func (o *onlyGate) WrapGateOver(inner Gate, waits int) Gate {
 	})
 }
 
-// onlyCall is only for any layer. What the gate decided the call path must do
-// too, even if what the matcher looks at has changed since, so the decision is
-// kept in a note.
+// onlyCall is Only for any layer. The call path follows what the gate decided, even if
+// what the matcher looks at has changed since, so the decision is kept in a note.
 type onlyCall struct{ only }
 
 func (o *onlyCall) NewLayer() (Layer, error) { return o, nil }

@@ -9,10 +9,9 @@ import (
 	"google.golang.org/grpc"
 )
 
-// WithWait is a call option that bounds how long the gates of every stack on the
-// call's way may wait: None makes the call refuse where it would have queued.
-// It can only narrow; of several the narrowest counts. Connections without a
-// stack ignore it.
+// WithWait is a call option that bounds how long the gates of every stack on the call's
+// way may wait. With None the call is refused where it would have queued. It can only
+// narrow: of several the narrowest counts. Connections without a stack ignore it.
 //
 //	client.Get(ctx, req, interceptor.WithWait(interceptor.None))
 //	client.Get(ctx, req, interceptor.WithWait(interceptor.For(50*time.Millisecond)))
@@ -23,8 +22,8 @@ func WithWait(w Wait) grpc.CallOption {
 	return waitOption{w: w}
 }
 
-// WaitOf returns the Wait that [WithWait] options among opts allow together, and
-// Forever without one: for a connection of yours that has something to wait for.
+// WaitOf returns the Wait that the [WithWait] options among opts allow together, or
+// Forever. Use it in your own connection that lets calls wait.
 func WaitOf(opts []grpc.CallOption) Wait {
 	w := Forever
 	for _, o := range opts {
@@ -44,8 +43,8 @@ type waitOption struct {
 	w Wait
 }
 
-// carriedWait is what a stack tells a connection that is not gRPC's own and may let
-// calls wait itself: which call waits, and so how long it may.
+// carriedWait tells a connection that is not gRPC's own, and may let calls wait itself,
+// which call it is, and so how long it may wait.
 type carriedWait struct {
 	grpc.EmptyCallOption
 	call *Call
@@ -53,12 +52,11 @@ type carriedWait struct {
 
 var noWait grpc.CallOption = waitOption{w: None}
 
-// CarryWait returns a layer for the end of a stack behind which, across
-// third-party interceptors, stands another stack: it passes on how long the call
-// may wait, as a call option, so that a load shed in the first stack sheds when
-// the second one is not ready. It costs an allocation for a call that may not
-// wait forever, and is not needed where the interceptor in between can become
-// a layer itself ([Foreign]).
+// CarryWait returns a layer for the end of a stack that is followed, across third-party
+// interceptors, by another stack. It passes on how long the call may wait, as a call
+// option, so that a load shed in the first stack sheds when the second one is not ready.
+// It costs an allocation for a call that may not wait forever. Where the interceptor in
+// between can become a layer itself, use [Foreign] instead.
 func CarryWait() Layer { return new(carryWait) }
 
 type carryWait struct{ _ byte } // Not empty, so that each value has its own address.

@@ -13,15 +13,15 @@ import (
 
 var logger = grpclog.Component("belfry")
 
-// A Validator is a [Layer] that cannot stand everywhere. NewStack asks it; inner
-// are the layers inside it, outermost first.
+// A Validator is a [Layer] that is not valid at every position of a stack. NewStack
+// calls Validate with the layers inside it, outermost first.
 type Validator interface {
 	Layer
 	Validate(inner []Layer) error
 }
 
-// check says which layers cannot stand where they do, counts the boundaries, and
-// gathers advice on the others.
+// check returns an error if the order of layers is not valid. It counts the boundaries
+// and collects the advice.
 func (p *program) check() error {
 	for i, l := range p.layers {
 		inside := p.layers[i+1:]
@@ -55,31 +55,31 @@ func anyHas(layers []Layer, t Traits) bool {
 	return false
 }
 
-// advise says what is legal and surprises.
+// advise collects what is legal and surprising.
 func (p *program) advise() {
 	say := func(format string, args ...any) { p.advice = append(p.advice, fmt.Sprintf(format, args...)) }
 	for i, outer := range p.layers {
 		t := traitsOf(outer)
 		for _, inner := range p.layers[i+1:] {
 			u := traitsOf(inner)
-			// A rate both waits and decides: two of them stand right in any order.
+			// A rate both waits and decides: two rates are right in any order.
 			if t&Decides != 0 && u&Waits != 0 && (t&Waits == 0 || u&Decides == 0) {
-				say("%s stands outside %s: it decides when a call comes and not when it is sent, so calls that it let pass wait and are sent later, when its decision may be wrong; put it inside", nameOf(outer), nameOf(inner))
+				say("%s is outside %s: it decides when a call arrives and not when it is sent, so calls that it let pass wait and are sent later, when its decision may be wrong; put it inside", nameOf(outer), nameOf(inner))
 				break
 			}
 		}
 		for _, inner := range p.layers[i+1:] {
 			if t&Retries != 0 && traitsOf(inner)&Hedges != 0 {
-				say("%s stands outside %s: each of its attempts may be hedged, so a call makes up to as many attempts as both multiplied; put the hedge outside", nameOf(outer), nameOf(inner))
+				say("%s is outside %s: each of its attempts may be hedged, so a call makes up to as many attempts as both multiplied; put the hedge outside", nameOf(outer), nameOf(inner))
 			}
 			if a, b := timeoutOf(outer), timeoutOf(inner); a > 0 && b >= a {
-				say("%s (%v) stands inside %s (%v), which ends first: it never acts; give it less time", nameOf(inner), b, nameOf(outer), a)
+				say("%s (%v) is inside %s (%v), which ends first: it never acts; give it less time", nameOf(inner), b, nameOf(outer), a)
 			}
 		}
 	}
 }
 
-// timeoutOf is the timeout of a layer that has one; zero if it has none.
+// timeoutOf returns the timeout of a layer, zero if it has none.
 func timeoutOf(l Layer) time.Duration {
 	if t, ok := bare(l).(interface{ Timeout() time.Duration }); ok {
 		return t.Timeout()
@@ -87,10 +87,10 @@ func timeoutOf(l Layer) time.Duration {
 	return 0
 }
 
-// Advice returns what is legal in the order of the layers and rarely meant, one
-// sentence each: what a breaker, throttle or rate outside of a queue does, an
-// attempt's timeout that is not less than its call's, a retry outside a hedge. The
-// package documentation has the arithmetic. NewStack logs it once.
+// Advice returns what is legal in the order of the layers and rarely meant, one sentence
+// each: a breaker, throttle or rate outside what waits, an inner timeout that is not
+// shorter than an outer one, a retry outside a hedge. The package documentation has the
+// arithmetic. NewStack logs it once.
 func (s *Stack) Advice() []string { return append([]string(nil), s.prog.Load().advice...) }
 
 func (s *Stack) logAdvice() {
@@ -99,11 +99,11 @@ func (s *Stack) logAdvice() {
 	}
 }
 
-// readyPlaces says in front of which layers, by their index, the readiness of the
-// connection is asked, so that a call that has to wait for a connection waits
-// outside of what it would hold meanwhile: directly inside the last layer that
-// governs waiting, or else outside of all; and again inside each layer further in
-// that makes further attempts, whose attempts do not pass the first place.
+// readyPlaces returns the indexes of the layers before which readyGate asks for the
+// readiness of the connection. A call that waits for a connection should hold nothing
+// meanwhile, so that is directly inside the last layer that governs waiting, or
+// outermost if there is none, and again inside each layer further in that makes further
+// attempts, because those do not pass the first gate.
 func readyPlaces(layers []Layer) map[int]bool {
 	first := 0
 	for i, l := range layers {
@@ -120,16 +120,16 @@ func readyPlaces(layers []Layer) map[int]bool {
 	return places
 }
 
-// same reports whether l and m are one value. Layers without state, such as an
-// empty struct, are equal without being harmful twice, but also without use.
+// same reports whether l and m are one value. It is also true of two layers without
+// state, such as empty structs: they would do no harm twice, but no good either.
 func same(l, m Layer) bool {
 	t := reflect.TypeOf(l)
 	return t == reflect.TypeOf(m) && reflect.ValueOf(l).Comparable() && reflect.ValueOf(m).Comparable() && l == m
 }
 
 // bare returns the layer that l applies to the calls that match, if it is an [Only].
-// The same one may stand behind several, of which a call matches one, but not also
-// by itself.
+// The same layer may be behind several matchers, of which a call matches one, but not
+// also by itself.
 func bare(l Layer) Layer {
 	for {
 		switch o := l.(type) {

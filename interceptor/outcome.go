@@ -54,9 +54,9 @@ func kindOf(desc *grpc.StreamDesc) Kind {
 	}
 }
 
-// Outcome says how a call or an attempt ended. It is decided in one place, from
-// what gRPC did and not from the status code alone, and everybody is told the
-// same: gates, budgets, breakers, algorithms and observers.
+// Outcome says how a call or attempt ended. It is decided once, from what gRPC did and
+// not from the status code alone, and all gates, budgets, breakers, algorithms and
+// observers are told the same. The package documentation has the list.
 type Outcome uint8
 
 const (
@@ -68,18 +68,18 @@ const (
 	// error, the connection broke, or a deadline of a layer passed. End.Code tells
 	// which.
 	Failed
-	// Ignored is a call that was sent and says nothing about the server but that it
-	// took at least End.Took: the caller cancelled it, the caller's deadline passed,
-	// another attempt won, or the connection was closed by its owner.
+	// Ignored is a call that was sent and says about the server only that it took at
+	// least End.Took: the caller cancelled it, the caller's deadline passed, another
+	// attempt won, or the owner closed the connection.
 	Ignored
-	// NotSent is the refund: gRPC made no stream for it. A gate further in refused, a
+	// NotSent is a call for which gRPC made no stream: a gate further in refused, a
 	// layer answered by itself, the context ended first, or gRPC refused the request
-	// (too large, not marshallable, bad metadata, failed credentials). The rate token
-	// goes back, the adaptive limit learns nothing, a budget is not charged.
+	// (too large, not marshallable, bad metadata, failed credentials). Rate tokens are
+	// given back, adaptive limits learn nothing, budgets are not charged.
 	NotSent
-	// NotConnected is a refund like NotSent, for want of a connection: no endpoint
-	// was READY, the resolver failed, the connection was refused, or the deadline
-	// passed while gRPC waited for one. Breakers may count it as a failure.
+	// NotConnected is like NotSent, because there was no connection: no endpoint was
+	// READY, the resolver failed, the connection was refused, or the deadline passed
+	// while gRPC waited for one. Breakers may count it as a failure.
 	NotConnected
 )
 
@@ -104,13 +104,13 @@ func (o Outcome) String() string {
 // it is spent. It is false for [NotSent] and [NotConnected].
 func (o Outcome) Sent() bool { return o < NotSent }
 
-// An End is how a call or an attempt ended, as seen where a gate stands.
+// An End says how a call or attempt ended, as a gate sees it.
 type End struct {
 	Outcome Outcome
 	// Err is the error, nil if it succeeded.
 	Err error
-	// Responded says that the ticket's [Responder] was told of the first response,
-	// which was the success of a stream that ended only now.
+	// Responded says that the ticket's [Responder] was told of the first response of
+	// the stream, and that this is its later end.
 	Responded bool
 
 	sent Instant
@@ -124,9 +124,8 @@ func (e End) Code() codes.Code {
 	return status.Code(e.Err)
 }
 
-// Took is the time since the call, or its first attempt, was sent. It is zero if
-// it was not, or if no gate has asked for it ([Admission.Timed]). It reads the
-// clock.
+// Took returns the time since the call, or its first attempt, was sent. It is zero if
+// it was not sent, or if no gate asked for it ([Admission.Timed]). It reads the clock.
 func (e End) Took() time.Duration {
 	if e.sent == 0 {
 		return 0
@@ -134,14 +133,14 @@ func (e End) Took() time.Duration {
 	return max(Now().Sub(e.sent), 1)
 }
 
-// SentAt is when the call, or its first attempt, was sent: zero where Took is.
+// SentAt returns when the call, or its first attempt, was sent. It is zero where Took is.
 func (e End) SentAt() Instant { return e.sent }
 
 // errPanic is what tickets are released with when the call panicked.
 var errPanic = status.Error(codes.Internal, "belfry: the call panicked")
 
-// fate is what became of an attempt at the connection. It is a set, because a
-// call has the fates of all its attempts.
+// fate is what became of an attempt at the connection. It is a set, because a call has
+// the fates of all its attempts.
 type fate uint32
 
 const (
@@ -152,9 +151,9 @@ const (
 	unasked                      // which was the first one.
 )
 
-// fateOf tells what became of a unary attempt that failed with err.
-// cc is nil if the connection is not gRPC's own; then nothing is known but that
-// it was asked. hasPeer says that gRPC made a stream, and trailer is that stream's.
+// fateOf returns what became of a unary attempt that failed with err. cc is nil if the
+// connection is not gRPC's own, which counts as sent. hasPeer says that gRPC made a
+// stream, and trailer is that stream's.
 func fateOf(cc *grpc.ClientConn, hasPeer bool, trailer metadata.MD, err error) fate {
 	switch {
 	case !hasPeer && cc == nil:
@@ -171,9 +170,9 @@ func fateOf(cc *grpc.ClientConn, hasPeer bool, trailer metadata.MD, err error) f
 	return sent
 }
 
-// fateUnsent tells what became of an attempt for which gRPC made no stream. While
-// an endpoint is READY it was not for want of a connection: credentials failed, a
-// picker dropped the call, or all streams of the connection were in use.
+// fateUnsent returns what became of an attempt for which gRPC made no stream. If an
+// endpoint is READY, a missing connection was not the cause: credentials failed, a picker
+// dropped the call, or all streams of the connection were in use.
 func fateUnsent(cc *grpc.ClientConn, err error) fate {
 	switch status.Code(err) {
 	case codes.Unavailable, codes.DeadlineExceeded:
@@ -184,7 +183,7 @@ func fateUnsent(cc *grpc.ClientConn, err error) fate {
 	return 0
 }
 
-// endOfRefused says how a call or an attempt ended that was not admitted.
+// endOfRefused returns how a call or attempt ended that was not admitted.
 func endOfRefused(err error) End {
 	e := End{Outcome: NotSent, Err: err}
 	if r, ok := AsRefusal(err); ok && r.Reason == ReasonNotReady {
@@ -193,9 +192,9 @@ func endOfRefused(err error) End {
 	return e
 }
 
-// judge decides how a call ended that failed with err. ctx is the context of the
-// place that asks: a hedge that its layer has cancelled is cancelled for the tickets
-// inside it, and not for those outside.
+// judge decides how a call ended that failed with err. ctx is the context of whoever
+// asks: a hedge that its layer has cancelled is cancelled for the tickets inside that
+// layer and not for those outside.
 func judge(ctx context.Context, err error, f fate) Outcome {
 	if r, ok := AsRefusal(err); ok && r.NotSent() {
 		if r.Reason == ReasonNotReady {
@@ -221,9 +220,9 @@ func judge(ctx context.Context, err error, f fate) Outcome {
 	return Failed
 }
 
-// abandoned tells the end of the caller's patience from a server that answers
-// CANCELLED or DEADLINE_EXCEEDED, and from a layer's own deadline, which leaves
-// its Refusal as the cause of the context's end.
+// abandoned reports whether the caller gave up. A server that answers CANCELLED or
+// DEADLINE_EXCEEDED is not that, and neither is a layer's own deadline, whose Refusal is
+// the cause of the context's end.
 func abandoned(ctx context.Context, err error) bool {
 	switch status.Code(err) {
 	case codes.Canceled:
@@ -237,15 +236,15 @@ func abandoned(ctx context.Context, err error) bool {
 	return ctx.Err() != nil && !cutShort(ctx)
 }
 
-// awaitDeadline waits for ctx to end if its deadline has passed. The server has the
-// same deadline, and its answer may come before the client's own timer fires; only
-// then does ctx say whose deadline it was.
+// awaitDeadline waits for ctx to end if its deadline has passed. The server has the same
+// deadline, and its answer may come before the client's own timer fires. Only when ctx
+// has ended does its cause say whose deadline it was.
 func awaitDeadline(ctx context.Context) {
 	d, ok := ctx.Deadline()
 	if !ok || ctx.Err() != nil || time.Now().Before(d) {
 		return
 	}
-	t := time.NewTimer(time.Millisecond) // In case that ctx does not keep its word.
+	t := time.NewTimer(time.Millisecond) // In case ctx does not end at its deadline.
 	defer t.Stop()
 	select {
 	case <-ctx.Done():
@@ -259,9 +258,9 @@ func cutShort(ctx context.Context) bool {
 	return ok
 }
 
-// isClosing reports whether err says that the connection was closed under the
-// call by its owner. gRPC has no other mark for it than this deprecated variable:
-// its status is CANCELLED, but nobody has cancelled the context.
+// isClosing reports whether the owner of the connection closed it during the call. This
+// deprecated variable is gRPC's only mark for that: the status is CANCELLED, but nobody
+// cancelled the context.
 func isClosing(err error) bool {
 	//lint:ignore SA1019 the status code alone does not tell, see above
 	return errors.Is(err, grpc.ErrClientConnClosing)

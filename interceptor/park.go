@@ -12,8 +12,8 @@ import (
 	"google.golang.org/grpc/connectivity"
 )
 
-// parking is where the calls of a stack are that wait, so that the end of the
-// stack or of a connection reaches them.
+// parking holds the calls of a stack that wait, so that the end of the stack or of a
+// connection reaches them.
 type parking struct {
 	// mu guards the fields below. What context.CancelCauseFunc locks is locked under
 	// it.
@@ -28,7 +28,7 @@ type parkedCall struct {
 	conn   *grpc.ClientConn // nil if it is not gRPC's.
 }
 
-// connWatch waits for the end of a connection while calls for it are parked.
+// connWatch watches a connection for its end while calls for it are parked.
 type connWatch struct {
 	calls  int
 	cancel context.CancelFunc
@@ -75,7 +75,7 @@ func (p *parking) remove(c *parkedCall) {
 	}
 }
 
-// drain ends the waiting of all calls, and of those that would wait later.
+// drain wakes all calls that wait, and keeps others from waiting later.
 func (p *parking) drain() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -85,8 +85,8 @@ func (p *parking) drain() {
 	}
 }
 
-// watchLocked counts one more call that is parked for conn, and reports whether that
-// is known to be closed. Caller must hold p.mu.
+// watchLocked counts one more call that is parked for conn, and reports whether conn is
+// known to be closed. Caller must hold p.mu.
 func (p *parking) watchLocked(conn *grpc.ClientConn) (closed bool) {
 	w := p.conns[conn]
 	if w == nil {
@@ -99,8 +99,7 @@ func (p *parking) watchLocked(conn *grpc.ClientConn) (closed bool) {
 	return w.closed
 }
 
-// watch ends the waiting of the calls for conn when that is closed. It ends when
-// none is left.
+// watch wakes the calls for conn when that is closed. It returns when none is left.
 func (p *parking) watch(ctx context.Context, conn *grpc.ClientConn) {
 	for s := conn.GetState(); s != connectivity.Shutdown; s = conn.GetState() {
 		if !conn.WaitForStateChange(ctx, s) {
@@ -127,8 +126,8 @@ var (
 	idle       = Refuse("connection", ReasonNotReady, "no endpoint is ready, the connection was idle and connects now (see belfry.WaitReady)")
 )
 
-// A readyGate admits calls while an endpoint is READY. It takes nothing, and asks
-// gRPC's state of the connection, so it works with any policy.
+// A readyGate admits calls while an endpoint is READY. It takes nothing. It reads gRPC's
+// state of the connection, so it works with any policy.
 type readyGate struct{ inner Gate }
 
 func (g *readyGate) Admit(ctx context.Context, a *Admission, w Wait) error {
@@ -141,8 +140,8 @@ func (g *readyGate) Admit(ctx context.Context, a *Admission, w Wait) error {
 	return g.inner.Admit(ctx, a, w)
 }
 
-// wait waits until an endpoint is READY. Where gRPC itself would not wait it lets
-// the call pass, which then fails with what gRPC knows of the reason.
+// wait waits until an endpoint is READY. Where gRPC itself would not wait it lets the
+// call pass, so that the call fails with gRPC's own reason.
 func (g *readyGate) wait(ctx context.Context, a *Admission, w Wait) error {
 	conn := a.grpcConn
 	if w.Remaining() == 0 {
@@ -176,7 +175,7 @@ func (g *readyGate) wait(ctx context.Context, a *Admission, w Wait) error {
 		if parked.Err() == nil {
 			return notReady
 		}
-		if ctx.Err() == context.DeadlineExceeded { // For want of a connection, which breakers may count.
+		if ctx.Err() == context.DeadlineExceeded { // Breakers may count a missing connection.
 			return &Refusal{
 				Layer: notReady.Layer, Reason: ReasonNotReady, Code: codes.DeadlineExceeded, Err: ctx.Err(),
 				Message: "no endpoint became ready before the deadline",

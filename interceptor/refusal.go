@@ -21,9 +21,9 @@ import (
 // Domain is the domain of the ErrorInfo in a refusal's status.
 const Domain = "belfry"
 
-// Reason is why a layer refused: the reason of the ErrorInfo in a refusal's
-// status. A layer of yours may have a reason of its own; its code is then
-// UNAVAILABLE unless the refusal says otherwise.
+// Reason is why a layer refused: the reason of the ErrorInfo in a refusal's status. Your
+// own layer may use its own reason, whose code is then UNAVAILABLE unless the refusal
+// says otherwise.
 type Reason string
 
 // The reasons of belfry's own layers, and the codes that go with them.
@@ -31,7 +31,7 @@ const (
 	ReasonRateLimit   Reason = "RATE_LIMIT"   // RESOURCE_EXHAUSTED
 	ReasonQuota       Reason = "QUOTA"        // RESOURCE_EXHAUSTED
 	ReasonConcurrency Reason = "CONCURRENCY"  // UNAVAILABLE: no permit
-	ReasonQueueFull   Reason = "QUEUE_FULL"   // UNAVAILABLE: no place in a queue
+	ReasonQueueFull   Reason = "QUEUE_FULL"   // UNAVAILABLE: the queue or buffer is full
 	ReasonShed        Reason = "SHED"         // UNAVAILABLE: nothing ready inside a load shed
 	ReasonFailFast    Reason = "FAIL_FAST"    // UNAVAILABLE: not ready for too long
 	ReasonThrottled   Reason = "THROTTLED"    // UNAVAILABLE: client-side throttling
@@ -45,7 +45,7 @@ const (
 	ReasonBudget      Reason = "BUDGET"       // the server's last error
 )
 
-// Code is the status code that goes with the reason.
+// Code returns the status code that goes with the reason.
 func (r Reason) Code() codes.Code {
 	switch r {
 	case ReasonRateLimit, ReasonQuota:
@@ -60,11 +60,11 @@ func (r Reason) Code() codes.Code {
 	return codes.Unavailable
 }
 
-// A Refusal is the error of a call that a layer refused or cut short; errors.As
-// finds it in what the stub returns. Its status carries an ErrorInfo with the
-// reason, the domain "belfry" and the layer, and a RetryInfo if RetryAfter is
-// positive. The status is built when somebody first asks for it, so that a layer
-// refuses with one value, made once, and a refusal costs nothing.
+// A Refusal is the error of a call that a layer refused or cut short. errors.As finds it
+// in what the stub returns. Its status carries an ErrorInfo with the reason, the domain
+// "belfry" and the layer, and a RetryInfo if RetryAfter is positive. The status is built
+// when it is first asked for, so a layer makes one Refusal and returns it many times,
+// and refusing costs nothing.
 //
 // A Refusal must not be changed once it has been returned.
 type Refusal struct {
@@ -89,7 +89,7 @@ func Refuse(layer string, reason Reason, message string) *Refusal {
 	return &Refusal{Layer: layer, Reason: reason, Message: message}
 }
 
-// After returns a copy of r that asks to try again after d.
+// After returns a copy of r with a RetryAfter of d.
 func (r *Refusal) After(d time.Duration) *Refusal {
 	c := r.copy()
 	c.RetryAfter = d
@@ -104,16 +104,16 @@ func (r *Refusal) Because(err error, sent bool) *Refusal {
 	return c
 }
 
-// ForKey returns a copy of r that names the key, such as a tenant, whose share was
-// exceeded: in its text, and as "key" in the metadata of its ErrorInfo.
+// ForKey returns a copy of r that names the key, such as a tenant, whose share was used
+// up: in its text, and as "key" in the metadata of its ErrorInfo.
 func (r *Refusal) ForKey(key string) *Refusal {
 	c := r.copy()
 	c.Key = key
 	return c
 }
 
-// RefusedAgain is the error of a call whose further attempt was refused with
-// refused, and whose last attempt failed with last: its status is that of last, and
+// RefusedAgain returns the error of a call whose further attempt was refused with
+// refused, after an attempt that failed with last. Its status is that of last, and
 // errors.As finds in it which layer refused and why. refused and last are not nil.
 func RefusedAgain(refused, last error) error {
 	r, ok := AsRefusal(refused)
@@ -132,10 +132,9 @@ func (r *Refusal) copy() *Refusal {
 	}
 }
 
-// Ended is the refusal of a call whose ctx ended before it was sent:
-// DEADLINE_EXCEEDED or CANCELLED, wrapping ctx's error. If ctx was ended with a
-// refusal as the cause, by a layer outside, by Drain or by the end of the
-// connection, that one is returned.
+// Ended returns the refusal of a call whose ctx ended before it was sent:
+// DEADLINE_EXCEEDED or CANCELLED, wrapping ctx's error. If the cause of ctx's end is a
+// refusal, of a layer outside, Drain or the closed connection, it returns that one.
 func Ended(ctx context.Context, layer string) error {
 	if r, ok := AsRefusal(context.Cause(ctx)); ok {
 		return r
@@ -149,7 +148,7 @@ func Ended(ctx context.Context, layer string) error {
 	return r
 }
 
-// AsRefusal returns the refusal in err's tree, if there is one.
+// AsRefusal returns the refusal in err's tree, if it has one.
 func AsRefusal(err error) (*Refusal, bool) {
 	if err == nil {
 		return nil, false
@@ -165,7 +164,7 @@ func AsRefusal(err error) (*Refusal, bool) {
 // NotSent reports whether nothing was sent on behalf of the call.
 func (r *Refusal) NotSent() bool { return !r.Sent }
 
-// Error names the layer and the reason, then the message and what it wraps.
+// Error returns the layer, the reason, the message and what it wraps.
 func (r *Refusal) Error() string {
 	var b strings.Builder
 	b.WriteString("belfry: ")
@@ -189,9 +188,9 @@ func (r *Refusal) Error() string {
 // Unwrap returns what r wraps.
 func (r *Refusal) Unwrap() error { return r.Err }
 
-// GRPCStatus returns r as a status. For a further attempt that was refused it is the
-// status of the server's error, unchanged. For a filter without a Code whose predicate's
-// error has a status it is that one, with the ErrorInfo added.
+// GRPCStatus returns r as a status. If a further attempt was refused, that is the status
+// of the server's error, unchanged. For a filter without a Code whose predicate's error
+// has a status, it is that status with the ErrorInfo added.
 func (r *Refusal) GRPCStatus() *status.Status {
 	if st := r.status.Load(); st != nil {
 		return st
@@ -230,7 +229,7 @@ func (r *Refusal) buildStatus() *status.Status {
 	return st
 }
 
-// statusCode is the code of r, but for one that has the status of what it wraps.
+// statusCode returns the code of r, unless r has the status of what it wraps.
 func (r *Refusal) statusCode() codes.Code {
 	if r.Code != codes.OK {
 		return r.Code

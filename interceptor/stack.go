@@ -23,9 +23,9 @@ type Stack struct {
 	mark   grpc.CallOption // Marks calls that have passed the stack.
 	parked parking
 
-	// state counts what is in flight: calls, and by partOne their parts, which are
-	// the inner scopes of streams and the forks. drainBit is set once the stack
-	// drains. It is one word so that no call slips in between.
+	// state counts what is in flight: calls, and in steps of partOne their parts, which
+	// are the inner scopes of streams and the forks. drainBit is set once the stack
+	// drains. It is one word so that no call enters in between.
 	state atomic.Int64
 	idle  chan struct{} // Closed when the stack drains and nothing is in flight.
 	once  sync.Once     // Closes idle.
@@ -48,13 +48,12 @@ const stackName = "stack"
 //		concurrency.Config{Limit: 20},
 //	)
 //
-// The error joins everything that is wrong, each with the index of its spec. It is
-// an error if the same layer value occurs twice, or by itself and behind an [Only]
-// (its limit would be taken twice by each call, and a call waiting for itself waits
-// for ever), and if a layer cannot do in its place what it is for, such as a load
-// shed with nothing inside that can be not ready. What works, but rarely as meant,
-// [Stack.Advice] says. No layers at all make a stack that does nothing but count
-// and drain.
+// The error joins everything that is wrong, each with the index of its spec. The same
+// layer value twice, or by itself and behind an [Only], is an error, because each call
+// would take from its limit twice, and a call that waits for itself waits for ever. A
+// layer that can do nothing at its position is one too, such as a load shed with nothing
+// inside that can be not ready. [Stack.Advice] lists what works, but rarely as meant. A
+// stack without layers only counts and drains.
 func NewStack(specs ...Spec) (*Stack, error) {
 	s := &Stack{idle: make(chan struct{})}
 	s.mark = passed{stack: s}
@@ -65,9 +64,9 @@ func NewStack(specs ...Spec) (*Stack, error) {
 	return s, nil
 }
 
-// Replace makes and compiles layers as NewStack does, and lets calls that begin
-// from now on go through them. Calls in flight end with the layers they began
-// with. On an error nothing has changed.
+// Replace makes and compiles layers as NewStack does. New calls go through them, and
+// calls in flight end with the layers they began with. After an error nothing has
+// changed.
 func (s *Stack) Replace(specs ...Spec) error {
 	layers, err := newLayers(specs)
 	if err != nil {
@@ -101,11 +100,11 @@ func newLayers(specs []Spec) ([]Layer, error) {
 	return layers, errors.Join(errs...)
 }
 
-// PrepareByMethod is [Stack.Replace] with several lists of layers, of which each
-// call goes through one: the one whose index choose returns for its method, or
-// none if there is no such list. choose is called once for each call,
-// concurrently. The same layer value may stand in several lists, whose calls it
-// then sees all. Nothing changes before commit is called, which cannot fail.
+// PrepareByMethod is [Stack.Replace] with several lists of layers. Each call goes
+// through the list whose index choose returns for its method, or through no layers if
+// there is no such list. choose is called once for each call, concurrently. The same
+// layer value may be in several lists, and then sees the calls of all of them. Nothing
+// changes before commit is called, which cannot fail.
 func (s *Stack) PrepareByMethod(choose func(method string) int, lists ...[]Layer) (commit func(), err error) {
 	if choose == nil {
 		return nil, errors.New("interceptor: PrepareByMethod: choose is nil")
@@ -128,10 +127,9 @@ func (s *Stack) PrepareByMethod(choose func(method string) int, lists ...[]Layer
 	return func() { s.prog.Store(p) }, nil
 }
 
-// DialOptions returns the options for grpc.NewClient. Interceptors that are
-// chained by options before these are outside the stack, those by later options
-// inside. Those pass on the options of a call, by which gRPC tells the stack what
-// became of it.
+// DialOptions returns the options for grpc.NewClient. Interceptors that are chained by
+// earlier options are outside the stack, those by later options inside. The ones inside
+// must pass on the options of a call, by which gRPC tells the stack what became of it.
 func (s *Stack) DialOptions() []grpc.DialOption {
 	return []grpc.DialOption{
 		grpc.WithChainUnaryInterceptor(s.UnaryClientInterceptor()),
@@ -139,28 +137,27 @@ func (s *Stack) DialOptions() []grpc.DialOption {
 	}
 }
 
-// UnaryClientInterceptor returns the unary half, to place it in a chain of others.
+// UnaryClientInterceptor returns the unary interceptor, for a chain of interceptors.
 func (s *Stack) UnaryClientInterceptor() grpc.UnaryClientInterceptor {
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		return s.invoke(ctx, method, req, reply, target{cc: cc, grpcConn: cc, invoker: invoker}, opts)
 	}
 }
 
-// StreamClientInterceptor returns the streaming half, to place it in a chain of
-// others.
+// StreamClientInterceptor returns the streaming interceptor, for a chain of
+// interceptors.
 func (s *Stack) StreamClientInterceptor() grpc.StreamClientInterceptor {
 	return func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 		return s.open(ctx, desc, method, target{cc: cc, grpcConn: cc, streamer: streamer}, opts)
 	}
 }
 
-// Wrap returns conn with the stack in front, for anything that carries calls:
-// a connection one did not dial, a pool, a steer.
+// Wrap returns conn with the stack in front, for anything that carries calls: a
+// connection that somebody else dialled, a pool, a steer.
 //
-// What became of a call, and the ends of streams, are seen best on a
-// *grpc.ClientConn. On anything else every call that was handed to it counts as
-// sent, unless it returns a [*Refusal] that says otherwise, and a stream that is
-// abandoned without its context being cancelled keeps its permits.
+// The stack sees most on a *grpc.ClientConn. On anything else every call that is handed
+// to it counts as sent, unless it returns a [*Refusal] that says otherwise, and a stream
+// that is abandoned without cancelling its context keeps its permits.
 func (s *Stack) Wrap(conn grpc.ClientConnInterface) grpc.ClientConnInterface {
 	cc, _ := conn.(*grpc.ClientConn)
 	return &wrapped{stack: s, target: target{conn: conn, grpcConn: cc}}
@@ -179,8 +176,8 @@ func (w *wrapped) NewStream(ctx context.Context, desc *grpc.StreamDesc, method s
 	return w.stack.open(ctx, desc, method, w.target, opts)
 }
 
-// String prints the order of the layers, the outermost first; of several lists
-// ([Stack.PrepareByMethod]) each.
+// String returns the order of the layers, the outermost first. With several lists
+// ([Stack.PrepareByMethod]) it returns each.
 func (s *Stack) String() string {
 	p := s.prog.Load()
 	if p.choose == nil {
@@ -201,9 +198,8 @@ func (p *program) String() string {
 	return "[" + strings.Join(names, " > ") + "]"
 }
 
-// Layers returns the layers of the stack, the outermost first, and those of
-// several lists ([Stack.PrepareByMethod]) one after the other. Layers that are
-// off are not among them.
+// Layers returns the layers of the stack, the outermost first; with several lists
+// ([Stack.PrepareByMethod]) one list after the other. It leaves out layers that are off.
 func (s *Stack) Layers() []Layer {
 	return append([]Layer(nil), s.prog.Load().layers...)
 }
@@ -214,12 +210,12 @@ func (s *Stack) InFlight() int { return int(s.state.Load() & (partOne - 1)) }
 
 var draining = Refuse(stackName, ReasonDrain, "the stack is draining")
 
-// Drain refuses new calls from now on, with UNAVAILABLE and reason DRAIN, and
-// waits until those in flight have ended, streams and the losers of hedges
-// included. Calls that wait in a gate are refused like new ones, and a call that
-// backs off before a further attempt, or would make one, ends with its last error;
-// what is on the wire goes on. If ctx ends first Drain returns ctx's error, and the stack goes on
-// draining. Drain may be called again, and concurrently.
+// Drain refuses new calls with UNAVAILABLE and reason DRAIN, and waits until those in
+// flight have ended, streams and the losers of hedges included. Calls that wait in a
+// gate are refused like new ones. A call that backs off before a further attempt, or
+// would make one, ends with its last error. Attempts on the wire continue. If ctx ends
+// first, Drain returns ctx's error, and the stack keeps draining. Drain may be called
+// again, and concurrently.
 func (s *Stack) Drain(ctx context.Context) error {
 	if s.state.Or(drainBit)&^drainBit == 0 {
 		s.once.Do(func() { close(s.idle) })
@@ -238,7 +234,7 @@ func (s *Stack) Drain(ctx context.Context) error {
 	}
 }
 
-// begin takes up a call unless the stack drains.
+// begin counts a new call, unless the stack drains.
 func (s *Stack) begin() error {
 	if s.state.Add(callOne)&drainBit != 0 {
 		s.leave(callOne)
@@ -250,10 +246,10 @@ func (s *Stack) begin() error {
 // drains reports whether Drain was called.
 func (s *Stack) drains() bool { return s.state.Load()&drainBit != 0 }
 
-// enterPart counts one more part of a call that has begun.
+// enterPart counts one more part of a call that is in flight.
 func (s *Stack) enterPart() { s.state.Add(partOne) }
 
-// leave is the end of a call or of a part.
+// leave ends a call or a part.
 func (s *Stack) leave(what int64) {
 	if s.state.Add(-what) == drainBit {
 		s.once.Do(func() { close(s.idle) })

@@ -138,8 +138,8 @@ func TestStackAdvice(t *testing.T) {
 		want   []string
 	}{
 		{"recommended_order", []interceptor.Spec{&shedToy{}, &timeToy{d: 2 * time.Second}, &hedgeToy{}, &retryToy{}, newBuffer(1), limit, newTokens(1), &timeToy{d: time.Second}}, nil},
-		{"rate_outside_a_limit", []interceptor.Spec{newTokens(1), limit}, []string{"stands outside limit"}},
-		{"rate_behind_an_only", []interceptor.Spec{interceptor.Only(everything, newTokens(1)), limit, newLimit("second", 1)}, []string{"stands outside limit"}},
+		{"rate_outside_a_limit", []interceptor.Spec{newTokens(1), limit}, []string{"is outside limit"}},
+		{"rate_behind_an_only", []interceptor.Spec{interceptor.Only(everything, newTokens(1)), limit, newLimit("second", 1)}, []string{"is outside limit"}},
 		{"two_rates", []interceptor.Spec{newTokens(1), newTokens(1)}, nil},
 		{"retry_outside_a_hedge", []interceptor.Spec{&retryToy{}, &hedgeToy{}}, []string{"put the hedge outside"}},
 		{"attempts_timeout_not_below_the_calls", []interceptor.Spec{&timeToy{d: time.Second}, &retryToy{}, &timeToy{d: time.Second}}, []string{"it never acts"}},

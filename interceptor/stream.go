@@ -19,20 +19,19 @@ import (
 	"github.com/belfry-go/belfry/internal/attempt"
 )
 
-// A scope is the life of a stream as seen from one place in the stack: outside
-// of all layers (the root, which the caller gets), or inside a layer that takes
-// part in the call. It holds the tickets of the gates at that place and releases
-// them when the stream has ended there. A layer between two scopes may end
-// streams and open others while the outer one lives.
+// A scope is a stream as seen from one position in the stack: outside all layers (the
+// root, which the caller gets), or inside a layer that takes part in the call. It holds
+// the tickets of the gates there, and releases them when the stream has ended there. A
+// layer between two scopes may end streams and open others while the outer one lives.
 //
 // A stream ends, for a scope,
 //   - when RecvMsg returns an error, io.EOF included, or the one response of a
 //     stream that has only one;
 //   - when SendMsg returns an error other than io.EOF, or Header an error;
-//   - when gRPC says so (grpc.OnFinish), which is how a stream ends that nobody
-//     reads from any more, by its context or by ClientConn.Close. Only the
-//     innermost scope hears it, and it is believed only for these two: a retrying
-//     interceptor of others behind the stack would make it heard for each attempt;
+//   - when gRPC says so (grpc.OnFinish). That is how a stream ends that nobody reads
+//     from any more, by its context or by ClientConn.Close. Only the innermost scope
+//     hears it, and we trust it only for these two causes: a third-party retrying
+//     interceptor below us would fire it once per attempt;
 //   - when its context ends and gRPC does not say so, for outer scopes and for
 //     connections that are not gRPC's;
 //   - when a layer inside cuts it short ([StreamEnd]);
@@ -57,7 +56,7 @@ type scope struct {
 	// it.
 	mu       sync.Mutex
 	opened   bool  // The stream is open, or could not be opened.
-	over     bool  // The end has been taken up by one of those who saw it.
+	over     bool  // The first end was handled.
 	early    error // The end, if it came before open,
 	isEarly  bool
 	outdone  bool     // and whether that was because another one is over.
@@ -173,7 +172,7 @@ func (c *Call) outermost() *scope {
 	return s
 }
 
-// abort ends a stream that was not opened.
+// abort ends a stream that could not be opened.
 func (sc *streamCall) abort(err error) {
 	c := &sc.Call
 	if c.running {
@@ -185,7 +184,7 @@ func (sc *streamCall) abort(err error) {
 	sc.done(e.Outcome, err)
 }
 
-// done is the end of the call, after its tickets were released.
+// done ends the call, after its tickets were released.
 func (sc *streamCall) done(o Outcome, err error) {
 	if sc.cancel != nil {
 		sc.cancel()
@@ -204,7 +203,7 @@ func (sc *streamCall) done(o Outcome, err error) {
 	p.stack.leave(callOne)
 }
 
-// begin readies s for the stream that is about to be opened inside boundary id.
+// begin prepares s for the stream that is about to be opened inside boundary id.
 func (s *scope) begin(ctx context.Context, c *Call, id int) {
 	s.call, s.ctx, s.id = c, ctx, id
 	lo, hi := c.from(id), c.from(id+1)
@@ -218,14 +217,14 @@ func sameContext(a, b context.Context) bool {
 	return reflect.TypeOf(a).Comparable() && reflect.TypeOf(b).Comparable() && a == b
 }
 
-// unused releases what is held inside the next boundary if that was not entered.
+// unused releases what is held inside the next boundary, if that was not entered.
 func (s *scope) unused(c *Call, err error) {
 	if c.entered <= s.id {
 		c.release(c.from(s.id+1), -1, End{Outcome: NotSent, Err: err})
 	}
 }
 
-// open says that the stream is open. c is the call on its goroutine.
+// open records that the stream is open. c is the call on its goroutine.
 func (s *scope) open(c *Call, stream grpc.ClientStream) {
 	s.unused(c, nil)
 	s.mu.Lock()
@@ -241,7 +240,7 @@ func (s *scope) open(c *Call, stream grpc.ClientStream) {
 	}
 }
 
-// fail says that the stream could not be opened.
+// fail records that the stream could not be opened.
 func (s *scope) fail(c *Call, err error) {
 	s.unused(c, err)
 	s.mu.Lock()
@@ -250,9 +249,9 @@ func (s *scope) fail(c *Call, err error) {
 	s.end(err, false)
 }
 
-// end ends the stream for s, if it has not ended yet: first for the scopes
-// inside, so that tickets are released in reverse order. superseded says that
-// the stream has not ended by itself.
+// end ends the stream for s, unless it has ended already. It ends the scopes inside
+// first, so that tickets are released in reverse order. superseded says that the stream
+// did not end by itself.
 func (s *scope) end(err error, superseded bool) {
 	s.mu.Lock()
 	if !s.opened {
@@ -282,7 +281,7 @@ func (s *scope) end(err error, superseded bool) {
 	releaseAll(s.tickets, s.id, &e)
 }
 
-// endOf says how the stream ended with err. superseded says that it did not end by
+// endOf returns how the stream ended with err. superseded says that it did not end by
 // itself.
 func (s *scope) endOf(err error, superseded bool) End {
 	if err == io.EOF {
@@ -333,8 +332,7 @@ func (s *scope) remove(in *scope) {
 	}
 }
 
-// finish is told by gRPC that the stream has ended. See the type for when that
-// is believed.
+// finish is called by gRPC when the stream has ended. The type says when we trust it.
 func (s *scope) finish(err error) {
 	closing := isClosing(err)
 	if !closing && s.ctx.Err() == nil {
@@ -395,7 +393,7 @@ func (s *scope) RecvMsg(m any) error {
 	return err
 }
 
-// respond tells those who hold tickets of the first response.
+// respond tells the holders of tickets about the first response.
 func (s *scope) respond() {
 	if s.responded.Load() || s.responded.Swap(true) {
 		return
@@ -413,8 +411,8 @@ func (s *scope) respond() {
 	}
 }
 
-// notSent notes that the client could not send a message, which gRPC says from
-// SendMsg itself. If it was the first one, nothing was asked of the server.
+// notSent records that the client could not send a message, as SendMsg says. If it was
+// the first one, nothing was asked of the server.
 func (s *scope) notSent(err error) {
 	switch {
 	case s.id != s.call.prog.boundaries || !attempt.IsSendError(err):

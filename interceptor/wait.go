@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// epoch is where Instants are counted from: long enough ago that every Instant
-// is positive, in a testing/synctest bubble too, whose clock begins in 2000.
+// epoch is the zero of Instants: long enough ago that every Instant is positive, even in
+// a testing/synctest bubble, whose clock starts in 2000.
 var epoch = time.Now().Add(-50 * 365 * 24 * time.Hour)
 
 // An Instant is a moment on the process's monotonic clock, in nanoseconds since
@@ -32,7 +32,7 @@ func InstantOf(t time.Time) Instant {
 	return Instant(t.Sub(epoch))
 }
 
-// Add returns i+d, at the ends of the scale if that does not fit.
+// Add returns i+d, or the end of the scale if that overflows.
 func (i Instant) Add(d time.Duration) Instant {
 	s := i + Instant(d)
 	if d > 0 && s < i {
@@ -116,14 +116,13 @@ func (w Wait) String() string {
 	return w.Remaining().String()
 }
 
-// ErrWaitOver is returned by [Wait.On] and [Wait.Sleep] when the Wait came to
-// its end first. A gate turns it into its own [Refusal], and ctx's error into what [Ended]
-// returns.
+// ErrWaitOver is returned by [Wait.On] and [Wait.Sleep] when the Wait ends first. A gate
+// turns it into its own [Refusal], and ctx's error into what [Ended] returns.
 var ErrWaitOver = errors.New("interceptor: nothing became ready in the time allowed")
 
-// On waits for ready to deliver or be closed: nil. It returns [ErrWaitOver] if w
-// ends first and ctx.Err() if ctx ends first. If ready is ready already it wins
-// over both. It makes a timer only if it has to wait until a moment.
+// On waits until ready delivers or is closed, and returns nil. It returns [ErrWaitOver]
+// if w ends first and ctx.Err() if ctx ends first. If ready is ready already it wins over
+// both. It makes a timer only if it has to wait until a moment.
 func (w Wait) On(ctx context.Context, ready <-chan struct{}) error {
 	select {
 	case <-ready:
@@ -150,10 +149,10 @@ func (w Wait) On(ctx context.Context, ready <-chan struct{}) error {
 	}
 }
 
-// Sleep waits until i if w allows that: nil. If it does not, Sleep returns
-// [ErrWaitOver] at once, for waiting in vain helps nobody; if ctx ends first,
-// or will certainly end first because of its deadline, ctx's error. A gate that
-// took something for the call beforehand gives it back on any error.
+// Sleep waits until i and returns nil. If w does not allow that, it returns
+// [ErrWaitOver] at once, because the wait would be in vain. If ctx ends first, or will
+// because of its deadline, it returns ctx's error. A gate that took something for the
+// call beforehand gives it back on any error.
 func (w Wait) Sleep(ctx context.Context, i Instant) error {
 	now := Now()
 	if i <= now {
@@ -176,8 +175,8 @@ func (w Wait) Sleep(ctx context.Context, i Instant) error {
 	}
 }
 
-// context returns ctx with w's end as its deadline, for third-party limiters that
-// wait as long as a context.
+// context returns ctx with w's end as its deadline, for third-party limiters that wait
+// until their context ends.
 func (w Wait) context(ctx context.Context) (context.Context, context.CancelFunc) {
 	if end, ok := w.End(); ok {
 		return context.WithDeadline(ctx, end.Time())

@@ -8,19 +8,25 @@
 //
 //	stack, err := interceptor.NewStack(loadshed.Config{}, concurrency.Config{Limit: 10})
 //
-// It sheds whenever a layer inside is not ready (a concurrency or rate limit, a full
-// buffer, a connection without a READY endpoint) and only then: capacity that is
-// there is never refused, and it has no state of its own that could be wrong about it.
-// The error is the one of the layer that was not ready, with its name, reason, code
-// and retry-after, so that an error or a metric says what was short. An error of a
-// gate of yours that is neither a refusal nor has a gRPC status becomes UNAVAILABLE
-// with reason SHED. Whatever other layers have taken for a call that is shed they get
-// back.
+// It sheds when a layer inside is not ready (a concurrency or rate limit, a full
+// buffer) or the connection is not, and only then: it never refuses capacity that is
+// there. The error is that of the layer that was not ready, with its name, reason,
+// code and retry-after. An error of your own gate that is neither a refusal nor has a
+// gRPC status becomes UNAVAILABLE with reason SHED. A call that is shed was not sent,
+// and other layers get back what they took for it.
+//
+// # The connection
+//
+// While no endpoint is READY, calls are refused with UNAVAILABLE and reason NOT_READY.
+// That includes IDLE, the state of a new connection and of one that was not used for
+// half an hour: the first call makes it connect and is refused. To keep the first
+// calls, put a buffer inside, in which they wait for the connection, or call
+// belfry.WaitReady before them.
 //
 // # Order
 //
-// It acts on what is inside it, so it stands outside of the limits; NewStack rejects
-// it where nothing inside can be not ready. A buffer inside it lets its calls wait:
+// It acts on what is inside it, so put it outside the limits. NewStack rejects it
+// if nothing inside makes calls wait. A buffer inside it lets its calls wait:
 //
 //	Shed > Limit(10)               10 calls run, the next is refused
 //	Shed > Buffer(100) > Limit(10) 10 calls run, 100 wait, the next is refused

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/breaker"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
@@ -99,21 +100,26 @@ func TestTowersBuilderServiceComposes(t *testing.T) {
 // at a time, as the documentation of package interceptor counts it.
 func TestOrderDecidesHowManyCallsAreInFlight(t *testing.T) {
 	const (
-		shed   = `{"loadShed": {}}`
-		queue  = `{"name": "buffer", "buffer": {"size": 100}}`
-		limit  = `{"name": "limit", "concurrency": {"limit": 10}}`
-		within = `{"rateLimit": {"limit": 1000000000, "burst": 1000000000}}` // What is always ready.
+		shed     = `{"loadShed": {}}`
+		queue    = `{"name": "buffer", "buffer": {"size": 100}}`
+		limit    = `{"name": "limit", "concurrency": {"limit": 10}}`
+		failFast = `{"failFast": {"after": "0.3s"}}`
+		within   = `{"rateLimit": {"limit": 1000000000, "burst": 1000000000}}` // What is always ready.
 	)
 	for _, c := range []struct {
 		order                  string
 		run, atLimit, inBuffer int // At a time; the rest of 200 calls is refused.
 	}{
 		{queue + "," + limit, 10, 100, 100},
+		{queue + "," + limit + "," + within, 10, 100, 100},
 		{limit + "," + queue + "," + within, 10, 190, 0},
 		{shed + "," + limit, 10, 0, -1},
 		{limit + "," + shed + "," + within, 10, 190, -1},
 		{shed + "," + queue + "," + limit, 10, 100, 100},
 		{queue + "," + shed + "," + limit, 10, 0, 0},
+		{queue + "," + failFast + "," + limit, 10, 100, 100},
+		{failFast + "," + queue + "," + limit, 10, 100, 100},
+		{shed + "," + failFast + "," + limit, 10, 0, -1},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			s := newStack(t, c.order)
@@ -156,6 +162,124 @@ func TestOrderDecidesHowManyCallsAreInFlight(t *testing.T) {
 	}
 }
 
+// TestOrderDecidesWhereCallsWait holds the lines of the documentation in which calls
+// wait at two gates: three calls find a token, and no other token comes.
+func TestOrderDecidesWhereCallsWait(t *testing.T) {
+	const (
+		queue = `{"name": "buffer", "buffer": {"size": 100}}`
+		limit = `{"name": "limit", "concurrency": {"limit": 10}}`
+		rate  = `{"name": "rate", "rateLimit": {"limit": 3, "per": "3600s", "burst": 3}}`
+	)
+	for _, c := range []struct {
+		order                    string
+		inBuffer, atLimit, inAll int
+	}{
+		{queue + "," + limit + "," + rate, 100, 93, 103}, // 7 of the 10 with a permit wait for a token.
+		{limit + "," + queue + "," + rate, 7, 190, 200},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newStack(t, c.order)
+			server := newHeld()
+			conn := s.Wrap(server)
+			ctx, cancel := context.WithCancel(t.Context())
+			var wg sync.WaitGroup
+			for range 200 {
+				wg.Go(func() { conn.Invoke(ctx, "/s.S/M", nil, nil) })
+			}
+			synctest.Wait()
+			inBuffer, atLimit := s.Layer("buffer").(*buffer.Layer).Waiting(), s.Layer("limit").(*concurrency.Layer).Waiting()
+			if inBuffer != c.inBuffer || atLimit != c.atLimit || s.InFlight() != c.inAll || server.running() != 3 {
+				t.Errorf("%v: %d calls in the buffer, %d at the limit, %d in all, %d run, want %d, %d, %d and 3",
+					s, inBuffer, atLimit, s.InFlight(), server.running(), c.inBuffer, c.atLimit, c.inAll)
+			}
+			cancel()
+			wg.Wait()
+		})
+	}
+}
+
+// departures is a server that notes when each call comes, and answers with err
+// after a time, but not before it has recovered.
+type departures struct {
+	grpc.ClientConnInterface
+	take      time.Duration
+	err       error
+	recovered time.Time
+	mu        sync.Mutex // Guards sent.
+	sent      []time.Time
+}
+
+func (d *departures) Invoke(context.Context, string, any, any, ...grpc.CallOption) error {
+	d.mu.Lock()
+	d.sent = append(d.sent, time.Now())
+	d.mu.Unlock()
+	time.Sleep(max(d.take, time.Until(d.recovered)))
+	return d.err
+}
+
+// within is the largest number of calls that came in any interval of length w.
+func (d *departures) within(w time.Duration) (most int) {
+	for i, first := 0, 0; i < len(d.sent); i++ {
+		for d.sent[i].Sub(d.sent[first]) > w {
+			first++
+		}
+		most = max(most, i-first+1)
+	}
+	return most
+}
+
+// TestOrderDecidesWhatADecisionIsWorth holds the table of the documentation about
+// what decides inside and outside of what waits. 100 calls a second come for 20 s to a
+// rate of 100/s with a burst of one, and the server stalls for the first 10 s.
+func TestOrderDecidesWhatADecisionIsWorth(t *testing.T) {
+	limit := concurrency.Config{Limit: 10}
+	rate := ratelimit.Config{Limit: 100, Burst: 1}
+	for _, c := range []struct {
+		layers   []interceptor.Spec
+		min, max int // Calls sent in any 100 ms.
+	}{
+		{[]interceptor.Spec{limit, rate}, 10, 11}, // Burst + 100 × 0.1.
+		{[]interceptor.Spec{rate, limit}, 1000, 1100},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := calltest.Stack(t, c.layers...)
+			server := &departures{recovered: time.Now().Add(10 * time.Second), take: time.Millisecond}
+			conn := s.Wrap(server)
+			var wg sync.WaitGroup
+			for range 2000 {
+				wg.Go(func() { conn.Invoke(t.Context(), "/s.S/M", nil, nil) })
+				time.Sleep(10 * time.Millisecond)
+			}
+			wg.Wait()
+			if got := server.within(100 * time.Millisecond); got < c.min || got > c.max {
+				t.Errorf("%v: %d calls were sent within 100ms, want %d to %d", s, got, c.min, c.max)
+			}
+		})
+	}
+	queue, one, three := buffer.Config{Size: 100}, concurrency.Config{Limit: 1}, breaker.Config{ConsecutiveFailures: 3}
+	for _, c := range []struct {
+		layers []interceptor.Spec
+		sent   int // Of 100 calls that come at once.
+	}{
+		{[]interceptor.Spec{queue, one, three}, 3},
+		{[]interceptor.Spec{three, queue, one}, 100},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := calltest.Stack(t, c.layers...)
+			server := &departures{take: time.Millisecond, err: status.Error(codes.Unavailable, "down")}
+			conn := s.Wrap(server)
+			var wg sync.WaitGroup
+			for range 100 {
+				wg.Go(func() { conn.Invoke(t.Context(), "/s.S/M", nil, nil) })
+			}
+			wg.Wait()
+			if len(server.sent) != c.sent {
+				t.Errorf("%v: %d of 100 calls were sent, want %d", s, len(server.sent), c.sent)
+			}
+		})
+	}
+}
+
 // attempts is a server whose attempts take a time each and then fail, unless their
 // context ends first.
 type attempts struct {
@@ -190,6 +314,9 @@ func TestOrderDecidesWhetherALayerSeesCallsOrAttempts(t *testing.T) {
 	rate := ratelimit.Config{Limit: 2, Burst: 2}
 	oneSecond := timeout.Config{Timeout: sec}
 	extra := hedge.Config{Delay: sec / 10, Budget: budget.Config{Ratio: 1}}
+	// A budget for all of them: the defaults allow fewer.
+	three := retry.Config{MaxAttempts: 3, Backoff: retry.Backoff{Initial: sec / 100}, Budget: budget.Config{Ratio: 10, MinPerSecond: 10}}
+	two := hedge.Config{MaxAttempts: 2, Delay: sec / 10, Budget: budget.Config{Ratio: 10, MinPerSecond: 10}}
 	for _, c := range []struct {
 		name          string
 		layers        []interceptor.Spec
@@ -206,6 +333,9 @@ func TestOrderDecidesWhetherALayerSeesCallsOrAttempts(t *testing.T) {
 		{"one second for each attempt, and back-offs of one and two", []interceptor.Spec{again(sec), oneSecond}, 1, time.Hour, sec / 2, 1, 1, 6 * sec},
 		{"a hedged call holds two permits", []interceptor.Spec{extra, limit(3)}, 2, sec, sec / 2, 3, 3, 0},
 		{"two calls and up to four attempts", []interceptor.Spec{limit(2), extra}, 2, sec, sec / 2, 4, 4, 0},
+		{"the inner timeout never acts", []interceptor.Spec{oneSecond, timeout.Config{Timeout: 2 * sec}}, 1, time.Hour, sec / 2, 1, 1, sec},
+		{"each attempt of a hedge is retried", []interceptor.Spec{two, three}, 1, sec, 5 * sec, 6, 0, 0},
+		{"each attempt of a retry is hedged", []interceptor.Spec{three, two}, 1, sec, 5 * sec, 6, 0, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
