@@ -106,11 +106,11 @@ func (o Outcome) Sent() bool { return o < NotSent }
 // An End is how a call or an attempt ended, as seen where a gate stands.
 type End struct {
 	Outcome Outcome
-	// Err is the error, nil if it succeeded.
-	Err error
 	// Responded says that the ticket's [Responder] was told of the first response,
 	// which was the success of a stream that ended only now.
 	Responded bool
+	// Err is the error, nil if it succeeded.
+	Err error
 
 	sent Instant
 }
