@@ -134,7 +134,9 @@ func (a *Admission) Try(ctx context.Context, inner Gate) (mayWait bool, err erro
 		return false, nil
 	}
 	a.admitted = false
-	(*Call)(a).release(tickets, -1, End{Outcome: NotSent, Err: err})
+	if tickets < len(a.tickets) {
+		(*Call)(a).release(tickets, End{Outcome: NotSent, Err: err})
+	}
 	clear(a.notes[notes:])
 	a.notes = a.notes[:notes]
 	return ctx.Err() == nil && a.waitMayHelp(ctx, err), err

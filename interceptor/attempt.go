@@ -142,7 +142,7 @@ func (c *Call) GiveUp() { c.giveUp(End{Outcome: NotSent}) }
 
 func (c *Call) giveUp(e End) {
 	defer c.prog.stack.leave(partOne) // Even if a Releaser panics.
-	c.release(0, -1, e)
+	c.release(0, e)
 }
 
 // Adopt makes the results of f, an attempt that Again made of c, the results of the

@@ -36,6 +36,9 @@ type Call struct {
 
 	expendable bool // Of a fork: see Origin.
 
+	finish []func(error)      // What the caller wants to be told at the end.
+	cancel context.CancelFunc // Ends the timeout of the method; nil if there is none.
+
 	// What is sent. Layers change it on the way in.
 	method string
 	req    any
@@ -69,7 +72,7 @@ type Call struct {
 	sentAt  Instant
 	trailer metadata.MD
 	peer    peer.Peer
-	ended   bool  // Of a fork: it has run,
+	ended   bool  // It has run,
 	err     error // and how that ended.
 
 	// Also used from all its attempts.
@@ -181,7 +184,7 @@ func (c *Call) whenSent() Instant {
 // arrived records what became of an attempt when it was handed to the connection, for
 // it and for all the calls that it is an attempt of.
 func (c *Call) arrived(f fate) {
-	c.fate |= f
+	c.fate = f
 	for p := c.parent; p != nil; p = p.parent {
 		p.fates.Or(uint32(f))
 	}

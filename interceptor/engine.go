@@ -67,7 +67,7 @@ func (s *Stack) compile(layers []Layer) (*program, error) {
 	if err := p.check(); err != nil {
 		return nil, err
 	}
-	p.gate, p.next = GateFunc(admitAll), innermost
+	p.gate, p.next = lastGate{}, innermost
 	id := p.boundaries
 	ready := readyPlaces(p.layers)
 	waits := 0 // Gates so far that can wait.
@@ -84,7 +84,7 @@ func (s *Stack) compile(layers []Layer) (*program, error) {
 		var again Again
 		if !isGateOnly(l) {
 			b := &boundary{id: id, gate: gate, next: next}
-			gate, next, again = b, b.call, b.again
+			gate, next, again = b, b.enter(), b.again
 			id--
 		}
 		p.gate = wrapGate(l, gate, waits)
@@ -129,8 +129,10 @@ func wrapGate(l Layer, inner Gate, waits int) Gate {
 	return l.WrapGate(inner)
 }
 
-// admitAll is the innermost gate.
-func admitAll(_ context.Context, a *Admission, w Wait) error {
+// lastGate is the innermost gate.
+type lastGate struct{}
+
+func (lastGate) Admit(_ context.Context, a *Admission, w Wait) error {
 	a.admitted, a.wait = true, w
 	return nil
 }
@@ -149,30 +151,22 @@ var (
 // innermost hands the attempt to the connection and records what became of it.
 func innermost(ctx context.Context, c *Call) (err error) {
 	if ctx.Err() != nil {
-		return Ended(ctx, stackName)
+		return unsent(Ended(ctx, stackName))
 	}
 	if o := c.prog.obs; o != nil {
 		o.Attempt(c.method, c.attempt)
 	}
 	c.departs()
-	returned := false
-	defer func() {
-		if !returned { // What panics may have been sent.
-			c.arrived(sent)
-		}
-	}()
 	if c.kind != Unary {
-		err = c.openStream(ctx)
-		returned = true
-		return err
+		return c.openStream(ctx)
 	}
 	opts := c.optionsOf(c.optRoom[:0])
+	c.fate = sent // What panics may have been sent.
 	if c.conn != nil {
 		err = c.conn.Invoke(ctx, c.method, c.req, c.reply, opts...)
 	} else {
 		err = c.invoker(ctx, c.method, c.req, c.reply, c.cc, opts...)
 	}
-	returned = true
 	if err == nil {
 		c.arrived(sent)
 	} else {
@@ -193,7 +187,10 @@ func (c *Call) optionsOf(room []grpc.CallOption) []grpc.CallOption {
 	} else if unary && len(c.tickets) == 0 && c.parent == nil && !c.wantTrailer && c.prog.obs == nil {
 		return c.opts
 	}
-	room = append(append(room, c.opts...), c.prog.stack.mark)
+	for _, o := range c.opts { // A few, which append would copy no faster.
+		room = append(room, o)
+	}
+	room = append(room, c.prog.stack.mark)
 	if unary {
 		room = append(room, grpc.Peer(&c.peer), grpc.Trailer(&c.trailer))
 	}
@@ -208,14 +205,20 @@ type passed struct {
 
 var errSameStack = status.Error(codes.Internal, "belfry: the same stack is twice on this connection, so each call would take from its limits twice; remove one of them")
 
-func (c *Call) openStream(ctx context.Context) error {
+func (c *Call) openStream(ctx context.Context) (err error) {
 	opts := append(c.optionsOf(c.scope.opts[:0]), grpc.OnFinish(c.scope.finish))
-	var err error
+	returned := false
+	defer func() {
+		if !returned { // What panics may have been sent.
+			c.arrived(sent)
+		}
+	}()
 	if c.conn != nil {
 		c.stream, err = c.conn.NewStream(ctx, c.desc, c.method, opts...)
 	} else {
 		c.stream, err = c.streamer(ctx, c.desc, c.cc, c.method, opts...)
 	}
+	returned = true
 	if err == nil && c.stream == nil {
 		err = errNoStream
 	}
@@ -245,81 +248,99 @@ func (b *boundary) Admit(ctx context.Context, a *Admission, w Wait) error {
 	return err
 }
 
-// call is the Next of the layer outside b.
-func (b *boundary) call(ctx context.Context, c *Call) (err error) {
-	if c.entered >= b.id {
-		return errTwice
+// enter returns the Next that the layer outside b gets.
+func (b *boundary) enter() Next {
+	return func(ctx context.Context, c *Call) error {
+		if c.entered >= b.id {
+			return errTwice
+		}
+		c.entered = b.id
+		switch {
+		case c.kind != Unary:
+			return b.open(ctx, c)
+		case b.begins(c):
+			return b.run(ctx, c)
+		}
+		at := c.at
+		c.at = b.id
+		err := b.next(ctx, c)
+		c.at = at
+		c.settle(ctx, b.id, err) // What a panic leaves is settled further out, by the end of the call at the latest.
+		return err
 	}
-	c.entered = b.id
-	if c.kind != Unary {
-		return b.open(ctx, c)
-	}
-	at := c.at
+}
+
+// run carries out a unary attempt of its own, which begins and ends at b.
+func (b *boundary) run(ctx context.Context, c *Call) error {
+	defer b.end(ctx, c)
 	c.at = b.id
-	returned := false
-	defer b.leave(ctx, c, at, &returned, &err)
-	err = b.next(ctx, c)
-	returned = true
-	return err
+	c.err = b.next(ctx, c)
+	c.ended = true
+	return c.err
 }
 
-func (b *boundary) leave(ctx context.Context, c *Call, at int, returned *bool, err *error) {
-	e := *err
-	if !*returned {
-		e = errPanic
+// end ends a unary attempt of its own. If it has not ended it panics.
+func (b *boundary) end(ctx context.Context, c *Call) {
+	defer c.prog.stack.leave(partOne) // Even if a Releaser panics.
+	defer c.outs.end()
+	if !c.ended {
+		c.ended, c.err = true, errPanic
+		c.arrived(c.fate)
 	}
-	c.at = at
-	if b.begins(c) {
-		defer c.prog.stack.leave(partOne) // Even if a Releaser panics.
-		c.ended, c.err = true, e
-		defer c.outs.end()
-	}
-	c.settle(ctx, b.id, e)
+	c.settleAll(ctx, b.id, c.err)
 }
 
-// release releases the tickets from index lo on and removes them. Those of section
-// ended end as e says, and those of sections further in as not sent. If ended is
-// negative all end as e says.
-func (c *Call) release(lo, ended int, e End) {
-	if lo < len(c.tickets) {
-		c.releaseFrom(lo, ended, &e)
-	}
-}
-
-func (c *Call) releaseFrom(lo, ended int, e *End) {
+// release releases the tickets from index lo on, which ended as e says, and removes
+// them.
+func (c *Call) release(lo int, e End) {
 	ts := c.tickets[lo:]
 	c.tickets = c.tickets[:lo]
-	releaseAll(ts, ended, e)
+	releaseAll(ts, e)
 }
 
-// releaseAll releases tickets, the last first, and clears them. The others are released
-// even if a Releaser panics. e is a pointer for speed.
-func releaseAll(ts []ticket, ended int, e *End) {
+// releaseAll releases tickets, the last first. A Releaser that panics does not keep
+// the others from being released.
+func releaseAll(ts []ticket, e End) {
 	n := len(ts)
-	defer func() {
-		if n > 0 {
-			releaseAll(ts[:n], ended, e)
-		}
-	}()
+	if n == 0 {
+		return
+	}
+	defer func() { releaseAll(ts[:n], e) }()
 	for n > 0 {
 		n--
-		t := ts[n]
-		ts[n] = ticket{}
-		if t.section == ended || ended < 0 {
-			t.r.Release(t.token, *e)
-		} else {
-			t.r.Release(t.token, End{Outcome: NotSent, Err: e.Err})
+		ts[n].r.Release(ts[n].token, e)
+	}
+}
+
+// settle ends the unary inside of boundary i with err: it releases the tickets of
+// section i, and of the sections further in, which were never used. Each is removed
+// first, so that after a Releaser that panics the others can be settled further out.
+func (c *Call) settle(ctx context.Context, i int, err error) {
+	n := len(c.tickets)
+	if n == 0 || c.tickets[n-1].section < i {
+		return
+	}
+	e := c.endOf(ctx, err)
+	for ; n > 0 && c.tickets[n-1].section >= i; n-- {
+		t := c.tickets[n-1]
+		c.tickets = c.tickets[:n-1]
+		switch {
+		case t.section == i:
+			t.r.Release(t.token, e)
+		case t.section <= c.entered: // A layer has recovered from a panic inside it.
+			t.r.Release(t.token, c.endOf(ctx, errPanic))
+		default:
+			t.r.Release(t.token, End{Outcome: NotSent, Err: err})
 		}
 	}
 }
 
-// settle ends what boundary i of a unary call holds, with err.
-func (c *Call) settle(ctx context.Context, i int, err error) {
-	lo := c.from(i)
-	if lo < len(c.tickets) {
-		e := End{Err: err}
-		c.judge(ctx, &e)
-		c.releaseFrom(lo, i, &e)
+// settleAll is settle for the outermost boundary of a call or fork: nobody is further
+// out, so it continues after a Releaser that panics.
+func (c *Call) settleAll(ctx context.Context, i int, err error) {
+	if len(c.tickets) > 0 {
+		defer c.settleAll(ctx, i, err)
+		c.settle(ctx, i, err)
 	}
 }
 
@@ -332,18 +353,12 @@ func (c *Call) from(i int) int {
 	return lo
 }
 
-// endOf returns how c ended with err.
-func (c *Call) endOf(ctx context.Context, err error) End {
-	e := End{Err: err}
-	c.judge(ctx, &e)
-	return e
-}
-
-// judge fills in the outcome of e from its error.
-func (c *Call) judge(ctx context.Context, e *End) {
-	if e.Err != nil {
-		e.Outcome = judge(ctx, e.Err, c.fate|fate(c.fates.Load()))
-		if e.Outcome == Failed && status.Code(e.Err) == codes.Canceled {
+// endOf says how c ended with err.
+func (c *Call) endOf(ctx context.Context, err error) (e End) {
+	e.Err = err
+	if err != nil {
+		e.Outcome = judge(ctx, err, c.fate|fate(c.fates.Load()))
+		if e.Outcome == Failed && status.Code(err) == codes.Canceled {
 			// A layer's deadline has cancelled the attempt, and gRPC does not know why.
 			if r, ok := AsRefusal(context.Cause(ctx)); ok {
 				e.Err = r
@@ -353,6 +368,7 @@ func (c *Call) judge(ctx context.Context, e *End) {
 	if c.timed && e.Outcome.Sent() {
 		e.sent = c.whenSent()
 	}
+	return e
 }
 
 // begins reports whether the further attempt c begins and ends at b.
@@ -367,9 +383,9 @@ type target struct {
 	grpcConn *grpc.ClientConn // cc or conn, if that is gRPC's own; otherwise nil.
 }
 
-// prepare sets what a call starts with. finish holds the caller's OnFinish functions.
-func (c *Call) prepare(kind Kind, method string, t target, opts []grpc.CallOption) (w Wait, finish []func(error), err error) {
-	c.kind, c.method, c.target = kind, method, t
+// prepare sets what a call starts with.
+func (c *Call) prepare(kind Kind, method string, t *target, opts []grpc.CallOption) (w Wait, err error) {
+	c.kind, c.method, c.target = kind, method, *t
 	w = Forever
 	for _, o := range opts {
 		switch o := o.(type) {
@@ -379,7 +395,7 @@ func (c *Call) prepare(kind Kind, method string, t target, opts []grpc.CallOptio
 			w = min(w, o.call.wait)
 			c.fronts = append(c.fronts, o.call.prog.stack)
 		case grpc.OnFinishCallOption:
-			finish = append(finish, o.OnFinish)
+			c.finish = append(c.finish, o.OnFinish)
 		case passed:
 			if o.stack == c.prog.stack {
 				err = errSameStack
@@ -387,7 +403,7 @@ func (c *Call) prepare(kind Kind, method string, t target, opts []grpc.CallOptio
 		}
 	}
 	c.opts = opts
-	if finish != nil {
+	if c.finish != nil {
 		c.opts = make([]grpc.CallOption, 0, len(opts))
 		for _, o := range opts {
 			if _, ok := o.(grpc.OnFinishCallOption); !ok {
@@ -395,7 +411,7 @@ func (c *Call) prepare(kind Kind, method string, t target, opts []grpc.CallOptio
 			}
 		}
 	}
-	return w, finish, err
+	return w, err
 }
 
 // admit asks all gates to admit the call.
@@ -404,10 +420,7 @@ func (p *program) admit(ctx context.Context, c *Call, w Wait) error {
 		return Ended(ctx, stackName)
 	}
 	if err := p.gate.Admit(ctx, (*Admission)(c), w); err != nil {
-		if err == overdue {
-			return overdueUnsent
-		}
-		return err
+		return unsent(err)
 	}
 	if !c.admitted {
 		return errForgotten(p)
@@ -419,7 +432,7 @@ func (p *program) admit(ctx context.Context, c *Call, w Wait) error {
 	return nil
 }
 
-func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t target, opts []grpc.CallOption) (err error) {
+func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t *target, opts []grpc.CallOption) error {
 	p := s.prog.Load().of(method)
 	if err := s.begin(); err != nil {
 		return p.turnAway(method, opts, err)
@@ -427,22 +440,18 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t tar
 	if p.obs != nil {
 		p.obs.InFlight(1)
 	}
-	ctx, cancel := t.withMethodTimeout(ctx, method)
-	if cancel != nil {
-		defer cancel()
-	}
 	c := p.calls.Get().(*Call)
-	w, finish, err := c.prepare(Unary, method, t, opts)
+	ctx, c.cancel = t.withMethodTimeout(ctx, method)
+	defer p.end(ctx, c)
+	w, err := c.prepare(Unary, method, t, opts)
 	c.req, c.reply = req, reply
-	returned := false
-	defer p.end(ctx, c, finish, &returned, &err)
 	if err == nil {
 		err = p.admit(ctx, c, w)
 	}
 	if err == nil {
 		err = p.next(ctx, c)
 	}
-	returned = true
+	c.ended, c.err = true, err
 	return err
 }
 
@@ -457,37 +466,49 @@ func (p *program) turnAway(method string, opts []grpc.CallOption, err error) err
 	return err
 }
 
-// end ends a unary call. If returned is false the call panics, and its Call may still be
-// in use by whoever recovers.
-func (p *program) end(ctx context.Context, c *Call, finish []func(error), returned *bool, err *error) {
+// end ends a unary call. If it has not ended it panics, and its Call may be used by
+// whoever recovers.
+func (p *program) end(ctx context.Context, c *Call) {
 	defer p.stack.leave(callOne) // Even if a Releaser panics.
-	e := *err
-	if !*returned {
-		e = errPanic
+	err := c.err
+	if !c.ended {
+		err = errPanic
 	}
 	if c.running {
-		c.settle(ctx, 0, e)
+		c.settleAll(ctx, 0, err)
 	} else {
-		c.release(0, -1, endOfRefused(e))
+		c.release(0, endOfRefused(err))
 	}
-	for _, f := range finish {
-		f(e)
-	}
+	outcome := NotSent
 	if p.obs != nil {
-		p.refused(c.method, e)
-		if c.running {
-			p.obs.Ended(c.method, Unary, c.endOf(ctx, e).Outcome, e)
-		}
-		p.obs.InFlight(-1)
+		outcome = c.endOf(ctx, err).Outcome
 	}
-	if *returned && !c.forked.Load() {
+	c.tell(outcome, err)
+	if c.ended && !c.forked.Load() {
 		c.reset(p)
 		p.calls.Put(c)
 	}
 }
 
-// refused tells the observer about err if it is a refusal. A further attempt was
-// reported when it was refused, so it is not reported again when its call ends.
+// tell tells those who want to know that the call is over.
+func (c *Call) tell(o Outcome, err error) {
+	if c.cancel != nil {
+		c.cancel()
+	}
+	for _, f := range c.finish {
+		f(err)
+	}
+	if obs := c.prog.obs; obs != nil {
+		c.prog.refused(c.method, err)
+		if c.running {
+			obs.Ended(c.method, c.kind, o, err)
+		}
+		obs.InFlight(-1)
+	}
+}
+
+// refused tells the observer about err if it is a refusal. That of a further attempt
+// was told when it was refused, not when the call ends with it.
 func (p *program) refused(method string, err error) {
 	if p.obs == nil {
 		return

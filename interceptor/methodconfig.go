@@ -20,6 +20,14 @@ var (
 	overdueUnsent = overdue.Because(overdue.Err, false)
 )
 
+// unsent returns err as the error of a call that was not sent.
+func unsent(err error) error {
+	if err == overdue {
+		return overdueUnsent
+	}
+	return err
+}
+
 // withMethodTimeout gives a call the timeout that gRPC's own service config has for its
 // method. gRPC alone would apply it to each attempt, from when that is sent. cancel is
 // nil if there is nothing to cancel. The method's waitForReady is heeded by readyGate.

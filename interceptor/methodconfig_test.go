@@ -38,6 +38,23 @@ func (l *lastEnd) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	})
 }
 
+// slowToy passes calls on after the time that their context asks for.
+type slowToy struct{ interceptor.CallOnly }
+
+type slowKey struct{}
+
+func (l slowToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (slowToy) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) error {
+		if d, ok := ctx.Value(slowKey{}).(time.Duration); ok {
+			time.Sleep(d) // In a bubble.
+			<-ctx.Done()
+		}
+		return next(ctx, c)
+	}
+}
+
 // The timeout of gRPC's service config bounds the call, its waiting and all its
 // attempts included, and not each attempt.
 func TestMethodTimeout(t *testing.T) {
@@ -127,6 +144,16 @@ func TestMethodTimeout(t *testing.T) {
 				t.Errorf("%d calls were refused for their method's timeout, want the one that still waited", unsent)
 			}
 		}, interceptor.FromSemaphore("limit", semaphore.NewWeighted(1)))
+	})
+	t.Run("is_a_refund_if_it_passes_before_the_call_is_sent", func(t *testing.T) {
+		run(t, func(t *testing.T, c testingv1.TestServiceClient) {
+			begin := time.Now()
+			_, err := c.Unary(context.WithValue(t.Context(), slowKey{}, 150*time.Millisecond), takes(0, codes.OK))
+			wantEnded(t, begin, err)
+			if r, ok := interceptor.AsRefusal(err); !ok || r.Layer != "service config" || !r.NotSent() {
+				t.Errorf("%v, want a refusal of the service config that says that nothing was sent", err)
+			}
+		}, slowToy{})
 	})
 	t.Run("bounds_streams", func(t *testing.T) {
 		run(t, func(t *testing.T, c testingv1.TestServiceClient) {

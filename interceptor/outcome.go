@@ -107,11 +107,11 @@ func (o Outcome) Sent() bool { return o < NotSent }
 // An End says how a call or attempt ended, as a gate sees it.
 type End struct {
 	Outcome Outcome
-	// Err is the error, nil if it succeeded.
-	Err error
 	// Responded says that the ticket's [Responder] was told of the first response of
 	// the stream, and that this is its later end.
 	Responded bool
+	// Err is the error, nil if it succeeded.
+	Err error
 
 	sent Instant
 }

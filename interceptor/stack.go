@@ -140,7 +140,7 @@ func (s *Stack) DialOptions() []grpc.DialOption {
 // UnaryClientInterceptor returns the unary interceptor, for a chain of interceptors.
 func (s *Stack) UnaryClientInterceptor() grpc.UnaryClientInterceptor {
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		return s.invoke(ctx, method, req, reply, target{cc: cc, grpcConn: cc, invoker: invoker}, opts)
+		return s.invoke(ctx, method, req, reply, &target{cc: cc, grpcConn: cc, invoker: invoker}, opts)
 	}
 }
 
@@ -148,7 +148,7 @@ func (s *Stack) UnaryClientInterceptor() grpc.UnaryClientInterceptor {
 // interceptors.
 func (s *Stack) StreamClientInterceptor() grpc.StreamClientInterceptor {
 	return func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-		return s.open(ctx, desc, method, target{cc: cc, grpcConn: cc, streamer: streamer}, opts)
+		return s.open(ctx, desc, method, &target{cc: cc, grpcConn: cc, streamer: streamer}, opts)
 	}
 }
 
@@ -169,11 +169,11 @@ type wrapped struct {
 }
 
 func (w *wrapped) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
-	return w.stack.invoke(ctx, method, args, reply, w.target, opts)
+	return w.stack.invoke(ctx, method, args, reply, &w.target, opts)
 }
 
 func (w *wrapped) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	return w.stack.open(ctx, desc, method, w.target, opts)
+	return w.stack.open(ctx, desc, method, &w.target, opts)
 }
 
 // String returns the order of the layers, the outermost first. With several lists

@@ -74,13 +74,11 @@ type scope struct {
 // allocation.
 type streamCall struct {
 	Call
-	scope  scope
-	room   [2]scope // For the outermost boundaries.
-	finish []func(error)
-	cancel context.CancelFunc // Ends the timeout of the method; nil if there is none.
+	scope scope
+	room  [2]scope // For the outermost boundaries.
 }
 
-func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, t target, opts []grpc.CallOption) (_ grpc.ClientStream, err error) {
+func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, t *target, opts []grpc.CallOption) (_ grpc.ClientStream, err error) {
 	p := s.prog.Load().of(method)
 	if err := s.begin(); err != nil {
 		return nil, p.turnAway(method, opts, err)
@@ -93,8 +91,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	c := &sc.Call
 	c.reset(p)
 	c.desc = desc
-	w, finish, err := c.prepare(kindOf(desc), method, t, opts)
-	sc.finish = finish
+	w, err := c.prepare(kindOf(desc), method, t, opts)
 	sc.scope.root = sc
 	c.scope = &sc.scope
 	returned := false
@@ -180,27 +177,14 @@ func (sc *streamCall) abort(err error) {
 		return
 	}
 	e := endOfRefused(err)
-	c.release(0, -1, e)
+	c.release(0, e)
 	sc.done(e.Outcome, err)
 }
 
 // done ends the call, after its tickets were released.
 func (sc *streamCall) done(o Outcome, err error) {
-	if sc.cancel != nil {
-		sc.cancel()
-	}
-	for _, f := range sc.finish {
-		f(err)
-	}
-	p := sc.prog
-	if p.obs != nil {
-		p.refused(sc.method, err)
-		if sc.running {
-			p.obs.Ended(sc.method, sc.kind, o, err)
-		}
-		p.obs.InFlight(-1)
-	}
-	p.stack.leave(callOne)
+	defer sc.prog.stack.leave(callOne)
+	sc.tell(o, err)
 }
 
 // begin prepares s for the stream that is about to be opened inside boundary id.
@@ -220,7 +204,7 @@ func sameContext(a, b context.Context) bool {
 // unused releases what is held inside the next boundary, if that was not entered.
 func (s *scope) unused(c *Call, err error) {
 	if c.entered <= s.id {
-		c.release(c.from(s.id+1), -1, End{Outcome: NotSent, Err: err})
+		c.release(c.from(s.id+1), End{Outcome: NotSent, Err: err})
 	}
 }
 
@@ -278,7 +262,7 @@ func (s *scope) end(err error, superseded bool) {
 	}
 	e := s.endOf(err, superseded)
 	defer s.ended(e.Outcome, e.Err) // Even if a Releaser panics.
-	releaseAll(s.tickets, s.id, &e)
+	releaseAll(s.tickets, e)
 }
 
 // endOf returns how the stream ended with err. superseded says that it did not end by

@@ -95,6 +95,22 @@ func TestTickets(t *testing.T) {
 		}
 	})
 
+	t.Run("released_when_a_layer_recovers_from_a_panic", func(t *testing.T) {
+		log := &eventLog{}
+		c := &conn{invoke: func(context.Context, string, any, any, ...grpc.CallOption) error { panic("oh") }}
+		s := calltest.Stack(t, &logToy{name: "a", log: log}, &recoverToy{}, &logToy{name: "b", log: log}, &passToy{}, &logToy{name: "c", log: log})
+		if err := s.Wrap(c).Invoke(context.Background(), calltest.Method, nil, nil); status.Code(err) != codes.DataLoss {
+			t.Errorf("the call returned %v, want what the layer returns that recovered", err)
+		}
+		want := []string{"c 0 failed Internal", "b 0 failed Internal", "a 0 failed DataLoss"}
+		if got := log.take(); !slices.Equal(got, want) {
+			t.Errorf("released %q, want %q", got, want)
+		}
+		if err := s.Drain(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+
 	t.Run("released_when_a_gate_or_a_releaser_panics", func(t *testing.T) {
 		log := &eventLog{}
 		bad := &panicToy{}
@@ -115,6 +131,22 @@ func TestTickets(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// recoverToy returns DATA_LOSS when what is inside panics.
+type recoverToy struct{ interceptor.CallOnly }
+
+func (l *recoverToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*recoverToy) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) (err error) {
+		defer func() {
+			if recover() != nil {
+				err = status.Error(codes.DataLoss, "")
+			}
+		}()
+		return next(ctx, c)
+	}
 }
 
 type panicToy struct {

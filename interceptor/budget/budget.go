@@ -209,7 +209,6 @@ func (b *Budget) Deposit(now interceptor.Instant) {
 // Undo takes back the Deposit of the moment at, for a call that was not sent.
 func (b *Budget) Undo(at interceptor.Instant) {
 	w := b.w.Load()
-	w.turn(interceptor.Now())
 	w.book(int64(at/w.period), -b.paid(at))
 }
 

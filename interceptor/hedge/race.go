@@ -83,7 +83,7 @@ type verdict struct {
 
 // init readies a race.
 func (r *race) init(l *Layer, set *settings, delay time.Duration, ctx context.Context, c *interceptor.Call, next interceptor.Next, again interceptor.Again) {
-	r.Call, r.layer, r.set, r.delay, r.ctx, r.next = l.maker.Of(c, again), l, set, delay, ctx, next
+	r.Call, r.layer, r.set, r.delay, r.ctx, r.next = l.maker.Of(c, c.Origin(), again), l, set, delay, ctx, next
 	r.first.ctx, r.first.call = &cancelContext{Context: ctx}, c
 	r.Call.Origin.Expendable = true
 	r.alarm.race = r

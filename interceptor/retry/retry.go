@@ -233,13 +233,13 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 		if c.Kind() != interceptor.Unary {
 			return l.open(ctx, c, next, again)
 		}
-		of := l.maker.Of(c, again)
+		origin := c.Origin()
 		in.WantTrailer()
 		err := next(ctx, c)
 		if err == nil && l.policy == nil {
 			return nil
 		}
-		return l.repeat(ctx, of, next, err)
+		return l.repeat(ctx, l.maker.Of(c, origin, again), next, err)
 	}
 }
 

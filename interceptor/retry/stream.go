@@ -30,7 +30,7 @@ func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.
 	if set.max == 1 {
 		return next(ctx, c)
 	}
-	of := l.maker.Of(c, again)
+	of := l.maker.Of(c, c.Origin(), again)
 	err := next(ctx, c)
 	may := l.maker.May(set.declared, c.Method())
 	if err == nil && !may {

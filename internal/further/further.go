@@ -86,10 +86,17 @@ func (m *Maker) May(declared bool, method string) bool {
 
 // Gate returns the gate of the layer, which counts calls for the budget.
 func (m *Maker) Gate(inner interceptor.Gate) interceptor.Gate {
-	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-		m.Budget.Count(a, m.Name)
-		return inner.Admit(ctx, a, w)
-	})
+	return &gate{maker: m, inner: inner}
+}
+
+type gate struct {
+	maker *Maker
+	inner interceptor.Gate
+}
+
+func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+	g.maker.Budget.Count(a, g.maker.Name)
+	return g.inner.Admit(ctx, a, w)
 }
 
 // A Call is a call whose layer can make further attempts of it. It is not changed.
@@ -101,8 +108,8 @@ type Call struct {
 }
 
 // Of returns a Call. What it costs is to be copied.
-func (m *Maker) Of(c *interceptor.Call, again interceptor.Again) Call {
-	return Call{Call: c, Maker: m, Origin: c.Origin(), Again: again}
+func (m *Maker) Of(c *interceptor.Call, o interceptor.Origin, again interceptor.Again) Call {
+	return Call{Call: c, Maker: m, Origin: o, Again: again}
 }
 
 // Plan is a further attempt that is to be made.
