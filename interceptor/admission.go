@@ -27,16 +27,6 @@ type Responder interface {
 	Respond(token int64, e End)
 }
 
-// A ticket is something that a gate took for a call. It belongs to the section of
-// its gate: section 0 are the gates outside of all layers in the call path, and
-// section i those directly inside the i-th of these. A section's tickets are
-// released when the inside of its layer is over.
-type ticket struct {
-	r       Releaser
-	token   int64
-	section int
-}
-
 // A note is what one half of a layer tells the other about a call.
 type note struct {
 	of    any
@@ -91,22 +81,6 @@ func (a *Admission) Waited(layer string, since Instant) {
 // Timed says that somebody wants to know when the call was sent: [End.Took] and
 // [End.SentAt] tell.
 func (a *Admission) Timed() { a.timed = true }
-
-// Hold leaves a ticket on the call: r.Release(token, …) is called exactly once
-// when what it stands for is over, that is, when the inside of the nearest layer
-// outside this gate that takes part in the call is over: for a gate inside a
-// retry, the attempt; otherwise the call. Tickets are released in reverse order.
-// A stream holds its tickets until it has ended. Hold may be called before or
-// after the gate inside is asked.
-func (a *Admission) Hold(r Releaser, token int64) {
-	t := ticket{r, token, a.section}
-	a.tickets = append(a.tickets, t)
-	// A gate that holds after asking inside comes after tickets of sections further
-	// in. They are kept in the order of sections.
-	for i := len(a.tickets) - 1; i > 0 && a.tickets[i-1].section > t.section; i-- {
-		a.tickets[i], a.tickets[i-1] = a.tickets[i-1], t
-	}
-}
 
 // Held reports whether r holds a ticket on this call.
 func (a *Admission) Held(r Releaser) bool {

@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/isnil"
@@ -134,6 +135,20 @@ func wrapGate(l Layer, inner Gate, waits int) Gate {
 func admitAll(_ context.Context, a *Admission, w Wait) error {
 	a.admitted, a.wait = true, w
 	return nil
+}
+
+// A readyGate admits calls while an endpoint is READY. It takes nothing, and asks
+// gRPC's state of the connection, so it works with any policy.
+type readyGate struct{ inner Gate }
+
+func (g *readyGate) Admit(ctx context.Context, a *Admission, w Wait) error {
+	if a.grpcConn != nil && a.grpcConn.GetState() != connectivity.Ready {
+		if err := g.wait(ctx, a, w); err != nil {
+			return err
+		}
+	}
+	a.pass()
+	return g.inner.Admit(ctx, a, w)
 }
 
 // errForgotten is the end of a call that a gate has admitted without asking the
@@ -276,6 +291,32 @@ func (b *boundary) leave(ctx context.Context, c *Call, at int, returned *bool, e
 		defer c.outs.end()
 	}
 	c.settle(ctx, b.id, e)
+}
+
+// A ticket is something that a gate took for a call. It belongs to the section of
+// its gate: section 0 are the gates outside of all layers in the call path, and
+// section i those directly inside the i-th of these. A section's tickets are
+// released when the inside of its layer is over.
+type ticket struct {
+	r       Releaser
+	token   int64
+	section int
+}
+
+// Hold leaves a ticket on the call: r.Release(token, …) is called exactly once
+// when what it stands for is over, that is, when the inside of the nearest layer
+// outside this gate that takes part in the call is over: for a gate inside a
+// retry, the attempt; otherwise the call. Tickets are released in reverse order.
+// A stream holds its tickets until it has ended. Hold may be called before or
+// after the gate inside is asked.
+func (a *Admission) Hold(r Releaser, token int64) {
+	t := ticket{r, token, a.section}
+	a.tickets = append(a.tickets, t)
+	// A gate that holds after asking inside comes after tickets of sections further
+	// in. They are kept in the order of sections.
+	for i := len(a.tickets) - 1; i > 0 && a.tickets[i-1].section > t.section; i-- {
+		a.tickets[i], a.tickets[i-1] = a.tickets[i-1], t
+	}
 }
 
 // release releases the tickets from index lo on and removes them. Those of section
@@ -487,6 +528,13 @@ func (p *program) end(ctx context.Context, c *Call, finish []func(error), return
 		c.reset(p)
 		p.calls.Put(c)
 	}
+}
+
+// reset makes c an unused call of p.
+func (c *Call) reset(p *program) {
+	*c = Call{prog: p}
+	c.root = c
+	c.tickets, c.notes = c.ticketRoom[:0], c.noteRoom[:0]
 }
 
 // refused tells the observer about err if it is a refusal. That of a further attempt

@@ -121,20 +121,6 @@ func (p *parking) watch(ctx context.Context, conn *grpc.ClientConn) {
 
 var notReady = Refuse("connection", ReasonNotReady, "no endpoint is ready")
 
-// A readyGate admits calls while an endpoint is READY. It takes nothing, and asks
-// gRPC's state of the connection, so it works with any policy.
-type readyGate struct{ inner Gate }
-
-func (g *readyGate) Admit(ctx context.Context, a *Admission, w Wait) error {
-	if a.grpcConn != nil && a.grpcConn.GetState() != connectivity.Ready {
-		if err := g.wait(ctx, a, w); err != nil {
-			return err
-		}
-	}
-	a.pass()
-	return g.inner.Admit(ctx, a, w)
-}
-
 // wait waits until an endpoint is READY. Where gRPC itself would not wait it lets
 // the call pass, which then fails with what gRPC knows of the reason.
 func (g *readyGate) wait(ctx context.Context, a *Admission, w Wait) error {
