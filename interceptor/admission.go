@@ -27,16 +27,6 @@ type Responder interface {
 	Respond(token int64, e End)
 }
 
-// A ticket is something that a gate took for a call. It belongs to the section of its
-// gate: section 0 holds the gates outside all layers in the call path, section i those
-// directly inside the i-th such layer. A section's tickets are released when the call
-// path inside that layer has returned.
-type ticket struct {
-	r       Releaser
-	token   int64
-	section int
-}
-
 // A note is what the gate of a layer tells its call half about a call.
 type note struct {
 	of    any
@@ -90,21 +80,6 @@ func (a *Admission) Waited(layer string, since Instant) {
 
 // Timed asks for [End.Took] and [End.SentAt], which are zero without it.
 func (a *Admission) Timed() { a.timed = true }
-
-// Hold leaves a ticket on the call. r.Release(token, …) is called exactly once when
-// the call, or for a gate inside a retry the attempt, is over: when the call path
-// inside the nearest layer outside this gate has returned. Tickets are released in
-// reverse order. A stream holds its tickets until it has ended. Hold may be called
-// before or after the inner gate is asked.
-func (a *Admission) Hold(r Releaser, token int64) {
-	t := ticket{r, token, a.section}
-	a.tickets = append(a.tickets, t)
-	// A gate may hold after it has asked the inner gate, and then comes after tickets of
-	// sections further in. Keep the tickets in the order of sections.
-	for i := len(a.tickets) - 1; i > 0 && a.tickets[i-1].section > t.section; i-- {
-		a.tickets[i], a.tickets[i-1] = a.tickets[i-1], t
-	}
-}
 
 // Held reports whether r holds a ticket on this call.
 func (a *Admission) Held(r Releaser) bool {

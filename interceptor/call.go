@@ -88,13 +88,6 @@ type Call struct {
 	carried    carriedWait
 }
 
-// reset makes c an unused call of p.
-func (c *Call) reset(p *program) {
-	*c = Call{prog: p}
-	c.root = c
-	c.tickets, c.notes = c.ticketRoom[:0], c.noteRoom[:0]
-}
-
 // Method is the full method name, such as "/helloworld.Greeter/SayHello".
 func (c *Call) Method() string { return c.method }
 

@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/isnil"
@@ -135,6 +136,20 @@ type lastGate struct{}
 func (lastGate) Admit(_ context.Context, a *Admission, w Wait) error {
 	a.admitted, a.wait = true, w
 	return nil
+}
+
+// A readyGate admits calls while an endpoint is READY. It takes nothing. It reads gRPC's
+// state of the connection, so it works with any policy.
+type readyGate struct{ inner Gate }
+
+func (g *readyGate) Admit(ctx context.Context, a *Admission, w Wait) error {
+	if a.grpcConn != nil && a.grpcConn.GetState() != connectivity.Ready {
+		if err := g.wait(ctx, a, w); err != nil {
+			return err
+		}
+	}
+	a.pass()
+	return g.inner.Admit(ctx, a, w)
 }
 
 // errForgotten fails a call that a gate admitted without asking the gates inside, so
@@ -288,6 +303,31 @@ func (b *boundary) end(ctx context.Context, c *Call) {
 		c.arrived(c.fate)
 	}
 	c.settleAll(ctx, b.id, c.err)
+}
+
+// A ticket is something that a gate took for a call. It belongs to the section of its
+// gate: section 0 holds the gates outside all layers in the call path, section i those
+// directly inside the i-th such layer. A section's tickets are released when the call
+// path inside that layer has returned.
+type ticket struct {
+	r       Releaser
+	token   int64
+	section int
+}
+
+// Hold leaves a ticket on the call. r.Release(token, …) is called exactly once when
+// the call, or for a gate inside a retry the attempt, is over: when the call path
+// inside the nearest layer outside this gate has returned. Tickets are released in
+// reverse order. A stream holds its tickets until it has ended. Hold may be called
+// before or after the inner gate is asked.
+func (a *Admission) Hold(r Releaser, token int64) {
+	t := ticket{r, token, a.section}
+	a.tickets = append(a.tickets, t)
+	// A gate may hold after it has asked the inner gate, and then comes after tickets of
+	// sections further in. Keep the tickets in the order of sections.
+	for i := len(a.tickets) - 1; i > 0 && a.tickets[i-1].section > t.section; i-- {
+		a.tickets[i], a.tickets[i-1] = a.tickets[i-1], t
+	}
 }
 
 // release releases the tickets from index lo on, which ended as e says, and removes
@@ -505,6 +545,13 @@ func (c *Call) tell(o Outcome, err error) {
 		}
 		obs.InFlight(-1)
 	}
+}
+
+// reset makes c an unused call of p.
+func (c *Call) reset(p *program) {
+	*c = Call{prog: p}
+	c.root = c
+	c.tickets, c.notes = c.ticketRoom[:0], c.noteRoom[:0]
 }
 
 // refused tells the observer about err if it is a refusal. That of a further attempt

@@ -36,6 +36,9 @@ func (s onlySpec) NewLayer() (Layer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("Only: %w", err)
 	}
+	if _, ok := l.(*observe); ok {
+		return nil, errors.New("Only: an observer sees the whole stack, not some of its calls")
+	}
 	o := only{match: s.match, layer: l}
 	if isGateOnly(l) {
 		return &onlyGate{only: o}, nil
@@ -51,17 +54,6 @@ type only struct {
 func (o *only) String() string { return "only(" + nameOf(o.layer) + ")" }
 func (o *only) Traits() Traits { return traitsOf(o.layer) }
 
-// Validate asks the layer.
-func (o *only) Validate(inner []Layer) error {
-	if _, ok := o.layer.(*observe); ok {
-		return errors.New("an observer sees the whole stack, not some of its calls")
-	}
-	if v, ok := o.layer.(Validator); ok {
-		return v.Validate(inner)
-	}
-	return nil
-}
-
 func (o *only) matches(ctx context.Context, a *Admission) bool {
 	return o.match.Match(ctx, interceptors.NewClientCallMeta(a.Method(), a.Desc(), a.Request()))
 }
@@ -74,6 +66,24 @@ func (o *only) passBy(ctx context.Context, a *Admission, w Wait, inner Gate) err
 	return inner.Admit(ctx, a, w)
 }
 
+// WrapGate is not called: the stack calls WrapGateOver instead.
+func (o *only) WrapGate(inner Gate) Gate { return o.WrapGateOver(inner, 0) }
+
+// WrapGateOver returns the gate. What it decided the call path must do too, even if
+// what the matcher looks at has changed since, so the decision is kept in a note.
+func (o *only) WrapGateOver(inner Gate, waits int) Gate {
+	layer, gateOnly := wrapGate(o.layer, inner, waits), isGateOnly(o.layer)
+	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
+		if !o.matches(ctx, a) {
+			return o.passBy(ctx, a, w, inner)
+		}
+		if !gateOnly {
+			a.Note(o, 1)
+		}
+		return layer.Admit(ctx, a, w)
+	})
+}
+
 // onlyGate is Only for a layer that has no call path.
 type onlyGate struct {
 	GateOnly
@@ -82,43 +92,15 @@ type onlyGate struct {
 
 func (o *onlyGate) NewLayer() (Layer, error) { return o, nil }
 
-// WrapGate is not called: the stack calls WrapGateOver instead.
-func (o *onlyGate) WrapGate(inner Gate) Gate { return o.WrapGateOver(inner, 0) }
-
-func (o *onlyGate) WrapGateOver(inner Gate, waits int) Gate {
-	layer := wrapGate(o.layer, inner, waits)
-	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
-		if o.matches(ctx, a) {
-			return layer.Admit(ctx, a, w)
-		}
-		return o.passBy(ctx, a, w, inner)
-	})
-}
-
-// onlyCall is Only for any layer. The call path follows what the gate decided, even if
-// what the matcher looks at has changed since, so the decision is kept in a note.
+// onlyCall is Only for any layer.
 type onlyCall struct{ only }
 
 func (o *onlyCall) NewLayer() (Layer, error) { return o, nil }
 
-// WrapGate is not called: the stack calls WrapGateOver instead.
-func (o *onlyCall) WrapGate(inner Gate) Gate { return o.WrapGateOver(inner, 0) }
-
-func (o *onlyCall) WrapGateOver(inner Gate, waits int) Gate {
-	layer := wrapGate(o.layer, inner, waits)
-	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
-		if o.matches(ctx, a) {
-			a.Note(o, 1)
-			return layer.Admit(ctx, a, w)
-		}
-		return o.passBy(ctx, a, w, inner)
-	})
-}
-
 func (o *onlyCall) WrapCall(next Next, again Again) Next {
 	layer := o.layer.WrapCall(next, again)
 	return func(ctx context.Context, c *Call) error {
-		if _, ok := c.Noted(o); ok {
+		if _, ok := c.Noted(&o.only); ok {
 			return layer(ctx, c)
 		}
 		return next(ctx, c)

@@ -13,13 +13,6 @@ import (
 
 var logger = grpclog.Component("belfry")
 
-// A Validator is a [Layer] that is not valid at every position of a stack. NewStack
-// calls Validate with the layers inside it, outermost first.
-type Validator interface {
-	Layer
-	Validate(inner []Layer) error
-}
-
 // check returns an error if the order of layers is not valid. It counts the boundaries
 // and collects the advice.
 func (p *program) check() error {
@@ -32,11 +25,6 @@ func (p *program) check() error {
 		}
 		if traitsOf(l)&Governs != 0 && !anyHas(inside, Waits) {
 			return fmt.Errorf("interceptor: layer %d (%s) has nothing inside that can be not ready: put it outside of a limit, as in [%s > concurrency]", i, nameOf(l), nameOf(l))
-		}
-		if v, ok := l.(Validator); ok {
-			if err := v.Validate(inside); err != nil {
-				return fmt.Errorf("interceptor: layer %d (%s): %w", i, nameOf(l), err)
-			}
 		}
 		if !isGateOnly(l) {
 			p.boundaries++

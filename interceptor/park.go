@@ -126,20 +126,6 @@ var (
 	idle       = Refuse("connection", ReasonNotReady, "no endpoint is ready, the connection was idle and connects now (see belfry.WaitReady)")
 )
 
-// A readyGate admits calls while an endpoint is READY. It takes nothing. It reads gRPC's
-// state of the connection, so it works with any policy.
-type readyGate struct{ inner Gate }
-
-func (g *readyGate) Admit(ctx context.Context, a *Admission, w Wait) error {
-	if a.grpcConn != nil && a.grpcConn.GetState() != connectivity.Ready {
-		if err := g.wait(ctx, a, w); err != nil {
-			return err
-		}
-	}
-	a.pass()
-	return g.inner.Admit(ctx, a, w)
-}
-
 // wait waits until an endpoint is READY. Where gRPC itself would not wait it lets the
 // call pass, so that the call fails with gRPC's own reason.
 func (g *readyGate) wait(ctx context.Context, a *Admission, w Wait) error {

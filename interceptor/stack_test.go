@@ -40,8 +40,6 @@ func TestNewStack(t *testing.T) {
 		{"buffer_inside_of_its_limit", []interceptor.Spec{limit, newBuffer(1), &passToy{}}, "layer 1 (buffer) has nothing inside that can be not ready"},
 		{"only_of_such_a_buffer", []interceptor.Spec{limit, interceptor.Only(everything, newBuffer(1))}, "layer 1 (only(buffer)) has nothing inside"},
 		{"shed_around_a_buffer_alone", []interceptor.Spec{&shedToy{}, newBuffer(1)}, "layer 0 (shed) has nothing inside"},
-		{"layer_that_cannot_stand_there", []interceptor.Spec{limit, &innermostToy{}, newTokens(1)}, "layer 1 (innermost): must be innermost"},
-		{"only_of_such_a_layer", []interceptor.Spec{interceptor.Only(everything, &innermostToy{}), limit}, "layer 0 (only(innermost)): must be innermost"},
 		{"only_of_an_observer", []interceptor.Spec{interceptor.Only(everything, interceptor.Observe(nop))}, "sees the whole stack"},
 		{"only_of_nothing", []interceptor.Spec{interceptor.Only(nil, limit)}, "must have a matcher and a layer"},
 		{"two_observers", []interceptor.Spec{interceptor.Observe(nop), interceptor.Observe(nop)}, "one observer"},
@@ -88,19 +86,6 @@ func TestNewStack(t *testing.T) {
 type specFunc func() (interceptor.Layer, error)
 
 func (f specFunc) NewLayer() (interceptor.Layer, error) { return f() }
-
-// innermostToy must be innermost.
-type innermostToy struct{ gateToy }
-
-func (l *innermostToy) NewLayer() (interceptor.Layer, error) { return l, nil }
-func (*innermostToy) String() string                         { return "innermost" }
-
-func (*innermostToy) Validate(inner []interceptor.Layer) error {
-	if len(inner) > 0 {
-		return errors.New("must be innermost")
-	}
-	return nil
-}
 
 // nilToy returns no gate, or one and no call path.
 type nilToy struct{ gate bool }

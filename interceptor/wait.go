@@ -100,11 +100,6 @@ func (w Wait) Remaining() time.Duration {
 	return max(Instant(w).Sub(Now()), 0)
 }
 
-// Allows reports whether waiting until i, as seen from now, is within w. It is
-// what a gate asks that knows when capacity will be there, such as a rate
-// limiter. If i is not after now there is nothing to wait for.
-func (w Wait) Allows(now, i Instant) bool { return i <= now || Wait(i) <= w }
-
 // String returns "none", "forever" or the time left, such as "250ms".
 func (w Wait) String() string {
 	switch w {

@@ -460,32 +460,3 @@ func (l *Layer) Waiting() int { return l.total().Waiting }
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return &gate{layer: l, inner: inner}
 }
-
-type gate struct {
-	layer *Layer
-	inner interceptor.Gate
-}
-
-func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-	l := g.layer
-	lim := l.one
-	if lim == nil {
-		// A limit that a call has permits of, or waits at, is not forgotten. Pinned, it
-		// is not either before that.
-		e := l.keys.Pin(l.settings.Load().config.KeyBy.Key(ctx, a), int64(a.Now()))
-		defer e.Unpin()
-		lim = e.Value
-	}
-	cost := int64(1)
-	if l.cost != nil {
-		cost = min(max(l.cost(ctx, a), 1), maxLimit)
-	}
-	set := l.settings.Load()
-	level, err := lim.acquire(ctx, a, w, cost, set)
-	if err != nil {
-		return err
-	}
-	lim.hold(a, cost, level, set)
-	lim.observe(a)
-	return g.inner.Admit(ctx, a, w)
-}

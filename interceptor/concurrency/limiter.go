@@ -114,6 +114,35 @@ func (lim *limiter) setLimit(set *settings) {
 // idle reports whether no call has or wants a permit.
 func (lim *limiter) idle() bool { return lim.permits.state.Load() == 0 }
 
+type gate struct {
+	layer *Layer
+	inner interceptor.Gate
+}
+
+func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+	l := g.layer
+	lim := l.one
+	if lim == nil {
+		// A limit that a call has permits of, or waits at, is not forgotten. Pinned, it
+		// is not either before that.
+		e := l.keys.Pin(l.settings.Load().config.KeyBy.Key(ctx, a), int64(a.Now()))
+		defer e.Unpin()
+		lim = e.Value
+	}
+	cost := int64(1)
+	if l.cost != nil {
+		cost = min(max(l.cost(ctx, a), 1), maxLimit)
+	}
+	set := l.settings.Load()
+	level, err := lim.acquire(ctx, a, w, cost, set)
+	if err != nil {
+		return err
+	}
+	lim.hold(a, cost, level, set)
+	lim.observe(a)
+	return g.inner.Admit(ctx, a, w)
+}
+
 // acquire takes permits for a call, or waits for them as long as w allows. level is
 // that of the reserve, for released.
 func (lim *limiter) acquire(ctx context.Context, a *interceptor.Admission, w interceptor.Wait, cost int64, set *settings) (level int64, err error) {
