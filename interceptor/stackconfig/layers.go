@@ -203,8 +203,8 @@ func look[F any](s *source, field, name, option string) F {
 }
 
 func (s *source) metadataKey(field, key string) string {
-	if key == "" {
-		s.fail(field, `"", must be the key of a metadata entry`)
+	if key == "" || (interceptor.KeyBy{Metadata: key}).Check("") != nil {
+		s.fail(field, `%q, must be the key of a metadata entry: letters, digits, '-', '_' and '.'`, key)
 	}
 	return key
 }
