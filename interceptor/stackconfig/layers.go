@@ -38,7 +38,7 @@ var kinds = map[string]kind{
 	"timeout":     kindOf(timeout.New, timeout.WithName),
 	"rateLimit":   kindOf(ratelimit.New, ratelimit.WithName, priority(ratelimit.WithPriority)),
 	"concurrency": kindOf(concurrency.New, concurrency.WithName, priority(concurrency.WithPriority), supplied("costFunc", "WithCostFunc", concurrency.WithCost)),
-	"buffer":      kindOf(buffer.New, buffer.WithName),
+	"buffer":      kindOf(buffer.New, buffer.WithName, priority(buffer.WithPriority)),
 	"loadShed":    kindOf(loadshed.New, loadshed.WithName),
 	"failFast":    kindOf(failfast.New, failfast.WithName),
 	"throttle":    kindOf(throttle.New, throttle.WithName),
