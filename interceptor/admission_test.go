@@ -6,6 +6,7 @@ package interceptor_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -77,6 +78,126 @@ func TestForgetfulGate(t *testing.T) {
 			t.Errorf("the call ended with %v, want the server's error and what to call", err)
 		}
 	})
+}
+
+// errToy asks inside and then returns what a function does.
+type errToy func(ctx context.Context, a *interceptor.Admission) error
+
+func (f errToy) NewLayer() (interceptor.Layer, error) { return &errLayer{f: f}, nil }
+
+type errLayer struct {
+	interceptor.GateOnly
+	f errToy
+}
+
+func (l *errLayer) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l *errLayer) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		if err := inner.Admit(ctx, a, w); err != nil {
+			return err
+		}
+		return l.f(ctx, a)
+	})
+}
+
+// noStreamToy answers by itself, streams too.
+type noStreamToy struct{ interceptor.CallOnly }
+
+func (l *noStreamToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*noStreamToy) WrapCall(interceptor.Next, interceptor.Again) interceptor.Next {
+	return func(context.Context, *interceptor.Call) error { return nil }
+}
+
+// A gate of a user's that errs leaves nothing taken, and its callers get a code that
+// says what happened.
+func TestErrorsOfGates(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		err  error
+		want codes.Code
+	}{
+		{"nil_refusal", (*interceptor.Refusal)(nil), codes.Internal},
+		{"deadline_of_its_own", context.DeadlineExceeded, codes.DeadlineExceeded},
+		{"deadline_that_is_wrapped", fmt.Errorf("quota: %w", context.DeadlineExceeded), codes.DeadlineExceeded},
+		{"cancellation", context.Canceled, codes.Canceled},
+		{"status", status.Error(codes.ResourceExhausted, "quota"), codes.ResourceExhausted},
+		{"status_in_a_context_error", errors.Join(context.Canceled, status.Error(codes.Aborted, "")), codes.Aborted},
+		{"neither", errors.New("quota"), codes.Unknown},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			limit := newLimit("limit", 1)
+			late := errToy(func(context.Context, *interceptor.Admission) error { return tc.err })
+			s := calltest.Stack(t, limit, late)
+			err := s.Wrap(answers()).Invoke(t.Context(), calltest.Method, nil, nil)
+			if status.Code(err) != tc.want || tc.want != codes.Internal && !errors.Is(err, tc.err) {
+				t.Errorf("the call ended with %v (%v), want %v", err, status.Code(err), tc.want)
+			}
+			if _, err := s.Wrap(&conn{}).NewStream(t.Context(), descOf(interceptor.BidiStream), calltest.Method); status.Code(err) != tc.want {
+				t.Errorf("the stream ended with %v, want %v", err, tc.want)
+			}
+			if err := limit.atRest(); err != nil {
+				t.Error(err)
+			}
+			second := errToy(func(_ context.Context, a *interceptor.Admission) error {
+				if a.Attempt() == 0 {
+					return nil
+				}
+				return tc.err
+			})
+			unavailable := status.Error(codes.Unavailable, "the server's")
+			err = calltest.Stack(t, &retryToy{n: 3}, limit, second).Wrap(answers(unavailable)).Invoke(t.Context(), calltest.Method, nil, new(wrapperspb.StringValue))
+			if !errors.Is(err, unavailable) {
+				t.Errorf("a further attempt: %v, want the server's error", err)
+			}
+			if err := limit.atRest(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Run("of_a_wait_that_drain_ends", func(t *testing.T) {
+		began := make(chan struct{})
+		waits := errToy(func(ctx context.Context, a *interceptor.Admission) error {
+			parked, end := a.Park(ctx)
+			defer end()
+			close(began)
+			<-parked.Done()
+			return parked.Err()
+		})
+		s := calltest.Stack(t, waits)
+		done := make(chan error)
+		go func() { done <- s.Wrap(answers()).Invoke(t.Context(), calltest.Method, nil, nil) }()
+		<-began
+		if err := s.Drain(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if r, ok := interceptor.AsRefusal(<-done); !ok || r.Reason != interceptor.ReasonDrain {
+			t.Errorf("the call ended with %v, want DRAIN", r)
+		}
+	})
+}
+
+// A layer that says that it has opened a stream, and has not, fails the call instead
+// of the caller's first use of it.
+func TestLayerWithoutStream(t *testing.T) {
+	limit := newLimit("limit", 1)
+	none := &noStreamToy{}
+	for _, s := range []*interceptor.Stack{
+		calltest.Stack(t, limit, none),
+		calltest.Stack(t, &passToy{}, limit, none),
+	} {
+		st, err := s.Wrap(&conn{}).NewStream(t.Context(), descOf(interceptor.BidiStream), calltest.Method)
+		if status.Code(err) != codes.Internal || st != nil {
+			t.Errorf("%v: the stream is %v, %v, want INTERNAL", s, st, err)
+		}
+		if n := s.InFlight(); n != 0 {
+			t.Errorf("%v: %d calls in flight, want 0", s, n)
+		}
+		if err := limit.atRest(); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // lateToy holds after it has asked the gate inside.

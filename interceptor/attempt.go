@@ -89,7 +89,9 @@ func (b *boundary) readmit(ctx context.Context, f *Call, w Wait) (err error) {
 	case ctx.Err() != nil:
 		err = Ended(ctx, stackName)
 	default:
-		err = b.Admit(ctx, (*Admission)(f), w)
+		if err = b.Admit(ctx, (*Admission)(f), w); err != nil {
+			err = f.refusedBy(ctx, err)
+		}
 	}
 	if err == nil && !f.admitted {
 		err = errForgotten(f.prog)

@@ -105,9 +105,10 @@ func badFields(v reflect.Value, path string, f func(field string, value any)) {
 		return
 	}
 	if by, ok := v.Interface().(interceptor.KeyBy); ok {
-		two := interceptor.KeyBy{Method: true, Metadata: "unused"}
-		v.Set(reflect.ValueOf(two))
-		f(path[1:], two)
+		for _, bad := range []interceptor.KeyBy{{Method: true, Metadata: "unused"}, {Metadata: "tenant id"}, {Metadata: ":authority"}} {
+			v.Set(reflect.ValueOf(bad))
+			f(path[1:], bad)
+		}
 		v.Set(reflect.ValueOf(by))
 		return
 	}

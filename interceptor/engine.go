@@ -160,7 +160,8 @@ func errForgotten(p *program) error {
 
 var (
 	errTwice    = status.Error(codes.Internal, "belfry: a layer passed a call to next twice; a further attempt is a Call of its own, see interceptor.Again")
-	errNoStream = errors.New("interceptor: a stream was opened without an error, but is nil")
+	errNoStream = status.Error(codes.Internal, "belfry: a layer or an interceptor opened a stream without an error, but it is nil")
+	errNilGate  = status.Error(codes.Internal, "belfry: a gate returned a nil *Refusal as an error; return nil without a type")
 )
 
 // innermost hands the attempt to the connection and records what became of it.
@@ -460,7 +461,7 @@ func (p *program) admit(ctx context.Context, c *Call, w Wait) error {
 		return Ended(ctx, stackName)
 	}
 	if err := p.gate.Admit(ctx, (*Admission)(c), w); err != nil {
-		return unsent(err)
+		return c.refusedBy(ctx, err)
 	}
 	if !c.admitted {
 		return errForgotten(p)
@@ -470,6 +471,36 @@ func (p *program) admit(ctx context.Context, c *Call, w Wait) error {
 		p.obs.Admitted(c.method, c.kind, 0)
 	}
 	return nil
+}
+
+// refusedBy is what the caller gets for the error of a gate: the end of a context
+// gets the code that it has in gRPC.
+func (c *Call) refusedBy(ctx context.Context, err error) error {
+	if r, ok := err.(*Refusal); ok {
+		switch r {
+		case nil:
+			return errNilGate
+		case overdue:
+			return overdueUnsent
+		}
+		return err
+	}
+	cancelled := errors.Is(err, context.Canceled)
+	if !cancelled && !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	switch {
+	case ctx.Err() != nil:
+		return Ended(ctx, stackName)
+	case c.prog.stack.drains():
+		return draining
+	case cancelled:
+		return Refuse(stackName, ReasonCancelled, "a gate gave up").Because(err, false)
+	}
+	return Refuse(stackName, ReasonDeadline, "a gate gave up").Because(err, false)
 }
 
 func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t *target, opts []grpc.CallOption) error {

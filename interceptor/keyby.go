@@ -22,7 +22,8 @@ type KeyBy struct {
 	// Method tells calls apart by their full method name.
 	Method bool
 	// Metadata tells calls apart by the first value of this entry of their outgoing
-	// metadata; calls without it share one key. It costs a copy of the metadata.
+	// metadata; calls without it share one key, which is empty. Case does not matter.
+	// It costs a copy of the metadata.
 	Metadata string
 	// Func tells calls apart by what it returns.
 	Func KeyFunc
@@ -31,12 +32,26 @@ type KeyBy struct {
 // IsSet reports whether calls are told apart.
 func (k KeyBy) IsSet() bool { return k.Method || k.Metadata != "" || k.Func != nil }
 
-// Check returns an error of the named layer if more than one field is set.
+// Check returns an error of the named layer if more than one field is set, or if no
+// call can have an entry of the name that Metadata is.
 func (k KeyBy) Check(layer string) error {
-	if len(k.set()) > 1 {
+	switch {
+	case len(k.set()) > 1:
 		return &ConfigError{Layer: layer, Field: "KeyBy", Value: k, Rule: "must have at most one of Method, Metadata and Func"}
+	case !metadataKey(k.Metadata):
+		return &ConfigError{Layer: layer, Field: "KeyBy", Value: k, Rule: "must have a Metadata of letters, digits, '-', '_' and '.', as gRPC's metadata"}
 	}
 	return nil
+}
+
+// metadataKey reports whether gRPC takes entries of that name.
+func metadataKey(name string) bool {
+	for _, c := range []byte(name) {
+		if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '_' || c == '.') {
+			return false
+		}
+	}
+	return true
 }
 
 // Same reports whether k and o are set alike. Two functions count as the same, because

@@ -206,7 +206,7 @@ func (r *Refusal) buildStatus() *status.Status {
 	}
 	metadata := map[string]string{"layer": r.Layer}
 	if r.Key != "" {
-		metadata["key"] = r.Key
+		metadata["key"] = strings.ToValidUTF8(r.Key, "\uFFFD") // Or there would be no details at all.
 	}
 	details := []protoadapt.MessageV1{&errdetails.ErrorInfo{
 		Reason:   string(r.Reason),

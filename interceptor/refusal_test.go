@@ -50,4 +50,10 @@ func TestRefusal(t *testing.T) {
 			t.Errorf("an exhausted budget is %v, want the server's error", st)
 		}
 	})
+	t.Run("key_that_is_no_text", func(t *testing.T) {
+		st := interceptor.Refuse("quota", interceptor.ReasonQuota, "").ForKey("a\xffb").GRPCStatus()
+		if len(st.Details()) != 1 || st.Details()[0].(*errdetails.ErrorInfo).GetMetadata()["key"] != "a\uFFFDb" {
+			t.Errorf("details %v, want an ErrorInfo with the key", st.Details())
+		}
+	})
 }

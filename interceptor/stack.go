@@ -92,12 +92,23 @@ func newLayers(specs []Spec) ([]Layer, error) {
 		if err == nil && isnil.Value(l) {
 			err = errors.New("NewLayer returned nil")
 		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("interceptor: layer %d: %w", i, err))
-		}
+		errs = appendAt(errs, i, err)
 		layers[i] = l
 	}
 	return layers, errors.Join(errs...)
+}
+
+// appendAt appends err, or each of the errors that it joins, with the index of the
+// spec, so that each line of what NewStack returns says which layer it is about.
+func appendAt(errs []error, i int, err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		for _, err := range joined.Unwrap() {
+			errs = appendAt(errs, i, err)
+		}
+	} else if err != nil {
+		errs = append(errs, fmt.Errorf("interceptor: layer %d: %w", i, err))
+	}
+	return errs
 }
 
 // PrepareByMethod is [Stack.Replace] with several lists of layers. Each call goes

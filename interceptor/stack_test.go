@@ -58,11 +58,12 @@ func TestNewStack(t *testing.T) {
 	t.Run("joins_all_errors_with_their_indexes", func(t *testing.T) {
 		wrong := &interceptor.ConfigError{Layer: "x", Field: "Size", Value: 0, Rule: "must be positive"}
 		fails := specFunc(func() (interceptor.Layer, error) { return nil, wrong })
-		_, err := interceptor.NewStack(fails, limit, nil, interceptor.Only(everything, fails))
+		two := specFunc(func() (interceptor.Layer, error) { return nil, errors.Join(errors.New("first"), errors.New("second")) })
+		_, err := interceptor.NewStack(fails, limit, nil, interceptor.Only(everything, fails), two)
 		if err == nil {
 			t.Fatal("NewStack returned no error")
 		}
-		for _, want := range []string{"layer 0: x: Size", "layer 2 is nil", "layer 3: Only: x: Size"} {
+		for _, want := range []string{"layer 0: x: Size", "layer 2 is nil", "layer 3: Only: x: Size", "layer 4: first", "layer 4: second"} {
 			if !strings.Contains(err.Error(), want) {
 				t.Errorf("the error is %v, want %q in it", err, want)
 			}

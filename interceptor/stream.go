@@ -109,7 +109,9 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	}
 	if err == nil {
 		sc.scope.begin(ctx, c, 0)
-		err = p.next(ctx, c)
+		if err = p.next(ctx, c); err == nil && c.stream == nil {
+			err = errNoStream
+		}
 	}
 	returned = true
 	if err != nil {
@@ -145,7 +147,9 @@ func (b *boundary) open(ctx context.Context, c *Call) (err error) {
 			c.stream = s
 		}
 	}()
-	err = b.next(ctx, c)
+	if err = b.next(ctx, c); err == nil && c.stream == nil {
+		err = errNoStream
+	}
 	returned = true
 	return err
 }

@@ -3,7 +3,7 @@
 
 // Package layertest is the conformance kit for layers of package interceptor: it
 // checks that a layer gives back what it has taken for a call, however the call
-// ends, and that the end of a stack or a connection reaches the calls that wait in
+// ends and whoever else refuses it, and that the end of a stack or a connection reaches the calls that wait in
 // it.
 //
 //	func TestConformance(t *testing.T) {
@@ -28,6 +28,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -50,8 +51,8 @@ var kinds = []interceptor.Kind{
 	interceptor.Unary, interceptor.ClientStream, interceptor.ServerStream, interceptor.BidiStream,
 }
 
-// Run puts the layer that newLayer returns alone in a stack. For each kind of call
-// and each way a call can end it checks that atRest returns nil once the stack is
+// Run puts the layer that newLayer returns in a stack: alone, and around a gate that
+// refuses. For each kind of call and each way a call can end it checks that atRest returns nil once the stack is
 // idle. Calls go through a real connection where that is possible. newLayer is
 // called for each of these tests, and returns a new layer each time; atRest may be
 // nil if the layer takes nothing. A layer that cannot stand alone, such as a load
@@ -82,6 +83,21 @@ func RunStack(t *testing.T, newLayers func() (layers []interceptor.Spec, atRest 
 				f.rest(t, atRest)
 			})
 		}
+	}
+	for _, kind := range kinds {
+		t.Run(kind.String()+"/refused_further_in", func(t *testing.T) {
+			layers, atRest := newLayers()
+			f := newFixture(t, append(layers[:len(layers):len(layers)], &wall{every: 1}))
+			f.call(f.ctx, f.conn, kind, "ok")
+			f.rest(t, atRest)
+		})
+		t.Run(kind.String()+"/asked_again_after_a_refusal_further_in", func(t *testing.T) {
+			layers, atRest := newLayers()
+			layers = append([]interceptor.Spec{twice{}}, layers...)
+			f := newFixture(t, append(layers, &wall{every: 2}))
+			f.call(f.ctx, f.conn, kind, "ok")
+			f.rest(t, atRest)
+		})
 	}
 	for _, kind := range kinds {
 		t.Run(kind.String()+"/drained_while_calls_wait", func(t *testing.T) {
@@ -244,6 +260,42 @@ var ends = []struct {
 			t.Errorf("a call on a connection that fails returned no error")
 		}
 	}},
+}
+
+// wall is a gate that refuses, from the first time on, one in every so many times
+// that it is asked.
+type wall struct {
+	interceptor.GateOnly
+	every int64
+	asked atomic.Int64
+}
+
+var errWall = interceptor.Refuse("wall", interceptor.ReasonConcurrency, "layertest refuses the call")
+
+func (l *wall) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l *wall) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		if (l.asked.Add(1)-1)%l.every == 0 {
+			return errWall
+		}
+		return inner.Admit(ctx, a, w)
+	})
+}
+
+// twice asks whether the gates inside have capacity now, as a buffer does, and if
+// they have none asks again.
+type twice struct{ interceptor.GateOnly }
+
+func (l twice) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l twice) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		if _, err := a.Try(ctx, inner); err == nil {
+			return nil
+		}
+		return inner.Admit(ctx, a, w)
+	})
 }
 
 // fixture is a server, and a connection to it through a stack.

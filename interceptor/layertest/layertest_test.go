@@ -104,6 +104,19 @@ func TestFinds(t *testing.T) {
 			t.Error("atRest() = nil with a ticket held, want an error")
 		}
 	})
+	for name, every := range map[string]int64{"refusal_further_in": 1, "refusal_further_in_to_one_who_asks_again": 2} {
+		t.Run(name, func(t *testing.T) {
+			l := new(hasty)
+			f := newFixture(t, []interceptor.Spec{twice{}, l, &wall{every: every}})
+			f.call(f.ctx, f.conn, interceptor.Unary, "ok")
+			if err := f.stack.Drain(f.ctx); err != nil {
+				t.Fatal(err)
+			}
+			if l.atRest() == nil {
+				t.Error("a gate that takes before it asks inside, and holds after it, was not found")
+			}
+		})
+	}
 	t.Run("wait_that_no_end_reaches", func(t *testing.T) {
 		l := &deaf{slots: make(chan struct{}, 1)}
 		f := newFixture(t, []interceptor.Spec{l})
@@ -120,6 +133,22 @@ func TestFinds(t *testing.T) {
 		if err := f.stack.Drain(f.ctx); err != nil {
 			t.Error(err)
 		}
+	})
+}
+
+// hasty takes before it asks the gate inside, and holds only if that admits.
+type hasty struct{ counter }
+
+func (l *hasty) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l *hasty) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		l.held.Add(1)
+		if err := inner.Admit(ctx, a, w); err != nil {
+			return err
+		}
+		a.Hold(&l.counter, 7)
+		return nil
 	})
 }
 

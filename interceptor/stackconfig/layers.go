@@ -38,7 +38,7 @@ var kinds = map[string]kind{
 	"timeout":     kindOf(timeout.New, timeout.WithName),
 	"rateLimit":   kindOf(ratelimit.New, ratelimit.WithName, priority(ratelimit.WithPriority)),
 	"concurrency": kindOf(concurrency.New, concurrency.WithName, priority(concurrency.WithPriority), supplied("costFunc", "WithCostFunc", concurrency.WithCost)),
-	"buffer":      kindOf(buffer.New, buffer.WithName),
+	"buffer":      kindOf(buffer.New, buffer.WithName, priority(buffer.WithPriority)),
 	"loadShed":    kindOf(loadshed.New, loadshed.WithName),
 	"failFast":    kindOf(failfast.New, failfast.WithName),
 	"throttle":    kindOf(throttle.New, throttle.WithName),
@@ -203,8 +203,8 @@ func look[F any](s *source, field, name, option string) F {
 }
 
 func (s *source) metadataKey(field, key string) string {
-	if key == "" {
-		s.fail(field, `"", must be the key of a metadata entry`)
+	if key == "" || (interceptor.KeyBy{Metadata: key}).Check("") != nil {
+		s.fail(field, `%q, must be the key of a metadata entry: letters, digits, '-', '_' and '.'`, key)
 	}
 	return key
 }

@@ -71,8 +71,8 @@ func WithCostFunc(name string, f func(ctx context.Context, a *interceptor.Admiss
 	return supplies("WithCostFunc", name, f)
 }
 
-// WithPriorityFunc supplies a function that concurrency and rate limits refer to with
-// "priorityFunc"; see WithPriority of package concurrency.
+// WithPriorityFunc supplies a function that buffers and concurrency and rate limits
+// refer to with "priorityFunc"; see WithPriority of packages buffer and concurrency.
 func WithPriorityFunc(name string, f interceptor.PriorityFunc) Option {
 	return supplies("WithPriorityFunc", name, f)
 }

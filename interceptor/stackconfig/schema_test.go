@@ -42,7 +42,7 @@ var schema = []struct {
 	{concurrency.AIMDConfig{}, &configv1.Aimd{}, ""},
 	{concurrency.Gradient2Config{}, &configv1.Gradient2{}, ""},
 	{concurrency.VegasConfig{}, &configv1.Vegas{}, ""},
-	{buffer.Config{}, &configv1.Buffer{}, ""},
+	{buffer.Config{}, &configv1.Buffer{}, "priority_metadata priority_func"},
 	{loadshed.Config{}, &configv1.LoadShed{}, ""},
 	{failfast.Config{}, &configv1.FailFast{}, ""},
 	{throttle.Config{}, &configv1.Throttle{}, ""},

@@ -16,6 +16,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -118,6 +119,36 @@ func TestUpdateKeepsRateLimit(t *testing.T) {
 			}
 			update(t, s, all(`{"loadShed": {}}, {"rateLimit": {"limit": 10, "per": "20s", `+algorithm+`}}`))
 			wantRefused(t, algorithm+": the 11th call, after an update", conn.Invoke(t.Context(), method, nil, nil), "ratelimit", interceptor.ReasonRateLimit)
+		})
+	}
+}
+
+func TestBufferRefusesByPriority(t *testing.T) {
+	byFunc := func(ctx context.Context, _ *interceptor.Admission) int {
+		return interceptor.MetadataPriority("rank")(ctx, nil)
+	}
+	for _, field := range []string{`"priorityMetadata": "rank"`, `"priorityFunc": "byRank"`} {
+		t.Run(field, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newStack(t, all(`{"loadShed": {}}, {"buffer": {"size": 1, `+field+`}}, {"concurrency": {"limit": 1, `+field+`}}`),
+					WithPriorityFunc("byRank", byFunc))
+				server := &fake{}
+				conn := s.Wrap(server)
+				runs := calls(t.Context(), conn, method, 1)
+				synctest.Wait()
+				low := calls(t.Context(), conn, method, 1)
+				synctest.Wait()
+				high := calls(metadata.AppendToOutgoingContext(t.Context(), "rank", "1"), conn, method, 1)
+				wantRefused(t, "the call of the lower priority", <-low, "buffer", interceptor.ReasonQueueFull)
+				server.end(nil)
+				synctest.Wait()
+				server.end(nil)
+				for _, errs := range []chan error{runs, high} {
+					if err := <-errs; err != nil {
+						t.Errorf("a call: %v, want success", err)
+					}
+				}
+			})
 		})
 	}
 }

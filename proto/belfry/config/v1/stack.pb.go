@@ -1640,9 +1640,16 @@ func (x *Vegas) GetWindowSamples() int64 {
 
 // Buffer is interceptor/buffer.Config.
 type Buffer struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Size          int64                  `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
-	MaxWait       *durationpb.Duration   `protobuf:"bytes,2,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Size    int64                  `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
+	MaxWait *durationpb.Duration   `protobuf:"bytes,2,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
+	// buffer.WithPriority. It should be that of the limits inside.
+	//
+	// Types that are valid to be assigned to Priority:
+	//
+	//	*Buffer_PriorityMetadata
+	//	*Buffer_PriorityFunc
+	Priority      isBuffer_Priority `protobuf_oneof:"priority"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1690,6 +1697,49 @@ func (x *Buffer) GetMaxWait() *durationpb.Duration {
 	}
 	return nil
 }
+
+func (x *Buffer) GetPriority() isBuffer_Priority {
+	if x != nil {
+		return x.Priority
+	}
+	return nil
+}
+
+func (x *Buffer) GetPriorityMetadata() string {
+	if x != nil {
+		if x, ok := x.Priority.(*Buffer_PriorityMetadata); ok {
+			return x.PriorityMetadata
+		}
+	}
+	return ""
+}
+
+func (x *Buffer) GetPriorityFunc() string {
+	if x != nil {
+		if x, ok := x.Priority.(*Buffer_PriorityFunc); ok {
+			return x.PriorityFunc
+		}
+	}
+	return ""
+}
+
+type isBuffer_Priority interface {
+	isBuffer_Priority()
+}
+
+type Buffer_PriorityMetadata struct {
+	// The entry of the call's outgoing metadata that has the priority.
+	PriorityMetadata string `protobuf:"bytes,3,opt,name=priority_metadata,json=priorityMetadata,proto3,oneof"`
+}
+
+type Buffer_PriorityFunc struct {
+	// The name that the program gave to stackconfig.WithPriorityFunc.
+	PriorityFunc string `protobuf:"bytes,4,opt,name=priority_func,json=priorityFunc,proto3,oneof"`
+}
+
+func (*Buffer_PriorityMetadata) isBuffer_Priority() {}
+
+func (*Buffer_PriorityFunc) isBuffer_Priority() {}
 
 // LoadShed is interceptor/loadshed.Config.
 type LoadShed struct {
@@ -2691,10 +2741,14 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\tsmoothing\x18\x04 \x01(\x01R\tsmoothing\x12#\n" +
 	"\rprobe_windows\x18\x05 \x01(\x03R\fprobeWindows\x121\n" +
 	"\x06window\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x06window\x12%\n" +
-	"\x0ewindow_samples\x18\a \x01(\x03R\rwindowSamples\"R\n" +
+	"\x0ewindow_samples\x18\a \x01(\x03R\rwindowSamples\"\xb4\x01\n" +
 	"\x06Buffer\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x03R\x04size\x124\n" +
-	"\bmax_wait\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\amaxWait\"\n" +
+	"\bmax_wait\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x12-\n" +
+	"\x11priority_metadata\x18\x03 \x01(\tH\x00R\x10priorityMetadata\x12%\n" +
+	"\rpriority_func\x18\x04 \x01(\tH\x00R\fpriorityFuncB\n" +
+	"\n" +
+	"\bpriority\"\n" +
 	"\n" +
 	"\bLoadShed\";\n" +
 	"\bFailFast\x12/\n" +
@@ -2930,6 +2984,10 @@ func file_belfry_config_v1_stack_proto_init() {
 		(*Concurrency_PerMethod)(nil),
 		(*Concurrency_PerMetadata)(nil),
 		(*Concurrency_KeyFunc)(nil),
+	}
+	file_belfry_config_v1_stack_proto_msgTypes[11].OneofWrappers = []any{
+		(*Buffer_PriorityMetadata)(nil),
+		(*Buffer_PriorityFunc)(nil),
 	}
 	file_belfry_config_v1_stack_proto_msgTypes[14].OneofWrappers = []any{
 		(*Throttle_PerMethod)(nil),
