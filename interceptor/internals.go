@@ -96,9 +96,11 @@ func (i *Internals) Observed() bool { return i.prog.obs != nil }
 const slowAnswer = time.Millisecond
 
 // Consulted says that a gate of the named layer has called foreign code at the given
-// moment, such as a limiter or a predicate, which has answered now.
+// moment, such as a limiter or a predicate, which has answered now. The gates inside
+// go by that moment.
 func (i *Internals) Consulted(layer string, since Instant) {
-	if Now().Sub(since) >= slowAnswer {
+	i.now = Now()
+	if i.now.Sub(since) >= slowAnswer {
 		(*Admission)(i).Waited(layer, since)
 	}
 }
