@@ -415,10 +415,10 @@ func (p *program) admit(ctx context.Context, c *Call, w Wait) error {
 	if !c.admitted {
 		return errForgotten(p)
 	}
-	c.running = true
 	if p.obs != nil {
 		p.obs.Admitted(c.method, c.kind, 0)
 	}
+	c.running = true
 	return nil
 }
 
@@ -426,9 +426,6 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t tar
 	p := s.prog.Load().of(method)
 	if err := s.begin(); err != nil {
 		return p.turnAway(method, opts, err)
-	}
-	if p.obs != nil {
-		p.obs.InFlight(1)
 	}
 	ctx, cancel := t.withMethodTimeout(ctx, method)
 	if cancel != nil {
@@ -439,6 +436,9 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t tar
 	c.req, c.reply = req, reply
 	returned := false
 	defer p.end(ctx, c, finish, &returned, &err)
+	if p.obs != nil {
+		p.obs.InFlight(1)
+	}
 	if err == nil {
 		err = p.admit(ctx, c, w)
 	}

@@ -84,9 +84,6 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	if err := s.begin(); err != nil {
 		return nil, p.turnAway(method, opts, err)
 	}
-	if p.obs != nil {
-		p.obs.InFlight(1)
-	}
 	sc := new(streamCall)
 	ctx, sc.cancel = t.withMethodTimeout(ctx, method)
 	c := &sc.Call
@@ -106,6 +103,9 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 			sc.abort(err)
 		}
 	}()
+	if p.obs != nil {
+		p.obs.InFlight(1)
+	}
 	if err == nil {
 		err = p.admit(ctx, c, w)
 	}
@@ -185,6 +185,7 @@ func (sc *streamCall) abort(err error) {
 
 // done is the end of the call, after its tickets were released.
 func (sc *streamCall) done(o Outcome, err error) {
+	defer sc.prog.stack.leave(callOne) // Even if a function of the caller or the observer panics.
 	if sc.cancel != nil {
 		sc.cancel()
 	}
@@ -199,7 +200,6 @@ func (sc *streamCall) done(o Outcome, err error) {
 		}
 		p.obs.InFlight(-1)
 	}
-	p.stack.leave(callOne)
 }
 
 // begin readies s for the stream that is about to be opened inside boundary id.
