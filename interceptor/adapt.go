@@ -67,7 +67,14 @@ func (l *semLayer) wait(ctx context.Context, a *Admission, w Wait) error {
 	waitCtx, cancel := w.context(parked)
 	defer cancel()
 	err := l.sem.Acquire(waitCtx, 1)
+	held := err == nil
+	defer func() {
+		if held {
+			l.sem.Release(1) // The observer panicked.
+		}
+	}()
 	a.Waited(l.name, since)
+	held = false
 	if err == nil {
 		return nil
 	}

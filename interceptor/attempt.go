@@ -102,11 +102,11 @@ func (b *boundary) readmit(ctx context.Context, f *Call, w Wait) (err error) {
 		}
 		return err
 	}
-	admitted = true
 	f.attempt = int(f.root.attempts.Add(1))
 	if o := f.prog.obs; o != nil {
 		o.Admitted(f.method, f.kind, f.attempt)
 	}
+	admitted = true
 	return nil
 }
 

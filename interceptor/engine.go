@@ -466,10 +466,10 @@ func (p *program) admit(ctx context.Context, c *Call, w Wait) error {
 	if !c.admitted {
 		return errForgotten(p)
 	}
-	c.running = true
 	if p.obs != nil {
 		p.obs.Admitted(c.method, c.kind, 0)
 	}
+	c.running = true
 	return nil
 }
 
@@ -508,14 +508,14 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t *ta
 	if err := s.begin(); err != nil {
 		return p.turnAway(method, opts, err)
 	}
-	if p.obs != nil {
-		p.obs.InFlight(1)
-	}
 	c := p.calls.Get().(*Call)
 	ctx, c.cancel = t.withMethodTimeout(ctx, method)
 	defer p.end(ctx, c)
 	w, err := c.prepare(Unary, method, t, opts)
 	c.req, c.reply = req, reply
+	if p.obs != nil {
+		p.obs.InFlight(1)
+	}
 	if err == nil {
 		err = p.admit(ctx, c, w)
 	}

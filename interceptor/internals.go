@@ -92,9 +92,11 @@ func (i *Internals) Observed() bool { return i.prog.obs != nil }
 const slowAnswer = time.Millisecond
 
 // Consulted reports that a gate of the named layer called a third-party limiter or a
-// predicate at the given moment, which has answered now.
+// predicate at the given moment, which has answered now. The gates inside go by the
+// moment of the answer.
 func (i *Internals) Consulted(layer string, since Instant) {
-	if Now().Sub(since) >= slowAnswer {
+	i.now = Now()
+	if i.now.Sub(since) >= slowAnswer {
 		(*Admission)(i).Waited(layer, since)
 	}
 }

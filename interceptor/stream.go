@@ -83,9 +83,6 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	if err := s.begin(); err != nil {
 		return nil, p.turnAway(method, opts, err)
 	}
-	if p.obs != nil {
-		p.obs.InFlight(1)
-	}
 	sc := new(streamCall)
 	ctx, sc.cancel = t.withMethodTimeout(ctx, method)
 	c := &sc.Call
@@ -104,6 +101,9 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 			sc.abort(err)
 		}
 	}()
+	if p.obs != nil {
+		p.obs.InFlight(1)
+	}
 	if err == nil {
 		err = p.admit(ctx, c, w)
 	}
@@ -187,7 +187,7 @@ func (sc *streamCall) abort(err error) {
 
 // done ends the call, after its tickets were released.
 func (sc *streamCall) done(o Outcome, err error) {
-	defer sc.prog.stack.leave(callOne)
+	defer sc.prog.stack.leave(callOne) // Even if a function of the caller or the observer panics.
 	sc.tell(o, err)
 }
 

@@ -214,7 +214,14 @@ func (lim *limiter) wait(ctx context.Context, a *interceptor.Admission, w interc
 			err = nil
 		}
 	}
+	held := err == nil && wt.why == admitted
+	defer func() {
+		if held {
+			p.release(cost) // The observer panicked.
+		}
+	}()
 	a.Waited(l.name, since)
+	held = false
 	switch {
 	case err == interceptor.ErrWaitOver:
 		return lim.refuse(over)

@@ -251,7 +251,6 @@ func (r *race) another(v verdict, follows bool) verdict {
 	// attempt answers.
 	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, Run: func(ctx context.Context, c *interceptor.Call) error {
 		if !r.start(t, c) {
-			c.GiveUp()
 			return interceptor.Ended(ctx, r.layer.maker.Name)
 		}
 		return r.carryOut(ctx, t)
@@ -260,14 +259,20 @@ func (r *race) another(v verdict, follows bool) verdict {
 		r.refused(t, err, follows)
 		return verdict{}
 	}
+	v = r.ended(t, a.Err)
 	ended = true
-	return r.ended(t, a.Err)
+	return v
 }
 
-// start notes that an extra attempt was admitted, and now runs on c. It returns
-// false if it comes too late: a permit that an attempt waits for may be the one that
-// the first attempt had when it answered.
-func (r *race) start(t *try, c *interceptor.Call) bool {
+// start notes that an extra attempt was admitted, and now runs on c. It gives c up
+// and returns false if it comes too late: a permit that an attempt waits for may be the
+// one that the first attempt had when it answered.
+func (r *race) start(t *try, c *interceptor.Call) (started bool) {
+	defer func() {
+		if !started { // Or a panic of the observer.
+			c.GiveUp()
+		}
+	}()
 	t.call, t.start = c, interceptor.Now()
 	r.mu.Lock()
 	closed := r.closed

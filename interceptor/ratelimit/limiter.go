@@ -31,12 +31,17 @@ type Decision struct {
 	// OK says that a token was taken.
 	OK bool
 	// RetryAfter is when to ask again if none was; not positive if that is not
-	// known. A call that may wait then asks again every 100 ms.
+	// known. A call that may wait then asks again every 100 ms. No call asks more
+	// often than once in a millisecond.
 	RetryAfter time.Duration
 }
 
 // unknownRetry is when to ask a limiter again that does not say when.
 const unknownRetry = 100 * time.Millisecond
+
+// leastRetry is how long a call waits at least before it asks a limiter again, so
+// that one that says "at once", and means it, is not asked in a loop.
+const leastRetry = time.Millisecond
 
 // WithFailOpen lets calls pass while a [Limiter] cannot decide. By default they are
 // refused with UNAVAILABLE and reason RATE_LIMIT, and the refusal wraps the
@@ -101,8 +106,15 @@ func (l *elsewhere) WrapGate(inner interceptor.Gate) interceptor.Gate {
 // take reports whether the call passes with a token, or without because the
 // limiter has failed.
 func (l *elsewhere) take(ctx context.Context, a *interceptor.Admission, key string, w interceptor.Wait) (taken bool, err error) {
-	latest := latestOf(ctx, w)
-	for since := interceptor.Instant(0); ; {
+	latest, since, parks := latestOf(ctx, w), interceptor.Now(), false
+	defer func() {
+		if parks {
+			a.Waited(l.name, since)
+		} else {
+			a.Internals().Consulted(l.name, since)
+		}
+	}()
+	for {
 		d, err := l.ask(ctx, a, key)
 		switch {
 		case err == nil && d.OK:
@@ -118,16 +130,15 @@ func (l *elsewhere) take(ctx context.Context, a *interceptor.Admission, key stri
 		turn, again := never, now.Add(unknownRetry)
 		if d.RetryAfter > 0 {
 			turn = now.Add(d.RetryAfter)
-			again = turn
+			again = now.Add(max(d.RetryAfter, leastRetry))
 		}
 		if again > latest {
 			return false, l.over.after(turn, now)
 		}
-		if since == 0 {
-			since = now
+		if !parks {
+			parks = true
 			parked, done := a.Park(ctx)
 			defer done()
-			defer a.Waited(l.name, since)
 			ctx = parked
 		}
 		if w.Sleep(ctx, again) != nil {

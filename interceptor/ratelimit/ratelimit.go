@@ -323,13 +323,18 @@ type keyedGate struct {
 }
 
 func (g *keyedGate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-	key := g.layer.rate.Load().keyBy.Key(ctx, a)
-	e := g.layer.keys.Pin(key, int64(a.Now()))
-	token, err := e.Value.acquire(ctx, a, w)
-	e.Unpin()
+	q, token, err := g.acquire(ctx, a, w)
 	if err != nil {
 		return err
 	}
-	a.Hold(e.Value, token)
+	a.Hold(q, token)
 	return g.inner.Admit(ctx, a, w)
+}
+
+// acquire takes a token of the queue of the call's key, which is not dropped meanwhile.
+func (g *keyedGate) acquire(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) (q *queue, token int64, err error) {
+	e := g.layer.keys.Pin(g.layer.rate.Load().keyBy.Key(ctx, a), int64(a.Now()))
+	defer e.Unpin() // Even if a PriorityFunc panics.
+	token, err = e.Value.acquire(ctx, a, w)
+	return e.Value, token, err
 }

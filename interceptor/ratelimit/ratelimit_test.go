@@ -88,6 +88,8 @@ func TestFromLimiter(t *testing.T) {
 	t.Run("fails_closed_or_open", testFromLimiterFailsClosedOrOpen)
 	t.Run("failing_open_gives_nothing_back", testFromLimiterFailingOpenGivesNothingBack)
 	t.Run("refusal_names_the_key", testFromLimiterRefusalNamesTheKey)
+	t.Run("that_says_at_once_is_not_asked_in_a_loop", testFromLimiterThatSaysAtOnceIsNotAskedInALoop)
+	t.Run("that_is_slow_does_not_turn_back_the_clock_of_gates_inside", testFromLimiterThatIsSlow)
 }
 
 const ms = time.Millisecond
@@ -1048,6 +1050,50 @@ func testFromLimiterThatDoesNotSayWhenIsAskedAgain(t *testing.T) {
 			t.Errorf("refused after %v and %d questions, want 600ms and 7: once more would be at the deadline", d, st.asked-asked)
 		}
 	})
+}
+
+func testFromLimiterThatSaysAtOnceIsNotAskedInALoop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st := &store{retry: time.Microsecond}
+		conn := calltest.Stack(t, FromLimiter(st, interceptor.KeyBy{})).Wrap(newServer())
+		wantRefused(t, call(conn, interceptor.WithWait(interceptor.For(100*ms))), time.Microsecond)
+		if st.asked > 101 {
+			t.Errorf("asked %d times in 100 ms, want at most once in a millisecond", st.asked)
+		}
+	})
+}
+
+// slowly is a Limiter that takes d to let a call pass.
+type slowly time.Duration
+
+func (d slowly) Take(context.Context, string) (Decision, error) {
+	time.Sleep(time.Duration(d))
+	return Decision{OK: true}, nil
+}
+
+func (slowly) Refund(string) {}
+
+// A rate inside a limiter that takes its time takes the token of the moment in which
+// the call is sent, not of the one in which it arrived.
+func testFromLimiterThatIsSlow(t *testing.T) {
+	for _, d := range []time.Duration{ms / 2, 500 * ms} {
+		synctest.Test(t, func(t *testing.T) {
+			// Its Burst is one token, so calls are at least an interval of d apart.
+			obs, rate, srv := new(watcher), mustNew(t, Config{Limit: int(time.Second / d), Burst: 1}), newServer()
+			early := mustNew(t, Config{Limit: 1000, Burst: 1000}) // Reads the clock.
+			slow := calltest.Stack(t, interceptor.Observe(obs), early, FromLimiter(slowly(d), interceptor.KeyBy{}), rate).Wrap(srv)
+			wantOK(t, call(slow))
+			wantOK(t, call(calltest.Stack(t, rate).Wrap(srv)))
+			wantTimes(t, srv.times(), d, 2*d)
+			var want []string
+			if d >= ms {
+				want = []string{"ratelimit waited 500ms"}
+			}
+			if !slices.Equal(obs.log, want) {
+				t.Errorf("observed %q, want %q", obs.log, want)
+			}
+		})
+	}
 }
 
 func testFromLimiterRefusalNamesTheKey(t *testing.T) {

@@ -1,0 +1,169 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package acceptance
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/buffer"
+	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/interceptor/ratelimit"
+	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/internal/test/calltest"
+)
+
+// panicky is an observer that panics in one of its methods, once.
+type panicky struct {
+	in    string
+	fired atomic.Bool
+}
+
+func (o *panicky) panic(in string) {
+	if in == o.in && !o.fired.Swap(true) {
+		panic(in)
+	}
+}
+
+func (o *panicky) Admitted(_ string, _ interceptor.Kind, attempt int) {
+	if o.panic("Admitted"); attempt > 0 {
+		o.panic("Admitted further")
+	}
+}
+
+func (o *panicky) InFlight(delta int) {
+	if o.panic("InFlight"); delta < 0 {
+		o.panic("InFlight -1")
+	}
+}
+
+func (o *panicky) Refused(string, string, interceptor.Reason)                 { o.panic("Refused") }
+func (o *panicky) Waited(_, layer string, _ time.Duration)                    { o.panic("Waited at " + layer) }
+func (o *panicky) Attempt(string, int)                                        { o.panic("Attempt") }
+func (o *panicky) Ended(string, interceptor.Kind, interceptor.Outcome, error) { o.panic("Ended") }
+func (o *panicky) HedgeFired(string, string)                                  { o.panic("HedgeFired") }
+func (o *panicky) HedgeWon(string, string)                                    { o.panic("HedgeWon") }
+func (o *panicky) Budget(string, float64)                                     { o.panic("Budget") }
+func (o *panicky) Limit(string, float64)                                      { o.panic("Limit") }
+
+// flaky fails every third call, and takes its time for every second one.
+type flaky struct{ n atomic.Int64 }
+
+func (s *flaky) Invoke(ctx context.Context, _ string, _, _ any, _ ...grpc.CallOption) error {
+	n, d := s.n.Add(1), 5*time.Millisecond
+	if n%2 == 0 {
+		d = time.Second
+	}
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	}
+	if n%3 == 0 {
+		return status.Error(codes.Unavailable, "")
+	}
+	return nil
+}
+
+func (s *flaky) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	if err := s.Invoke(ctx, "", nil, nil); err != nil {
+		return nil, err
+	}
+	return over{}, nil
+}
+
+// A panic of the observer is the caller's to see, who may recover: nothing that the
+// call has taken may be lost by it.
+func TestPanic(t *testing.T) {
+	for _, in := range []string{
+		"Admitted", "Admitted further", "InFlight", "InFlight -1", "Refused", "Waited at concurrency", "Waited at semaphore", "Attempt", "Ended",
+		"HedgeFired", "HedgeWon", "Budget", "Limit",
+	} {
+		t.Run("of_the_observer_in_"+in, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				o := &panicky{in: in}
+				limit, err := concurrency.New(concurrency.Config{Limit: 4})
+				if err != nil {
+					t.Fatal(err)
+				}
+				sem := semaphore.NewWeighted(3)
+				stack := calltest.Stack(t, interceptor.Observe(o), hedge.Config{Delay: 20 * time.Millisecond, MaxExtraLoad: 0.5},
+					retry.Config{}, buffer.Config{Size: 5}, limit, interceptor.FromSemaphore("semaphore", sem),
+					ratelimit.Config{Limit: 100, KeyBy: interceptor.KeyBy{Method: true}})
+				conn := stack.Wrap(new(flaky))
+				var wg sync.WaitGroup
+				for i := range 100 {
+					wg.Go(func() {
+						defer func() { recover() }()
+						if i%4 > 0 {
+							conn.Invoke(context.Background(), "/s/m", new(wrapperspb.StringValue), new(wrapperspb.StringValue))
+							return
+						}
+						s, err := conn.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, "/s/stream")
+						for err == nil {
+							err = s.RecvMsg(new(wrapperspb.StringValue))
+						}
+					})
+					time.Sleep(7 * time.Millisecond)
+				}
+				wg.Wait()
+				if !o.fired.Load() {
+					t.Fatal("the observer was not asked")
+				}
+				if n := limit.InUse(); n != 0 {
+					t.Errorf("%d permits in use after all calls, want none", n)
+				}
+				if !sem.TryAcquire(3) {
+					t.Error("a permit of the semaphore is in use after all calls")
+				}
+				ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+				defer cancel()
+				if err := stack.Drain(ctx); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+	t.Run("of_a_priority_leaves_the_key_droppable", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			panics := true
+			rate, err := ratelimit.New(ratelimit.Config{Limit: 1, MaxKeys: 1, KeyBy: interceptor.KeyBy{Metadata: "key"}},
+				ratelimit.WithPriority(func(context.Context, *interceptor.Admission) int {
+					if panics {
+						panic("priority")
+					}
+					return 0
+				}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn := calltest.Stack(t, rate).Wrap(calltest.Takes(0))
+			call := func(key string, opts ...grpc.CallOption) error {
+				defer func() { recover() }()
+				return conn.Invoke(metadata.AppendToOutgoingContext(context.Background(), "key", key), "/s/m", nil, nil, opts...)
+			}
+			call("a")
+			call("a") // Would wait.
+			panics = false
+			time.Sleep(time.Minute)
+			call("b")
+			if r, ok := interceptor.AsRefusal(call("b", interceptor.WithWait(interceptor.None))); !ok || r.Key != "b" {
+				t.Errorf("got %v, want a refusal for key b, which takes the place of key a", r)
+			}
+		})
+	})
+}
