@@ -163,7 +163,7 @@ func TestSameStackTwice(t *testing.T) {
 		} {
 			for _, kind := range allKinds {
 				err := exchange(t.Context(), c, kind, new(testingv1.UnaryRequest), new(testingv1.UnaryResponse))
-				if status.Code(err) != codes.Internal || !strings.Contains(err.Error(), "the same stack stands twice") {
+				if status.Code(err) != codes.Internal || !strings.Contains(err.Error(), "the same stack is twice") {
 					t.Errorf("%s, %v: the call ended with %v, want INTERNAL that says so", name, kind, err)
 				}
 			}
