@@ -198,7 +198,8 @@ func (s *stream) begins(at *interceptor.Instant) {
 	s.mu.Unlock()
 }
 
-// moved records that a message was sent or received, or that the stream has started.
+// moved ends an operation on a message, with its bound at. With a nil at it records that
+// the stream has started.
 func (s *stream) moved(at *interceptor.Instant, err error) {
 	var now interceptor.Instant
 	if s.settings.Idle > 0 && err == nil {
