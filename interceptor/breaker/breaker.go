@@ -29,56 +29,54 @@ type Config struct {
 	ConsecutiveFailures int
 
 	// FailureRatio trips the circuit at this share of failures among the calls that
-	// ended in Window, from MinCalls of them on. Greater than 0 and at most 1; zero
-	// is off.
+	// ended in Window, if those are at least MinCalls. Greater than 0 and at most 1;
+	// zero is off.
 	FailureRatio float64
 
 	// SlowCallRatio trips the circuit at this share of calls that took SlowCall or
-	// longer, among the unary calls that ended in Window, from MinCalls of them on.
-	// The time counts from when a call is sent, so waiting in gates inside the breaker
-	// is no part of it. A call that its caller gave up counts if it took SlowCall by
-	// then, and otherwise not at all. Streams last as long as they are used, so they
-	// are never slow. Greater than 0 and at most 1; zero is off. SlowCall is at least
-	// 1 µs; both are set, or none.
+	// longer, among the unary calls that ended in Window, if those are at least
+	// MinCalls. The time counts from when a call is sent, so it does not include waiting
+	// in gates inside the breaker. A call that its caller gave up counts only if it had
+	// taken SlowCall by then. Streams are never slow, because they last as long as they
+	// are used. Greater than 0 and at most 1; zero is off. SlowCall is at least 1 µs.
+	// Set both or neither.
 	SlowCallRatio float64
 	SlowCall      time.Duration
 
-	// Window is over what time the ratios are taken. It moves in twentieths. Between
-	// 100 ms and 24 h; zero means 10 s.
+	// Window is the time over which the ratios are taken. It moves in steps of a
+	// twentieth. From 100 ms to 24 h; zero means 10 s.
 	Window time.Duration
 
-	// MinCalls is from how many calls in Window on its ratios mean something. At
-	// least 1; zero means 20.
+	// MinCalls is how many calls Window must hold before its ratios count. At least 1;
+	// zero means 20.
 	MinCalls int
 
-	// OpenFor is how long a circuit is open until it is half-open. At least 1 ms;
-	// zero means 5 s. Each time in a row that the probes fail multiplies it by
-	// OpenGrowth, up to MaxOpenFor. OpenGrowth is at least 1; zero means 2.
-	// MaxOpenFor is at least OpenFor; zero means one minute, or OpenFor if that is
-	// longer.
+	// OpenFor is how long a circuit is open before it is half-open. At least 1 ms;
+	// zero means 5 s. Each further time that the probes fail multiplies it by
+	// OpenGrowth, up to MaxOpenFor. OpenGrowth is at least 1; zero means 2. MaxOpenFor
+	// is at least OpenFor; zero means one minute, or OpenFor if that is longer.
 	OpenFor    time.Duration
 	OpenGrowth float64
 	MaxOpenFor time.Duration
 
-	// Jitter shortens each time open by a random share of up to this, so that
-	// clients that tripped together do not probe together. Above 0 and at most 1;
-	// zero means 0.2, [None] that there is no jitter.
+	// Jitter shortens each open time by a random share of at most this, so that clients
+	// that tripped together do not probe together. Above 0 and at most 1; zero means
+	// 0.2, [None] means no jitter.
 	Jitter float64
 
-	// Probes is how many calls a half-open circuit lets pass, and how many have to
-	// succeed for it to close. If they say nothing, because they neither respond nor
-	// end or because their callers give up, as many more may pass every OpenFor. At
-	// least 1; zero means 1.
+	// Probes is how many calls a half-open circuit lets pass, and how many must succeed
+	// before it closes. If none says anything, because they hang or their callers give
+	// up, as many more may pass every OpenFor. At least 1; zero means 1.
 	Probes int
 
 	// FailureCodes are the codes that are failures. Nil means UNKNOWN,
-	// DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE and DATA_LOSS. A list
-	// that is empty is an error, unless SlowCallRatio is set: nothing would trip. The
-	// caller's own deadline is no failure, whatever the list says; one of a timeout
+	// DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE and DATA_LOSS. An
+	// empty list is an error unless SlowCallRatio is set, because nothing would trip.
+	// The caller's own deadline is no failure, whatever the list says; that of a timeout
 	// layer is.
 	FailureCodes []codes.Code
 
-	// IgnoreNotConnected leaves out calls that were not sent because there was no
+	// IgnoreNotConnected ignores calls that were not sent because there was no
 	// connection: no endpoint was READY, or the resolver failed. By default they are
 	// failures, whatever FailureCodes says.
 	IgnoreNotConnected bool
@@ -86,13 +84,13 @@ type Config struct {
 	// KeyBy gives each key a circuit of its own. By default there is one for all calls.
 	KeyBy interceptor.KeyBy
 
-	// MaxKeys is how many keys have a circuit of their own, at some 1,000 bytes each.
-	// All keys beyond share one more ([Others]). From 1 to 1e6; zero means 10,000.
+	// MaxKeys is how many keys have their own circuit, at about 1,000 bytes each. All
+	// further keys share one more ([Others]). From 1 to 1e6; zero means 10,000.
 	MaxKeys int
 
-	// KeyIdle is for how long a key must not have been called before its circuit may
-	// be forgotten. That happens when new keys come, at the latest when there are
-	// MaxKeys; an open circuit is not forgotten. At least 1 s; zero means 10 minutes.
+	// KeyIdle is how long a key must be idle before its circuit may be forgotten. That
+	// happens when new keys arrive, at the latest when there are MaxKeys. An open
+	// circuit is not forgotten. At least 1 s; zero means 10 minutes.
 	KeyIdle time.Duration
 }
 
@@ -116,14 +114,14 @@ const None = check.None
 // Others is the key of the circuit that keys beyond Config.MaxKeys share.
 const Others = keyed.Others
 
-// settings are a Config that was found good, with its defaults filled in.
+// settings are a valid Config with its defaults filled in.
 type settings struct {
 	Config
 	given    Config
 	failures codeset.Set
 }
 
-// settings checks c. old is what an update replaces; nil for a new layer.
+// settings checks c. old are the settings that an update replaces; nil for a new layer.
 func (c Config) settings(errs *check.Errors, old *settings) *settings {
 	c.FailureCodes = slices.Clone(c.FailureCodes) // The caller may change its own.
 	given := c
@@ -161,13 +159,12 @@ func (c Config) settings(errs *check.Errors, old *settings) *settings {
 	return &settings{Config: c, given: given, failures: failures}
 }
 
-// delay is how long a circuit is open that has tripped n times without having
-// been closed in between, n ≥ 1: OpenFor×OpenGrowth^(n-1), at most MaxOpenFor,
-// less the jitter.
+// delay returns how long a circuit is open that tripped n ≥ 1 times without being closed
+// in between: OpenFor×OpenGrowth^(n-1), at most MaxOpenFor, less the jitter.
 func (s *settings) delay(n int, random float64) time.Duration {
-	d := float64(s.OpenFor) * math.Pow(s.OpenGrowth, float64(n-1)) // Perhaps +Inf, which min mends.
+	d := float64(s.OpenFor) * math.Pow(s.OpenGrowth, float64(n-1)) // May be +Inf; capped below.
 	d = min(d, float64(s.MaxOpenFor)) * (1 - s.Jitter*random)
-	if d >= math.MaxInt64 { // As a float the greatest Duration is more than fits in one.
+	if d >= math.MaxInt64 { // As a float the greatest Duration overflows one.
 		return s.MaxOpenFor
 	}
 	return max(time.Duration(d), time.Millisecond)
@@ -196,7 +193,7 @@ func (s State) String() string {
 	return "unknown"
 }
 
-// Cause is why a circuit has changed its state.
+// Cause is why a circuit changed its state.
 type Cause string
 
 // The causes of changes.
@@ -219,8 +216,8 @@ type Change struct {
 	OpenFor  time.Duration // of a change to Open: until it is half-open; zero if only Reset ends it
 }
 
-// Layer is a circuit breaker. It has one state for all stacks that use it. All its
-// methods may be called concurrently.
+// A Layer is a circuit breaker. It has one state for all stacks that use it. Its methods
+// may be called concurrently.
 type Layer struct {
 	interceptor.GateOnly
 	name     string
@@ -245,9 +242,9 @@ type options struct {
 // default "breaker"; it must not be empty. It tells several breakers apart.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
-// WithOnStateChange has f called at each change of a circuit's state, in order for
-// each circuit. f is called while the circuit is locked: it must not block, and
-// must not use the Layer or make calls through it.
+// WithOnStateChange calls f at each change of a circuit's state, in order for each
+// circuit. The circuit is locked meanwhile: f must not block, and must not use the Layer
+// or make calls through it.
 func WithOnStateChange(f func(Change)) Option {
 	return func(o *options) {
 		o.errs.NotNil(f == nil, "WithOnStateChange", "a function")
@@ -292,10 +289,10 @@ func (c Config) NewLayer() (interceptor.Layer, error) {
 // NewLayer returns the layer itself.
 func (b *Layer) NewLayer() (interceptor.Layer, error) { return b, nil }
 
-// Update replaces the config while calls run. Circuits keep their states, what
-// they have counted and, if open, the moment at which they will be half-open; the
-// window as far as the new one reaches back. KeyBy cannot be changed, because there
-// would be nothing to keep: make a new layer. A bad config changes nothing.
+// Update replaces the config while calls run. Circuits keep their states, and what they
+// have counted as far as the new window reaches back. An open circuit keeps the moment
+// at which it will be half-open. KeyBy cannot be changed: make a new layer. A wrong
+// config changes nothing.
 func (b *Layer) Update(config Config) error { return b.update(config, check.Of("breaker")) }
 
 func (b *Layer) update(config Config, errs *check.Errors) error {
@@ -320,8 +317,7 @@ func (b *Layer) String() string { return b.name }
 // Traits says that it decides, and never waits.
 func (b *Layer) Traits() interceptor.Traits { return interceptor.Decides }
 
-// find returns the circuit of key if there is one. Where all calls share one, it
-// is that one.
+// find returns the circuit of key, or the one that all calls share.
 func (b *Layer) find(key string) (*circuit, bool) {
 	if b.keys == nil {
 		return b.all, true
@@ -331,8 +327,8 @@ func (b *Layer) find(key string) (*circuit, bool) {
 
 // State returns the state of the circuit of a key, such as the method
 // "/helloworld.Greeter/SayHello" with Config.KeyBy.Method. If there is one circuit
-// for all calls, key does not matter. A circuit whose time is over is half-open,
-// also before the first call notices. One that does not exist is closed.
+// for all calls, key does not matter. An open circuit whose time is over counts as
+// half-open even before a call notices. A circuit that does not exist is closed.
 func (b *Layer) State(key string) State {
 	if c, ok := b.find(key); ok {
 		return c.current(interceptor.Now())
@@ -353,8 +349,8 @@ func (b *Layer) States() map[string]State {
 	return states
 }
 
-// Trip opens the circuit of key, see [Layer.State], for d, or until Reset if d
-// is not positive. A circuit that does not exist is made.
+// Trip opens the circuit of key, see [Layer.State], for d, or until Reset if d is not
+// positive. It makes the circuit if it does not exist.
 func (b *Layer) Trip(key string, d time.Duration) {
 	c, ok := b.find(key)
 	now := interceptor.Now()

@@ -21,12 +21,12 @@ import (
 type circuit struct {
 	breaker *Layer
 	key     string
-	opened  *interceptor.Refusal                   // What it refuses with while open without end.
+	opened  *interceptor.Refusal                   // The refusal while open until Reset.
 	soon    *retryafter.Cache[interceptor.Refusal] // While open, by the time left.
-	probed  *interceptor.Refusal                   // While half-open, if all probes are out.
+	probed  *interceptor.Refusal                   // The refusal while half-open with all probes in flight.
 
-	// state is the State and above it the number of changes so far. It is written
-	// with mu held, and the fields that go with it before it.
+	// state is the State, and in the higher bits the number of changes so far. It is
+	// written with mu held, after the fields that belong to it.
 	state atomic.Uint64
 	until atomic.Int64 // When an open circuit is half-open, an Instant; never if for ever.
 
@@ -35,8 +35,8 @@ type circuit struct {
 	calls atomic.Pointer[rolling.Window] // Calls, and failures among them.
 	timed atomic.Pointer[rolling.Window] // Unary calls, and slow ones among them.
 
-	// mu guards the changes of state and the fields below. Of belfry nothing is
-	// locked under it.
+	// mu guards changes of state and the fields below. No lock of belfry is taken under
+	// it.
 	mu         sync.Mutex
 	trips      int                 // Since it was closed.
 	probing    int                 // Probes that have said nothing yet.
@@ -46,8 +46,8 @@ type circuit struct {
 
 const never = math.MaxInt64
 
-// refusalsKept is how many refusals a circuit keeps. The time left is about the
-// same for all calls that come at once.
+// refusalsKept is how many refusals a circuit keeps. Calls that arrive together have
+// about the same time left, and so the same refusal.
 const refusalsKept = 4
 
 func newCircuit(b *Layer, key string) *circuit {
@@ -64,7 +64,7 @@ func newCircuit(b *Layer, key string) *circuit {
 	return c
 }
 
-// forget empties what a closed circuit has counted.
+// forget resets what a closed circuit has counted.
 func (c *circuit) forget(s *settings) {
 	c.run.Store(0)
 	c.calls.Store(rolling.New(s.Window))
@@ -73,9 +73,9 @@ func (c *circuit) forget(s *settings) {
 
 func stateOf(word uint64) State { return State(word & 3) }
 
-// A token says in which state the circuit admitted a call, by the number of changes
-// until then, so that a call judges that state only; and in its lowest bit whether
-// the call can be slow.
+// A token holds the number of changes at the moment that the circuit admitted a call, so
+// that the call judges only that state, and in its lowest bit whether the call can be
+// slow.
 func token(word uint64, canBeSlow bool) int64 {
 	t := int64(word >> 2 << 1)
 	if canBeSlow {
@@ -84,7 +84,7 @@ func token(word uint64, canBeSlow bool) int64 {
 	return t
 }
 
-// isOf reports whether the circuit that gave token has not changed since.
+// isOf reports whether the circuit's state is still that of the token.
 func isOf(token int64, word uint64) bool { return uint64(token)>>1 == word>>2 }
 
 // admit lets a call pass, or refuses it.
@@ -120,12 +120,12 @@ func (c *circuit) current(now interceptor.Instant) State {
 	return st
 }
 
-// refusal says when the circuit will be half-open, rounded up so that not every
-// refused call needs one of its own.
+// refusal returns a refusal that says when the circuit will be half-open, rounded up so
+// that many calls share it.
 func (c *circuit) refusal(now interceptor.Instant) error {
 	until := c.until.Load()
 	left := until - int64(now)
-	if until == never || left <= 0 { // The latter only if it changes just now.
+	if until == never || left <= 0 { // The second only if the state changes right now.
 		return c.opened
 	}
 	return c.soon.Get(time.Duration(left))
@@ -150,7 +150,7 @@ func (c *circuit) probe(s *settings, now interceptor.Instant) (word uint64, err 
 			return c.state.Load(), nil
 		}
 		if now.Sub(c.probesFrom) >= s.OpenFor {
-			c.probing, c.probesFrom = 0, now // Those before have said nothing for long enough.
+			c.probing, c.probesFrom = 0, now // The earlier probes have said nothing for too long.
 		}
 		if c.probing+c.passed >= s.Probes {
 			return 0, c.probed
@@ -160,26 +160,26 @@ func (c *circuit) probe(s *settings, now interceptor.Instant) (word uint64, err 
 	return word, nil
 }
 
-// Respond judges by the first response of a stream: it is a success.
+// Respond counts the first response of a stream as a success.
 func (c *circuit) Respond(token int64, _ interceptor.End) {
 	c.take(token, verdict{counts: true})
 }
 
-// Release judges by a call that has ended, unless its first response was judged by.
+// Release judges a call that has ended, unless Respond judged it before.
 func (c *circuit) Release(token int64, e interceptor.End) {
 	if !e.Responded {
 		c.take(token, c.verdict(token, e))
 	}
 }
 
-// A verdict is what the end of a call says of a circuit.
+// A verdict is what the end of a call says about the server.
 type verdict struct {
-	counts    bool                // It says something of failures;
-	failed    bool                // what it says,
-	exhausted bool                // and whether that was with RESOURCE_EXHAUSTED.
-	timed     bool                // It says something of slow calls,
-	slow      bool                // and what.
-	sent      bool                // It was sent, whatever it says.
+	counts    bool                // It is a success or a failure:
+	failed    bool                // which one,
+	exhausted bool                // and whether with RESOURCE_EXHAUSTED.
+	timed     bool                // It was measured:
+	slow      bool                // and whether it was slow.
+	sent      bool                // It was sent.
 	now       interceptor.Instant // Zero if the clock was not read.
 }
 
@@ -206,11 +206,11 @@ func (c *circuit) verdict(token int64, e interceptor.End) (v verdict) {
 	return v
 }
 
-// take takes what a call says.
+// take applies a verdict.
 func (c *circuit) take(token int64, v verdict) {
 	word := c.state.Load()
 	if !isOf(token, word) {
-		return // It says nothing of the state the circuit is in now.
+		return // It was admitted in an earlier state.
 	}
 	switch s := c.breaker.settings.Load(); stateOf(word) {
 	case Closed:
@@ -220,8 +220,8 @@ func (c *circuit) take(token int64, v verdict) {
 	}
 }
 
-// judge counts a call of a closed circuit, and trips it if that was one too many.
-// A success never trips, so it needs not be looked at whether it should.
+// judge counts a call of a closed circuit, and trips the circuit if a threshold is
+// reached. A success never trips it, so the thresholds are checked only at failures.
 func (c *circuit) judge(s *settings, word uint64, v verdict) {
 	cause, now := Cause(""), v.now
 	if v.counts && s.ConsecutiveFailures > 0 {
@@ -284,7 +284,7 @@ func (c *circuit) window(p *atomic.Pointer[rolling.Window], s *settings, now int
 	return w
 }
 
-// result takes what one probe says.
+// result applies the verdict of a probe.
 func (c *circuit) result(s *settings, word uint64, v verdict) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -300,15 +300,15 @@ func (c *circuit) result(s *settings, word uint64, v verdict) {
 			c.closeLocked(s, CauseProbesOK)
 		}
 	case !v.sent:
-		c.probing = max(c.probing-1, 0) // Another may take its place.
+		c.probing = max(c.probing-1, 0) // Another call may be the probe.
 	default:
-		// It was sent and says nothing: its caller has given up. If others took its place
-		// at once, a server that hangs would get as many as there are impatient callers.
+		// It was sent and says nothing, because its caller gave up. If the next call probed
+		// at once, a server that hangs would get one probe for each impatient caller.
 	}
 }
 
-// openLocked opens the circuit for as long as its trips so far ask for. Caller
-// must hold c.mu.
+// openLocked opens the circuit, for longer the more often it has tripped. Caller must
+// hold c.mu.
 func (c *circuit) openLocked(s *settings, cause Cause) {
 	c.trips++
 	c.openForLocked(interceptor.Now(), s.delay(c.trips, c.breaker.random()), cause)
@@ -329,7 +329,7 @@ func (c *circuit) closeLocked(s *settings, cause Cause) {
 	c.changeLocked(Closed, cause, 0)
 }
 
-// changeLocked is every change of state. Caller must hold c.mu.
+// changeLocked changes the state. All changes go through it. Caller must hold c.mu.
 func (c *circuit) changeLocked(to State, cause Cause, openFor time.Duration) (word uint64) {
 	old := c.state.Load()
 	word = (old>>2+1)<<2 | uint64(to)

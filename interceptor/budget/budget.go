@@ -20,28 +20,28 @@ const (
 	DefaultRatio        = 0.2
 	DefaultMinPerSecond = 10
 
-	// None, as a Ratio or a MinPerSecond, is none where zero is the default.
+	// None as a Ratio or a MinPerSecond means none, because zero is the default.
 	None = check.None
 )
 
-// Config says how many further attempts there may be. The zero value is the
-// default: two for ten calls, and ten a second besides.
+// Config bounds the further attempts. The zero value is the default: two for ten calls,
+// plus ten a second.
 type Config struct {
-	// TTL is how long a call counts, and how long an attempt that was paid for is
-	// remembered. 1 s to 60 s; zero means 10 s.
+	// TTL is how long a call and a paid attempt are remembered. From 1 s to 60 s; zero
+	// means 10 s.
 	TTL time.Duration
-	// Ratio is how many further attempts a call pays for: 0.2 is one for five
-	// calls, 1.5 three for two. It counts in steps of a millionth, from there to
-	// 1,000; zero means 0.2, [None] that calls pay for nothing.
+	// Ratio is how many further attempts one call pays for: 0.2 is one for five calls,
+	// 1.5 three for two. From 0.000001 to 1,000, in steps of 0.000001; zero means 0.2,
+	// [None] means that calls pay for nothing.
 	Ratio float64
-	// MinPerSecond is how many further attempts there may be in each second
-	// whatever the calls pay for, so that a client with few calls can repeat some
-	// of them. All those of a TTL may come at once. Up to 1,000,000; zero means 10,
-	// [None] that there is no such reserve.
+	// MinPerSecond is how many further attempts there may be in a second whatever the
+	// calls pay for, so that a client with few calls can repeat some of them. Those of a
+	// whole TTL may come at once. Up to 1,000,000; zero means 10, [None] means no such
+	// reserve.
 	MinPerSecond float64
 }
 
-// settings is a Config in the units that are computed with.
+// settings is a Config in millionths of an attempt.
 type settings struct {
 	given   Config
 	ttl     time.Duration
@@ -74,34 +74,33 @@ func units(v float64) int64 {
 }
 
 const (
-	// periods is how finely a TTL is told apart: an amount is forgotten when it is
-	// between one TTL and a hundredth more old.
+	// periods is the number of slots in a TTL: an amount is forgotten when it is older
+	// than one TTL, at most by a hundredth of it.
 	periods = 100
 	slots   = periods + 1
 
-	// keep is longer than anything is remembered.
+	// keep is longer than any amount is remembered.
 	keep = 2 * time.Minute
 )
 
-// A Budget is what further attempts are paid from, by all layers and stacks that
-// share it. Its methods may be called concurrently; all but Update are
-// lock-free and allocate nothing.
+// A Budget pays for the further attempts of all layers and stacks that share it. Its
+// methods may be called concurrently. All but Update are lock-free and allocate
+// nothing.
 //
-// At any moment its balance is the reserve, plus Ratio for each call of the last
-// TTL, minus one for each further attempt of the last TTL. It is counted in a
-// ring of periods, whose oldest is dropped when a new one begins, by whoever
-// comes first.
+// At any moment its balance is the reserve, plus Ratio for each call of the last TTL,
+// minus one for each further attempt of the last TTL. It is kept in a ring of periods.
+// When a new period starts, the first call drops the oldest.
 type Budget struct {
 	deposit atomic.Int64              // For each call.
-	before  atomic.Pointer[[]deposit] // What it was, in the order of time; not changed.
+	before  atomic.Pointer[[]deposit] // Earlier deposits, in order of time; immutable.
 	w       atomic.Pointer[window]
 
 	// mu serialises Update. Nothing is locked under it.
 	mu sync.Mutex
-	s  settings // What holds; guarded by mu.
+	s  settings // The current settings; guarded by mu.
 }
 
-// deposit is what each call paid in until a moment.
+// deposit is what each call paid in before a moment.
 type deposit struct {
 	until  interceptor.Instant
 	amount int64
@@ -116,8 +115,7 @@ type window struct {
 	slots   [slots]slot
 }
 
-// slot holds what came in and went out in one period: the one of epoch, which
-// falls on the slot modulo their number.
+// slot holds what was paid in and out in one period: that of its epoch.
 type slot struct {
 	epoch  atomic.Int64
 	amount atomic.Int64
@@ -141,10 +139,9 @@ func newWindow(s settings) *window {
 	return w
 }
 
-// Update changes the configuration. What was paid in and spent stays as it was,
-// and is forgotten by the new TTL; calls count by the new Ratio from now on. On an
-// error nothing has changed. If the TTL changes, amounts that are booked at the
-// very moment may be lost.
+// Update changes the configuration. What was paid in and spent stays, and is forgotten
+// after the new TTL. New calls count with the new Ratio. After an error nothing has
+// changed. If the TTL changes, amounts that are booked at the same moment may be lost.
 func (b *Budget) Update(c Config) error {
 	s, err := c.settings()
 	if err != nil {
@@ -172,7 +169,7 @@ func (b *Budget) Update(c Config) error {
 	return nil
 }
 
-// depositLocked changes what calls pay in. Caller must hold b.mu.
+// depositLocked sets what calls pay in. Caller must hold b.mu.
 func (b *Budget) depositLocked(amount int64) {
 	was := b.deposit.Load()
 	if was == amount {
@@ -188,7 +185,7 @@ func (b *Budget) depositLocked(amount int64) {
 	b.deposit.Store(amount)
 }
 
-// paid is what a call paid in at the moment at.
+// paid returns what a call paid in at the moment at.
 func (b *Budget) paid(at interceptor.Instant) int64 {
 	if p := b.before.Load(); p != nil {
 		for _, d := range *p {
@@ -226,7 +223,7 @@ func (b *Budget) Withdraw(now interceptor.Instant) bool {
 		}
 	}
 	if !w.note(p, -one) {
-		w.balance.Add(one) // The period is over already; so is what was spent in it.
+		w.balance.Add(one) // The period has ended, and with it what was spent in it.
 	}
 	return true
 }
@@ -246,9 +243,9 @@ func (b *Budget) Config() Config {
 	return b.s.given
 }
 
-// Balance is how many further attempts could be made now. It is below zero when
-// what paid for the attempts of the last TTL has become older than that. It is
-// as of the last call or attempt, for nothing else moves the budget on.
+// Balance returns how many further attempts could be made now. It is below zero when
+// the calls that paid for the attempts of the last TTL are older than that. It is as of
+// the last call or attempt, because nothing else moves the budget.
 func (b *Budget) Balance() float64 { return float64(b.w.Load().balance.Load()) / one }
 
 // book adds an amount to period p, unless that is forgotten.
@@ -258,9 +255,9 @@ func (w *window) book(p, amount int64) {
 	}
 }
 
-// note adds an amount to the slot of period p, and reports whether there still is
-// one. If the slot turns at this moment the amount counts for its next period,
-// which shows in nothing but the age at which it is forgotten.
+// note adds an amount to the slot of period p, and reports whether that slot still
+// exists. If the slot moves to its next period at this moment, the amount counts for
+// that period, which only changes when it is forgotten.
 func (w *window) note(p, amount int64) bool {
 	s := &w.slots[p%slots]
 	if s.epoch.Load() > p {
@@ -270,13 +267,12 @@ func (w *window) note(p, amount int64) bool {
 	return true
 }
 
-// turn makes all slots ready for the period of now: what has become too old
-// leaves the balance. All who find slots to be turned turn them; each slot is
-// turned by one. It returns that period.
+// turn advances all slots to the period of now, and returns it: what is too old leaves
+// the balance. Several callers may turn at once; each slot is turned by one of them.
 func (w *window) turn(now interceptor.Instant) (p int64) {
 	last := w.turned.Load()
 	if since := now - interceptor.Instant(last)*w.period; since >= 0 && since < w.period {
-		return last // As nearly always, and faster than a division.
+		return last // The usual case, faster than a division.
 	}
 	p = int64(now / w.period)
 	if last >= p {
@@ -288,8 +284,8 @@ func (w *window) turn(now interceptor.Instant) (p int64) {
 		if epoch >= q {
 			continue
 		}
-		// What is added from here on is added for q, or by somebody who is late.
-		// Either way it is in the balance, and leaves it when the slot turns again.
+		// What is added from now on is for q, or comes late. Either way it is in the
+		// balance, and leaves it when the slot turns again.
 		amount := s.amount.Load()
 		if s.epoch.CompareAndSwap(epoch, q) && amount != 0 {
 			s.amount.Add(-amount)
@@ -302,10 +298,10 @@ func (w *window) turn(now interceptor.Instant) (p int64) {
 	return p
 }
 
-// Count is what the gate of a layer that spends the budget calls: it deposits for
-// a call, and takes that back if the call turns out not to have been sent. Further
-// attempts do not count, and a call that passes several layers with the same budget
-// counts once. layer names the layer to the observer. Count does not block.
+// Count is called by the gate of a layer that spends the budget. It deposits for a call,
+// and takes that back if the call was not sent. Further attempts do not count, and a call
+// that passes several layers with the same budget counts once. layer names the layer to
+// the observer. Count does not block.
 func (b *Budget) Count(a *interceptor.Admission, layer string) {
 	counted := (*deposited)(b)
 	if a.Attempt() != 0 || a.Held(counted) {
@@ -319,7 +315,7 @@ func (b *Budget) Count(a *interceptor.Admission, layer string) {
 	}
 }
 
-// deposited is a Budget that a call has been counted for.
+// deposited is a Budget as the ticket of a call that it counted.
 type deposited Budget
 
 // Release takes the deposit back if the call was not sent.

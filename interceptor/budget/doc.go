@@ -5,15 +5,13 @@
 // proportion to the calls. It is Tower's TpsBudget and Finagle's RetryBudget,
 // with exact arithmetic.
 //
-// Why a budget and not only a maximal number of attempts? Three attempts for each
-// call are three times the load on servers that fail because of their load, which
-// keeps them failing: a retry storm. With a budget a client whose calls all fail
-// sends 1.2 times the calls, not three times, and repeats nearly every call when
-// few fail.
+// Why a budget, and not only a maximum of attempts? Three attempts for each call are
+// three times the load on servers that fail because of their load, which keeps them
+// failing: a retry storm. With a budget a client whose calls all fail sends 1.2 times
+// the calls and not three times, and it still repeats nearly every call when few fail.
 //
-// Every retry and hedge layer has a budget of its own unless it is given one. It
-// makes sense to share one among all the layers and stacks that call the same
-// servers, for it is they who must not be flooded:
+// Every retry and hedge layer has its own budget unless it is given one. Share one among
+// all the layers and stacks that call the same servers, because the servers see the sum:
 //
 //	b, err := budget.New(budget.Config{Ratio: 0.1})
 //	…
@@ -24,12 +22,13 @@
 //
 //	MinPerSecond·TTL + Ratio·(calls of the last TTL) − (further attempts of the last TTL)
 //
-// and an attempt needs a balance of one. That is a bound for every stretch of
-// one TTL, wherever it begins, not an average. A call that was not sent
-// ([interceptor.Outcome.Sent]) pays for nothing, and a further attempt that was not
-// sent costs nothing: one that a layer refused, that gRPC refused, or that found no
-// connection.
+// and an attempt needs a balance of one. That bounds every interval of one TTL; it is
+// not an average. A call that was not sent ([interceptor.Outcome.Sent]) pays nothing, and
+// a further attempt that was not sent costs nothing: one that a layer refused, that gRPC
+// refused, or that found no connection.
 //
-// The package stands by itself because retry and hedge, which know nothing of
-// each other, spend the same budget. It takes part in calls only through them.
+// When a budget is spent, no further attempt is made. The call ends with the server's
+// last error, in which errors.As finds a refusal with reason BUDGET.
+//
+// A budget is no layer: it takes part in calls only through retries and hedges.
 package budget

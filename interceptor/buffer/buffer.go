@@ -20,8 +20,8 @@ import (
 type Config struct {
 	// Size is how many calls may wait, from 1 to 2147483647. There is no default.
 	Size int
-	// MaxWait is how long a call waits at most; 0 is no bound but the deadlines of
-	// the call and of layers outside. It must not be negative.
+	// MaxWait is the longest that a call waits; 0 means no bound besides the deadlines
+	// of the call and of layers outside. It must not be negative.
 	MaxWait time.Duration
 }
 
@@ -52,10 +52,10 @@ type options struct {
 // default is "buffer"; it must not be empty.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
-// WithPriority sets how the priority of a call is found that has to wait;
-// [interceptor.ContextPriority] by default. If the buffer is full, a call of a
-// higher priority takes the slot of one of the lowest. Use the same function for the
-// limits inside. It is called concurrently, once for each call that has to wait.
+// WithPriority sets the function that returns the priority of a call that has to wait;
+// by default [interceptor.ContextPriority]. If the buffer is full, a call of a higher
+// priority takes the slot of one of the lowest. Use the same function for the limits
+// inside. It is called concurrently, once for each call that has to wait.
 func WithPriority(priority interceptor.PriorityFunc) Option {
 	return func(o *options) {
 		o.errs.NotNil(priority == nil, "WithPriority", "a function")
@@ -63,9 +63,9 @@ func WithPriority(priority interceptor.PriorityFunc) Option {
 	}
 }
 
-// A Layer is a buffer. It is safe for concurrent use, also by several stacks,
-// which share its slots. A call that need not wait, or is refused, takes no lock
-// and costs no allocation.
+// A Layer is a buffer. It is safe for concurrent use, also by several stacks, which
+// share its slots. A call that does not have to wait, or is refused, takes no lock and
+// costs no allocation.
 type Layer struct {
 	interceptor.GateOnly
 
@@ -76,19 +76,19 @@ type Layer struct {
 
 	settings atomic.Pointer[settings]
 
-	// floor is what the weight of a call must exceed to get a slot: less than any
-	// weight while there is a free slot, and otherwise the least among those that wait.
-	// It is one word, so that a call is refused only if at one moment the buffer was
-	// full of calls that do not rank lower. Set under mu.
+	// floor is the weight that a call must exceed to get a slot: less than any weight
+	// while there is a free slot, else the least of those that wait. It is one word, so
+	// that a call is refused only if at one moment the buffer was full of calls that do
+	// not rank lower. It is set under mu.
 	floor atomic.Int64
 
-	// mu guards the list and what is in it. It is taken while gates inside hold their
+	// mu guards the list and its elements. It is taken while gates inside hold their
 	// locks, and no lock is taken under it.
 	mu    sync.Mutex
 	calls waitlist.List[*slot]
 }
 
-// settings are not changed.
+// settings are immutable.
 type settings struct {
 	Config
 	full *interceptor.Refusal
@@ -112,8 +112,8 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 // NewLayer returns the buffer itself.
 func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
 
-// Update changes the configuration while calls wait. They keep their slots, also
-// beyond a smaller Size, and the MaxWait they began with. On an error nothing has
+// Update changes the configuration while calls wait. They keep their slots, even beyond
+// a smaller Size, and the MaxWait that they started with. After an error nothing has
 // changed.
 func (l *Layer) Update(cfg Config) error { return l.update(cfg, check.Of("buffer")) }
 
@@ -149,9 +149,9 @@ func (l *Layer) Traits() interceptor.Traits { return interceptor.Governs }
 // WrapGate returns the gate. A stack calls WrapGateOver instead.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate { return l.WrapGateOver(inner, 0) }
 
-// WrapGateOver returns the gate. waits is how many of the gates inside can wait and
-// pass the slot, 0 if that is not known: a call then keeps its slot until the gates
-// inside have answered.
+// WrapGateOver returns the gate. waits is how many of the gates inside can wait, each of
+// which passes the slot once. It is 0 if that is not known; then a call keeps its slot
+// until the gates inside have answered.
 func (l *Layer) WrapGateOver(inner interceptor.Gate, waits int) interceptor.Gate {
 	if waits == 0 {
 		waits = math.MaxInt32
@@ -165,8 +165,8 @@ type gate struct {
 	waits int32
 }
 
-// Admit asks for capacity first and for a slot second, so that as many calls can
-// pass at a time as the layers inside have capacity for, however few slots there are.
+// Admit asks for capacity first and for a slot second, so that few slots never limit how
+// many calls run at a time.
 func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	l := g.layer
 	mayWait, err := a.Try(ctx, g.inner)
@@ -179,7 +179,7 @@ func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w intercepto
 		return err
 	}
 	rank := waitlist.Rank{Priority: l.priority(ctx, a), Further: a.Attempt() > 0}
-	if a.Internals().Expendable() { // No other call is to lose its slot for it.
+	if a.Internals().Expendable() { // It must not push another call out of its slot.
 		rank = waitlist.Rank{Priority: math.MinInt}
 	}
 	if weight(rank) <= l.floor.Load() {
@@ -212,13 +212,13 @@ func (g *gate) wait(ctx context.Context, a *interceptor.Admission, w interceptor
 	}
 	err := g.inner.Admit(ctx, a, in.Widen(w, to))
 	if err != nil && context.Cause(ctx) == error(l.evicted) {
-		return l.evicted // Whatever a gate makes of it that does not ask for the cause.
+		return l.evicted // Even if the gate inside returned another error for it.
 	}
 	return err
 }
 
-// enter gives s a slot. If all are taken it takes the one of the call that ranks
-// last, if that ranks lower, and returns that to be evicted.
+// enter gives s a slot. If all are taken, it takes the slot of the call that ranks last,
+// provided that it ranks lower than s, and returns that one to be evicted.
 func (l *Layer) enter(s *slot) (set *settings, evicted *slot, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -252,8 +252,8 @@ func (l *Layer) setFloorLocked() {
 	l.floor.Store(floor)
 }
 
-// weight is a rank as a number: more is better. Priorities beyond 2^61, either way,
-// count as that.
+// weight returns a rank as a number: higher goes first. Priorities beyond ±2^61 are
+// clamped.
 func weight(r waitlist.Rank) int64 {
 	const most = 1 << 61
 	w := 2 * min(max(int64(r.Priority), -most), most)
@@ -275,8 +275,8 @@ type slot struct {
 	node waitlist.Node[*slot]
 }
 
-// Pass frees the slot if the last gate that can wait has passed the call. A buffer
-// further out has the same gates inside, and others.
+// Pass frees the slot when the last gate that can wait has let the call through. It also
+// passes the slot of a buffer further out, which has the same gates inside.
 func (s *slot) Pass() {
 	if s.left.Add(-1) == 0 {
 		s.layer.free(s)

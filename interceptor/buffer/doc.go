@@ -12,29 +12,28 @@
 //		concurrency.Config{Limit: 10},
 //	)
 //
-// A call that the layers inside admit at once takes no slot. One that they do not
-// takes a slot and waits, even if a layer outside had narrowed how long it may, as a
-// load shed does: within the bound that is what the buffer is for. It keeps the slot
-// until the last gate inside that can wait has passed it, so the buffer bounds what
-// waits at all of them together; a call that runs has none. If all slots are taken
-// the call is refused with code UNAVAILABLE and reason QUEUE_FULL. A call that waits
-// in vain, because its context or [Config.MaxWait] has ended, returns what the layer
-// it waited for says.
+// A call that the layers inside admit at once takes no slot. Any other call takes a slot
+// and waits, even if a layer outside, such as a load shed, does not let it wait. It keeps
+// the slot until the last gate inside that can wait has admitted it, so the buffer bounds
+// what waits at all of them together. A call that runs has no slot. If all slots are
+// taken the call is refused with code UNAVAILABLE and reason QUEUE_FULL. If its context or
+// [Config.MaxWait] ends while it waits, it returns the refusal of the layer that it
+// waited for.
 //
 // # Who waits
 //
-// Which of the waiting calls is admitted next is for the layer that they wait for.
-// Who may wait at all, if there are more calls than slots, goes by the same order: the
+// The layer that calls wait for decides which of them is admitted next. If there are more
+// calls than slots, the buffer decides by the same order which of them may wait: the
 // higher priority ([WithPriority]), then further attempts of a retry before first
-// attempts, because work has been spent on these calls already, then the earlier
-// call. A call that ranks higher than one that waits takes its slot, and that one is
-// refused. The extra attempts of a hedge wait in what slots are left: any call takes
-// the slot of one.
+// attempts, because work was already spent on those calls, then the earlier call. A call
+// that ranks higher than a waiting one takes its slot, and that one is refused. The extra
+// attempts of a hedge are expendable: they take only free slots, and any call takes
+// theirs.
 //
 // # Order
 //
-// It stands outside of the limits it queues for and inside the load shed. Counted
-// in calls:
+// Put it outside the limits that calls wait for, and inside the load shed. Counted in
+// calls:
 //
 //	Buffer(100) > Limit(10)          10 run, 100 wait, the next is refused: 110 in all
 //	Shed > Buffer(2) > Limit(1)      1 runs, 2 wait, the fourth is refused
@@ -43,5 +42,6 @@
 //	                                 the waiting that the buffer allows
 //	Limit(10) > Buffer(100) > Rate   10 in all; the others wait at the limit, unbounded
 //
-// The deadline of a layer outside, and that of the caller, end the waiting.
+// The deadline of a layer outside, and that of the caller, end the wait. While no endpoint
+// is READY, calls wait in the buffer too.
 package buffer

@@ -9,19 +9,18 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 )
 
-// AIMDConfig configures [AIMD]. The zero value is fit for use.
+// AIMDConfig configures [AIMD]. The zero value is the default.
 type AIMDConfig struct {
-	// Initial, Min and Max are the limit to begin with and its bounds: 20, 1 and
-	// 1000 if zero. 1 <= Min <= Initial <= Max.
+	// Initial, Min and Max are the initial limit and its bounds: 20, 1 and 1000 if zero.
+	// 1 <= Min <= Initial <= Max.
 	Initial, Min, Max int64
-	// BackoffRatio is what the limit is multiplied with on a drop, from 0.5 to
-	// 0.99; 0.9 if zero.
+	// BackoffRatio is the factor of the limit on a drop, from 0.5 to 0.99; 0.9 if zero.
 	BackoffRatio float64
-	// Increase is by how much the limit grows when as many calls as it allows have
+	// Increase is how much the limit grows when as many calls as it allows have
 	// succeeded, from 0.01 to 100; 1 if zero.
 	Increase float64
-	// Timeout makes a drop of a call that took longer, whether it succeeded or its
-	// caller gave up; none does if zero. It must not be negative.
+	// Timeout makes a call that takes longer a drop, whether it succeeds or its caller
+	// gives up. Zero means no such bound; it must not be negative.
 	Timeout time.Duration
 }
 
@@ -32,8 +31,8 @@ type AIMDConfig struct {
 //	on a drop      limit *= BackoffRatio, once for all drops of calls that were
 //	               running at the time
 //
-// Successes count only while at least half the limit is in use; a client that
-// does not use its limit cannot tell whether more would be well received.
+// Successes count only while at least half the limit is in use, because a client that
+// does not use its limit cannot tell whether the server would bear more.
 //
 // It looks at latency only through Timeout, so it finds the limit of a server
 // that refuses or times out when overloaded, by running into it now and then.
@@ -78,10 +77,10 @@ func (a *AIMD) Update(cfg AIMDConfig) error {
 	return nil
 }
 
-// Limit is the limit now.
+// Limit returns the current limit.
 func (a *AIMD) Limit() int64 { return int64(a.limit) }
 
-// Bound is Timeout.
+// Bound returns Timeout.
 func (a *AIMD) Bound() time.Duration { return a.cfg.Timeout }
 
 func (a *AIMD) start(limit float64) { a.limit = a.clamp(limit) }

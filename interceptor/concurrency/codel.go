@@ -13,8 +13,8 @@ import (
 // codel decides, each time a call could leave the queue, whether it is refused
 // instead. It is the controlled delay algorithm (Nichols and Jacobson 2012, RFC
 // 8289) with calls for packets: once calls have waited longer than target for a
-// whole interval the queue is a standing one, and calls are refused from it, at
-// first one, then ever faster,
+// whole interval the queue is a standing one, and calls in it are refused, at first one,
+// then ever faster,
 //
 //	next = last + interval/sqrt(refused so far)
 //
@@ -29,8 +29,8 @@ type codel struct {
 	last     float64             // What count was when dropping began.
 }
 
-// drop judges a call that has waited for sojourn. last says that nobody else
-// waits: the last one of a queue is not refused, as it stands in nobody's way.
+// drop reports whether to refuse a call that has waited for sojourn. last says that no
+// other call waits: the last call of a queue is not refused, because it delays nobody.
 func (c *codel) drop(now interceptor.Instant, sojourn time.Duration, last bool) bool {
 	standing := c.standing(now, sojourn, last)
 	switch {
@@ -46,7 +46,7 @@ func (c *codel) drop(now interceptor.Instant, sojourn time.Duration, last bool) 
 		return true
 	}
 	c.dropping = true
-	// Soon after the last time the rate that worked then is taken up again.
+	// Soon after the last time, resume with the rate that worked then.
 	if since := c.count - c.last; since > 1 && now.Sub(c.next) < 16*c.interval {
 		c.count = since
 	} else {

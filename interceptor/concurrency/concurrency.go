@@ -27,13 +27,13 @@ type Discipline int
 const (
 	// FIFO admits the call that has waited longest. It is fair, and the default.
 	FIFO Discipline = iota
-	// LIFO admits the call that came last. Under overload it serves calls whose
-	// callers are still there, where FIFO would serve each just before its deadline;
-	// the oldest ones starve.
+	// LIFO admits the call that came last. Under overload it serves calls whose callers
+	// are still there, while FIFO would serve each just before its deadline. The oldest
+	// calls starve.
 	LIFO
-	// CoDel is FIFO that refuses calls from a queue which has been standing for too
-	// long (controlled delay, RFC 8289): a burst is absorbed, a lasting overload is
-	// not turned into lasting delay.
+	// CoDel is FIFO that refuses calls from a queue that has been standing for too long
+	// (controlled delay, RFC 8289). It absorbs a burst, and does not turn a lasting
+	// overload into a lasting delay.
 	CoDel
 )
 
@@ -55,43 +55,43 @@ func (d Discipline) String() string {
 type Config struct {
 	// Limit is a fixed number of permits, from 1 to 2147483647. There is no default.
 	Limit int64
-	// AIMD, Gradient2 and Vegas let an algorithm look for the limit.
+	// AIMD, Gradient2 and Vegas let an algorithm find the limit.
 	AIMD      *AIMDConfig
 	Gradient2 *Gradient2Config
 	Vegas     *VegasConfig
 
 	// Discipline is the order in which waiting calls are admitted; FIFO if zero.
 	Discipline Discipline
-	// MaxWaiters is how many calls may wait. When it is exceeded the call whose
-	// turn would be last is refused, with reason QUEUE_FULL: by FIFO the one that
-	// just came, by LIFO the one that has waited longest, in any case one of the
-	// lowest priority. 0 is no bound.
+	// MaxWaiters is how many calls may wait. When it is exceeded, the call that would be
+	// admitted last is refused with reason QUEUE_FULL: one of the lowest priority, with
+	// FIFO the one that just came, with LIFO the one that has waited longest. 0 means no
+	// bound.
 	MaxWaiters int
-	// MaxWait is how long a call waits at most, if its Wait allows that much; then
-	// it is refused with reason CONCURRENCY. 0 is no bound.
+	// MaxWait is the longest that a call waits, if its Wait allows that much; then it is
+	// refused with reason CONCURRENCY. 0 means no bound.
 	MaxWait time.Duration
-	// CoDelTarget is the delay that a queue may have for longer than
-	// CoDelInterval: 5ms and 100ms if zero, the values of RFC 8289. They must not be
-	// negative; other disciplines do not look at them.
+	// CoDelTarget is the delay that a queue may have for longer than CoDelInterval: 5 ms
+	// and 100 ms if zero, the values of RFC 8289. They must not be negative. Other
+	// disciplines ignore them.
 	CoDelTarget, CoDelInterval time.Duration
 
-	// DropCodes are the codes of failed calls that tell an algorithm of overload;
-	// UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED if nil, none if empty and
-	// not nil. Calls that failed with other codes teach it nothing.
+	// DropCodes are the codes of failed calls that are a sign of overload to an
+	// algorithm: UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED if nil, none if
+	// empty and not nil. Calls that failed with other codes teach it nothing.
 	DropCodes []codes.Code
-	// SampleStreams lets algorithms learn from streams: the time to the first response,
-	// a header or a message, is the round trip of one whose server may send many
-	// messages, and the whole life that of others. Streams hold permits in any case.
+	// SampleStreams lets algorithms learn from streams. The round trip of a stream whose
+	// server may send many messages is the time to its first response, a header or a
+	// message; that of other streams is their whole life. Streams hold permits in any
+	// case.
 	SampleStreams bool
 
-	// KeyBy gives calls a limit each by what they are told apart by, with a queue and an
-	// algorithm of its own. All calls share one limit if it is zero. It cannot be
-	// changed.
+	// KeyBy gives each key its own limit, with its own queue and algorithm. If it is zero
+	// all calls share one limit. It cannot be changed.
 	KeyBy interceptor.KeyBy
-	// MaxKeys is for how many keys there are limits, from 1 to 1,000,000; 1000 if
-	// zero. Keys beyond it share one limit. A key without a call in flight makes room
-	// for new ones; if an algorithm sets the limits, when it has not been seen for a
-	// minute, because what the algorithm has learnt is lost with it.
+	// MaxKeys is how many keys have their own limit, from 1 to 1,000,000; 1000 if zero.
+	// Further keys share one limit. A key without a call in flight makes room for new
+	// ones. If an algorithm sets the limits it does so only after a minute without calls,
+	// because what the algorithm has learnt is lost with it.
 	MaxKeys int
 }
 
@@ -131,12 +131,12 @@ type options struct {
 // default is "concurrency"; it must not be empty.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
-// WithCost lets calls differ in how many permits they take; without it each takes
-// one. cost is called once per admission, concurrently, and must be quick; what it
-// returns below 1 counts as 1. A call that costs more than the limit runs when nothing
-// else does. While a heavy call waits for its turn lighter ones wait behind it, and are
-// refused if they may not wait, although there may be a permit for them: it is
-// promised, unless they have a higher priority.
+// WithCost sets how many permits a call takes; without it each takes one. cost is called
+// once per admission, concurrently, and must be quick. Less than 1 counts as 1. A call
+// that costs more than the limit runs when nothing else does. While a heavy call waits
+// first in the queue, lighter calls wait behind it, or are refused if they may not wait,
+// even if there are permits for them: those are kept for the heavy call, unless the light
+// ones have a higher priority.
 //
 // Where calls may not wait, as inside a load shed, overload refuses nearly all heavy
 // calls, because light ones take each permit as it comes back. Give heavy calls a
@@ -148,22 +148,21 @@ func WithCost(cost func(ctx context.Context, a *interceptor.Admission) int64) Op
 	}
 }
 
-// WithPriority sets how the priority of a call is found;
-// [interceptor.ContextPriority] by default. It is called concurrently, at most twice
-// per admission, and not for calls that find a permit free, unless permits are kept for
-// a priority.
+// WithPriority sets the function that returns the priority of a call; by default
+// [interceptor.ContextPriority]. It is called concurrently, at most twice per admission,
+// and not for calls that find a permit free, unless permits are kept for a priority.
 //
 // Calls of a higher priority are admitted before all that wait at a lower one, whatever
 // the discipline. If calls of a high priority alone exceed the limit those below
 // starve: they wait until their own Wait, their deadline or MaxWait ends.
 //
 // Where calls may not wait, as inside a load shed, permits are kept free for higher
-// priorities: as many as it takes for 2 % of their calls to be refused, at most all but
-// one. That number finds itself, from the calls that are refused, and goes back to
-// zero within seconds when calls of that priority stop. What is kept idles now and then:
-// with three calls of a high priority for every ten permits the lower ones lose about
-// a third of what would be left for them. A buffer between the load shed and the limit
-// costs them nothing.
+// priorities: enough that about 2 % of their calls are refused, at most all but one. The
+// layer finds the number from the calls that are refused, and it goes back to zero within
+// seconds when calls of that priority stop. Permits that are kept are sometimes idle:
+// with three calls of a high priority for every ten permits, the lower ones lose about a
+// third of what would be left for them. With a buffer between the load shed and the limit
+// they lose nothing.
 func WithPriority(priority interceptor.PriorityFunc) Option {
 	return func(o *options) {
 		o.errs.NotNil(priority == nil, "WithPriority", "a function")
@@ -171,9 +170,8 @@ func WithPriority(priority interceptor.PriorityFunc) Option {
 	}
 }
 
-// WithAlgorithm lets an algorithm of your own look for the limit. None of the four
-// in Config is set then, and KeyBy is not either. The Layer uses it exclusively; it
-// cannot be shared.
+// WithAlgorithm lets your own algorithm find the limit. Then none of the four in Config
+// may be set, nor KeyBy. The algorithm cannot be shared between Layers.
 func WithAlgorithm(a Limit) Option {
 	return func(o *options) {
 		o.errs.NotNil(a == nil, "WithAlgorithm", "an algorithm")
@@ -203,10 +201,10 @@ type Layer struct {
 	mu sync.Mutex // Orders changes of the configuration. Limiters are locked under it.
 }
 
-// settings are not changed.
+// settings are immutable.
 type settings struct {
 	config           Config // As it was given.
-	limit            int64  // If it is fixed; SetLimit changes it.
+	limit            int64  // The fixed limit; SetLimit changes it.
 	adaptive         bool
 	maxKeys          int
 	target, interval time.Duration
@@ -258,7 +256,7 @@ func (l *Layer) newLimiter(key string) *limiter {
 	return lim
 }
 
-// droppable says of which key the limit may be forgotten.
+// droppable reports whether the limit of a key may be forgotten.
 func (l *Layer) droppable(lim *limiter, unused time.Duration, _ int64) bool {
 	return lim.idle() && (!l.settings.Load().adaptive || unused >= keepLearnt)
 }
@@ -268,7 +266,7 @@ func (l *Layer) limiters(f func(*limiter) error) error {
 	if l.keys == nil {
 		return f(l.one)
 	}
-	for _, lim := range l.keys.All() { // Those made from here on have the new settings.
+	for _, lim := range l.keys.All() { // New limiters have the new settings.
 		if err := f(lim); err != nil {
 			return err
 		}
@@ -277,9 +275,9 @@ func (l *Layer) limiters(f func(*limiter) error) error {
 }
 
 // Update changes the configuration while calls run. Permits in use stay in use, and
-// calls that wait keep waiting. An algorithm that is configured again keeps what it
-// knows; another algorithm starts at the limit that holds, within its own bounds. On an
-// error nothing has changed.
+// calls that wait keep waiting. An algorithm keeps what it has learnt when it is
+// reconfigured; another algorithm starts at the current limit, within its own bounds.
+// After an error nothing has changed.
 func (l *Layer) Update(cfg Config) error {
 	errs := check.Of("concurrency")
 	l.mu.Lock()
@@ -295,8 +293,8 @@ func (l *Layer) Update(cfg Config) error {
 	return l.limiters(func(lim *limiter) error { return lim.configure(set) })
 }
 
-// Config returns the configuration as it was last given to New or Update. It knows
-// nothing of SetLimit.
+// Config returns the configuration as it was last given to New or Update. It does not
+// show SetLimit.
 func (l *Layer) Config() Config { return l.settings.Load().config.clone() }
 
 // clone copies what cfg points to.
@@ -314,8 +312,8 @@ func clone[T any](p *T) *T {
 	return &v
 }
 
-// check checks cfg and returns what follows from it, with defaults filled in. The
-// algorithms have their own.
+// check checks cfg and returns its settings with defaults filled in. Algorithms check
+// theirs themselves.
 func (l *Layer) check(cfg Config, errs *check.Errors) (*settings, error) {
 	set := &settings{
 		config: cfg.clone(), limit: cfg.Limit, adaptive: cfg.Limit == 0,
@@ -337,7 +335,8 @@ func (l *Layer) check(cfg Config, errs *check.Errors) (*settings, error) {
 	return set, errs.Err()
 }
 
-// checkBound checks that the limit has one source, and checks that.
+// checkBound checks that exactly one of the limit and the algorithms is set, and checks
+// it.
 func (l *Layer) checkBound(cfg *Config, errs *check.Errors) {
 	set := 0
 	source := func(field string, isSet bool, value any, checkValue func()) {
@@ -361,11 +360,11 @@ func (l *Layer) checkBound(cfg *Config, errs *check.Errors) {
 	errs.Require(set > 0 || l.custom != nil, "Limit", cfg.Limit, "must be from 1 to %d unless AIMD, Gradient2 or Vegas is set", int64(maxLimit))
 }
 
-// SetLimit changes a fixed limit while calls run, with [Config.KeyBy] that of each key.
-// Shrinking takes effect as permits come back, growing admits waiting calls at once. 0
-// stops admission: calls wait as long as they may, for ever if nothing bounds them, as
-// in Tower, and are admitted when the limit is raised. It fails if n is not from 0 to
-// 2147483647, or an algorithm sets the limit.
+// SetLimit changes a fixed limit while calls run; with [Config.KeyBy] that of each key. A
+// lower limit takes effect as permits come back, and a higher one admits waiting calls at
+// once. 0 stops admission: calls wait as long as they may, as in Tower, and are admitted
+// when the limit is raised. It fails if n is not from 0 to 2147483647, or if an algorithm
+// sets the limit.
 func (l *Layer) SetLimit(n int64) error {
 	errs := check.Of("concurrency")
 	check.Required(errs, "SetLimit", n, check.From[int64](0, maxLimit))

@@ -19,26 +19,27 @@
 //
 // # Who goes first
 //
-// Of the calls that wait, the higher priority ([WithPriority]) is admitted first, then
-// further attempts of a retry or hedge before first attempts, then the order of
-// [Config.Discipline]. The same order says who is refused when the queue is full. Where
-// calls may not wait, permits are kept free for higher priorities. At three times the
-// capacity, with a tenth of the calls at a high priority:
+// Of the calls that wait, the higher priority ([WithPriority]) is admitted first. Within
+// a priority, further attempts of a retry or hedge go before first attempts, and then
+// [Config.Discipline] decides. The same order decides who is refused when the queue is
+// full. Where calls may not wait, permits are kept free for higher priorities. At three
+// times the capacity, with a tenth of the calls at a high priority:
 //
 //	Shed > Buffer(100) > Limit(10)   high loses less than 1 %, low uses all the rest
 //	Shed > Limit(10)                 high loses 3 to 4 %, low uses two thirds of the rest
 //
 // # Sharing
 //
-// A [Layer] has one state. In the stacks of several connections it is a limit for
-// all of them together, Tower's global limit; a limit for each connection is a Layer
-// for each. [Config.KeyBy] gives methods, tenants or whatever else a limit each.
+// A [Layer] has one state. In the stacks of several connections it limits all of them
+// together, like Tower's global limit; for a limit per connection make a Layer for each.
+// [Config.KeyBy] gives each method, tenant or other key its own limit, for up to
+// [Config.MaxKeys] keys (1,000 by default).
 //
 // # Order
 //
 // Outside a retry or hedge it counts calls, and a call keeps its permit while it backs
-// off; inside it counts attempts. It stands inside the buffer and outside the rate and
-// the breaker, which decide when a call is sent and not when it starts to wait:
+// off; inside it counts attempts. Put it inside the buffer, and outside the rate and the
+// breaker, which must decide when a call is sent and not when it starts to wait:
 //
 //	Buffer(100) > Limit(10)   10 calls run and 100 wait, 110 in all
 //	Limit(10) > Rate          a permit is held while its call waits for the rate
@@ -47,11 +48,11 @@
 // # Static and adaptive
 //
 // [Config.Limit] is a fixed number, which [Layer.SetLimit] changes while calls run.
-// Instead, an algorithm may look for the number: [AIMD], [Gradient2] and [Vegas] learn
-// from how calls end and how long they took since they were sent, however long they
-// waited before. Success is a sample; a failure that speaks of overload
-// ([Config.DropCodes]) is a drop, and so is a call whose caller gave up after more than
-// the algorithm's own bound ([Bounded]). A call that was given up earlier, was never
-// sent or failed for reasons of its own teaches nothing. Outside a retry or hedge it
-// learns from the call, whatever became of its first attempt.
+// Instead, an algorithm may find the number: [AIMD], [Gradient2] and [Vegas] learn from
+// how calls end and how long they took since they were sent, without the wait before.
+// Success is a sample. A failure that is a sign of overload ([Config.DropCodes]) is a
+// drop, and so is a call whose caller gave up after more than the algorithm's own bound
+// ([Bounded]). A call that was given up earlier, was not sent, or failed with another
+// code teaches nothing. Outside a retry or hedge the algorithm learns from the whole
+// call, not from its first attempt.
 package concurrency

@@ -9,10 +9,10 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 )
 
-// Gradient2Config configures [Gradient2]. The zero value is fit for use.
+// Gradient2Config configures [Gradient2]. The zero value is the default.
 type Gradient2Config struct {
-	// Initial, Min and Max are the limit to begin with and its bounds: 20, 1 and
-	// 1000 if zero. 1 <= Min <= Initial <= Max.
+	// Initial, Min and Max are the initial limit and its bounds: 20, 1 and 1000 if zero.
+	// 1 <= Min <= Initial <= Max.
 	Initial, Min, Max int64
 	// QueueSize is how many calls may queue in the server: what the limit grows by
 	// when there is no sign of queueing, before smoothing. From 0.1 to 1000; 4 if
@@ -24,15 +24,14 @@ type Gradient2Config struct {
 	// Tolerance is how many times the long-term round trip is still no sign of
 	// queueing, from 1 to 10; 1.5 if zero.
 	Tolerance float64
-	// LongWindow is over how many windows the long-term round trip is averaged,
-	// from 10 to 1,000,000; 600 if zero.
+	// LongWindow is the number of windows over which the long-term round trip is
+	// averaged, from 10 to 1,000,000; 600 if zero.
 	LongWindow int
-	// BackoffRatio is what the limit is multiplied with on a drop, from 0.5 to
-	// 0.99; 0.9 if zero.
+	// BackoffRatio is the factor of the limit on a drop, from 0.5 to 0.99; 0.9 if zero.
 	BackoffRatio float64
-	// Window and WindowSamples are for how long, and for how many successes at
-	// least, samples are gathered before the limit is computed anew: 100ms and 10
-	// if zero. They must not be negative.
+	// Window and WindowSamples are the least time and the least number of successes for
+	// which samples are gathered before the limit is computed again: 100 ms and 10 if
+	// zero. They must not be negative.
 	Window        time.Duration
 	WindowSamples int
 }
@@ -50,10 +49,10 @@ type Gradient2Config struct {
 //
 // Two things differ from the original: it acts on the mean of a window of samples,
 // as Netflix recommends, and on a drop, which the original ignores, it backs off
-// as [AIMD] does: a server that refuses fast has the best round trip of all. Like
-// the original it takes a latency that lasts for the new normal, within about
-// LongWindow windows: clients that always want more than the server can do see
-// the limit creep upwards. Where that is the rule, [Vegas] is the better choice.
+// as [AIMD] does, because a server that refuses fast has the best round trip of all. Like
+// the original it takes a lasting latency for the new normal, within about LongWindow
+// windows: if clients always want more than the server can do, the limit creeps upwards.
+// [Vegas] is the better choice then.
 type Gradient2 struct {
 	bounds
 	cfg    Gradient2Config
@@ -100,7 +99,7 @@ func (g *Gradient2) Update(cfg Gradient2Config) error {
 	return nil
 }
 
-// Limit is the limit now.
+// Limit returns the current limit.
 func (g *Gradient2) Limit() int64 { return int64(g.limit) }
 
 func (g *Gradient2) start(limit float64) { g.limit = g.clamp(limit) }

@@ -11,24 +11,22 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 )
 
-// A Limit is an algorithm that looks for the right limit; the [Layer] enforces
-// it. The split, and the three outcomes of a call, are those of Netflix's
-// concurrency-limits.
+// A Limit is an algorithm that finds the right limit; the [Layer] enforces it. The split,
+// and the three outcomes of a call, are those of Netflix's concurrency-limits.
 //
 // The Layer calls the methods one at a time, at the end of calls and while it
 // holds a lock: they must not block, nor call back into the Layer.
 type Limit interface {
-	// Limit is the limit now. The Layer takes what is below 1 for 1: a limit of 0
-	// would never see another sample.
+	// Limit returns the current limit. The Layer takes less than 1 for 1, because a limit
+	// of 0 would never see another sample.
 	Limit() int64
 	// OnSample learns from a call that has ended.
 	OnSample(s Sample)
 }
 
-// Bounded is a [Limit] that takes a call which lasts longer than its Bound for a sign of
-// overload. It is then also told of calls that were given up by their callers after
-// more than that, as drops; other calls that were given up say nothing. A Bound that
-// is not positive is none.
+// Bounded is a [Limit] that takes a call longer than its Bound for a sign of overload.
+// Calls that their callers gave up after more than that are drops to it; other calls that
+// were given up are no sample. A Bound that is not positive is none.
 type Bounded interface {
 	Limit
 	Bound() time.Duration
@@ -76,13 +74,12 @@ func (b bounds) clamp(limit float64) float64 {
 	return min(max(limit, float64(b.min)), float64(b.max))
 }
 
-// backoffRatio is by how much the limit shrinks on a drop unless configured
-// otherwise: Netflix's value.
+// backoffRatio is the default factor of the limit on a drop. It is Netflix's.
 const backoffRatio = 0.9
 
-// recovery makes one decrease of all the drops of one overload. Calls that were
-// already running when the limit was last decreased say nothing about the new
-// limit, as a TCP sender halves its window once for all losses of one window.
+// recovery lets all drops of one overload decrease the limit once, as a TCP sender halves
+// its window once for all losses of one window. Calls that were already running when the
+// limit was last decreased say nothing about the new limit.
 type recovery struct{ since interceptor.Instant }
 
 // counts reports whether the drop calls for a decrease, and remembers it.
@@ -105,14 +102,14 @@ type window struct {
 	length  time.Duration
 	samples int
 
-	began    interceptor.Instant // When the one before was complete.
+	began    interceptor.Instant // When the previous one was complete.
 	seen     int                 // successes
 	sum      time.Duration       // of their round trips
 	inFlight int64               // the most seen
 }
 
-// add adds a successful sample. When the window is complete it returns the mean
-// round trip and the most permits in use, and begins a new one.
+// add adds a successful sample. When the window is complete it returns the mean round
+// trip and the most permits in use, and starts a new window.
 func (w *window) add(s Sample) (mean time.Duration, inFlight int64, complete bool) {
 	w.seen++
 	w.sum += s.RTT
@@ -126,5 +123,5 @@ func (w *window) add(s Sample) (mean time.Duration, inFlight int64, complete boo
 	return max(mean, 1), inFlight, true
 }
 
-// reset forgets what was gathered, which belongs to a limit that no longer holds.
+// reset forgets the samples, which belong to an earlier limit.
 func (w *window) reset() { w.seen, w.sum, w.inFlight = 0, 0, 0 }

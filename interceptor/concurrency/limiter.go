@@ -31,7 +31,7 @@ type limiter struct {
 	algorithm Limit // Nil for a fixed limit.
 }
 
-// refusals are the refusals of one configuration, each made when it is first needed.
+// refusals are the refusals of one configuration. Each is made when it is first needed.
 type refusals struct {
 	limit      int64 // Fixed; -1 if it changes by itself.
 	maxWaiters int
@@ -46,7 +46,7 @@ func newLimiter(l *Layer, key string) *limiter {
 	return lim
 }
 
-// configure sets everything that set says.
+// configure applies set.
 func (lim *limiter) configure(set *settings) error {
 	lim.mu.Lock()
 	defer lim.mu.Unlock()
@@ -64,9 +64,9 @@ func (lim *limiter) configure(set *settings) error {
 	return nil
 }
 
-// choose returns the algorithm that cfg asks for, nil for a fixed limit: the one
-// before, reconfigured, if it is of the same kind. A new one starts at the limit
-// that holds, if there is one.
+// choose returns the algorithm that cfg asks for, nil for a fixed limit. If the current
+// one is of the same kind it is reconfigured. A new one starts at the current limit, if
+// there is one.
 func (lim *limiter) choose(cfg Config) (Limit, error) {
 	var next interface {
 		Limit
@@ -153,7 +153,7 @@ func (lim *limiter) acquire(ctx context.Context, a *interceptor.Admission, w int
 		return lim.acquireReserving(ctx, a, cost, slot)
 	}
 	inUse, ok := int64(0), false
-	if slot == nil { // One has to be passed under the lock.
+	if slot == nil { // A slot has to be passed under the lock.
 		inUse, ok = p.take(cost, 0)
 	}
 	switch {
@@ -192,7 +192,7 @@ func (lim *limiter) acquireReserving(ctx context.Context, a *interceptor.Admissi
 // wait waits for permits.
 func (lim *limiter) wait(ctx context.Context, a *interceptor.Admission, w interceptor.Wait, cost int64, set *settings) error {
 	l, p := lim.layer, &lim.permits
-	if ctx.Err() != nil { // It must not take the position of one that still can wait.
+	if ctx.Err() != nil { // It must not take the position of a call that can still wait.
 		return interceptor.Ended(ctx, l.name)
 	}
 	since, over := interceptor.Now(), noneInTime
@@ -209,7 +209,7 @@ func (lim *limiter) wait(ctx context.Context, a *interceptor.Admission, w interc
 	err := w.On(parked, wt.done)
 	if err != nil && !p.abandon(wt) {
 		if wt.why == admitted && err != interceptor.ErrWaitOver {
-			p.release(cost) // The call will not be made; the permits are handed on.
+			p.release(cost) // The call will not be made, so others get the permits.
 		} else {
 			err = nil
 		}
@@ -251,8 +251,7 @@ func (lim *limiter) refuse(why refused) error {
 	return r
 }
 
-// text is what a refusal says. It names the settings that do not change by
-// themselves.
+// text returns the text of a refusal. It names the settings that only an update changes.
 func (rs *refusals) text(why refused) string {
 	text, detail := "", ""
 	switch why {
@@ -302,7 +301,7 @@ func (lim *limiter) hold(a *interceptor.Admission, cost, level int64, set *setti
 	a.Hold(lim, token)
 }
 
-// Respond tells the algorithm how long a stream took to its first response.
+// Respond tells the algorithm how long the first response of a stream took.
 func (lim *limiter) Respond(token int64, e interceptor.End) {
 	if token&sampled != 0 {
 		lim.sample(e)
@@ -357,12 +356,12 @@ func (lim *limiter) sample(e interceptor.End) {
 	}
 }
 
-// limitOf is a's limit, within what the layer can enforce.
+// limitOf returns a's limit, within what the layer can enforce.
 func limitOf(a Limit) int64 { return min(max(a.Limit(), 1), maxLimit) }
 
-// observe tells the call's observer of a limit that has changed. Limits change at
-// the end of calls, where there is no observer, so it is the next call's that
-// hears of it. The limits of keys are not told: an observer knows one per layer.
+// observe reports a changed limit to the observer of a call. Limits change at the end of
+// calls, where there is no observer, so the next call reports it. The limits of keys are
+// not reported, because an observer knows one limit per layer.
 func (lim *limiter) observe(a *interceptor.Admission) {
 	n := lim.permits.limit.Load()
 	if was := lim.observed.Load(); was != n && lim.layer.keys == nil && lim.observed.CompareAndSwap(was, n) {
@@ -370,7 +369,7 @@ func (lim *limiter) observe(a *interceptor.Admission) {
 	}
 }
 
-// rank is where a call stands in every queue.
+// rank returns the rank of a call in every queue.
 func (l *Layer) rank(ctx context.Context, a *interceptor.Admission) waitlist.Rank {
 	return waitlist.Rank{Priority: l.priority(ctx, a), Further: a.Attempt() > 0}
 }

@@ -12,14 +12,13 @@ import (
 	"github.com/belfry-go/belfry/internal/waitlist"
 )
 
-// permits gives out permits and queues the calls that find none. While nobody
-// waits that takes no lock. Otherwise a permit that comes back goes to the next
-// waiter under the lock, so none is ever lost to a waiter that has gone, and no
-// newcomer overtakes.
+// permits gives out permits and queues the calls that find none. It takes no lock while
+// nobody waits. Otherwise a permit that comes back goes to the next waiter under the lock,
+// so a permit is never lost to a waiter that has left, and no newcomer overtakes.
 type permits struct {
-	// state holds the permits in use, and in its lowest bit whether it is locked. While
-	// it is, which is as long as calls wait or mu is held, it changes only under mu;
-	// otherwise anybody may change it who finds it unchanged.
+	// state holds the permits in use, and in its lowest bit whether it is locked. It is
+	// locked while calls wait or mu is held, and then changes only under mu. Otherwise it
+	// changes by compare-and-swap.
 	state atomic.Int64
 	limit atomic.Int64 // Set under mu.
 
@@ -42,7 +41,7 @@ type waiter struct {
 	node  waitlist.Node[*waiter]
 	why   refused // Set before done is sent on.
 
-	expendable bool // No other call is refused for its sake.
+	expendable bool // It must not push another call out of the queue.
 }
 
 func newWaiter(cost int64, rank waitlist.Rank, since interceptor.Instant, slot interceptor.Slot) *waiter {
@@ -56,11 +55,11 @@ type refused uint8
 
 const (
 	admitted     refused = iota
-	queueFull            // The queue is full of calls that do not go later.
-	evicted              // The queue was full and a call came that goes first.
+	queueFull            // The queue is full of calls that go before it.
+	evicted              // The queue was full, and a call came that goes before it.
 	delayed              // CoDel.
-	noneInTime           // The time that the call was allowed to wait is over.
-	maxWaitOver          // The layer's own bound is over.
+	noneInTime           // The call's Wait has ended.
+	maxWaitOver          // The layer's own MaxWait has ended.
 	noneFree             // The call may not wait.
 	reserved             // The call may not wait, and what is free is for higher priorities.
 	refusedCount         // How many there are.
@@ -71,16 +70,16 @@ const (
 	permitBits = 1 // By how many bits the permits in use are shifted there.
 )
 
-// fits reports whether a call of the given cost may run while so many permits are
-// in use and keep others are not for it. One that costs more than there are permits
-// runs when nothing else does.
+// fits reports whether a call of the given cost may run while inUse permits are taken and
+// keep others are reserved. A call that costs more than the limit runs when nothing else
+// does.
 func (p *permits) fits(cost, keep, inUse int64) bool {
 	limit := p.limit.Load()
 	return limit > 0 && (cost <= limit-inUse-keep || inUse == 0)
 }
 
-// take takes permits if they are free and calls may pass without the lock. If it
-// does not, it returns the permits in use that it found.
+// take takes permits if they are free and the state is not locked. If it does not, it
+// returns how many are in use.
 func (p *permits) take(cost, keep int64) (inUse int64, ok bool) {
 	for {
 		s := p.state.Load()
@@ -94,9 +93,9 @@ func (p *permits) take(cost, keep int64) (inUse int64, ok bool) {
 	}
 }
 
-// takeLocked takes permits if they are free, unless a call waits whose turn comes
-// first. It passes the slot before others can see that the permits are taken, so none
-// is told that there is no permit and then finds the slot of this call still taken.
+// takeLocked takes permits if they are free, unless a waiting call goes first. It passes
+// the slot before others can see that the permits are taken. Otherwise a call could be
+// refused a permit and then find the slot of this one still taken.
 func (p *permits) takeLocked(cost, keep int64, rank waitlist.Rank, slot interceptor.Slot) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -113,16 +112,16 @@ func (p *permits) takeLocked(cost, keep int64, rank waitlist.Rank, slot intercep
 	return true
 }
 
-// enqueue lets w wait, unless it is admitted or refused at once: then its done
-// has been sent on.
+// enqueue lets w wait, unless it is admitted or refused at once; then its done was sent
+// on.
 func (p *permits) enqueue(w *waiter) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.state.Or(lockedBit)
 	defer p.settleLocked()
 	p.calls.Push(&w.node, w.rank)
-	// A call that goes first may fit where the one that was first did not. Then it
-	// does not wait, and evicts nobody.
+	// w may fit where the call that was first did not. Then it does not wait, and evicts
+	// nobody.
 	p.grantLocked()
 	if p.maxWaiters > 0 && p.calls.Len() > p.maxWaiters {
 		out := p.calls.Last(p.discipline == LIFO).Value
@@ -138,8 +137,8 @@ func (p *permits) enqueue(w *waiter) {
 	}
 }
 
-// abandon takes w from the queue and reports true. If its wait is over already,
-// it reports false, and w.why says how it ended.
+// abandon takes w from the queue and reports true. If its wait has already ended it
+// reports false, and w.why says how.
 func (p *permits) abandon(w *waiter) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -148,12 +147,12 @@ func (p *permits) abandon(w *waiter) bool {
 		return false
 	}
 	defer p.settleLocked()
-	p.grantLocked() // w may have been one that did not fit and stood in the way.
+	p.grantLocked() // w may have been a call that did not fit and blocked others.
 	return true
 }
 
-// settleLocked follows on whatever may have ended a wait: when nobody waits any more
-// calls may pass without the lock again, and the queue has not been standing.
+// settleLocked is called after whatever may have ended a wait. If nobody waits any more,
+// it unlocks the state and tells CoDel that the queue is empty.
 func (p *permits) settleLocked() {
 	if p.calls.Len() == 0 {
 		p.codel.empty()
@@ -179,8 +178,8 @@ func (p *permits) release(cost int64) {
 	p.grantLocked()
 }
 
-// configure sets the limit and the rules of the queue. Waiters stay, also beyond a
-// new bound.
+// configure sets the limit and the rules of the queue. Waiters stay, even beyond a new
+// bound.
 func (p *permits) configure(limit int64, d Discipline, maxWaiters int, target, interval time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -206,12 +205,12 @@ func (p *permits) read() (limit, inUse int64, waiting int) {
 	return p.limit.Load(), p.inUse(), p.calls.Len()
 }
 
-// inUse is how many permits are in use. Without the lock it may lack some that are on
-// their way from one call to the next.
+// inUse returns how many permits are in use. Without the lock it may miss some that are
+// on their way from one call to the next.
 func (p *permits) inUse() int64 { return p.state.Load() >> permitBits }
 
-// grantLocked hands free permits to those whose turn it is. If the one whose turn
-// it is does not fit, the others wait behind it, or it would wait for ever.
+// grantLocked gives free permits to the first waiters. If the first does not fit, the
+// others wait behind it, because it would otherwise wait for ever.
 func (p *permits) grantLocked() {
 	var now interceptor.Instant
 	for w := p.firstLocked(); w != nil && p.fits(w.cost, 0, p.inUse()); w = p.firstLocked() {
@@ -232,8 +231,8 @@ func (p *permits) grantLocked() {
 	}
 }
 
-// end ends the wait. Caller must hold permits.mu. It passes the slot before the permits
-// are seen to be taken, see takeLocked.
+// end ends the wait. It passes the slot before others can see that the permits are taken,
+// see takeLocked. Caller must hold permits.mu.
 func (w *waiter) end(why refused) {
 	if why == admitted && w.slot != nil {
 		w.slot.Pass()
@@ -242,7 +241,7 @@ func (w *waiter) end(why refused) {
 	w.done <- struct{}{}
 }
 
-// firstLocked is the waiter whose turn it is, nil if nobody waits.
+// firstLocked returns the waiter that goes first, nil if nobody waits.
 func (p *permits) firstLocked() *waiter {
 	if n := p.calls.First(p.discipline == LIFO); n != nil {
 		return n.Value

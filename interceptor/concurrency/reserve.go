@@ -19,19 +19,19 @@ import (
 //
 //	keep = the greatest kept of the higher priorities
 //
-// kept finds itself. Of each priority it
+// kept adjusts itself. For each priority it
 //
-//	grows   by reserveStep × min(1, 2 × share) when a call is refused for want of a
-//	        permit, where share is that of the permits in use which calls of lower
+//	grows   by reserveStep × min(1, 2 × share) when a call is refused because no permit
+//	        is free, where share is the part of the permits in use that calls of lower
 //	        priorities hold
 //	shrinks by reserveStep × reserveLoss/(1-reserveLoss) when a call is admitted
 //
-// so it settles where about reserveLoss of the calls are refused, more of them where
-// keeping permits helps less, because calls of the priority itself hold most. The
-// permits of a priority that is not seen any more go back to all within seconds.
+// so it settles where about reserveLoss of the calls are refused. More are refused if
+// calls of the priority itself hold most permits, because keeping permits helps less
+// then. The permits of a priority without calls go back to all within seconds.
 //
-// While no call was refused that has a higher priority than another refused one,
-// there is nothing to keep, and admission looks at one word.
+// Until calls of two priorities were refused there is nothing to keep, and admission
+// reads one word.
 type reserve struct {
 	levels atomic.Pointer[[reserveLevels]reserveLevel] // Nil until permits are kept for the first time.
 	active atomic.Bool                                 // Permits are kept for somebody.
@@ -55,8 +55,8 @@ const (
 	reserveStep   = 0.25
 	reserveGain   = reserveStep * reserveLoss / (1 - reserveLoss)
 
-	// reserveHold is how long permits are kept for a priority that is not seen;
-	// after that half of them for each reserveHalf. After reserveForget it is forgotten.
+	// reserveHold is how long permits are kept for a priority without calls. After that
+	// they halve every reserveHalf. After reserveForget the priority is forgotten.
 	reserveHold   = time.Second
 	reserveHalf   = 500 * time.Millisecond
 	reserveForget = 10 * time.Second
@@ -66,7 +66,7 @@ const (
 
 func (r *reserve) init() { r.lowest.Store(math.MaxInt64) }
 
-// against returns how many permits are not for calls of a priority.
+// against returns how many permits are kept from calls of a priority.
 func (r *reserve) against(priority int, now interceptor.Instant) (keep int64) {
 	levels := r.levels.Load()
 	forgotten := true
@@ -87,8 +87,8 @@ func (r *reserve) against(priority int, now interceptor.Instant) (keep int64) {
 	return keep
 }
 
-// admitted learns from a call that got its permits. It returns the number of its level,
-// from 1, which is to be told to released; 0 if it has none.
+// admitted learns from a call that got its permits. It returns the number of its level
+// for released, from 1; 0 if it has none.
 func (r *reserve) admitted(priority int, cost int64, now interceptor.Instant) int64 {
 	l, i := r.level(priority)
 	if l == nil {
@@ -99,15 +99,14 @@ func (r *reserve) admitted(priority int, cost int64, now interceptor.Instant) in
 	return i
 }
 
-// released takes note that a call of a level has given its permits back.
+// released records that a call of a level gave its permits back.
 func (r *reserve) released(level, cost int64) {
 	if level != 0 {
 		r.levels.Load()[level-1].inUse.Add(-cost)
 	}
 }
 
-// refused learns from a call that did not get its permits, of which inUse of limit are
-// in use.
+// refused learns from a call that got no permits while inUse of limit were taken.
 func (r *reserve) refused(priority int, inUse, limit int64, now func() interceptor.Instant) {
 	p := int64(priority)
 	lowest := r.lowest.Load()

@@ -10,20 +10,20 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 )
 
-// VegasConfig configures [Vegas]. The zero value is fit for use.
+// VegasConfig configures [Vegas]. The zero value is the default.
 type VegasConfig struct {
-	// Initial, Min and Max are the limit to begin with and its bounds: 20, 1 and
-	// 1000 if zero. 1 <= Min <= Initial <= Max.
+	// Initial, Min and Max are the initial limit and its bounds: 20, 1 and 1000 if zero.
+	// 1 <= Min <= Initial <= Max.
 	Initial, Min, Max int64
 	// Smoothing is how much of a new value enters the limit, from 0.01 to 1; 1 if
 	// zero.
 	Smoothing float64
-	// ProbeWindows is after how many windows the best round trip is looked for
-	// anew, from 10 to 1,000,000; 300 if zero.
+	// ProbeWindows is the number of windows after which the best round trip is measured
+	// again, from 10 to 1,000,000; 300 if zero.
 	ProbeWindows int
-	// Window and WindowSamples are for how long, and for how many successes at
-	// least, samples are gathered before the limit is computed anew: 100ms and 10
-	// if zero. They must not be negative.
+	// Window and WindowSamples are the least time and the least number of successes for
+	// which samples are gathered before the limit is computed again: 100 ms and 10 if
+	// zero. They must not be negative.
 	Window        time.Duration
 	WindowSamples int
 }
@@ -43,10 +43,10 @@ type VegasConfig struct {
 // so that between 3l and 6l calls queue. The limit stays while less than half of
 // it is in use.
 //
-// Two things differ from Netflix's: it acts on the mean of a window of samples,
-// not on each; and when it looks for the best round trip anew, every ProbeWindows
-// windows, it takes the best of the windows since the last time, not the one that
-// happens to come next, so that one slow window does not open the gates.
+// Two things differ from Netflix's. It acts on the mean of a window of samples, not on
+// each. And when it measures the best round trip again, every ProbeWindows windows, it
+// takes the best of the windows since the last time and not the next one, so that one
+// slow window does not raise the limit.
 type Vegas struct {
 	bounds
 	cfg    VegasConfig
@@ -93,7 +93,7 @@ func (v *Vegas) Update(cfg VegasConfig) error {
 	return nil
 }
 
-// Limit is the limit now.
+// Limit returns the current limit.
 func (v *Vegas) Limit() int64 { return int64(v.limit) }
 
 func (v *Vegas) start(limit float64) { v.limit = v.clamp(limit) }

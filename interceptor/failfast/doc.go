@@ -3,8 +3,8 @@
 
 // Package failfast keeps calls from queueing for a server that has stopped
 // answering. It is linkerd's fail-fast. Use it around limits and rates that calls may
-// wait for, inside a buffer if there is one: a queue that moves is worth waiting in,
-// one that stands is not.
+// wait for, and inside a buffer if there is one: it is worth waiting in a queue that
+// moves, and not in one that does not.
 //
 //	stack, err := interceptor.NewStack(
 //		buffer.Config{Size: 100},
@@ -12,25 +12,24 @@
 //		concurrency.Config{Limit: 10},
 //	)
 //
-// A call waits for [Config.After] at most, for capacity and for a READY endpoint. And
-// if no call has been admitted at all for that time, although calls were waiting, all
-// calls that wait fail at once, and from then on new calls fail at once, until one
-// finds capacity. Calls refused by either rule end with code UNAVAILABLE and reason
-// FAIL_FAST; nothing was sent for them, so another server may be tried.
+// A call waits at most [Config.After], for capacity and for a READY endpoint. If calls
+// wait and none is admitted for that time, all of them fail at once, and new calls fail
+// at once until one finds capacity. Calls refused by either rule end with code
+// UNAVAILABLE and reason FAIL_FAST. Nothing was sent for them, so another server may be
+// tried.
 //
 // # How readiness is found
 //
-// While the layer fails fast every call asks the layers inside for capacity, but does
-// not wait for it. The first one that gets it is admitted and ends the failing: the
-// calls after it may wait again. So readiness is never refused, there is no probe that
-// takes capacity away, and nothing runs in the background. The only timer is the one
-// that ends the waiting of those that wait, and it lives as long as they do.
+// While the layer fails fast, every call asks the layers inside for capacity but does not
+// wait for it. The first call that gets some is admitted, and later calls may wait again.
+// So the layer never refuses capacity that is there, needs no probe, and runs nothing in
+// the background. Its only timer ends the waits, and exists only while calls wait.
 //
 // # Order
 //
-// It acts on what is inside it, so it stands outside of the limits; NewStack rejects
-// it where nothing inside can be not ready. A buffer inside it lets calls wait for as
-// long as the buffer allows, so the buffer belongs outside:
+// It acts on what is inside it, so put it outside the limits. NewStack rejects it if
+// nothing inside makes calls wait. A buffer inside it lets calls wait as long as the
+// buffer allows, so put the buffer outside:
 //
 //	Buffer(100) > FailFast(300ms) > Limit(10)   100 wait, none for longer than 300ms
 //	FailFast(300ms) > Buffer(100) > Limit(10)   100 wait, for as long as it takes

@@ -13,13 +13,14 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 )
 
-// DefaultAfter is how long calls wait unless configured otherwise: linkerd's value.
+// DefaultAfter is the default of Config.After. It is linkerd's.
 const DefaultAfter = 3 * time.Second
 
-// Config configures a [Layer]. The zero value is fit for use.
+// Config configures a [Layer]. The zero Config is the default.
 type Config struct {
-	// After is how long a call waits at most, and how long nothing may be admitted
-	// before all that wait fail; 3s if zero. It must not be negative.
+	// After is the longest that a call waits, and how long the layer lets calls wait
+	// without admitting any before it fails all of them. 3 s if zero; it must not be
+	// negative.
 	After time.Duration
 }
 
@@ -48,8 +49,8 @@ type options struct{ name string }
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
 // A Layer fails fast. It is safe for concurrent use, also by several stacks, which
-// then fail together. It keeps a mutex only for calls that wait; a call that need
-// not wait, or fails at once, costs no lock and no allocation.
+// then fail together. Only calls that wait take a mutex. A call that does not wait, or
+// fails at once, costs no lock and no allocation.
 type Layer struct {
 	interceptor.GateOnly
 
@@ -58,14 +59,14 @@ type Layer struct {
 	failing *interceptor.Refusal
 	tooLong *interceptor.Refusal
 
-	// failed says that nothing was admitted for too long. It is set under mu, and
-	// reset by the call that is admitted.
+	// failed says that nothing was admitted for too long. It is set under mu, and reset
+	// by a call that is admitted.
 	failed   atomic.Bool
 	waiting  atomic.Int64 // len(waiters)
 	admitted atomic.Int64 // The Instant when a call was last admitted while others waited.
 
-	// mu guards the fields below, and the setting of failed. Of belfry's locks none
-	// is taken under it.
+	// mu guards the fields below and the setting of failed. No lock of belfry is taken
+	// under it.
 	mu      sync.Mutex
 	config  Config
 	after   time.Duration
@@ -99,9 +100,9 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 // NewLayer returns the fail-fast itself.
 func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
 
-// Update changes the configuration while calls wait: each keeps the bound it began
-// with, and the new one decides when all of them fail together. A layer that fails
-// fast does so until a call is admitted. On an error nothing has changed.
+// Update changes the configuration while calls wait. Each keeps the bound that it
+// started with, and the new bound decides when all of them fail together. A layer that
+// fails fast does so until a call is admitted. After an error nothing has changed.
 func (l *Layer) Update(cfg Config) error {
 	errs := check.Of("failfast")
 	after := cfg.after(errs)
@@ -146,8 +147,8 @@ type gate struct {
 	inner interceptor.Gate
 }
 
-// Admit asks for capacity that is there first, which every call may, whatever the
-// state. Only a call that has to wait is subject to it.
+// Admit asks the layers inside without waiting first, in every state. The state decides
+// only over calls that have to wait.
 func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	l := g.layer
 	mayWait, err := a.Try(ctx, g.inner)
@@ -204,7 +205,7 @@ func (g *gate) wait(ctx context.Context, a *interceptor.Admission, w interceptor
 	return err
 }
 
-// ready notes that a call was admitted.
+// ready records that a call was admitted.
 func (l *Layer) ready(a *interceptor.Admission) {
 	if l.waiting.Load() > 0 {
 		l.admitted.Store(int64(a.Now()))
@@ -230,7 +231,7 @@ func (l *Layer) enter(w *waiter, now interceptor.Instant) (after time.Duration, 
 	return l.after, nil
 }
 
-// leave ends w's waiting.
+// leave removes w from those that wait.
 func (l *Layer) leave(w *waiter) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -247,8 +248,8 @@ func (l *Layer) leave(w *waiter) {
 // expire is called by the timer.
 func (l *Layer) expire() { l.judge(interceptor.Now()) }
 
-// judge lets everything fail that waits if nothing was admitted for too long, and
-// reports whether that is so.
+// judge starts failing fast, and cancels all waiters, once nothing has been admitted for
+// After. It reports whether that is so.
 func (l *Layer) judge(now interceptor.Instant) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -260,12 +261,11 @@ func (l *Layer) judgeLocked(now interceptor.Instant) bool {
 		return true
 	}
 	if len(l.waiters) == 0 {
-		return false // The timer fired when the last one had just gone.
+		return false // The timer fired just as the last waiter left.
 	}
 	end := l.endLocked()
 	if now >= end {
-		// A call that is admitted meanwhile either sees that it has to reset failed, or
-		// is seen here.
+		// A call that is admitted meanwhile either resets failed, or is seen here.
 		l.failed.Store(true)
 		if end = l.endLocked(); now < end {
 			l.failed.Store(false)
@@ -278,14 +278,14 @@ func (l *Layer) judgeLocked(now interceptor.Instant) bool {
 	for w := range l.waiters {
 		w.cancel(l.failing)
 	}
-	// They are on their way out. The next one to wait is the first again.
+	// The waiters are on their way out. The next one to wait counts as the first.
 	clear(l.waiters)
 	l.waiting.Store(0)
 	l.timer.Stop()
 	return true
 }
 
-// endLocked is when all that waits fails unless a call is admitted before.
+// endLocked returns when all waiters fail, unless a call is admitted before.
 func (l *Layer) endLocked() interceptor.Instant {
 	return max(l.since, interceptor.Instant(l.admitted.Load())).Add(l.after)
 }

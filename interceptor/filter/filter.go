@@ -17,7 +17,7 @@ import (
 	"github.com/belfry-go/belfry/internal/codeset"
 )
 
-// Config is what can be said of a filter as data. The zero Config is the default.
+// Config is the part of a filter that is data. The zero Config is the default.
 type Config struct {
 	// Code is the status code of a rejection whose predicate's error has no status
 	// of its own. Any code of an error; zero means PERMISSION_DENIED. The errors of
@@ -29,12 +29,12 @@ func (c Config) check(errs *check.Errors) {
 	errs.Require(c.Code <= codeset.Last, "Code", c.Code, "%s, or 0 for %v", codeset.Rule, codes.PermissionDenied)
 }
 
-// A Predicate decides over a call: nil lets it pass, an error rejects it. req is
-// the request of a unary call, which c.SetRequest replaces; nil for a stream. The
-// context it returns is the call's from here on, and is derived from ctx; nil
-// leaves it as it is. It must not modify req, which is the caller's, and must not
-// keep c. It is called concurrently. One that waits does so with the context of
-// c.Park, which also ends when the stack drains.
+// A Predicate decides over a call: nil lets it pass, an error rejects it. req is the
+// request of a unary call, which c.SetRequest replaces; nil for a stream. The context
+// that it returns, derived from ctx, replaces the call's context; nil keeps it. It must
+// not modify req, which belongs to the caller, and must not keep c. It is called
+// concurrently. To wait, use the context of c.Park, which also ends when the stack
+// drains.
 //
 // A Predicate is a [interceptor.Spec] of a [Filter] with the zero Config.
 type Predicate func(ctx context.Context, c *interceptor.Call, req any) (context.Context, error)
@@ -44,10 +44,10 @@ func (p Predicate) NewLayer() (interceptor.Layer, error) { return New(Config{}, 
 
 // A GatePredicate decides over a call before the layers inside are asked: nil lets it
 // pass, an error rejects it. req is the request of a unary call, nil for a stream. It
-// must change neither req nor a, must not keep a, and is called concurrently. It may
-// take its time also where the call must not wait for capacity; what it takes, if that
-// is a millisecond or more, is reported to the observer as waiting. One that waits does
-// so with the context of a.Park, which also ends when the stack drains.
+// must change neither req nor a, must not keep a, and is called concurrently. It may take
+// its time even where the call must not wait for capacity. If it takes a millisecond or
+// more, that is reported to the observer as waiting. To wait, use the context of a.Park,
+// which also ends when the stack drains.
 //
 // A GatePredicate is a [interceptor.Spec] of a [Gate] with the zero Config.
 type GatePredicate func(ctx context.Context, a *interceptor.Admission, req any) error
@@ -55,10 +55,10 @@ type GatePredicate func(ctx context.Context, a *interceptor.Admission, req any) 
 // NewLayer makes a [Gate] of p.
 func (p GatePredicate) NewLayer() (interceptor.Layer, error) { return NewGate(Config{}, p) }
 
-// A MessagePredicate decides over a message that is to be sent on a stream: it
-// returns what to send in its place, nil for m itself, or an error, which ends the
-// stream. It must not modify m. It is called for one message of a stream after
-// the other, and concurrently for different streams.
+// A MessagePredicate decides over a message that is to be sent on a stream. It returns
+// what to send instead, nil for m itself, or an error, which ends the stream. It must not
+// modify m. It is called for one message of a stream after the other, and concurrently
+// for different streams.
 type MessagePredicate func(ctx context.Context, method string, m any) (any, error)
 
 // core is what both forms share.
@@ -93,8 +93,8 @@ func (f *core) Config() Config { return *f.config.Load() }
 // String returns the layer's name.
 func (f *core) String() string { return f.name }
 
-// refuse makes a refusal of a predicate's error. For an error that is returned
-// again and again, such as a variable, it is made once.
+// refuse makes a refusal of a predicate's error. If the predicate returns the same error
+// value each time, such as a variable, the refusal is made once.
 func (f *core) refuse(ctx context.Context, err error, sent bool) error {
 	if ctx.Err() != nil && errors.Is(err, ctx.Err()) && !sent {
 		return interceptor.Ended(ctx, f.name)
@@ -125,7 +125,7 @@ func (f *core) refuse(ctx context.Context, err error, sent bool) error {
 	return r
 }
 
-// A Filter is the layer of the call path. It may stand in any number of stacks.
+// A Filter is the layer in the call path. It may be used in any number of stacks.
 type Filter struct {
 	interceptor.CallOnly
 	core
@@ -146,10 +146,10 @@ type options struct {
 // default "filter"; it must not be empty. It tells several filters apart.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
-// WithMessages has p decide over each message that is sent on a stream. If it
-// rejects one, SendMsg returns the refusal, and so does RecvMsg from then on; the
-// stream is cancelled. It costs a context for each stream. It is for a [Filter];
-// a [Gate] sees no messages.
+// WithMessages lets p decide over each message that is sent on a stream. If it rejects
+// one, SendMsg returns the refusal, and so does RecvMsg from then on; the stream is
+// cancelled. It costs a context for each stream. It is for a [Filter]; a [Gate] sees no
+// messages.
 func WithMessages(p MessagePredicate) Option {
 	return func(o *options) {
 		o.errs.NotNil(p == nil, "WithMessages", "a function")
@@ -228,7 +228,7 @@ func (f *Filter) WrapCall(next interceptor.Next, again interceptor.Again) interc
 	}
 }
 
-// A Gate is the layer of the admission. It may stand in any number of stacks.
+// A Gate is the layer in the admission. It may be used in any number of stacks.
 type Gate struct {
 	interceptor.GateOnly
 	core

@@ -10,18 +10,17 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 )
 
-// A clock starts extra attempts when the delays of their calls are over. It has one
-// timer for all calls of a layer, because nearly all calls end before their delay
-// does, and to start and stop a timer for each would cost them more than everything
-// else here. The zero clock is ready to use.
+// A clock starts extra attempts when the delays of their calls are over. It has one timer
+// for all calls of a layer: nearly all calls end before their delay, and a timer for each
+// would cost more than everything else here. The zero clock is ready to use.
 type clock struct {
 	// mu guards the fields below and those of the alarms. Nothing is locked under it.
 	mu          sync.Mutex
-	first, last *alarm              // In the order of time.
+	first, last *alarm              // In order of time.
 	next        interceptor.Instant // When the timer goes off; zero if none is set.
 }
 
-// An alarm is when the delay of a race is over.
+// An alarm is the moment when the delay of a race is over.
 type alarm struct {
 	race          *race
 	set           bool
@@ -35,7 +34,7 @@ func (c *clock) set(a *alarm, now interceptor.Instant, d time.Duration) {
 	defer c.mu.Unlock()
 	c.removeLocked(a)
 	a.set, a.at = true, now.Add(d)
-	// Delays hardly differ, so that it is one of the last, if not the last.
+	// Delays hardly differ, so it belongs at or near the end.
 	before, after := c.last, (*alarm)(nil)
 	for before != nil && before.at > a.at {
 		before, after = before.before, before
@@ -48,8 +47,7 @@ func (c *clock) set(a *alarm, now interceptor.Instant, d time.Duration) {
 	}
 }
 
-// stop stops an alarm. It returns false if the alarm is not set, or goes off at
-// this moment.
+// stop stops an alarm. It returns false if the alarm is not set, or is going off.
 func (c *clock) stop(a *alarm) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -80,8 +78,8 @@ func (c *clock) linkLocked(before, after *alarm) {
 	}
 }
 
-// wakeLocked sets the timer. One that is set for later goes off as well, and finds
-// nothing to do.
+// wakeLocked sets the timer. One that was set for later still fires, and finds nothing to
+// do.
 func (c *clock) wakeLocked(now, at interceptor.Instant) {
 	c.next = at
 	time.AfterFunc(at.Sub(now), c.ring)

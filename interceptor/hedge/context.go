@@ -9,18 +9,18 @@ import (
 	"sync/atomic"
 )
 
-// A cancelContext is what context.WithCancel of the context in it returns, but one
-// that costs nothing until somebody asks for its Done channel, which derives
-// contexts from it, or after it was cancelled. Such a one is then really made, and
-// not imitated, because package context knows its own type even behind a context
-// with a value, and starts a goroutine for each context derived from another type.
+// A cancelContext is context.WithCancel of the context in it, made only when somebody
+// asks for its Done channel, as deriving a context does, or asks after it was cancelled.
+// Until then it costs nothing. It makes the real context instead of imitating one,
+// because package context recognises its own type even behind a context with a value,
+// and starts a goroutine for each context derived from another type.
 //
-// It is not reused: gRPC may look at the context of an attempt that is over.
+// It is not reused, because gRPC may look at the context of an attempt that is over.
 type cancelContext struct {
 	context.Context // The parent.
 
 	real atomic.Pointer[realContext]
-	mu   sync.Mutex // Guards that real is set, and set once.
+	mu   sync.Mutex // Held to set real, once.
 	end  atomic.Uint32
 }
 
@@ -47,7 +47,7 @@ func (c *cancelContext) get() context.Context {
 	if r == nil {
 		r = new(realContext)
 		parent := c.Context
-		if c.end.Load() == cancelled { // Whatever became of the parent later.
+		if c.end.Load() == cancelled { // Even if the parent has ended since.
 			parent = context.WithoutCancel(parent)
 		}
 		r.Context, r.cancel = context.WithCancel(parent)
@@ -76,8 +76,8 @@ func (c *cancelContext) cancel() {
 	}
 }
 
-// now is the real context if there is one or has to be, and otherwise the parent,
-// from which it does not differ.
+// now returns the real context if it exists or must exist now, and otherwise the parent,
+// which is equivalent.
 func (c *cancelContext) now() context.Context {
 	if c.end.Load() != open || c.real.Load() != nil {
 		return c.get()

@@ -29,51 +29,49 @@ const (
 	DefaultMinDataPoints = 10
 	DefaultWindow        = time.Minute
 	DefaultBufferBytes   = 256 << 10
-	// DefaultMaxServerDelay is longer than a call can gain by an extra attempt.
+	// DefaultMaxServerDelay is more than a call can gain from an extra attempt.
 	DefaultMaxServerDelay = 10 * time.Second
-	// DefaultMinPerSecond is the reserve of the layer's own budget: one extra attempt
-	// a second, so that a client with few calls can hedge some of them, and one with
-	// many those that a stall catches all at once.
+	// DefaultMinPerSecond is the reserve of the layer's own budget: one extra attempt a
+	// second, so that a client with few calls can hedge some, and one with many can
+	// hedge those that a stall catches at once.
 	DefaultMinPerSecond = 1
 
-	// steady is the part of MaxExtraLoad that the percentile asks for.
+	// steady is the part of MaxExtraLoad that the percentile uses.
 	steady = 0.8
 )
 
-// Config is when extra attempts are made, and how many. The zero value is the
-// default: a second attempt for the slowest 4 % of calls, and never for more than
-// 5 % of them and one a second.
+// Config says when extra attempts are made, and how many. The zero value is the default:
+// a second attempt for the slowest 4 % of calls, for at most 5 % of them plus one a
+// second.
 type Config struct {
-	// MaxExtraLoad is the one knob: the share of calls that may get an extra
-	// attempt. It sets the budget to this share of calls, and the delay to the
-	// latency that all but four fifths of this share stay below. The last fifth is
-	// what the budget has in hand when a server stalls; in steady state a percentile
-	// that asks for all of the budget leaves nothing for that. At least 0.000001 and
-	// less than 1; zero means 0.05. Delay or Percentile, and Budget, replace one side of it.
+	// MaxExtraLoad is the share of calls that may get an extra attempt. It sets the
+	// budget to this share, and the delay to the latency that four fifths of this share
+	// exceed. The last fifth is in reserve for a server that stalls: a percentile that
+	// uses the whole budget in steady state would leave nothing for that. At least
+	// 0.000001 and less than 1; zero means 0.05. Delay or Percentile replace its effect
+	// on the delay, and Budget that on the budget.
 	MaxExtraLoad float64
-	// Delay is how long to wait before each extra attempt. Zero means a percentile
-	// of recent latencies; negative is an error.
+	// Delay is how long to wait before each extra attempt. Zero means a percentile of
+	// recent latencies; negative is an error.
 	Delay time.Duration
-	// Percentile is that percentile, more than 0 and less than 1: 0.95 hedges the
-	// calls that take longer than 95 % do. Zero means 1 - 0.8·MaxExtraLoad. It must
-	// be zero if Delay is set.
+	// Percentile is that percentile, more than 0 and less than 1: 0.95 hedges the slowest
+	// 5 % of calls. Zero means 1 - 0.8·MaxExtraLoad. It must be zero if Delay is set.
 	Percentile float64
 	// MinDelay is the least delay that a percentile may ask for. Zero means 1 ms;
 	// negative is an error.
 	MinDelay time.Duration
-	// MinDataPoints is how many latencies must be known before a percentile of them
-	// is believed; until then no call is hedged. Zero means 10; negative is an
-	// error.
+	// MinDataPoints is how many latencies must be known before a percentile of them is
+	// used. Until then no call is hedged. Zero means 10; negative is an error.
 	MinDataPoints int
 	// Window is how long latencies are remembered. 1 s to 1 h; zero means one minute.
 	Window time.Duration
-	// MaxAttempts bounds the attempts of a call, the first included. 1 to 10, where
-	// 1 hedges nothing; zero means 2. An extra attempt that a layer inside refused does
-	// not count.
+	// MaxAttempts bounds the attempts of a call, including the first. From 1, which
+	// hedges nothing, to 10; zero means 2. An extra attempt that a layer inside refused
+	// does not count.
 	MaxAttempts int
-	// NonFatal are the codes of failures after which the next attempt is made at
-	// once, and not after the delay. Nil means UNAVAILABLE. After any other failure
-	// no further attempt is made.
+	// NonFatal are the codes of failures after which the next attempt is made at once
+	// and not after the delay. Nil means UNAVAILABLE. After any other failure no further
+	// attempt is made.
 	NonFatal []codes.Code
 	// DeclaredOnly hedges only methods that are declared idempotent in their .proto
 	// file, and those of [WithIdempotent].
@@ -82,19 +80,18 @@ type Config struct {
 	// for when it fails one, by RetryInfo or pushback. If it asks for more, no further
 	// attempt is made. Negative is an error; zero means 10 s.
 	MaxServerDelay time.Duration
-	// BufferBytes is how many bytes of sent messages are kept for each stream so
-	// that it can be hedged. A stream that sends more before its first response is
-	// not hedged, nor is one with messages whose size cannot be told: other than
-	// protocol buffers, byte slices and what has a Size method. 1 to 64 MiB; zero
-	// means 256 KiB.
+	// BufferBytes is how many bytes of sent messages are kept for each stream so that it
+	// can be hedged. A stream that sends more before its first response is not hedged,
+	// and neither is one with messages of unknown size: known are protocol buffers, byte
+	// slices and types with a Size method. From 1 to 64 MiB; zero means 256 KiB.
 	BufferBytes int
-	// Budget bounds the extra attempts of all calls together. If its Ratio is zero
-	// it is MaxExtraLoad; if its MinPerSecond is zero it is 1. It must be the zero
-	// value if [WithBudget] is used.
+	// Budget bounds the extra attempts of all calls together. Its Ratio defaults to
+	// MaxExtraLoad and its MinPerSecond to 1. It must be the zero value if [WithBudget]
+	// is used.
 	Budget budget.Config
 }
 
-// settings is a Config that has been checked. It is not changed.
+// settings is a valid Config. It is immutable.
 type settings struct {
 	given      Config
 	fixed      time.Duration // If not zero.
@@ -142,7 +139,7 @@ func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	}
 }
 
-// An Option is what cannot be said in a Config.
+// An Option sets what is not plain data.
 type Option func(*options)
 
 type options struct {
@@ -160,15 +157,14 @@ func WithBudget(b *budget.Budget) Option {
 	return func(o *options) { o.SetBudget(o.errs, b) }
 }
 
-// WithIdempotent restricts the layer to the methods, such as "/pkg.Service/Get",
-// for which f returns true; with Config.DeclaredOnly those that are declared
-// idempotent come on top. f is called concurrently, once for each call.
+// WithIdempotent restricts the layer to the methods, such as "/pkg.Service/Get", for
+// which f returns true, and with Config.DeclaredOnly to those that are declared
+// idempotent as well. f is called concurrently, once for each call.
 func WithIdempotent(f func(method string) bool) Option {
 	return func(o *options) { o.SetIdempotent(o.errs, f) }
 }
 
-// A Layer hedges calls; see the package's documentation. It is an
-// [interceptor.Layer].
+// A Layer hedges calls that take long.
 type Layer struct {
 	// Set by New and not changed.
 	maker     *further.Maker
@@ -210,8 +206,8 @@ func (c Config) NewLayer() (interceptor.Layer, error) { return New(c) }
 // NewLayer returns l itself.
 func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
 
-// Update changes the configuration for calls that begin from now on. Latencies
-// are kept, and the budget keeps its balance. On an error nothing has changed.
+// Update changes the configuration for new calls. Latencies are kept, and the budget
+// keeps its balance. After an error nothing has changed.
 func (l *Layer) Update(c Config) error {
 	errs := check.Of("hedge")
 	s := c.settings(errs, &l.maker.Options)
@@ -240,8 +236,8 @@ func (l *Layer) Config() Config {
 // Budget returns the budget that the layer spends.
 func (l *Layer) Budget() *budget.Budget { return l.maker.Budget }
 
-// Delay returns how long a call that began now would wait before an extra attempt.
-// ok is false as long as too few latencies are known, when calls are not hedged.
+// Delay returns how long a call that starts now would wait before an extra attempt. ok is
+// false while too few latencies are known, and calls are not hedged.
 func (l *Layer) Delay() (d time.Duration, ok bool) {
 	return l.delay(l.set.Load(), interceptor.Now())
 }
@@ -296,7 +292,7 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 	}
 }
 
-// measure passes a call on that is not hedged, and measures it.
+// measure passes on a call that is not hedged, and measures it.
 func (l *Layer) measure(ctx context.Context, c *interceptor.Call, set *settings, start interceptor.Instant, next interceptor.Next) error {
 	err := next(ctx, c)
 	switch {

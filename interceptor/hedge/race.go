@@ -17,13 +17,13 @@ import (
 	"github.com/belfry-go/belfry/internal/further"
 )
 
-// race is the attempts of one call side by side, until one succeeds or all have
-// failed. The first runs on the caller's goroutine; the others on one that the
-// layer's clock starts, or on that of whichever has just failed. It is over, and no
-// goroutine of it is left, when run returns.
+// race runs the attempts of one call side by side, until one succeeds or all have failed.
+// The first runs on the caller's goroutine. The others run on one that the layer's clock
+// starts, or on that of the attempt that has just failed. When run returns, the race is
+// over and none of its goroutines is left.
 //
-// A race that was none, because its first attempt ended before the delay did, is
-// reused: of such a call only the context of the attempt is allocated.
+// A race whose first attempt ends before the delay is reused: such a call allocates only
+// the context of the attempt.
 type race struct {
 	further.Call
 	layer  *Layer
@@ -37,18 +37,18 @@ type race struct {
 	alarm  alarm // When the next extra attempt is due.
 	reused bool  // It will be.
 
-	// mu guards the fields below and, for a stream, its own. Under it are locked the
-	// layer's clock and what cancelling a context locks.
+	// mu guards the fields below and, for a stream, those of the stream. The layer's
+	// clock, and what cancelling a context locks, are locked under it.
 	mu       sync.Mutex
 	change   sync.Cond // Signals running, and what streams wait for.
-	hedged   bool      // Another attempt was made, or was to be.
-	extra    []*try    // Those that were refused are not among them.
+	hedged   bool      // Another attempt was made or tried.
+	extra    []*try    // Without those that were refused.
 	running  int       // Attempts, and goroutines that are about to make one.
 	closed   bool      // No attempt starts any more.
 	winner   *try
 	last     *try  // The last that failed,
 	err      error // with this error,
-	refusal  error // and why there was no other attempt after it, if it was refused.
+	refusal  error // and the refusal of the attempt that was to follow it, if any.
 	panicked any   // What an attempt on a goroutine of ours panicked with.
 }
 
@@ -61,13 +61,13 @@ type try struct {
 
 	// Guarded by race.mu.
 	started bool // It was admitted.
-	lost    bool // It was cancelled because of another; its end means nothing.
+	lost    bool // It was cancelled because another one won; its end means nothing.
 	over    bool
 }
 
 func (t *try) cancel() { t.ctx.cancel() }
 
-// trailer is what came with the failure of t.
+// trailer returns the trailer of a failed attempt.
 func (t *try) trailer() metadata.MD {
 	if t.lane != nil {
 		return t.lane.stream.Trailer()
@@ -81,7 +81,7 @@ type verdict struct {
 	after time.Duration // after the delay that the server asks for.
 }
 
-// init readies a race.
+// init prepares a race.
 func (r *race) init(l *Layer, set *settings, delay time.Duration, ctx context.Context, c *interceptor.Call, next interceptor.Next, again interceptor.Again) {
 	r.Call, r.layer, r.set, r.delay, r.ctx, r.next = l.maker.Of(c, c.Origin(), again), l, set, delay, ctx, next
 	r.first.ctx, r.first.call = &cancelContext{Context: ctx}, c
@@ -102,7 +102,7 @@ func (r *race) unary(now interceptor.Instant) error {
 	return err
 }
 
-// reuse gives a race back that is over and that nobody but the caller has seen.
+// reuse gives back a race that is over and that only the caller has seen.
 func (r *race) reuse() {
 	if l := r.layer; r.reused {
 		*r = race{}
@@ -110,7 +110,7 @@ func (r *race) reuse() {
 	}
 }
 
-// run carries out the race. It returns the attempt that decided it, which is the
+// run carries out the race. It returns the attempt that decided it: the winner, or the
 // last one that failed if err is not nil.
 func (r *race) run(now interceptor.Instant) (*try, error) {
 	r.first.start = now
@@ -150,7 +150,7 @@ func (r *race) run(now interceptor.Instant) (*try, error) {
 	return r.last, r.err
 }
 
-// close is the end of the first attempt by a panic, before which the others end.
+// close ends the other attempts when the first one panics.
 func (r *race) close() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -178,11 +178,11 @@ func (r *race) loseLocked(t, but *try) {
 	}
 }
 
-// noMoreLocked lets no attempt start any more. Caller must hold r.mu.
+// noMoreLocked keeps further attempts from starting. Caller must hold r.mu.
 func (r *race) noMoreLocked() {
 	if !r.closed {
 		r.closed = true
-		// An alarm that was still set has started nothing.
+		// An alarm that could be stopped has started nothing.
 		r.reused = r.layer.clock.stop(&r.alarm) && !r.hedged
 	}
 	for _, t := range r.extra {
@@ -192,7 +192,7 @@ func (r *race) noMoreLocked() {
 	}
 }
 
-// carryOut carries out an attempt as far as the race goes.
+// carryOut runs an attempt: a unary call, or a stream up to its first response.
 func (r *race) carryOut(ctx context.Context, t *try) error {
 	if r.stream != nil {
 		return r.stream.receive(ctx, t)
@@ -216,8 +216,8 @@ func (r *race) tick() {
 	}
 }
 
-// another makes an extra attempt, which counts as running already. follows says
-// that it follows one that failed.
+// another makes an extra attempt, which already counts as running. follows says that it
+// follows one that failed.
 func (r *race) another(v verdict, follows bool) verdict {
 	r.mu.Lock()
 	r.hedged = true
@@ -247,8 +247,8 @@ func (r *race) another(v verdict, follows bool) verdict {
 		t.cancel()
 		r.leaveLocked()
 	}()
-	// It may wait for the layers inside: ahead of first attempts, as long as no other
-	// attempt answers.
+	// It may wait for the layers inside, ahead of first attempts, until another attempt
+	// answers.
 	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, Run: func(ctx context.Context, c *interceptor.Call) error {
 		if !r.start(t, c) {
 			return interceptor.Ended(ctx, r.layer.maker.Name)
@@ -264,7 +264,7 @@ func (r *race) another(v verdict, follows bool) verdict {
 	return v
 }
 
-// start notes that an extra attempt was admitted, and now runs on c. It gives c up
+// start records that an extra attempt was admitted, and now runs on c. It gives c up
 // and returns false if it comes too late: a permit that an attempt waits for may be the
 // one that the first attempt had when it answered.
 func (r *race) start(t *try, c *interceptor.Call) (started bool) {
@@ -290,7 +290,7 @@ func (r *race) start(t *try, c *interceptor.Call) (started bool) {
 	return true
 }
 
-// refused notes that there was no extra attempt.
+// refused records that an extra attempt was refused.
 func (r *race) refused(t *try, err error, follows bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -304,21 +304,21 @@ func (r *race) refused(t *try, err error, follows bool) {
 		r.refusal = err
 	}
 	if refusal, ok := interceptor.AsRefusal(err); ok && refusal.Reason == interceptor.ReasonBudget {
-		r.noMoreLocked() // A call does not live long enough for that to change.
-	} else if !r.closed && r.running > 1 { // The others may be slow for longer.
+		r.noMoreLocked() // That does not change during a call.
+	} else if !r.closed && r.running > 1 { // The others may stay slow.
 		r.layer.clock.set(&r.alarm, interceptor.Now(), r.delay)
 	}
 }
 
-// leaveLocked is the end of an attempt, or of a goroutine that was to make one.
-// Caller must hold r.mu.
+// leaveLocked ends an attempt, or a goroutine that was to make one. Caller must hold
+// r.mu.
 func (r *race) leaveLocked() {
 	r.running--
 	r.change.Broadcast()
 }
 
-// ended notes how an attempt ended. If another one follows, it still counts as
-// running, until that does.
+// ended records how an attempt ended. If another one follows, this one counts as running
+// until the other does.
 func (r *race) ended(t *try, err error) verdict {
 	now := interceptor.Now()
 	r.mu.Lock()
@@ -334,14 +334,14 @@ func (r *race) ended(t *try, err error) verdict {
 	return v
 }
 
-// judgeLocked says what follows the end of an attempt. Caller must hold r.mu.
+// judgeLocked decides what follows the end of an attempt. Caller must hold r.mu.
 func (r *race) judgeLocked(t *try, err error, now interceptor.Instant) verdict {
 	switch {
 	case r.winner != nil || t.lost:
-		// How long the first attempt took until another one won is less than it would
-		// have taken. But leaving it out would leave out the slowest calls, and move
-		// the percentile down, to where more and more calls are hedged. Of other
-		// attempts it says nothing.
+		// The time of a first attempt until another one won is less than it would have
+		// taken. But leaving it out would leave out the slowest calls, and the percentile
+		// would sink until more and more calls are hedged. It is not recorded for other
+		// attempts.
 		if t == &r.first && r.winner != nil {
 			r.layer.record(t.start, now)
 		}

@@ -16,14 +16,13 @@ import (
 	"github.com/belfry-go/belfry/internal/message"
 )
 
-// inline is up to how many bytes an extra attempt is sent before its first
-// response is waited for. It is less than gRPC's windows, so that does not block
-// on a server that waits for its responses to be read. More is sent by a goroutine
-// of its own.
+// inline is the most bytes that are sent to an extra attempt before its first response is
+// waited for. It is less than gRPC's windows, so sending them does not block on a server
+// that waits for its responses to be read. Another goroutine sends the rest.
 const inline = 32 << 10
 
-// measured is a stream that is not hedged. It measures how long the first
-// response message is waited for.
+// measured is a stream that is not hedged. It measures the time to the first response
+// message.
 type measured struct {
 	grpc.ClientStream
 	layer *Layer
@@ -43,28 +42,28 @@ func (m *measured) RecvMsg(msg any) error {
 	return err
 }
 
-// stream is a stream that can be hedged until its first response message. The
-// race is run by the first RecvMsg.
+// stream is a stream that can be hedged until its first response message. The first
+// RecvMsg runs the race.
 //
-// What the caller sends goes to the first attempt directly, and is kept for
-// others, each of which is sent it at its own pace, by pump.
+// What the caller sends goes to the first attempt directly, and is kept for the others.
+// pump sends it to each of those at its own pace.
 type stream struct {
 	race   race
 	single bool // The server sends one message.
 
-	// decided is the attempt that is the stream, once the first RecvMsg has returned,
-	// and chosen the same attempt, once it has been sent all that was kept: from
-	// then on nothing is left to do here for what is received and what is sent.
+	// decided is the winning attempt once the first RecvMsg has returned: it receives
+	// directly. chosen is the same attempt once it was sent all that was kept: it sends
+	// directly.
 	decided, chosen atomic.Pointer[chosen]
 
 	// Guarded by race.mu.
 	choice  *try // The attempt that will be chosen.
-	started bool // The first RecvMsg has begun.
+	started bool // The first RecvMsg has started.
 	target  any  // What it receives to.
 	sent    []any
 	size    int
 	closed  bool // CloseSend was called.
-	pinned  bool // The first attempt is the only one, and nothing is kept.
+	pinned  bool // There is only the first attempt, and nothing is kept.
 }
 
 // open opens the first attempt.
@@ -91,7 +90,7 @@ type lane struct {
 	reply  any  // Of an extra attempt, what its first message is received to.
 	eof    bool // It ended well without a message.
 
-	caughtUp bool // It has been sent all that was kept. Guarded by race.mu.
+	caughtUp bool // It was sent all that was kept. Guarded by race.mu.
 }
 
 // chosen is the attempt that a stream has become.
@@ -104,7 +103,7 @@ type chosen struct {
 func (c *chosen) SendMsg(m any) error {
 	err := c.ClientStream.SendMsg(m)
 	if err != nil && err != io.EOF {
-		c.try.cancel() // As in RecvMsg, which need not be called any more.
+		c.try.cancel() // As in RecvMsg, which the caller need not call any more.
 	}
 	return err
 }
@@ -117,8 +116,8 @@ func (c *chosen) RecvMsg(m any) error {
 	return err
 }
 
-// chooseLocked makes an attempt the stream, at once or as soon as it has caught
-// up. Caller must hold race.mu.
+// chooseLocked makes an attempt the stream, at once or when it has caught up. Caller must
+// hold race.mu.
 func (s *stream) chooseLocked(t *try) {
 	if s.choice == nil {
 		s.choice = t
@@ -140,7 +139,7 @@ func (s *stream) RecvMsg(m any) error {
 	s.start(m)
 	ran := false
 	defer func() {
-		if !ran { // A panic, which must not leave a SendMsg waiting.
+		if !ran { // It panicked, which must not leave a SendMsg waiting.
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			s.chooseLocked(&r.first)
@@ -170,7 +169,7 @@ func (s *stream) RecvMsg(m any) error {
 	return err
 }
 
-// start notes that the first RecvMsg has begun.
+// start records that the first RecvMsg has started.
 func (s *stream) start(m any) {
 	r := &s.race
 	r.mu.Lock()
@@ -211,9 +210,8 @@ func (s *stream) end(t *try, err error) error {
 	return err
 }
 
-// pump sends an extra attempt what was sent before and what comes meanwhile,
-// until the attempt is chosen and has caught up, or has ended, or nothing more
-// can come.
+// pump sends an extra attempt what was sent before and what comes meanwhile, until the
+// attempt has ended, or is chosen and has caught up, or nothing more can come.
 func (s *stream) pump(t *try) {
 	r, l := &s.race, t.lane
 	for i := 0; ; i++ {
@@ -237,7 +235,7 @@ func (s *stream) pump(t *try) {
 		r.mu.Unlock()
 		if l.stream.SendMsg(m) != nil {
 			r.mu.Lock()
-			l.caughtUp = true // It has ended. RecvMsg says how.
+			l.caughtUp = true // It has ended. RecvMsg returns how.
 			if s.choice == t {
 				s.chooseLocked(t)
 			}
@@ -270,10 +268,9 @@ func (s *stream) SendMsg(m any) error {
 	return err
 }
 
-// keep keeps a message for extra attempts and returns the first one, which it is
-// to be sent to. If it cannot be kept there will be no extra attempts, or, if the
-// first has failed already, no others; keep returns false if it has to be sent to
-// the chosen attempt.
+// keep keeps a message for extra attempts, and returns the first attempt, to which it is
+// sent. If the message cannot be kept, no more attempts are made. keep returns false if
+// the message must go to the chosen attempt.
 func (s *stream) keep(m any) (first grpc.ClientStream, ok bool) {
 	r := &s.race
 	n, known := attempt.Size(m)
@@ -325,7 +322,7 @@ func (s *stream) CloseSend() error {
 	r.change.Broadcast()
 	c := s.chosen.Load()
 	r.mu.Unlock()
-	if c != nil { // Chosen a moment ago, by a pump that has not seen this.
+	if c != nil { // Chosen a moment ago, by a pump that has not seen the message.
 		return c.CloseSend()
 	}
 	return r.first.lane.stream.CloseSend()

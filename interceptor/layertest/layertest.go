@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package layertest is the conformance kit for layers of package interceptor: it
-// checks that a layer gives back what it has taken for a call, however the call
-// ends and whoever else refuses it, and that the end of a stack or a connection reaches the calls that wait in
-// it.
+// checks that a layer gives back what it took for a call, however the call ends and
+// whoever else refuses it, and that the end of a stack or a connection wakes the calls
+// that wait in it.
 //
 //	func TestConformance(t *testing.T) {
 //		layertest.Run(t, func() (interceptor.Spec, func() error) {
@@ -43,7 +43,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 )
 
-// patience bounds every wait of the kit. It passes only if a layer is broken.
+// patience bounds every wait of the kit. It runs out only if a layer is broken.
 const patience = 20 * time.Second
 
 // kinds are the four kinds of call.
@@ -51,18 +51,17 @@ var kinds = []interceptor.Kind{
 	interceptor.Unary, interceptor.ClientStream, interceptor.ServerStream, interceptor.BidiStream,
 }
 
-// Run puts the layer that newLayer returns in a stack: alone, and around a gate that
-// refuses. For each kind of call and each way a call can end it checks that atRest returns nil once the stack is
-// idle. Calls go through a real connection where that is possible. newLayer is
-// called for each of these tests, and returns a new layer each time; atRest may be
-// nil if the layer takes nothing. A layer that cannot stand alone, such as a load
-// shed, is tested by [RunStack].
+// Run puts the layer that newLayer returns in a stack, alone and around a gate that
+// refuses. For each kind of call and each way a call can end it checks that atRest
+// returns nil once the stack is idle. Calls go through a real connection where that is
+// possible. newLayer is called for each of these tests and returns a new layer each
+// time. atRest may be nil if the layer takes nothing. Use [RunStack] for a layer that
+// needs others, such as a load shed.
 //
-// The layer must admit a few calls one after the other, and let a call succeed
-// that the server answers. Where the kit makes many calls at once the layer may
-// refuse any of them; those that it lets wait must end when the stack drains and
-// when the connection is closed, as they do if the gate waits with the context of
-// [interceptor.Admission.Park].
+// The layer must admit a few calls one after the other, and let a call succeed that the
+// server answers. Where the kit makes many calls at once the layer may refuse any of
+// them. Those that wait must end when the stack drains and when the connection is closed,
+// as they do if the gate waits with the context of [interceptor.Admission.Park].
 func Run(t *testing.T, newLayer func() (layer interceptor.Spec, atRest func() error)) {
 	t.Helper()
 	RunStack(t, func() ([]interceptor.Spec, func() error) {
@@ -329,9 +328,9 @@ func newFixture(t *testing.T, layers []interceptor.Spec) *fixture {
 		t.Fatalf("NewClient: %v", err)
 	}
 	t.Cleanup(func() {
-		f.conn.Close() // Closing twice is an error without consequence.
+		f.conn.Close() // Closing twice is a harmless error.
 		srv.Stop()
-		// A call that never left the client may be over before Serve has begun.
+		// A call that never left the client may be over before Serve starts.
 		if err := <-served; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 			t.Errorf("the server ended with %v", err)
 		}
@@ -404,7 +403,7 @@ func (f *fixture) arrived(t *testing.T) {
 	}
 }
 
-// serve does what the method's name says.
+// serve does what the name of the method says.
 func (f *fixture) serve(_ any, s grpc.ServerStream) error {
 	method, _ := grpc.MethodFromServerStream(s)
 	what, kind, _ := strings.Cut(method[strings.LastIndex(method, "/")+1:], ".")
@@ -474,7 +473,7 @@ func (f *fixture) start(ctx context.Context, conn grpc.ClientConnInterface, kind
 	return s, nil
 }
 
-// call makes a whole call as generated code does and checks what it received.
+// call makes a whole call as generated code does, and checks what it received.
 func (f *fixture) call(ctx context.Context, conn grpc.ClientConnInterface, kind interceptor.Kind, what string, opts ...grpc.CallOption) error {
 	m := new(wrapperspb.StringValue)
 	if kind == interceptor.Unary {
@@ -515,8 +514,8 @@ func (f *fixture) call(ctx context.Context, conn grpc.ClientConnInterface, kind 
 	}
 }
 
-// random makes a call that ends in one of six ways; what it returns is not
-// looked at, for the layer may refuse any of them.
+// random makes a call that ends in one of six ways. It ignores the result, because the
+// layer may refuse any of them.
 func (f *fixture) random(kind interceptor.Kind, how int, d time.Duration) {
 	ctx, cancel := context.WithTimeout(f.ctx, d)
 	defer cancel()

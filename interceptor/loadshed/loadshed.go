@@ -84,8 +84,8 @@ type gate struct {
 	inner interceptor.Gate
 }
 
-// Admit lets nothing inside wait. An error that says in gRPC's terms why it refused
-// is returned as it is; what another one means for the caller only the shed knows.
+// Admit lets nothing inside wait. It returns an error with a gRPC status as it is, and
+// makes a refusal of any other.
 func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, _ interceptor.Wait) error {
 	err := g.inner.Admit(ctx, a, interceptor.None)
 	if err == nil {

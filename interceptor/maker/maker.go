@@ -19,10 +19,10 @@ import (
 	"github.com/belfry-go/belfry/internal/isnil"
 )
 
-// ReasonMake is the reason of the refusal of a call whose key or connection could
-// not be made. The refusal wraps the error. Its code is the error's own if that
-// has a gRPC status; otherwise UNAVAILABLE for a connection and INVALID_ARGUMENT
-// for a key. Nothing was sent.
+// ReasonMake is the reason of a call that was refused because its key or connection could
+// not be made. The refusal wraps the error. Its code is that of the error if it has a
+// gRPC status, else UNAVAILABLE for a connection and INVALID_ARGUMENT for a key. Nothing
+// was sent.
 const ReasonMake interceptor.Reason = "MAKE_FAILED"
 
 // A Conn is a connection that can be closed, such as a *grpc.ClientConn.
@@ -33,19 +33,18 @@ type Conn interface {
 
 // Config bounds the connections. The zero Config is the default.
 type Config struct {
-	// MaxConns is how many connections there are at most, those included that are
-	// being made. One that is being closed does not count any more. At least 1; zero
-	// means 100.
+	// MaxConns bounds the connections, including those that are being made but not those
+	// that are being closed. At least 1; zero means 100.
 	MaxConns int
 
-	// IdleTimeout is for how long a connection must not have been used to be closed.
-	// At least 1 ms; zero means 5 minutes, [None] never.
+	// IdleTimeout is how long a connection must be unused before it is closed. At least
+	// 1 ms; zero means 5 minutes, [None] means never.
 	IdleTimeout time.Duration
 
-	// MaxWait is for how long a call may wait for its connection, while all are in use
-	// or while its own is being made. Zero is no bound but the call's own, [None] not to
-	// wait. It takes 20 ms for a connection to be made for not waiting, which is far more
-	// than grpc.NewClient takes: so long every call waits for that.
+	// MaxWait is how long a call may wait for its connection, while all are in use or
+	// while its own is being made. Zero means no bound besides the call's own, [None]
+	// means not to wait. Every call waits up to 20 ms for its connection to be made,
+	// which is far more than grpc.NewClient takes.
 	MaxWait time.Duration
 }
 
@@ -55,8 +54,8 @@ const (
 	DefaultIdleTimeout = 5 * time.Minute
 )
 
-// None as an IdleTimeout is never to close idle connections, and as a MaxWait not to
-// wait.
+// None as an IdleTimeout means that idle connections are never closed, and as a MaxWait
+// that calls do not wait.
 const None = check.None
 
 // withDefaults checks c and returns it with its defaults filled in.
@@ -67,17 +66,17 @@ func (c Config) withDefaults(errs *check.Errors) Config {
 	return c
 }
 
-// A KeyFunc says which connection a call belongs to. args is the request of a unary
-// call, and nil for a stream, which has not sent any when it is opened. It is
-// called once for each call, concurrently. An error refuses the call; that of a ctx
-// that has ended as DEADLINE_EXCEEDED or CANCELLED.
+// A KeyFunc returns the key of the connection that a call belongs to. args is the
+// request of a unary call, and nil for a stream. It is called once for each call,
+// concurrently. An error refuses the call; the error of an ended ctx refuses it with
+// DEADLINE_EXCEEDED or CANCELLED.
 type KeyFunc func(ctx context.Context, method string, args any) (key string, err error)
 
-// A MakeFunc makes the connection of a key. ctx has the values of the call that
-// asked first, but not its deadline: a connection is made for all calls to come,
-// and if those that wait for it give up, the next one finds it made. ctx ends when
-// the Maker is closed, and a MakeFunc must then return. It is called concurrently
-// for different keys. A panic is an error with code INTERNAL.
+// A MakeFunc makes the connection of a key. ctx has the values of the call that asked
+// first but not its deadline, because the connection is for all later calls too: if the
+// callers give up, the next one finds it made. ctx ends when the Maker is closed, and
+// the MakeFunc must then return. It is called concurrently for different keys. A panic
+// becomes an error with code INTERNAL.
 type MakeFunc func(ctx context.Context, key string) (Conn, error)
 
 // A Maker is a grpc.ClientConnInterface that makes connections on demand. All its
@@ -89,8 +88,8 @@ type Maker struct {
 
 	full, making, closedRefusal *interceptor.Refusal
 
-	ended chan struct{}  // Closed when Close begins its work,
-	done  chan struct{}  // and when it has done it.
+	ended chan struct{}  // Closed when Close begins,
+	done  chan struct{}  // and when it has finished.
 	wg    sync.WaitGroup // Goroutines, and the timer while it is armed. Added to with mu held.
 
 	// mu guards the fields below and those of entries. Nothing is locked under it,
@@ -101,17 +100,17 @@ type Maker struct {
 	entries map[string]*entry
 	retired map[*entry]struct{} // Entries that take no new calls, and are closed when their last one ends.
 	slots   int                 // Entries whose connection is made or being made.
-	closing int                 // Connections that are being closed, on behalf of nobody.
+	closing int                 // Connections that are being closed in the background.
 	idle    list                // Entries that are not in use, the longest idle first.
-	queue   list                // Entries that have no slot, the first come first.
+	queue   list                // Entries that have no slot, the oldest first.
 	timer   *time.Timer         // Closes idle ones; nil if it is not armed.
 	turns   *time.Timer         // Retires one while others wait; nil if it is not armed.
 	closed  bool
 	errs    []error // Of closing, by Close.
 }
 
-// An entry is the connection of a key, from when the first call asks for it to when
-// it is closed.
+// An entry is the connection of a key, from the first call that asks for it until it is
+// closed.
 type entry struct {
 	maker   *Maker
 	key     string
@@ -165,9 +164,9 @@ func New(config Config, key KeyFunc, makeConn MakeFunc, opts ...Option) (*Maker,
 	return m, nil
 }
 
-// Update replaces the config while calls run. If MaxConns becomes less, idle
-// connections are closed at once, and others when they become idle; if it becomes
-// more, calls that wait go on. A bad config changes nothing.
+// Update replaces the config while calls run. If MaxConns becomes smaller, idle
+// connections are closed at once, and others when they become idle. If it becomes
+// larger, waiting calls get connections. A wrong config changes nothing.
 func (m *Maker) Update(config Config) error {
 	errs := check.Of("maker")
 	filled := config.withDefaults(errs)
@@ -177,7 +176,7 @@ func (m *Maker) Update(config Config) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
-		return nil // It has nothing to bound any more.
+		return nil // The Maker is closed.
 	}
 	m.given, m.config = config, filled
 	m.grantLocked()
@@ -221,9 +220,9 @@ func (m *Maker) Invoke(ctx context.Context, method string, args, reply any, opts
 	return e.conn.Invoke(ctx, method, args, reply, opts...)
 }
 
-// NewStream opens a stream on the connection of its key. The connection is in use
-// until the stream has ended: until it was read to its end or its context has
-// ended, one of which gRPC requires anyway.
+// NewStream opens a stream on the connection of its key. The connection is in use until
+// the stream ends: until it is read to its end or its context ends, one of which gRPC
+// requires anyway.
 func (m *Maker) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	e, err := m.acquire(ctx, method, nil, opts)
 	if err != nil {
@@ -260,7 +259,7 @@ func (m *Maker) retain(e *entry) {
 	m.mu.Unlock()
 }
 
-// refuse is the refusal of a call for which something could not be made.
+// refuse returns the refusal of a call whose key or connection could not be made.
 func (m *Maker) refuse(what string, err error, code codes.Code) error {
 	r := interceptor.Refuse(m.name, ReasonMake, what).Because(err, false)
 	r.Code = code
@@ -296,7 +295,7 @@ func (m *Maker) acquire(ctx context.Context, method string, args any, opts []grp
 	m.mu.Unlock()
 
 	select {
-	case <-e.made: // As it is nearly always.
+	case <-e.made: // The usual case.
 	default:
 		if err := m.await(ctx, e, maxWait, opts); err != nil {
 			m.release(e)
@@ -372,14 +371,14 @@ func (m *Maker) release(e *entry) {
 	case e.in == &m.queue: // Nobody waits for it any more.
 		m.queue.remove(e)
 		delete(m.entries, e.key)
-	case e.conn == nil: // It is being made, and whoever makes it goes on; or it could not be made.
+	case e.conn == nil: // It is still being made, or it could not be made.
 	default:
 		m.restLocked(e)
 	}
 }
 
-// restLocked has e, which is made and not in use, wait for calls, or gives its slot
-// away. Caller must hold m.mu, and so for all functions whose names end like this.
+// restLocked makes e, which is made and not in use, idle, or gives its slot away. Caller
+// must hold m.mu, as for all functions whose names end in Locked.
 func (m *Maker) restLocked(e *entry) {
 	if m.isRetiredLocked(e) || m.slots > m.config.MaxConns || m.queue.first != nil {
 		m.dropLocked(e)
@@ -414,14 +413,14 @@ func (m *Maker) grantLocked() {
 
 // makeLocked makes the connection of e, which has a slot.
 func (m *Maker) makeLocked(e *entry) {
-	// Without the values of the call for longer than needed.
+	// Do not keep the values of the call longer than needed.
 	ctx, cancel := context.WithCancel(context.WithoutCancel(e.asked))
 	e.asked, e.cancel = nil, cancel
 	close(e.granted)
 	m.wg.Go(func() {
 		defer cancel()
 		var conn Conn
-		err := error(status.Error(codes.Internal, "make did not return")) // As after runtime.Goexit.
+		err := error(status.Error(codes.Internal, "make did not return")) // For example after runtime.Goexit.
 		defer func() { m.settle(e, conn, err) }()
 		conn, err = m.call(ctx, e.key)
 	})
@@ -441,14 +440,14 @@ func (m *Maker) call(ctx context.Context, key string) (conn Conn, err error) {
 	return conn, err
 }
 
-// settle takes what came of making the connection of e.
+// settle records the result of making the connection of e.
 func (m *Maker) settle(e *entry, conn Conn, err error) {
 	var streams grpc.ClientConnInterface
 	if err == nil {
 		var stack *interceptor.Stack
 		if stack, err = interceptor.NewStack(&inUse{entry: e}); err == nil {
-			// The Maker does not ask whether conn is READY, for streams as little as for
-			// unary calls: a stack on conn itself may.
+			// The Maker does not ask whether conn is READY, neither for unary calls nor for
+			// streams. A stack on conn itself may.
 			streams = stack.Wrap(struct{ grpc.ClientConnInterface }{conn})
 		}
 	}
@@ -493,7 +492,7 @@ func (m *Maker) dropLocked(e *entry) {
 	m.forgetLocked(e)
 	m.closing++
 	m.wg.Go(func() {
-		e.conn.Close() // Its calls are over, so there is nobody to tell of an error.
+		e.conn.Close() // Its calls are over, so nobody needs the error.
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		m.closing--
@@ -526,9 +525,9 @@ func (m *Maker) isRetiredLocked(e *entry) bool {
 	return ok
 }
 
-// Forget drops the connection of a key: calls in flight end on it, it is closed when
-// they have, and the next call makes another one. It is for a connection that the
-// program knows to be of no use any more. It reports whether there was one.
+// Forget drops the connection of a key: the next call makes another one, and the old one
+// is closed when its calls have ended. It is for a connection that the program knows to
+// be useless. It reports whether there was one.
 func (m *Maker) Forget(key string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -540,11 +539,11 @@ func (m *Maker) Forget(key string) bool {
 	return true
 }
 
-// turn is how long a connection is used at least while other keys wait.
+// turn is the minimum time that a connection is used while other keys wait.
 const turn = time.Second
 
-// takeTurns lets those that are in the queue have a connection in time, though all are
-// always in use: once in a turn the one that was made first is retired.
+// takeTurns lets the keys in the queue have a connection even if all are always in use:
+// once in a turn the one that was made first is retired.
 func (m *Maker) takeTurns() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -610,9 +609,9 @@ func (m *Maker) disarmLocked() {
 	m.timer = nil
 }
 
-// expire closes what has been idle for long enough. It is called by the timer, which
-// is not set again each time a connection is used: it looks, and waits for what is
-// the longest idle then.
+// expire closes what has been idle for long enough. It is called by the timer. The timer
+// is not reset each time a connection is used; it waits for the entry that is the
+// longest idle when it fires.
 func (m *Maker) expire() {
 	defer m.wg.Done()
 	m.mu.Lock()
@@ -628,11 +627,10 @@ func (m *Maker) expire() {
 	m.armLocked()
 }
 
-// Close closes all connections and waits until that is done and nothing that the
-// Maker has started runs any more. Calls in flight end with what their connection
-// says to that; calls that wait, and later ones, are refused with UNAVAILABLE and
-// reason DRAIN. It returns the errors of closing. Called again it waits and returns
-// the same.
+// Close closes all connections, and waits until that is done and no goroutine of the
+// Maker runs any more. Calls in flight end as their connection ends them. Calls that
+// wait, and later ones, are refused with UNAVAILABLE and reason DRAIN. It returns the
+// errors of closing. Called again it waits and returns the same.
 func (m *Maker) Close() error {
 	m.mu.Lock()
 	if m.closed {

@@ -1,9 +1,8 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package otelobserver reports what a stack does as OpenTelemetry metrics. Use it
-// where a program exports metrics already; without an exporter it costs little
-// and shows nothing.
+// Package otelobserver reports what a stack does as OpenTelemetry metrics. Use it if the
+// program exports metrics; without an exporter it costs little and shows nothing.
 //
 //	obs, err := otelobserver.New(otel.GetMeterProvider())
 //	…

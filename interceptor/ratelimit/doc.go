@@ -13,24 +13,23 @@
 //
 // # What it does to a call
 //
-// Each call, or each attempt if the layer is inside a retry or a hedge, takes a
-// token when it is admitted. A stream takes one token, however many messages it
-// has. A call that finds no token waits for one or is refused, as its
-// [interceptor.Wait] says. A call whose token would come after the end of its Wait
-// or after its deadline is refused at once, with RESOURCE_EXHAUSTED, reason
-// RATE_LIMIT, and a RetryInfo that says when its token would have come.
+// Each call, or each attempt if the layer is inside a retry or a hedge, takes a token
+// when it is admitted. A stream takes one token, however many messages it has. A call
+// that finds no token waits for one if its [interceptor.Wait] and its deadline allow
+// that. Otherwise it is refused at once with RESOURCE_EXHAUSTED, reason RATE_LIMIT, and a
+// RetryInfo that says when its token would have come.
 //
-// Calls that wait are served by priority ([WithPriority]). Within a priority,
-// further attempts of a call go ahead of first attempts, and otherwise whoever came
-// first.
+// Calls that wait are served by priority ([WithPriority]). Within a priority, further
+// attempts go before first attempts, and then the earlier call goes first.
 //
 // A call that was not sent gives its token back: a layer inside refused it, there
-// was no connection, or gRPC could not marshal the request. The token goes to the
-// first call that waits. See below for when it comes too late.
+// was no connection, or gRPC could not marshal the request. The token goes to the first
+// call that waits. The next section says when it comes too late.
 //
-// One Layer has one rate, shared by all stacks, connections and methods that use
-// it: for one limit of the whole program, put one value into all stacks. With
-// [Config.KeyBy] each key has that rate, and a refusal names the key.
+// One Layer has one rate, shared by all stacks, connections and methods that use it. For
+// one limit of the whole program, put one value into all stacks. With [Config.KeyBy] each
+// key has its own rate, up to [Config.MaxKeys] keys (10,000 by default), and a refusal
+// names the key.
 //
 // # Algorithms
 //
@@ -40,21 +39,19 @@
 //
 //	Burst + t·Limit/Per
 //
-// calls are admitted, not counting those that give their token back. A token that
-// comes back late is worth nothing if the bucket could have been refilled without
-// it meanwhile: otherwise, calls that hold many tokens for a while and then give
-// them back would let others exceed the bound. A token comes back in time for at
-// most the first Burst·Per/Limit after it was taken.
+// calls are admitted, not counting those that give their token back. A token that comes
+// back too late is lost: if the bucket could have been refilled without it meanwhile,
+// calls that hold many tokens and then give them back would let others exceed the bound.
+// A token is in time for at most Burst·Per/Limit after it was taken.
 //
-// [Window] admits at most Limit calls in any interval of length Per. It has the
-// semantics of Tower's rate limit (Limit calls at once, and then none until Per has
-// passed), but over a window that slides with each call. Windows with fixed edges
-// admit up to twice the limit around an edge. A token that is given back is worth
-// something until Per has passed.
+// [Window] admits at most Limit calls in any interval of length Per. It has the semantics
+// of Tower's rate limit (Limit calls at once, and then none until Per has passed), but
+// with a window that slides with each call. Windows with fixed edges admit up to twice
+// the limit around an edge. A token is in time until Per has passed.
 //
 // # Order
 //
-// Put the rate inside of whatever calls wait for, such as a concurrency limit:
+// Put the rate inside a concurrency limit:
 //
 //	buffer > concurrency > ratelimit
 //
@@ -65,12 +62,11 @@
 // The price of the recommended order is that a call holds its permit while it waits
 // for a token.
 //
-// Outside of a retry the layer counts calls, inside of it attempts, which is what a
-// server's quota counts. A load shed or a buffer stays outside of the rate.
+// Outside a retry the layer counts calls; inside it counts attempts, as a server's quota
+// does. Put a load shed or a buffer outside the rate.
 //
 // # Third-party limiters
 //
-// [FromRate] makes a layer of a limiter of golang.org/x/time/rate. [FromLimiter]
-// makes one of a [Limiter] that asks elsewhere, such as a store that many processes
-// share.
+// [FromRate] makes a layer of a limiter of golang.org/x/time/rate. [FromLimiter] makes
+// one of a [Limiter] that decides elsewhere, such as in a store that many processes share.
 package ratelimit

@@ -16,23 +16,22 @@ import (
 // A Limiter decides elsewhere, such as in a store that many processes share. It
 // is safe for concurrent use. [FromLimiter] makes a layer of it.
 type Limiter interface {
-	// Take takes a token for key if there is one. It does not wait for one, but may
-	// take as long as ctx to find out. An error says that it could not find out; no
-	// token has been taken then.
+	// Take takes a token for key if there is one. It does not wait for one, but may use
+	// the time of ctx to find out. An error means that it could not find out and took no
+	// token.
 	Take(ctx context.Context, key string) (Decision, error)
-	// Refund gives a token back that Take took for key and that was not used. It
-	// must not block: a limiter across a network gives it back in the background, or
-	// not at all.
+	// Refund gives back a token that Take took for key and that was not used. It must not
+	// block: a limiter across a network gives it back in the background, or not at all.
 	Refund(key string)
 }
 
-// A Decision is what a [Limiter] says.
+// A Decision is the answer of a [Limiter].
 type Decision struct {
 	// OK says that a token was taken.
 	OK bool
-	// RetryAfter is when to ask again if none was; not positive if that is not
-	// known. A call that may wait then asks again every 100 ms. No call asks more
-	// often than once in a millisecond.
+	// RetryAfter is when to ask again if none was taken. If it is not positive, a call
+	// that may wait asks again every 100 ms. No call asks more often than once in a
+	// millisecond.
 	RetryAfter time.Duration
 }
 
@@ -48,12 +47,11 @@ const leastRetry = time.Millisecond
 // limiter's error.
 func WithFailOpen() Option { return func(o *options) { o.open = true } }
 
-// FromLimiter returns a layer of a limiter that decides elsewhere. by says which key
-// a call has, and the zero KeyBy that all have the empty one; a refusal names the
-// key. A call waits by asking again when the limiter said, as long as its Wait and
-// its deadline allow. Among those that wait the limiter chooses, so [WithPriority]
-// has no effect. An error of NewStack is a [*interceptor.ConfigError], or several
-// joined.
+// FromLimiter returns a layer of a limiter that decides elsewhere. by gives the key of a
+// call; with the zero KeyBy all calls have the empty key. A refusal names the key. A call
+// waits by asking again when the limiter said, as long as its Wait and its deadline
+// allow. The limiter chooses among those that wait, so [WithPriority] has no effect. An
+// error of NewStack is a [*interceptor.ConfigError], or several joined.
 func FromLimiter(limiter Limiter, by interceptor.KeyBy, opts ...Option) interceptor.Spec {
 	o := optionsOf(opts)
 	isNil := limiter == nil || reflect.ValueOf(limiter).Kind() == reflect.Pointer && reflect.ValueOf(limiter).IsNil()
@@ -147,8 +145,8 @@ func (l *elsewhere) take(ctx context.Context, a *interceptor.Admission, key stri
 	}
 }
 
-// ask asks the limiter. To find out may take as long as the deadlines of the layers
-// outside allow, however long the call may wait.
+// ask asks the limiter. It may take as long as the deadlines of the layers outside allow,
+// however long the call may wait.
 func (l *elsewhere) ask(ctx context.Context, a *interceptor.Admission, key string) (Decision, error) {
 	in := a.Internals()
 	if end, ok := in.Widen(interceptor.None, interceptor.Forever).End(); ok && !in.NeverWaits() {

@@ -14,16 +14,16 @@ import (
 	"github.com/belfry-go/belfry/internal/waitlist"
 )
 
-// never is when a token comes that does not come.
+// never is the moment of a token that does not come.
 const never interceptor.Instant = math.MaxInt64
 
-// lookAgain is how often at least to look for tokens of a source that others may
-// change, while calls wait for them.
+// lookAgain is the longest time between looks for the tokens of a source that may change
+// from outside, while calls wait.
 const lookAgain = time.Second
 
 // A source says when tokens come. It is safe for concurrent use.
 type source interface {
-	// take takes a token if there is one now. token is what refund wants to know.
+	// take takes a token if there is one now. token is what refund needs.
 	take(now interceptor.Instant) (token int64, ok bool)
 	// next is when the token after so many others can be taken; not before now.
 	next(now interceptor.Instant, ahead int) interceptor.Instant
@@ -34,7 +34,7 @@ type source interface {
 // An own source is one of this package.
 type own interface {
 	source
-	// full reports whether it is as if nothing had ever been taken.
+	// full reports whether no token is missing.
 	full(now interceptor.Instant) bool
 	// update changes the rate and keeps what was taken.
 	update(now interceptor.Instant, p *params)
@@ -44,9 +44,9 @@ type own interface {
 // call that finds a token and nobody waiting takes no lock, and neither does one
 // that is refused because it may not wait.
 //
-// Waiting calls do not reserve tokens ahead of time. So a token that is given back
-// goes to the first in the queue and all others move up, a call that gives up
-// leaves no trace, and a changed rate holds for those that wait already.
+// Waiting calls do not reserve tokens. So a token that is given back goes to the first in
+// the queue and all others move up, a call that gives up leaves no trace, and a changed
+// rate applies to those that already wait.
 type queue struct {
 	name     string
 	key      string // Empty if calls are not told apart.
@@ -66,8 +66,8 @@ type queue struct {
 // A waiter is a call in a queue. Its fields are guarded by the queue's mu, except
 // for ok, token and turn, which are set before done is closed and read after.
 type waiter struct {
-	latest interceptor.Instant // It waits for no token that comes later.
-	slot   interceptor.Slot    // Where it waits on behalf of a gate further out; may be nil.
+	latest interceptor.Instant // The last moment at which a token is of use to it.
+	slot   interceptor.Slot    // The slot that it waits in for a gate further out; may be nil.
 	done   chan struct{}       // Closed when the waiter leaves the list with a token or a refusal.
 	ok     bool                // It has a token.
 	token  int64
@@ -90,7 +90,7 @@ func (q *queue) acquire(ctx context.Context, a *interceptor.Admission, w interce
 		}
 	}
 	latest := latestOf(ctx, w)
-	if waiting == 0 || w == interceptor.None { // Nobody gives way to this call.
+	if waiting == 0 || w == interceptor.None { // It does not have to wait behind others.
 		if turn := q.src.next(now, int(waiting)); turn > latest || turn == never {
 			return 0, q.refusals().after(turn, now)
 		}
@@ -124,8 +124,8 @@ func (q *queue) wait(ctx context.Context, a *interceptor.Admission, w intercepto
 	me := &waitlist.Node[waiter]{Value: waiter{latest: latest, slot: slot, done: make(chan struct{})}}
 	q.list.Push(me, rank)
 	q.waiting.Add(1)
-	// Who gives a token back looks at the length of the list, so one that came back
-	// before the list grew is found here.
+	// Whoever gives a token back looks at the length of the list, so a token that came
+	// back before the list grew is found here.
 	q.serveLocked(since)
 	q.armLocked(since)
 	q.mu.Unlock()
@@ -150,8 +150,8 @@ func (q *queue) wait(ctx context.Context, a *interceptor.Admission, w intercepto
 	return me.Value.token, nil
 }
 
-// latestOf is the last moment at which a token is of use to a call: within its
-// Wait, and before its deadline, because at its deadline it is over.
+// latestOf returns the last moment at which a token is of use to a call: within its Wait,
+// and before its deadline, when it is over.
 func latestOf(ctx context.Context, w interceptor.Wait) interceptor.Instant {
 	latest := interceptor.Instant(w)
 	if w == interceptor.None {
@@ -189,7 +189,7 @@ func (q *queue) Release(token int64, e interceptor.End) {
 	}
 }
 
-// leave ends the waiting of me without a token.
+// leave removes me from the queue without a token.
 func (q *queue) leave(me *waitlist.Node[waiter]) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -203,9 +203,8 @@ func (q *queue) leave(me *waitlist.Node[waiter]) {
 	q.armLocked(now)
 }
 
-// expire is the end of me's Wait. Its token was to come before that, but others may
-// have taken it: calls of a higher rank, or users of the source. If it has come by
-// now, me gets it.
+// expire ends me's Wait. Its token was to come before that, but calls of a higher rank or
+// other users of the source may have taken it. If a token has come by now, me gets it.
 func (q *queue) expire(me *waitlist.Node[waiter]) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -217,7 +216,7 @@ func (q *queue) expire(me *waitlist.Node[waiter]) {
 	q.armLocked(now)
 }
 
-// serve gives out what tokens there are. The timer calls it, too.
+// serve gives out the tokens that there are. The timer calls it too.
 func (q *queue) serve() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -243,8 +242,7 @@ func (q *queue) serveLocked(now interceptor.Instant) {
 	}
 }
 
-// refuseLocked ends the waiting of me, whose token would come at turn. Caller must
-// hold q.mu.
+// refuseLocked refuses me, whose token would come at turn. Caller must hold q.mu.
 func (q *queue) refuseLocked(me *waitlist.Node[waiter], turn interceptor.Instant) {
 	q.removeLocked(me)
 	me.Value.turn = turn
@@ -277,8 +275,8 @@ func (q *queue) armLocked(now interceptor.Instant) {
 	q.timer.Reset(d)
 }
 
-// update changes the rate of a source that is this package's own. Waiters whose
-// token comes too late now are refused.
+// update changes the rate of a source of this package. It refuses waiters whose token now
+// comes too late.
 func (q *queue) update(p *params) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -300,7 +298,7 @@ func (q *queue) update(p *params) {
 	q.armLocked(now)
 }
 
-// full reports whether it is as if nothing had ever been taken.
+// full reports whether no token is missing.
 func (q *queue) full(now interceptor.Instant) bool {
 	src, ok := q.src.(own)
 	return ok && src.full(now)

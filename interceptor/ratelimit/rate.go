@@ -13,16 +13,14 @@ import (
 )
 
 // FromRate returns a layer of a limiter of golang.org/x/time/rate, which may be used
-// elsewhere at the same time. Calls wait and are refused as with [New]. The limiter
-// may be changed by its methods: calls that wait see it when the next token was
-// expected to come, or within a second. An error of NewStack is a
-// [*interceptor.ConfigError], or several joined.
+// elsewhere at the same time. Calls wait and are refused as with [New]. The methods of the
+// limiter may change it: waiting calls notice when the next token was expected, or within
+// a second. An error of NewStack is a [*interceptor.ConfigError], or several joined.
 //
 // A call that was not sent gives its token back by reserving minus one, because the
-// limiter takes reservations back only before their time. It does so only within
-// the time that the limiter takes to make a whole burst of tokens. What is sent may
-// therefore come in bursts of up to twice the limiter's burst, at the same average
-// rate.
+// limiter takes reservations back only before their time. That happens only within the
+// time in which the limiter makes a whole burst of tokens. So calls may be sent in bursts
+// of up to twice the limiter's burst, at the same average rate.
 func FromRate(limiter *rate.Limiter, opts ...Option) interceptor.Spec {
 	o := optionsOf(opts)
 	o.errs.NotNil(limiter == nil, "FromRate.limiter", "a limiter")
@@ -54,9 +52,9 @@ func (l *rateLayer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 // rateSource is a rate.Limiter as a source.
 type rateSource struct{ l *rate.Limiter }
 
-// take reads the clock, because a reading that is shared by the gates of a call may
-// be older than the limiter's last one, and a limiter of this kind would turn back
-// its own clock and give out the tokens since then a second time.
+// take reads the clock, because the reading that the gates of a call share may be older
+// than the limiter's last one. A limiter of this kind would turn back its own clock, and
+// give out the tokens since then a second time.
 func (s rateSource) take(interceptor.Instant) (at int64, ok bool) {
 	now := interceptor.Now()
 	return int64(now), s.l.AllowN(now.Time(), 1)

@@ -23,7 +23,7 @@ const (
 	// default.
 	Smooth Algorithm = iota
 	// Window admits up to Limit calls in any interval of length Per, as soon as they
-	// come.
+	// arrive.
 	Window
 )
 
@@ -38,35 +38,33 @@ func (a Algorithm) String() string {
 	return fmt.Sprintf("Algorithm(%d)", uint8(a))
 }
 
-// Config says at what rate calls are admitted. Apart from the function in KeyBy it
-// is plain data.
+// Config says at what rate calls are admitted. It is plain data, except for a function in
+// KeyBy.
 type Config struct {
 	// Limit is how many calls are admitted in each Per. Required; from 1 to 1e9, and
 	// for the Window algorithm, which remembers as many, to 1e6.
 	Limit int
-	// Per is what Limit is counted in. From 1 ms to 8760 h (a year); 0 is the default,
-	// 1 s. Per/Limit must not be less than 1 ns.
+	// Per is the time that Limit refers to. From 1 ms to 8760 h (a year); 0 is the
+	// default, 1 s. Per/Limit must not be less than 1 ns.
 	Per time.Duration
-	// Burst is how many calls are admitted at once after a pause, for the Smooth
-	// algorithm; Window has no such number, and it must be 0. From 1 to 1e9, as long
-	// as Burst tokens come in a year; 0 is the default, a tenth of Limit and at least
-	// 1: enough for calls that come together by chance, at 10 % over the limit in the
-	// first Per.
+	// Burst is how many calls the Smooth algorithm admits at once after a pause. With
+	// Window it must be 0. From 1 to 1e9, and no more than the tokens of a year; 0 is the
+	// default, a tenth of Limit and at least 1: enough for calls that arrive together by
+	// chance, at 10 % over the limit in the first Per.
 	Burst int
 	// Algorithm is [Smooth] or [Window].
 	Algorithm Algorithm
 
-	// KeyBy gives the calls of each key a rate of their own. By default there is one
-	// rate for all.
+	// KeyBy gives each key its own rate. By default there is one rate for all calls.
 	KeyBy interceptor.KeyBy
-	// MaxKeys bounds how many keys have a rate of their own. From 1 to 1e6; 0 is the
-	// default, 10,000. A key takes some 300 bytes, for the Window algorithm 8 more for
-	// each call in the window, and up to 6,000 more once calls of it are refused.
+	// MaxKeys bounds how many keys have their own rate. From 1 to 1e6; 0 is the default,
+	// 10,000. A key takes about 300 bytes, with the Window algorithm 8 more for each call
+	// in the window, and up to 6,000 more once calls of it are refused.
 	//
-	// A key whose tokens are all there is dropped when there are new ones, which
-	// forgives nothing. If no key can be dropped, all keys beyond share one more rate,
-	// and refusals name them "(others)". So none is unlimited, and no key with a rate
-	// of its own suffers from those without.
+	// When new keys arrive, keys with a full bucket are dropped, which forgives nothing.
+	// If no key can be dropped, all further keys share one more rate, and refusals name
+	// them "(others)". So no key is unlimited, and keys with their own rate do not suffer
+	// from the others.
 	MaxKeys int
 }
 
@@ -79,8 +77,8 @@ const (
 	defaultBurst = 10 // As a part of Limit.
 )
 
-// params is a valid Config, its defaults filled in, and what follows from it. It is
-// not changed.
+// params is a valid Config with its defaults filled in, and values computed from it. It
+// is immutable.
 type params struct {
 	given     Config
 	limit     int
@@ -96,7 +94,7 @@ type params struct {
 	message             string // Of refusals.
 }
 
-// params checks cfg. old is what an update replaces; nil for a new layer.
+// params checks cfg. old are the params that an update replaces; nil for a new layer.
 func (cfg Config) params(errs *check.Errors, old *params) *params {
 	given := cfg
 	errs.Require(cfg.Algorithm <= Window, "Algorithm", cfg.Algorithm, "must be Smooth or Window")
@@ -124,7 +122,7 @@ func (cfg Config) params(errs *check.Errors, old *params) *params {
 	}
 	p.message = fmt.Sprintf("more than %d in %v", p.limit, p.per)
 	if p.algorithm == Smooth {
-		// Rounded up, so that the rate is never more than the limit.
+		// Rounded up, so that the rate never exceeds the limit.
 		p.interval = (int64(p.per)*unit + int64(p.limit) - 1) / int64(p.limit)
 		most := int64(maxPer) * unit / p.interval
 		errs.Require(int64(p.burst) <= most, "Burst", p.burst, "must be at most %d, as many as come in a year", most)
@@ -147,8 +145,8 @@ type options struct {
 // is "ratelimit"; it must not be empty.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
-// WithPriority sets what says which of the calls that wait goes first: the one with
-// the higher priority. By default that is [interceptor.ContextPriority].
+// WithPriority sets the function that returns the priority of a waiting call; by default
+// [interceptor.ContextPriority]. The higher priority goes first.
 func WithPriority(f interceptor.PriorityFunc) Option {
 	return func(o *options) {
 		o.errs.NotNil(f == nil, "WithPriority", "a function")
@@ -170,8 +168,8 @@ func (o *options) notOpen() {
 	o.errs.Require(!o.open, "WithFailOpen", check.Set, "must be used with FromLimiter alone")
 }
 
-// Layer is a rate limit. It may be used in any number of stacks, which then share
-// the rate. All its methods may be called concurrently.
+// A Layer is a rate limit. It may be used in any number of stacks, which then share the
+// rate. Its methods may be called concurrently.
 type Layer struct {
 	interceptor.GateOnly
 	name     string
@@ -180,8 +178,7 @@ type Layer struct {
 	keys     *keyed.Map[*queue] // If they are.
 
 	rate atomic.Pointer[params]
-	// mu is held by Update, so that what it changes is one configuration in the end.
-	// The locks of keys and queues are taken under it.
+	// mu serialises Update. The locks of keys and queues are taken under it.
 	mu sync.Mutex
 }
 
@@ -199,9 +196,9 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 		l.one = l.newQueue("")
 		return l, nil
 	}
-	// A queue may be dropped if no call is about to take its token and its bucket is
-	// full. Then a new bucket is as good, so nothing is forgiven, and a token that a
-	// call gives back later would not have fitted in anyway.
+	// A queue may be dropped if no call is about to take its token and its bucket is full.
+	// A new bucket is as good, so nothing is forgiven, and a token that a call gives back
+	// later would not have fitted in.
 	l.keys = keyed.New(
 		func() int { return l.rate.Load().maxKeys },
 		l.newQueue,
@@ -232,14 +229,14 @@ func (l *Layer) newQueue(key string) *queue {
 	return newQueue(l.name, key, src, l.priority, p.message)
 }
 
-// Update changes the configuration while calls run. What was taken stays taken:
-// tokens missing from a bucket are missing from the new one, and calls in a window
-// remain in it. Calls that wait keep their order. Their tokens come at the new rate
-// at once, and one whose token comes too late now is refused. A call that passes
-// at the same moment may pass under the old rate.
+// Update changes the configuration while calls run. Tokens that are missing from a bucket
+// are missing from the new one, and calls in a window stay in it. Calls that wait keep
+// their order. Their tokens come at the new rate at once, and a call whose token now
+// comes too late is refused. A call that passes at the same moment may pass under the old
+// rate.
 //
-// Algorithm and KeyBy cannot be changed, because there would be nothing to keep:
-// make a new layer. On an error nothing has changed.
+// Algorithm and KeyBy cannot be changed: make a new layer. After an error nothing has
+// changed.
 func (l *Layer) Update(cfg Config) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -253,7 +250,7 @@ func (l *Layer) Update(cfg Config) error {
 		l.one.update(p)
 		return nil
 	}
-	for _, q := range l.keys.All() { // Queues made from here on have the new rate.
+	for _, q := range l.keys.All() { // New queues have the new rate.
 		q.update(p)
 	}
 	return nil
@@ -274,8 +271,7 @@ func (l *Layer) Waiting() int {
 	return int(n)
 }
 
-// Keys returns how many keys have a rate of their own; 0 if calls are not told
-// apart.
+// Keys returns how many keys have their own rate; 0 without KeyBy.
 func (l *Layer) Keys() int {
 	if l.keys == nil {
 		return 0
@@ -286,7 +282,7 @@ func (l *Layer) Keys() int {
 // String returns the layer's name.
 func (l *Layer) String() string { return l.name }
 
-// traits are those of all layers of this package.
+// traits are the traits of all layers of this package.
 const traits = interceptor.Waits | interceptor.Decides
 
 // Traits says that calls may wait in the layer, and that it decides when they are

@@ -8,7 +8,7 @@ import (
 	"github.com/belfry-go/belfry/internal/retryafter"
 )
 
-// refusals holds what calls are refused with, so that refusing costs no allocation.
+// refusals holds ready-made refusals, so that refusing allocates nothing.
 type refusals struct {
 	unknown *interceptor.Refusal // Without a time.
 	timed   *retryafter.Cache[interceptor.Refusal]
@@ -16,8 +16,8 @@ type refusals struct {
 
 func newRefusals(name, key, message string) *refusals {
 	unknown := interceptor.Refuse(name, interceptor.ReasonRateLimit, message)
-	// While tokens are missing, calls come at any time before the next one, so the
-	// times differ. There are many keys, so they keep less.
+	// Calls arrive at any time before the next token, so the times differ. There may be
+	// many keys, so each keeps fewer refusals.
 	size := 2 * retryafter.PerDecade
 	if key != "" {
 		unknown = unknown.ForKey(key)

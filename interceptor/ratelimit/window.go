@@ -12,18 +12,17 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 )
 
-// window is a sliding log: when each call of the last Per was admitted. A call is
-// admitted if these are fewer than Limit. That is exact, at eight bytes a call; a
-// pair of counters that approximates the same would admit more than Limit calls in
-// some windows.
+// window is a sliding log of when each call of the last Per was admitted. A call is
+// admitted if there are fewer than Limit. That is exact, at eight bytes a call; the usual
+// pair of counters would admit more than Limit calls in some windows.
 type window struct {
 	// mu guards the fields below. It is held for a few comparisons, and for a copy
 	// when the log grows; nothing is locked under it.
 	mu    sync.Mutex
 	rate  *params
 	log   []interceptor.Instant // A ring. Its length is a power of two.
-	first int                   // Where the oldest is.
-	n     int                   // How many there are.
+	first int                   // The index of the oldest.
+	n     int                   // The number of entries.
 }
 
 func newWindow(p *params) *window { return &window{rate: p} }
@@ -69,14 +68,14 @@ func (w *window) next(now interceptor.Instant, ahead int) interceptor.Instant {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.expireLocked(now)
-	// The next calls are admitted now as long as there is room, then each as an older
-	// one leaves, and after Limit of them as these leave again.
+	// Calls are admitted now while there is room, then each when an older one leaves, and
+	// after Limit of them when those leave.
 	limit := w.rate.limit
 	turn := now
 	i := ahead % limit
 	if room := limit - w.n; i >= room {
-		// If the limit was lowered there may be more in the log than it: i counts from
-		// the oldest that will make room.
+		// After the limit was lowered the log may hold more than it: i counts from the
+		// oldest that will make room.
 		turn = w.at(i - room).Add(w.rate.per)
 	}
 	rounds := time.Duration(ahead / limit)
@@ -86,8 +85,8 @@ func (w *window) next(now interceptor.Instant, ahead int) interceptor.Instant {
 	return turn.Add(rounds * w.rate.per)
 }
 
-// refund forgets a call that was admitted at a moment, if that is still in the
-// window. It is mostly the last one or among the last, so the newer ones move.
+// refund forgets a call that was admitted at a moment, if that is still in the window. It
+// is usually among the last, so the newer ones move.
 func (w *window) refund(at int64) {
 	t := interceptor.Instant(at)
 	w.mu.Lock()

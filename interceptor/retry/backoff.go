@@ -12,8 +12,8 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 )
 
-// Jitter is how back-offs are spread, so that calls that failed together do not
-// come back together.
+// Jitter spreads back-offs, so that calls that failed together do not come back
+// together.
 type Jitter uint8
 
 // The jitters, as in "Exponential Backoff And Jitter" (Brooker, 2015), which
@@ -24,11 +24,11 @@ const (
 	FullJitter Jitter = iota
 	// EqualJitter keeps half of the exponential delay and draws the other half.
 	EqualJitter
-	// DecorrelatedJitter draws between Initial and three times the last delay.
-	// Multiplier has no part in it.
+	// DecorrelatedJitter draws between Initial and three times the last delay. It
+	// ignores Multiplier.
 	DecorrelatedJitter
-	// NoJitter is the exponential delay itself. Calls that fail together then
-	// stay together.
+	// NoJitter takes the exponential delay itself, so calls that fail together come back
+	// together.
 	NoJitter
 )
 
@@ -51,15 +51,15 @@ const (
 	// DefaultInitialBackoff and DefaultMaxBackoff bound the back-offs.
 	DefaultInitialBackoff = 50 * time.Millisecond
 	DefaultMaxBackoff     = 5 * time.Second
-	// DefaultMultiplier is by how much a back-off is longer than the one before.
+	// DefaultMultiplier is the ratio of a back-off to the previous one.
 	DefaultMultiplier = 2
 )
 
-// A Backoff is how long a call waits before each further attempt: before the
-// i-th retry, counted from 0, Initial·Multiplierⁱ, at most Max, and jittered. The
-// zero value is the default. Each delay of each call is drawn by itself.
+// A Backoff says how long a call waits before each further attempt: before the i-th
+// retry, counted from 0, Initial·Multiplierⁱ, at most Max, with jitter. The zero value is
+// the default. Each delay of each call is drawn independently.
 type Backoff struct {
-	// Initial is the delay before the first retry, and the least of decorrelated
+	// Initial is the delay before the first retry, and the least delay with decorrelated
 	// jitter. Zero means 50 ms; negative is an error.
 	Initial time.Duration
 	// Max is the longest delay, jitter included. Zero means 5 s, or Initial if
@@ -67,7 +67,7 @@ type Backoff struct {
 	Max time.Duration
 	// Multiplier is at least 1; zero means 2.
 	Multiplier float64
-	// Jitter is FullJitter unless set.
+	// Jitter is FullJitter by default.
 	Jitter Jitter
 }
 
@@ -83,9 +83,9 @@ func (b Backoff) withDefaults(errs *check.Errors) Backoff {
 	return b
 }
 
-// base is the delay before retry n without jitter.
+// base returns the delay before retry n without jitter.
 func (b *Backoff) base(n int) time.Duration {
-	// Beyond the range of a float64 it is infinite, and so more than Max.
+	// If it overflows a float64 it is infinite, and so more than Max.
 	d := float64(b.Initial) * math.Pow(b.Multiplier, float64(n))
 	if d >= float64(b.Max) {
 		return b.Max
@@ -93,7 +93,7 @@ func (b *Backoff) base(n int) time.Duration {
 	return time.Duration(d)
 }
 
-// delays is where a call stands in its back-offs.
+// delays is the state of a call's back-offs.
 type delays struct {
 	n    int           // Retries delayed since the start or since a server's pushback.
 	last time.Duration // The last delay.
@@ -120,7 +120,7 @@ func (d *delays) next(b *Backoff) time.Duration {
 	return base
 }
 
-// reset starts over, as gRFC A6 wants it after a pushback.
+// reset starts over, as gRFC A6 requires after a pushback.
 func (d *delays) reset() { *d = delays{} }
 
 // between draws from lo to hi, both included. The generator is the runtime's, so

@@ -1,9 +1,10 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package retry repeats calls that failed for a reason that may have passed. It
-// is Tower's retry with its budget and back-off, and gRFC A6's retry policy for
-// gRPC calls of all four kinds.
+// Package retry repeats calls that failed for a reason that may have passed. It is
+// Tower's retry with its budget and back-off, and gRFC A6's retry policy, for gRPC calls
+// of all four kinds. Use it where a call may fail because of one server or one moment,
+// and for methods that may be carried out twice.
 //
 //	stack, err := interceptor.NewStack(
 //		timeout.Config{Timeout: time.Second},
@@ -16,53 +17,52 @@
 //
 // An attempt is repeated if its status code is one of Config.Codes, unless
 //
-//   - the server asks not to, with a grpc-retry-pushback-ms that is negative, or
-//     asks for a delay of more than Config.MaxServerDelay;
+//   - the server asks not to, with a negative grpc-retry-pushback-ms, or asks for a
+//     delay of more than Config.MaxServerDelay (10 s by default);
 //   - it is RESOURCE_EXHAUSTED and the server does not say when to come back, by
-//     RetryInfo or pushback: a client that repeats it blindly adds load to what is
-//     overloaded, or sends a message again that is too large;
+//     RetryInfo or pushback: a blind repeat adds load to an overloaded server, or sends
+//     a message again that is too large;
 //   - the call has made MaxAttempts, or Config.Budget is spent. The budget is on
 //     by default, see package budget;
 //   - the delay before it would end after the call's deadline: the call then
 //     fails at once;
-//   - a layer inside refused the attempt. That is not a server's UNAVAILABLE. A
-//     deadline of a layer inside that cut an attempt short is repeated, because that
+//   - a layer inside refused the attempt. That is not a server's UNAVAILABLE. An
+//     attempt that the deadline of a layer inside cut short is repeated, because that
 //     is what a timeout for each attempt is for;
 //   - the method may not be repeated, see below.
 //
-// The default codes are UNAVAILABLE, with which gRPC and its servers say that
-// another attempt is in order, and RESOURCE_EXHAUSTED on the above condition.
-// DEADLINE_EXCEEDED and ABORTED are not among them: the first leaves no time for
-// another attempt unless it is an attempt's own, and the second asks to repeat a
-// whole transaction, which only the caller knows.
+// The default codes are UNAVAILABLE, with which gRPC and its servers invite another
+// attempt, and RESOURCE_EXHAUSTED on the above condition. DEADLINE_EXCEEDED and ABORTED
+// are not among them: the first leaves no time for another attempt unless it is an
+// attempt's own, and the second asks to repeat a whole transaction, which only the caller
+// knows.
 //
-// gRPC by itself repeats, once and below all layers, an attempt that never left
-// the client or that the server says it has not looked at (REFUSED_STREAM,
-// GOAWAY). Such transparent retries neither count as attempts here nor touch the
-// budget.
+// gRPC itself repeats, once and below all layers, an attempt that never left the client
+// or that the server did not process (REFUSED_STREAM, GOAWAY). Such transparent retries
+// neither count as attempts here nor touch the budget.
 //
 // # Which methods
 //
-// UNAVAILABLE may come after the server has done its work, as when a connection
+// UNAVAILABLE may come after the server has done its work, for example when a connection
 // breaks. By default all methods are repeated nevertheless, as in gRPC.
-// Config.DeclaredOnly restricts that to methods whose .proto file declares them
-// idempotent (option idempotency_level), and [WithIdempotent] to those that a
-// function names. What was not sent, because there was no connection, is repeated
+// Config.DeclaredOnly restricts that to methods that their .proto file declares
+// idempotent (option idempotency_level), and [WithIdempotent] to those that a function
+// allows. An attempt that was not sent, because there was no connection, is repeated
 // whatever the method, and costs the budget nothing.
 //
 // # Further attempts
 //
-// A further attempt waits for the layers inside with what is left of the time that
-// its call may wait, ahead of first attempts: work has been spent on its call
-// already, and the budget bounds how many there are. During a back-off a call holds
-// nothing of the layers inside.
+// A further attempt waits for the layers inside with what is left of its call's wait. It
+// goes ahead of first attempts, because work was already spent on its call, and the
+// budget bounds how many there are. During a back-off a call holds nothing of the layers
+// inside.
 //
-// The caller gets the error of the last attempt. If a further attempt was refused
-// after it, by a layer inside, by the budget (reason BUDGET), or because the stack
-// drains or the connection was closed, it is wrapped in an [interceptor.Refusal]
-// that says so, and whose status is still the server's; the observer is told. Drain
-// and ClientConn.Close end a back-off at once. If the caller cancels the call while
-// it waits, it gets CANCELLED, which wraps the server's error.
+// The caller gets the error of the last attempt. If a further attempt was then refused,
+// by a layer inside, by the budget (reason BUDGET), or because the stack drains or the
+// connection was closed, that error is wrapped in an [interceptor.Refusal] that says so.
+// Its status is still the server's, and the observer is told. Drain and ClientConn.Close
+// end a back-off at once. A caller that cancels the call while it waits gets CANCELLED,
+// which wraps the server's error.
 //
 // Each attempt has its own reply, and its own results for Header, Trailer and
 // Peer options; the caller gets those of the last. Further attempts carry
@@ -71,24 +71,24 @@
 //
 // # Order
 //
-// Layers outside see the call, layers inside see each attempt, so a timeout
-// outside covers attempts and back-offs together, and one inside each attempt.
+// Put it inside a hedge and outside the buffer, the limits and the breaker. Layers outside
+// see the call, and layers inside see each attempt: a timeout outside covers all attempts
+// and back-offs together, and one inside covers each attempt.
 //
 // # Streams
 //
-// A stream is repeated until it commits: when the first response message, or the
-// end of a successful stream, is delivered, when the caller was given headers that
-// it asked for, or when what was sent is more than Config.BufferBytes. Until then
-// sent messages are kept and sent again on the next attempt, so they must not be
-// modified, as gRPC says of SendMsg anyway. Headers that the server sends before
-// it fails do not commit a stream, as they do in gRPC itself. No message is
-// delivered twice. While no attempt is open SendMsg takes messages up to that
-// limit without an error; RecvMsg is what tells of failures and repeats.
+// A stream is repeated until it commits: when the first response message or the
+// successful end is delivered, when Header has returned headers, or when more than
+// Config.BufferBytes was sent. Until then sent messages are kept and sent again on the
+// next attempt, so they must not be modified, as gRPC requires of SendMsg anyway. Headers
+// that the server sends before it fails do not commit a stream, as they do in gRPC
+// itself. No message is delivered twice. While no attempt is open SendMsg takes messages
+// up to that limit without an error; RecvMsg reports failures and repeats.
 //
 // # Cost
 //
-// A unary call whose first attempt succeeds costs no allocation, except one on a
-// connection, through which the picker learns what was tried. No goroutine is
-// started, except for a stream with more than 32 KiB to send again, or whose caller
-// sends while that is done, and that one ends with the attempt.
+// A unary call whose first attempt succeeds costs one allocation on a connection, by
+// which the picker learns what was tried, and otherwise none. A goroutine is started only
+// for a stream with more than 32 KiB to send again, or whose caller sends meanwhile. It
+// ends with the attempt.
 package retry

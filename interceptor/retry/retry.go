@@ -27,45 +27,45 @@ const (
 	DefaultMaxAttempts = 3
 	// DefaultBufferBytes is also gRPC's own limit for what is kept of a stream.
 	DefaultBufferBytes = 256 << 10
-	// DefaultMaxServerDelay is more than overload lasts that a moment cures, and less
-	// than callers and limits can afford to wait.
+	// DefaultMaxServerDelay is longer than a short overload lasts, and shorter than
+	// callers and limits can afford to wait.
 	DefaultMaxServerDelay = 10 * time.Second
 )
 
-// Config is what is repeated, how often and when. The zero value is the default.
+// Config says what is repeated, how often and when. The zero value is the default.
 type Config struct {
-	// MaxAttempts bounds the attempts of a call, the first included. 1 to 100, where
-	// 1 repeats nothing; zero means 3. Attempts that were not sent, because there was
-	// no connection, count apart, up to the same number; one that a layer inside
-	// refused does not count.
+	// MaxAttempts bounds the attempts of a call, including the first. From 1, which
+	// repeats nothing, to 100; zero means 3. Attempts that were not sent because there
+	// was no connection are counted separately, up to the same number. An attempt that a
+	// layer inside refused does not count.
 	MaxAttempts int
 	// Codes are the status codes to repeat. Nil means UNAVAILABLE and
-	// RESOURCE_EXHAUSTED; the latter is repeated only if the server says when to
-	// come back. If it is empty, and not nil, only what a deadline inside has cut
-	// short is repeated.
+	// RESOURCE_EXHAUSTED; the latter is repeated only if the server says when to come
+	// back. If it is empty and not nil, only an attempt that a deadline inside cut short
+	// is repeated.
 	Codes []codes.Code
 	// DeclaredOnly repeats only methods that are declared idempotent in their
 	// .proto file, and those of [WithIdempotent].
 	DeclaredOnly bool
-	// BufferBytes is how many bytes of sent messages are kept for each stream so
-	// that it can be repeated. A stream that sends more is not repeated any more, nor
-	// is one with messages whose size cannot be told: other than protocol buffers,
-	// byte slices and what has a Size method. 1 to 64 MiB; zero means 256 KiB.
+	// BufferBytes is how many bytes of sent messages are kept for each stream so that it
+	// can be repeated. A stream that sends more is no longer repeated, and neither is one
+	// with messages of unknown size: known are protocol buffers, byte slices and types
+	// with a Size method. From 1 to 64 MiB; zero means 256 KiB.
 	BufferBytes int
 	// Backoff is how long to wait before each retry.
 	Backoff Backoff
 	// MaxServerDelay is the longest delay that a server may ask for, by RetryInfo or
-	// pushback. If it asks for more, the call ends at once with its error: a call
-	// without a deadline would wait as long as the server likes, and layers outside
-	// would hold for it what they hold. Negative is an error; zero means 10 s, or
-	// Backoff.Max if that is longer.
+	// pushback. If it asks for more, the call ends at once with its error. Otherwise a
+	// call without a deadline would wait as long as the server likes, and hold the
+	// permits of layers outside. Negative is an error; zero means 10 s, or Backoff.Max
+	// if that is longer.
 	MaxServerDelay time.Duration
 	// Budget bounds the retries of all calls together. It must be the zero value
 	// if [WithBudget] is used.
 	Budget budget.Config
 }
 
-// settings is a Config that has been checked. It is not changed.
+// settings is a valid Config. It is immutable.
 type settings struct {
 	given    Config
 	max      int
@@ -95,24 +95,23 @@ type Attempt struct {
 	Method string
 	Kind   interceptor.Kind
 	N      int   // how many attempts this layer has made of the call, this one included
-	Err    error // nil if the attempt succeeded; the policy may replace it, see Policy
+	Err    error // nil if the attempt succeeded; the policy may replace it, see [Policy]
 	Reply  any   // of a unary attempt that succeeded; not to be modified
-	// Request is that of a unary call. The policy may replace it, but not modify it:
-	// it is the caller's. Further attempts send what it is replaced by.
+	// Request is that of a unary call. The policy may replace it for further attempts,
+	// but must not modify it, because it belongs to the caller.
 	Request any
 }
 
-// A Policy decides whether an attempt is repeated, in place of Config.Codes. It
-// is asked after each attempt of a unary call, successful ones included, and
-// after each failure of a stream that can still be repeated; it is not asked
-// about refusals of layers inside, methods that may not be repeated, calls that
-// are over, and when a server has said no. If it returns true all the other
-// conditions hold still. If it returns false, what it has put into a.Err is the
-// call's error; nil is no error for a unary call only. It is called concurrently, for
-// different calls.
+// A Policy decides whether an attempt is repeated, instead of Config.Codes. It is asked
+// after each attempt of a unary call, even if that succeeded, and after each failure of a
+// stream that can still be repeated. It is not asked about refusals of layers inside,
+// methods that may not be repeated, calls that are over, or if the server asked not to
+// repeat. If it returns true, all other conditions still apply. If it returns false,
+// a.Err is the call's error; setting it to nil makes only a unary call succeed. It is
+// called concurrently, for different calls.
 type Policy func(ctx context.Context, a *Attempt) bool
 
-// An Option is what cannot be said in a Config.
+// An Option sets what is not plain data.
 type Option func(*options)
 
 type options struct {
@@ -131,10 +130,10 @@ func WithBudget(b *budget.Budget) Option {
 	return func(o *options) { o.SetBudget(o.errs, b) }
 }
 
-// WithIdempotent restricts the layer to the methods, such as "/pkg.Service/Get",
-// for which f returns true; with Config.DeclaredOnly those that are declared
-// idempotent come on top. What was not sent is repeated whatever f says. f is called
-// concurrently, and once or more for each call.
+// WithIdempotent restricts the layer to the methods, such as "/pkg.Service/Get", for
+// which f returns true, and with Config.DeclaredOnly to those that are declared
+// idempotent as well. An attempt that was not sent is repeated whatever f returns. f is
+// called concurrently, once or more for each call.
 func WithIdempotent(f func(method string) bool) Option {
 	return func(o *options) { o.SetIdempotent(o.errs, f) }
 }
@@ -147,15 +146,14 @@ func WithPolicy(p Policy) Option {
 	}
 }
 
-// A Layer repeats calls; see the package's documentation. It is an
-// [interceptor.Layer].
+// A Layer repeats calls that failed.
 type Layer struct {
 	// Set by New and not changed.
 	maker  *further.Maker
 	policy Policy
 
 	set atomic.Pointer[settings]
-	// mu serialises Update; the budget's own mutex is locked under it.
+	// mu serialises Update. The budget's mutex is locked under it.
 	mu sync.Mutex
 }
 
@@ -186,9 +184,8 @@ func (c Config) NewLayer() (interceptor.Layer, error) { return New(c) }
 // NewLayer returns l itself.
 func (l *Layer) NewLayer() (interceptor.Layer, error) { return l, nil }
 
-// Update changes the configuration while calls run: attempts that fail from now
-// on are judged by the new one. The budget keeps its balance. On an error nothing
-// has changed.
+// Update changes the configuration while calls run. Attempts that fail later are judged
+// by the new one. The budget keeps its balance. After an error nothing has changed.
 func (l *Layer) Update(c Config) error {
 	errs := check.Of("retry")
 	s := c.settings(errs, &l.maker.Options)
@@ -259,7 +256,7 @@ func (l *Layer) repeat(ctx context.Context, of further.Call, next interceptor.Ne
 	}
 }
 
-// series is a call that is being repeated.
+// series is a call with its attempts.
 type series struct {
 	further.Call
 	layer  *Layer
@@ -271,13 +268,13 @@ type series struct {
 	request any
 }
 
-// failure is an attempt that is over: a failure, or a success that a policy judges.
+// failure is an attempt that has ended: a failure, or a success that a policy judges.
 type failure struct {
 	further.Attempt
 	trailer metadata.MD
 }
 
-// first counts the first attempt, which ended with err; for a stream, whether it
+// first counts the first attempt, which ended with err. For a stream err says whether it
 // could be opened.
 func (s *series) first(ctx context.Context, err error) *failure {
 	c := s.Call.Call
@@ -294,9 +291,8 @@ func (s *series) count(a further.Attempt) *failure {
 	return &failure{a, a.Call.Internals().Trailer()}
 }
 
-// step judges an attempt, and repeats it if it should be: again is the further
-// attempt, of a stream also one that could be opened. If again is nil, err is the
-// call's.
+// step judges an attempt and repeats it if that is right. again is the further attempt,
+// which for a stream may be open. If again is nil, err is the call's error.
 func (s *series) step(ctx context.Context, last *failure) (again *failure, err error) {
 	v := s.judge(ctx, last)
 	if !v.repeat {
@@ -324,7 +320,7 @@ func (s *series) run(ctx context.Context, a *interceptor.Call) error {
 type verdict struct {
 	repeat bool
 	after  time.Duration // How long to wait before it is repeated.
-	err    error         // The call's if it is not.
+	err    error         // The call's error if it is not repeated.
 }
 
 // judge decides whether an attempt is repeated.
@@ -363,7 +359,7 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	return verdict{repeat: true, after: max(s.delays.next(&set.backoff), wish.After)}
 }
 
-// ask asks the policy about an attempt. If that is not repeated, err is the call's.
+// ask asks the policy about an attempt. If that is not repeated, err is the call's error.
 func (s *series) ask(ctx context.Context, last *failure) (again bool, err error) {
 	a := &Attempt{Method: s.Method(), Kind: s.Kind(), N: s.made + s.unsent, Err: last.Err, Request: s.request}
 	if last.Err == nil {
@@ -377,10 +373,10 @@ func (s *series) ask(ctx context.Context, last *failure) (again bool, err error)
 	return again, a.Err
 }
 
-// repeats reports whether an error is one to repeat by its code.
+// repeats reports whether an attempt that failed with err is repeated.
 func (set *settings) repeats(err error, wish attempt.Wish) bool {
 	if _, deadline := interceptor.AsRefusal(err); deadline {
-		return true // Of an attempt, cut short by a layer inside; see judge.
+		return true // A layer inside cut the attempt short, see judge.
 	}
 	code := status.Code(err)
 	return set.codes.Has(code) && (code != codes.ResourceExhausted || wish.Asked)

@@ -18,10 +18,10 @@ import (
 	"github.com/belfry-go/belfry/internal/further"
 )
 
-// inline is up to how many bytes are sent again by the goroutine that found the
-// failure. It is less than gRPC's windows, so that does not block on a server
-// that waits for its responses to be read. More, and what the caller sends in the
-// meantime, is sent by a goroutine of its own.
+// inline is the most bytes that the goroutine that found the failure sends again itself.
+// It is less than gRPC's windows, so sending them does not block on a server that waits
+// for its responses to be read. Another goroutine sends the rest, and what the caller
+// sends meanwhile.
 const inline = 32 << 10
 
 // open opens a stream that is repeated until it commits.
@@ -46,7 +46,7 @@ func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.
 		}
 		last = again
 	}
-	if !may { // What was not sent has been sent now.
+	if !may { // The method may not be repeated, and now it was sent.
 		c.Adopt(last.Call)
 		c.SetStream(last.Call.Stream())
 		return nil
@@ -58,46 +58,46 @@ func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.
 
 // stream is a stream that can still be repeated, until it commits.
 //
-// What the caller sends is kept in sent, and goes to the current attempt directly
-// as long as that is live. A new attempt is not: replay sends it all that was
-// kept, and what comes meanwhile, until it has caught up.
+// What the caller sends is kept in sent. While the current attempt is live it also goes
+// there directly. A new attempt is not live: replay sends it what was kept, and what
+// comes meanwhile, until it has caught up.
 type stream struct {
 	ctx   context.Context
 	limit int
 
-	// committed is the stream once it has committed and is live: from then on
-	// nothing is left to do here.
+	// committed is the stream once it has committed and is live. From then on calls go
+	// straight to it.
 	committed atomic.Pointer[grpc.ClientStream]
 
-	// retrying serialises retries, which Header and RecvMsg may both come upon. It
-	// is held through back-off and opening, and locked before mu. It guards series.
+	// retrying serialises retries, because Header and RecvMsg may both start one. It is
+	// held through back-off and opening, and locked before mu. It guards series.
 	retrying sync.Mutex
 	series   series
 
-	// mu guards the fields below. It is not held while a message is sent or
-	// received, for these may block on one another.
+	// mu guards the fields below. It is not held while a message is sent or received,
+	// because these may block on one another.
 	mu      sync.Mutex
 	changed sync.Cond // Signals live and curGen.
 	cur     grpc.ClientStream
 	attempt *interceptor.Call // Whose stream cur is.
 	gen     int               // Counts attempts.
 	curGen  int               // The generation of cur; less than gen during a retry.
-	live    bool              // cur has been sent all that there is.
+	live    bool              // cur was sent everything that was kept.
 	final   bool              // cur will not be repeated.
 	sent    []any
 	size    int
 	closed  bool // CloseSend was called.
 }
 
-// current returns the attempt of the moment.
+// current returns the current attempt.
 func (s *stream) current() (cur grpc.ClientStream, gen int, final bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.cur, s.gen, s.final
 }
 
-// settled is current, but waits for the end of a retry, in which cur is the attempt
-// before.
+// settled returns the current attempt after any retry has ended. During a retry cur is
+// the previous attempt.
 func (s *stream) settled() (cur grpc.ClientStream, gen int, final bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -107,7 +107,7 @@ func (s *stream) settled() (cur grpc.ClientStream, gen int, final bool) {
 	return s.cur, s.gen, s.final
 }
 
-// commitTo makes the attempt gen the last, if it is the current one.
+// commitTo makes attempt gen the last, if it is the current one.
 func (s *stream) commitTo(gen int) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -158,9 +158,9 @@ func (s *stream) RecvMsg(m any) error {
 	}
 }
 
-// Header waits for the header of the current attempt. A caller that has seen it could
-// tell if another attempt came after it, so it commits the stream; gRPC returns none,
-// and no error, for an attempt that ended without one, which RecvMsg may repeat.
+// Header waits for the header of the current attempt. It commits the stream, because a
+// caller that has seen a header would notice another attempt. For an attempt that ended
+// without a header gRPC returns neither a header nor an error; RecvMsg may repeat it.
 func (s *stream) Header() (metadata.MD, error) {
 	if c := s.committed.Load(); c != nil {
 		return (*c).Header()
@@ -169,7 +169,7 @@ func (s *stream) Header() (metadata.MD, error) {
 		cur, gen, final := s.settled()
 		md, err := cur.Header()
 		if err == nil && len(md) > 0 && !s.commitTo(gen) {
-			continue // RecvMsg has given the attempt up meanwhile.
+			continue // RecvMsg has replaced the attempt meanwhile.
 		}
 		if err == nil || final {
 			return md, err
@@ -180,8 +180,8 @@ func (s *stream) Header() (metadata.MD, error) {
 	}
 }
 
-// retry replaces the attempt gen, which failed with err, by another one. If it
-// does not, err is the stream's.
+// retry replaces attempt gen, which failed with err, by another one. If it does not, it
+// returns the stream's error.
 func (s *stream) retry(cur grpc.ClientStream, gen int, err error) (again bool, _ error) {
 	s.retrying.Lock()
 	defer s.retrying.Unlock()
@@ -198,7 +198,7 @@ func (s *stream) retry(cur grpc.ClientStream, gen int, err error) (again bool, _
 		if !again { // Or a panic.
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			s.live, s.curGen = true, s.gen // What is sent from now on meets the end of the last attempt.
+			s.live, s.curGen = true, s.gen // The last attempt has ended, and SendMsg will see that.
 			s.commitLocked()
 		}
 	}()
@@ -222,8 +222,8 @@ func (s *stream) retry(cur grpc.ClientStream, gen int, err error) (again bool, _
 	return true, nil
 }
 
-// replay sends an attempt what was sent before, from the i-th message on, until it
-// has caught up or ended. It leaves those from the n-th on to a goroutine.
+// replay sends an attempt what was sent before, from the i-th message on, until it has
+// caught up or ended. It leaves the messages from the n-th on to a goroutine.
 func (s *stream) replay(cur grpc.ClientStream, gen, i, n int) {
 	var err error
 	for ; ; i++ {
@@ -232,7 +232,7 @@ func (s *stream) replay(cur grpc.ClientStream, gen, i, n int) {
 			s.mu.Unlock()
 			return
 		}
-		if i == len(s.sent) || err != nil { // If it has ended, RecvMsg says how.
+		if i == len(s.sent) || err != nil { // If it has ended, RecvMsg returns how.
 			s.live = true
 			closed := s.closed
 			if s.final {
@@ -263,7 +263,7 @@ func (s *stream) SendMsg(m any) error {
 		return (*s.committed.Load()).SendMsg(m)
 	}
 	if cur == nil {
-		return nil // For replay to send.
+		return nil // replay sends it.
 	}
 	err := cur.SendMsg(m)
 	if err == nil {
@@ -272,7 +272,7 @@ func (s *stream) SendMsg(m any) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.gen != gen {
-		return nil // It was sent to the next attempt, too.
+		return nil // The next attempt gets it too.
 	}
 	if err == io.EOF {
 		if s.final {
@@ -280,13 +280,13 @@ func (s *stream) SendMsg(m any) error {
 		}
 		return nil // The attempt has ended. RecvMsg will find out how, and may repeat it.
 	}
-	s.commitLocked() // The message cannot be sent, to nobody.
+	s.commitLocked() // No attempt can send the message.
 	return err
 }
 
-// keep keeps a message for further attempts and returns the attempt to send it to;
-// nil if that is replay's to do. If it cannot be kept the stream commits; keep then
-// returns false as soon as it is live.
+// keep keeps a message for further attempts and returns the attempt to send it to, nil
+// if replay sends it. If the message cannot be kept the stream commits, and keep returns
+// false once the stream is live.
 func (s *stream) keep(m any) (cur grpc.ClientStream, gen int, ok bool) {
 	n, known := attempt.Size(m)
 	s.mu.Lock()
@@ -295,8 +295,8 @@ func (s *stream) keep(m any) (cur grpc.ClientStream, gen int, ok bool) {
 	if !s.final && !fits {
 		s.commitLocked()
 	}
-	// A message that fits is replay's to send until the attempt has caught up: replay may
-	// itself wait for the caller to receive.
+	// replay sends a message that fits until the attempt has caught up. Do not wait for
+	// that: replay may itself wait for the caller to receive.
 	if s.final && (s.live || !fits) {
 		for !s.live {
 			s.changed.Wait()

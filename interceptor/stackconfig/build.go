@@ -17,8 +17,8 @@ import (
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
-// built is what a config has become. It is not changed once it is in force, but its
-// layers are when another built takes them over.
+// built holds the layers and budgets of one config. It is immutable once it is in force;
+// its layers change when the next built takes them over.
 type built struct {
 	config  *configv1.Stack
 	routes  routes
@@ -41,7 +41,7 @@ type layer struct {
 	path       string
 	shared     bool // It is one of those that entries refer to.
 	value      interceptor.Layer
-	kept       bool // The value is that of a layer of before.
+	kept       bool // The value is that of a layer of the previous config.
 }
 
 // spending is a budget and its config.
@@ -181,8 +181,8 @@ func (b *built) buildEntry(e *entry, m *configv1.MethodConfig, path string, opts
 	return nil
 }
 
-// takeOver lets layers and budgets of b have the values of those of old. Nothing of
-// old is changed.
+// takeOver gives layers and budgets of b the values of those of old. It does not change
+// old.
 func (b *built) takeOver(old *built) {
 	for name, s := range b.budgets {
 		if o := old.budgets[name]; o != nil {
@@ -192,8 +192,8 @@ func (b *built) takeOver(old *built) {
 	for name, l := range b.shared {
 		l.takeOver(old.shared[name])
 	}
-	// An entry takes over from one that it has a name in common with, of several from
-	// the one whose name stands first in both.
+	// An entry takes over from an entry that shares a name with it, of several from the
+	// one whose shared name is first in both.
 	type pair struct {
 		entry, old *entry
 		rank       int
@@ -216,8 +216,8 @@ func (b *built) takeOver(old *built) {
 	}
 }
 
-// takeOver lets the layers of e have the values of those of o: by name and kind, or
-// where there are no names, in order. It reports whether there were any.
+// takeOver gives the layers of e the values of those of o: by name and kind, or by order
+// where there are no names. It reports whether there were any.
 func (e *entry) takeOver(o *entry) (any bool) {
 	type identity struct {
 		kind, name string
@@ -246,7 +246,7 @@ func (e *entry) takeOver(o *entry) (any bool) {
 	return any
 }
 
-// takeOver lets l have the value of o if it can be changed to what l is; o may be nil.
+// takeOver gives l the value of o if that can be updated to l's config; o may be nil.
 func (l *layer) takeOver(o *layer) bool {
 	if o == nil || l.kind != o.kind || !proto.Equal(l.fixed, o.fixed) {
 		return false
@@ -255,8 +255,8 @@ func (l *layer) takeOver(o *layer) bool {
 	return true
 }
 
-// lists returns the layers of each entry, and at the end those of calls that no
-// entry matches, with the observer if there is one. It says which entries cannot be
+// lists returns the layers of each entry, and last those of calls that no entry matches,
+// each with the observer if there is one. The error names the entries that cannot be
 // stacks.
 func (b *built) lists(observer interceptor.Layer) ([][]interceptor.Layer, error) {
 	var observers []interceptor.Layer
@@ -299,8 +299,8 @@ func (b *built) own() (own []*layer) {
 	return own
 }
 
-// apply gives the configs to the layers and budgets that were taken over. They have
-// been found good by making one of each that is not used.
+// apply updates the layers and budgets that were taken over. Their configs are valid,
+// because build made a new layer of each.
 func (b *built) apply() {
 	for _, s := range b.budgets {
 		if s.kept {
@@ -314,16 +314,16 @@ func (b *built) apply() {
 	}
 }
 
-// report logs what does not happen: that a layer refuses a config with which it can
-// be made.
+// report logs that a layer refused a config with which one can be made. That does not
+// happen.
 func report(path string, err error) {
 	if err != nil {
 		logger.Errorf("stackconfig: %s: %v", path, err)
 	}
 }
 
-// retire lets go what waits in layers of old that are in no list any more, and says
-// what has changed.
+// retire admits the calls that wait in layers of old that are in no list any more, and
+// returns the changes.
 func (b *built) retire(old *built) (c Changes) {
 	live := map[interceptor.Layer]bool{}
 	for _, l := range b.own() {

@@ -1,10 +1,9 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package stackconfig makes a stack of layers from data, and changes it while
-// calls run: service-async's make_via_ref for gRPC. Use it where what happens to
-// calls is to be changed without a new release: from a file, a flag, a control
-// plane.
+// Package stackconfig makes a stack of layers from data, and changes it while calls run:
+// service-async's make_via_ref for gRPC. Use it to change what happens to calls without
+// a new release: from a file, a flag, a control plane.
 //
 //	config, err := stackconfig.Parse([]byte(`{
 //		"methodConfig": [
@@ -24,8 +23,8 @@
 //
 // A config is the message belfry.config.v1.Stack. Its comments, and those of the Configs
 // that they name, say what each field means, its unit, default and range. The first
-// layer of an entry is the outermost; the documentation of package interceptor says
-// what order does. The entry with the most specific name counts for a method, by itself.
+// layer of an entry is the outermost; the documentation of package interceptor says what
+// the order does. For each method only the entry with the most specific name counts.
 //
 // # Updates
 //
@@ -35,29 +34,28 @@
 //
 // Layers keep what they know: limits their permits and queues, budgets their balance,
 // breakers their circuits, hedges and adaptive timeouts their latencies. A layer takes
-// over from the layer of the same kind and name in the same entry of the config before,
-// or if it has no name from the one of the same kind in the same position among those
-// without a name; so layers can be added, removed and put into another order, and those
-// that stay keep their state. To make sure that a state survives, name the layer. To
-// make sure that it does not, rename it. The schema says which entries are the same, and
-// what a layer cannot change. Update returns what has begun with a state of its own, and
-// what has ended: look there for a limit that was renamed, because the calls that hold
-// the permits of the old one do not count in the new one.
+// over from the layer of the same kind and name in the same entry of the previous
+// config. Without a name it takes over from the one of the same kind at the same position
+// among those without a name. So layers can be added, removed and reordered, and those
+// that stay keep their state. Name a layer to make sure that its state survives, and
+// rename it to make sure that it does not. The schema says which entries are the same,
+// and what a layer cannot change. Update returns which states started and which ended.
+// Look there for a limit that was renamed, because calls that hold permits of the old
+// limit do not count in the new one.
 //
 // Calls in flight end with the layers they began with, in the order they had. A limit
-// that is raised admits calls that wait already, and one that is removed admits them
-// all.
+// that is raised admits calls that already wait, and one that is removed admits all of
+// them.
 //
 // # gRPC's own service config
 //
-// The service config that a resolver or WithDefaultServiceConfig gives a channel holds
-// beside this one. The timeout that it has for a method bounds the call, with its
-// waiting and all its attempts, in every stack; its waitForReady says whether a call
-// waits while all endpoints fail. Its retryPolicy multiplies with the retries here:
-// set one of them.
+// The service config that a resolver or WithDefaultServiceConfig gives a channel applies
+// too. Its timeout of a method bounds the whole call, with its waiting and all its
+// attempts. Its waitForReady says whether a call waits while all endpoints fail. Its
+// retryPolicy multiplies with the retries here: set only one of them.
 //
 // # What is not data
 //
-// Functions, observers and layers of the program are supplied as options when the
-// stack is made, under a name to which configs refer, now and in later updates.
+// The program supplies functions, observers and its own layers as options when it makes
+// the stack, under names that this config and later ones refer to.
 package stackconfig

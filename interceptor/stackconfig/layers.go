@@ -30,10 +30,9 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 )
 
-// kinds are the kinds of layers, by the JSON names of their fields in Layer. A field
-// of a kind's message is set in the Config of its package if that has one of the same
-// name (see [fieldOf]), whatever its type; the others are for the options that are
-// listed here.
+// kinds are the kinds of layers, by the JSON names of their fields in Layer. A field of a
+// kind's message sets the field of the same name in the Config of its package (see
+// [fieldOf]). The others are for the options that are listed here.
 var kinds = map[string]kind{
 	"timeout":     kindOf(timeout.New, timeout.WithName),
 	"rateLimit":   kindOf(ratelimit.New, ratelimit.WithName, priority(ratelimit.WithPriority)),
@@ -49,8 +48,8 @@ var kinds = map[string]kind{
 		supplied("idempotentFunc", "WithIdempotentFunc", hedge.WithIdempotent)),
 }
 
-// lift lets go what waits in a layer that is in no list any more, by a limit that
-// nobody meets.
+// lift admits the calls that wait in a layer that is in no list any more, by raising its
+// limit beyond reach.
 var lift = map[string]func(interceptor.Layer) error{
 	"concurrency": func(l interceptor.Layer) error {
 		c := l.(*concurrency.Layer).Config()
@@ -76,7 +75,7 @@ type kind func(s *source, m protoreflect.Message) definition
 
 // A definition is a layer's config, ready to make the layer or to change one.
 type definition struct {
-	fixed  proto.Message // The message with the fixed fields alone.
+	fixed  proto.Message // The message with only the fixed fields.
 	make   func() (interceptor.Layer, error)
 	update func(interceptor.Layer) error
 }
@@ -109,7 +108,7 @@ func kindOf[C any, L updatable[C], O any](make func(C, ...O) (L, error), withNam
 		}
 		same := m.New()
 		m.Range(func(fd protoreflect.FieldDescriptor, v protoreflect.Value) bool {
-			// The first value of an enum is what it is if it is not set.
+			// The first value of an enum means unset.
 			if fixed[fd.Name()] && !(fd.Enum() != nil && v.Enum() == 1) && v.Interface() != false {
 				same.Set(fd, v)
 			}
@@ -144,8 +143,8 @@ func priority[O any](with func(interceptor.PriorityFunc) O) extra[O] {
 	}
 }
 
-// spends is the extra of a field that names a budget; byDefault says whether that is
-// the one for all if the field is not set.
+// spends is the extra of a field that names a budget. byDefault says whether an unset
+// field means the budget for all.
 func spends[O any](byDefault bool, with func(*budget.Budget) O) extra[O] {
 	return func(s *source, m protoreflect.Message) (o O, ok bool) {
 		name := get(m, "budget").String()
@@ -209,8 +208,8 @@ func (s *source) metadataKey(field, key string) string {
 	return key
 }
 
-// read sets the fields of a Config, or of a part of one, to those of a message. What
-// is not set in the message stays zero, which is the default.
+// read sets the fields of a Config, or of a part of one, from a message. What is not set
+// in the message stays zero, which is the default.
 func (s *source) read(m protoreflect.Message, config reflect.Value, path string) {
 	for i := range config.NumField() {
 		v := config.Field(i)
@@ -244,7 +243,7 @@ func (s *source) set(to reflect.Value, fd protoreflect.FieldDescriptor, from pro
 		}
 		s.read(from.Message(), to, field)
 	case fd.Enum() != nil:
-		// 0 is that it is not set; the values of the package begin with 0.
+		// 0 means unset; the values of the package start at 0.
 		if fd.Enum().Values().ByNumber(from.Enum()) == nil {
 			s.fail(field, "%d, must be one of %s", from.Enum(), enumNames(fd.Enum()))
 		}
@@ -269,7 +268,7 @@ func (s *source) set(to reflect.Value, fd protoreflect.FieldDescriptor, from pro
 	}
 }
 
-// keyBy is what the oneof "key" of a message says.
+// keyBy returns the KeyBy of the oneof "key" of a message.
 func (s *source) keyBy(m protoreflect.Message) (by interceptor.KeyBy) {
 	fd := m.WhichOneof(m.Descriptor().Oneofs().ByName("key"))
 	if fd == nil {

@@ -44,7 +44,7 @@ func patternOf(n *configv1.MethodName, path string) (string, error) {
 	return "/" + service + "/" + method, nil
 }
 
-// shown is how a pattern is printed.
+// shown returns a pattern as it is printed.
 func shown(pattern string) string {
 	switch {
 	case pattern == "":

@@ -24,7 +24,7 @@ type options struct {
 	breakerChange func(layer string, c breaker.Change)
 }
 
-// A supply is the name under which an option supplies something.
+// A supply is the name of something that an option supplies.
 type supply struct{ option, name string }
 
 // supplies returns an option that supplies v under a name, which may be used once.
@@ -38,7 +38,7 @@ func supplies(option, name string, v any) Option {
 	}
 }
 
-// WithObserver lets o see all calls, those without layers included.
+// WithObserver lets o see all calls, including those without layers.
 func WithObserver(o interceptor.Observer) Option {
 	return func(opts *options) {
 		var err error
@@ -48,8 +48,8 @@ func WithObserver(o interceptor.Observer) Option {
 	}
 }
 
-// WithLayer supplies a layer that configs refer to with {"provided": NAME}, for
-// what cannot be said with data, such as a filter.
+// WithLayer supplies a layer that configs refer to with {"provided": NAME}, for what is
+// not data, such as a filter.
 func WithLayer(name string, s interceptor.Spec) Option {
 	if isnil.Value(s) {
 		return supplies("WithLayer", name, nil)
@@ -89,8 +89,8 @@ func WithRetryPolicy(name string, p retry.Policy) Option {
 	return supplies("WithRetryPolicy", name, p)
 }
 
-// WithBreakerChange has f called at each change of a breaker's state, with the
-// name of the layer; see [breaker.WithOnStateChange].
+// WithBreakerChange calls f at each change of a breaker's state, with the name of the
+// layer; see [breaker.WithOnStateChange].
 func WithBreakerChange(f func(layer string, c breaker.Change)) Option {
 	return func(o *options) {
 		o.errs.NotNil(f == nil, "WithBreakerChange", "a function")

@@ -28,8 +28,8 @@ type Error struct {
 	// methodConfig[1].layers[2].concurrency.limit. It is empty if the config as a
 	// whole is wrong.
 	Field string
-	// Err has the value and the rule. If a layer rejects the value, errors.As finds
-	// the [interceptor.ConfigError] of the layer in it.
+	// Err has the value and the rule. If a layer rejected the value, errors.As finds the
+	// [interceptor.ConfigError] of the layer in it.
 	Err error
 }
 
@@ -48,9 +48,9 @@ func wrong(field, format string, args ...any) *Error {
 	return &Error{Field: field, Err: fmt.Errorf(format, args...)}
 }
 
-// Parse reads the JSON form of a config: proto3 JSON, except that a field that is
-// not known is an error. It checks the form; whether the values are within their
-// ranges, [NewStackFromConfig] and [Stack.Update] say. The error is an [*Error].
+// Parse reads the JSON form of a config: proto3 JSON, except that an unknown field is an
+// error. It checks only the form; [NewStackFromConfig] and [Stack.Update] check the
+// values. The error is an [*Error].
 func Parse(js []byte) (*configv1.Stack, error) {
 	m := new(configv1.Stack)
 	err := protojson.Unmarshal(js, m)
@@ -63,9 +63,8 @@ func Parse(js []byte) (*configv1.Stack, error) {
 	return nil, &Error{Err: err}
 }
 
-// locate finds the first field of a message in JSON that cannot be parsed, for
-// protojson says at which line and column, but not in which entry. It returns nil
-// if it finds none.
+// locate finds the first field of a JSON message that cannot be parsed, because protojson
+// says at which line and column but not in which entry. It returns nil if it finds none.
 func locate(js []byte, md protoreflect.MessageDescriptor, path string) *Error {
 	var fields map[string]json.RawMessage
 	if err := json.Unmarshal(js, &fields); err != nil {
@@ -154,7 +153,7 @@ func locateOne(js json.RawMessage, fd protoreflect.FieldDescriptor, field string
 	return nil
 }
 
-// describe says what a value of the field looks like.
+// describe returns what a value of the field looks like.
 func describe(fd protoreflect.FieldDescriptor) string {
 	switch fd.Kind() {
 	case protoreflect.BoolKind:
@@ -187,7 +186,7 @@ func fieldNames(fields interface {
 
 func isNull(js json.RawMessage) bool { return string(bytes.TrimSpace(js)) == "null" }
 
-// brief is a piece of JSON for an error message.
+// brief returns a piece of JSON, shortened for an error message.
 func brief(js []byte) string {
 	const most = 60
 	s := strings.ToValidUTF8(string(bytes.TrimSpace(js)), "?")
@@ -204,8 +203,8 @@ func join(path, field string) string {
 	return path + "." + field
 }
 
-// inLayer puts what the package of a layer or a budget says into the data's terms.
-// md is the layer's message, which is at path.
+// inLayer translates an error of the package of a layer or a budget into the names of the
+// data. md is the layer's message, which is at path.
 func inLayer(path string, md protoreflect.MessageDescriptor, err error) *Error {
 	var c *interceptor.ConfigError
 	if !errors.As(err, &c) {
@@ -234,7 +233,7 @@ func inLayer(path string, md protoreflect.MessageDescriptor, err error) *Error {
 	return &Error{Field: path, Err: &layerError{config: c, rule: renamed(rule, around)}}
 }
 
-// A layerError is a ConfigError in the data's terms, without its place.
+// A layerError is a ConfigError in the names of the data, without the path.
 type layerError struct {
 	config *interceptor.ConfigError
 	rule   string
@@ -244,8 +243,8 @@ func (e *layerError) Error() string { return fmt.Sprintf("%v, %s", e.config.Valu
 
 func (e *layerError) Unwrap() error { return e.config }
 
-// renamed gives the fields that a rule names their names in the data. A rule names
-// a field, by a word of its own, as a Config does.
+// renamed replaces the names of fields in a rule, which are those of a Config, with their
+// names in the data.
 func renamed(rule string, around []protoreflect.MessageDescriptor) string {
 	words := strings.Split(rule, " ")
 	for i, word := range words {
@@ -260,7 +259,7 @@ func renamed(rule string, around []protoreflect.MessageDescriptor) string {
 	return strings.Join(words, " ")
 }
 
-// pathOf returns the path in the data of what a Config calls name, such as
+// pathOf returns the path in the data of the field that a Config calls name, such as
 // Backoff.Max; empty if there is none.
 func pathOf(md protoreflect.MessageDescriptor, name string) (path string) {
 	for name := range strings.SplitSeq(name, ".") {

@@ -21,20 +21,19 @@ import (
 
 var logger = grpclog.Component("belfry")
 
-// A Stack is an [interceptor.Stack] that is made from a config and changed by
-// other ones. All its methods may be called concurrently.
+// A Stack is an [interceptor.Stack] that is made from a config, and changed with other
+// configs. Its methods may be called concurrently.
 type Stack struct {
 	stack *interceptor.Stack
 	opts  options
 	built atomic.Pointer[built]
 
-	// mu serialises Update. What layers lock is locked under it.
+	// mu serialises Update. The locks of layers are taken under it.
 	mu sync.Mutex
 }
 
-// NewStackFromConfig makes a Stack. Whatever is wrong with the config is an
-// [*Error] that names the field. What is wrong with an option is an
-// [*interceptor.ConfigError].
+// NewStackFromConfig makes a Stack. If the config is wrong, the error is an [*Error] that
+// names the field. If an option is wrong, it is an [*interceptor.ConfigError].
 func NewStackFromConfig(config *configv1.Stack, opts ...Option) (*Stack, error) {
 	s := &Stack{opts: options{errs: check.Of("stackconfig"), supplied: map[supply]any{}}}
 	for _, o := range opts {
@@ -54,24 +53,23 @@ func NewStackFromConfig(config *configv1.Stack, opts ...Option) (*Stack, error) 
 	return s, nil
 }
 
-// Changes say which states an update has begun and ended: of layers and budgets, by
-// their paths in the config. What is in neither list has kept its state. A layer that
-// is in both, under its path of before and its new one, has begun again: it was
-// renamed, or what cannot be changed was.
+// Changes lists the layers and budgets whose state an update started or ended, by their
+// paths in the config. What is in neither list kept its state. A layer in both, under its
+// old and its new path, starts from scratch, because it was renamed or because a field
+// changed that cannot be updated.
 type Changes struct {
 	Began []string // paths in the new config, such as methodConfig[0].layers[2]
-	Ended []string // paths in the config of before
+	Ended []string // paths in the previous config
 }
 
-// Update applies another config while calls run. Layers keep their state, as
-// belfry.config.v1.Layer in the schema says. Calls that begin from now on go through
-// the new layers, and calls in flight end with the layers they began with; but what a
-// layer that stays is configured anew with holds for them too, and calls that wait in
-// a limit that is in no list any more are admitted. On an error, an [*Error], nothing
-// has changed.
+// Update applies a new config without disturbing calls in flight. Layers keep their
+// state, as belfry.config.v1.Layer in the schema says. New calls go through the new
+// layers, and calls in flight end with the layers they began with. New settings of a
+// layer that stays apply to them too, and calls that wait in a limit that is in no list
+// any more are admitted. After an error, an [*Error], nothing has changed.
 //
 // The new settings of layers that stay take effect one after the other, shortly before
-// the new lists of layers do.
+// the new lists of layers.
 func (s *Stack) Update(config *configv1.Stack) (Changes, error) {
 	if config == nil {
 		return Changes{}, wrong("", "the config is nil")
@@ -98,27 +96,27 @@ func (s *Stack) Update(config *configv1.Stack) (Changes, error) {
 	if err != nil {
 		return Changes{}, &Error{Err: err}
 	}
-	// Nothing can fail from here on.
+	// Nothing can fail after this.
 	b.apply()
 	commit()
 	s.built.Store(b)
 	return b.retire(old), nil
 }
 
-// Config returns a copy of the config that holds.
+// Config returns a copy of the current config.
 func (s *Stack) Config() *configv1.Stack { return proto.CloneOf(s.built.Load().config) }
 
 // DialOptions returns the options for grpc.NewClient, see
 // [interceptor.Stack.DialOptions].
 func (s *Stack) DialOptions() []grpc.DialOption { return s.stack.DialOptions() }
 
-// UnaryClientInterceptor returns the unary half, to place it in a chain of others.
+// UnaryClientInterceptor returns the unary interceptor, for a chain of interceptors.
 func (s *Stack) UnaryClientInterceptor() grpc.UnaryClientInterceptor {
 	return s.stack.UnaryClientInterceptor()
 }
 
-// StreamClientInterceptor returns the streaming half, to place it in a chain of
-// others.
+// StreamClientInterceptor returns the streaming interceptor, for a chain of
+// interceptors.
 func (s *Stack) StreamClientInterceptor() grpc.StreamClientInterceptor {
 	return s.stack.StreamClientInterceptor()
 }
@@ -155,9 +153,8 @@ func (s *Stack) String() string {
 	return strings.Join(lines, "\n")
 }
 
-// Layer returns a layer of the config that holds, to look at its state: the shared
-// layer of the name if there is one, and otherwise the first layer that was given
-// the name in any entry; nil if there is none.
+// Layer returns a layer of the current config, to look at its state: the shared layer of
+// the name if there is one, else the first layer with the name in any entry, else nil.
 //
 //	limit, ok := stack.Layer("all").(*concurrency.Layer)
 func (s *Stack) Layer(name string) interceptor.Layer {
@@ -175,8 +172,8 @@ func (s *Stack) Layer(name string) interceptor.Layer {
 	return nil
 }
 
-// Budget returns a budget of the config that holds, the one for all if name is
-// empty; nil if there is none of the name.
+// Budget returns a budget of the current config, the one for all if name is empty; nil if
+// there is none of that name.
 func (s *Stack) Budget(name string) *budget.Budget {
 	if b := s.built.Load().budgets[name]; b != nil {
 		return b.value

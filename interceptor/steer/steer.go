@@ -18,13 +18,13 @@ import (
 	"github.com/belfry-go/belfry/internal/isnil"
 )
 
-// ReasonNoRoute is the reason of the refusal of a call for which the function has
-// chosen a connection that there is not. Its code is INTERNAL: the mistake is the
-// program's, and trying again does not mend it. Nothing was sent.
+// ReasonNoRoute is the reason of a call that was refused because the function chose a
+// connection that does not exist. Its code is INTERNAL, because that is a mistake of the
+// program, which a retry does not correct. Nothing was sent.
 const ReasonNoRoute interceptor.Reason = "NO_ROUTE"
 
-// A Steer is a grpc.ClientConnInterface over several. It is safe for concurrent
-// use. It owns none of the connections and closes none.
+// A Steer is a grpc.ClientConnInterface over several connections. It is safe for
+// concurrent use. It does not own the connections and closes none.
 type Steer struct {
 	route atomic.Pointer[route]
 }
@@ -32,10 +32,9 @@ type Steer struct {
 // route finds the connection of a call.
 type route func(ctx context.Context, method string, args any) (grpc.ClientConnInterface, error)
 
-// New returns a Steer that sends a call to conns[choose(…)]. args is the request of
-// a unary call, and nil for a stream, which has not sent any when it is opened.
-// choose is called once for each call, concurrently. An error is a
-// [*interceptor.ConfigError], or several joined.
+// New returns a Steer that sends a call to conns[choose(…)]. args is the request of a
+// unary call, and nil for a stream. choose is called once for each call, concurrently. An
+// error is a [*interceptor.ConfigError], or several joined.
 func New(choose func(ctx context.Context, method string, args any) int, conns ...grpc.ClientConnInterface) (*Steer, error) {
 	errs := newErrors(choose == nil, conns, len(conns))
 	for i, c := range conns {
@@ -95,9 +94,9 @@ func refuse(format string, args ...any) error {
 	return r
 }
 
-// Replace lets calls that begin from now on go where those of by go. Calls in
-// flight stay where they are, so a connection that is not among the new ones may
-// be closed when they have ended. It is an error if by is nil or was not made by New.
+// Replace sends new calls where by sends them. Calls in flight stay where they are, so
+// an old connection may be closed when its calls have ended. It is an error if by is nil
+// or was not made by New.
 func (s *Steer) Replace(by *Steer) error {
 	if by == nil || by.route.Load() == nil {
 		return &interceptor.ConfigError{Layer: "steer", Field: "by", Value: nil, Rule: "must be a Steer that New or NewKeyed has made"}

@@ -14,18 +14,18 @@
 //		throttle.Config{},
 //	)
 //
-// Of the calls of the last 30 seconds the throttle counts all (requests) and those
-// that the server accepted (accepts). A new call is refused at random, with the
-// probability
+// The throttle counts the calls of the last 30 seconds ([Config.Window]): all of them
+// (requests) and those that the server accepted (accepts). It refuses a new call at
+// random, with probability
 //
 //	max(0, (requests - K×accepts) / (requests + 1))
 //
-// With K = 2 nothing is refused until the server rejects every second call; when
-// it rejects all, nearly every call is refused, but never more than the share
-// that the config states. Refused calls are requests too, so a client that keeps
-// coming is refused the more, and the server sees at most about K times what it
-// accepts. The refusal is UNAVAILABLE with reason THROTTLED. The throttle never
-// waits, because waiting would not help.
+// With K = 2 nothing is refused until the server rejects every second call. When it
+// rejects all, nearly every call is refused, but never more than [Config.MaxRefused].
+// Refused calls are requests too, so a client that keeps calling is refused more often,
+// and the server sees at most about K times what it accepts. The refusal is UNAVAILABLE
+// with reason THROTTLED. The throttle never makes calls wait, because waiting would not
+// help.
 //
 // # What is counted
 //
@@ -33,7 +33,7 @@
 // end, whichever comes first. So calls in flight and a burst at the start are not
 // mistaken for rejections.
 //
-//   - A status of the server is a rejection or an answer, by its code. By default
+//   - A status of the server is a rejection or an acceptance, by its code. By default
 //     UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED are rejections. The
 //     deadline of a layer, such as a timeout, counts as DEADLINE_EXCEEDED.
 //   - A call for which there was no connection does not count, unless
@@ -43,16 +43,16 @@
 //
 // # Order
 //
-// Put the throttle inside of whatever calls wait for, where a breaker would be:
+// Put the throttle inside everything that calls wait for, where a breaker would be:
 //
 //	buffer > concurrency > ratelimit > throttle
 //
 // Then it draws once for each call, when that is about to be sent. A buffer or a
-// fail-fast asks the layers inside it first without waiting, and again if that was
-// in vain. If the limit refuses the first time, the throttle inside of it has not
-// been asked. In the order buffer > throttle > concurrency it has been, so it draws
-// twice for a call that waits, and refuses more than the stated share.
+// fail-fast first asks the layers inside it without waiting, and asks again if they
+// refuse. In the recommended order the limit refuses the first time, before the throttle
+// is asked. In the order buffer > throttle > concurrency the throttle draws twice for a
+// call that waits, and refuses more than the stated share.
 //
-// Inside a retry the throttle sees attempts, which is the place for it: outside, a
-// call that succeeds at its third attempt would count as accepted.
+// Put it inside a retry, where it sees attempts. Outside, a call that succeeds at its
+// third attempt would count as accepted.
 package throttle

@@ -22,35 +22,33 @@ import (
 
 // Config is what a throttle does. The zero Config is the default.
 type Config struct {
-	// K is how many requests are let through for each one that the server accepts:
-	// the lower, the sooner calls are refused. 1.1 spares the server most, but a
-	// client then sees late that it has recovered. At least 1; zero means 2.
+	// K is how many requests pass for each one that the server accepts: the lower, the
+	// sooner calls are refused. 1.1 spares the server most, but then a client notices
+	// late that it has recovered. At least 1; zero means 2.
 	K float64
 
-	// Window is over what time calls are counted. It moves in twentieths. Between
-	// 1 s and 24 h; zero means 30 s.
+	// Window is the time over which calls are counted. It moves in steps of a twentieth.
+	// From 1 s to 24 h; zero means 30 s.
 	//
-	// It is also what decides for how long calls are refused after the server has
-	// recovered, because the window still holds the outage. With the default
-	// MaxRefused and K, nine of ten calls are refused for half a window. By then a
-	// twentieth of the window is accepted, and the probability falls below 0.9. From
-	// there the share that is accepted doubles about every third of a window, and the
-	// last call is refused after one and three quarters of a window: 53 s. The two
-	// minutes of the book make that three and a half minutes.
+	// It also decides how long calls are refused after the server has recovered, because
+	// the window still holds the outage. With the default MaxRefused and K, nine of ten
+	// calls are refused for half a window. By then a twentieth of the window is accepted,
+	// and the probability falls below 0.9. From then on the accepted share doubles about
+	// every third of a window, and the last call is refused after one and three quarters
+	// of a window: 53 s. With the two minutes of the book it is three and a half minutes.
 	Window time.Duration
 
-	// MaxRefused is the greatest probability with which a call is refused, so that
-	// a share of calls keeps asking whether the server has recovered. Greater than
-	// 0 and at most 1; zero means 0.9. It trades the load of a server that rejects
-	// everything against how long calls are refused after its recovery: with 0.9 it is
-	// a tenth of the calls and one and three quarters of a window, with Finagle's 0.75
-	// a quarter and one and a quarter. With 1 there is hardly any recovery while
-	// calls keep coming.
+	// MaxRefused is the greatest probability with which a call is refused, so that some
+	// calls keep asking whether the server has recovered. Greater than 0 and at most 1;
+	// zero means 0.9. It trades the load on a server that rejects everything against how
+	// long calls are refused after its recovery: with 0.9 a tenth of the calls and one
+	// and three quarters of a window, with Finagle's 0.75 a quarter of the calls and one
+	// and a quarter windows. With 1 a client hardly recovers while calls keep coming.
 	MaxRefused float64
 
-	// MinRequests is how many calls the window must have counted before any is
-	// refused, for the first failure of a quiet client says little. 1 leaves it all
-	// to the formula. At least 1; zero means 10.
+	// MinRequests is how many calls the window must hold before any is refused, because
+	// the first failure of a quiet client says little. 1 leaves it to the formula. At
+	// least 1; zero means 10.
 	MinRequests int
 
 	// RejectCodes are the codes that say that the server did not accept the call.
@@ -63,18 +61,18 @@ type Config struct {
 	// default they do not count.
 	CountNotConnected bool
 
-	// KeyBy counts and refuses the calls of each key by themselves: with Method, right
-	// if one server rejects one method and serves another. By default all calls are
-	// counted together.
+	// KeyBy counts and refuses the calls of each key separately, for example of each
+	// Method if a server rejects one and serves another. By default all calls are counted
+	// together.
 	KeyBy interceptor.KeyBy
 
-	// MaxKeys is how many keys are counted by themselves, at some 500 bytes each. All
-	// keys beyond are counted together. From 1 to 1e6; zero means 10,000.
+	// MaxKeys is how many keys are counted separately, at about 500 bytes each. All
+	// further keys are counted together. From 1 to 1e6; zero means 10,000.
 	MaxKeys int
 
-	// KeyIdle is for how long a key must not have been called before what was counted
-	// of it may be forgotten, at least for a Window. That happens when new keys come,
-	// at the latest when there are MaxKeys. At least 1 s; zero means 10 minutes.
+	// KeyIdle is how long a key must be idle before its counts may be forgotten, and at
+	// least a Window. That happens when new keys arrive, at the latest when there are
+	// MaxKeys. At least 1 s; zero means 10 minutes.
 	KeyIdle time.Duration
 }
 
@@ -88,14 +86,14 @@ const (
 	DefaultKeyIdle     = check.DefaultKeyIdle
 )
 
-// settings are a Config that was found good, with its defaults filled in.
+// settings are a valid Config with its defaults filled in.
 type settings struct {
 	Config
 	given  Config
 	reject codeset.Set
 }
 
-// settings checks c. old is what an update replaces; nil for a new layer.
+// settings checks c. old are the settings that an update replaces; nil for a new layer.
 func (c Config) settings(errs *check.Errors, old *settings) *settings {
 	c.RejectCodes = slices.Clone(c.RejectCodes) // The caller may change its own.
 	given := c
@@ -113,7 +111,7 @@ func (c Config) settings(errs *check.Errors, old *settings) *settings {
 	return &settings{Config: c, given: given, reject: reject}
 }
 
-// probability is the share of calls that is to be refused.
+// probability returns the share of calls to refuse.
 func (s *settings) probability(requests, accepts int64) float64 {
 	if requests < int64(s.MinRequests) {
 		return 0
@@ -122,8 +120,8 @@ func (s *settings) probability(requests, accepts int64) float64 {
 	return min(max(p, 0), s.MaxRefused)
 }
 
-// Layer is a throttle. It has one state for all stacks that use it. All its methods
-// may be called concurrently.
+// A Layer is a throttle. It has one state for all stacks that use it. Its methods may be
+// called concurrently.
 type Layer struct {
 	interceptor.GateOnly
 	name   string
@@ -183,9 +181,8 @@ func (c Config) NewLayer() (interceptor.Layer, error) {
 // NewLayer returns the layer itself.
 func (t *Layer) NewLayer() (interceptor.Layer, error) { return t, nil }
 
-// Update replaces the config while calls run. What was counted is kept, also if
-// the window changes, as far as the new one reaches back. KeyBy cannot be changed,
-// because there would be nothing to keep: make a new layer. A bad config changes
+// Update replaces the config while calls run. Counts are kept as far as the new window
+// reaches back. KeyBy cannot be changed: make a new layer. A wrong config changes
 // nothing.
 func (t *Layer) Update(config Config) error {
 	errs := check.Of("throttle")
@@ -204,7 +201,7 @@ func (t *Layer) Config() Config {
 	return c
 }
 
-// Stats are what a throttle goes by.
+// Stats are the figures that a throttle decides by.
 type Stats struct {
 	Requests    int64   // calls in the window: those that ended and those refused here
 	Accepts     int64   // those among them that the server accepted
@@ -258,8 +255,7 @@ func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w intercepto
 	return g.inner.Admit(ctx, a, w)
 }
 
-// counts are the requests, and of note among them the accepts, of one key or of
-// all.
+// counts are the requests, and the accepts among them, of one key or of all calls.
 type counts struct {
 	throttle *Layer
 	refused  *interceptor.Refusal
@@ -292,10 +288,10 @@ func (c *counts) window(s *settings) *rolling.Window {
 	return w
 }
 
-// Respond counts a stream at its first response, which accepts it.
+// Respond counts a stream as accepted at its first response.
 func (c *counts) Respond(int64, interceptor.End) { c.add(c.throttle.settings.Load(), true) }
 
-// Release counts a call that has ended, unless its first response has counted.
+// Release counts a call that has ended, unless Respond counted it before.
 func (c *counts) Release(_ int64, e interceptor.End) {
 	if e.Responded {
 		return

@@ -65,11 +65,10 @@ func (l *Layer) stream(ctx context.Context, c *interceptor.Call, next intercepto
 	return nil
 }
 
-// A stream is a stream with bounds. A bound that is running has a moment when it is
-// due, and one timer fires at the earliest of them. As bounds mostly end before they
-// are due, and the next of their kind is due later, the timer is left alone when a
-// bound ends or is put off, and looks when it fires what is due by then: so it is set
-// about once in the length of a bound and not for each message.
+// A stream is a stream with bounds. Each running bound has a moment when it is due, and
+// one timer fires at the earliest of them. Most bounds end before they are due, so the
+// timer is not reset when one ends or is extended. When it fires it checks what is due.
+// So it is set about once in the length of a bound, and not for each message.
 type stream struct {
 	grpc.ClientStream // Set when the stream is open.
 
@@ -91,10 +90,10 @@ type stream struct {
 	over      bool
 }
 
-// dues are when the bounds are due that are running; 0 if they are not.
+// dues are the moments when the bounds are due; 0 for a bound that is not running.
 type dues struct {
 	lifetime, first, idle interceptor.Instant
-	recv, send            interceptor.Instant // Both are Message, for one may send and receive at the same time.
+	recv, send            interceptor.Instant // Both are Message, because a stream may send and receive at once.
 }
 
 // earliestLocked returns what is due first; 0 if nothing is. Caller must hold s.mu.
@@ -116,8 +115,7 @@ func (s *stream) earliestLocked() (b Bound, at interceptor.Instant) {
 	return b, at
 }
 
-// armLocked sees to it that the timer fires when something is due. Caller must hold
-// s.mu.
+// armLocked makes sure that the timer fires when something is due. Caller must hold s.mu.
 func (s *stream) armLocked(now interceptor.Instant) {
 	_, at := s.earliestLocked()
 	if at == 0 || s.over || s.fires != 0 && s.fires <= at {
@@ -152,7 +150,7 @@ func (s *stream) fire() {
 	s.end.End(s.settings.causes[b])
 }
 
-// stop frees what the bounds need, when the stream has ended.
+// stop frees the timer and the contexts when the stream has ended.
 func (s *stream) stop() {
 	s.mu.Lock()
 	s.over = true
@@ -166,8 +164,8 @@ func (s *stream) stop() {
 	}
 }
 
-// explain says which bound it was that made an operation fail with err, and stops
-// the stream.
+// explain returns err as an Exceeded that says which bound made an operation fail, and
+// stops the stream.
 func (s *stream) explain(err error) error {
 	mine, _ := context.Cause(s.own).(*interceptor.Refusal)
 	if mine != nil && !s.settings.caused(mine) {
@@ -188,7 +186,7 @@ func (s *settings) caused(r *interceptor.Refusal) bool {
 	return false
 }
 
-// begins is the beginning of an operation on a message, whose bound is at in s.due.
+// begins starts the bound of an operation on a message. at points into s.due.
 func (s *stream) begins(at *interceptor.Instant) {
 	if s.settings.Message == 0 {
 		return
@@ -200,7 +198,8 @@ func (s *stream) begins(at *interceptor.Instant) {
 	s.mu.Unlock()
 }
 
-// moved is the end of an operation on a message, or the beginning of the stream.
+// moved ends an operation on a message, with its bound at. With a nil at it records that
+// the stream has started.
 func (s *stream) moved(at *interceptor.Instant, err error) {
 	var now interceptor.Instant
 	if s.settings.Idle > 0 && err == nil {
@@ -220,7 +219,7 @@ func (s *stream) moved(at *interceptor.Instant, err error) {
 	}
 }
 
-// asked says that there is something to respond to.
+// asked records that there is something to respond to.
 func (s *stream) asked() {
 	if s.settings.FirstResponse == 0 {
 		return
@@ -255,7 +254,7 @@ func (s *stream) SendMsg(m any) error {
 	s.begins(&s.due.send)
 	err := s.ClientStream.SendMsg(m)
 	s.moved(&s.due.send, err)
-	if err != nil && err != io.EOF { // Of io.EOF RecvMsg says the reason.
+	if err != nil && err != io.EOF { // After io.EOF RecvMsg returns the reason.
 		err = s.explain(err)
 	}
 	return err

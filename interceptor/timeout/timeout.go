@@ -19,8 +19,8 @@ import (
 	"github.com/belfry-go/belfry/internal/quantile"
 )
 
-// Config says how long calls may take. It is plain data. Each bound is off if it is
-// 0, and must not be negative; at least one must be on.
+// Config bounds how long calls may take. It is plain data. A bound of 0 is off, and none
+// may be negative; at least one must be on.
 type Config struct {
 	// Timeout bounds a unary call, or an attempt of one, waiting included. With
 	// Adaptive it is the greatest timeout.
@@ -45,23 +45,23 @@ type Config struct {
 	Idle time.Duration
 }
 
-// Adaptive is a timeout of Multiple times the latency that a share Percentile of the
-// successful calls of the last Window did not exceed, but not less than Min nor more
-// than [Config.Timeout]. A call that this timeout cuts short counts as one that took
-// as long, so if a server becomes slower the timeout grows.
+// Adaptive is a timeout of Multiple times a percentile of the latencies of the successful
+// calls of the last Window, at least Min and at most [Config.Timeout]. A call that this
+// timeout cuts short counts with the time it took, so the timeout grows if a server
+// becomes slower.
 type Adaptive struct {
 	// Percentile is a share of the calls, above 0 and below 1; 0 is the default, 0.99.
 	Percentile float64
 	// Multiple is from 1 to 100; 0 is the default, 3: a call that takes three times as
 	// long as the slowest hundredth is not going to be answered.
 	Multiple float64
-	// Min is the least timeout, above 0 and not more than Timeout. Required: it keeps
-	// a server that is fast from being held to it.
+	// Min is the least timeout, above 0 and at most Timeout. Required, because a fast
+	// server would otherwise get a timeout that an ordinary pause exceeds.
 	Min time.Duration
 	// Window is how long latencies count, from 1 s to 1 h; 0 is the default, 1 min.
 	Window time.Duration
-	// MinSamples is how many latencies there must be; with fewer the timeout is
-	// Timeout. From 1 to 1e6; 0 is the default, 100, below which the 99th percentile is
+	// MinSamples is how many latencies must be known; with fewer the timeout is Timeout.
+	// From 1 to 1e6; 0 is the default, 100, because with fewer the 99th percentile is
 	// the slowest call.
 	MinSamples int
 }
@@ -73,7 +73,7 @@ const (
 	defaultSamples    = 100
 )
 
-// A Bound is what cut a call short.
+// A Bound says what cut a call short.
 type Bound uint8
 
 // The bounds.
@@ -87,7 +87,7 @@ const (
 	bounds
 )
 
-// String says what has happened when the bound was exceeded.
+// String says what happened when the bound was exceeded.
 func (b Bound) String() string {
 	switch b {
 	case Caller:
@@ -106,13 +106,13 @@ func (b Bound) String() string {
 	return fmt.Sprintf("Bound(%d)", uint8(b))
 }
 
-// Exceeded is in the [interceptor.Refusal] of a call that was cut short: errors.As
-// finds it. errors.Is says that it is [context.DeadlineExceeded].
+// Exceeded is wrapped by the [interceptor.Refusal] of a call that was cut short, where
+// errors.As finds it. It is [context.DeadlineExceeded] to errors.Is.
 type Exceeded struct {
 	Bound Bound
 	// Limit is how long the bound allowed; 0 if it was the caller's.
 	Limit time.Duration
-	// Err is what the call or the gate that it waited at returned; may be nil.
+	// Err is what the call returned, or the gate that it waited at; may be nil.
 	Err error
 }
 
@@ -134,8 +134,8 @@ func (e *Exceeded) Unwrap() error { return e.Err }
 // Is reports whether target is [context.DeadlineExceeded].
 func (e *Exceeded) Is(target error) bool { return target == context.DeadlineExceeded }
 
-// settings is a valid Config, its defaults filled in, and what follows from it. It
-// is not changed.
+// settings is a valid Config with its defaults filled in, and values computed from it.
+// It is immutable.
 type settings struct {
 	Config
 	adaptive Adaptive // What Config.Adaptive points to, if it is not nil.
@@ -201,12 +201,11 @@ type Option func(*options)
 
 type options struct{ name string }
 
-// WithName names the layer, for errors, metrics and Stack.String: a stack with a
-// timeout for the call and one for each attempt wants to tell them apart. By default
-// it is "timeout"; it must not be empty.
+// WithName names the layer in errors, metrics and Stack.String, to tell a timeout for the
+// call from one for each attempt. The default is "timeout"; it must not be empty.
 func WithName(name string) Option { return func(o *options) { o.name = name } }
 
-// Layer is a timeout. It may stand in any number of stacks.
+// A Layer is a timeout. It may be used in any number of stacks.
 type Layer struct {
 	name     string
 	settings atomic.Pointer[settings]
@@ -214,7 +213,7 @@ type Layer struct {
 	recent atomic.Pointer[quantile.Window]
 
 	// The gate leaves these notes for the call path.
-	beginning noteKey // When the call reached the gate, if something is counted from then.
+	beginning noteKey // When the call reached the gate, if a bound counts from then.
 	deadline  noteKey // When a unary call has to be over, if that is before its caller's deadline.
 
 	mu sync.Mutex // Held by Update. The lock of recent is taken under it.
@@ -238,9 +237,9 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 	return l, nil
 }
 
-// Update changes the configuration while calls run. Calls that have been admitted
-// keep their deadline, and streams that are open all their bounds; latencies for an
-// adaptive timeout are kept. On an error nothing has changed.
+// Update changes the configuration while calls run. Admitted calls keep their deadline,
+// and open streams all their bounds. Latencies for an adaptive timeout are kept. After an
+// error nothing has changed.
 func (l *Layer) Update(cfg Config) error { return l.update(cfg, check.Of("timeout")) }
 
 func (l *Layer) update(cfg Config, errs *check.Errors) error {
@@ -272,8 +271,7 @@ func (l *Layer) Config() Config {
 	return cfg
 }
 
-// Timeout returns the timeout that a unary call has which begins now; 0 if it has
-// none.
+// Timeout returns the timeout of a unary call that starts now; 0 if it has none.
 func (l *Layer) Timeout() time.Duration { return l.timeout(l.settings.Load()) }
 
 func (l *Layer) timeout(s *settings) time.Duration {
@@ -337,15 +335,15 @@ func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w intercepto
 	if err == nil || isExceeded(err) {
 		return err
 	}
-	// The gate that refused may have waited without telling a, whose clock is old then.
+	// The gate that refused may have waited without telling a, so a's clock may be old.
 	if ctx.Err() == nil && interceptor.Now() >= deadline {
 		return exceeded(l.name, b, limit, err, false)
 	}
 	return l.explainWait(ctx, err)
 }
 
-// untilOpen is the bound on opening a stream, and so on waiting for it, that ends
-// first; 0 if there is none.
+// untilOpen returns the shortest bound on opening a stream, waiting included; 0 if there
+// is none.
 func (s *settings) untilOpen(k interceptor.Kind) (Bound, time.Duration) {
 	if k == interceptor.ServerStream && s.FirstResponse > 0 && (s.Lifetime == 0 || s.FirstResponse < s.Lifetime) {
 		return FirstResponse, s.FirstResponse
@@ -353,12 +351,12 @@ func (s *settings) untilOpen(k interceptor.Kind) (Bound, time.Duration) {
 	return Lifetime, s.Lifetime
 }
 
-// startCounts reports whether a bound of a stream is counted from its beginning.
+// startCounts reports whether a bound of a stream counts from its start.
 func (s *settings) startCounts(k interceptor.Kind) bool {
 	return s.Lifetime > 0 || k == interceptor.ServerStream && s.FirstResponse > 0
 }
 
-// isExceeded reports whether it has been said already whose deadline err is.
+// isExceeded reports whether err already says whose deadline it is.
 func isExceeded(err error) bool {
 	r, ok := interceptor.AsRefusal(err)
 	if ok {
@@ -367,7 +365,8 @@ func isExceeded(err error) bool {
 	return ok
 }
 
-// explainWait says that it was the caller's deadline that ended the wait for a gate.
+// explainWait returns err as an Exceeded of the caller's deadline, if that ended the wait
+// in a gate.
 func (l *Layer) explainWait(ctx context.Context, err error) error {
 	if err == nil || ctx.Err() != context.DeadlineExceeded || isExceeded(err) {
 		return err
@@ -431,9 +430,9 @@ func (l *Layer) record(beginning interceptor.Instant) {
 	l.recent.Load().Record(interceptor.Now().Sub(beginning))
 }
 
-// explain says whose deadline it was that made a call, or an operation on a stream,
-// fail with err, if it was one. own is the context that the layer has given it,
-// maybe ctx itself, and mine what it was cancelled with, if it was by this layer.
+// explain returns err as an Exceeded that says whose deadline ended a call, or an
+// operation on a stream, if a deadline did. own is the context that the layer gave the
+// call, possibly ctx itself, and mine is the cause with which this layer cancels it.
 func (l *Layer) explain(ctx, own context.Context, mine *interceptor.Refusal, err error) error {
 	if _, ok := interceptor.AsRefusal(err); ok {
 		return err
@@ -449,7 +448,7 @@ func (l *Layer) explain(ctx, own context.Context, mine *interceptor.Refusal, err
 		return exceeded(l.name, e.Bound, e.Limit, err, true)
 	}
 	if deadline && ctx.Err() == context.DeadlineExceeded {
-		if _, ok := interceptor.AsRefusal(cause); !ok { // Otherwise a layer outside says it.
+		if _, ok := interceptor.AsRefusal(cause); !ok { // Otherwise a layer outside explains it.
 			return exceeded(l.name, Caller, 0, err, true)
 		}
 	}

@@ -19,7 +19,8 @@ func Declared(method string) bool {
 	if !ok {
 		return false
 	}
-	// The service and then the method, for a name of both would have to be allocated.
+	// Look up the service and then the method, because one name for both would have to be
+	// allocated.
 	d, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(service))
 	if err != nil {
 		return false

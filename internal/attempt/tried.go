@@ -70,7 +70,7 @@ func FromContext(ctx context.Context) *Info {
 const maxTried = 8
 
 // Tried is a small set of endpoint identities. The zero value is empty. It is
-// safe for concurrent use, for the attempts of a hedged call run side by side.
+// safe for concurrent use, because the attempts of a hedged call run side by side.
 type Tried struct {
 	ids  [maxTried]atomic.Uint64
 	next atomic.Uint32

@@ -57,8 +57,8 @@ func WishOf(err error, trailer metadata.MD) Wish {
 	return Wish{}
 }
 
-// WithPrevious returns the context of a further attempt, which tells the server
-// how many went before it. If none did, it is ctx.
+// WithPrevious returns the context of a further attempt, which tells the server how many
+// attempts came before it. If none did, it is ctx.
 func WithPrevious(ctx context.Context, n int) context.Context {
 	if n <= 0 {
 		return ctx

@@ -36,7 +36,7 @@ type Errors struct {
 // Of returns Errors of the layer of a package.
 func Of(layer string) *Errors { return &Errors{layer: layer, list: new([]error)} }
 
-// In returns an Errors for the fields of a field. What it collects is in e.
+// In returns an Errors for the fields of a field. It adds to e.
 func (e *Errors) In(field string) *Errors {
 	return &Errors{layer: e.layer, prefix: e.prefix + field + ".", list: e.list}
 }
@@ -61,7 +61,7 @@ func (e *Errors) NotNil(isNil bool, field, what string) {
 	e.Require(!isNil, field, nil, "must be "+what)
 }
 
-// Set is the value of an option that was used, where that is what is wrong.
+// Set is the value in an error that says that an option must not be used.
 const Set = set("set")
 
 type set string
@@ -105,7 +105,7 @@ func (e *Errors) Err() error {
 // A Number is the type of a setting that has a range.
 type Number interface{ ~int | ~int64 | ~float64 }
 
-// A Range reports whether it has v, and says in words what it has.
+// A Range reports whether it contains v, and describes itself in words.
 type Range[T Number] func(v T) (ok bool, text string)
 
 // From is the range from lo to hi, both included.
@@ -157,7 +157,7 @@ func Zero[T Number](e *Errors, field string, v T, in Range[T], meaning string) {
 }
 
 // Default checks a setting, and sets it to its default if it is 0. It is the
-// default also after an error, so that the checks of other settings can go on.
+// default also after an error, so that the checks of other settings can continue.
 func Default[T Number](e *Errors, field string, v *T, in Range[T], def T) {
 	DefaultText(e, field, v, in, def, text(def))
 }
@@ -171,8 +171,8 @@ func DefaultText[T Number](e *Errors, field string, v *T, in Range[T], def T, me
 	}
 }
 
-// None is what is set for none, or never, where 0 is the default. Packages export
-// it under this name if they have such a setting.
+// None means none, or never, for settings whose 0 is the default. Packages with such a
+// setting export it under this name.
 const None = -1
 
 const orNone = ", None (-1) for "
@@ -191,8 +191,8 @@ func ZeroOrNone[T Number](e *Errors, field string, v T, in Range[T], zero, none 
 	}
 }
 
-// ZeroIsNone returns a rule of DefaultOrNone as it is for data in which a setting
-// can be unset, so that 0 is none. It returns other rules as they are.
+// ZeroIsNone returns a rule of DefaultOrNone for data in which a setting can be unset, so
+// that 0 means none. It returns other rules unchanged.
 func ZeroIsNone(rule string) string {
 	if before, after, ok := strings.Cut(rule, orNone); ok {
 		meaning, _, _ := strings.Cut(after, ", ")
@@ -208,7 +208,7 @@ func or[T Number](in Range[T], alternative string) Range[T] {
 	}
 }
 
-// Codes returns the set of a list of codes: of def if the list is nil.
+// Codes returns the set of a list of codes, or of def if the list is nil.
 func Codes(e *Errors, field string, list []codes.Code, def ...codes.Code) codeset.Set {
 	if list == nil {
 		list = def
@@ -220,7 +220,7 @@ func Codes(e *Errors, field string, list []codes.Code, def ...codes.Code) codese
 	return s
 }
 
-// What layers that tell calls apart by key have in common.
+// The defaults of layers that tell calls apart by key.
 const (
 	maxKeys        = 1_000_000
 	DefaultMaxKeys = 10_000
@@ -241,7 +241,7 @@ func Keys(e *Errors, by interceptor.KeyBy, old *interceptor.KeyBy, most *int, id
 	}
 }
 
-// text is how a rule prints a limit: without an exponent, and 1h for 1h0m0s.
+// text prints a limit for a rule: without an exponent, and 1h for 1h0m0s.
 func text[T Number](v T) string {
 	switch v := any(v).(type) {
 	case time.Duration:

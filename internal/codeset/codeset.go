@@ -1,8 +1,8 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package codeset is a set of status codes, for layers that are configured with
-// which codes mean what.
+// Package codeset is a set of status codes, for layers whose Config says which codes mean
+// what.
 package codeset
 
 import (
@@ -20,8 +20,8 @@ const Last = codes.Unauthenticated
 // Rule is what the codes in a Set must be.
 var Rule = fmt.Sprintf("must be a code from %v to %v", codes.Canceled, Last)
 
-// Of returns the set of cs. If one of them is not an error that gRPC knows, bad is
-// the index of the first such code, and otherwise -1.
+// Of returns the set of cs. bad is the index of the first code that is not an error that
+// gRPC knows, or -1.
 func Of(cs ...codes.Code) (s Set, bad int) {
 	for i, c := range cs {
 		if c == codes.OK || c > Last {

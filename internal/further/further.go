@@ -1,9 +1,9 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package further makes the further attempts of retry and hedge. Which calls get
-// one, and when, these decide; here it is paid for, waited for, admitted, sent, and
-// taken for none if it turns out not to have been sent.
+// Package further makes the further attempts of retry and hedge. Those decide which calls
+// get one, and when. This package pays for it, waits, has it admitted and sent, and takes
+// the payment back if it was not sent.
 package further
 
 import (
@@ -16,7 +16,7 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 )
 
-// Options are what layers that make further attempts are given besides a Config.
+// Options are the common options of layers that make further attempts.
 type Options struct {
 	Name       string
 	Budget     *budget.Budget
@@ -36,8 +36,8 @@ func (o *Options) SetIdempotent(errs *check.Errors, f func(method string) bool) 
 	o.Idempotent = f
 }
 
-// CheckBudget checks the field Budget of a Config. given is the field, and filled
-// what the layer makes of it if WithBudget does not replace it.
+// CheckBudget checks the field Budget of a Config. given is the field, and filled the same
+// with the layer's defaults. WithBudget replaces both.
 func (o *Options) CheckBudget(errs *check.Errors, given, filled budget.Config) {
 	if o.Shared {
 		errs.Require(given == (budget.Config{}), "Budget", given, "must not be set if WithBudget is used")
@@ -54,7 +54,7 @@ type Maker struct {
 	cancelled *interceptor.Refusal
 }
 
-// NewMaker returns a Maker with a budget of own, unless o has one.
+// NewMaker returns a Maker with a budget made of own, unless o has one.
 func NewMaker(o Options, own budget.Config) (*Maker, error) {
 	m := &Maker{
 		Options:   o,
@@ -99,7 +99,7 @@ func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w intercepto
 	return g.inner.Admit(ctx, a, w)
 }
 
-// A Call is a call whose layer can make further attempts of it. It is not changed.
+// A Call is a call of which a layer can make further attempts. It is immutable.
 type Call struct {
 	*interceptor.Call
 	Maker  *Maker
@@ -107,20 +107,20 @@ type Call struct {
 	Again  interceptor.Again
 }
 
-// Of returns a Call. What it costs is to be copied.
+// Of returns a Call by value.
 func (m *Maker) Of(c *interceptor.Call, o interceptor.Origin, again interceptor.Again) Call {
 	return Call{Call: c, Maker: m, Origin: o, Again: again}
 }
 
-// Plan is a further attempt that is to be made.
+// Plan describes a further attempt to make.
 type Plan struct {
-	Delay  time.Duration // What to wait for before.
-	Unsent int           // How many earlier attempts turned out not to have been sent.
+	Delay  time.Duration // How long to wait before it.
+	Unsent int           // How many earlier attempts were not sent.
 	// Run carries it out. ctx is that of the attempt.
 	Run func(ctx context.Context, a *interceptor.Call) error
 }
 
-// An Attempt is a further attempt that was admitted and is over, or, for a stream,
+// An Attempt is a further attempt that was admitted and has ended, or for a stream is
 // open.
 type Attempt struct {
 	Call *interceptor.Call
@@ -128,10 +128,10 @@ type Attempt struct {
 	Sent bool // gRPC made a stream for it. If it did not, it costs nothing.
 }
 
-// Make makes a further attempt. If there was none, because the budget is spent, the
-// wait before it was ended, or a layer inside refused it, err says so and is a
-// refusal; the observer has been told, and the budget has got back what it paid. ctx
-// may end earlier than the call. Make may be called concurrently.
+// Make makes a further attempt. If none was made, because the budget is spent, the wait
+// was cut short or a layer inside refused it, err is a refusal that says so. Then the
+// observer was told, and the budget got its payment back. ctx may end earlier than the
+// call. Make may be called concurrently.
 func (c *Call) Make(ctx context.Context, p Plan) (a Attempt, err error) {
 	m, o, now := c.Maker, c.Observer(), interceptor.Now()
 	if !m.Budget.Withdraw(now) {
@@ -162,7 +162,7 @@ func (c *Call) Make(ctx context.Context, p Plan) (a Attempt, err error) {
 	err = p.Run(ctx, f)
 	refund = !f.Internals().Outcome(ctx, err).Sent()
 	if r, ok := interceptor.AsRefusal(err); ok && r.NotSent() {
-		if ctx.Err() != context.Canceled { // Otherwise nobody wants it any more.
+		if ctx.Err() != context.Canceled { // Otherwise nobody wants the attempt any more.
 			c.Internals().ReportRefusal(err)
 		}
 		return Attempt{}, err
@@ -170,8 +170,7 @@ func (c *Call) Make(ctx context.Context, p Plan) (a Attempt, err error) {
 	return Attempt{Call: f, Err: err, Sent: !refund}, nil
 }
 
-// sleep waits until a moment, unless the call, its stack or its connection ends
-// before.
+// sleep waits until a moment, unless the call, its stack or its connection ends first.
 func (c *Call) sleep(ctx context.Context, until interceptor.Instant) error {
 	parked, done := c.Park(ctx)
 	defer done()
@@ -179,14 +178,14 @@ func (c *Call) sleep(ctx context.Context, until interceptor.Instant) error {
 		return nil
 	}
 	err := interceptor.Ended(parked, c.Maker.Name)
-	if ctx.Err() == nil { // The end of ctx is told as the end of the call.
+	if ctx.Err() == nil { // The end of ctx is reported as the end of the call.
 		c.Internals().ReportRefusal(err)
 	}
 	return err
 }
 
-// Refused is the error of a call that gets no further attempt, because of refused,
-// after one that failed with last. It is nil if that one succeeded.
+// Refused returns the error of a call whose last attempt ended with last, and whose
+// further attempt was refused with refused. It is nil if last is.
 func (c *Call) Refused(ctx context.Context, refused, last error) error {
 	switch {
 	case last == nil:

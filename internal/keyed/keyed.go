@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package keyed holds what a layer knows per key (a method, a tenant): a bounded
-// number of values, each made when its key is first asked for. A value that its
-// owner would not miss is dropped to make room for new keys.
+// number of values, each made when its key is first asked for. Values that their owner
+// can do without are dropped to make room for new keys.
 package keyed
 
 import (
@@ -23,8 +23,8 @@ const (
 	// the keys in its own part.
 	shards = 16
 
-	// resolution is how exactly a Map knows when a value was last asked for, and how
-	// long after it went over all values in search of room it does not do so again.
+	// resolution is how exactly a Map knows when a value was last asked for, and the
+	// least time between two searches of all values for room.
 	resolution = 100 * time.Millisecond
 
 	// glance is how many values of its shard a new key looks at, to drop them.
@@ -36,11 +36,11 @@ const (
 //
 // Looking up a key that is there takes a read lock and allocates nothing.
 //
-// A value is dropped only when a new key comes. Each new key looks at two others,
-// so that about those in use are kept without anyone going over all of them. Only
-// when the limit is reached are all looked at, at most once in 100 ms.
+// Values are dropped only when a new key arrives. Each new key looks at two others, which
+// keeps about as many as are in use without a search of all. All are searched only when
+// the limit is reached, at most once in 100 ms.
 //
-// Times are nanoseconds since any one moment, not before it.
+// Times are nanoseconds since an arbitrary moment, and never negative.
 type Map[V any] struct {
 	limit     func() int
 	make      func(key string) V
@@ -49,7 +49,7 @@ type Map[V any] struct {
 	seed   maphash.Seed
 	shards [shards]shard[V]
 	len    atomic.Int64 // How many entries the shards have together.
-	swept  atomic.Int64 // When all were last looked at.
+	swept  atomic.Int64 // When all were last searched.
 
 	others atomic.Pointer[Entry[V]] // Nil until it is needed. Set under mu.
 	mu     sync.Mutex               // Lets one goroutine make others. No lock of a Map is taken under it.
@@ -66,7 +66,7 @@ type shard[V any] struct {
 // An Entry is a value that is pinned; see [Map.Pin].
 type Entry[V any] struct {
 	Value V
-	used  atomic.Int64 // When it was last asked for, at most resolution ago too early.
+	used  atomic.Int64 // When it was last asked for, up to resolution too early.
 	pins  atomic.Int64
 }
 
@@ -75,12 +75,12 @@ func (e *Entry[V]) Unpin() { e.pins.Add(-1) }
 
 // New returns an empty Map.
 //
-//   - limit returns for how many keys there is room, at least 1. It may change; the
-//     values beyond a lower one stay until they may be dropped.
+//   - limit returns how many keys have room, at least 1. It may change. Values beyond a
+//     lower limit stay until they may be dropped.
 //   - make returns the value of a new key. Two goroutines never call it at once for
 //     one key.
-//   - droppable reports whether v may be dropped, which nobody has asked for since
-//     unused ago, exact to 100 ms.
+//   - droppable reports whether v may be dropped. It was last asked for unused ago, exact
+//     to 100 ms.
 //
 // They are called with locks of the Map held: they must not block or use the Map.
 func New[V any](limit func() int, make func(key string) V, droppable func(v V, unused time.Duration, now int64) bool) *Map[V] {
@@ -91,13 +91,13 @@ func New[V any](limit func() int, make func(key string) V, droppable func(v V, u
 	return m
 }
 
-// Get returns the value of key, or that of [Others] if key has none and there is no
-// room. The value may be dropped at any time after: whoever uses it then uses one
-// that the next call of the same key does not. If that matters, use [Map.Pin].
+// Get returns the value of key, or that of [Others] if key has none and there is no room.
+// The value may be dropped at any time afterwards; the next call of the same key then gets
+// another one. If that matters, use [Map.Pin].
 func (m *Map[V]) Get(key string, now int64) V { return m.entry(key, now, 0).Value }
 
 // Pin is like [Map.Get], but the value is not dropped before Unpin is called on the
-// Entry, once for each Pin. Then droppable sees all that was done with it.
+// Entry, once for each Pin. So droppable sees everything that was done with the value.
 func (m *Map[V]) Pin(key string, now int64) *Entry[V] { return m.entry(key, now, 1) }
 
 func (m *Map[V]) entry(key string, now, pins int64) *Entry[V] {
@@ -118,9 +118,9 @@ func (m *Map[V]) entry(key string, now, pins int64) *Entry[V] {
 	return e
 }
 
-// ask notes that the value was asked for. Caller must hold the lock of its shard.
+// ask records that the value was asked for. Caller must hold the lock of its shard.
 func (e *Entry[V]) ask(now, pins int64) {
-	// Written rarely, so that concurrent calls do not fight for the word.
+	// Written rarely, so that concurrent calls do not contend for the word.
 	if now-e.used.Load() >= int64(resolution) {
 		e.used.Store(now)
 	}
@@ -149,7 +149,7 @@ func (m *Map[V]) add(s *shard[V], key string, now, pins int64) *Entry[V] {
 			m.len.Add(-1)
 			return nil
 		}
-		key = strings.Clone(key) // It may be a part of something greater.
+		key = strings.Clone(key) // It may be a part of a larger string.
 		e = &Entry[V]{Value: m.make(key)}
 		s.m[key] = e
 	}
@@ -159,7 +159,7 @@ func (m *Map[V]) add(s *shard[V], key string, now, pins int64) *Entry[V] {
 
 func (m *Map[V]) full() bool { return m.len.Load() >= int64(m.limit()) }
 
-// sweep drops all values that may be dropped, unless that was done just now. It
+// sweep drops all values that may be dropped, unless that was done a moment ago. It
 // reports whether there is room.
 func (m *Map[V]) sweep(now int64) bool {
 	last := m.swept.Load()
@@ -185,7 +185,7 @@ func (m *Map[V]) dropLocked(s *shard[V], key string, e *Entry[V], now int64) {
 	}
 }
 
-// shared returns the entry of Others.
+// shared returns the entry of [Others].
 func (m *Map[V]) shared() *Entry[V] {
 	if e := m.others.Load(); e != nil {
 		return e
@@ -219,9 +219,9 @@ func (m *Map[V]) Peek(key string) (V, bool) {
 	return e.Value, true
 }
 
-// All returns all keys and values, and Others if keys have shared its value, in no
-// order. The loop may use the Map. A value that it does not see was dropped
-// meanwhile, or made by a call of make that began after the loop did.
+// All returns all keys and values, including [Others] if keys share its value, in no
+// order. The loop may use the Map. A value that it misses was dropped meanwhile, or made
+// by a call of make that started after the loop.
 func (m *Map[V]) All() iter.Seq2[string, V] {
 	return func(yield func(string, V) bool) {
 		for k, e := range m.entries() {
@@ -232,7 +232,7 @@ func (m *Map[V]) All() iter.Seq2[string, V] {
 	}
 }
 
-// Pins returns how many pins there are: how many calls use a value just now.
+// Pins returns how many pins there are: how many calls use a value now.
 func (m *Map[V]) Pins() (n int) {
 	for _, e := range m.entries() {
 		n += int(e.pins.Load())
@@ -247,7 +247,7 @@ func (m *Map[V]) entries() iter.Seq2[string, *Entry[V]] {
 		e   *Entry[V]
 	}
 	return func(yield func(string, *Entry[V]) bool) {
-		m.mu.Lock() // Waits for make, so that all made before is seen.
+		m.mu.Lock() // Waits for make, to see everything made before.
 		others := m.others.Load()
 		m.mu.Unlock()
 		if others != nil && !yield(Others, others) {

@@ -1,8 +1,8 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package message makes and copies messages of any type that a codec can fill, so
-// that each attempt of a call has a reply of its own.
+// Package message makes and copies messages of any type that a codec can fill, so that
+// each attempt of a call has its own reply.
 package message
 
 import (
@@ -11,24 +11,23 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// NewLike returns a new, empty message of m's type: a reply for an attempt of its
-// own. m is a protocol buffer message, or whatever the call's codec can fill,
-// which is a pointer or a map. It does not read what m holds, for an attempt may be
-// writing to it.
+// NewLike returns a new, empty message of m's type, as the reply of an attempt. m is a
+// protocol buffer message, or whatever the call's codec can fill, which is a pointer or a
+// map. It does not read what m holds, because an attempt may be writing to it.
 func NewLike(m any) any {
 	v := reflect.ValueOf(m)
 	switch v.Kind() {
 	case reflect.Pointer:
 		n := reflect.New(v.Type().Elem()).Interface()
 		if p, ok := n.(proto.Message); ok && p.ProtoReflect().Descriptor() == nil {
-			// A dynamic message, whose type is a part of it that does not change.
+			// A dynamic message, whose type is an immutable part of it.
 			return m.(proto.Message).ProtoReflect().New().Interface()
 		}
 		return n
 	case reflect.Map:
 		return reflect.MakeMap(v.Type()).Interface()
 	}
-	return m // Nothing that a codec could write to.
+	return m // A codec could not write to it.
 }
 
 // CopyInto makes dst equal to src, which is of the same type and not used again.

@@ -26,9 +26,9 @@ const (
 	// digits makes a quantile at most 1 % greater than the latency it stands for,
 	// at 25 kB for a histogram.
 	digits = 2
-	// stale says when a quantile is computed anew: when one more in so many of the
-	// data has come in. A scan of the histogram costs about a microsecond, which
-	// this spreads over many calls; with few data every new one counts at once.
+	// A quantile is computed again after 1/stale new data. A scan of the histogram costs
+	// about a microsecond, which this spreads over many calls. With few data every new
+	// one counts at once.
 	stale = 32
 )
 
@@ -40,7 +40,7 @@ type Window struct {
 	// and then for a scan of the histogram, and once in half a window for a rotation.
 	mu       sync.Mutex
 	half     time.Duration           // Half the window.
-	turn     interceptor.Instant     // When the halves turn next.
+	turn     interceptor.Instant     // When the halves rotate next.
 	cur, old *hdrhistogram.Histogram // The current half and the one before.
 	all      *hdrhistogram.Histogram // Both together, so that a quantile needs no merging.
 	last     answer
@@ -51,11 +51,11 @@ type answer struct {
 	q    float64 // 0 is no answer.
 	d    time.Duration
 	n    int64
-	turn interceptor.Instant // The turn that the answer ends with.
+	turn interceptor.Instant // When the answer expires.
 }
 
-// New returns an empty Window. It panics if window is not positive: what users
-// configure is checked by who asks them.
+// New returns an empty Window. It panics if window is not positive; the caller checks
+// what users configure.
 func New(window time.Duration) *Window {
 	w := &Window{cur: histogram(), old: histogram(), all: histogram()}
 	w.SetWindow(window)
@@ -66,8 +66,8 @@ func histogram() *hdrhistogram.Histogram {
 	return hdrhistogram.New(int64(lowest/time.Microsecond), int64(highest/time.Microsecond), digits)
 }
 
-// SetWindow changes the window. The latencies in it are kept as long as a longer
-// one would have kept them, or a shorter one from now on.
+// SetWindow changes the window. A longer one keeps the latencies as if it had always been
+// set, and a shorter one applies from now on.
 func (w *Window) SetWindow(window time.Duration) {
 	if window <= 0 {
 		panic(fmt.Sprintf("latency: window %v, must be positive", window))
@@ -93,15 +93,15 @@ func (w *Window) RecordAt(now interceptor.Instant, d time.Duration) {
 	v := int64((min(max(d, 0), highest) + time.Microsecond - 1) / time.Microsecond)
 	w.mu.Lock()
 	w.rotateLocked(now)
-	// Neither fails, for v is within the range.
+	// Neither fails, because v is within the range.
 	_ = w.cur.RecordValue(v)
 	_ = w.all.RecordValue(v)
 	w.mu.Unlock()
 }
 
-// Quantile returns the latency that a share q of those in the window does not
-// exceed, and how many there are. 0 < q <= 1. Without any it returns 0, 0. The
-// latency may be out of date by one more in 32 of the data.
+// Quantile returns the latency that a share q of those in the window does not exceed, and
+// how many there are. 0 < q <= 1. If there are none it returns 0, 0. It may lack the
+// latest 1/32 of the data.
 func (w *Window) Quantile(q float64) (d time.Duration, n int) {
 	return w.QuantileAt(interceptor.Now(), q)
 }
@@ -121,7 +121,7 @@ func (w *Window) QuantileAt(now interceptor.Instant, q float64) (d time.Duration
 	return w.last.d, int(count)
 }
 
-// rotateLocked drops what has become too old. Caller must hold w.mu.
+// rotateLocked drops latencies that are too old. Caller must hold w.mu.
 func (w *Window) rotateLocked(now interceptor.Instant) {
 	if now < w.turn {
 		return

@@ -1,12 +1,12 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package retryafter lets a layer say when to try again without an allocation for
-// each call that it refuses.
+// Package retryafter lets a layer say when to try again without an allocation for each
+// refused call.
 //
-// The time left until calls may pass again differs from call to call, but a few
-// round numbers are enough to say it. A Cache rounds the time up and keeps what was
-// made for it: whoever comes back after the rounded time does not come too early.
+// The time until calls may pass again differs from call to call, but a few round numbers
+// are enough. A Cache rounds the time up, so that nobody comes back too early, and keeps
+// the value made for each rounded time.
 package retryafter
 
 import (
@@ -23,7 +23,7 @@ const (
 	PerDecade = 32
 )
 
-// RoundUp rounds left up, by at most an eighth, to a number that reads well: one of
+// RoundUp rounds left up, by at most an eighth, to a round number: one of
 //
 //	1, 1.1, 1.2 … 2, 2.25, 2.5 … 5, 5.5, 6 … 10
 //
@@ -63,7 +63,7 @@ func round(left time.Duration) (d time.Duration, i int) {
 // allocates nothing.
 type Cache[V any] struct {
 	build func(d time.Duration) *V
-	slots []atomic.Pointer[entry[V]] // Those of a rounded time is its number modulo their count.
+	slots []atomic.Pointer[entry[V]] // The slot of a rounded time is its number modulo their count.
 }
 
 type entry[V any] struct {
@@ -74,9 +74,9 @@ type entry[V any] struct {
 // New returns an empty Cache. build makes the value of a rounded time; it may be
 // called concurrently, and now and then again for the same time.
 //
-// size is how many values the Cache holds at most, at least 1. A few are enough for
-// a time that passes and is the same for all calls; if times differ at random, two
-// times [PerDecade] make it 49 of 50 that find their value.
+// size is the most values that the Cache holds, at least 1. A few are enough if all calls
+// have about the same time left. If times differ at random, with two times [PerDecade] 49
+// of 50 calls find their value.
 func New[V any](size int, build func(d time.Duration) *V) *Cache[V] {
 	return &Cache[V]{build: build, slots: make([]atomic.Pointer[entry[V]], size)}
 }

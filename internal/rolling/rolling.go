@@ -1,9 +1,8 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package rolling counts events, and those of them that are of note, over a
-// window of time that moves, without locks: what a throttle and a breaker judge
-// by.
+// Package rolling counts events over a moving window of time, without locks, and how many
+// of them are of note. A throttle and a breaker judge by it.
 package rolling
 
 import (
@@ -29,21 +28,21 @@ const (
 	oneNoted  = 1 << countBits
 	turnShift = 2 * countBits
 
-	// latest is how many turns late an event may be and still be known as late.
+	// latest is how many turns late an event may be and still be recognised as late.
 	latest = 16
 )
 
-// A Window counts the events of the last span. Its methods may be called
-// concurrently; they neither block nor allocate, but for Resized. A bucket that
-// has counted 4,194,303 events counts no more of them, which leaves the ratio
-// of its counts as it is. Times are nanoseconds since any moment, never negative.
+// A Window counts the events of the last span. Its methods may be called concurrently.
+// They do not block, and only Resized allocates. A bucket stops counting at 4,194,303
+// events, which leaves the ratio of its counts as it is. Times are nanoseconds since an
+// arbitrary moment, never negative.
 type Window struct {
 	span    time.Duration
 	width   int64
 	buckets [Buckets]atomic.Uint64
 
-	// past is what Sum found in the buckets before the one of the present, so that it
-	// has to look at all of them only once for each bucket.
+	// past is what Sum found in the earlier buckets, so that it reads all of them only
+	// once for each bucket.
 	past   atomic.Pointer[past]
 	newest atomic.Int64 // The latest slot that Sum has made a past for, or is making one for.
 	late   atomic.Int64 // How many events came for slots before newest.
@@ -63,12 +62,12 @@ func New(span time.Duration) *Window {
 // Span is the span that New was given.
 func (w *Window) Span() time.Duration { return w.span }
 
-// place is the bucket of the slot'th part of time, and its turn of the ring.
+// place returns the bucket of a slot of time, and its turn of the ring.
 func place(slot int64) (i int64, turn uint64) {
 	return slot % Buckets, uint64(slot/Buckets) & turnMask
 }
 
-// Add counts an event at now, and that it is of note.
+// Add counts an event at now, and whether it is of note.
 func (w *Window) Add(now int64, noted bool) {
 	n := uint64(0)
 	if noted {
@@ -93,9 +92,9 @@ func (w *Window) addTo(slot int64, all, noted uint64) {
 		old := b.Load()
 		next := old
 		if have := old >> turnShift; have != turn {
-			// A bucket that has counted something in a later turn stays: this event is
-			// a whole window late. Turns are compared around the end of their scale,
-			// and so of a bucket far ahead this is the turn that has come round again.
+			// A bucket that has counted something in a later turn stays, because this event
+			// is a whole window late. Turns wrap around, so a bucket that seems far ahead is
+			// an old one.
 			if old&(1<<turnShift-1) != 0 && (have-turn)&turnMask <= latest {
 				return
 			}
@@ -165,8 +164,8 @@ func (w *Window) Resized(now int64, span time.Duration) *Window {
 		if v>>turnShift != turn {
 			continue
 		}
-		// The end of the old bucket is taken for the time of all its events: rather
-		// remembered a little too long than forgotten too early.
+		// Take the end of the old bucket as the time of all its events: they are remembered
+		// a little too long, and not forgotten too early.
 		end := now
 		if slot < last && slot < math.MaxInt64/w.width {
 			end = (slot+1)*w.width - 1

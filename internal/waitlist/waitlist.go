@@ -1,12 +1,12 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package waitlist is the list of the calls that wait at a gate, in the order of
-// their turns.
+// Package waitlist is the list of the calls that wait at a gate, in the order in which
+// they are admitted.
 //
-// A gate that makes calls wait (a concurrency limit, a rate limit, a fail-fast, a
-// buffer) keeps a List under its own mutex. What a call waits for, and how it is
-// woken, is the gate's business; the list knows who comes first:
+// A gate that makes calls wait (a concurrency limit, a rate limit, a fail-fast, a buffer)
+// keeps a List under its own mutex. The gate knows what a call waits for and how to wake
+// it; the list knows which call goes first:
 //
 //  1. the higher priority,
 //  2. at the same priority a further attempt of a call before a first attempt,
@@ -20,10 +20,10 @@ import (
 	"slices"
 )
 
-// A Rank says which calls go before others, whenever they arrive.
+// A Rank says which calls go before others, whenever they arrived.
 type Rank struct {
 	Priority int  // The higher goes first.
-	Further  bool // Whether it is a retry or a hedge. At the same Priority these go first.
+	Further  bool // It is a retry or a hedge. At the same Priority these go first.
 }
 
 // Before reports whether calls of rank a go before those of rank b.
@@ -42,8 +42,8 @@ func (a Rank) compare(b Rank) int {
 	return 1
 }
 
-// A Node is one call that waits, and what its gate knows of it. A gate allocates
-// one per waiting call. Value belongs to the gate.
+// A Node is one call that waits, with a Value that belongs to the gate. A gate allocates
+// one per waiting call.
 type Node[T any] struct {
 	Value T
 
@@ -73,7 +73,7 @@ type level[T any] struct {
 	len            int
 }
 
-// first is the node whose turn is first at this level.
+// first returns the node that goes first at this level.
 func (l *level[T]) first(lifo bool) *Node[T] {
 	if lifo {
 		return l.newest
@@ -84,14 +84,13 @@ func (l *level[T]) first(lifo bool) *Node[T] {
 // Len returns how many nodes are in the list.
 func (l *List[T]) Len() int { return l.len }
 
-// find returns the index of the level of r, or where it would be.
+// find returns the index of the level of r, or the index where it would be.
 func (l *List[T]) find(r Rank) (i int, found bool) {
 	return slices.BinarySearchFunc(l.levels, r, func(l level[T], r Rank) int { return l.rank.compare(r) })
 }
 
-// Push puts n into the list, as the latest to arrive. It panics if n is in a list
-// already. It allocates only if there are more different ranks at once than ever
-// before.
+// Push adds n to the list, as the latest to arrive. It panics if n is in a list already.
+// It allocates only if there are more different ranks at once than ever before.
 func (l *List[T]) Push(n *Node[T], r Rank) {
 	if n.list != nil {
 		panic("waitlist: Push of a node that is in a list")
@@ -108,8 +107,8 @@ func (l *List[T]) Push(n *Node[T], r Rank) {
 	lv.len++
 }
 
-// Remove takes n out of the list and reports whether it was in. Afterwards n may
-// be pushed again.
+// Remove takes n out of the list, and reports whether it was in it. Afterwards n may be
+// pushed again.
 func (l *List[T]) Remove(n *Node[T]) bool {
 	if n.list != l {
 		return false
@@ -135,9 +134,8 @@ func (l *List[T]) Remove(n *Node[T]) bool {
 	return true
 }
 
-// First returns the node whose turn it is, or nil if the list is empty. If lifo is
-// true, the latest to arrive goes first among those of one rank, otherwise the
-// earliest.
+// First returns the node that goes first, or nil if the list is empty. Among nodes of one
+// rank that is the latest to arrive if lifo is true, otherwise the earliest.
 func (l *List[T]) First(lifo bool) *Node[T] {
 	if l.len == 0 {
 		return nil
@@ -145,7 +143,7 @@ func (l *List[T]) First(lifo bool) *Node[T] {
 	return l.levels[0].first(lifo)
 }
 
-// Last returns the node whose turn is last, or nil if the list is empty.
+// Last returns the node that goes last, or nil if the list is empty.
 func (l *List[T]) Last(lifo bool) *Node[T] {
 	if l.len == 0 {
 		return nil
@@ -153,8 +151,8 @@ func (l *List[T]) Last(lifo bool) *Node[T] {
 	return l.levels[len(l.levels)-1].first(!lifo)
 }
 
-// All returns the nodes in the order of their turns. The loop may remove the node
-// it was given, and no other.
+// All returns the nodes, the one that goes first in front. The loop may remove the node
+// that it was given, and no other.
 func (l *List[T]) All(lifo bool) iter.Seq[*Node[T]] {
 	return func(yield func(*Node[T]) bool) {
 		for n := l.First(lifo); n != nil; {
@@ -167,7 +165,7 @@ func (l *List[T]) All(lifo bool) iter.Seq[*Node[T]] {
 	}
 }
 
-// after returns the node whose turn follows that of n, nil if n is the last.
+// after returns the node that goes after n, nil if n is the last.
 func (l *List[T]) after(n *Node[T], lifo bool) *Node[T] {
 	next := n.next
 	if lifo {
@@ -182,8 +180,8 @@ func (l *List[T]) after(n *Node[T], lifo bool) *Node[T] {
 	return nil
 }
 
-// Before returns how many nodes have their turn before one of rank r that arrives
-// now, in a list that is not LIFO. It takes O(n).
+// Before returns how many nodes go before one of rank r that arrives now, in a list that
+// is not LIFO. It takes O(n).
 func (l *List[T]) Before(r Rank) int {
 	before := 0
 	for i := range l.levels {
@@ -195,8 +193,7 @@ func (l *List[T]) Before(r Rank) int {
 	return before
 }
 
-// Ahead returns how many nodes have their turn before n, or -1 if n is not in the
-// list. It counts them one by one.
+// Ahead returns how many nodes go before n, or -1 if n is not in the list. It takes O(n).
 func (l *List[T]) Ahead(n *Node[T], lifo bool) int {
 	if n.list != l {
 		return -1
