@@ -734,7 +734,7 @@ func testKeysHaveCircuitsOfTheirOwn(t *testing.T) {
 					t.Errorf("b: %v, want no error: its circuit is closed", err)
 				}
 				err := tc.call(f.conn, "/a")
-				if r, ok := interceptor.AsRefusal(err); !ok || r.Message != "open" || r.Key != "/a" {
+				if r, ok := interceptor.AsRefusal(err); !ok || r.Message != "the circuit is open" || r.Key != "/a" {
 					t.Errorf("a: %v, want a refusal that names it", err)
 				}
 				tc.call(f.conn, "/c")

@@ -58,7 +58,7 @@ func newCircuit(b *Layer, key string) *circuit {
 		}
 		return r
 	}
-	c := &circuit{breaker: b, key: key, opened: refuse("open"), probed: refuse("half-open, probing")}
+	c := &circuit{breaker: b, key: key, opened: refuse("the circuit is open"), probed: refuse("the circuit is half-open and waits for its probes")}
 	c.soon = retryafter.New(refusalsKept, c.opened.After)
 	c.forget(b.settings.Load())
 	return c
