@@ -22,7 +22,7 @@ import (
 // ReasonMake is the reason of the refusal of a call whose key or connection could
 // not be made. The refusal wraps the error. Its code is the error's own if that
 // has a gRPC status; otherwise UNAVAILABLE for a connection and INVALID_ARGUMENT
-// for a key. Nothing was sent.
+// for a key. It names the key if there is one. Nothing was sent.
 const ReasonMake interceptor.Reason = "MAKE_FAILED"
 
 // A Conn is a connection that can be closed, such as a *grpc.ClientConn.
@@ -261,8 +261,8 @@ func (m *Maker) retain(e *entry) {
 }
 
 // refuse is the refusal of a call for which something could not be made.
-func (m *Maker) refuse(what string, err error, code codes.Code) error {
-	r := interceptor.Refuse(m.name, ReasonMake, what).Because(err, false)
+func (m *Maker) refuse(what, key string, err error, code codes.Code) error {
+	r := interceptor.Refuse(m.name, ReasonMake, what).ForKey(key).Because(err, false)
 	r.Code = code
 	if st, ok := status.FromError(err); ok && st.Code() != codes.OK {
 		r.Code = st.Code()
@@ -277,7 +277,7 @@ func (m *Maker) acquire(ctx context.Context, method string, args any, opts []grp
 		if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 			return nil, interceptor.Ended(ctx, m.name)
 		}
-		return nil, m.refuse("no key", err, codes.InvalidArgument)
+		return nil, m.refuse("the call has no key", "", err, codes.InvalidArgument)
 	}
 	m.mu.Lock()
 	if m.closed {
@@ -458,7 +458,7 @@ func (m *Maker) settle(e *entry, conn Conn, err error) {
 	case m.closed:
 		e.err = m.closedRefusal
 	case err != nil:
-		e.err = m.refuse("no connection for "+e.key, err, codes.Unavailable)
+		e.err = m.refuse("the connection cannot be made", e.key, err, codes.Unavailable)
 		m.forgetLocked(e)
 		m.grantLocked()
 	default:
