@@ -114,6 +114,8 @@ const (
 	// one that makes them side by side.
 	Retries
 	Hedges
+	// Sheds is a layer that governs waiting and allows none, such as a load shed.
+	Sheds
 )
 
 func traitsOf(l Layer) Traits {

@@ -48,15 +48,32 @@ func (p *program) advise() {
 	say := func(format string, args ...any) { p.advice = append(p.advice, fmt.Sprintf(format, args...)) }
 	for i, outer := range p.layers {
 		t := traitsOf(outer)
+		shed := false // Inside a load shed, where nothing waits.
 		for _, inner := range p.layers[i+1:] {
 			u := traitsOf(inner)
+			if u&Governs != 0 {
+				shed = sheds(inner)
+			}
 			// A rate both waits and decides: two rates are right in any order.
-			if t&Decides != 0 && u&Waits != 0 && (t&Waits == 0 || u&Decides == 0) {
+			if !shed && t&Decides != 0 && u&Waits != 0 && (t&Waits == 0 || u&Decides == 0) {
 				say("%s is outside %s: it decides when a call arrives and not when it is sent, so calls that it let pass wait and are sent later, when its decision may be wrong; put it inside", nameOf(outer), nameOf(inner))
 				break
 			}
 		}
 		for _, inner := range p.layers[i+1:] {
+			u := traitsOf(inner)
+			if u&Waits != 0 || t&Governs == 0 {
+				break
+			}
+			if sheds(inner) {
+				say("%s is outside %s, which lets no call wait: it never acts; put it inside", nameOf(outer), nameOf(inner))
+				break
+			}
+		}
+		for _, inner := range p.layers[i+1:] {
+			if t&traitsOf(inner)&(Retries|Hedges) != 0 {
+				say("%s is outside %s: each of its attempts makes attempts of its own, so a call makes up to as many as both multiplied; leave one out", nameOf(outer), nameOf(inner))
+			}
 			if t&Retries != 0 && traitsOf(inner)&Hedges != 0 {
 				say("%s is outside %s: each of its attempts may be hedged, so a call makes up to as many attempts as both multiplied; put the hedge outside", nameOf(outer), nameOf(inner))
 			}
@@ -65,6 +82,12 @@ func (p *program) advise() {
 			}
 		}
 	}
+}
+
+// sheds reports whether no call waits inside l. An [Only] leaves other calls alone.
+func sheds(l Layer) bool {
+	_, only := l.(*onlyGate)
+	return !only && traitsOf(l)&Sheds != 0
 }
 
 // timeoutOf returns the timeout of a layer, zero if it has none.
@@ -76,9 +99,10 @@ func timeoutOf(l Layer) time.Duration {
 }
 
 // Advice returns what is legal in the order of the layers and rarely meant, one sentence
-// each: a breaker, throttle or rate outside what waits, an inner timeout that is not
-// shorter than an outer one, a retry outside a hedge. The package documentation has the
-// arithmetic. NewStack logs it once.
+// each: a breaker, throttle or rate outside what waits, a buffer or fail-fast outside a
+// load shed, an inner timeout that is not shorter than an outer one, a retry outside a
+// hedge or another retry. The package documentation has the arithmetic. NewStack logs it
+// once.
 func (s *Stack) Advice() []string { return append([]string(nil), s.prog.Load().advice...) }
 
 func (s *Stack) logAdvice() {

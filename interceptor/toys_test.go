@@ -119,7 +119,7 @@ type shedToy struct {
 
 func (l *shedToy) NewLayer() (interceptor.Layer, error) { return l, nil }
 
-func (*shedToy) Traits() interceptor.Traits { return interceptor.Governs }
+func (*shedToy) Traits() interceptor.Traits { return interceptor.Governs | interceptor.Sheds }
 
 func (*shedToy) String() string { return "shed" }
 

@@ -51,6 +51,6 @@ func Example() {
 	// connection refused
 	// closed to open for 10s: consecutive failures
 	// connection refused
-	// belfry: breaker: BREAKER_OPEN: open
+	// belfry: breaker: BREAKER_OPEN: the circuit is open
 	// try again in 10s
 }

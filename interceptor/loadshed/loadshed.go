@@ -71,8 +71,8 @@ func (l *Layer) Config() Config { return Config{} }
 // String returns the layer's name.
 func (l *Layer) String() string { return l.name }
 
-// Traits says that it decides how long calls wait inside it.
-func (l *Layer) Traits() interceptor.Traits { return interceptor.Governs }
+// Traits says that it lets no call wait inside it.
+func (l *Layer) Traits() interceptor.Traits { return interceptor.Governs | interceptor.Sheds }
 
 // WrapGate returns the gate.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {

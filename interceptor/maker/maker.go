@@ -22,7 +22,7 @@ import (
 // ReasonMake is the reason of a call that was refused because its key or connection could
 // not be made. The refusal wraps the error. Its code is that of the error if it has a
 // gRPC status, else UNAVAILABLE for a connection and INVALID_ARGUMENT for a key. Nothing
-// was sent.
+// was sent. It names the key if there is one.
 const ReasonMake interceptor.Reason = "MAKE_FAILED"
 
 // A Conn is a connection that can be closed, such as a *grpc.ClientConn.
@@ -260,8 +260,8 @@ func (m *Maker) retain(e *entry) {
 }
 
 // refuse returns the refusal of a call whose key or connection could not be made.
-func (m *Maker) refuse(what string, err error, code codes.Code) error {
-	r := interceptor.Refuse(m.name, ReasonMake, what).Because(err, false)
+func (m *Maker) refuse(what, key string, err error, code codes.Code) error {
+	r := interceptor.Refuse(m.name, ReasonMake, what).ForKey(key).Because(err, false)
 	r.Code = code
 	if st, ok := status.FromError(err); ok && st.Code() != codes.OK {
 		r.Code = st.Code()
@@ -276,7 +276,7 @@ func (m *Maker) acquire(ctx context.Context, method string, args any, opts []grp
 		if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 			return nil, interceptor.Ended(ctx, m.name)
 		}
-		return nil, m.refuse("no key", err, codes.InvalidArgument)
+		return nil, m.refuse("the call has no key", "", err, codes.InvalidArgument)
 	}
 	m.mu.Lock()
 	if m.closed {
@@ -457,7 +457,7 @@ func (m *Maker) settle(e *entry, conn Conn, err error) {
 	case m.closed:
 		e.err = m.closedRefusal
 	case err != nil:
-		e.err = m.refuse("no connection for "+e.key, err, codes.Unavailable)
+		e.err = m.refuse("the connection cannot be made", e.key, err, codes.Unavailable)
 		m.forgetLocked(e)
 		m.grantLocked()
 	default:

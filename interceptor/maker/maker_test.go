@@ -227,8 +227,8 @@ func TestFailureIsNotRemembered(t *testing.T) {
 			for _, c := range []<-chan error{start(m, context.Background(), "a"), start(m, context.Background(), "a")} {
 				err := <-c
 				r, ok := interceptor.AsRefusal(err)
-				if !ok || r.Reason != ReasonMake || !r.NotSent() || !errors.Is(err, tc.err) || status.Code(err) != tc.code {
-					t.Errorf("a call whose connection cannot be made: %v, want a refusal with %v and reason MAKE_FAILED", err, tc.code)
+				if !ok || r.Reason != ReasonMake || r.Key != "a" || !r.NotSent() || !errors.Is(err, tc.err) || status.Code(err) != tc.code {
+					t.Errorf("a call whose connection cannot be made: %v, want a refusal of key a with %v and reason MAKE_FAILED", err, tc.code)
 				}
 			}
 			fac.want(t, "made", &fac.made, "a")
