@@ -81,21 +81,17 @@ func (s *Stack) compile(layers []Layer) (*program, error) {
 			addReady()
 		}
 		gate, next := p.gate, p.next
-		var again Again
+		var inside *boundary
 		if !isGateOnly(l) {
-			b := &boundary{id: id, gate: gate, next: next}
-			gate, next, again = b, b.call, b.again
+			inside = &boundary{id: id, gate: gate, next: next}
+			gate, next = inside, inside.call
 			id--
 		}
 		p.gate = wrapGate(l, gate, waits)
 		if traitsOf(l)&Waits != 0 {
 			waits++
 		}
-		if f, ok := l.(*foreign); ok {
-			p.next = f.wrap(next, gate.(*boundary))
-		} else {
-			p.next = l.WrapCall(next, again)
-		}
+		p.next = wrapCall(l, next, inside)
 		if isnil.Value(p.gate) {
 			return nil, fmt.Errorf("interceptor: layer %d (%s): WrapGate returned nil", i, nameOf(l))
 		}
@@ -128,6 +124,24 @@ func wrapGate(l Layer, inner Gate, waits int) Gate {
 		return over.WrapGateOver(inner, waits)
 	}
 	return l.WrapGate(inner)
+}
+
+// callOver is a layer whose call path makes Calls of its own for the boundary inside
+// it. wrap is called instead of WrapCall.
+type callOver interface {
+	wrap(next Next, inside *boundary) Next
+}
+
+// wrapCall returns the call path of l around next. inside is the boundary inside l,
+// nil if l leaves the call path alone.
+func wrapCall(l Layer, next Next, inside *boundary) Next {
+	if over, ok := l.(callOver); ok {
+		return over.wrap(next, inside)
+	}
+	if inside == nil {
+		return l.WrapCall(next, nil)
+	}
+	return l.WrapCall(next, inside.again)
 }
 
 // admitAll is the innermost gate.

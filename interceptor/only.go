@@ -116,8 +116,11 @@ func (o *onlyCall) WrapGateOver(inner Gate, waits int) Gate {
 	})
 }
 
-func (o *onlyCall) WrapCall(next Next, again Again) Next {
-	layer := o.layer.WrapCall(next, again)
+// WrapCall is not called: the stack calls wrap instead.
+func (o *onlyCall) WrapCall(next Next, _ Again) Next { return next }
+
+func (o *onlyCall) wrap(next Next, inside *boundary) Next {
+	layer := wrapCall(o.layer, next, inside)
 	return func(ctx context.Context, c *Call) error {
 		if _, ok := c.Noted(o); ok {
 			return layer(ctx, c)
