@@ -234,9 +234,12 @@ func (c *Call) openStream(ctx context.Context) error {
 	if err == nil && c.stream == nil {
 		err = errNoStream
 	}
-	if err == nil || c.grpcConn == nil {
+	switch {
+	case err == nil:
 		c.arrived(sent)
-	} else {
+	case c.grpcConn == nil:
+		c.arrived(fateElsewhere(err))
+	default:
 		c.arrived(fateUnsent(c.grpcConn, err))
 	}
 	return err
