@@ -485,11 +485,19 @@ func (p *program) end(ctx context.Context, c *Call, finish []func(error), return
 	if !*returned {
 		e = errPanic
 	}
+	clean := false
+	defer p.over(ctx, c, finish, e, &clean)
 	if c.running {
 		c.settle(ctx, 0, e)
 	} else {
 		c.release(0, -1, endOfRefused(e))
 	}
+	clean = *returned
+}
+
+// over tells the caller and the observer of the end of a unary call. A call that is
+// not clean has panicked, or a Releaser of it has.
+func (p *program) over(ctx context.Context, c *Call, finish []func(error), e error, clean *bool) {
 	for _, f := range finish {
 		f(e)
 	}
@@ -500,7 +508,7 @@ func (p *program) end(ctx context.Context, c *Call, finish []func(error), return
 		}
 		p.obs.InFlight(-1)
 	}
-	if *returned && !c.forked.Load() {
+	if *clean && !c.forked.Load() {
 		c.reset(p)
 		p.calls.Put(c)
 	}

@@ -185,6 +185,7 @@ func (sc *streamCall) abort(err error) {
 
 // done is the end of the call, after its tickets were released.
 func (sc *streamCall) done(o Outcome, err error) {
+	defer sc.prog.stack.leave(callOne) // Even if a caller's function panics.
 	if sc.cancel != nil {
 		sc.cancel()
 	}
@@ -199,7 +200,6 @@ func (sc *streamCall) done(o Outcome, err error) {
 		}
 		p.obs.InFlight(-1)
 	}
-	p.stack.leave(callOne)
 }
 
 // begin readies s for the stream that is about to be opened inside boundary id.
