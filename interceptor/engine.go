@@ -82,21 +82,17 @@ func (s *Stack) compile(layers []Layer) (*program, error) {
 			addReady()
 		}
 		gate, next := p.gate, p.next
-		var again Again
+		var inside *boundary
 		if !isGateOnly(l) {
-			b := &boundary{id: id, gate: gate, next: next}
-			gate, next, again = b, b.enter(), b.again
+			inside = &boundary{id: id, gate: gate, next: next}
+			gate, next = inside, inside.enter()
 			id--
 		}
 		p.gate = wrapGate(l, gate, waits)
 		if traitsOf(l)&Waits != 0 {
 			waits++
 		}
-		if f, ok := l.(*foreign); ok {
-			p.next = f.wrap(next, gate.(*boundary))
-		} else {
-			p.next = l.WrapCall(next, again)
-		}
+		p.next = wrapCall(l, next, inside)
 		if isnil.Value(p.gate) {
 			return nil, fmt.Errorf("interceptor: layer %d (%s): WrapGate returned nil", i, nameOf(l))
 		}
@@ -128,6 +124,24 @@ func wrapGate(l Layer, inner Gate, waits int) Gate {
 		return over.WrapGateOver(inner, waits)
 	}
 	return l.WrapGate(inner)
+}
+
+// callOver is a layer whose call path makes Calls of its own for the boundary inside
+// it. wrap is called instead of WrapCall.
+type callOver interface {
+	wrap(next Next, inside *boundary) Next
+}
+
+// wrapCall returns the call path of l around next. inside is the boundary inside l,
+// nil if l leaves the call path alone.
+func wrapCall(l Layer, next Next, inside *boundary) Next {
+	if over, ok := l.(callOver); ok {
+		return over.wrap(next, inside)
+	}
+	if inside == nil {
+		return l.WrapCall(next, nil)
+	}
+	return l.WrapCall(next, inside.again)
 }
 
 // lastGate is the innermost gate.
@@ -238,9 +252,12 @@ func (c *Call) openStream(ctx context.Context) (err error) {
 	if err == nil && c.stream == nil {
 		err = errNoStream
 	}
-	if err == nil || c.grpcConn == nil {
+	switch {
+	case err == nil:
 		c.arrived(sent)
-	} else {
+	case c.grpcConn == nil:
+		c.arrived(fateElsewhere(err))
+	default:
 		c.arrived(fateUnsent(c.grpcConn, err))
 	}
 	return err
@@ -545,17 +562,25 @@ func (p *program) end(ctx context.Context, c *Call) {
 	if !c.ended {
 		err = errPanic
 	}
+	clean := false
+	defer p.over(ctx, c, err, &clean)
 	if c.running {
 		c.settleAll(ctx, 0, err)
 	} else {
 		c.release(0, endOfRefused(err))
 	}
+	clean = c.ended
+}
+
+// over tells the caller and the observer of the end of a unary call. A call that is
+// not clean has panicked, or a Releaser of it has.
+func (p *program) over(ctx context.Context, c *Call, err error, clean *bool) {
 	outcome := NotSent
 	if p.obs != nil {
 		outcome = c.endOf(ctx, err).Outcome
 	}
 	c.tell(outcome, err)
-	if c.ended && !c.forked.Load() {
+	if *clean && !c.forked.Load() {
 		c.reset(p)
 		p.calls.Put(c)
 	}

@@ -97,8 +97,11 @@ type onlyCall struct{ only }
 
 func (o *onlyCall) NewLayer() (Layer, error) { return o, nil }
 
-func (o *onlyCall) WrapCall(next Next, again Again) Next {
-	layer := o.layer.WrapCall(next, again)
+// WrapCall is not called: the stack calls wrap instead.
+func (o *onlyCall) WrapCall(next Next, _ Again) Next { return next }
+
+func (o *onlyCall) wrap(next Next, inside *boundary) Next {
+	layer := wrapCall(o.layer, next, inside)
 	return func(ctx context.Context, c *Call) error {
 		if _, ok := c.Noted(&o.only); ok {
 			return layer(ctx, c)

@@ -157,7 +157,7 @@ const (
 func fateOf(cc *grpc.ClientConn, hasPeer bool, trailer metadata.MD, err error) fate {
 	switch {
 	case !hasPeer && cc == nil:
-		return sent
+		return fateElsewhere(err)
 	case !hasPeer:
 		return fateUnsent(cc, err)
 	case attempt.ServerSpoke(trailer):
@@ -168,6 +168,19 @@ func fateOf(cc *grpc.ClientConn, hasPeer bool, trailer metadata.MD, err error) f
 		return sent | unreadable
 	}
 	return sent
+}
+
+// fateElsewhere tells what became of an attempt that failed with err on a connection
+// that is not gRPC's own. It was sent unless a stack further in says otherwise.
+func fateElsewhere(err error) fate {
+	r, ok := AsRefusal(err)
+	switch {
+	case !ok || r.Sent:
+		return sent
+	case r.Reason == ReasonNotReady:
+		return unconnected
+	}
+	return 0
 }
 
 // fateUnsent returns what became of an attempt for which gRPC made no stream. If an
@@ -196,13 +209,13 @@ func endOfRefused(err error) End {
 // asks: a hedge that its layer has cancelled is cancelled for the tickets inside that
 // layer and not for those outside.
 func judge(ctx context.Context, err error, f fate) Outcome {
-	if r, ok := AsRefusal(err); ok && r.NotSent() {
-		if r.Reason == ReasonNotReady {
-			return NotConnected
-		}
-		return NotSent
-	}
+	refusal, refused := AsRefusal(err)
+	refused = refused && refusal.NotSent()
 	switch {
+	case refused && f&sent == 0 && refusal.Reason == ReasonNotReady:
+		return NotConnected
+	case refused && f&sent == 0:
+		return NotSent
 	case f&sent == 0 && f&unconnected != 0:
 		return NotConnected
 	case f&sent == 0:
@@ -215,6 +228,9 @@ func judge(ctx context.Context, err error, f fate) Outcome {
 		}
 		return Ignored
 	case isClosing(err) || abandoned(ctx, err):
+		return Ignored
+	case refused && refusal.Reason != ReasonDeadline:
+		// The refusal of a further attempt, by whoever does not say what came before.
 		return Ignored
 	}
 	return Failed

@@ -64,7 +64,7 @@ type scope struct {
 	stop     func() bool
 
 	asked     atomic.Bool // A message was sent.
-	responded atomic.Bool // The first response was seen.
+	responded atomic.Bool // The first response was seen before the end. Set under mu.
 
 	opts [6]grpc.CallOption // Room for the options of the attempt,
 	kids [1]*scope          // and for the scopes inside.
@@ -383,13 +383,13 @@ func (s *scope) RecvMsg(m any) error {
 
 // respond tells the holders of tickets about the first response.
 func (s *scope) respond() {
-	if s.responded.Load() || s.responded.Swap(true) {
+	if s.responded.Load() {
 		return
 	}
 	e := End{Outcome: OK, Responded: true, sent: s.call.whenSent()}
 	s.mu.Lock()
 	defer s.mu.Unlock() // So that no ticket is released meanwhile.
-	if s.over {
+	if s.over || s.responded.Swap(true) {
 		return
 	}
 	for _, t := range slices.Backward(s.tickets) {
