@@ -43,7 +43,73 @@ func (*againToy) WrapCall(next interceptor.Next, _ interceptor.Again) intercepto
 	}
 }
 
+// extraToy makes a further attempt, which nobody waits for if ends is set.
+type extraToy struct {
+	interceptor.CallOnly
+	expendable, ends bool
+}
+
+func (l *extraToy) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (*extraToy) Traits() interceptor.Traits { return interceptor.Hedges }
+
+func (l *extraToy) WrapCall(next interceptor.Next, again interceptor.Again) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) error {
+		origin := c.Origin()
+		origin.Expendable = l.expendable
+		err := next(ctx, c)
+		further, cancel := context.WithCancel(ctx)
+		defer cancel()
+		if l.ends {
+			cancel()
+		}
+		if f, refused := again(further, &origin, interceptor.Forever); refused == nil {
+			err = next(further, f)
+		}
+		return err
+	}
+}
+
+// expendables notes of each attempt whether it is expendable.
+type expendables struct {
+	interceptor.GateOnly
+	got []bool
+}
+
+func (l *expendables) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l *expendables) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		l.got = append(l.got, a.Internals().Expendable())
+		return inner.Admit(ctx, a, w)
+	})
+}
+
 func TestAttempts(t *testing.T) {
+	t.Run("of_an_expendable_one_are_expendable", func(t *testing.T) {
+		e := &expendables{}
+		s := calltest.Stack(t, &extraToy{expendable: true}, &extraToy{}, e)
+		if err := s.Wrap(answers(nil, nil, nil, nil)).Invoke(t.Context(), calltest.Method, nil, new(wrapperspb.StringValue)); err != nil {
+			t.Fatal(err)
+		}
+		// The first and its retry, then the hedge and its retry.
+		if want := []bool{false, false, true, true}; !slices.Equal(e.got, want) {
+			t.Errorf("expendable: %v, want %v", e.got, want)
+		}
+	})
+
+	t.Run("observer_does_not_hear_of_one_that_nobody_wants", func(t *testing.T) {
+		obs := &recorder{}
+		s := calltest.Stack(t, interceptor.Observe(obs), &extraToy{ends: true})
+		if err := s.Wrap(answers(nil)).Invoke(t.Context(), "/m", nil, new(wrapperspb.StringValue)); err != nil {
+			t.Fatal(err)
+		}
+		want := []string{"inflight +1", "admitted /m unary 0", "attempt /m 0", "ended /m unary ok OK", "inflight -1"}
+		if got := obs.log.take(); !slices.Equal(got, want) {
+			t.Errorf("observed %q, want %q", got, want)
+		}
+	})
+
 	t.Run("next_called_twice_is_an_error", func(t *testing.T) {
 		log, obs := &eventLog{}, &recorder{}
 		s := calltest.Stack(t, interceptor.Observe(obs), &againToy{}, &logToy{name: "attempt", log: log})

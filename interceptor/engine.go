@@ -53,17 +53,8 @@ func (p *program) of(method string) *program {
 // compile compiles layers.
 func (s *Stack) compile(layers []Layer) (*program, error) {
 	p := &program{stack: s}
-	for i, l := range layers {
-		switch l := l.(type) {
-		case off:
-			continue
-		case *observe:
-			if p.obs != nil {
-				return nil, fmt.Errorf("interceptor: layer %d: a stack has one observer, this is the second", i)
-			}
-			p.obs = l.o
-		}
-		p.layers = append(p.layers, l)
+	if err := p.take(layers); err != nil {
+		return nil, err
 	}
 	if err := p.check(); err != nil {
 		return nil, err
@@ -109,6 +100,23 @@ func (s *Stack) compile(layers []Layer) (*program, error) {
 		return c
 	}
 	return p, nil
+}
+
+// take takes the layers that are not off, and finds the observer.
+func (p *program) take(layers []Layer) error {
+	for i, l := range layers {
+		switch l := l.(type) {
+		case off:
+			continue
+		case *observe:
+			if p.obs != nil {
+				return fmt.Errorf("interceptor: layer %d: a stack has one observer, this is the second", i)
+			}
+			p.obs = l.o
+		}
+		p.layers = append(p.layers, l)
+	}
+	return nil
 }
 
 // gateOver is a layer whose gate depends on how many of the gates inside it can wait.

@@ -5,7 +5,6 @@ package concurrency
 
 import (
 	"context"
-	"errors"
 	"slices"
 	"strconv"
 	"sync"
@@ -283,7 +282,7 @@ func (l *Layer) Update(cfg Config) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if old := l.settings.Load().config.KeyBy; !cfg.KeyBy.Same(old) {
-		errs.Add("KeyBy", cfg.KeyBy, "must stay as it is: make a new layer")
+		errs.Add("KeyBy", cfg.KeyBy, "must stay %v: make a new layer", old)
 	}
 	set, err := l.check(cfg, errs)
 	if err != nil {
@@ -326,10 +325,7 @@ func (l *Layer) check(cfg Config, errs *check.Errors) (*settings, error) {
 	check.Default(errs, "CoDelTarget", &set.target, check.Positive, defaultCoDelTarget)
 	check.Default(errs, "CoDelInterval", &set.interval, check.Positive, defaultCoDelInterval)
 	check.Default(errs, "MaxKeys", &set.maxKeys, check.From(1, mostKeys), defaultMaxKeys)
-	var bad *interceptor.ConfigError
-	if errors.As(cfg.KeyBy.Check("concurrency"), &bad) {
-		errs.Add(bad.Field, bad.Value, bad.Rule)
-	}
+	errs.KeyBy("KeyBy", cfg.KeyBy)
 	errs.Require(l.custom == nil || !cfg.KeyBy.IsSet(), "KeyBy", cfg.KeyBy, "must not be set if WithAlgorithm is used")
 	set.drops = check.Codes(errs, "DropCodes", cfg.DropCodes, codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded)
 	return set, errs.Err()
