@@ -246,7 +246,8 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 // repeat continues a unary call after its first attempt.
 func (l *Layer) repeat(ctx context.Context, of further.Call, next interceptor.Next, err error) error {
 	s := &series{Call: of, layer: l, next: next, request: of.Request()}
-	last := s.first(ctx, err)
+	first := s.first(ctx, err)
+	last := &first
 	for {
 		again, err := s.step(ctx, last)
 		if again == nil {
@@ -279,19 +280,19 @@ type failure struct {
 
 // first counts the first attempt, which ended with err; for a stream, whether it
 // could be opened.
-func (s *series) first(ctx context.Context, err error) *failure {
+func (s *series) first(ctx context.Context, err error) failure {
 	c := s.Call.Call
 	sent := c.Internals().Outcome(ctx, err).Sent()
 	return s.count(further.Attempt{Call: c, Err: err, Sent: sent})
 }
 
-func (s *series) count(a further.Attempt) *failure {
+func (s *series) count(a further.Attempt) failure {
 	if a.Sent {
 		s.made++
 	} else {
 		s.unsent++
 	}
-	return &failure{a, a.Call.Internals().Trailer()}
+	return failure{a, a.Call.Internals().Trailer()}
 }
 
 // step judges an attempt, and repeats it if it should be: again is the further
@@ -309,7 +310,8 @@ func (s *series) step(ctx context.Context, last *failure) (again *failure, err e
 	if refused != nil {
 		return nil, s.Refused(ctx, refused, last.Err)
 	}
-	return s.count(a), nil
+	f := s.count(a)
+	return &f, nil
 }
 
 // run carries out a further attempt.
