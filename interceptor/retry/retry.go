@@ -243,7 +243,8 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 // repeat continues a unary call after its first attempt.
 func (l *Layer) repeat(ctx context.Context, of further.Call, next interceptor.Next, err error) error {
 	s := &series{Call: of, layer: l, next: next, request: of.Request()}
-	last := s.first(ctx, err)
+	first := s.first(ctx, err)
+	last := &first
 	for {
 		again, err := s.step(ctx, last)
 		if again == nil {
@@ -276,19 +277,19 @@ type failure struct {
 
 // first counts the first attempt, which ended with err. For a stream err says whether it
 // could be opened.
-func (s *series) first(ctx context.Context, err error) *failure {
+func (s *series) first(ctx context.Context, err error) failure {
 	c := s.Call.Call
 	sent := c.Internals().Outcome(ctx, err).Sent()
 	return s.count(further.Attempt{Call: c, Err: err, Sent: sent})
 }
 
-func (s *series) count(a further.Attempt) *failure {
+func (s *series) count(a further.Attempt) failure {
 	if a.Sent {
 		s.made++
 	} else {
 		s.unsent++
 	}
-	return &failure{a, a.Call.Internals().Trailer()}
+	return failure{a, a.Call.Internals().Trailer()}
 }
 
 // step judges an attempt and repeats it if that is right. again is the further attempt,
@@ -305,7 +306,8 @@ func (s *series) step(ctx context.Context, last *failure) (again *failure, err e
 	if refused != nil {
 		return nil, s.Refused(ctx, refused, last.Err)
 	}
-	return s.count(a), nil
+	f := s.count(a)
+	return &f, nil
 }
 
 // run carries out a further attempt.

@@ -38,7 +38,8 @@ func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.
 	}
 	s := &stream{ctx: ctx, limit: set.buffer, live: true, series: series{Call: of, layer: l, next: next}}
 	s.changed.L = &s.mu
-	last := s.series.first(ctx, err)
+	first := s.series.first(ctx, err)
+	last := &first
 	for last.Err != nil {
 		again, err := s.series.step(ctx, last)
 		if again == nil {

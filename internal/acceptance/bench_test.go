@@ -170,7 +170,7 @@ func BenchmarkStream(b *testing.B) {
 	}
 }
 
-func TestSixLayersCostNoAllocationAndAStreamThroughAGateThree(t *testing.T) {
+func TestCostOfSixLayers(t *testing.T) {
 	if race.Enabled {
 		t.Skip("the race detector makes pools forget")
 	}
@@ -184,5 +184,8 @@ func TestSixLayersCostNoAllocationAndAStreamThroughAGateThree(t *testing.T) {
 	}
 	if got := testing.AllocsPerRun(1000, openAndEnd(t, gate(t))); got > 3 {
 		t.Errorf("a stream through a gate: %v allocations, want at most 3", got)
+	}
+	if got := testing.AllocsPerRun(1000, openAndEnd(t, six(t))); got > 8 {
+		t.Errorf("a stream through the six layers: %v allocations, want at most 8", got)
 	}
 }
