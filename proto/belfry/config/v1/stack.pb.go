@@ -200,23 +200,23 @@ func (Backoff_Jitter) EnumDescriptor() ([]byte, []int) {
 //	  "sharedLayers": {"all": {"concurrency": {"limit": 100}}}
 //	}
 //
-// In its proto3 JSON form it looks like a gRPC service config, but it is none, and
-// it is read more strictly: an unknown field is an error, for a misspelt limit
-// that is silently not there is worse than none. An error names the field by its
-// path, such as methodConfig[1].layers[2].concurrency.limit. Unless a field says
-// otherwise, zero is the same as unset, and durations are not negative.
+// In its proto3 JSON form it looks like a gRPC service config, but it is not one, and it
+// is read more strictly: an unknown field is an error, because a misspelt limit would
+// silently be missing. An error names the field by its path, such as
+// methodConfig[1].layers[2].concurrency.limit. Unless a field says otherwise, zero is the
+// same as unset, and durations are not negative.
 type Stack struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The methods and their layers. Of the entries that match a method the one
-	// with the most specific name counts, and it counts alone: entries are not
-	// merged. A method that no entry matches has no layers.
+	// The methods and their layers. Of the entries that match a method only the one with
+	// the most specific name counts; entries are not merged. A method that no entry matches
+	// has no layers.
 	MethodConfig []*MethodConfig `protobuf:"bytes,1,rep,name=method_config,json=methodConfig,proto3" json:"method_config,omitempty"`
 	// Layers that entries refer to by name, with {"shared": NAME}. A shared layer
 	// has one state: a limit of 100 calls is a limit of 100 calls for all entries
 	// together.
 	SharedLayers map[string]*Layer `protobuf:"bytes,2,rep,name=shared_layers,json=sharedLayers,proto3" json:"shared_layers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// What retries spend that name no other budget, in all entries together. Unset:
-	// a budget with its defaults.
+	// The budget of all retries that name no other one, in all entries together. Unset: a
+	// budget with its defaults.
 	Budget *Budget `protobuf:"bytes,3,opt,name=budget,proto3" json:"budget,omitempty"`
 	// Further budgets, for retries and hedges that name one.
 	Budgets       map[string]*Budget `protobuf:"bytes,4,rep,name=budgets,proto3" json:"budgets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
@@ -285,7 +285,7 @@ func (x *Stack) GetBudgets() map[string]*Budget {
 // MethodConfig says what layers the calls of some methods go through.
 type MethodConfig struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The methods: at least one name. A name stands in the whole Stack once.
+	// The methods: at least one name. A name occurs in the whole Stack once.
 	Name []*MethodName `protobuf:"bytes,1,rep,name=name,proto3" json:"name,omitempty"`
 	// The layers, the outermost first. None: the calls are only counted.
 	Layers        []*Layer `protobuf:"bytes,2,rep,name=layers,proto3" json:"layers,omitempty"`
@@ -396,29 +396,26 @@ func (x *MethodName) GetMethod() string {
 // Layer is one layer. Exactly one kind is set; the empty message {} is a kind
 // with its defaults.
 //
-// When a Stack is updated while calls run a layer keeps its state: permits in
-// use and queues, counts and balances, latencies, circuits. It takes over the
-// state of the layer of the same kind and name in the same entry. Where names are
-// not given, the first of a kind takes over from the first of that kind, the
-// second from the second. An entry is the same as before if it has a name in common
-// with an entry of before; of several the one whose name stands first in both, and
-// only one from which a layer can take over. A shared layer takes over from the
-// shared layer of the same kind and name. If "algorithm", "budget", what calls are
-// told apart by, or a function is not the same, the layer begins with a state of its
-// own.
+// When a Stack is updated while calls run, a layer keeps its state: permits in use and
+// queues, counts and balances, latencies, circuits. It takes over the state of the layer
+// of the same kind and name in the same entry. Without names, the first of a kind takes
+// over from the first of that kind, the second from the second. An entry is the same as
+// before if it shares a name with a previous entry; of several that is the one whose
+// shared name is first in both, provided that a layer can take over from it. A shared
+// layer takes over from the shared layer of the same kind and name. If "algorithm",
+// "budget", the key of calls or a function differs, the layer starts with a new state.
 //
 // The fields of a kind are those of the Config in its Go package, and have the same
 // meaning, unit, range and default: see
 // https://pkg.go.dev/github.com/belfry-go/belfry/interceptor. A field that is not in a
-// Config, or differs from it, says so here. Status codes are given by their gRPC
-// names, and an empty list of them is the default. Functions, and what calls are told
-// apart by, are named as the program supplies them.
+// Config, or differs from it, has a comment here. Status codes are given by their gRPC
+// names, and an empty list of them is the default. Functions have the names under which
+// the program supplies them.
 type Layer struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The name of the layer in refusals, in metrics and when the stack is printed;
-	// within an entry each name is given once. Unset: the name of the kind. A
-	// shared layer has the name it is shared by, so this is unset there and beside
-	// "shared".
+	// The name of the layer in refusals, in metrics and when the stack is printed; within
+	// an entry names are unique. Unset: the name of the kind. A shared layer has the name
+	// that it is shared by, so this is unset there and beside "shared".
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// What the layer does.
 	//
@@ -598,13 +595,13 @@ type isLayer_Kind interface {
 }
 
 type Layer_Shared struct {
-	// The name of a layer in Stack.shared_layers. It stands in an entry once.
+	// The name of a layer in Stack.shared_layers. It occurs in an entry once.
 	Shared string `protobuf:"bytes,2,opt,name=shared,proto3,oneof"`
 }
 
 type Layer_Provided struct {
-	// The name of a layer that the program supplies, for what is not data. It
-	// stands in an entry once.
+	// The name of a layer that the program supplies, for what is not data. It occurs in
+	// an entry once.
 	Provided string `protobuf:"bytes,3,opt,name=provided,proto3,oneof"`
 }
 
@@ -614,7 +611,7 @@ type Layer_Timeout struct {
 }
 
 type Layer_RateLimit struct {
-	// Bounds how many calls begin in a time.
+	// Bounds how many calls are sent in a time.
 	RateLimit *RateLimit `protobuf:"bytes,5,opt,name=rate_limit,json=rateLimit,proto3,oneof"`
 }
 
@@ -624,12 +621,12 @@ type Layer_Concurrency struct {
 }
 
 type Layer_Buffer struct {
-	// Lets a bounded number of calls wait for what is inside.
+	// Lets a bounded number of calls wait for the layers inside.
 	Buffer *Buffer `protobuf:"bytes,7,opt,name=buffer,proto3,oneof"`
 }
 
 type Layer_LoadShed struct {
-	// Refuses calls at once that would have to wait.
+	// Refuses calls that would have to wait, at once.
 	LoadShed *LoadShed `protobuf:"bytes,8,opt,name=load_shed,json=loadShed,proto3,oneof"`
 }
 
@@ -639,7 +636,7 @@ type Layer_FailFast struct {
 }
 
 type Layer_Throttle struct {
-	// Refuses calls by chance when the server rejects most of them.
+	// Refuses some calls at random while the server rejects most of them.
 	Throttle *Throttle `protobuf:"bytes,10,opt,name=throttle,proto3,oneof"`
 }
 
@@ -654,7 +651,7 @@ type Layer_Retry struct {
 }
 
 type Layer_Hedge struct {
-	// Repeats calls that take long while they run.
+	// Makes a second attempt of calls that take long.
 	Hedge *Hedge `protobuf:"bytes,13,opt,name=hedge,proto3,oneof"`
 }
 
@@ -1040,8 +1037,8 @@ func (*RateLimit_PriorityFunc) isRateLimit_Priority() {}
 // Concurrency is interceptor/concurrency.Config.
 type Concurrency struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Required. When it changes permits in use stay in use; another algorithm begins at
-	// the limit that holds.
+	// Required. When it changes, permits in use stay in use; another algorithm starts at
+	// the current limit.
 	//
 	// Types that are valid to be assigned to Bound:
 	//
