@@ -103,7 +103,7 @@ func TestAdapt(t *testing.T) {
 	})
 }
 
-// slowLimiters are layers of limiters of others that each wait for d, as long as
+// slowLimiters are layers of third-party limiters that each wait for d, as long as
 // their context lives.
 func slowLimiters(t *testing.T, d time.Duration) []interceptor.Spec {
 	t.Helper()

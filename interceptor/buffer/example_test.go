@@ -21,11 +21,11 @@ import (
 // slow takes the role of a connection. Its calls take until release is closed.
 type slow struct {
 	grpc.ClientConnInterface
-	begun, release chan struct{}
+	started, release chan struct{}
 }
 
 func (s *slow) Invoke(context.Context, string, any, any, ...grpc.CallOption) error {
-	s.begun <- struct{}{}
+	s.started <- struct{}{}
 	<-s.release
 	return nil
 }
@@ -41,12 +41,12 @@ func Example() {
 	}
 	fmt.Println(stack)
 
-	server := &slow{begun: make(chan struct{}, 2), release: make(chan struct{})}
+	server := &slow{started: make(chan struct{}, 2), release: make(chan struct{})}
 	conn := stack.Wrap(server)
 	ended := make(chan error)
 	call := func() { ended <- conn.Invoke(context.Background(), "/orders.Orders/Get", nil, nil) }
 	go call() // Runs.
-	<-server.begun
+	<-server.started
 	go call() // Waits in the buffer.
 	for queue.Waiting() == 0 {
 		runtime.Gosched()

@@ -25,7 +25,7 @@ import (
 const ms = time.Millisecond
 
 // feed gives a limit one round of samples after the other: as many as it allows,
-// or inFlight if that is not zero, all begun at once and ended at once.
+// or inFlight if that is not zero, all started and ended together.
 type feed struct {
 	limit concurrency.Limit
 	now   interceptor.Instant

@@ -20,11 +20,11 @@ import (
 // stuck takes the role of a connection to a server that does not answer.
 type stuck struct {
 	grpc.ClientConnInterface
-	begun, answer chan struct{}
+	started, answer chan struct{}
 }
 
 func (s *stuck) Invoke(context.Context, string, any, any, ...grpc.CallOption) error {
-	s.begun <- struct{}{}
+	s.started <- struct{}{}
 	<-s.answer
 	return nil
 }
@@ -38,13 +38,13 @@ func Example() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	server := &stuck{begun: make(chan struct{}, 2), answer: make(chan struct{})}
+	server := &stuck{started: make(chan struct{}, 2), answer: make(chan struct{})}
 	conn := stack.Wrap(server)
 	call := func() error { return conn.Invoke(context.Background(), "/orders.Orders/Get", nil, nil) }
 
 	first := make(chan error)
 	go func() { first <- call() }() // Holds the only permit.
-	<-server.begun
+	<-server.started
 	err = call() // Waits for 20ms.
 	fmt.Println(status.Code(err), "failing:", fast.Failing())
 	err = call() // Does not wait any more.

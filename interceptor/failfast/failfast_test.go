@@ -432,10 +432,10 @@ func TestLiveness(t *testing.T) {
 				wg.Go(func() {
 					ctx, cancel := context.WithTimeout(context.Background(), patience)
 					defer cancel()
-					begun := time.Now()
+					started := time.Now()
 					err := c.Wrap(calltest.Takes(service)).Invoke(ctx, calltest.Method, nil, nil)
-					if r := calltest.Reason(err); r != "" && time.Since(begun) > bound {
-						t.Errorf("seed %d: %v after %v, want at most %v", seed, err, time.Since(begun), bound)
+					if r := calltest.Reason(err); r != "" && time.Since(started) > bound {
+						t.Errorf("seed %d: %v after %v, want at most %v", seed, err, time.Since(started), bound)
 					}
 				})
 				time.Sleep(time.Duration(rng.IntN(30)) * ms)

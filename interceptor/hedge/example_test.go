@@ -26,7 +26,7 @@ func Example() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	// stack.DialOptions() puts it into a connection; here it stands in front of
+	// stack.DialOptions() puts it into a connection; here it is in front of
 	// servers of which the first has stalled.
 	var attempts atomic.Int32
 	invoker := func(ctx context.Context, _ string, _, _ any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {

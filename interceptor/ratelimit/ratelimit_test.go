@@ -97,10 +97,10 @@ const ms = time.Millisecond
 // server notes when calls reached it, counted from when it was made.
 type server struct {
 	grpc.ClientConnInterface
-	start time.Time
-	mu    sync.Mutex
-	begun []time.Duration
-	names []string
+	start   time.Time
+	mu      sync.Mutex
+	started []time.Duration
+	names   []string
 }
 
 func newServer() *server { return &server{start: time.Now()} }
@@ -108,7 +108,7 @@ func newServer() *server { return &server{start: time.Now()} }
 func (s *server) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.CallOption) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.begun = append(s.begun, time.Since(s.start))
+	s.started = append(s.started, time.Since(s.start))
 	s.names = append(s.names, method)
 	return nil
 }
@@ -116,7 +116,7 @@ func (s *server) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.Ca
 func (s *server) times() []time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return slices.Clone(s.begun)
+	return slices.Clone(s.started)
 }
 
 func (s *server) methods() []string {

@@ -25,7 +25,7 @@ func Example() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	// stack.DialOptions() puts it into a connection; here it stands in front of a
+	// stack.DialOptions() puts it into a connection; here it is in front of a
 	// server that fails twice.
 	attempts := 0
 	invoker := func(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error {

@@ -455,8 +455,8 @@ func (s *scriptedStream) Context() context.Context     { return s.ctx }
 func (s *scriptedStream) SendMsg(m any) error          { return s.send(m) }
 func (s *scriptedStream) RecvMsg(any) error            { return s.recv() }
 
-// A caller that goes on sending while little is replayed must not make it much, for
-// then the server could wait for the client that waits for it.
+// A caller that keeps sending during a short replay must not make it a long one, because
+// then the server and the client could wait for each other.
 func TestStreamReceivesDuringReplay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const size, messages, window = 8 << 10, 10, 64 << 10
@@ -717,10 +717,10 @@ func TestRetryStormIsBounded(t *testing.T) {
 			if time.Since(start) <= outage {
 				calls++
 			}
-			begun := time.Since(start)
+			started := time.Since(start)
 			wg.Go(func() {
 				err := unary(t.Context(), method, nil, nil, nil, invoke)
-				if begun > outage {
+				if started > outage {
 					mu.Lock()
 					defer mu.Unlock()
 					late++

@@ -79,8 +79,8 @@ func (w *Window) SetWindow(window time.Duration) {
 		w.rotateLocked(now)
 	}
 	half := max(window/2, 1)
-	begun := w.turn.Add(-w.half) // When the current half began.
-	w.half, w.turn = half, max(begun.Add(half), now)
+	started := w.turn.Add(-w.half) // When the current half began.
+	w.half, w.turn = half, max(started.Add(half), now)
 	w.last = answer{}
 }
 

@@ -67,7 +67,7 @@ func TestLatenciesOutOfRangeCountAsTheNearest(t *testing.T) {
 	check(t, w, 1, time.Hour, 3)
 }
 
-func TestNothingOlderThanTheWindowCountsAndAllYoungerThanHalfOfIt(t *testing.T) {
+func TestWindowForgetsOlderLatencies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := New(10 * time.Second)
 		for range 10 { // One a second.

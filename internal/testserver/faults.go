@@ -66,7 +66,7 @@ func (s *Server) stall(d time.Duration) {
 	s.stallTimer = time.AfterFunc(d, func() {
 		s.conditions.Lock()
 		defer s.conditions.Unlock()
-		// A stall that was made longer, or ended and begun again, while this
+		// A stall that was made longer, or ended and started again, while this
 		// function waited for the lock ends at another time.
 		if s.current.Load().stalled && s.stallEnd == end {
 			s.changeLocked(end, func(c *condition) { c.stalled = false })
@@ -74,7 +74,7 @@ func (s *Server) stall(d time.Duration) {
 	})
 }
 
-// Resume ends a stall, however it was begun. Work goes on where it stopped.
+// Resume ends a stall, however it started. Work continues where it stopped.
 func (s *Server) Resume() {
 	s.conditions.Lock()
 	defer s.conditions.Unlock()

@@ -81,7 +81,7 @@ func Reason(err error) interceptor.Reason {
 	return ""
 }
 
-// End is how a call ended, and how long after the first of its burst had begun.
+// End is how a call ended, and how long after the first of its burst had started.
 type End struct {
 	After  time.Duration
 	Reason interceptor.Reason
