@@ -97,6 +97,7 @@ type world struct {
 	changes chan discover.Change
 	stacks  []*interceptor.Stack
 	records []*record
+	bounds  []bound
 	seen    sightings
 	calm    atomic.Bool // Nothing is made to fail any more.
 	nextID  atomic.Int64
@@ -235,13 +236,18 @@ func (w *world) run() {
 
 // now checks what holds at any time.
 func (w *world) now() {
-	for _, r := range w.records {
-		if r.most > 0 {
-			if n := int(r.open.Load()); n > r.most {
-				w.t.Errorf("%d calls hold what %s has %d of", n, r.name, r.most)
-			}
+	for _, b := range w.bounds {
+		if n := b.n(); n > b.most {
+			w.t.Errorf(b.format, n, b.most)
 		}
 	}
+}
+
+// bound is how much of something there may be at any time.
+type bound struct {
+	format string
+	n      func() int64
+	most   int64
 }
 
 func (w *world) drain() {
@@ -360,7 +366,6 @@ type record struct {
 	name  string
 	whole bool // It stands outside of all that makes further attempts.
 	exact bool // All that it admits has an ID of its own.
-	most  int  // How many calls may hold a ticket at a time, 0 for any number.
 	w     *world
 
 	open atomic.Int64
@@ -679,7 +684,9 @@ func (w *world) buffer() interceptor.Spec {
 		c.MaxWait = w.ms(5, 500)
 	}
 	l := must(buffer.New(c))
-	w.leave("%d calls wait in a buffer", func() int64 { return int64(l.Waiting()) })
+	waiting := func() int64 { return int64(l.Waiting()) }
+	w.leave("%d calls wait in a buffer", waiting)
+	w.bounds = append(w.bounds, bound{"%d calls wait in a buffer of %d", waiting, int64(c.Size)})
 	return l
 }
 
@@ -716,6 +723,13 @@ func (w *world) limit() interceptor.Spec {
 		l = must(concurrency.New(c, opts...))
 	}
 	w.leave("%d permits of a limit are taken", l.InUse)
+	if c.Limit > 0 && !c.KeyBy.IsSet() {
+		most := c.Limit
+		if opts != nil { // A call that costs more runs alone.
+			most = max(most, 1+int64(interceptor.BidiStream))
+		}
+		w.bounds = append(w.bounds, bound{"%d permits are taken of a limit of %d", l.InUse, most})
+	}
 	w.leave("%d calls wait in a limit", func() int64 { return int64(l.Waiting()) })
 	return l
 }
