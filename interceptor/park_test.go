@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -224,5 +225,47 @@ func TestPark(t *testing.T) {
 			}
 			calltest.Expect(t, running(), calltest.OK(time.Second))
 		})
+	})
+}
+
+// slowToLeave parks calls, and is slow to notice that their wait has ended.
+type slowToLeave struct{ interceptor.GateOnly }
+
+func (l *slowToLeave) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l *slowToLeave) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		parked, done := a.Park(ctx)
+		defer done()
+		<-parked.Done()
+		err := interceptor.Ended(parked, "slow")
+		time.Sleep(time.Second)
+		return err
+	})
+}
+
+// A call that parks on a connection that is closed does not wait, also while others
+// are still on their way out.
+func TestParkOnAClosedConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cc, err := grpc.NewClient("passthrough:///nowhere", grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := calltest.Stack(t, &slowToLeave{}, &shedToy{}, newLimit("limit", 1)).Wrap(cc)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		first := make(chan error, 1)
+		go func() { first <- c.Invoke(ctx, calltest.Method, nil, nil) }()
+		synctest.Wait()
+		cc.Close()
+		synctest.Wait()
+		start := time.Now()
+		if err := c.Invoke(ctx, calltest.Method, nil, nil); calltest.Reason(err) != interceptor.ReasonClosed || time.Since(start) != time.Second {
+			t.Errorf("got %v after %v, want the end of the connection at once", err, time.Since(start)-time.Second)
+		}
+		if err := <-first; calltest.Reason(err) != interceptor.ReasonClosed {
+			t.Errorf("the first call: %v, want the end of the connection", err)
+		}
 	})
 }

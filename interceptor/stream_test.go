@@ -74,6 +74,30 @@ func TestStream(t *testing.T) {
 		}
 	})
 
+	t.Run("inner_context_that_ends_releases_what_is_inside", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			log, own := &eventLog{}, &ownContext{}
+			c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+				return &scriptStream{ctx: ctx}, nil
+			}}
+			s := calltest.Stack(t, &logToy{name: "outer", log: log}, own, &logToy{name: "inner", log: log})
+			ctx, cancel := context.WithCancel(context.Background())
+			if _, err := s.Wrap(c).NewStream(ctx, descOf(interceptor.BidiStream), calltest.Method); err != nil {
+				t.Fatal(err)
+			}
+			own.cancel()
+			synctest.Wait()
+			if got, want := log.take(), []string{"inner 0 ignored Canceled"}; !slices.Equal(got, want) {
+				t.Errorf("released %q, want %q", got, want)
+			}
+			cancel()
+			synctest.Wait()
+			if got, want := log.take(), []string{"outer 0 ignored Canceled"}; !slices.Equal(got, want) {
+				t.Errorf("released %q, want %q", got, want)
+			}
+		})
+	})
+
 	t.Run("abandoned_is_released_when_its_context_ends", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			log := &eventLog{}
@@ -198,4 +222,19 @@ type endsWith struct {
 func (s *endsWith) RecvMsg(any) error {
 	<-s.ctx.Done()
 	return status.FromContextError(s.ctx.Err()).Err()
+}
+
+// ownContext gives a stream a context of its own.
+type ownContext struct {
+	interceptor.CallOnly
+	cancel context.CancelFunc
+}
+
+func (l *ownContext) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (l *ownContext) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) error {
+		ctx, l.cancel = context.WithCancel(ctx)
+		return next(ctx, c)
+	}
 }
