@@ -225,10 +225,7 @@ func (c *Call) optionsOf(room []grpc.CallOption) []grpc.CallOption {
 	} else if unary && len(c.tickets) == 0 && c.parent == nil && !c.wantTrailer && c.prog.obs == nil {
 		return c.opts
 	}
-	for _, o := range c.opts { // A few, which append would copy no faster.
-		room = append(room, o)
-	}
-	room = append(room, c.prog.stack.mark)
+	room = append(append(room, c.opts...), c.prog.stack.mark)
 	if unary {
 		room = append(room, grpc.Peer(&c.peer), grpc.Trailer(&c.trailer))
 	}
