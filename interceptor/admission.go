@@ -99,12 +99,12 @@ func (a *Admission) Note(of any, value int64) {
 
 // Try asks inner to admit the call without waiting. If inner refuses, everything that
 // it left on the call is released, and mayWait says whether the call could be admitted
-// if it waited.
-func (a *Admission) Try(ctx context.Context, inner Gate) (mayWait bool, err error) {
-	tickets, notes, slot, trying := len(a.tickets), len(a.notes), a.slot, a.trying
-	a.slot, a.trying = nil, true
+// if it waited. If inner admits the call, its further attempts may wait until later.
+func (a *Admission) Try(ctx context.Context, inner Gate, later Wait) (mayWait bool, err error) {
+	tickets, notes, slot, trying, before := len(a.tickets), len(a.notes), a.slot, a.trying, a.later
+	a.slot, a.trying, a.later = nil, true, later
 	err = inner.Admit(ctx, a, None)
-	a.slot, a.trying = slot, trying
+	a.slot, a.trying, a.later = slot, trying, before
 	if err == nil {
 		return false, nil
 	}

@@ -348,7 +348,7 @@ func (*tryToy) Traits() interceptor.Traits             { return 0 }
 func (l *tryToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 		defer a.Internals().SetSlot(a.Internals().SetSlot(slotFunc(func() {})))
-		mayWait, err := a.Try(ctx, inner)
+		mayWait, err := a.Try(ctx, inner, interceptor.None)
 		if a.Internals().Slot() == nil {
 			return errors.New("Try lost the slot")
 		}

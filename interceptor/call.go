@@ -54,7 +54,8 @@ type Call struct {
 	admitted bool    // The innermost gate was reached.
 	bound    Instant
 	slot     Slot
-	trying   bool // Admission.Try is asking.
+	trying   bool // Admission.Try is asking,
+	later    Wait // and how long further attempts may wait meanwhile.
 	now      Instant
 	wait     Wait // What the innermost gate was allowed.
 	timed    bool // Somebody wants to know sentAt.

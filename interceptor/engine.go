@@ -280,7 +280,7 @@ type boundary struct {
 func (b *boundary) Admit(ctx context.Context, a *Admission, w Wait) error {
 	outer := a.section
 	a.section = b.id
-	*(*Call)(a).waitAt(b.id) = w
+	*(*Call)(a).waitAt(b.id) = max(w, a.later)
 	err := b.gate.Admit(ctx, a, w)
 	a.section = outer
 	return err

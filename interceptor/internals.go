@@ -41,6 +41,13 @@ func (i *Internals) SetSlot(s Slot) (before Slot) {
 	return before
 }
 
+// SetLater sets how long further attempts may wait that are made inside, where the call
+// itself does not wait, and returns what held before.
+func (i *Internals) SetLater(w Wait) (before Wait) {
+	before, i.later = i.later, w
+	return before
+}
+
 // Trying reports whether a gate further out asks with [Admission.Try]. Then a refusal
 // is not necessarily the end of the call.
 func (i *Internals) Trying() bool { return i.trying }

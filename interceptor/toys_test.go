@@ -165,7 +165,7 @@ func (*bufferToy) String() string { return "buffer" }
 
 func (l *bufferToy) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-		if mayWait, err := a.Try(ctx, inner); !mayWait {
+		if mayWait, err := a.Try(ctx, inner, interceptor.None); !mayWait {
 			return err
 		}
 		defer l.used.Add(-1)

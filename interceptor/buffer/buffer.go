@@ -169,7 +169,8 @@ type gate struct {
 // many calls run at a time.
 func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	l := g.layer
-	mayWait, err := a.Try(ctx, g.inner)
+	// A further attempt made inside waits in no slot of this buffer, so it may not wait.
+	mayWait, err := a.Try(ctx, g.inner, interceptor.None)
 	switch {
 	case err == nil:
 		return nil

@@ -62,6 +62,7 @@ type Layer struct {
 	// failed says that nothing was admitted for too long. It is set under mu, and reset
 	// by a call that is admitted.
 	failed   atomic.Bool
+	after    atomic.Int64 // A time.Duration. Written with mu held.
 	waiting  atomic.Int64 // len(waiters)
 	admitted atomic.Int64 // The Instant when a call was last admitted while others waited.
 
@@ -69,7 +70,6 @@ type Layer struct {
 	// under it.
 	mu      sync.Mutex
 	config  Config
-	after   time.Duration
 	waiters map[*waiter]struct{}
 	since   interceptor.Instant // When the first of the waiters began to wait.
 	timer   *time.Timer         // Runs while somebody waits.
@@ -91,7 +91,8 @@ func New(cfg Config, opts ...Option) (*Layer, error) {
 	if err := errs.Err(); err != nil {
 		return nil, err
 	}
-	l := &Layer{name: o.name, config: cfg, after: after, waiters: make(map[*waiter]struct{})}
+	l := &Layer{name: o.name, config: cfg, waiters: make(map[*waiter]struct{})}
+	l.after.Store(int64(after))
 	l.failing = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "no call was admitted for too long")
 	l.tooLong = interceptor.Refuse(l.name, interceptor.ReasonFailFast, "the call waited for too long")
 	return l, nil
@@ -111,7 +112,8 @@ func (l *Layer) Update(cfg Config) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.config, l.after = cfg, after
+	l.config = cfg
+	l.after.Store(int64(after))
 	if len(l.waiters) > 0 {
 		l.judgeLocked(interceptor.Now())
 	}
@@ -137,6 +139,9 @@ func (l *Layer) String() string { return l.name }
 // Traits says that it decides how long calls wait inside it.
 func (l *Layer) Traits() interceptor.Traits { return interceptor.Governs }
 
+// bound is how long a call waits at most.
+func (l *Layer) bound() time.Duration { return time.Duration(l.after.Load()) }
+
 // WrapGate returns the gate.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return &gate{layer: l, inner: inner}
@@ -151,7 +156,11 @@ type gate struct {
 // only over calls that have to wait.
 func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	l := g.layer
-	mayWait, err := a.Try(ctx, g.inner)
+	later := w // The further attempts of a call that need not wait are bounded as it is.
+	if w != interceptor.None {
+		later = w.Narrow(a.Now().Add(l.bound()).Wait())
+	}
+	mayWait, err := a.Try(ctx, g.inner, later)
 	switch {
 	case err == nil:
 		l.ready(a)
@@ -226,9 +235,9 @@ func (l *Layer) enter(w *waiter, now interceptor.Instant) (after time.Duration, 
 	l.waiting.Store(int64(len(l.waiters)))
 	if len(l.waiters) == 1 {
 		l.since = now
-		l.timer = time.AfterFunc(l.after, l.expire)
+		l.timer = time.AfterFunc(l.bound(), l.expire)
 	}
-	return l.after, nil
+	return l.bound(), nil
 }
 
 // leave removes w from those that wait.
@@ -287,5 +296,5 @@ func (l *Layer) judgeLocked(now interceptor.Instant) bool {
 
 // endLocked returns when all waiters fail, unless a call is admitted before.
 func (l *Layer) endLocked() interceptor.Instant {
-	return max(l.since, interceptor.Instant(l.admitted.Load())).Add(l.after)
+	return max(l.since, interceptor.Instant(l.admitted.Load())).Add(l.bound())
 }

@@ -11,6 +11,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -24,6 +25,8 @@ import (
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/failfast"
 	"github.com/belfry-go/belfry/interceptor/layertest"
+	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
@@ -68,6 +71,42 @@ func TestBound(t *testing.T) {
 		c = calltest.Stack(t, after(t, 0), limit(t, 1)).Wrap(calltest.Takes(time.Minute))
 		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Minute), calltest.Refused(failfast.DefaultAfter, interceptor.ReasonFailFast))
 	})
+}
+
+// A call that found room at once is retried while the limit is busy, for as long as a
+// call may wait here, and not at all under a load shed.
+func TestRetryInsideWaits(t *testing.T) {
+	for name, tc := range map[string]struct {
+		outside []interceptor.Spec
+		busy    time.Duration
+		want    codes.Code
+		attempt int32
+	}{
+		"within_the_bound":   {nil, 200 * ms, codes.OK, 2},
+		"not_beyond_it":      {nil, time.Second, codes.Unavailable, 1},
+		"not_in_a_load_shed": {[]interceptor.Spec{loadshed.Config{}}, 200 * ms, codes.Unavailable, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := limit(t, 1)
+				specs := append(tc.outside, after(t, 300*ms), retry.Config{Backoff: retry.Backoff{Initial: 10 * ms, Jitter: retry.NoJitter}}, l)
+				var attempts atomic.Int32
+				c := calltest.Stack(t, specs...).Wrap(calltest.Server(func(context.Context) error {
+					if attempts.Add(1) == 1 {
+						return status.Error(codes.Unavailable, "try again")
+					}
+					return nil
+				}))
+				other := calltest.Stack(t, l).Wrap(calltest.Takes(tc.busy))
+				done := invoke(t.Context(), c)
+				invoke(t.Context(), other) // It takes the permit while the call backs off.
+				if err := <-done; status.Code(err) != tc.want || attempts.Load() != tc.attempt {
+					t.Errorf("%d attempts, %v, want %d and %v", attempts.Load(), err, tc.attempt, tc.want)
+				}
+				time.Sleep(2 * time.Second)
+			})
+		})
+	}
 }
 
 func TestFailing(t *testing.T) {

@@ -290,7 +290,7 @@ func (l twice) NewLayer() (interceptor.Layer, error) { return l, nil }
 
 func (l twice) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-		if _, err := a.Try(ctx, inner); err == nil {
+		if _, err := a.Try(ctx, inner, interceptor.None); err == nil {
 			return nil
 		}
 		return inner.Admit(ctx, a, w)

@@ -87,7 +87,10 @@ type gate struct {
 // Admit lets nothing inside wait. It returns an error with a gRPC status as it is, and
 // makes a refusal of any other.
 func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, _ interceptor.Wait) error {
+	in := a.Internals()
+	later := in.SetLater(interceptor.None) // A retry inside does not wait either.
 	err := g.inner.Admit(ctx, a, interceptor.None)
+	in.SetLater(later)
 	if err == nil {
 		return nil
 	}

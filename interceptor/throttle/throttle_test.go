@@ -350,7 +350,7 @@ func (l *twice) NewLayer() (interceptor.Layer, error) { return l, nil }
 
 func (l *twice) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-		if mayWait, err := a.Try(ctx, inner); !mayWait {
+		if mayWait, err := a.Try(ctx, inner, interceptor.None); !mayWait {
 			return err
 		}
 		return inner.Admit(ctx, a, w)
