@@ -157,8 +157,9 @@ func TestReserveClosedLoop(t *testing.T) {
 		if high := tallies[1]; high.lost() > 5 {
 			t.Errorf("%.2f %% of the attempts of high priority were refused, want less than 5 %%", high.lost())
 		}
-		if low := perSecond(tallies[0].ok, lasts); low < 400 {
-			t.Errorf("%.0f/s of low priority succeeded, want at least 400", low)
+		// 396 to 440 were seen, by how the goroutines of the callers happen to run.
+		if low := perSecond(tallies[0].ok, lasts); low < 350 {
+			t.Errorf("%.0f/s of low priority succeeded, want at least 350", low)
 		}
 		checkRest(t, l)
 	})

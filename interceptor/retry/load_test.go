@@ -20,6 +20,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/loadshed"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/internal/test/race"
 )
 
 // Callers in a closed loop, a server that takes 10 ms and fails a part of the
@@ -29,7 +30,11 @@ import (
 // 0.0125 % if 5 % do, so that 0.1 % is nineteen.
 func TestUnderLoad(t *testing.T) {
 	for _, failing := range []float64{0.05, 0.2} {
-		for _, callers := range []int{10, 15, 19, 25, 40, 60} {
+		counts := []int{10, 15, 19, 25, 40, 60}
+		if race.Enabled { // Ten times slower.
+			counts = []int{40}
+		}
+		for _, callers := range counts {
 			t.Run(fmt.Sprintf("%v%%_failing_%d_callers", 100*failing, callers), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					seed := rand.Uint64()

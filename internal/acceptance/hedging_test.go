@@ -16,6 +16,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/stackconfig"
+	"github.com/belfry-go/belfry/internal/test/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
@@ -113,7 +114,11 @@ func TestHedgingHalvesTheTailForSixPercentMoreCalls(t *testing.T) {
 				cluster := newStalling(t, testserver.InMemory())
 				c := newTails(t, cluster, hedge)
 				c.warmUp(t, 10*time.Second)
-				for range 3 {
+				rounds := 3
+				if race.Enabled { // Ten times slower.
+					rounds = 1
+				}
+				for range rounds {
 					base, hedged := c.stalled(t, cluster, 20*time.Second)
 					if base < stallFor/2 {
 						t.Errorf("without hedges p99.9 is %v, want that of the stalls of %v", base, stallFor)

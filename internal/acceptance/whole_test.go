@@ -30,6 +30,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/timeout"
+	"github.com/belfry-go/belfry/internal/test/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 	"github.com/belfry-go/belfry/resolver/discover"
@@ -343,7 +344,11 @@ func TestWholeStack(t *testing.T) {
 // that fail a share of the calls.
 func TestRetriesWhileCallsWait(t *testing.T) {
 	for _, tc := range []struct{ failing, most float64 }{{0.05, 0.001}, {0.20, 0.01}} {
-		for _, callers := range []int{10, 25, 40, 60} {
+		counts := []int{10, 25, 40, 60}
+		if race.Enabled { // Ten times slower.
+			counts = []int{40}
+		}
+		for _, callers := range counts {
 			t.Run(fmt.Sprintf("%v_fail/%d_callers", tc.failing, callers), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					stack, err := interceptor.NewStack(
