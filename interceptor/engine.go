@@ -499,13 +499,10 @@ func (p *program) admit(ctx context.Context, c *Call, w Wait) error {
 // gets the code that it has in gRPC.
 func (c *Call) refusedBy(ctx context.Context, err error) error {
 	if r, ok := err.(*Refusal); ok {
-		switch r {
-		case nil:
+		if r == nil {
 			return errNilGate
-		case overdue:
-			return overdueUnsent
 		}
-		return err
+		return unsent(err)
 	}
 	cancelled := errors.Is(err, context.Canceled)
 	if !cancelled && !errors.Is(err, context.DeadlineExceeded) {

@@ -142,7 +142,7 @@ func TestResponder(t *testing.T) {
 	})
 }
 
-// callToy stands in the call path and does nothing.
+// callToy takes part in the call path and does nothing.
 type callToy struct{ interceptor.CallOnly }
 
 func (l callToy) NewLayer() (interceptor.Layer, error) { return l, nil }
