@@ -88,9 +88,10 @@ type Maker struct {
 
 	full, making, closedRefusal *interceptor.Refusal
 
-	ended chan struct{}  // Closed when Close begins,
-	done  chan struct{}  // and when it has finished.
-	wg    sync.WaitGroup // Goroutines, and the timer while it is armed. Added to with mu held.
+	life context.Context    // Ends when Close begins,
+	end  context.CancelFunc // which ends it.
+	done chan struct{}      // Closed when Close has finished.
+	wg   sync.WaitGroup     // Goroutines, and the timer while it is armed. Added to with mu held.
 
 	// mu guards the fields below and those of entries. Nothing is locked under it,
 	// and no function of the user's is called.
@@ -156,8 +157,9 @@ func New(config Config, key KeyFunc, makeConn MakeFunc, opts ...Option) (*Maker,
 	}
 	m := &Maker{
 		name: o.name, key: key, make: makeConn, given: config, config: filled,
-		entries: map[string]*entry{}, retired: map[*entry]struct{}{}, ended: make(chan struct{}), done: make(chan struct{}),
+		entries: map[string]*entry{}, retired: map[*entry]struct{}{}, done: make(chan struct{}),
 	}
+	m.life, m.end = context.WithCancel(context.Background())
 	m.full = interceptor.Refuse(m.name, interceptor.ReasonConcurrency, "all connections are in use")
 	m.making = interceptor.Refuse(m.name, interceptor.ReasonNotReady, "the connection is being made")
 	m.closedRefusal = interceptor.Refuse(m.name, interceptor.ReasonDrain, "it is closed")
@@ -323,6 +325,9 @@ func (m *Maker) await(ctx context.Context, e *entry, maxWait time.Duration, opts
 	}
 	parked, done := interceptor.ParkOf(ctx, opts)
 	defer done()
+	parked, cancel := context.WithCancelCause(parked)
+	defer cancel(nil)
+	defer context.AfterFunc(m.life, func() { cancel(m.closedRefusal) })()
 	if w.Remaining() > 0 {
 		m.takeTurns()
 	}
@@ -334,31 +339,13 @@ func (m *Maker) await(ctx context.Context, e *entry, maxWait time.Duration, opts
 
 // on waits for ready as long as w allows; over is the refusal if that is not enough.
 func (m *Maker) on(ctx context.Context, w interceptor.Wait, ready <-chan struct{}, over *interceptor.Refusal) error {
-	select {
-	case <-ready:
+	switch err := w.On(ctx, ready); err {
+	case nil:
 		return nil
-	default:
-	}
-	d := w.Remaining()
-	if d == 0 {
+	case interceptor.ErrWaitOver:
 		return over
 	}
-	var end <-chan time.Time
-	if w != interceptor.Forever {
-		t := time.NewTimer(d)
-		defer t.Stop()
-		end = t.C
-	}
-	select {
-	case <-ready:
-		return nil
-	case <-m.ended:
-		return m.closedRefusal
-	case <-ctx.Done():
-		return interceptor.Ended(ctx, m.name)
-	case <-end:
-		return over
-	}
+	return interceptor.Ended(ctx, m.name)
 }
 
 // release ends one use of e.
@@ -639,7 +626,7 @@ func (m *Maker) Close() error {
 		return errors.Join(m.errs...)
 	}
 	m.closed = true
-	close(m.ended)
+	m.end()
 	m.disarmLocked()
 	if m.turns != nil && m.turns.Stop() {
 		m.wg.Done()
