@@ -6,6 +6,7 @@ package interceptor
 import (
 	"context"
 	"sync"
+	"time"
 
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/ratelimit"
 
@@ -78,82 +79,127 @@ func (l *semLayer) wait(ctx context.Context, a *Admission, w Wait) error {
 	if err == nil {
 		return nil
 	}
-	return waitFailed(parked, waitCtx, l.full, err)
-}
-
-// bounded calls acquire with a context that ends when w does. It says why acquire
-// failed.
-func bounded(ctx context.Context, a *Admission, w Wait, full *Refusal, acquire func(ctx context.Context, wait bool) error) error {
-	lazy := &lazyPark{Context: ctx, admission: a}
-	defer lazy.close()
-	waitCtx, cancel := w.context(lazy)
-	defer cancel()
-	since := Now()
-	err := acquire(waitCtx, w.Remaining() > 0)
-	a.Internals().Consulted(full.Layer, since)
-	if err != nil {
-		return waitFailed(lazy.current(), waitCtx, full, err)
+	switch {
+	case parked.Err() != nil:
+		return Ended(parked, l.name)
+	case waitCtx.Err() != nil:
+		return l.full
 	}
-	return nil
+	return refusedBy(l.full, err)
 }
 
-// lazyPark is a context that parks its call when its Done is first asked for. A
-// limiter that admits at once rarely asks, and parking costs more than most limiters.
-type lazyPark struct {
+// bounded calls acquire with the context of a [consultation]. It says why acquire failed.
+func bounded(ctx context.Context, a *Admission, w Wait, full *Refusal, acquire func(ctx context.Context, wait bool) error) error {
+	within := &consultation{Context: ctx, admission: a, end: a.consultUntil(w)}
+	defer within.close()
+	since := Now()
+	err := acquire(within, w.Remaining() > 0)
+	a.Internals().Consulted(full.Layer, since)
+	if err == nil {
+		return nil
+	}
+	switch ended := within.ended(full.Layer); ended {
+	case nil:
+		return refusedBy(full, err)
+	case ErrWaitOver:
+		return full
+	default:
+		return ended
+	}
+}
+
+// consultUntil is when third-party code must have answered that a gate asks about the
+// call: when w ends and when the deadline of a layer outside passes, [Forever] if never.
+// To ask is not to wait for capacity, so a w that allows no waiting does not bound it.
+func (a *Admission) consultUntil(w Wait) Wait {
+	w = max(w, a.later)
+	if w != Forever && Instant(w) <= a.Now() {
+		w = Forever
+	}
+	if a.bound != 0 && a.bound != never {
+		w = w.Narrow(a.bound.Wait())
+	}
+	return w
+}
+
+// A consultation is the context of third-party code that a gate calls. It ends with the
+// caller's context, at the given moment, and when the stack drains or the connection is
+// closed. It makes a timer and parks the call only when its Done is first asked for: a
+// limiter that answers at once rarely asks, and both cost more than most limiters.
+type consultation struct {
 	context.Context // The caller's.
 	admission       *Admission
+	end             Wait // Forever if it has none.
 
 	mu     sync.Mutex // Guards the fields below; what Park locks is locked under it.
 	parked context.Context
+	within context.Context // Parked with the end; nil until Done is asked for.
 	done   func()
 	closed bool
 }
 
-func (l *lazyPark) Done() <-chan struct{} {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.parked == nil && !l.closed {
-		l.parked, l.done = l.admission.Park(l.Context)
+func (c *consultation) Deadline() (time.Time, bool) {
+	t, ok := c.Context.Deadline()
+	if end, bounded := c.end.End(); bounded && (!ok || end < InstantOf(t)) {
+		return end.Time(), true
 	}
-	return l.currentLocked().Done()
+	return t, ok
 }
 
-func (l *lazyPark) Err() error { return l.current().Err() }
-
-// current returns the parked context if there is one, else the caller's.
-func (l *lazyPark) current() context.Context {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.currentLocked()
-}
-
-func (l *lazyPark) currentLocked() context.Context {
-	if l.parked != nil {
-		return l.parked
+func (c *consultation) Done() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.within == nil && !c.closed {
+		parked, leave := c.admission.Park(c.Context)
+		within, cancel := c.end.context(parked)
+		c.parked, c.within, c.done = parked, within, func() { cancel(); leave() }
 	}
-	return l.Context
-}
-
-// close ends the wait.
-func (l *lazyPark) close() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.closed = true
-	if l.done != nil {
-		l.done()
+	if c.within == nil {
+		return c.Context.Done()
 	}
+	return c.within.Done()
 }
 
-// waitFailed returns why a third-party limiter did not admit the call: the caller's
-// context ended, the Wait ended, or the limiter refused.
-func waitFailed(ctx, waitCtx context.Context, full *Refusal, err error) error {
+func (c *consultation) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.within != nil {
+		return c.within.Err()
+	}
+	if err := c.Context.Err(); err != nil || !c.over() {
+		return err
+	}
+	return context.DeadlineExceeded
+}
+
+func (c *consultation) over() bool { return c.end != Forever && c.end.Remaining() == 0 }
+
+// ended says why the third-party code ran out of time: what [Ended] says, or
+// [ErrWaitOver]. It is nil if it did not.
+func (c *consultation) ended(layer string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	ctx := c.Context
+	if c.parked != nil {
+		ctx = c.parked
+	}
 	switch {
 	case ctx.Err() != nil:
-		return Ended(ctx, full.Layer)
-	case waitCtx.Err() != nil:
-		return full
+		return Ended(ctx, layer)
+	case c.over():
+		return ErrWaitOver
 	}
-	return refusedBy(full, err)
+	return nil
+}
+
+// close is called when the third-party code has answered.
+func (c *consultation) close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	if c.done != nil {
+		c.done()
+	}
 }
 
 // refusedBy returns err if it is a refusal, else full wrapping err.
@@ -228,7 +274,8 @@ func (p *permit) Release(_ int64, e End) {
 // FromAllow returns a layer of a limiter or breaker of the shape "allow, then done".
 // If allow returns an error, the layer refuses with the given reason and wraps the
 // error. Otherwise done is called with how the call ended; done may be nil. allow must
-// not wait.
+// not wait for capacity. If it has to ask somebody, its context ends when the call must
+// not wait any longer.
 //
 //	spec := interceptor.FromAllow("breaker", interceptor.ReasonBreakerOpen,
 //		func(context.Context) (func(interceptor.Outcome, error), error) {
@@ -257,7 +304,14 @@ func (l *allowLayer) Traits() Traits { return Decides }
 
 func (l *allowLayer) WrapGate(inner Gate) Gate {
 	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
-		done, err := l.allow(ctx)
+		var done func(Outcome, error)
+		err, ended := a.Internals().Consult(ctx, l.name, w, func(ctx context.Context) (err error) {
+			done, err = l.allow(ctx)
+			return err
+		})
+		if r, ok := AsRefusal(ended); ok {
+			return r
+		}
 		if err != nil {
 			return refusedBy(l.refused, err)
 		}

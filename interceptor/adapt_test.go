@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -79,7 +80,7 @@ func TestAdapt(t *testing.T) {
 			for _, l := range slowLimiters(t, time.Second) {
 				obs := &recorder{}
 				// The fail-fast reads the clock before the wait, the timeout after it.
-				s := calltest.Stack(t, interceptor.Observe(obs), &failFastToy{d: time.Hour}, l, &timeoutToy{d: 1500 * time.Millisecond})
+				s := calltest.Stack(t, interceptor.Observe(obs), &failFastToy{d: time.Hour}, l, &timeoutToy{d: 1500 * time.Millisecond}, interceptor.FromSemaphore("limit", semaphore.NewWeighted(1)))
 				if err := s.Wrap(calltest.Takes(time.Second)).Invoke(context.Background(), "/m", nil, nil); err != nil {
 					t.Errorf("a call of 1s inside %v and a timeout of 1.5s: %v", l, err)
 				}
@@ -97,6 +98,12 @@ func TestAdapt(t *testing.T) {
 				err := calltest.Stack(t, &timeoutToy{d: time.Second}, l).Wrap(answers()).Invoke(context.Background(), calltest.Method, nil, nil)
 				if calltest.Reason(err) != interceptor.ReasonDeadline || time.Since(start) != time.Second {
 					t.Errorf("%v: %v after %v, want the timeout's refusal after 1s", l, err, time.Since(start))
+				}
+				// A call that must not wait for capacity lets them find out, for as long.
+				start = time.Now()
+				err = calltest.Stack(t, &timeoutToy{d: time.Second}, l).Wrap(answers()).Invoke(context.Background(), calltest.Method, nil, nil, interceptor.WithWait(interceptor.None))
+				if calltest.Reason(err) != interceptor.ReasonDeadline || time.Since(start) != time.Second {
+					t.Errorf("%v: %v after %v for a call that must not wait, want the timeout's refusal after 1s", l, err, time.Since(start))
 				}
 			}
 		})
@@ -119,7 +126,10 @@ func slowLimiters(t *testing.T, d time.Duration) []interceptor.Spec {
 		return &permitToy{}, wait(ctx)
 	})
 	limiter := interceptor.FromLimiter("limiter", limiterFunc(wait))
-	return []interceptor.Spec{permits, limiter}
+	allow := interceptor.FromAllow("allow", interceptor.ReasonBreakerOpen, func(ctx context.Context) (func(interceptor.Outcome, error), error) {
+		return nil, wait(ctx)
+	})
+	return []interceptor.Spec{permits, limiter, allow}
 }
 
 func errOf(s interceptor.Spec) error {

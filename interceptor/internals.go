@@ -98,9 +98,38 @@ func (i *Internals) Observed() bool { return i.prog.obs != nil }
 // is reported as waiting. It does not say whether it waited.
 const slowAnswer = time.Millisecond
 
+// Consult calls f, a predicate or a limiter of somebody else's, for a gate of the named
+// layer. f's context ends with ctx, when w ends, and when the deadline of a layer outside
+// passes; then f must return. A w that allows no waiting does not bound f, because to ask
+// is not to wait for capacity.
+//
+// It returns f's error. If f failed when its time was over, ended says why: it is a
+// [Refusal], or [ErrWaitOver].
+func (i *Internals) Consult(ctx context.Context, layer string, w Wait, f func(ctx context.Context) error) (err, ended error) {
+	a := (*Admission)(i)
+	since := Now()
+	end := a.consultUntil(w)
+	if end == Forever {
+		err = f(ctx)
+		i.Consulted(layer, since)
+		if err != nil && ctx.Err() != nil {
+			ended = Ended(ctx, layer)
+		}
+		return err, ended
+	}
+	within := &consultation{Context: ctx, admission: a, end: end}
+	defer within.close()
+	err = f(within)
+	i.Consulted(layer, since)
+	if err != nil {
+		ended = within.ended(layer)
+	}
+	return err, ended
+}
+
 // Consulted reports that a gate of the named layer called a third-party limiter or a
 // predicate at the given moment, which has answered now. The gates inside go by the
-// moment of the answer.
+// moment of the answer. Consult does it.
 func (i *Internals) Consulted(layer string, since Instant) {
 	i.now = Now()
 	if i.now.Sub(since) >= slowAnswer {
