@@ -92,8 +92,10 @@ func sheds(l Layer) bool {
 
 // timeoutOf returns the timeout of a layer, zero if it has none.
 func timeoutOf(l Layer) time.Duration {
-	if t, ok := bare(l).(interface{ Timeout() time.Duration }); ok {
-		return t.Timeout()
+	if t, ok := bare(l).(interface {
+		Timeout(method string) time.Duration
+	}); ok {
+		return t.Timeout("")
 	}
 	return 0
 }
