@@ -541,6 +541,9 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t *ta
 	if err == nil {
 		err = p.next(ctx, c)
 	}
+	if c.cancel != nil {
+		err = overdueOr(ctx, err)
+	}
 	c.ended, c.err = true, err
 	return err
 }

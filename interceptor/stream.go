@@ -84,9 +84,9 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		return nil, p.turnAway(method, opts, err)
 	}
 	sc := new(streamCall)
-	ctx, sc.cancel = t.withMethodTimeout(ctx, method)
 	c := &sc.Call
 	c.reset(p)
+	ctx, c.cancel = t.withMethodTimeout(ctx, method)
 	c.desc = desc
 	w, err := c.prepare(kindOf(desc), method, t, opts)
 	sc.scope.root = sc
@@ -115,9 +115,13 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	}
 	returned = true
 	if err != nil {
+		err = overdueOr(ctx, err)
 		return nil, err
 	}
 	sc.scope.open(c, c.stream)
+	if sc.cancel != nil {
+		return &overdueStream{&sc.scope, ctx}, nil
+	}
 	return &sc.scope, nil
 }
 

@@ -412,6 +412,9 @@ func (l *Layer) explainWait(ctx context.Context, err error) error {
 	if r, ok := interceptor.AsRefusal(err); !ok || r.Reason != interceptor.ReasonDeadline {
 		return err
 	}
+	if _, ok := interceptor.AsRefusal(context.Cause(ctx)); ok { // It is not the caller's.
+		return err
+	}
 	return exceeded(l.name, Caller, 0, err, false)
 }
 
