@@ -314,6 +314,10 @@ func (w *whole) atRest(t *testing.T) {
 // under the whole recommended stack.
 func TestWholeStack(t *testing.T) {
 	for _, perSecond := range []int{20, 2000} {
+		shorter := time.Duration(1)
+		if race.Enabled && perSecond > 1000 { // Ten times slower.
+			shorter = 4
+		}
 		t.Run(fmt.Sprintf("%d_calls_a_second", perSecond), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWhole(t)
@@ -321,7 +325,7 @@ func TestWholeStack(t *testing.T) {
 					return []testserver.Option{testserver.InMemory(), testserver.ServiceTime(testserver.Fixed(10 * time.Millisecond))}
 				})
 				client := w.dial(t, cluster)
-				results := w.run(t, client, cluster, perSecond, 1)
+				results := w.run(t, client, cluster, perSecond, shorter)
 				w.check(t, results, perSecond, 0, 0)
 				w.atRest(t)
 			})
