@@ -170,7 +170,7 @@ func (g *readyGate) Admit(ctx context.Context, a *Admission, w Wait) error {
 			return err
 		}
 	}
-	a.pass()
+	a.Internals().Pass()
 	return g.inner.Admit(ctx, a, w)
 }
 

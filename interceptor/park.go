@@ -136,8 +136,12 @@ func (g *readyGate) wait(ctx context.Context, a *Admission, w Wait) error {
 	since := Now()
 	parked, done := a.Park(ctx)
 	defer done()
-	until, cancel := w.context(parked)
-	defer cancel()
+	until := parked
+	if end, ok := w.End(); ok {
+		var cancel context.CancelFunc
+		until, cancel = context.WithDeadline(parked, end.Time())
+		defer cancel()
+	}
 	waited := false
 	for {
 		s := conn.GetState()

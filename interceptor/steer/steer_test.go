@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -99,7 +100,7 @@ func TestChosenByKey(t *testing.T) {
 func TestOnlyChosenHasToBeReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sem := semaphore.NewWeighted(1)
-		stack, err := interceptor.NewStack(interceptor.FromSemaphore("limit", sem))
+		stack, err := interceptor.NewStack(adapt.FromSemaphore("limit", sem))
 		if err != nil {
 			t.Fatal(err)
 		}
