@@ -150,10 +150,10 @@ func (c *Call) Noted(of any) (value int64, ok bool) {
 // Park is [Admission.Park] for a layer that waits in the call path, such as a retry
 // that backs off.
 func (c *Call) Park(ctx context.Context) (parked context.Context, done func()) {
-	parked, done = c.prog.stack.parked.add(ctx, c.grpcConn)
+	parked, done = c.prog.stack.parked.Add(ctx, c.grpcConn)
 	for _, s := range c.fronts {
 		inner := done
-		p, out := s.parked.add(parked, nil)
+		p, out := s.parked.Add(parked, nil)
 		parked, done = p, func() { out(); inner() }
 	}
 	return parked, done

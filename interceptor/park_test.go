@@ -144,7 +144,7 @@ func TestPark(t *testing.T) {
 			}
 			synctest.Wait()
 			stacks := make([]byte, 1<<20)
-			if s := string(stacks[:runtime.Stack(stacks, true)]); strings.Contains(s, "interceptor.(*parking)") {
+			if s := string(stacks[:runtime.Stack(stacks, true)]); strings.Contains(s, "park.(*Lot)") {
 				t.Errorf("a goroutine still watches the connection:\n%s", s)
 			}
 		})
