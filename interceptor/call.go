@@ -10,6 +10,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
+
+	"github.com/belfry-go/belfry/internal/attempt"
 )
 
 // A Call is one call as the call path sees it, or a further attempt that [Again] made
@@ -68,7 +70,7 @@ type Call struct {
 	wantTrailer bool
 
 	// What became of it.
-	fate    fate // When it was handed to the connection; see also fates.
+	fate    attempt.Fate // When it was handed to the connection; see also fates.
 	stream  grpc.ClientStream
 	sentAt  Instant
 	trailer metadata.MD
@@ -77,7 +79,7 @@ type Call struct {
 	err     error // and how that ended.
 
 	// Also used from all its attempts.
-	fates     atomic.Uint32 // What became of them, and of a stream later: a fate.
+	fates     atomic.Uint32 // What became of them, and of a stream later: an attempt.Fate.
 	attempts  atomic.Int32
 	forked    atomic.Bool
 	firstSent atomic.Int64 // When the first of them was sent.
@@ -177,7 +179,7 @@ func (c *Call) whenSent() Instant {
 
 // arrived records what became of an attempt when it was handed to the connection, for
 // it and for all the calls that it is an attempt of.
-func (c *Call) arrived(f fate) {
+func (c *Call) arrived(f attempt.Fate) {
 	c.fate = f
 	for p := c.parent; p != nil; p = p.parent {
 		p.fates.Or(uint32(f))
@@ -186,7 +188,7 @@ func (c *Call) arrived(f fate) {
 
 // addFate records what became of a stream later, for it and for all the calls that it is
 // an attempt of. It may be called concurrently.
-func (c *Call) addFate(f fate) {
+func (c *Call) addFate(f attempt.Fate) {
 	for ; c != nil; c = c.parent {
 		c.fates.Or(uint32(f))
 	}

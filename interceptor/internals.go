@@ -9,6 +9,8 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+
+	"github.com/belfry-go/belfry/internal/attempt"
 )
 
 // Internals are the methods of a call that only belfry's own layers need. They may
@@ -136,7 +138,7 @@ func (i *Internals) Trailer() metadata.MD { return i.trailer }
 // Outcome returns how the call or attempt ended with err, as the gates outside the layer
 // that asks will be told. ctx is what the layer passed to next.
 func (i *Internals) Outcome(ctx context.Context, err error) Outcome {
-	return judge(ctx, err, i.fate|fate(i.fates.Load()))
+	return judge(ctx, err, i.fate|attempt.Fate(i.fates.Load()))
 }
 
 // ReportRefusal tells the observer that a further attempt was refused with err.
