@@ -212,7 +212,7 @@ func TestConfigError_options(t *testing.T) {
 		{"retry", "WithBudget", nil, errOf(retry.New(retry.Config{}, retry.WithBudget(nil)))},
 		{"retry", "WithIdempotent", nil, errOf(retry.New(retry.Config{}, retry.WithIdempotent(nil)))},
 		{"retry", "WithPolicy", nil, errOf(retry.New(retry.Config{}, retry.WithPolicy(nil)))},
-		{"steer", "choose", nil, errOf(steer.New(nil))},
+		{"steer", "choose", nil, errOf(steer.New[string](nil, nil))},
 		{"throttle", "WithName", "", errOf(throttle.New(throttle.Config{}, throttle.WithName("")))},
 		{"timeout", "WithName", "", errOf(timeout.New(timeout.Config{}, timeout.WithName("")))},
 	} {
