@@ -196,6 +196,7 @@ func innermost(ctx context.Context, c *Call) (err error) {
 		o.Attempt(c.method, c.attempt)
 	}
 	c.departs()
+	ctx = c.inSeries(ctx)
 	if c.kind != Unary {
 		return c.openStream(ctx)
 	}
@@ -434,6 +435,7 @@ type target struct {
 	invoker  grpc.UnaryInvoker
 	streamer grpc.Streamer
 	grpcConn *grpc.ClientConn // cc or conn, if that is gRPC's own; otherwise nil.
+	once     bool             // gRPC makes one attempt, whatever retryPolicy there is.
 }
 
 // prepare sets what a call starts with.
@@ -518,7 +520,7 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t *ta
 		return p.turnAway(method, opts, err)
 	}
 	c := p.calls.Get().(*Call)
-	ctx, c.cancel = t.withMethodTimeout(ctx, method)
+	ctx, c.cancel = p.withMethodConfig(ctx, t, method)
 	defer p.end(ctx, c)
 	w, err := c.prepare(Unary, method, t, opts)
 	c.req, c.reply = req, reply

@@ -14,7 +14,6 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
-	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
@@ -272,9 +271,7 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 		if !known || !l.mayHedge(set, c.Method()) {
 			return l.measure(ctx, c, set, now, next)
 		}
-		if c.Internals().Balanced() {
-			ctx, _ = attempt.WithTried(ctx)
-		}
+		c.Internals().MayRepeat()
 		if c.Kind() != interceptor.Unary {
 			s := &stream{single: !c.Desc().ServerStreams}
 			s.race.init(l, set, delay, ctx, c, next, again)

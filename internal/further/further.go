@@ -114,8 +114,7 @@ func (m *Maker) Of(c *interceptor.Call, o interceptor.Origin, again interceptor.
 
 // Plan describes a further attempt to make.
 type Plan struct {
-	Delay  time.Duration // How long to wait before it.
-	Unsent int           // How many earlier attempts were not sent.
+	Delay time.Duration // How long to wait before it.
 	// Run carries it out. ctx is that of the attempt.
 	Run func(ctx context.Context, a *interceptor.Call) error
 }
@@ -158,7 +157,6 @@ func (c *Call) Make(ctx context.Context, p Plan) (a Attempt, err error) {
 	}
 	refund = false
 	f.Internals().WantTrailer()
-	ctx = attempt.WithPrevious(ctx, f.Attempt()-p.Unsent)
 	err = p.Run(ctx, f)
 	refund = !f.Internals().Outcome(ctx, err).Sent()
 	if r, ok := interceptor.AsRefusal(err); ok && r.NotSent() {
