@@ -3,12 +3,12 @@
 
 // Package retry repeats calls that failed for a reason that may have passed. It is
 // Tower's retry with its budget and back-off, and gRFC A6's retry policy, for gRPC calls
-// of all four kinds. Use it where a call may fail because of one server or one moment,
-// and for methods that may be carried out twice.
+// of all four kinds. Use it where a call may fail because of one server or one moment. What
+// was sent is repeated only for methods that are declared idempotent, or that you name.
 //
 //	stack, err := interceptor.NewStack(
 //		timeout.Config{Timeout: time.Second},
-//		retry.Config{MaxAttempts: 3},
+//		retry.Config{MaxAttempts: 3, Methods: []string{"/shop.Orders/List"}},
 //		buffer.Config{Size: 50},
 //		concurrency.Config{Limit: 20},
 //	)
@@ -44,11 +44,16 @@
 // # Which methods
 //
 // UNAVAILABLE may come after the server has done its work, for example when a connection
-// breaks. By default all methods are repeated nevertheless, as in gRPC.
-// Config.DeclaredOnly restricts that to methods that their .proto file declares
-// idempotent (option idempotency_level), and [WithIdempotent] to those that a function
-// allows. An attempt that was not sent, because there was no connection, is repeated
-// whatever the method, and costs the budget nothing.
+// breaks. So an attempt that was sent is repeated only if its method may be carried out
+// more than once: if it is declared idempotent in its .proto file (option
+// idempotency_level, whose file is linked in if the stub is), if Config.Methods names it
+// or its service, if [WithIdempotent] allows it, or if Config.AllMethods is true, as in
+// gRPC's own retries. Otherwise a unary call ends with the server's error, in which
+// errors.As finds a refusal with reason NOT_IDEMPOTENT, and the observer is told. A stream
+// ends with the server's error.
+//
+// An attempt that was not sent, because there was no connection, is repeated whatever the
+// method, and costs the budget nothing.
 //
 // # Further attempts
 //

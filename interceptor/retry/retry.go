@@ -44,9 +44,13 @@ type Config struct {
 	// back. If it is empty and not nil, only an attempt that a deadline inside cut short
 	// is repeated.
 	Codes []codes.Code
-	// DeclaredOnly repeats only methods that are declared idempotent in their
-	// .proto file, and those of [WithIdempotent].
-	DeclaredOnly bool
+	// Methods names methods that may be carried out more than once, beside those that are
+	// declared idempotent: "/pkg.Service/Method", or "/pkg.Service/" for all methods of a
+	// service. The package documentation has the other ways to say so.
+	Methods []string
+	// AllMethods says that every method may be carried out more than once, writes
+	// included. Then Methods must be empty.
+	AllMethods bool
 	// BufferBytes is how many bytes of sent messages are kept for each stream so that it
 	// can be repeated. A stream that sends more is no longer repeated, and neither is one
 	// with messages of unknown size: known are protocol buffers, byte slices and types
@@ -67,19 +71,19 @@ type Config struct {
 
 // settings is a valid Config. It is immutable.
 type settings struct {
-	given    Config
-	max      int
-	codes    codeset.Set
-	declared bool
-	buffer   int
-	backoff  Backoff
-	longest  time.Duration // That a server may ask for.
+	given   Config
+	max     int
+	codes   codeset.Set
+	methods further.Methods
+	buffer  int
+	backoff Backoff
+	longest time.Duration // That a server may ask for.
 }
 
 // settings checks c.
 func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
-	c.Codes = slices.Clone(c.Codes) // The caller may change its own.
-	s := &settings{given: c, declared: c.DeclaredOnly}
+	c.Codes, c.Methods = slices.Clone(c.Codes), slices.Clone(c.Methods) // The caller may change its own.
+	s := &settings{given: c, methods: further.CheckMethods(errs, c.AllMethods, c.Methods)}
 	check.Default(errs, "MaxAttempts", &c.MaxAttempts, check.From(1, 100), DefaultMaxAttempts)
 	s.codes = check.Codes(errs, "Codes", c.Codes, codes.Unavailable, codes.ResourceExhausted)
 	check.Default(errs, "BufferBytes", &c.BufferBytes, check.From(1, 64<<20), DefaultBufferBytes)
@@ -105,8 +109,7 @@ type Attempt struct {
 // A Policy decides whether an attempt is repeated, instead of Config.Codes. It is asked
 // after each attempt of a unary call, even if that succeeded, and after each failure of a
 // stream that can still be repeated. It is not asked about refusals of layers inside,
-// methods that may not be repeated, calls that are over, or if the server asked not to
-// repeat. If it returns true, all other conditions still apply. If it returns false,
+// calls that are over, or if the server asked not to repeat. If it returns true, all other conditions still apply. If it returns false,
 // a.Err is the call's error; setting it to nil makes only a unary call succeed. It is
 // called concurrently, for different calls.
 type Policy func(ctx context.Context, a *Attempt) bool
@@ -130,10 +133,9 @@ func WithBudget(b *budget.Budget) Option {
 	return func(o *options) { o.SetBudget(o.errs, b) }
 }
 
-// WithIdempotent restricts the layer to the methods, such as "/pkg.Service/Get", for
-// which f returns true, and with Config.DeclaredOnly to those that are declared
-// idempotent as well. An attempt that was not sent is repeated whatever f returns. f is
-// called concurrently, once or more for each call.
+// WithIdempotent adds the methods, such as "/pkg.Service/Get", for which f returns true,
+// to those that Config.Methods names and those that are declared idempotent. f is called
+// concurrently, at most once for each attempt.
 func WithIdempotent(f func(method string) bool) Option {
 	return func(o *options) { o.SetIdempotent(o.errs, f) }
 }
@@ -204,7 +206,7 @@ func (l *Layer) Update(c Config) error {
 // Config returns the configuration as it was given to New or Update.
 func (l *Layer) Config() Config {
 	c := l.set.Load().given
-	c.Codes = slices.Clone(c.Codes)
+	c.Codes, c.Methods = slices.Clone(c.Codes), slices.Clone(c.Methods)
 	return c
 }
 
@@ -341,9 +343,6 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 			return stop
 		}
 	}
-	if last.Sent && !s.Maker.May(set.declared, s.Method()) {
-		return stop
-	}
 	if l.policy != nil {
 		if again, err := s.ask(ctx, last); !again {
 			return verdict{err: err}
@@ -354,6 +353,8 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	switch {
 	case spent:
 		return stop
+	case last.Sent && !s.Maker.May(&set.methods, s.Method()):
+		return verdict{err: s.NotIdempotent(last.Err)}
 	case wish.Exact:
 		s.delays.reset()
 		return verdict{repeat: true, after: wish.After}

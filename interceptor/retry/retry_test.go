@@ -44,8 +44,10 @@ var (
 	quick = retry.Config{Backoff: retry.Backoff{Initial: 10 * time.Millisecond, Jitter: retry.NoJitter}}
 )
 
+// mustNew returns a layer that repeats all methods, unless c names some.
 func mustNew(t testing.TB, c retry.Config, opts ...retry.Option) *retry.Layer {
 	t.Helper()
+	c.AllMethods = c.Methods == nil
 	l, err := retry.New(c, opts...)
 	if err != nil {
 		t.Fatalf("New(%+v): %v", c, err)
@@ -160,15 +162,14 @@ func TestTowerRetryErrorInspection(t *testing.T) {
 }
 
 func TestTowerRetryCannotCloneRequest(t *testing.T) {
-	l := mustNew(t, quick,
-		retry.WithIdempotent(func(m string) bool { return m != method }),
-		retry.WithPolicy(func(context.Context, *retry.Attempt) bool {
-			t.Error("the policy was asked")
-			return true
-		}))
+	c := quick
+	c.Methods = []string{} // None but those that are declared.
+	l := mustNew(t, c, retry.WithPolicy(func(context.Context, *retry.Attempt) bool { return true }))
 	s := fails(t, unavailable)
-	if _, err := s.call(t.Context(), nil, l); err != unavailable || s.attempts() != 1 {
-		t.Errorf("%d attempts, %v; want one and its error", s.attempts(), err)
+	_, err := s.call(t.Context(), nil, l)
+	wantRefusedAgain(t, err, "retry", interceptor.ReasonNotIdempotent)
+	if s.attempts() != 1 {
+		t.Errorf("%d attempts, want one", s.attempts())
 	}
 	s = fails(t)
 	if got, err := s.call(t.Context(), nil, l); got != "ok" || err != nil {
@@ -506,7 +507,7 @@ func TestDeadlineOfAttemptIsRepeated(t *testing.T) {
 	})
 }
 
-func TestDeclaredOnly(t *testing.T) {
+func TestMethods(t *testing.T) {
 	levels := map[string]descriptorpb.MethodOptions_IdempotencyLevel{
 		"Unknown":    descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN,
 		"Read":       descriptorpb.MethodOptions_NO_SIDE_EFFECTS,
@@ -532,11 +533,11 @@ func TestDeclaredOnly(t *testing.T) {
 		}
 	}
 	c := quick
-	c.DeclaredOnly = true
+	c.Methods = []string{"/by.Name/Method", "/by.Service/"}
 	for m, want := range map[string]bool{
 		"/belfry.retrytest.Service/Unknown": false, "/belfry.retrytest.Service/Read": true, "/belfry.retrytest.Service/Idempotent": true,
 		"/belfry.retrytest.Service/None": false, "/no.such/Method": false, "nonsense": false, "/belfry.retrytest.Service": false,
-		"/by/function": true,
+		"/by/function": true, "/by.Name/Method": true, "/by.Name/Other": false, "/by.Service/Any": true, "/by.Service": false,
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			s := fails(t, unavailable)
@@ -724,7 +725,7 @@ func TestUpdate(t *testing.T) {
 		s := &server{t: t}
 		s.answer = func(n int, _ string) (string, metadata.MD, error) {
 			if n == 2 {
-				if err := l.Update(retry.Config{MaxAttempts: 5, Backoff: quick.Backoff, Budget: budget.Config{MinPerSecond: 20}}); err != nil {
+				if err := l.Update(retry.Config{AllMethods: true, MaxAttempts: 5, Backoff: quick.Backoff, Budget: budget.Config{MinPerSecond: 20}}); err != nil {
 					t.Error(err)
 				}
 			}
