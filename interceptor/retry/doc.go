@@ -19,9 +19,11 @@
 //
 //   - the server asks not to, with a negative grpc-retry-pushback-ms, or asks for a
 //     delay of more than Config.MaxServerDelay (10 s by default);
-//   - it is RESOURCE_EXHAUSTED and the server does not say when to come back, by
-//     RetryInfo or pushback: a blind repeat adds load to an overloaded server, or sends
-//     a message again that is too large;
+//   - it is RESOURCE_EXHAUSTED, Config.Codes is nil, and the server does not say when to
+//     come back, by RetryInfo or pushback: a blind repeat adds load to an overloaded
+//     server;
+//   - the client itself could not send the request or take the answer, which is too
+//     large or cannot be encoded;
 //   - the call has made MaxAttempts, or Config.Budget is spent. The budget is on
 //     by default, see package budget;
 //   - the delay before it would end after the call's deadline: the call then
@@ -36,6 +38,14 @@
 // are not among them: the first leaves no time for another attempt unless it is an
 // attempt's own, and the second asks to repeat a whole transaction, which only the caller
 // knows.
+//
+// A server's pushback is the exact delay before the next attempt, as gRFC A6 has it. Its
+// RetryInfo is the least: up to half as much is added at random, so that clients that were
+// refused together do not come back together.
+//
+// A [Policy] replaces these rules. It sees status, header, trailer, reply and request, the
+// number of attempts and the time, and decides whether, when and why. The examples say the
+// conditions of Envoy and of failsafe-go with it.
 //
 // gRPC itself repeats, once and below all layers, an attempt that never left the client
 // or that the server did not process (REFUSED_STREAM, GOAWAY). Such transparent retries

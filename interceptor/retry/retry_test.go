@@ -55,6 +55,9 @@ func mustNew(t testing.TB, c retry.Config, opts ...retry.Option) *retry.Layer {
 	return l
 }
 
+// repeatAll is a policy.
+func repeatAll(context.Context, *retry.Attempt) retry.Decision { return retry.Decision{Repeat: true} }
+
 // server answers unary attempts.
 type server struct {
 	t      *testing.T
@@ -152,8 +155,8 @@ func TestTowerRetryLimit(t *testing.T) {
 func TestTowerRetryErrorInspection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := fails(t, status.Error(codes.Internal, "retry 1"), status.Error(codes.Internal, "reject"))
-		_, err := s.call(t.Context(), nil, mustNew(t, quick, retry.WithPolicy(func(_ context.Context, a *retry.Attempt) bool {
-			return a.Err != nil && status.Convert(a.Err).Message() != "reject"
+		_, err := s.call(t.Context(), nil, mustNew(t, quick, retry.WithPolicy(func(_ context.Context, a *retry.Attempt) retry.Decision {
+			return retry.Decision{Repeat: a.Err != nil && status.Convert(a.Err).Message() != "reject"}
 		})))
 		if s.attempts() != 2 || status.Convert(err).Message() != "reject" {
 			t.Errorf("%d attempts, %v; want 2 and the error that the policy rejects", s.attempts(), err)
@@ -164,7 +167,7 @@ func TestTowerRetryErrorInspection(t *testing.T) {
 func TestTowerRetryCannotCloneRequest(t *testing.T) {
 	c := quick
 	c.Methods = []string{} // None but those that are declared.
-	l := mustNew(t, c, retry.WithPolicy(func(context.Context, *retry.Attempt) bool { return true }))
+	l := mustNew(t, c, retry.WithPolicy(repeatAll))
 	s := fails(t, unavailable)
 	_, err := s.call(t.Context(), nil, l)
 	wantRefusedAgain(t, err, "retry", interceptor.ReasonNotIdempotent)
@@ -181,14 +184,14 @@ func TestTowerRetryMutatingPolicy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := fails(t)
 		var replies []string
-		_, err := s.call(t.Context(), nil, mustNew(t, quick, retry.WithPolicy(func(_ context.Context, a *retry.Attempt) bool {
+		_, err := s.call(t.Context(), nil, mustNew(t, quick, retry.WithPolicy(func(_ context.Context, a *retry.Attempt) retry.Decision {
 			replies = append(replies, a.Reply.(*wrapperspb.StringValue).GetValue())
 			if a.N == 3 {
 				a.Err = errors.New("out of retries")
-				return false
+				return retry.Decision{}
 			}
 			a.Request = wrapperspb.String("retrying")
-			return true
+			return retry.Decision{Repeat: true}
 		})))
 		if err == nil || err.Error() != "out of retries" {
 			t.Errorf("got %v, want the policy's error", err)
@@ -206,7 +209,7 @@ func TestPolicyWithoutBudgetKeepsSuccess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) { return fmt.Sprint("answer ", n), nil, nil }}
 		l := mustNew(t, retry.Config{MaxAttempts: 9, Backoff: quick.Backoff, Budget: budget.Config{MinPerSecond: 0.4, Ratio: budget.None}},
-			retry.WithPolicy(func(context.Context, *retry.Attempt) bool { return true }))
+			retry.WithPolicy(repeatAll))
 		if got, err := s.call(t.Context(), nil, l); got != "answer 5" || err != nil {
 			t.Errorf("got %q, %v, want the last answer that a budget of 4 pays for", got, err)
 		}

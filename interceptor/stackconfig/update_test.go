@@ -659,7 +659,7 @@ func TestOptions(t *testing.T) {
 }
 
 // never is a retry policy.
-func never(context.Context, *retry.Attempt) bool { return false }
+func never(context.Context, *retry.Attempt) retry.Decision { return retry.Decision{} }
 
 type counter struct {
 	interceptor.NopObserver
