@@ -72,7 +72,7 @@ type Call struct {
 	wantTrailer bool
 
 	// What became of it.
-	fate    fate // When it was handed to the connection; see also fates.
+	fate    attempt.Fate // When it was handed to the connection; see also fates.
 	stream  grpc.ClientStream
 	sentAt  Instant
 	trailer metadata.MD
@@ -81,7 +81,7 @@ type Call struct {
 	err     error // and how that ended.
 
 	// Also used from all its attempts.
-	fates     atomic.Uint32 // What became of them, and of a stream later: a fate.
+	fates     atomic.Uint32 // What became of them, and of a stream later: an attempt.Fate.
 	attempts  atomic.Int32
 	forked    atomic.Bool
 	firstSent atomic.Int64 // When the first of them was sent.
@@ -154,10 +154,10 @@ func (c *Call) Noted(of any) (value int64, ok bool) {
 // Park is [Admission.Park] for a layer that waits in the call path, such as a retry
 // that backs off.
 func (c *Call) Park(ctx context.Context) (parked context.Context, done func()) {
-	parked, done = c.prog.stack.parked.add(ctx, c.grpcConn)
+	parked, done = c.prog.stack.parked.Add(ctx, c.grpcConn)
 	for _, s := range c.fronts {
 		inner := done
-		p, out := s.parked.add(parked, nil)
+		p, out := s.parked.Add(parked, nil)
 		parked, done = p, func() { out(); inner() }
 	}
 	return parked, done
@@ -181,7 +181,7 @@ func (c *Call) whenSent() Instant {
 
 // arrived records what became of an attempt when it was handed to the connection, for
 // it and for all the calls that it is an attempt of.
-func (c *Call) arrived(f fate) {
+func (c *Call) arrived(f attempt.Fate) {
 	c.fate = f
 	if f&sent == 0 && c.series != nil {
 		c.series.NotSent()
@@ -193,7 +193,7 @@ func (c *Call) arrived(f fate) {
 
 // addFate records what became of a stream later, for it and for all the calls that it is
 // an attempt of. It may be called concurrently.
-func (c *Call) addFate(f fate) {
+func (c *Call) addFate(f attempt.Fate) {
 	for ; c != nil; c = c.parent {
 		c.fates.Or(uint32(f))
 	}

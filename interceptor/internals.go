@@ -36,6 +36,14 @@ type Slot interface {
 // the call's own goroutine before it parks the call.
 func (i *Internals) Slot() Slot { return i.slot }
 
+// Pass calls Pass of the slot that the call waits in, if it has one. A gate that can wait
+// and knows no better moment calls it when it has let the call through.
+func (i *Internals) Pass() {
+	if i.slot != nil {
+		i.slot.Pass()
+	}
+}
+
 // SetSlot sets the slot for the gates inside, and returns the previous one, which the
 // gate restores after the inner gate. A Slot that replaces another passes that one too.
 func (i *Internals) SetSlot(s Slot) (before Slot) {
@@ -135,7 +143,7 @@ func (i *Internals) Trailer() metadata.MD { return i.trailer }
 // Outcome returns how the call or attempt ended with err, as the gates outside the layer
 // that asks will be told. ctx is what the layer passed to next.
 func (i *Internals) Outcome(ctx context.Context, err error) Outcome {
-	return judge(ctx, err, i.fate|fate(i.fates.Load()))
+	return judge(ctx, err, i.fate|attempt.Fate(i.fates.Load()))
 }
 
 // ReportRefusal tells the observer that a further attempt was refused with err.

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/belfry-go/belfry/internal/isnil"
+	"github.com/belfry-go/belfry/internal/park"
 )
 
 // A Stack is a compiled list of layers, safe for concurrent use by any number of
@@ -21,7 +22,7 @@ import (
 type Stack struct {
 	prog   atomic.Pointer[program]
 	mark   grpc.CallOption // Marks calls that have passed the stack.
-	parked parking
+	parked *park.Lot
 
 	// state counts what is in flight: calls, and in steps of partOne their parts, which
 	// are the inner scopes of streams and the forks. drainBit is set once the stack
@@ -57,7 +58,7 @@ const stackName = "stack"
 // inside that can be not ready. [Stack.Advice] lists what works, but rarely as meant. A
 // stack without layers only counts and drains.
 func NewStack(specs ...Spec) (*Stack, error) {
-	s := &Stack{idle: make(chan struct{})}
+	s := &Stack{idle: make(chan struct{}), parked: park.New(draining, closed)}
 	s.mark = passed{stack: s}
 	if err := s.Replace(specs...); err != nil {
 		return nil, err
@@ -251,7 +252,7 @@ func (s *Stack) Drain(ctx context.Context) error {
 	if s.state.Or(drainBit)&^drainBit == 0 {
 		s.once.Do(func() { close(s.idle) })
 	}
-	s.parked.drain()
+	s.parked.Drain()
 	select {
 	case <-s.idle:
 		return nil

@@ -322,7 +322,7 @@ func (s *scope) remove(in *scope) {
 
 // finish is called by gRPC when the stream has ended. The type says when we trust it.
 func (s *scope) finish(err error) {
-	closing := isClosing(err)
+	closing := attempt.IsClosing(err)
 	if !closing && s.ctx.Err() == nil {
 		// gRPC's own deadline, from a service config, ends a stream too.
 		if code := status.Code(err); code != codes.Canceled && code != codes.DeadlineExceeded {
@@ -388,7 +388,7 @@ func (s *scope) RecvMsg(m any) error {
 		s.respond()
 		return nil
 	case err != nil && err != io.EOF && attempt.IsReceiveError(err) && !attempt.ServerSpoke(s.ClientStream.Trailer()):
-		s.call.addFate(unreadable)
+		s.call.addFate(attempt.Unreadable)
 	}
 	s.end(err, false)
 	return err
@@ -418,8 +418,8 @@ func (s *scope) notSent(err error) {
 	switch {
 	case s.id != s.call.prog.boundaries || !attempt.IsSendError(err):
 	case s.asked.Load() || s.responded.Load():
-		s.call.addFate(unsendable)
+		s.call.addFate(attempt.Unsendable)
 	default:
-		s.call.addFate(unsendable | unasked)
+		s.call.addFate(attempt.Unsendable | attempt.Unasked)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -683,6 +684,9 @@ func TestPicksRaceWithEverything(t *testing.T) {
 					}
 				})
 			}
+			for picks.Load() == 0 && !t.Failed() {
+				runtime.Gosched()
+			}
 			for range 1500 {
 				switch r.IntN(4) {
 				case 0:
@@ -721,9 +725,6 @@ func TestPicksRaceWithEverything(t *testing.T) {
 			o.mu.Unlock()
 			if started != ended || int64(started) != picks.Load() {
 				t.Errorf("%d picks, %d starts, %d finishes, want them equal", picks.Load(), started, ended)
-			}
-			if picks.Load() == 0 {
-				t.Error("no pick was made")
 			}
 			if load == `"load":{"pendingRequests":{}}` {
 				if got := w.p.totalLoad(); got != 0 {
