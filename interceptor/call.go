@@ -183,7 +183,7 @@ func (c *Call) whenSent() Instant {
 // it and for all the calls that it is an attempt of.
 func (c *Call) arrived(f attempt.Fate) {
 	c.fate = f
-	if f&sent == 0 && c.series != nil {
+	if f&attempt.Sent == 0 && c.series != nil {
 		c.series.NotSent()
 	}
 	for p := c.parent; p != nil; p = p.parent {

@@ -135,6 +135,11 @@ func badFields(v reflect.Value, path string, f func(field string, value any)) {
 	case reflect.Uint8, reflect.Uint32:
 		v.SetUint(99)
 	case reflect.Slice:
+		if v.Type().Elem().Kind() == reflect.String { // Of methods.
+			v.Set(reflect.ValueOf([]string{"/orders.Orders/", "orders.Orders/Get"}))
+			field, value = field+"[1]", "orders.Orders/Get"
+			break
+		}
 		v.Set(reflect.ValueOf([]codes.Code{codes.Internal, 99}))
 		field, value = field+"[1]", codes.Code(99)
 	}

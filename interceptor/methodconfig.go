@@ -6,6 +6,7 @@ package interceptor
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -69,4 +70,6 @@ func (p *program) adviseRetryPolicy(t *target, method string) {
 }
 
 // repeats reports whether a layer makes further attempts.
-func (p *program) repeats() bool { return anyHas(p.layers, Retries|Hedges) }
+func (p *program) repeats() bool {
+	return slices.ContainsFunc(p.layers, func(l Layer) bool { return traitsOf(l)&(Retries|Hedges) != 0 })
+}
