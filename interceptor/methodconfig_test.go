@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/hedge"
@@ -153,7 +154,7 @@ func TestMethodTimeout(t *testing.T) {
 			if unsent != 1 {
 				t.Errorf("%d calls were refused for their method's timeout, want the one that still waited", unsent)
 			}
-		}, interceptor.FromSemaphore("limit", semaphore.NewWeighted(1)))
+		}, adapt.FromSemaphore("limit", semaphore.NewWeighted(1)))
 	})
 	t.Run("is_a_refund_if_it_passes_before_the_call_is_sent", func(t *testing.T) {
 		run(t, func(t *testing.T, c testingv1.TestServiceClient) {

@@ -86,7 +86,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	sc := new(streamCall)
 	c := &sc.Call
 	c.reset(p)
-	ctx, c.cancel = t.withMethodTimeout(ctx, method)
+	ctx, c.cancel = p.withMethodConfig(ctx, t, method)
 	c.desc = desc
 	w, err := c.prepare(kindOf(desc), method, t, opts)
 	sc.scope.root = sc
@@ -119,7 +119,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		return nil, err
 	}
 	sc.scope.open(c, c.stream)
-	if sc.cancel != nil {
+	if c.cancel != nil {
 		return &overdueStream{&sc.scope, ctx}, nil
 	}
 	return &sc.scope, nil
@@ -326,7 +326,7 @@ func (s *scope) remove(in *scope) {
 
 // finish is called by gRPC when the stream has ended. The type says when we trust it.
 func (s *scope) finish(err error) {
-	closing := isClosing(err)
+	closing := attempt.IsClosing(err)
 	if !closing && s.ctx.Err() == nil {
 		// gRPC's own deadline, from a service config, ends a stream too.
 		if code := status.Code(err); code != codes.Canceled && code != codes.DeadlineExceeded {
@@ -358,6 +358,19 @@ func (s *scope) Header() (md metadata.MD, err error) {
 	return md, err
 }
 
+// Context returns the context of the stream without what is for one attempt alone.
+func (s *scope) Context() context.Context {
+	ctx := s.ClientStream.Context()
+	if s.id != s.call.prog.boundaries {
+		return ctx // Of a scope inside.
+	}
+	ctx = attempt.Hide(ctx)
+	if s.call.conn != nil && s.call.series != nil {
+		ctx = attempt.WithoutPrevious(ctx, s.ctx)
+	}
+	return ctx
+}
+
 func (s *scope) SendMsg(m any) error {
 	err := s.ClientStream.SendMsg(m)
 	switch {
@@ -379,7 +392,7 @@ func (s *scope) RecvMsg(m any) error {
 		s.respond()
 		return nil
 	case err != nil && err != io.EOF && attempt.IsReceiveError(err) && !attempt.ServerSpoke(s.ClientStream.Trailer()):
-		s.call.addFate(unreadable)
+		s.call.addFate(attempt.Unreadable)
 	}
 	s.end(err, false)
 	return err
@@ -409,8 +422,8 @@ func (s *scope) notSent(err error) {
 	switch {
 	case s.id != s.call.prog.boundaries || !attempt.IsSendError(err):
 	case s.asked.Load() || s.responded.Load():
-		s.call.addFate(unsendable)
+		s.call.addFate(attempt.Unsendable)
 	default:
-		s.call.addFate(unsendable | unasked)
+		s.call.addFate(attempt.Unsendable | attempt.Unasked)
 	}
 }

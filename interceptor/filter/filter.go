@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/mapping"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 )
@@ -184,7 +185,7 @@ func New(config Config, predicate Predicate, opts ...Option) (*Filter, error) {
 	f.config.Store(&config)
 	if o.messages != nil {
 		var err error
-		if f.messages, err = interceptor.MapRequest(f.mapper(o.messages)).NewLayer(); err != nil {
+		if f.messages, err = mapping.Request(f.mapper(o.messages)).NewLayer(); err != nil {
 			return nil, err
 		}
 	}
@@ -265,7 +266,7 @@ func (g *Gate) Traits() interceptor.Traits { return 0 }
 // WrapGate returns the gate.
 func (g *Gate) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-		err, ended := a.Internals().Consult(ctx, g.name, w, func(ctx context.Context) error {
+		err, ended := a.Internals().Consult(ctx, g.name, w, false, func(ctx context.Context) error {
 			return g.predicate(ctx, a, a.Request())
 		})
 		if r, ok := interceptor.AsRefusal(ended); ok && isEnd(err) {

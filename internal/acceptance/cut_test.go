@@ -29,9 +29,9 @@ import (
 	"github.com/belfry-go/belfry/resolver/discover"
 )
 
-// dialCluster returns a channel through a stack to the servers of a cluster in memory. The
+// dialHanging returns a channel through a stack to the servers of a cluster in memory. The
 // caller closes it.
-func dialCluster(t *testing.T, c *testserver.Cluster, lb string, specs ...interceptor.Spec) (*grpc.ClientConn, *interceptor.Stack) {
+func dialHanging(t *testing.T, c *testserver.Cluster, lb string, specs ...interceptor.Spec) (*grpc.ClientConn, *interceptor.Stack) {
 	t.Helper()
 	stack, err := interceptor.NewStack(specs...)
 	if err != nil {
@@ -82,7 +82,7 @@ func TestStreamsCutShortAreDeadlines(t *testing.T) {
 							return []testserver.Option{testserver.InMemory(), testserver.ServiceTime(testserver.Fixed(5 * time.Millisecond))}
 						})
 						defer c.Close()
-						conn, stack := dialCluster(t, c, lb, loadshed.Config{}, timeout.Config{Timeout: time.Minute, Lifetime: time.Minute},
+						conn, stack := dialHanging(t, c, lb, loadshed.Config{}, timeout.Config{Timeout: time.Minute, Lifetime: time.Minute},
 							hedged, again, cut, buffer.Config{Size: 10}, concurrency.Config{Limit: 10})
 						defer conn.Close()
 						client := testingv1.NewTestServiceClient(conn)
@@ -131,9 +131,9 @@ func TestStreamsCutShortAreDeadlines(t *testing.T) {
 			} {
 				t.Run(where, func(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
-						c := testserver.NewCluster(t, 1, func(int) []testserver.Option { return []testserver.Option{testserver.InMemory()} })
+						c := testserver.NewCluster(t, 1, inMemory)
 						defer c.Close()
-						conn, stack := dialCluster(t, c, `{}`, specs...)
+						conn, stack := dialHanging(t, c, `{}`, specs...)
 						defer conn.Close()
 						client := testingv1.NewTestServiceClient(conn)
 						c.Server(0).BlackHole()
