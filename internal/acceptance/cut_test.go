@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/belfry-go/belfry/balancer/p2c"
 	"github.com/belfry-go/belfry/interceptor"
@@ -49,6 +50,40 @@ func dialHanging(t *testing.T, c *testserver.Cluster, lb string, specs ...interc
 		t.Fatal(err)
 	}
 	return conn, stack
+}
+
+// The timeout of an attempt ends no stream that is in use: the first endpoint never
+// answers, the second does, and the stream then lives for ten times that timeout.
+func TestAttemptTimeoutLeavesAStreamInUse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := testserver.NewCluster(t, 2, inMemory)
+		defer c.Close()
+		c.Server(0).BlackHole()
+		stack, err := interceptor.NewStack(retry.Config{AllMethods: true}, timeout.Config{FirstResponse: 100 * time.Millisecond})
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn := dialCluster(t, c, "expectedLatency", "", stack.DialOptions()...)
+		defer conn.Close()
+		n := int32(20)
+		for range 5 {
+			s, err := testingv1.NewTestServiceClient(conn).ServerStream(t.Context(), &testingv1.ServerStreamRequest{
+				Behaviour: &testingv1.Behaviour{ResponseCount: &n, Delay: durationpb.New(50 * time.Millisecond)},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range n {
+				m, err := s.Recv()
+				if err != nil || m.GetObserved().GetIndex() != i {
+					t.Fatalf("message %d is %v, %v", i, m, err)
+				}
+			}
+			if _, err := s.Recv(); err != io.EOF {
+				t.Fatal(err)
+			}
+		}
+	})
 }
 
 // A stream that a bound of its timeout cuts is a deadline, and not cancelled by its caller:
