@@ -93,7 +93,8 @@ func dial(stack *interceptor.Stack, cluster *testserver.Cluster) (*grpc.ClientCo
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`))...)
 }
 
-// run is the program. It returns the cause of ctx if that ends.
+// run is the program, with usual calls a second until ten times as many come. It
+// returns the cause of ctx if that ends.
 func run(ctx context.Context, out io.Writer, phase time.Duration, usual int) error {
 	// Each server works on four calls at a time: together they serve some 2,400 a second.
 	cluster, err := testserver.StartCluster(3, func(int) []testserver.Option {
