@@ -48,6 +48,8 @@ type callState struct {
 	home    int      // The outermost boundary of a fork.
 	outs    *outs    // The results of a fork that the caller asked for by options.
 
+	series *attempt.Series // What all attempts share; nil if no layer may repeat the call.
+
 	expendable bool // Of a fork: see Origin.
 
 	finish []func(error)      // What the caller wants to be told at the end.
@@ -199,6 +201,9 @@ func (c *Call) whenSent() Instant {
 // it and for all the calls that it is an attempt of.
 func (c *Call) arrived(f attempt.Fate) {
 	c.fate = f
+	if f&attempt.Sent == 0 && c.series != nil {
+		c.series.NotSent()
+	}
 	for p := c.parent; p != nil; p = p.parent {
 		p.fates.Or(uint32(f))
 	}
@@ -221,4 +226,25 @@ func (c *Call) departs() {
 	for p := c.parent; p != nil; p = p.parent {
 		p.firstSent.CompareAndSwap(0, int64(c.sentAt))
 	}
+}
+
+// inSeries tells the server and the balancing policy what came before an attempt that is
+// about to be handed to the connection. The context is for the connection alone.
+func (c *Call) inSeries(ctx context.Context) context.Context {
+	if c.series == nil {
+		return ctx
+	}
+	before := c.series.Begin()
+	switch {
+	case before == 0:
+	case c.conn != nil:
+		ctx = attempt.WithPreviousMetadata(ctx, before)
+	default:
+		ctx, c.opts = attempt.WithPrevious(ctx, c.opts, before)
+	}
+	target := ""
+	if c.grpcConn != nil {
+		target = c.grpcConn.Target()
+	}
+	return c.series.Context(ctx, c.method, target)
 }

@@ -135,6 +135,11 @@ func badFields(v reflect.Value, path string, f func(field string, value any)) {
 	case reflect.Uint8, reflect.Uint32:
 		v.SetUint(99)
 	case reflect.Slice:
+		if v.Type().Elem().Kind() == reflect.String { // Of methods.
+			v.Set(reflect.ValueOf([]string{"/orders.Orders/", "orders.Orders/Get"}))
+			field, value = field+"[1]", "orders.Orders/Get"
+			break
+		}
 		v.Set(reflect.ValueOf([]codes.Code{codes.Internal, 99}))
 		field, value = field+"[1]", codes.Code(99)
 	}
@@ -212,7 +217,7 @@ func TestConfigError_options(t *testing.T) {
 		{"retry", "WithBudget", nil, errOf(retry.New(retry.Config{}, retry.WithBudget(nil)))},
 		{"retry", "WithIdempotent", nil, errOf(retry.New(retry.Config{}, retry.WithIdempotent(nil)))},
 		{"retry", "WithPolicy", nil, errOf(retry.New(retry.Config{}, retry.WithPolicy(nil)))},
-		{"steer", "choose", nil, errOf(steer.New(nil))},
+		{"steer", "choose", nil, errOf(steer.New[string](nil, nil))},
 		{"throttle", "WithName", "", errOf(throttle.New(throttle.Config{}, throttle.WithName("")))},
 		{"timeout", "WithName", "", errOf(timeout.New(timeout.Config{}, timeout.WithName("")))},
 	} {

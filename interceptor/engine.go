@@ -196,6 +196,7 @@ func innermost(ctx context.Context, c *Call) (err error) {
 		o.Attempt(c.method, c.attempt)
 	}
 	c.departs()
+	ctx = c.inSeries(ctx)
 	if c.kind != Unary {
 		return c.openStream(ctx)
 	}
@@ -433,6 +434,7 @@ type target struct {
 	invoker  grpc.UnaryInvoker
 	streamer grpc.Streamer
 	grpcConn *grpc.ClientConn // cc or conn, if that is gRPC's own; otherwise nil.
+	once     bool             // gRPC makes one attempt, whatever retryPolicy there is.
 }
 
 // prepare takes from the options of a call what the stack needs of them.
@@ -534,7 +536,7 @@ func (c *Call) invoke(ctx context.Context, method string, req, reply any, opts [
 
 func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
 	p := c.prog
-	ctx, c.cancel = c.withMethodTimeout(ctx, c.method)
+	ctx, c.cancel = p.withMethodConfig(ctx, &c.target, c.method)
 	defer p.stack.leave(callOne)
 	defer c.over(ctx)
 	defer c.settleAll(ctx, 0)

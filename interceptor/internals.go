@@ -118,10 +118,15 @@ func (i *Internals) Consulted(layer string, since Instant) {
 	}
 }
 
-// Balanced reports whether a picker may choose the endpoint of the attempt. That is so
-// for every connection, but not for an interceptor that was given none, as in a test. A
-// layer then need not tell the picker what it knows.
-func (i *Internals) Balanced() bool { return i.cc != nil || i.conn != nil }
+// MayRepeat says that a layer may make further attempts of the call. Then the balancing
+// policy learns where the earlier ones of it went, and the server how many they are. The
+// layer calls it in the call path, before it passes the call on. It costs an allocation,
+// but for calls without a connection, as in a test.
+func (i *Internals) MayRepeat() {
+	if i.series == nil && (i.cc != nil || i.conn != nil) {
+		i.series = new(attempt.Series)
+	}
+}
 
 // AdmittedAt is when the call was admitted: the last reading of the clock by its gates,
 // provided that every gate that waits says so with [Admission.Waited].

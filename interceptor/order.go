@@ -59,8 +59,15 @@ func described(layers []Layer) []order.Layer {
 // each: a breaker, throttle or rate outside what waits, a buffer or fail-fast outside a
 // load shed, an inner timeout that is not shorter than an outer one, a retry outside a
 // hedge or another retry. The package documentation has the arithmetic. NewStack logs it
-// once.
-func (s *Stack) Advice() []string { return append([]string(nil), s.prog.Load().advice...) }
+// once. Later there is one more, which is logged as well, if a call was made on a channel
+// whose service config has a retryPolicy, and the stack retries or hedges.
+func (s *Stack) Advice() []string {
+	advice := append([]string(nil), s.prog.Load().advice...)
+	if a := s.retryPolicy.Load(); a != nil {
+		advice = append(advice, *a)
+	}
+	return advice
+}
 
 func (s *Stack) logAdvice() {
 	for _, a := range s.Advice() {

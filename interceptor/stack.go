@@ -30,6 +30,8 @@ type Stack struct {
 	state atomic.Int64
 	idle  chan struct{} // Closed when the stack drains and nothing is in flight.
 	once  sync.Once     // Closes idle.
+
+	retryPolicy atomic.Pointer[string] // Advice on gRPC's own, once a call has met it.
 }
 
 const (
@@ -141,31 +143,49 @@ func (s *Stack) PrepareByMethod(choose func(method string) int, lists ...[]Layer
 
 // DialOptions returns the options for grpc.NewClient. Interceptors that are chained by
 // earlier options are outside the stack, those by later options inside. The ones inside
-// must pass on the options of a call, by which gRPC tells the stack what became of it.
+// must pass on the options of a call, by which gRPC tells the stack what became of it, and
+// append to them what they add: a further attempt has its number in a
+// [grpc.PerRPCCredentials], of which gRPC uses the last.
+//
+// If a layer of the stack retries or hedges, they include [grpc.WithDisableRetry], because
+// otherwise each attempt would be multiplied by the retryPolicy of a service config, which
+// no budget counts. What gRPC repeats without a policy, because no server has seen it, is
+// still repeated. A channel that was dialled without these options keeps its retryPolicy.
+// In either case [Stack.Advice] tells of it.
 func (s *Stack) DialOptions() []grpc.DialOption {
-	return []grpc.DialOption{
-		grpc.WithChainUnaryInterceptor(s.UnaryClientInterceptor()),
-		grpc.WithChainStreamInterceptor(s.StreamClientInterceptor()),
+	once := s.prog.Load().repeats()
+	opts := []grpc.DialOption{
+		grpc.WithChainUnaryInterceptor(s.unary(once)),
+		grpc.WithChainStreamInterceptor(s.stream(once)),
 	}
+	if once {
+		opts = append(opts, grpc.WithDisableRetry())
+	}
+	return opts
 }
 
 // UnaryClientInterceptor returns the unary interceptor, for a chain of interceptors.
-func (s *Stack) UnaryClientInterceptor() grpc.UnaryClientInterceptor {
+func (s *Stack) UnaryClientInterceptor() grpc.UnaryClientInterceptor { return s.unary(false) }
+
+// StreamClientInterceptor returns the streaming interceptor, for a chain of
+// interceptors.
+func (s *Stack) StreamClientInterceptor() grpc.StreamClientInterceptor { return s.stream(false) }
+
+// unary returns the unary interceptor. once says that gRPC does not repeat by a policy.
+func (s *Stack) unary(once bool) grpc.UnaryClientInterceptor {
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		c, err := s.begin(method, opts)
 		if err != nil {
 			return err
 		}
-		c.cc, c.grpcConn, c.invoker = cc, cc, invoker
+		c.cc, c.grpcConn, c.invoker, c.once = cc, cc, invoker, once
 		return c.invoke(ctx, method, req, reply, opts)
 	}
 }
 
-// StreamClientInterceptor returns the streaming interceptor, for a chain of
-// interceptors.
-func (s *Stack) StreamClientInterceptor() grpc.StreamClientInterceptor {
+func (s *Stack) stream(once bool) grpc.StreamClientInterceptor {
 	return func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-		return s.open(ctx, desc, method, &target{cc: cc, grpcConn: cc, streamer: streamer}, opts)
+		return s.open(ctx, desc, method, &target{cc: cc, grpcConn: cc, streamer: streamer, once: once}, opts)
 	}
 }
 

@@ -84,7 +84,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		return nil, p.turnAway(method, opts, err)
 	}
 	sc := new(streamCall)
-	ctx, sc.cancel = t.withMethodTimeout(ctx, method)
+	ctx, sc.cancel = p.withMethodConfig(ctx, t, method)
 	c := &sc.Call
 	c.init(p)
 	c.desc = desc
@@ -353,6 +353,19 @@ func (s *scope) Header() (md metadata.MD, err error) {
 		s.respond()
 	}
 	return md, err
+}
+
+// Context returns the context of the stream without what is for one attempt alone.
+func (s *scope) Context() context.Context {
+	ctx := s.ClientStream.Context()
+	if s.id != s.call.prog.boundaries {
+		return ctx // Of a scope inside.
+	}
+	ctx = attempt.Hide(ctx)
+	if s.call.conn != nil && s.call.series != nil {
+		ctx = attempt.WithoutPrevious(ctx, s.ctx)
+	}
+	return ctx
 }
 
 func (s *scope) SendMsg(m any) error {

@@ -102,8 +102,8 @@ func TestPanic(t *testing.T) {
 					t.Fatal(err)
 				}
 				sem := semaphore.NewWeighted(3)
-				stack := calltest.Stack(t, interceptor.Observe(o), hedge.Config{Delay: 20 * time.Millisecond, MaxExtraLoad: 0.5},
-					retry.Config{}, buffer.Config{Size: 5}, limit, adapt.FromSemaphore("semaphore", sem),
+				stack := calltest.Stack(t, interceptor.Observe(o), hedge.Config{AllMethods: true, Delay: 20 * time.Millisecond, MaxExtraLoad: 0.5},
+					retry.Config{AllMethods: true}, buffer.Config{Size: 5}, limit, adapt.FromSemaphore("semaphore", sem),
 					ratelimit.Config{Limit: 100, KeyBy: interceptor.KeyBy{Method: true}})
 				conn := stack.Wrap(new(flaky))
 				var wg sync.WaitGroup

@@ -649,7 +649,7 @@ func (w *world) balance(name string, b *budget.Budget) {
 }
 
 func (w *world) hedge() interceptor.Spec {
-	c := hedge.Config{Delay: w.ms(1, 50), MaxAttempts: 2 + w.rng.IntN(2), Budget: w.budget(), BufferBytes: 1 + w.rng.IntN(2000)}
+	c := hedge.Config{AllMethods: true, Delay: w.ms(1, 50), MaxAttempts: 2 + w.rng.IntN(2), Budget: w.budget(), BufferBytes: 1 + w.rng.IntN(2000)}
 	l := must(hedge.New(c))
 	w.balance("hedge", l.Budget())
 	return l
@@ -657,6 +657,7 @@ func (w *world) hedge() interceptor.Spec {
 
 func (w *world) retry() interceptor.Spec {
 	c := retry.Config{
+		AllMethods:  true,
 		MaxAttempts: 2 + w.rng.IntN(4), Budget: w.budget(), BufferBytes: 1 + w.rng.IntN(2000),
 		Backoff: retry.Backoff{Initial: w.ms(1, 50), Max: w.ms(50, 300)}, MaxServerDelay: w.ms(1, 1000),
 	}
