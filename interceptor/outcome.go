@@ -149,6 +149,7 @@ const (
 	unreadable                   // It was answered, and the client could not take the answer.
 	unsendable                   // The client could not send a message of the stream,
 	unasked                      // which was the first one.
+	turnedAway                   // The connection refused a stream when its first message was sent.
 )
 
 // fateOf returns what became of a unary attempt that failed with err. cc is nil if the
@@ -229,6 +230,8 @@ func judge(ctx context.Context, err error, f fate) Outcome {
 		return Ignored
 	case isClosing(err) || abandoned(ctx, err):
 		return Ignored
+	case refused && f&turnedAway != 0:
+		return endOfRefused(err).Outcome
 	case refused && refusal.Reason != ReasonDeadline:
 		// The refusal of a further attempt, by whoever does not say what came before.
 		return Ignored

@@ -400,13 +400,19 @@ func (s *scope) respond() {
 }
 
 // notSent records that the client could not send a message, as SendMsg says. If it was
-// the first one, nothing was asked of the server.
+// the first one, nothing was asked of the server. A connection that is not gRPC's may
+// refuse a call only then, as a steer that chooses by the request does.
 func (s *scope) notSent(err error) {
+	if s.id != s.call.prog.boundaries {
+		return
+	}
+	first := !s.asked.Load() && !s.responded.Load()
 	switch {
-	case s.id != s.call.prog.boundaries || !attempt.IsSendError(err):
-	case s.asked.Load() || s.responded.Load():
-		s.call.addFate(unsendable)
-	default:
+	case attempt.IsSendError(err) && first:
 		s.call.addFate(unsendable | unasked)
+	case attempt.IsSendError(err):
+		s.call.addFate(unsendable)
+	case first && s.call.grpcConn == nil && fateElsewhere(err)&sent == 0 && !s.call.forked.Load():
+		s.call.fates.Or(uint32(turnedAway)) // Not for the calls that it is an attempt of: others may have been sent.
 	}
 }
