@@ -10,6 +10,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
+
+	"github.com/belfry-go/belfry/internal/attempt"
 )
 
 // A Call is one call as the call path sees it, or a further attempt that [Again] made
@@ -33,6 +35,8 @@ type Call struct {
 	fronts  []*Stack // Stacks in front, whose connection this one is.
 	home    int      // The outermost boundary of a fork.
 	outs    *outs    // The results of a fork that the caller asked for by options.
+
+	series *attempt.Series // What all attempts share; nil if no layer may repeat the call.
 
 	expendable bool // Of a fork: see Origin.
 
@@ -68,7 +72,7 @@ type Call struct {
 	wantTrailer bool
 
 	// What became of it.
-	fate    fate // When it was handed to the connection; see also fates.
+	fate    attempt.Fate // When it was handed to the connection; see also fates.
 	stream  grpc.ClientStream
 	sentAt  Instant
 	trailer metadata.MD
@@ -77,7 +81,7 @@ type Call struct {
 	err     error // and how that ended.
 
 	// Also used from all its attempts.
-	fates     atomic.Uint32 // What became of them, and of a stream later: a fate.
+	fates     atomic.Uint32 // What became of them, and of a stream later: an attempt.Fate.
 	attempts  atomic.Int32
 	forked    atomic.Bool
 	firstSent atomic.Int64 // When the first of them was sent.
@@ -150,10 +154,10 @@ func (c *Call) Noted(of any) (value int64, ok bool) {
 // Park is [Admission.Park] for a layer that waits in the call path, such as a retry
 // that backs off.
 func (c *Call) Park(ctx context.Context) (parked context.Context, done func()) {
-	parked, done = c.prog.stack.parked.add(ctx, c.grpcConn)
+	parked, done = c.prog.stack.parked.Add(ctx, c.grpcConn)
 	for _, s := range c.fronts {
 		inner := done
-		p, out := s.parked.add(parked, nil)
+		p, out := s.parked.Add(parked, nil)
 		parked, done = p, func() { out(); inner() }
 	}
 	return parked, done
@@ -177,8 +181,11 @@ func (c *Call) whenSent() Instant {
 
 // arrived records what became of an attempt when it was handed to the connection, for
 // it and for all the calls that it is an attempt of.
-func (c *Call) arrived(f fate) {
+func (c *Call) arrived(f attempt.Fate) {
 	c.fate = f
+	if f&attempt.Sent == 0 && c.series != nil {
+		c.series.NotSent()
+	}
 	for p := c.parent; p != nil; p = p.parent {
 		p.fates.Or(uint32(f))
 	}
@@ -186,7 +193,7 @@ func (c *Call) arrived(f fate) {
 
 // addFate records what became of a stream later, for it and for all the calls that it is
 // an attempt of. It may be called concurrently.
-func (c *Call) addFate(f fate) {
+func (c *Call) addFate(f attempt.Fate) {
 	for ; c != nil; c = c.parent {
 		c.fates.Or(uint32(f))
 	}
@@ -201,4 +208,25 @@ func (c *Call) departs() {
 	for p := c.parent; p != nil; p = p.parent {
 		p.firstSent.CompareAndSwap(0, int64(c.sentAt))
 	}
+}
+
+// inSeries tells the server and the balancing policy what came before an attempt that is
+// about to be handed to the connection. The context is for the connection alone.
+func (c *Call) inSeries(ctx context.Context) context.Context {
+	if c.series == nil {
+		return ctx
+	}
+	before := c.series.Begin()
+	switch {
+	case before == 0:
+	case c.conn != nil:
+		ctx = attempt.WithPreviousMetadata(ctx, before)
+	default:
+		ctx, c.opts = attempt.WithPrevious(ctx, c.opts, before)
+	}
+	target := ""
+	if c.grpcConn != nil {
+		target = c.grpcConn.Target()
+	}
+	return c.series.Context(ctx, c.method, target)
 }

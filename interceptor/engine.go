@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 
+	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/isnil"
 )
 
@@ -170,7 +171,7 @@ func (g *readyGate) Admit(ctx context.Context, a *Admission, w Wait) error {
 			return err
 		}
 	}
-	a.pass()
+	a.Internals().Pass()
 	return g.inner.Admit(ctx, a, w)
 }
 
@@ -195,21 +196,18 @@ func innermost(ctx context.Context, c *Call) (err error) {
 		o.Attempt(c.method, c.attempt)
 	}
 	c.departs()
+	ctx = c.inSeries(ctx)
 	if c.kind != Unary {
 		return c.openStream(ctx)
 	}
 	opts := c.optionsOf(c.optRoom[:0])
-	c.fate = sent // What panics may have been sent.
+	c.fate = attempt.Sent // What panics may have been sent.
 	if c.conn != nil {
 		err = c.conn.Invoke(ctx, c.method, c.req, c.reply, opts...)
 	} else {
 		err = c.invoker(ctx, c.method, c.req, c.reply, c.cc, opts...)
 	}
-	if err == nil {
-		c.arrived(sent)
-	} else {
-		c.arrived(fateOf(c.grpcConn, c.peer.Addr != nil, c.trailer, err))
-	}
+	c.arrived(c.fateOf(err))
 	return err
 }
 
@@ -245,7 +243,7 @@ func (c *Call) openStream(ctx context.Context) (err error) {
 	returned := false
 	defer func() {
 		if !returned { // What panics may have been sent.
-			c.arrived(sent)
+			c.arrived(attempt.Sent)
 		}
 	}()
 	if c.conn != nil {
@@ -257,14 +255,7 @@ func (c *Call) openStream(ctx context.Context) (err error) {
 	if err == nil && c.stream == nil {
 		err = errNoStream
 	}
-	switch {
-	case err == nil:
-		c.arrived(sent)
-	case c.grpcConn == nil:
-		c.arrived(fateElsewhere(err))
-	default:
-		c.arrived(fateUnsent(c.grpcConn, err))
-	}
+	c.arrived(c.fateOf(err))
 	return err
 }
 
@@ -420,7 +411,7 @@ func (c *Call) from(i int) int {
 func (c *Call) endOf(ctx context.Context, err error) (e End) {
 	e.Err = err
 	if err != nil {
-		e.Outcome = judge(ctx, err, c.fate|fate(c.fates.Load()))
+		e.Outcome = judge(ctx, err, c.fate|attempt.Fate(c.fates.Load()))
 		if e.Outcome == Failed && status.Code(err) == codes.Canceled {
 			// A layer's deadline has cancelled the attempt, and gRPC does not know why.
 			if r, ok := AsRefusal(context.Cause(ctx)); ok {
@@ -444,6 +435,7 @@ type target struct {
 	invoker  grpc.UnaryInvoker
 	streamer grpc.Streamer
 	grpcConn *grpc.ClientConn // cc or conn, if that is gRPC's own; otherwise nil.
+	once     bool             // gRPC makes one attempt, whatever retryPolicy there is.
 }
 
 // prepare sets what a call starts with.
@@ -528,7 +520,7 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t *ta
 		return p.turnAway(method, opts, err)
 	}
 	c := p.calls.Get().(*Call)
-	ctx, c.cancel = t.withMethodTimeout(ctx, method)
+	ctx, c.cancel = p.withMethodConfig(ctx, t, method)
 	defer p.end(ctx, c)
 	w, err := c.prepare(Unary, method, t, opts)
 	c.req, c.reply = req, reply

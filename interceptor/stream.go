@@ -84,7 +84,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		return nil, p.turnAway(method, opts, err)
 	}
 	sc := new(streamCall)
-	ctx, sc.cancel = t.withMethodTimeout(ctx, method)
+	ctx, sc.cancel = p.withMethodConfig(ctx, t, method)
 	c := &sc.Call
 	c.reset(p)
 	c.desc = desc
@@ -322,7 +322,7 @@ func (s *scope) remove(in *scope) {
 
 // finish is called by gRPC when the stream has ended. The type says when we trust it.
 func (s *scope) finish(err error) {
-	closing := isClosing(err)
+	closing := attempt.IsClosing(err)
 	if !closing && s.ctx.Err() == nil {
 		// gRPC's own deadline, from a service config, ends a stream too.
 		if code := status.Code(err); code != codes.Canceled && code != codes.DeadlineExceeded {
@@ -354,6 +354,19 @@ func (s *scope) Header() (md metadata.MD, err error) {
 	return md, err
 }
 
+// Context returns the context of the stream without what is for one attempt alone.
+func (s *scope) Context() context.Context {
+	ctx := s.ClientStream.Context()
+	if s.id != s.call.prog.boundaries {
+		return ctx // Of a scope inside.
+	}
+	ctx = attempt.Hide(ctx)
+	if s.call.conn != nil && s.call.series != nil {
+		ctx = attempt.WithoutPrevious(ctx, s.ctx)
+	}
+	return ctx
+}
+
 func (s *scope) SendMsg(m any) error {
 	err := s.ClientStream.SendMsg(m)
 	switch {
@@ -375,7 +388,7 @@ func (s *scope) RecvMsg(m any) error {
 		s.respond()
 		return nil
 	case err != nil && err != io.EOF && attempt.IsReceiveError(err) && !attempt.ServerSpoke(s.ClientStream.Trailer()):
-		s.call.addFate(unreadable)
+		s.call.addFate(attempt.Unreadable)
 	}
 	s.end(err, false)
 	return err
@@ -409,10 +422,11 @@ func (s *scope) notSent(err error) {
 	first := !s.asked.Load() && !s.responded.Load()
 	switch {
 	case attempt.IsSendError(err) && first:
-		s.call.addFate(unsendable | unasked)
+		s.call.addFate(attempt.Unsendable | attempt.Unasked)
 	case attempt.IsSendError(err):
-		s.call.addFate(unsendable)
-	case first && s.call.grpcConn == nil && fateElsewhere(err)&sent == 0 && !s.call.forked.Load():
-		s.call.fates.Or(uint32(turnedAway)) // Not for the calls that it is an attempt of: others may have been sent.
+		s.call.addFate(attempt.Unsendable)
+	case first && s.call.grpcConn == nil && fateElsewhere(err)&attempt.Sent == 0 && !s.call.forked.Load():
+		// Not for the calls that it is an attempt of: others may have been sent.
+		s.call.fates.Or(uint32(attempt.TurnedAway))
 	}
 }

@@ -67,14 +67,14 @@ func (p *picker) now() load.Instant {
 
 // Pick implements balancer.Picker.
 func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
+	b := p.policy
 	var tried *attempt.Tried
 	var track *tracker
-	if a := attempt.FromContext(info.Ctx); a != nil {
+	a := attempt.FromContext(info.Ctx, info.FullMethodName, b.target, b.id)
+	if a != nil {
 		tried = a.Tried
 		track, _ = a.Tracker.(*tracker)
 	}
-
-	b := p.policy
 	now := p.now()
 	var c *candidate
 	if tried != nil && !tried.Empty() {
@@ -101,6 +101,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		return result, err
 	}
 
+	if a != nil {
+		a.Own(b.id)
+	}
 	var k *pick
 	if track != nil {
 		k = track.pick()

@@ -55,6 +55,10 @@ func main() {
 	}
 }
 
+// reads names what may be carried out more than once: the test service changes nothing. A
+// method that its .proto file declares idempotent need not be named.
+var reads = []string{"/belfry.testing.v1.TestService/"}
+
 // newStack returns the stack, its outermost layer first.
 func newStack(obs interceptor.Observer) (*interceptor.Stack, error) {
 	return interceptor.NewStack(
@@ -64,9 +68,9 @@ func newStack(obs interceptor.Observer) (*interceptor.Stack, error) {
 		// A call has one second, with all its attempts and back-offs.
 		timeout.Config{Timeout: time.Second},
 		// The slowest calls, 5 % at most, get a second attempt; the first success counts.
-		hedge.Config{},
+		hedge.Config{Methods: reads},
 		// What failed is repeated, as long as that is little beside the calls.
-		retry.Config{},
+		retry.Config{Methods: reads},
 		// 50 attempts may wait after all
 		buffer.Config{Size: 50},
 		// for one of the 20 that run at a time to end.

@@ -25,6 +25,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
@@ -478,7 +479,7 @@ func TestMaxWaitWhileMaking(t *testing.T) {
 func TestShedInFrontOfMaker(t *testing.T) {
 	fac := &factory{makeTakes: time.Hour}
 	bubble(t, Config{}, fac, func(t *testing.T, m *Maker) {
-		conn := calltest.Stack(t, shed{}, interceptor.FromSemaphore("limit", semaphore.NewWeighted(10))).Wrap(m)
+		conn := calltest.Stack(t, shed{}, adapt.FromSemaphore("limit", semaphore.NewWeighted(10))).Wrap(m)
 		began := time.Now()
 		err := conn.Invoke(context.Background(), method, nil, nil)
 		if calltest.Reason(err) != interceptor.ReasonNotReady || time.Since(began) != grace {

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -248,7 +249,7 @@ func TestChooseMayChangeTheContext(t *testing.T) {
 func TestOnlyChosenHasToBeReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sem := semaphore.NewWeighted(1)
-		stack, err := interceptor.NewStack(interceptor.FromSemaphore("limit", sem))
+		stack, err := interceptor.NewStack(adapt.FromSemaphore("limit", sem))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -99,8 +99,8 @@ func newStalling(t *testing.T, opts ...testserver.Option) *testserver.Cluster {
 // and one as it is by default:
 // for the slowest 4 %, and for 5 % at most.
 var hedges = map[string]string{
-	"p95":     `{"hedge": {"percentile": 0.95, "maxExtraLoad": 0.055}}`,
-	"default": `{"hedge": {}}`,
+	"p95":     `{"hedge": {"allMethods": true, "percentile": 0.95, "maxExtraLoad": 0.055}}`,
+	"default": `{"hedge": {"allMethods": true}}`,
 }
 
 // In virtual time nothing but the servers takes any, so the numbers are theirs. How

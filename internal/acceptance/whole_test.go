@@ -86,14 +86,15 @@ func newWhole(t *testing.T) *whole {
 		w.changes = append(w.changes, change{time.Now(), c.To})
 	}))).(*breaker.Layer)
 	w.retry = add(retry.New(retry.Config{
-		Budget:  wholeBudget,
-		Backoff: retry.Backoff{Initial: 10 * time.Millisecond, Max: 100 * time.Millisecond},
+		AllMethods: true,
+		Budget:     wholeBudget,
+		Backoff:    retry.Backoff{Initial: 10 * time.Millisecond, Max: 100 * time.Millisecond},
 	})).(*retry.Layer)
 	if err != nil {
 		t.Fatal(err)
 	}
 	w.stack, err = interceptor.NewStack(
-		loadshed.Config{}, timeout.Config{Timeout: time.Second, FirstResponse: time.Second}, hedge.Config{}, w.retry,
+		loadshed.Config{}, timeout.Config{Timeout: time.Second, FirstResponse: time.Second}, hedge.Config{AllMethods: true}, w.retry,
 		w.buffer, w.limit, ratelimit.Config{Limit: wholeRate, Burst: wholeBurst}, w.breaker,
 	)
 	if err != nil {
@@ -352,8 +353,8 @@ func TestRetriesWhileCallsWait(t *testing.T) {
 			t.Run(fmt.Sprintf("%v_fail/%d_callers", tc.failing, callers), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					stack, err := interceptor.NewStack(
-						loadshed.Config{}, timeout.Config{Timeout: time.Second}, hedge.Config{},
-						retry.Config{Budget: budget.Config{Ratio: 10, MinPerSecond: 1000}},
+						loadshed.Config{}, timeout.Config{Timeout: time.Second}, hedge.Config{AllMethods: true},
+						retry.Config{AllMethods: true, Budget: budget.Config{Ratio: 10, MinPerSecond: 1000}},
 						buffer.Config{Size: 50}, concurrency.Config{Limit: 20},
 					)
 					if err != nil {
