@@ -30,8 +30,8 @@ type Result[Req, Res any] struct {
 // It is Tower's call_all with a bound.
 //
 // A failed call is a result like any other; a consumer that wants to stop at an
-// error breaks out of its loop. To call a
-// method of a generated stub, pass [Bind](client.Method).
+// error breaks out of its loop. To call a method of a generated stub, pass
+// [Bind](client.Method).
 //
 // # Bounds
 //
@@ -46,9 +46,9 @@ type Result[Req, Res any] struct {
 // # The end
 //
 // The sequence ends when the requests have ended and all results are yielded. The
-// error of a call does not end it. It ends early in three cases, and whichever it is, no further call is made,
-// the calls in flight find their context cancelled, and all goroutines have
-// returned before the loop is left:
+// error of a call does not end it. It ends early in three cases, and whichever it
+// is, no further call is made, the calls in flight find their context cancelled,
+// and all goroutines have returned before the loop is left:
 //
 //   - The consumer breaks out of the loop, or panics. The results of the calls
 //     in flight are lost.
