@@ -64,7 +64,7 @@
 // then closes the policy; grpc.WithIdleTimeout(0) keeps it.
 //
 // A call that is repeated, by grpc's own retryPolicy or by a layer of belfry, goes
-// elsewhere: the endpoints that it was sent to before cost 4 times as much. So it goes
+// elsewhere: the endpoints that it was sent to before cost 10 times as much. So it goes
 // back to one of them only where all others are much busier.
 //
 // With a proxy in the environment (HTTPS_PROXY) grpc replaces the addresses of all

@@ -427,13 +427,13 @@ func TestATriedEndpointIsPassedOverWhileAnotherIsReady(t *testing.T) {
 			bubble(t, func(t *testing.T, w *world) {
 				w.start(config, endpoints(n)...)
 				// All but the last have been tried, as many as are remembered; the last
-				// is the busiest.
+				// is busier.
 				var before []*endpoint
 				for _, e := range w.list[:min(n-1, 8)] {
 					before = append(before, w.endpoint(e.Addresses[0].Addr))
 				}
 				last := w.endpoint(w.list[n-1].Addresses[0].Addr)
-				for range 10 {
+				for range 8 {
 					last.meter.Start(0)
 				}
 				for range 100 {
@@ -449,6 +449,36 @@ func TestATriedEndpointIsPassedOverWhileAnotherIsReady(t *testing.T) {
 					done(success)
 				}
 			})
+		}
+	}
+}
+
+// A tried endpoint is dearer, not forbidden.
+func TestATriedEndpointIsPickedWhereTheOthersAreMuchBusier(t *testing.T) {
+	for _, config := range []string{pendingConfig, `{}`, `{"load":{"peakEwma":{}}}`} {
+		for _, n := range []int{2, 3} {
+			for busy := range 3 {
+				bubble(t, func(t *testing.T, w *world) {
+					w.start(config, endpoints(n)...)
+					first := w.list[0].Addresses[0].Addr
+					for i, e := range w.list {
+						ep, flying := w.endpoint(e.Addresses[0].Addr), busy
+						if i > 0 {
+							flying = 15 * (busy + 1)
+						}
+						for range flying {
+							ep.meter.Start(0)
+						}
+					}
+					for range 20 {
+						a, done, err := w.pickWith(tried(w.endpoint(first)))
+						if err != nil || a != first {
+							t.Fatalf("%s, %d endpoints: picked %q, %v; want %s, which was tried and is 15 times less busy", config, n, a, err, first)
+						}
+						done(balancer.DoneInfo{})
+					}
+				})
+			}
 		}
 	}
 }

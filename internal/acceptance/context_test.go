@@ -26,6 +26,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -86,16 +87,19 @@ func TestCallsInTheContextOfAnAttempt(t *testing.T) {
 	// By chance no server gets two calls of four in a row with 0.504 · 0.7^56 ≈ 1e-9, and one
 	// of them none of 200 with 10 · 0.9^200 ≈ 7e-9.
 	const servers, calls = 10, 60
-	layer, err := retry.New(retry.Config{})
+	layer, err := retry.New(retry.Config{AllMethods: true})
 	if err != nil {
 		t.Fatal(err)
 	}
+	other := dialCluster(t, testserver.NewCluster(t, servers, inMemory), "pendingRequests", "")
+
 	credential := new(keeper)
 	var insideUnary, inside context.Context
 	inner := []grpc.DialOption{
 		grpc.WithPerRPCCredentials(credential),
 		grpc.WithChainStreamInterceptor(func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 			inside = ctx
+			spread(ctx, t, other, 1) // Before the attempt itself has an endpoint.
 			return streamer(ctx, desc, cc, method, opts...)
 		}),
 		grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
@@ -107,7 +111,6 @@ func TestCallsInTheContextOfAnAttempt(t *testing.T) {
 	}
 	main := dialCluster(t, testserver.NewCluster(t, servers, inMemory), "constant", "",
 		slices.Concat(calltest.Stack(t, layer).DialOptions(), p2c.DialOptions(), inner)...)
-	other := dialCluster(t, testserver.NewCluster(t, servers, inMemory), "pendingRequests", "")
 
 	ctx := testContext(t)
 	stream, err := testingv1.NewTestServiceClient(main).Bidi(ctx)
@@ -119,6 +122,9 @@ func TestCallsInTheContextOfAnAttempt(t *testing.T) {
 	}
 	if _, err := stream.Recv(); err != nil {
 		t.Fatal(err)
+	}
+	if ctx := stream.Context(); attempt.Hide(ctx) != ctx {
+		t.Error("the context of the stream shows what is for the balancing policy")
 	}
 	spread(ctx, t, main, 1)
 	for name, ctx := range map[string]context.Context{
@@ -205,8 +211,8 @@ const unavailableFour = `{"name":[{}],"retryPolicy":{"maxAttempts":4,"initialBac
 // and whatever retryPolicy there is. A call for a credential tells of none.
 func TestNumberOfAnAttempt(t *testing.T) {
 	backoff := retry.Backoff{Initial: time.Microsecond}
-	retries := retry.Config{MaxAttempts: 3, Backoff: backoff}
-	hedges := hedge.Config{MaxAttempts: 3, Delay: time.Hour}
+	retries := retry.Config{MaxAttempts: 3, Backoff: backoff, AllMethods: true}
+	hedges := hedge.Config{MaxAttempts: 3, Delay: time.Hour, AllMethods: true}
 	for name, tc := range map[string]struct {
 		layers []interceptor.Spec
 		most   int
@@ -259,7 +265,7 @@ func TestNumberOfAnAttempt(t *testing.T) {
 func TestRetryPolicyOfAChannelDialledByHand(t *testing.T) {
 	var servers numbered
 	cluster := testserver.NewCluster(t, 1, func(int) []testserver.Option { return servers.options(unavailable) })
-	stack := calltest.Stack(t, retry.Config{MaxAttempts: 2, Backoff: retry.Backoff{Initial: time.Microsecond}})
+	stack := calltest.Stack(t, retry.Config{MaxAttempts: 2, Backoff: retry.Backoff{Initial: time.Microsecond}, AllMethods: true})
 	byHand := []grpc.DialOption{grpc.WithChainUnaryInterceptor(stack.UnaryClientInterceptor())}
 	for _, tc := range []struct {
 		opts []grpc.DialOption
@@ -278,5 +284,41 @@ func TestRetryPolicyOfAChannelDialledByHand(t *testing.T) {
 	}
 	if a := stack.Advice(); len(a) != 1 || !strings.Contains(a[0], "multiplied") {
 		t.Errorf("advice is %q, want one sentence that attempts multiply", a)
+	}
+}
+
+// Behind Wrap the number is metadata, which the context of the stream does not show. A stack
+// behind another adds its own attempts to what that has told.
+func TestNumberOfAnAttemptBehindWrap(t *testing.T) {
+	twice := retry.Config{MaxAttempts: 2, Backoff: retry.Backoff{Initial: time.Microsecond}, AllMethods: true}
+	for name, tc := range map[string]struct {
+		behind []interceptor.Spec
+		want   []string
+	}{
+		"a channel":                         {nil, []string{"", "1"}},
+		"a channel with a stack of its own": {[]interceptor.Spec{twice}, []string{"", "1", "1", "2"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var servers numbered
+			conn := testserver.Dial(t, testserver.New(t, servers.options(unavailable)...), calltest.Stack(t, tc.behind...).DialOptions()...)
+			front := calltest.Stack(t, twice).Wrap(conn)
+			ctx := metadata.AppendToOutgoingContext(testContext(t), "key", "value")
+			stream, err := testingv1.NewTestServiceClient(front).ServerStream(ctx, &testingv1.ServerStreamRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := stream.Recv(); status.Code(err) != codes.Unavailable {
+				t.Fatal(err)
+			}
+			if !slices.Equal(servers.numbers, tc.want) {
+				t.Errorf("the server was told of %q, want %q", servers.numbers, tc.want)
+			}
+			if ctx := stream.Context(); attempt.Hide(ctx) != ctx {
+				t.Error("the context of the stream shows what is for the balancing policy")
+			}
+			if md, _ := metadata.FromOutgoingContext(stream.Context()); len(md) != 1 || len(md.Get("key")) != 1 {
+				t.Errorf("the context of the stream has the metadata %v, want the caller's", md)
+			}
+		})
 	}
 }
