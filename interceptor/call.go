@@ -22,9 +22,21 @@ import (
 // concurrently unless its comment says so. It is reused for another call when the call
 // is over, so a layer must not keep it beyond that, or for a stream beyond the stream.
 //
-// Put a new field into one of the groups below: a Call that is reused starts as the
-// zero Call with its program.
+// Put a new field into callState: a Call that is reused starts with the zero callState.
 type Call struct {
+	callState
+
+	// Room for the slices of callState. It is not cleared: a Call in the pool is used
+	// again soon, or dropped.
+	ticketRoom [4]ticket
+	noteRoom   [2]note
+	waits      [8]Wait            // How long the call was allowed to wait in each section; see waitAt.
+	options    [8]grpc.CallOption // Of a unary attempt. The first are always ours, see init.
+	carried    carriedWait
+}
+
+// callState is what a Call knows of one call.
+type callState struct {
 	// Set at the start and not changed.
 	prog *program
 	target
@@ -53,9 +65,8 @@ type Call struct {
 	// Admission.
 	tickets  []ticket // In the order of their sections.
 	notes    []note
-	section  int     // The section of the gate that is being asked.
-	waits    [8]Wait // How long the call was allowed to wait in each section; see waitAt.
-	admitted bool    // The innermost gate was reached.
+	section  int  // The section of the gate that is being asked.
+	admitted bool // All gates have admitted it.
 	bound    Instant
 	slot     Slot
 	trying   bool // Admission.Try is asking,
@@ -65,9 +76,7 @@ type Call struct {
 	timed    bool // Somebody wants to know sentAt.
 
 	// The call path.
-	running     bool // It has been entered.
-	entered     int  // The innermost boundary that was entered.
-	at          int  // The boundary around the running layer.
+	entered     int // The innermost boundary that was entered.
 	scope       *scope
 	wantTrailer bool
 
@@ -77,20 +86,29 @@ type Call struct {
 	sentAt  Instant
 	trailer metadata.MD
 	peer    peer.Peer
-	ended   bool  // It has run,
-	err     error // and how that ended.
+	err     error // How it ended; errPanic before that.
 
 	// Also used from all its attempts.
 	fates     atomic.Uint32 // What became of them, and of a stream later: an attempt.Fate.
 	attempts  atomic.Int32
 	forked    atomic.Bool
 	firstSent atomic.Int64 // When the first of them was sent.
+}
 
-	// Room for what is above.
-	ticketRoom [6]ticket
-	noteRoom   [2]note
-	optRoom    [8]grpc.CallOption
-	carried    carriedWait
+// ownOptions is how many options of an attempt are the stack's.
+const ownOptions = 3
+
+// init makes c, which is new, a call of p.
+func (c *Call) init(p *program) {
+	c.options = [len(c.options)]grpc.CallOption{p.stack.mark, grpc.Peer(&c.peer), grpc.Trailer(&c.trailer)}
+	c.carried.call = c
+	c.reset(p)
+}
+
+// reset makes c an unused call of p.
+func (c *Call) reset(p *program) {
+	c.callState = callState{prog: p, root: c, err: errPanic}
+	c.tickets, c.notes = c.ticketRoom[:0], c.noteRoom[:0]
 }
 
 // Method is the full method name, such as "/helloworld.Greeter/SayHello".

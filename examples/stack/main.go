@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/signal"
 	"sync"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -47,8 +48,8 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // A second signal ends the program whatever it does.
 	if err := run(ctx, os.Stdout, *phase, 300); err != nil {
 		log.Fatal(err)
 	}
@@ -93,7 +94,8 @@ func dial(stack *interceptor.Stack, cluster *testserver.Cluster) (*grpc.ClientCo
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`))...)
 }
 
-// run is the program. It returns the cause of ctx if that ends.
+// run is the program, with usual calls a second until ten times as many come. It
+// returns the cause of ctx if that ends.
 func run(ctx context.Context, out io.Writer, phase time.Duration, usual int) error {
 	// Each server works on four calls at a time: together they serve some 2,400 a second.
 	cluster, err := testserver.StartCluster(3, func(int) []testserver.Option {

@@ -975,6 +975,34 @@ func TestStreamIdle(t *testing.T) {
 	})
 }
 
+// dead is a stream whose server has ended it: SendMsg says so, and nobody reads.
+type dead struct {
+	grpc.ClientStream
+	sends int
+}
+
+func (s *dead) SendMsg(any) error { s.sends++; return io.EOF }
+
+// What nobody has taken is no sign of life.
+func TestStreamIdleIsNotExtendedBySendsInVain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ended, d := new(ledger), new(dead)
+		cc := calltest.Stack(t, ended, mustNew(t, Config{Idle: 100 * ms})).Wrap(conn{
+			stream: func(context.Context) (grpc.ClientStream, error) { return d, nil },
+		})
+		begin := time.Now()
+		s := mustOpen(t, cc, interceptor.ClientStream)
+		for len(ended.events()) == 0 && d.sends < 20 {
+			s.SendMsg(nil)
+			time.Sleep(40 * ms)
+			synctest.Wait()
+		}
+		if d := time.Since(begin); d > 120*ms {
+			t.Errorf("the stream was cut short after %v, want 100ms", d)
+		}
+	})
+}
+
 // ledger notes how what is outside or inside a timeout was released.
 type ledger struct {
 	interceptor.GateOnly
