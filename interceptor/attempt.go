@@ -119,6 +119,7 @@ func (o *Origin) fork() *Call {
 	f.reset(c.prog)
 	f.target, f.kind, f.root, f.parent, f.fronts, f.home = c.target, c.kind, c.root, c, c.fronts, o.at+1
 	f.method, f.req, f.reply, f.opts, f.desc = o.method, o.req, o.reply, o.opts, o.desc
+	f.perCall = c.perCall
 	f.waits, f.timed, f.expendable = c.waits, c.timed, c.expendable || o.Expendable
 	f.running, f.scope, f.at, f.entered, f.section = true, o.scope, o.at, o.at, o.at+1
 	return f

@@ -10,6 +10,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
+
+	"github.com/belfry-go/belfry/internal/attempt"
 )
 
 // A Call is one call as the call path sees it, or a further attempt that [Again] made
@@ -38,6 +40,8 @@ type Call struct {
 
 	finish []func(error)      // What the caller wants to be told at the end.
 	cancel context.CancelFunc // Ends the timeout of the method; nil if there is none.
+
+	perCall *attempt.PerCall // What the caller wants of the attempts; nil if nothing.
 
 	// What is sent. Layers change it on the way in.
 	method string

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 
+	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/isnil"
 )
 
@@ -187,7 +188,7 @@ var (
 )
 
 // innermost hands the attempt to the connection and records what became of it.
-func innermost(ctx context.Context, c *Call) (err error) {
+func innermost(ctx context.Context, c *Call) error {
 	if ctx.Err() != nil {
 		return unsent(Ended(ctx, stackName))
 	}
@@ -195,6 +196,14 @@ func innermost(ctx context.Context, c *Call) (err error) {
 		o.Attempt(c.method, c.attempt)
 	}
 	c.departs()
+	if c.perCall != nil {
+		return c.sendAs(ctx, c.perCall)
+	}
+	return c.send(ctx)
+}
+
+// send hands the attempt to the connection.
+func (c *Call) send(ctx context.Context) (err error) {
 	if c.kind != Unary {
 		return c.openStream(ctx)
 	}
@@ -222,7 +231,7 @@ func (c *Call) optionsOf(room []grpc.CallOption) []grpc.CallOption {
 	if c.conn != nil && c.grpcConn == nil {
 		c.carried.call = c
 		room = append(room, &c.carried)
-	} else if unary && len(c.tickets) == 0 && c.parent == nil && !c.wantTrailer && c.prog.obs == nil {
+	} else if unary && len(c.tickets) == 0 && c.parent == nil && !c.wantTrailer && c.perCall == nil && c.prog.obs == nil {
 		return c.opts
 	}
 	room = append(append(room, c.opts...), c.prog.stack.mark)
@@ -450,6 +459,7 @@ type target struct {
 func (c *Call) prepare(kind Kind, method string, t *target, opts []grpc.CallOption) (w Wait, err error) {
 	c.kind, c.method, c.target = kind, method, *t
 	w = Forever
+	mine := 0 // Options that are for this stack alone.
 	for _, o := range opts {
 		switch o := o.(type) {
 		case waitOption:
@@ -459,6 +469,11 @@ func (c *Call) prepare(kind Kind, method string, t *target, opts []grpc.CallOpti
 			c.fronts = append(c.fronts, o.call.prog.stack)
 		case grpc.OnFinishCallOption:
 			c.finish = append(c.finish, o.OnFinish)
+			mine++
+		case attempt.Option, attempt.ReportOption, *attempt.Entry:
+			if c.ownOption(o) {
+				mine++
+			}
 		case passed:
 			if o.stack == c.prog.stack {
 				err = errSameStack
@@ -466,10 +481,12 @@ func (c *Call) prepare(kind Kind, method string, t *target, opts []grpc.CallOpti
 		}
 	}
 	c.opts = opts
-	if c.finish != nil {
-		c.opts = make([]grpc.CallOption, 0, len(opts))
+	if mine > 0 {
+		c.opts = make([]grpc.CallOption, 0, len(opts)-mine)
 		for _, o := range opts {
-			if _, ok := o.(grpc.OnFinishCallOption); !ok {
+			switch o.(type) {
+			case grpc.OnFinishCallOption, attempt.ReportOption, *attempt.Entry:
+			default:
 				c.opts = append(c.opts, o)
 			}
 		}
@@ -539,7 +556,9 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t *ta
 		err = p.admit(ctx, c, w)
 	}
 	if err == nil {
-		err = p.next(ctx, c)
+		if err = p.next(ctx, c); err != nil {
+			err = c.counted(err)
+		}
 	}
 	c.ended, c.err = true, err
 	return err
@@ -548,8 +567,11 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t *ta
 // turnAway ends a call that the stack refuses because it drains.
 func (p *program) turnAway(method string, opts []grpc.CallOption, err error) error {
 	for _, o := range opts {
-		if o, ok := o.(grpc.OnFinishCallOption); ok {
+		switch o := o.(type) {
+		case grpc.OnFinishCallOption:
 			o.OnFinish(err)
+		case attempt.ReportOption:
+			o.Fill(nil, 0, false)
 		}
 	}
 	p.refused(method, err)
@@ -592,6 +614,9 @@ func (p *program) over(ctx context.Context, c *Call, err error, clean *bool) {
 func (c *Call) tell(o Outcome, err error) {
 	if c.cancel != nil {
 		c.cancel()
+	}
+	if p := c.perCall; p != nil && p.Owner {
+		p.Record.Close(errSuperseded)
 	}
 	for _, f := range c.finish {
 		f(err)

@@ -115,7 +115,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	}
 	returned = true
 	if err != nil {
-		return nil, err
+		return nil, c.counted(err)
 	}
 	sc.scope.open(c, c.stream)
 	return &sc.scope, nil
@@ -351,7 +351,7 @@ func (s *scope) Header() (md metadata.MD, err error) {
 	} else if len(md) > 0 && !s.single { // gRPC returns none, and no error, for a stream that ended without one.
 		s.respond()
 	}
-	return md, err
+	return md, s.told(err)
 }
 
 func (s *scope) SendMsg(m any) error {
@@ -365,7 +365,7 @@ func (s *scope) SendMsg(m any) error {
 		s.notSent(err)
 		s.end(err, false)
 	}
-	return err
+	return s.told(err)
 }
 
 func (s *scope) RecvMsg(m any) error {
@@ -378,6 +378,14 @@ func (s *scope) RecvMsg(m any) error {
 		s.call.addFate(unreadable)
 	}
 	s.end(err, false)
+	return s.told(err)
+}
+
+// told is err as the layer outside, or the caller, gets it.
+func (s *scope) told(err error) error {
+	if s.root != nil {
+		return s.call.counted(err)
+	}
 	return err
 }
 

@@ -254,9 +254,17 @@ func (l *Layer) delay(set *settings, now interceptor.Instant) (d time.Duration, 
 	return max(d, set.least), n >= set.points
 }
 
-// mayHedge reports whether calls of the method may be hedged.
-func (l *Layer) mayHedge(set *settings, method string) bool {
-	return set.max > 1 && l.maker.May(&set.methods, method)
+// mayHedge reports whether a call may be hedged.
+func (l *Layer) mayHedge(set *settings, c *interceptor.Call) bool {
+	return set.attempts(c) > 1 && l.maker.May(&set.methods, c)
+}
+
+// attempts returns the most attempts of a call.
+func (set *settings) attempts(c *interceptor.Call) int {
+	if p := c.Internals().PerCall(); p != nil {
+		return attempt.Max(p.MaxHedge, set.max)
+	}
+	return set.max
 }
 
 // String returns the layer's name.
@@ -273,7 +281,7 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 	return func(ctx context.Context, c *interceptor.Call) error {
 		set, now := l.set.Load(), c.Internals().AdmittedAt()
 		delay, known := l.delay(set, now)
-		if !known || !l.mayHedge(set, c.Method()) {
+		if !known || !l.mayHedge(set, c) {
 			return l.measure(ctx, c, set, now, next)
 		}
 		if c.Internals().Balanced() {

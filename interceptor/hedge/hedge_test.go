@@ -236,7 +236,7 @@ func TestErrorNeverBeatsPossibleSuccess(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				got, took, err := newServer(t, tc.answers...).call(nil, mustNew(t, fixed))
-				if err != tc.err || took != tc.took || err == nil && got != tc.want {
+				if !errors.Is(err, tc.err) || took != tc.took || err == nil && got != tc.want {
 					t.Errorf("got %q, %v after %v; want %q, %v after %v", got, err, took, tc.want, tc.err, tc.took)
 				}
 			})
