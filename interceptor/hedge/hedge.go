@@ -282,7 +282,11 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 		set, now := l.set.Load(), c.Internals().AdmittedAt()
 		delay, known := l.delay(set, now)
 		if !known || !l.mayHedge(set, c) {
-			return l.measure(ctx, c, set, now, next)
+			err := l.measure(ctx, c, set, now, next)
+			if known && set.attempts(c) > 1 && c.Internals().Observed() && interceptor.Now().Sub(now) > delay {
+				l.maker.Forbidden(c) // It would have been hedged.
+			}
+			return err
 		}
 		if c.Internals().Balanced() {
 			ctx, _ = attempt.WithTried(ctx)

@@ -322,11 +322,15 @@ func (c *Call) Refused(ctx context.Context, refused, last error) error {
 	return interceptor.RefusedAgain(refused, last)
 }
 
+// Forbidden tells the observer that c gets no further attempt because it may not be
+// carried out more than once.
+func (m *Maker) Forbidden(c *interceptor.Call) { c.Internals().ReportRefusal(m.notIdempotent) }
+
 // NotIdempotent returns the error of a call whose attempt ended with last, and is not
 // repeated because it was sent and its method may not be carried out again. It is nil if
 // last is. It tells the observer.
 func (c *Call) NotIdempotent(last error) error {
-	c.Internals().ReportRefusal(c.Maker.notIdempotent)
+	c.Maker.Forbidden(c.Call)
 	if last == nil {
 		return nil
 	}
