@@ -126,19 +126,20 @@ func ExampleCallAll() {
 }
 
 func ExampleCallAllUnordered() {
-	sleep := func(ctx context.Context, d time.Duration) (string, error) {
-		select {
-		case <-time.After(d):
-			return "done", nil
-		case <-ctx.Done():
-			return "", ctx.Err()
+	seen := make(chan struct{})
+	call := func(_ context.Context, name string) (string, error) {
+		if name == "slow" {
+			<-seen // Until the other's result has been seen.
+		}
+		return "done", nil
+	}
+	for i, r := range belfry.CallAllUnordered(context.Background(), 2, slices.Values([]string{"slow", "quick"}), call) {
+		fmt.Println(i, r.Request, r.Response, r.Err)
+		if r.Request == "quick" {
+			close(seen)
 		}
 	}
-	naps := slices.Values([]time.Duration{100 * time.Millisecond, time.Millisecond})
-	for i, r := range belfry.CallAllUnordered(context.Background(), 2, naps, sleep) {
-		fmt.Println(i, r.Request, r.Response, r.Err)
-	}
 	// Output:
-	// 1 1ms done <nil>
-	// 0 100ms done <nil>
+	// 1 quick done <nil>
+	// 0 slow done <nil>
 }

@@ -96,7 +96,7 @@ func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration
 	// The server may say first that the deadline has passed. It is the attempt's, because
 	// the call's is later.
 	if err != nil && ctx != outer && outer.Err() == nil && status.Code(err) == codes.DeadlineExceeded {
-		err = a.cut.Because(err, c.fate&sent != 0)
+		err = a.cut.Because(err, c.fate&attempt.Sent != 0)
 	}
 	if a.entry != nil {
 		a.entry.Seen(c.peer.Addr)
@@ -124,7 +124,7 @@ func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) e
 		return nil
 	}
 	a.stopTimer()
-	err = a.explain(err, c.fate&sent != 0)
+	err = a.explain(err, c.fate&attempt.Sent != 0)
 	a.ended(err)
 	return err
 }

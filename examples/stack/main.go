@@ -49,7 +49,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := run(ctx, os.Stdout, *phase); err != nil {
+	if err := run(ctx, os.Stdout, *phase, 300); err != nil {
 		log.Fatal(err)
 	}
 }
@@ -93,8 +93,9 @@ func dial(stack *interceptor.Stack, cluster *testserver.Cluster) (*grpc.ClientCo
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`))...)
 }
 
-// run is the program. It returns the cause of ctx if that ends.
-func run(ctx context.Context, out io.Writer, phase time.Duration) error {
+// run is the program, with usual calls a second until ten times as many come. It
+// returns the cause of ctx if that ends.
+func run(ctx context.Context, out io.Writer, phase time.Duration, usual int) error {
 	// Each server works on four calls at a time: together they serve some 2,400 a second.
 	cluster, err := testserver.StartCluster(3, func(int) []testserver.Option {
 		return []testserver.Option{testserver.ServiceTime(testserver.Exponential(5 * time.Millisecond)), testserver.Workers(4)}
@@ -116,7 +117,6 @@ func run(ctx context.Context, out io.Writer, phase time.Duration) error {
 	client := testingv1.NewTestServiceClient(conn)
 
 	fmt.Fprintln(out, stack)
-	const usual = 300 // Calls a second.
 	for _, p := range []struct {
 		title     string
 		perSecond int

@@ -65,8 +65,13 @@
 // they are neither failures nor successes to the layers inside and to the balancing
 // policy. Each attempt has its own reply, and its own results for Header, Trailer and
 // Peer options; the caller gets the winner's. Further attempts carry
-// grpc-previous-rpc-attempts, and the policy belfry.p2c sends them to endpoints that
-// the call has not tried.
+// grpc-previous-rpc-attempts, the number of attempts before, those in flight included, and
+// the policy belfry.p2c prefers endpoints for them that the call has not tried.
+//
+// A hedge outside a retry makes up to as many attempts as both multiplied. A retryPolicy in
+// gRPC's service config would multiply that once more, and no budget would count it.
+// [interceptor.Stack.DialOptions] turns it off. Whoever gives the interceptors to a channel
+// by hand, or wraps it, dials it with grpc.WithDisableRetry.
 //
 // # Latencies
 //

@@ -288,9 +288,7 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 			}
 			return err
 		}
-		if c.Internals().Balanced() {
-			ctx, _ = attempt.WithTried(ctx)
-		}
+		c.Internals().MayRepeat()
 		if c.Kind() != interceptor.Unary {
 			s := &stream{single: !c.Desc().ServerStreams}
 			s.race.init(l, set, delay, ctx, c, next, again)

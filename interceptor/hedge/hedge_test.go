@@ -396,7 +396,7 @@ func TestResultsAreThoseOfWinner(t *testing.T) {
 			}
 			var tried *attempt.Tried
 			for i, ctx := range s.ctxs {
-				info := attempt.FromContext(ctx)
+				info := attempt.FromContext(ctx, method, "", 0)
 				if info == nil || info.Tried == nil || tried != nil && info.Tried != tried {
 					t.Errorf("attempt %d has %+v, want the Tried of the first", i, info)
 					continue

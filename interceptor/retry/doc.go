@@ -83,8 +83,13 @@
 //
 // Each attempt has its own reply, and its own results for Header, Trailer and
 // Peer options; the caller gets those of the last. Further attempts carry
-// grpc-previous-rpc-attempts, and the balancing policy belfry.p2c sends them to
-// endpoints that the call has not tried.
+// grpc-previous-rpc-attempts, the number of attempts before, and the balancing policy
+// belfry.p2c prefers endpoints for them that the call has not tried.
+//
+// A retryPolicy in gRPC's service config would repeat each of these attempts, and no
+// budget would count that. [interceptor.Stack.DialOptions] turns it off. Whoever gives the
+// interceptors to a channel by hand, or wraps it, dials it with grpc.WithDisableRetry. What
+// gRPC repeats because no server has seen it, it always repeats.
 //
 // # Order
 //

@@ -256,9 +256,7 @@ func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate { return l.mak
 func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error {
 		in := c.Internals()
-		if in.Balanced() {
-			ctx, _ = attempt.WithTried(ctx)
-		}
+		in.MayRepeat()
 		if c.Kind() != interceptor.Unary {
 			return l.open(ctx, c, next, again)
 		}
@@ -351,7 +349,7 @@ func (s *series) step(ctx context.Context, last *failure) (again *failure, err e
 	if t, ok := ctx.Deadline(); ok && interceptor.Now().Add(v.after) >= interceptor.InstantOf(t) {
 		return nil, last.Err
 	}
-	a, refused := s.Make(ctx, further.Plan{Delay: v.after, Unsent: s.unsent, After: last.Err, Reason: v.reason, Run: s.run})
+	a, refused := s.Make(ctx, further.Plan{Delay: v.after, After: last.Err, Reason: v.reason, Run: s.run})
 	if refused != nil {
 		return nil, s.Refused(ctx, refused, last.Err)
 	}

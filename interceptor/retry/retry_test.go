@@ -575,7 +575,7 @@ func TestAttemptsCarryNumberAndTried(t *testing.T) {
 			if got := md.Get("key"); !slices.Equal(got, []string{"value"}) {
 				t.Errorf("attempt %d carries key %q, want the caller's", i, got)
 			}
-			info := attempt.FromContext(ctx)
+			info := attempt.FromContext(ctx, method, "", 0)
 			if info == nil || info.Tried == nil || tried != nil && info.Tried != tried {
 				t.Errorf("attempt %d has %+v, want the Tried of the first", i, info)
 				continue

@@ -26,6 +26,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/failfast"
 	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/interceptor/mapping"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
@@ -618,7 +619,7 @@ func TestOptions(t *testing.T) {
 			WithPriorityFunc("p", func(context.Context, *interceptor.Admission) int { return 2 }),
 			WithIdempotentFunc("i", func(m string) bool { return m == "/r.R/Yes" }),
 			WithRetryPolicy("p", never),
-			WithLayer("l", interceptor.MapError(func(context.Context, string, error) error { provided++; return nil })),
+			WithLayer("l", mapping.Error(func(context.Context, string, error) error { provided++; return nil })),
 		)
 		server := &fake{}
 		conn := s.Wrap(server)

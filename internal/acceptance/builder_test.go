@@ -24,6 +24,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/interceptor/mapping"
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/stackconfig"
@@ -71,11 +72,11 @@ func (h *held) running() int {
 func TestTowersBuilderServiceComposes(t *testing.T) {
 	s := newStack(t, `{"buffer": {"size": 5}}, {"concurrency": {"limit": 5}}, {"rateLimit": {"limit": 5, "per": "5s", "burst": 5}},
 		{"retry": {"allMethods": true}}, {"provided": "response"}, {"provided": "request"}`,
-		stackconfig.WithLayer("response", interceptor.MapResponse(func(_ context.Context, _ string, m *wrapperspb.StringValue) error {
+		stackconfig.WithLayer("response", mapping.Response(func(_ context.Context, _ string, m *wrapperspb.StringValue) error {
 			m.Value = fmt.Sprint(m.Value == "world")
 			return nil
 		})),
-		stackconfig.WithLayer("request", interceptor.MapRequest(func(_ context.Context, _ string, m *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
+		stackconfig.WithLayer("request", mapping.Request(func(_ context.Context, _ string, m *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
 			return wrapperspb.String(fmt.Sprint(m.Value == "hello")), nil
 		})))
 	want := "*: [buffer > concurrency > ratelimit > retry > mapresponse > maprequest]"

@@ -169,7 +169,6 @@ func (m *Maker) Of(c *interceptor.Call, o interceptor.Origin, again interceptor.
 // Plan describes a further attempt to make.
 type Plan struct {
 	Delay  time.Duration // How long to wait before it.
-	Unsent int           // How many earlier attempts were not sent.
 	After  error         // What the attempt before it failed with; nil if it did not.
 	Reason string        // Why it is made; empty means the code of After, or that it is slow.
 	// Run carries it out. ctx is that of the attempt.
@@ -216,7 +215,6 @@ func (c *Call) Make(ctx context.Context, p Plan) (a Attempt, err error) {
 	held = true
 	f.Internals().WantTrailer()
 	c.announce(ctx, f, p)
-	ctx = attempt.WithPrevious(ctx, f.Attempt()-p.Unsent)
 	err = p.Run(ctx, f)
 	sent := f.Internals().Outcome(ctx, err).Sent()
 	if r, ok := interceptor.AsRefusal(err); ok && r.NotSent() {
