@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -203,6 +204,11 @@ func (s *Stack) Wrap(conn grpc.ClientConnInterface) grpc.ClientConnInterface {
 type wrapped struct {
 	stack  *Stack
 	target target
+}
+
+// Conns returns what is wrapped, for belfry.WaitReady.
+func (w *wrapped) Conns() iter.Seq[grpc.ClientConnInterface] {
+	return func(yield func(grpc.ClientConnInterface) bool) { yield(w.target.conn) }
 }
 
 func (w *wrapped) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {

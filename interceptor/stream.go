@@ -422,13 +422,20 @@ func (s *scope) respond() {
 }
 
 // notSent records that the client could not send a message, as SendMsg says. If it was
-// the first one, nothing was asked of the server.
+// the first one, nothing was asked of the server. A connection that is not gRPC's may
+// refuse a call only then, as a steer that chooses by the request does.
 func (s *scope) notSent(err error) {
+	if s.id != s.call.prog.boundaries {
+		return
+	}
+	first := !s.asked.Load() && !s.responded.Load()
 	switch {
-	case s.id != s.call.prog.boundaries || !attempt.IsSendError(err):
-	case s.asked.Load() || s.responded.Load():
-		s.call.addFate(attempt.Unsendable)
-	default:
+	case attempt.IsSendError(err) && first:
 		s.call.addFate(attempt.Unsendable | attempt.Unasked)
+	case attempt.IsSendError(err):
+		s.call.addFate(attempt.Unsendable)
+	case first && s.call.grpcConn == nil && fateElsewhere(err)&attempt.Sent == 0 && !s.call.forked.Load():
+		// Not for the calls that it is an attempt of: others may have been sent.
+		s.call.fates.Or(uint32(attempt.TurnedAway))
 	}
 }

@@ -161,9 +161,7 @@ func WithMessages(p MessagePredicate) Option {
 // optionsOf checks what New and NewGate have in common.
 func optionsOf(config Config, noPredicate bool, opts []Option) options {
 	o := options{errs: check.Of("filter"), name: "filter"}
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.name)
 	config.check(o.errs)
 	o.errs.NotNil(noPredicate, "predicate", "a function")
