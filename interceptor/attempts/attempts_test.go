@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,6 +19,7 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -92,8 +94,12 @@ func TestMaxRetry(t *testing.T) {
 func TestMaxHedge(t *testing.T) {
 	for n, want := range map[int]int{1: 1, 2: 2, 4: 4} {
 		var r attempts.Report
-		// The last attempt answers.
-		_, err := client(t, stalls(want-1), hedge.Config{Delay: time.Millisecond, AllMethods: true, Budget: plenty}).
+		// The last attempt answers, in whatever order they arrive.
+		_, err := client(t, func(_ int, ctx context.Context) error {
+			md, _ := metadata.FromIncomingContext(ctx)
+			before, _ := strconv.Atoi(strings.Join(md.Get("grpc-previous-rpc-attempts"), ""))
+			return stalls(want-1)(before+1, ctx)
+		}, hedge.Config{Delay: time.Millisecond, AllMethods: true, Budget: plenty}).
 			Unary(t.Context(), new(testingv1.UnaryRequest), attempts.MaxHedge(n), attempts.Into(&r))
 		if len(r.Attempts) != want || r.HedgesFired != want-1 || r.HedgeWon != (want > 1) || err != nil {
 			t.Errorf("MaxHedge(%d): %+v, %v; want %d attempts, of which the last wins", n, r, err, want)

@@ -65,8 +65,8 @@ type Config struct {
 	MinDataPoints int
 	// Window is how long latencies are remembered. 1 s to 1 h; zero means one minute.
 	Window time.Duration
-	// MaxAttempts bounds the attempts of a call, including the first. From 1, which
-	// hedges nothing, to 10; zero means 2. An extra attempt that a layer inside refused
+	// MaxAttempts bounds the attempts of a call, including the first, unless the call says
+	// otherwise (attempts.MaxHedge). From 1, which hedges nothing, to 10; zero means 2. An extra attempt that a layer inside refused
 	// does not count.
 	MaxAttempts int
 	// NonFatal are the codes of failures after which the next attempt is made at once

@@ -60,7 +60,7 @@
 // or its service, if [WithIdempotent] allows it, if the call says so (package attempts), or if Config.AllMethods is true, as in
 // gRPC's own retries. Otherwise a unary call ends with the server's error, in which
 // errors.As finds a refusal with reason NOT_IDEMPOTENT, and the observer is told. A stream
-// ends with the server's error.
+// says so only if there is a policy.
 //
 // An attempt that was not sent, because there was no connection, is repeated whatever the
 // method, and costs the budget nothing.

@@ -135,6 +135,30 @@ func TestDecision_safe(t *testing.T) {
 	}
 }
 
+// The same of a stream.
+func TestDecision_safeStream(t *testing.T) {
+	srv := testserver.New(t)
+	for safe, want := range map[bool]int{false: 1, true: 3} {
+		c := quick
+		c.Methods = []string{}
+		asked := 0
+		l := mustNew(t, c, retry.WithPolicy(func(context.Context, *retry.Attempt) retry.Decision {
+			asked++
+			return retry.Decision{Repeat: true, Exact: true, Safe: safe}
+		}))
+		stream, err := testingv1.NewTestServiceClient(calltest.Stack(t, l).Wrap(testserver.Dial(t, srv))).ServerStream(t.Context(), &testingv1.ServerStreamRequest{
+			Behaviour: &testingv1.Behaviour{Status: &testingv1.Status{Code: int32(codes.Unavailable)}, ResponseCount: proto.Int32(0)},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = stream.Recv()
+		if r, refused := interceptor.AsRefusal(err); status.Code(err) != codes.Unavailable || asked != want || refused != !safe || refused && r.Reason != interceptor.ReasonNotIdempotent {
+			t.Errorf("with Safe = %v: %v after %d attempts, want UNAVAILABLE after %d", safe, err, asked, want)
+		}
+	}
+}
+
 // On a real connection a policy sees what the server sent.
 func TestAttemptSeen(t *testing.T) {
 	srv := testserver.New(t)

@@ -35,8 +35,8 @@ const (
 
 // Config says what is repeated, how often and when. The zero value is the default.
 type Config struct {
-	// MaxAttempts bounds the attempts of a call, including the first. From 1, which
-	// repeats nothing, to 100; zero means 3. Attempts that were not sent because there
+	// MaxAttempts bounds the attempts of a call, including the first, unless the call says
+	// otherwise (attempts.MaxRetry). From 1, which repeats nothing, to 100; zero means 3. Attempts that were not sent because there
 	// was no connection are counted separately, up to the same number. An attempt that a
 	// layer inside refused does not count.
 	MaxAttempts int
