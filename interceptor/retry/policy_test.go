@@ -67,7 +67,7 @@ func TestListedResourceExhausted(t *testing.T) {
 }
 
 func TestDecision(t *testing.T) {
-	const most = time.Minute
+	const most, deadline = time.Minute, 2 * time.Minute
 	info := retryInfo(t, codes.Unavailable, 20*time.Millisecond)
 	for _, tc := range []struct {
 		name     string
@@ -84,18 +84,20 @@ func TestDecision(t *testing.T) {
 		{"exactly_before_RetryInfo", info, "", retry.Decision{Repeat: true, Exact: true}, []time.Duration{0, 0}},
 		{"not_before_pushback", unavailable, "7", retry.Decision{Repeat: true, Exact: true}, []time.Duration{7, 7}},
 		{"after_more_than_MaxServerDelay", unavailable, "", retry.Decision{Repeat: true, After: most + 1}, nil},
-		{"after_the_deadline", unavailable, "", retry.Decision{Repeat: true, After: time.Second}, nil},
+		{"after_the_deadline", unavailable, "", retry.Decision{Repeat: true, After: deadline}, nil},
 		{"not", unavailable, "", retry.Decision{After: 1, Safe: true}, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := quick
-				c.MaxServerDelay = most
+				if c.MaxServerDelay = most; tc.d.After == deadline {
+					c.MaxServerDelay = time.Hour
+				}
 				var trailer metadata.MD
 				if tc.pushback != "" {
 					trailer = metadata.Pairs("grpc-retry-pushback-ms", tc.pushback)
 				}
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), deadline)
 				defer cancel()
 				s := always(t, tc.err, trailer)
 				start := time.Now()
