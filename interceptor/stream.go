@@ -116,8 +116,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	}
 	returned = true
 	if err != nil {
-		err = overdueOr(ctx, err)
-		return nil, err
+		return nil, c.counted(overdueOr(ctx, err))
 	}
 	sc.scope.open(c, c.stream)
 	if c.cancel != nil {
@@ -356,7 +355,7 @@ func (s *scope) Header() (md metadata.MD, err error) {
 	} else if len(md) > 0 && !s.single { // gRPC returns none, and no error, for a stream that ended without one.
 		s.respond()
 	}
-	return md, err
+	return md, s.told(err)
 }
 
 // Context returns the context of the stream without what is for one attempt alone.
@@ -383,7 +382,7 @@ func (s *scope) SendMsg(m any) error {
 		s.notSent(err)
 		s.end(err, false)
 	}
-	return err
+	return s.told(err)
 }
 
 func (s *scope) RecvMsg(m any) error {
@@ -396,6 +395,14 @@ func (s *scope) RecvMsg(m any) error {
 		s.call.addFate(attempt.Unreadable)
 	}
 	s.end(err, false)
+	return s.told(err)
+}
+
+// told is err as the layer outside, or the caller, gets it.
+func (s *scope) told(err error) error {
+	if s.root != nil {
+		return s.call.counted(err)
+	}
 	return err
 }
 

@@ -193,7 +193,7 @@ func TestTowerRetryMutatingPolicy(t *testing.T) {
 			a.Request = wrapperspb.String("retrying")
 			return retry.Decision{Repeat: true}
 		})))
-		if err == nil || err.Error() != "out of retries" {
+		if err == nil || err.Error() != "out of retries (after 3 attempts)" {
 			t.Errorf("got %v, want the policy's error", err)
 		}
 		if want := []string{"hello", "retrying", "retrying"}; !slices.Equal(s.seen, want) {
@@ -281,7 +281,7 @@ func TestServerDelay(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				start := time.Now()
 				s := always(t, tc.err, tc.trailer)
-				if _, err := s.call(t.Context(), nil, mustNew(t, quick)); err != tc.err {
+				if _, err := s.call(t.Context(), nil, mustNew(t, quick)); !errors.Is(err, tc.err) {
 					t.Errorf("got %v, want the server's error", err)
 				}
 				var at []string
@@ -311,7 +311,7 @@ func TestServerDelayThroughForeign(t *testing.T) {
 				trailer.Set("grpc-retry-pushback-ms", tc.pushback)
 			}
 			s := always(t, unavailable, trailer)
-			if _, err := s.call(t.Context(), nil, mustNew(t, quick), foreign); err != unavailable {
+			if _, err := s.call(t.Context(), nil, mustNew(t, quick), foreign); !errors.Is(err, unavailable) {
 				t.Errorf("pushback %q: got %v, want the server's error", tc.pushback, err)
 			}
 			if s.attempts() != tc.attempts {
@@ -352,7 +352,7 @@ func TestBackoffPastDeadlineFailsAtOnce(t *testing.T) {
 		c.MaxAttempts = 100
 		l := mustNew(t, c)
 		s := always(t, unavailable, nil)
-		if _, err := s.call(ctx, nil, l); err != unavailable {
+		if _, err := s.call(ctx, nil, l); !errors.Is(err, unavailable) {
 			t.Errorf("got %v, want the server's last error", err)
 		}
 		if got := time.Since(start); got != 10*time.Millisecond || s.attempts() != 2 {
@@ -615,7 +615,7 @@ func TestNestedRetryPassesPushbackOn(t *testing.T) {
 			}
 			return "", nil, unavailable
 		}}
-		if _, err := s.call(t.Context(), nil, mustNew(t, quick), mustNew(t, quick)); err != unavailable || s.attempts() != 2 {
+		if _, err := s.call(t.Context(), nil, mustNew(t, quick), mustNew(t, quick)); !errors.Is(err, unavailable) || s.attempts() != 2 {
 			t.Errorf("%d attempts, %v; want both layers to stop at the pushback of the second", s.attempts(), err)
 		}
 	})
