@@ -9,6 +9,8 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+
+	"github.com/belfry-go/belfry/internal/message"
 )
 
 // Internals are the methods of a call that only belfry's own layers need. They may
@@ -112,6 +114,17 @@ func (i *Internals) Consulted(layer string, since Instant) {
 // for every connection, but not for an interceptor that was given none, as in a test. A
 // layer then need not tell the picker what it knows.
 func (i *Internals) Balanced() bool { return i.cc != nil || i.conn != nil }
+
+// Detach moves the first attempt to a Call of its own, with its own reply and results, as
+// [Again] makes one, so that it may outlive the call. The layer passes that one to next,
+// instead of the call, and adopts it ([Call.Adopt]) if the call ends with it.
+func (i *Internals) Detach() *Call {
+	c := (*Call)(i)
+	f := c.detach()
+	f.reply = message.NewLike(c.reply)
+	f.outs, f.opts = redirect(c.opts)
+	return f
+}
 
 // AdmittedAt is when the call was admitted: the last reading of the clock by its gates,
 // provided that every gate that waits says so with [Admission.Waited].

@@ -300,7 +300,7 @@ func TestUpdateKeepsLatencies(t *testing.T) {
 		}
 		update(t, s, all(fmt.Sprintf(config, 20, 0.1)))
 		h := s.Layer("h").(*hedge.Layer)
-		if d, ok := h.Delay(); !ok || d < 100*time.Millisecond || d > 101*time.Millisecond {
+		if d, ok := h.Delay(method); !ok || d < 100*time.Millisecond || d > 101*time.Millisecond {
 			t.Errorf("after 20 calls of 100ms and an update Delay() = %v, %v, want 100ms to 101ms and true", d, ok)
 		}
 		// The least of 20 or the double of 100ms.
