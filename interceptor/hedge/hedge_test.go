@@ -364,6 +364,70 @@ func TestExtraAttempts(t *testing.T) {
 	}
 }
 
+// gRFC A6 allows a hedgingDelay of 0.
+func TestDelayNone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, answer{after: time.Second}, answer{after: time.Second}, answer{after: 5 * ms, reply: "third"})
+		l := mustNew(t, hedge.Config{Delay: hedge.None, MaxAttempts: 3, Budget: budget.Config{Ratio: 10}})
+		if d, ok := l.Delay(method); d != 0 || !ok {
+			t.Errorf("Delay() = %v, %v; want 0, true", d, ok)
+		}
+		if got, took, err := s.call(nil, l); got != "third" || err != nil || took != 5*ms {
+			t.Errorf("got %q, %v after %v; want the third attempt's answer after 5ms", got, err, took)
+		}
+	})
+}
+
+func TestPolicy(t *testing.T) {
+	partial := func(_ context.Context, a *hedge.Attempt) hedge.Verdict {
+		switch {
+		case a.Method != method || a.Err == nil && a.Trailer == nil:
+			return hedge.Answer
+		case a.Err == nil && a.Reply.(*wrapperspb.StringValue).GetValue() == "partial":
+			return hedge.Hedge
+		case a.Err == nil && a.Reply.(*wrapperspb.StringValue).GetValue() == "old":
+			return hedge.Wait
+		case status.Code(a.Err) == codes.Unavailable && a.Number == 0:
+			return hedge.Answer
+		}
+		return hedge.ByCode
+	}
+	md := metadata.Pairs("n", "1")
+	for name, tc := range map[string]struct {
+		answers []answer
+		want    string
+		err     error
+		took    time.Duration
+		sent    int
+	}{
+		"a partial reply is hedged at once":          {[]answer{{after: ms, reply: "partial", trailer: md}, {after: ms, reply: "whole", trailer: md}}, "whole", nil, 2 * ms, 2},
+		"and is better than none":                    {[]answer{{after: ms, reply: "partial", trailer: md}, {after: ms, reply: "partial", trailer: md}}, "partial", nil, 2 * ms, 2},
+		"a deadline does not replace it":             {[]answer{{after: ms, reply: "partial", trailer: md}, {after: time.Hour}}, "partial", nil, 100 * ms, 2},
+		"an old reply waits for the extra attempt":   {[]answer{{after: 15 * ms, reply: "old", trailer: md}, {after: 10 * ms, reply: "new", trailer: md}}, "new", nil, 20 * ms, 2},
+		"an old reply is all there is":               {[]answer{{after: ms, reply: "old", trailer: md}}, "old", nil, ms, 1},
+		"a failure is an answer":                     {[]answer{{after: ms, err: unavailable, trailer: md}}, "", unavailable, ms, 1},
+		"the rest goes by the code, a fatal failure": {[]answer{{after: ms, err: fatal, trailer: md}}, "", fatal, ms, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newServer(t, tc.answers...)
+				s.timeout = 100 * ms
+				var trailer metadata.MD
+				got, took, err := s.call([]grpc.CallOption{grpc.Trailer(&trailer)}, mustNew(t, fixed, hedge.WithPolicy(partial)))
+				if err == nil && got != tc.want || err != tc.err || took != tc.took || s.n != tc.sent {
+					t.Errorf("got %q, %v after %v and %d attempts; want %q, %v after %v and %d", got, err, took, s.n, tc.want, tc.err, tc.took, tc.sent)
+				}
+				if !slices.Equal(trailer.Get("n"), []string{"1"}) {
+					t.Errorf("trailer %v, want that of the attempt that the call ended with", trailer)
+				}
+			})
+		})
+	}
+	if _, err := hedge.New(hedge.Config{}, hedge.WithPolicy(nil)); err == nil || !strings.Contains(err.Error(), "WithPolicy") {
+		t.Errorf("New with a nil policy = %v, want an error that names it", err)
+	}
+}
+
 func TestServerDelayEndedByWinner(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, answer{after: 20 * ms, reply: "orig"}, answer{err: unavailable, trailer: metadata.Pairs("grpc-retry-pushback-ms", "5000")})

@@ -289,6 +289,15 @@ func (l late) Invoke(context.Context, string, any, any, ...grpc.CallOption) erro
 	return nil
 }
 
+func TestHedgeDelay(t *testing.T) {
+	for delay, want := range map[string]time.Duration{`{}`: 0, `{"delay": "0s"}`: hedge.None, `{"delay": "0.010s"}`: 10 * time.Millisecond} {
+		s := newStack(t, all(`{"name": "h", "hedge": `+delay+`}`))
+		if got := s.Layer("h").(*hedge.Layer).Config().Delay; got != want {
+			t.Errorf("%s: Config.Delay = %d, want %d", delay, got, want)
+		}
+	}
+}
+
 func TestUpdateKeepsLatencies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		config := `{"name": "t", "timeout": {"call": "%ds", "adaptive": {"min": "0.001s", "multiple": 2, "minSamples": 20}}}, {"name": "h", "hedge": {"maxExtraLoad": %v}}`
