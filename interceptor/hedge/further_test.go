@@ -90,7 +90,7 @@ func TestAdmission(t *testing.T) {
 			if want := []string{"attempt 0"}; !slices.Equal(e.without("budget"), want) {
 				t.Errorf("the observer saw %q, want %q: nobody was refused", e.log, want)
 			}
-			wantBalance(t, l, 1000.05)
+			wantBalance(t, l, 1000.045)
 		})
 	})
 	t.Run("waits_ahead_of_first_attempts", func(t *testing.T) {
@@ -161,7 +161,7 @@ func TestAdmission(t *testing.T) {
 			if got := md.Get("grpc-previous-rpc-attempts"); !slices.Equal(got, []string{"1"}) {
 				t.Errorf("the attempt carries grpc-previous-rpc-attempts %q, want 1", got)
 			}
-			wantBalance(t, l, 1000.05-1)
+			wantBalance(t, l, 1000.045-1)
 		})
 	})
 	t.Run("no_call_is_refused_for_its_sake", func(t *testing.T) {

@@ -42,20 +42,25 @@ const (
 	// None as Config.Delay makes extra attempts at once.
 	None = check.None
 
-	// steady is the part of MaxExtraLoad that the percentile uses.
-	steady = 0.8
+	// Parts of MaxExtraLoad: what the percentile uses, and the lower percentile, and what
+	// the budget has besides MinPerSecond and its reserve of ten seconds.
+	steady   = 0.8
+	bimodal  = 1.2
+	budgeted = 0.9
 	// maxMethods is how many methods have latencies of their own.
 	maxMethods = 1000
 )
 
 // Config says when extra attempts are made, and how many. The zero value is the default:
-// a second attempt for the slowest 4 % of calls, for at most 5 % of them plus one a
+// a second attempt for the slowest 4 % of calls, for at most 4.5 % of them plus one a
 // second.
 type Config struct {
 	// MaxExtraLoad is the share of calls that may get an extra attempt. It sets the
-	// budget to this share, and the delay to the latency that four fifths of this share
+	// budget to nine tenths of this share, beside its MinPerSecond, and the delay to the latency that four fifths of this share
 	// exceed. The last fifth is in reserve for a server that stalls: a percentile that
-	// uses the whole budget in steady state would leave nothing for that. At least
+	// uses the whole budget in steady state would leave nothing for that. If calls are
+	// either fast or slow, it is twice the latency that six fifths of the share exceed, if
+	// that is less: so a share of slow calls up to about MaxExtraLoad is hedged. At least
 	// 0.000001 and less than 1; zero means 0.05. Delay or Percentile replace its effect
 	// on the delay, and Budget that on the budget.
 	MaxExtraLoad float64
@@ -97,7 +102,7 @@ type Config struct {
 	// slices and types with a Size method. From 1 to 64 MiB; zero means 256 KiB.
 	BufferBytes int
 	// Budget bounds the extra attempts of all calls together. Its Ratio defaults to
-	// MaxExtraLoad and its MinPerSecond to 1. It must be the zero value if [WithBudget]
+	// 0.9·MaxExtraLoad and its MinPerSecond to 1. It must be the zero value if [WithBudget]
 	// is used.
 	Budget budget.Config
 }
@@ -108,6 +113,7 @@ type settings struct {
 	isFixed    bool
 	fixed      time.Duration
 	percentile float64
+	lower      float64 // The delay is at most twice this percentile; 0 if there is none.
 	least      time.Duration
 	points     int
 	window     time.Duration
@@ -139,14 +145,18 @@ func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	check.Default(errs, "MaxServerDelay", &c.MaxServerDelay, check.Positive, DefaultMaxServerDelay)
 	check.Default(errs, "BufferBytes", &c.BufferBytes, check.From(1, 64<<20), DefaultBufferBytes)
 	if c.Budget.Ratio == 0 {
-		c.Budget.Ratio = c.MaxExtraLoad
+		c.Budget.Ratio = budgeted * c.MaxExtraLoad
 	}
 	if c.Budget.MinPerSecond == 0 {
 		c.Budget.MinPerSecond = DefaultMinPerSecond
 	}
 	o.CheckBudget(errs, given.Budget, c.Budget)
+	lower := 0.0
+	if given.Percentile == 0 {
+		lower = 1 - bimodal*c.MaxExtraLoad
+	}
 	return &settings{
-		given: given, isFixed: c.Delay != 0, fixed: max(c.Delay, 0), percentile: c.Percentile, least: c.MinDelay, points: c.MinDataPoints, window: c.Window,
+		given: given, lower: lower, isFixed: c.Delay != 0, fixed: max(c.Delay, 0), percentile: c.Percentile, least: c.MinDelay, points: c.MinDataPoints, window: c.Window,
 		max: c.MaxAttempts, nonFatal: nonFatal, declared: c.DeclaredOnly, longest: c.MaxServerDelay, buffer: c.BufferBytes, budget: c.Budget,
 	}
 }
@@ -322,6 +332,10 @@ func (l *Layer) Delay(method string) (d time.Duration, ok bool) {
 
 func (s *settings) percentileOf(w *quantile.Window, now interceptor.Instant) (d time.Duration, ok bool) {
 	d, n := w.QuantileAt(now, s.percentile)
+	if s.lower > 0 {
+		low, _ := w.QuantileAt(now, s.lower)
+		d = min(d, 2*low)
+	}
 	return max(d, s.least), n >= s.points
 }
 

@@ -316,9 +316,9 @@ func TestUpdateKeepsLatencies(t *testing.T) {
 		if d := s.Layer("t").(*timeout.Layer).Timeout(); d < 200*time.Millisecond || d > 202*time.Millisecond {
 			t.Errorf("after 20 calls of 100ms and an update Timeout() = %v, want 200ms to 202ms", d)
 		}
-		// 20 calls have paid 0.05 each, besides one a second for 10 s.
-		if got := h.Budget().Balance(); got != 11 {
-			t.Errorf("after 20 calls Balance() = %v, want 11", got)
+		// 20 calls have paid 0.045 each, besides one a second for 10 s.
+		if got := h.Budget().Balance(); got != 10.9 {
+			t.Errorf("after 20 calls Balance() = %v, want 10.9", got)
 		}
 	})
 }
