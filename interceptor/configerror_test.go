@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/breaker"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/buffer"
@@ -134,6 +135,11 @@ func badFields(v reflect.Value, path string, f func(field string, value any)) {
 	case reflect.Uint8, reflect.Uint32:
 		v.SetUint(99)
 	case reflect.Slice:
+		if v.Type().Elem().Kind() == reflect.String { // Of methods.
+			v.Set(reflect.ValueOf([]string{"/orders.Orders/", "orders.Orders/Get"}))
+			field, value = field+"[1]", "orders.Orders/Get"
+			break
+		}
 		v.Set(reflect.ValueOf([]codes.Code{codes.Internal, 99}))
 		field, value = field+"[1]", codes.Code(99)
 	}
@@ -180,6 +186,11 @@ func TestConfigError_options(t *testing.T) {
 	conn := func(context.Context, string) (maker.Conn, error) { return nil, nil }
 	allow := func(context.Context) (func(interceptor.Outcome, error), error) { return nil, nil }
 	for _, o := range []option{
+		{"adapt", "FromSemaphore.sem", nil, errOf(adapt.FromSemaphore("x", nil).NewLayer())},
+		{"adapt", "FromPermit.acquire", nil, errOf(adapt.FromPermit("x", "", nil).NewLayer())},
+		{"adapt", "FromAllow.allow", nil, errOf(adapt.FromAllow("x", "", nil).NewLayer())},
+		{"adapt", "FromAllow.name", "", errOf(adapt.FromAllow("", "", allow).NewLayer())},
+		{"adapt", "FromLimiter.limiter", nil, errOf(adapt.FromLimiter("x", nil).NewLayer())},
 		{"breaker", "WithName", "", errOf(breaker.New(breaker.Config{}, breaker.WithName("")))},
 		{"breaker", "WithOnStateChange", nil, errOf(breaker.New(breaker.Config{}, breaker.WithOnStateChange(nil)))},
 		{"buffer", "WithName", "", errOf(buffer.New(buffer.Config{}, buffer.WithName("")))},
@@ -191,11 +202,6 @@ func TestConfigError_options(t *testing.T) {
 		{"hedge", "WithName", "", errOf(hedge.New(hedge.Config{}, hedge.WithName("")))},
 		{"hedge", "WithBudget", nil, errOf(hedge.New(hedge.Config{}, hedge.WithBudget(nil)))},
 		{"hedge", "WithIdempotent", nil, errOf(hedge.New(hedge.Config{}, hedge.WithIdempotent(nil)))},
-		{"interceptor", "FromSemaphore.sem", nil, errOf(interceptor.FromSemaphore("x", nil).NewLayer())},
-		{"interceptor", "FromPermit.acquire", nil, errOf(interceptor.FromPermit("x", "", nil).NewLayer())},
-		{"interceptor", "FromAllow.allow", nil, errOf(interceptor.FromAllow("x", "", nil).NewLayer())},
-		{"interceptor", "FromAllow.name", "", errOf(interceptor.FromAllow("", "", allow).NewLayer())},
-		{"interceptor", "FromLimiter.limiter", nil, errOf(interceptor.FromLimiter("x", nil).NewLayer())},
 		{"interceptor", "Foreign.unary", nil, errOf(interceptor.Foreign("x", nil, nil).NewLayer())},
 		{"loadshed", "WithName", "", errOf(loadshed.New(loadshed.Config{}, loadshed.WithName("")))},
 		{"maker", "WithName", "", errOf(maker.New(maker.Config{}, key, conn, maker.WithName("")))},
@@ -211,7 +217,7 @@ func TestConfigError_options(t *testing.T) {
 		{"retry", "WithBudget", nil, errOf(retry.New(retry.Config{}, retry.WithBudget(nil)))},
 		{"retry", "WithIdempotent", nil, errOf(retry.New(retry.Config{}, retry.WithIdempotent(nil)))},
 		{"retry", "WithPolicy", nil, errOf(retry.New(retry.Config{}, retry.WithPolicy(nil)))},
-		{"steer", "choose", nil, errOf(steer.New(nil))},
+		{"steer", "choose", nil, errOf(steer.New[string](nil, nil))},
 		{"throttle", "WithName", "", errOf(throttle.New(throttle.Config{}, throttle.WithName("")))},
 		{"timeout", "WithName", "", errOf(timeout.New(timeout.Config{}, timeout.WithName("")))},
 	} {

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/mapping"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 )
@@ -180,7 +181,7 @@ func New(config Config, predicate Predicate, opts ...Option) (*Filter, error) {
 	f.config.Store(&config)
 	if o.messages != nil {
 		var err error
-		if f.messages, err = interceptor.MapRequest(f.mapper(o.messages)).NewLayer(); err != nil {
+		if f.messages, err = mapping.Request(f.mapper(o.messages)).NewLayer(); err != nil {
 			return nil, err
 		}
 	}

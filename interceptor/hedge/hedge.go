@@ -16,7 +16,6 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
-	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
@@ -46,17 +45,17 @@ const (
 	// the budget has besides MinPerSecond and its reserve of ten seconds.
 	steady   = 0.8
 	bimodal  = 1.2
-	budgeted = 0.9
+	budgeted = 0.95
 	// maxMethods is how many methods have latencies of their own.
 	maxMethods = 1000
 )
 
 // Config says when extra attempts are made, and how many. The zero value is the default:
-// a second attempt for the slowest 4 % of calls, for at most 4.5 % of them plus one a
+// a second attempt for the slowest 4 % of calls, for at most 4.75 % of them plus one a
 // second.
 type Config struct {
 	// MaxExtraLoad is the share of calls that may get an extra attempt. It sets the
-	// budget to nine tenths of this share, beside its MinPerSecond, and the delay to the latency that four fifths of this share
+	// budget to 0.95 times this share, beside its MinPerSecond, and the delay to the latency that four fifths of this share
 	// exceed. The last fifth is in reserve for a server that stalls: a percentile that
 	// uses the whole budget in steady state would leave nothing for that. If calls are
 	// either fast or slow, it is twice the latency that six fifths of the share exceed, if
@@ -89,9 +88,13 @@ type Config struct {
 	// status that a server answers with ends the call, and the attempts that still run are
 	// cancelled.
 	NonFatal []codes.Code
-	// DeclaredOnly hedges only methods that are declared idempotent in their .proto
-	// file, and those of [WithIdempotent].
-	DeclaredOnly bool
+	// Methods names methods that may be carried out more than once, beside those that are
+	// declared idempotent: "/pkg.Service/Method", or "/pkg.Service/" for all methods of a
+	// service. The package documentation has the other ways to say so.
+	Methods []string
+	// AllMethods says that every method may be carried out more than once, writes
+	// included. Then Methods must be empty.
+	AllMethods bool
 	// MaxServerDelay is the longest delay before the next attempt that a server may ask
 	// for when it fails one, by RetryInfo or pushback. If it asks for more, no further
 	// attempt is made. Negative is an error; zero means 10 s.
@@ -102,7 +105,7 @@ type Config struct {
 	// slices and types with a Size method. From 1 to 64 MiB; zero means 256 KiB.
 	BufferBytes int
 	// Budget bounds the extra attempts of all calls together. Its Ratio defaults to
-	// 0.9·MaxExtraLoad and its MinPerSecond to 1. It must be the zero value if [WithBudget]
+	// 0.95·MaxExtraLoad and its MinPerSecond to 1. It must be the zero value if [WithBudget]
 	// is used.
 	Budget budget.Config
 }
@@ -119,7 +122,7 @@ type settings struct {
 	window     time.Duration
 	max        int
 	nonFatal   codeset.Set
-	declared   bool
+	methods    further.Methods
 	longest    time.Duration // That a server may ask for.
 	buffer     int
 	budget     budget.Config
@@ -127,7 +130,7 @@ type settings struct {
 
 // settings checks c.
 func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
-	c.NonFatal = slices.Clone(c.NonFatal) // The caller may change its own.
+	c.NonFatal, c.Methods = slices.Clone(c.NonFatal), slices.Clone(c.Methods) // The caller may change its own.
 	given := c
 	// A budget counts in millionths.
 	check.Default(errs, "MaxExtraLoad", &c.MaxExtraLoad, check.Below(1e-6, 1), DefaultMaxExtraLoad)
@@ -157,7 +160,7 @@ func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	}
 	return &settings{
 		given: given, lower: lower, isFixed: c.Delay != 0, fixed: max(c.Delay, 0), percentile: c.Percentile, least: c.MinDelay, points: c.MinDataPoints, window: c.Window,
-		max: c.MaxAttempts, nonFatal: nonFatal, declared: c.DeclaredOnly, longest: c.MaxServerDelay, buffer: c.BufferBytes, budget: c.Budget,
+		max: c.MaxAttempts, nonFatal: nonFatal, methods: further.CheckMethods(errs, c.AllMethods, c.Methods), longest: c.MaxServerDelay, buffer: c.BufferBytes, budget: c.Budget,
 	}
 }
 
@@ -222,9 +225,9 @@ func WithBudget(b *budget.Budget) Option {
 	return func(o *options) { o.SetBudget(o.errs, b) }
 }
 
-// WithIdempotent restricts the layer to the methods, such as "/pkg.Service/Get", for
-// which f returns true, and with Config.DeclaredOnly to those that are declared
-// idempotent as well. f is called concurrently, once for each call.
+// WithIdempotent adds the methods, such as "/pkg.Service/Get", for which f returns true,
+// to those that Config.Methods names and those that are declared idempotent. f is called
+// concurrently, at most once for each call.
 func WithIdempotent(f func(method string) bool) Option {
 	return func(o *options) { o.SetIdempotent(o.errs, f) }
 }
@@ -307,7 +310,7 @@ func (l *Layer) Update(c Config) error {
 // Config returns the configuration as it was given to New or Update.
 func (l *Layer) Config() Config {
 	c := l.set.Load().given
-	c.NonFatal = slices.Clone(c.NonFatal)
+	c.NonFatal, c.Methods = slices.Clone(c.NonFatal), slices.Clone(c.Methods)
 	return c
 }
 
@@ -355,7 +358,7 @@ func (l *Layer) plan(set *settings, c *interceptor.Call, now interceptor.Instant
 
 // mayHedge reports whether calls of the method may be hedged.
 func (l *Layer) mayHedge(set *settings, method string) bool {
-	return set.max > 1 && l.maker.May(set.declared, method)
+	return set.max > 1 && l.maker.May(&set.methods, method)
 }
 
 // String returns the layer's name.
@@ -378,9 +381,7 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 		if !known {
 			return p.measure(ctx, c, now, next)
 		}
-		if c.Internals().Balanced() {
-			ctx, _ = attempt.WithTried(ctx)
-		}
+		c.Internals().MayRepeat()
 		if c.Kind() != interceptor.Unary {
 			s := &stream{single: !c.Desc().ServerStreams}
 			s.race.init(l, set, p, ctx, c, next, again)

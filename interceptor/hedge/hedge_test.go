@@ -50,8 +50,10 @@ var (
 	fixed = hedge.Config{Delay: 10 * ms, Budget: budget.Config{MinPerSecond: 100}}
 )
 
+// mustNew returns a layer that hedges all methods, unless c names some.
 func mustNew(t testing.TB, c hedge.Config, opts ...hedge.Option) *hedge.Layer {
 	t.Helper()
+	c.AllMethods = c.Methods == nil
 	l, err := hedge.New(c, opts...)
 	if err != nil {
 		t.Fatalf("New(%+v): %v", c, err)
@@ -218,7 +220,9 @@ func TestTowerCompletesBeforeHedge(t *testing.T) {
 func TestTowerRequestNotRetryable(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, answer{after: 50 * ms, reply: "orig-done"})
-		l := mustNew(t, fixed, hedge.WithIdempotent(func(m string) bool { return m != method }))
+		c := fixed
+		c.Methods, c.AllMethods = []string{"/not.This/Method"}, false
+		l := mustNew(t, c)
 		if got, took, err := s.call(nil, l); got != "orig-done" || err != nil || took != 50*ms {
 			t.Errorf("got %q, %v after %v; want orig-done after 50ms", got, err, took)
 		}
@@ -529,7 +533,7 @@ func TestResultsAreThoseOfWinner(t *testing.T) {
 			}
 			var tried *attempt.Tried
 			for i, ctx := range s.ctxs {
-				info := attempt.FromContext(ctx)
+				info := attempt.FromContext(ctx, method, "", 0)
 				if info == nil || info.Tried == nil || tried != nil && info.Tried != tried {
 					t.Errorf("attempt %d has %+v, want the Tried of the first", i, info)
 					continue
@@ -567,8 +571,8 @@ func TestRefusedAttemptCostsNothing(t *testing.T) {
 		if got := strings.Count(strings.Join(e.log, ","), "refused refusing SHED"); got != 1 {
 			t.Errorf("the observer saw %q, want the refusal, once", e.log)
 		}
-		if got := l.Budget().Balance(); math.Abs(got-1000.045) > 1e-9 {
-			t.Errorf("balance = %v, want 1000 + 0.045", got)
+		if got := l.Budget().Balance(); math.Abs(got-1000.0475) > 1e-9 {
+			t.Errorf("balance = %v, want 1000 + 0.0475", got)
 		}
 	})
 }
@@ -696,8 +700,8 @@ func TestMaxExtraLoad(t *testing.T) {
 		for range 8 {
 			l.Budget().Deposit(interceptor.Now())
 		}
-		if got := l.Budget().Balance(); math.Abs(got-11.8) > 1e-9 {
-			t.Errorf("balance = %v after 8 calls, want 0.225 for each and ten in reserve", got)
+		if got := l.Budget().Balance(); math.Abs(got-11.9) > 1e-9 {
+			t.Errorf("balance = %v after 8 calls, want 0.2375 for each and ten in reserve", got)
 		}
 	})
 }
@@ -767,10 +771,10 @@ func TestUpdate(t *testing.T) {
 	})
 }
 
-func TestDeclaredOnly(t *testing.T) {
+func TestMethods(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := fixed
-		c.DeclaredOnly = true
+		c.Methods = []string{} // None but those that are declared.
 		s := newServer(t, answer{after: 50 * ms})
 		s.call(nil, mustNew(t, c))
 		s.want("0s 0 sent", "50ms 0 answered")
@@ -798,7 +802,7 @@ func TestConformanceAroundRetry(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		r, err := retry.New(retry.Config{Backoff: retry.Backoff{Initial: 10 * time.Microsecond}}, retry.WithBudget(b))
+		r, err := retry.New(retry.Config{AllMethods: true, Backoff: retry.Backoff{Initial: 10 * time.Microsecond}}, retry.WithBudget(b))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -818,9 +822,9 @@ func TestAllocations(t *testing.T) {
 		want float64
 	}{
 		{"one attempt", hedge.Config{MaxAttempts: 1}, 0},
-		{"undeclared", hedge.Config{Delay: time.Second, DeclaredOnly: true}, 0},
-		{"does not fire", hedge.Config{Delay: time.Second}, 1},
-		{"does not fire by percentile", hedge.Config{}, 1},
+		{"undeclared", hedge.Config{Delay: time.Second}, 0},
+		{"does not fire", hedge.Config{Delay: time.Second, AllMethods: true}, 1},
+		{"does not fire by percentile", hedge.Config{AllMethods: true}, 1},
 	} {
 		unary := calltest.Stack(t, tc.c).UnaryClientInterceptor()
 		n := testing.AllocsPerRun(1000, func() { unary(ctx, undeclared, nil, nil, nil, calltest.Noop, opts...) })

@@ -115,7 +115,7 @@ func (r *race) init(l *Layer, set *settings, p plan, ctx context.Context, c *int
 // unary carries out a unary call.
 func (r *race) unary(now interceptor.Instant) error {
 	defer r.first.cancel()
-	if c := r.Call.Internals(); c.Balanced() {
+	if c := r.Call.Internals(); c.Connected() {
 		r.apart, r.first.call = true, c.Detach()
 	}
 	r.first.call.Internals().WantTrailer()

@@ -32,7 +32,7 @@ func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.
 	}
 	of := l.maker.Of(c, c.Origin(), again)
 	err := next(ctx, c)
-	may := l.maker.May(set.declared, c.Method())
+	may := l.maker.May(&set.methods, c.Method())
 	if err == nil && !may {
 		return nil
 	}
@@ -204,6 +204,9 @@ func (s *stream) retry(cur grpc.ClientStream, gen int, err error) (again bool, _
 		}
 	}()
 	last := &failure{Attempt: further.Attempt{Call: s.attempt, Err: err, Sent: true}, trailer: cur.Trailer()}
+	if s.series.layer.policy != nil {
+		last.header, _ = cur.Header() // There already, if there is one.
+	}
 	for last.Err != nil {
 		next, err := s.series.step(s.ctx, last)
 		if next == nil {
