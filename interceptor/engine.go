@@ -550,6 +550,9 @@ func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
 	if err == nil {
 		err = p.next(ctx, c)
 	}
+	if c.cancel != nil {
+		err = overdueOr(ctx, err)
+	}
 	c.err = err
 	return err
 }

@@ -254,9 +254,7 @@ type Layer struct {
 func New(c Config, opts ...Option) (*Layer, error) {
 	o := options{errs: check.Of("hedge")}
 	o.Name = "hedge"
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.Name)
 	s := c.settings(o.errs, &o.Options)
 	if err := o.errs.Err(); err != nil {

@@ -185,9 +185,7 @@ type Maker struct {
 func New(config Config, key KeyFunc, makeConn MakeFunc, opts ...Option) (*Maker, error) {
 	errs := check.Of("maker")
 	o := options{name: "maker", errs: errs}
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(errs, &o, opts)
 	errs.Name(o.name)
 	filled := config.withDefaults(errs)
 	errs.NotNil(key == nil, "key", "a function")

@@ -193,9 +193,7 @@ type Layer struct {
 func New(c Config, opts ...Option) (*Layer, error) {
 	o := options{errs: check.Of("retry")}
 	o.Name = "retry"
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.Name)
 	s := c.settings(o.errs, &o.Options)
 	if err := o.errs.Err(); err != nil {
