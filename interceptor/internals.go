@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/message"
 )
 
 // Internals are the methods of a call that only belfry's own layers need. They may
@@ -123,9 +124,25 @@ func (i *Internals) Consulted(layer string, since Instant) {
 // layer calls it in the call path, before it passes the call on. It costs an allocation,
 // but for calls without a connection, as in a test.
 func (i *Internals) MayRepeat() {
-	if i.series == nil && (i.cc != nil || i.conn != nil) {
+	if i.series == nil && i.Connected() {
 		i.series = new(attempt.Series)
 	}
+}
+
+// Connected reports whether the call has a connection. An interceptor that was given none
+// carries it out in a test.
+func (i *Internals) Connected() bool { return i.cc != nil || i.conn != nil }
+
+// Detach moves the first attempt to a Call of its own, with its own reply and results, as
+// [Again] makes one, so that it may outlive the call. The layer passes that one to next,
+// instead of the call, and adopts it ([Call.Adopt]) if the call ends with it.
+func (i *Internals) Detach() *Call {
+	c := (*Call)(i)
+	o, inside := c.Origin(), boundary{id: c.entered + 1} // The one inside the layer that runs.
+	f := inside.detach(&o)
+	f.reply = message.NewLike(c.reply)
+	f.outs, f.opts = redirect(c.opts)
+	return f
 }
 
 // AdmittedAt is when the call was admitted: the last reading of the clock by its gates,

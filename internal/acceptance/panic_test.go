@@ -123,6 +123,7 @@ func TestPanic(t *testing.T) {
 					time.Sleep(7 * time.Millisecond)
 				}
 				wg.Wait()
+				synctest.Wait() // For the losers of hedges.
 				if !o.fired.Load() {
 					t.Fatal("the observer was not asked")
 				}

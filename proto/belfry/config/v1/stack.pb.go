@@ -2475,15 +2475,16 @@ func (x *Backoff) GetJitter() Backoff_Jitter {
 
 // Hedge is interceptor/hedge.Config.
 type Hedge struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	MaxExtraLoad  float64                `protobuf:"fixed64,1,opt,name=max_extra_load,json=maxExtraLoad,proto3" json:"max_extra_load,omitempty"`
-	Delay         *durationpb.Duration   `protobuf:"bytes,2,opt,name=delay,proto3" json:"delay,omitempty"`
-	Percentile    float64                `protobuf:"fixed64,3,opt,name=percentile,proto3" json:"percentile,omitempty"`
-	MinDelay      *durationpb.Duration   `protobuf:"bytes,4,opt,name=min_delay,json=minDelay,proto3" json:"min_delay,omitempty"`
-	MinDataPoints int64                  `protobuf:"varint,5,opt,name=min_data_points,json=minDataPoints,proto3" json:"min_data_points,omitempty"`
-	Window        *durationpb.Duration   `protobuf:"bytes,6,opt,name=window,proto3" json:"window,omitempty"`
-	MaxAttempts   int64                  `protobuf:"varint,7,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
-	NonFatal      []string               `protobuf:"bytes,8,rep,name=non_fatal,json=nonFatal,proto3" json:"non_fatal,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	MaxExtraLoad float64                `protobuf:"fixed64,1,opt,name=max_extra_load,json=maxExtraLoad,proto3" json:"max_extra_load,omitempty"`
+	// 0s makes extra attempts at once; unset is a percentile.
+	Delay         *durationpb.Duration `protobuf:"bytes,2,opt,name=delay,proto3,oneof" json:"delay,omitempty"`
+	Percentile    float64              `protobuf:"fixed64,3,opt,name=percentile,proto3" json:"percentile,omitempty"`
+	MinDelay      *durationpb.Duration `protobuf:"bytes,4,opt,name=min_delay,json=minDelay,proto3" json:"min_delay,omitempty"`
+	MinDataPoints int64                `protobuf:"varint,5,opt,name=min_data_points,json=minDataPoints,proto3" json:"min_data_points,omitempty"`
+	Window        *durationpb.Duration `protobuf:"bytes,6,opt,name=window,proto3" json:"window,omitempty"`
+	MaxAttempts   int64                `protobuf:"varint,7,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
+	NonFatal      []string             `protobuf:"bytes,8,rep,name=non_fatal,json=nonFatal,proto3" json:"non_fatal,omitempty"`
 	// Every method may be carried out more than once, writes included.
 	AllMethods  bool  `protobuf:"varint,9,opt,name=all_methods,json=allMethods,proto3" json:"all_methods,omitempty"`
 	BufferBytes int64 `protobuf:"varint,10,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
@@ -2853,10 +2854,10 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\vJITTER_FULL\x10\x01\x12\x10\n" +
 	"\fJITTER_EQUAL\x10\x02\x12\x17\n" +
 	"\x13JITTER_DECORRELATED\x10\x03\x12\x0f\n" +
-	"\vJITTER_NONE\x10\x04\"\xb5\x04\n" +
+	"\vJITTER_NONE\x10\x04\"\xc4\x04\n" +
 	"\x05Hedge\x12$\n" +
-	"\x0emax_extra_load\x18\x01 \x01(\x01R\fmaxExtraLoad\x12/\n" +
-	"\x05delay\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05delay\x12\x1e\n" +
+	"\x0emax_extra_load\x18\x01 \x01(\x01R\fmaxExtraLoad\x124\n" +
+	"\x05delay\x18\x02 \x01(\v2\x19.google.protobuf.DurationH\x00R\x05delay\x88\x01\x01\x12\x1e\n" +
 	"\n" +
 	"percentile\x18\x03 \x01(\x01R\n" +
 	"percentile\x126\n" +
@@ -2872,7 +2873,8 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\x06budget\x18\v \x01(\tR\x06budget\x12'\n" +
 	"\x0fidempotent_func\x18\f \x01(\tR\x0eidempotentFunc\x12C\n" +
 	"\x10max_server_delay\x18\r \x01(\v2\x19.google.protobuf.DurationR\x0emaxServerDelay\x12\x18\n" +
-	"\amethods\x18\x0e \x03(\tR\amethodsB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
+	"\amethods\x18\x0e \x03(\tR\amethodsB\b\n" +
+	"\x06_delayB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
 
 var (
 	file_belfry_config_v1_stack_proto_rawDescOnce sync.Once
@@ -3033,6 +3035,7 @@ func file_belfry_config_v1_stack_proto_init() {
 		(*Breaker_KeyFunc)(nil),
 	}
 	file_belfry_config_v1_stack_proto_msgTypes[16].OneofWrappers = []any{}
+	file_belfry_config_v1_stack_proto_msgTypes[19].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
