@@ -568,6 +568,9 @@ func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
 			err = c.counted(err)
 		}
 	}
+	if c.cancel != nil {
+		err = overdueOr(ctx, err)
+	}
 	c.err = err
 	return err
 }

@@ -84,9 +84,9 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		return nil, p.turnAway(method, opts, err)
 	}
 	sc := new(streamCall)
-	ctx, sc.cancel = p.withMethodConfig(ctx, t, method)
 	c := &sc.Call
 	c.init(p)
+	ctx, c.cancel = p.withMethodConfig(ctx, t, method)
 	c.desc = desc
 	c.kind, c.method, c.target = kindOf(desc), method, *t
 	w, err := c.prepare(opts)
@@ -116,9 +116,13 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	}
 	returned = true
 	if err != nil {
+		err = overdueOr(ctx, err)
 		return nil, c.counted(err)
 	}
 	sc.scope.open(c, c.stream)
+	if c.cancel != nil {
+		return &overdueStream{&sc.scope, ctx}, nil
+	}
 	return &sc.scope, nil
 }
 
