@@ -10,6 +10,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
+
+	"github.com/belfry-go/belfry/internal/result"
 )
 
 // A Call is one call as the call path sees it, or a further attempt that [Again] made
@@ -32,9 +34,10 @@ type Call struct {
 	parent  *Call    // What this was forked from; nil if it was not.
 	fronts  []*Stack // Stacks in front, whose connection this one is.
 	home    int      // The outermost boundary of a fork.
-	outs    *outs    // The results of a fork that the caller asked for by options.
 
-	expendable bool // Of a fork: see Origin.
+	own        *result.Vars // Of a fork: where it writes what its layer was asked for by options,
+	outside    *scope       // and the scope around that layer; nil for a unary call.
+	expendable bool         // See Origin.
 
 	finish []func(error)      // What the caller wants to be told at the end.
 	cancel context.CancelFunc // Ends the timeout of the method; nil if there is none.
@@ -44,6 +47,7 @@ type Call struct {
 	req    any
 	reply  any
 	opts   []grpc.CallOption
+	vars   *result.Vars // Where opts point, if a layer has redirected them.
 	desc   *grpc.StreamDesc
 
 	// Admission.

@@ -320,7 +320,6 @@ func (b *boundary) run(ctx context.Context, c *Call) error {
 // end ends a unary attempt of its own. If it has not ended it panics.
 func (b *boundary) end(ctx context.Context, c *Call) {
 	defer c.prog.stack.leave(partOne) // Even if a Releaser panics.
-	defer c.outs.end()
 	if !c.ended {
 		c.ended, c.err = true, errPanic
 		c.arrived(c.fate)

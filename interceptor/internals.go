@@ -9,6 +9,8 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+
+	"github.com/belfry-go/belfry/internal/result"
 )
 
 // Internals are the methods of a call that only belfry's own layers need. They may
@@ -133,6 +135,24 @@ func (i *Internals) Outcome(ctx context.Context, err error) Outcome {
 
 // ReportRefusal tells the observer that a further attempt was refused with err.
 func (i *Internals) ReportRefusal(err error) { i.prog.refused(i.method, err) }
+
+// Repeatable prepares a stream of which the layer may make further attempts, before the
+// layer passes it on: the first attempt then has its own results for Header, Trailer and
+// Peer options, as the further ones have. See [Call.Adopt].
+func (i *Internals) Repeatable() {
+	v, opts := result.Redirect(i.opts)
+	if v == nil {
+		return
+	}
+	i.scope.around = i.vars
+	i.scope.chosen.Store(v)
+	i.vars, i.opts = v, opts
+}
+
+// AtStreamEnd has f.StreamEnded called when the stream that the layer returns has ended
+// for the layers outside, however it ended. It is called once, from any goroutine, and
+// must not block. A layer calls AtStreamEnd before it returns.
+func (i *Internals) AtStreamEnd(f interface{ StreamEnded() }) { i.scope.ender = f }
 
 // A StreamEnd ends a stream for the layers outside the one that made it. A layer that
 // cuts streams short, such as an idle timeout, needs it: if nobody reads from the stream

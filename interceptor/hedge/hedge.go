@@ -19,6 +19,7 @@ import (
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
 	"github.com/belfry-go/belfry/internal/quantile"
+	"github.com/belfry-go/belfry/internal/replay"
 )
 
 // Defaults of [Config].
@@ -29,6 +30,8 @@ const (
 	DefaultMinDataPoints = 10
 	DefaultWindow        = time.Minute
 	DefaultBufferBytes   = 256 << 10
+	// DefaultTotalBufferBytes is enough for 64 streams that use DefaultBufferBytes.
+	DefaultTotalBufferBytes = 16 << 20
 	// DefaultMaxServerDelay is more than a call can gain from an extra attempt.
 	DefaultMaxServerDelay = 10 * time.Second
 	// DefaultMinPerSecond is the reserve of the layer's own budget: one extra attempt a
@@ -81,10 +84,14 @@ type Config struct {
 	// attempt is made. Negative is an error; zero means 10 s.
 	MaxServerDelay time.Duration
 	// BufferBytes is how many bytes of sent messages are kept for each stream so that it
-	// can be hedged. A stream that sends more before its first response is not hedged,
-	// and neither is one with messages of unknown size: known are protocol buffers, byte
-	// slices and types with a Size method. From 1 to 64 MiB; zero means 256 KiB.
+	// can be hedged, encoded and with the 5 bytes that gRPC adds to each. A stream that
+	// sends more before its first response is not hedged. A call can lower it by
+	// grpc.MaxRetryRPCBufferSize. From 1 to 64 MiB; zero means 256 KiB.
 	BufferBytes int
+	// TotalBufferBytes is how many bytes the streams of the layer keep together. A stream
+	// that sends more when they are used up is not hedged. From 1 to 1 GiB; zero means
+	// 16 MiB.
+	TotalBufferBytes int
 	// Budget bounds the extra attempts of all calls together. Its Ratio defaults to
 	// MaxExtraLoad and its MinPerSecond to 1. It must be the zero value if [WithBudget]
 	// is used.
@@ -104,6 +111,7 @@ type settings struct {
 	declared   bool
 	longest    time.Duration // That a server may ask for.
 	buffer     int
+	total      int
 	budget     budget.Config
 }
 
@@ -126,6 +134,7 @@ func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	nonFatal := check.Codes(errs, "NonFatal", c.NonFatal, codes.Unavailable)
 	check.Default(errs, "MaxServerDelay", &c.MaxServerDelay, check.Positive, DefaultMaxServerDelay)
 	check.Default(errs, "BufferBytes", &c.BufferBytes, check.From(1, 64<<20), DefaultBufferBytes)
+	check.Default(errs, "TotalBufferBytes", &c.TotalBufferBytes, check.From(1, 1<<30), DefaultTotalBufferBytes)
 	if c.Budget.Ratio == 0 {
 		c.Budget.Ratio = c.MaxExtraLoad
 	}
@@ -135,7 +144,7 @@ func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	o.CheckBudget(errs, given.Budget, c.Budget)
 	return &settings{
 		given: given, fixed: c.Delay, percentile: c.Percentile, least: c.MinDelay, points: c.MinDataPoints, window: c.Window,
-		max: c.MaxAttempts, nonFatal: nonFatal, declared: c.DeclaredOnly, longest: c.MaxServerDelay, buffer: c.BufferBytes, budget: c.Budget,
+		max: c.MaxAttempts, nonFatal: nonFatal, declared: c.DeclaredOnly, longest: c.MaxServerDelay, buffer: c.BufferBytes, total: c.TotalBufferBytes, budget: c.Budget,
 	}
 }
 
@@ -171,7 +180,8 @@ type Layer struct {
 	latencies *quantile.Window
 
 	clock clock
-	races sync.Pool // *race of unary calls.
+	kept  replay.Total // What streams keep.
+	races sync.Pool    // *race of unary calls.
 	set   atomic.Pointer[settings]
 	// mu serialises Update; the budget's and the window's own mutexes are locked
 	// under it.
@@ -276,7 +286,7 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 			ctx, _ = attempt.WithTried(ctx)
 		}
 		if c.Kind() != interceptor.Unary {
-			s := &stream{single: !c.Desc().ServerStreams}
+			s := new(stream)
 			s.race.init(l, set, delay, ctx, c, next, again)
 			s.race.stream = s
 			return s.open()

@@ -15,6 +15,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/further"
+	"github.com/belfry-go/belfry/internal/replay"
 )
 
 // race runs the attempts of one call side by side, until one succeeds or all have failed.
@@ -37,10 +38,10 @@ type race struct {
 	alarm  alarm // When the next extra attempt is due.
 	reused bool  // It will be.
 
-	// mu guards the fields below and, for a stream, those of the stream. The layer's
-	// clock, and what cancelling a context locks, are locked under it.
+	// mu guards the fields below. The layer's clock, and what cancelling a context locks,
+	// are locked under it.
 	mu       sync.Mutex
-	change   sync.Cond // Signals running, and what streams wait for.
+	change   sync.Cond // Signals running.
 	hedged   bool      // Another attempt was made or tried.
 	extra    []*try    // Without those that were refused.
 	running  int       // Attempts, and goroutines that are about to make one.
@@ -57,7 +58,9 @@ type try struct {
 	ctx   *cancelContext
 	call  *interceptor.Call
 	start interceptor.Instant // When it was sent.
-	lane  *lane               // Of a stream, once it is open.
+	lane  *replay.Lane        // Of a stream, once it is open.
+	reply any                 // Of a stream: what the first message of an extra attempt is received to.
+	eof   bool                // Of a stream: it ended well without a message.
 
 	// Guarded by race.mu.
 	started bool // It was admitted.
@@ -70,7 +73,7 @@ func (t *try) cancel() { t.ctx.cancel() }
 // trailer returns the trailer of a failed attempt.
 func (t *try) trailer() metadata.MD {
 	if t.lane != nil {
-		return t.lane.stream.Trailer()
+		return t.lane.Trailer()
 	}
 	return t.call.Internals().Trailer()
 }
@@ -331,6 +334,9 @@ func (r *race) ended(t *try, err error) verdict {
 	if !v.again {
 		r.leaveLocked()
 	}
+	if s := r.stream; s != nil && t.lane != nil && r.winner == nil && r.running > 0 {
+		s.Pass(t.lane)
+	}
 	return v
 }
 
@@ -348,11 +354,7 @@ func (r *race) judgeLocked(t *try, err error, now interceptor.Instant) verdict {
 		return verdict{}
 	case err == nil:
 		r.winner = t
-		if r.stream != nil {
-			r.stream.chooseLocked(t)
-		} else {
-			r.closeLocked(t)
-		}
+		r.closeLocked(t)
 		r.layer.record(t.start, now)
 		if t != &r.first {
 			r.Observer().HedgeWon(r.Method(), r.layer.maker.Name)
@@ -363,14 +365,20 @@ func (r *race) judgeLocked(t *try, err error, now interceptor.Instant) verdict {
 	if r.err == nil || !refused || !refusal.NotSent() {
 		r.last, r.err = t, err
 	}
+	v := r.follows(err, t.trailer())
+	if !v.again {
+		r.noMoreLocked() // The others continue: one of them may succeed.
+	}
+	v.again = v.again && !r.closed
+	return v
+}
+
+// follows decides whether an attempt that failed with err may be followed by another one.
+func (r *race) follows(err error, trailer metadata.MD) verdict {
 	nonFatal := r.set.nonFatal.Has(status.Code(err))
-	if refused {
+	if refusal, refused := interceptor.AsRefusal(err); refused {
 		nonFatal = !refusal.NotSent() && refusal.Reason == interceptor.ReasonDeadline // Of the attempt.
 	}
-	wish := attempt.WishOf(err, t.trailer())
-	if r.ctx.Err() != nil || !nonFatal || wish.Stop || wish.After > r.set.longest {
-		r.noMoreLocked() // The others continue: one of them may succeed.
-		return verdict{}
-	}
-	return verdict{!r.closed, wish.After}
+	wish := attempt.WishOf(err, trailer)
+	return verdict{r.ctx.Err() == nil && nonFatal && !wish.Stop && wish.After <= r.set.longest, wish.After}
 }
