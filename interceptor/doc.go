@@ -176,8 +176,8 @@
 //
 // # A layer of your own
 //
-// [FromSemaphore], [FromPermit], [FromAllow] and [FromLimiter] make a layer of a
-// third-party limiter, and [Foreign] makes one of a pair of interceptors. To write
+// Package adapt makes layers of third-party limiters, and [Foreign] makes one of a pair
+// of interceptors. To write
 // your own, implement [Layer]: embed [GateOnly] and write WrapGate, or embed
 // [CallOnly] and write WrapCall. A gate serves all kinds of call alike, because it
 // sees no messages. A gate that waits does so with the context of [Admission.Park],

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -143,7 +144,7 @@ func TestMethodTimeout(t *testing.T) {
 			if unsent != 1 {
 				t.Errorf("%d calls were refused for their method's timeout, want the one that still waited", unsent)
 			}
-		}, interceptor.FromSemaphore("limit", semaphore.NewWeighted(1)))
+		}, adapt.FromSemaphore("limit", semaphore.NewWeighted(1)))
 	})
 	t.Run("is_a_refund_if_it_passes_before_the_call_is_sent", func(t *testing.T) {
 		run(t, func(t *testing.T, c testingv1.TestServiceClient) {

@@ -19,6 +19,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/layertest"
+	"github.com/belfry-go/belfry/interceptor/mapping"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
@@ -176,7 +177,7 @@ func TestStack(t *testing.T) {
 		tokens := newTokens(1)
 		timeout := &timeoutToy{d: time.Hour}
 		mapped := 0
-		mapper := interceptor.MapError(func(_ context.Context, _ string, err error) error { mapped++; return err })
+		mapper := mapping.Error(func(_ context.Context, _ string, err error) error { mapped++; return err })
 		var deadline bool
 		c := &conn{invoke: func(ctx context.Context, _ string, _, _ any, _ ...grpc.CallOption) error {
 			_, deadline = ctx.Deadline()
@@ -229,7 +230,7 @@ func TestStack(t *testing.T) {
 			buffer := newBuffer(2000)
 			layers := []interceptor.Spec{
 				interceptor.Observe(&recorder{}), outer, &shedToy{}, &timeoutToy{d: 10 * time.Second}, passForeign(), middle,
-				&retryToy{n: 3}, interceptor.MapError(func(_ context.Context, _ string, err error) error { return err }),
+				&retryToy{n: 3}, mapping.Error(func(_ context.Context, _ string, err error) error { return err }),
 				interceptor.Only(everything, &passToy{}), buffer, inner,
 			}
 			return layers, func() error {

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/mapping"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 )
@@ -160,9 +161,7 @@ func WithMessages(p MessagePredicate) Option {
 // optionsOf checks what New and NewGate have in common.
 func optionsOf(config Config, noPredicate bool, opts []Option) options {
 	o := options{errs: check.Of("filter"), name: "filter"}
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.name)
 	config.check(o.errs)
 	o.errs.NotNil(noPredicate, "predicate", "a function")
@@ -180,7 +179,7 @@ func New(config Config, predicate Predicate, opts ...Option) (*Filter, error) {
 	f.config.Store(&config)
 	if o.messages != nil {
 		var err error
-		if f.messages, err = interceptor.MapRequest(f.mapper(o.messages)).NewLayer(); err != nil {
+		if f.messages, err = mapping.Request(f.mapper(o.messages)).NewLayer(); err != nil {
 			return nil, err
 		}
 	}

@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
@@ -210,7 +211,7 @@ func TestRejectedCostsNothing(t *testing.T) {
 func TestGateRejectsBeforeQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sem := semaphore.NewWeighted(1)
-		limit := interceptor.FromSemaphore("limit", sem)
+		limit := adapt.FromSemaphore("limit", sem)
 		sem.TryAcquire(1) // Full.
 		c, _ := wrap(t, &ponger{}, mustNewGate(t, func(context.Context, *interceptor.Admission, any) error { return errNo }), limit)
 		start := time.Now()
@@ -505,7 +506,7 @@ func TestConformance(t *testing.T) {
 	both(t, accept, func(t *testing.T, l interceptor.Layer) {
 		layertest.RunStack(t, func() ([]interceptor.Spec, func() error) {
 			led := &counter{sem: semaphore.NewWeighted(4000)}
-			return []interceptor.Spec{l, interceptor.FromSemaphore("limit", led.sem)}, led.atRest
+			return []interceptor.Spec{l, adapt.FromSemaphore("limit", led.sem)}, led.atRest
 		})
 	})
 	t.Run("messages", func(t *testing.T) {

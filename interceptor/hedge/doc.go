@@ -5,11 +5,12 @@
 // whichever answers first. It is Tower's hedge and Finagle's backup requests ("The Tail
 // at Scale", Dean and Barroso, 2013), for gRPC calls of all four kinds. Use it for methods
 // that may be carried out twice, if now and then one of several servers is slow: it makes
-// a few more calls for a shorter tail.
+// a few more calls for a shorter tail. It hedges only methods that are declared
+// idempotent, or that you name.
 //
 //	stack, err := interceptor.NewStack(
 //		timeout.Config{Timeout: time.Second},
-//		hedge.Config{MaxExtraLoad: 0.02},
+//		hedge.Config{MaxExtraLoad: 0.02, Methods: []string{"/shop.Orders/List"}},
 //		buffer.Config{Size: 50},
 //		concurrency.Config{Limit: 20},
 //	)
@@ -32,8 +33,14 @@
 //     more than Config.MaxServerDelay (10 s by default);
 //   - after the stack was told to drain;
 //   - after a failure that is not one of NonFatal;
-//   - for methods that Config.DeclaredOnly or [WithIdempotent] rule out. By default
-//     no method is ruled out: hedge nothing that must not be done twice.
+//   - for a method that may not be carried out twice, see below.
+//
+// # Which methods
+//
+// An extra attempt carries the method out twice, mostly. So a call is hedged only if its
+// method is declared idempotent in its .proto file (option idempotency_level, whose file
+// is linked in if the stub is), if Config.Methods names it or its service, if
+// [WithIdempotent] allows it, or if Config.AllMethods is true.
 //
 // # At a limit
 //
@@ -56,8 +63,13 @@
 // they are neither failures nor successes to the layers inside and to the balancing
 // policy. Each attempt has its own reply, and its own results for Header, Trailer and
 // Peer options; the caller gets the winner's. Further attempts carry
-// grpc-previous-rpc-attempts, and the policy belfry.p2c sends them to endpoints that
-// the call has not tried.
+// grpc-previous-rpc-attempts, the number of attempts before, those in flight included, and
+// the policy belfry.p2c prefers endpoints for them that the call has not tried.
+//
+// A hedge outside a retry makes up to as many attempts as both multiplied. A retryPolicy in
+// gRPC's service config would multiply that once more, and no budget would count it.
+// [interceptor.Stack.DialOptions] turns it off. Whoever gives the interceptors to a channel
+// by hand, or wraps it, dials it with grpc.WithDisableRetry.
 //
 // # Latencies
 //

@@ -14,7 +14,6 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
-	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
@@ -76,9 +75,13 @@ type Config struct {
 	// and not after the delay. Nil means UNAVAILABLE. After any other failure no further
 	// attempt is made.
 	NonFatal []codes.Code
-	// DeclaredOnly hedges only methods that are declared idempotent in their .proto
-	// file, and those of [WithIdempotent].
-	DeclaredOnly bool
+	// Methods names methods that may be carried out more than once, beside those that are
+	// declared idempotent: "/pkg.Service/Method", or "/pkg.Service/" for all methods of a
+	// service. The package documentation has the other ways to say so.
+	Methods []string
+	// AllMethods says that every method may be carried out more than once, writes
+	// included. Then Methods must be empty.
+	AllMethods bool
 	// MaxServerDelay is the longest delay before the next attempt that a server may ask
 	// for when it fails one, by RetryInfo or pushback. If it asks for more, no further
 	// attempt is made. Negative is an error; zero means 10 s.
@@ -108,7 +111,7 @@ type settings struct {
 	window     time.Duration
 	max        int
 	nonFatal   codeset.Set
-	declared   bool
+	methods    further.Methods
 	longest    time.Duration // That a server may ask for.
 	buffer     int
 	total      int
@@ -117,7 +120,7 @@ type settings struct {
 
 // settings checks c.
 func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
-	c.NonFatal = slices.Clone(c.NonFatal) // The caller may change its own.
+	c.NonFatal, c.Methods = slices.Clone(c.NonFatal), slices.Clone(c.Methods) // The caller may change its own.
 	given := c
 	// A budget counts in millionths.
 	check.Default(errs, "MaxExtraLoad", &c.MaxExtraLoad, check.Below(1e-6, 1), DefaultMaxExtraLoad)
@@ -144,7 +147,7 @@ func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	o.CheckBudget(errs, given.Budget, c.Budget)
 	return &settings{
 		given: given, fixed: c.Delay, percentile: c.Percentile, least: c.MinDelay, points: c.MinDataPoints, window: c.Window,
-		max: c.MaxAttempts, nonFatal: nonFatal, declared: c.DeclaredOnly, longest: c.MaxServerDelay, buffer: c.BufferBytes, total: c.TotalBufferBytes, budget: c.Budget,
+		max: c.MaxAttempts, nonFatal: nonFatal, methods: further.CheckMethods(errs, c.AllMethods, c.Methods), longest: c.MaxServerDelay, buffer: c.BufferBytes, total: c.TotalBufferBytes, budget: c.Budget,
 	}
 }
 
@@ -166,9 +169,9 @@ func WithBudget(b *budget.Budget) Option {
 	return func(o *options) { o.SetBudget(o.errs, b) }
 }
 
-// WithIdempotent restricts the layer to the methods, such as "/pkg.Service/Get", for
-// which f returns true, and with Config.DeclaredOnly to those that are declared
-// idempotent as well. f is called concurrently, once for each call.
+// WithIdempotent adds the methods, such as "/pkg.Service/Get", for which f returns true,
+// to those that Config.Methods names and those that are declared idempotent. f is called
+// concurrently, at most once for each call.
 func WithIdempotent(f func(method string) bool) Option {
 	return func(o *options) { o.SetIdempotent(o.errs, f) }
 }
@@ -193,9 +196,7 @@ type Layer struct {
 func New(c Config, opts ...Option) (*Layer, error) {
 	o := options{errs: check.Of("hedge")}
 	o.Name = "hedge"
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.Name)
 	s := c.settings(o.errs, &o.Options)
 	if err := o.errs.Err(); err != nil {
@@ -239,7 +240,7 @@ func (l *Layer) Update(c Config) error {
 // Config returns the configuration as it was given to New or Update.
 func (l *Layer) Config() Config {
 	c := l.set.Load().given
-	c.NonFatal = slices.Clone(c.NonFatal)
+	c.NonFatal, c.Methods = slices.Clone(c.NonFatal), slices.Clone(c.Methods)
 	return c
 }
 
@@ -262,7 +263,7 @@ func (l *Layer) delay(set *settings, now interceptor.Instant) (d time.Duration, 
 
 // mayHedge reports whether calls of the method may be hedged.
 func (l *Layer) mayHedge(set *settings, method string) bool {
-	return set.max > 1 && l.maker.May(set.declared, method)
+	return set.max > 1 && l.maker.May(&set.methods, method)
 }
 
 // String returns the layer's name.
@@ -282,9 +283,7 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 		if !known || !l.mayHedge(set, c.Method()) {
 			return l.measure(ctx, c, set, now, next)
 		}
-		if c.Internals().Balanced() {
-			ctx, _ = attempt.WithTried(ctx)
-		}
+		c.Internals().MayRepeat()
 		if c.Kind() != interceptor.Unary {
 			s := new(stream)
 			s.race.init(l, set, delay, ctx, c, next, again)

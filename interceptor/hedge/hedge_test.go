@@ -49,8 +49,10 @@ var (
 	fixed = hedge.Config{Delay: 10 * ms, Budget: budget.Config{MinPerSecond: 100}}
 )
 
+// mustNew returns a layer that hedges all methods, unless c names some.
 func mustNew(t testing.TB, c hedge.Config, opts ...hedge.Option) *hedge.Layer {
 	t.Helper()
+	c.AllMethods = c.Methods == nil
 	l, err := hedge.New(c, opts...)
 	if err != nil {
 		t.Fatalf("New(%+v): %v", c, err)
@@ -148,11 +150,11 @@ func (s *server) want(log ...string) {
 	}
 }
 
-// tower returns a layer as in Tower's tests: a percentile of 90, ten data points,
+// tower returns a layer, of all methods or those given, as in Tower's tests: a percentile of 90, ten data points,
 // and eight latencies of 1 ms and two of 10 ms, so that the delay is 10 ms.
-func tower(t *testing.T, opts ...hedge.Option) *hedge.Layer {
+func tower(t *testing.T, methods ...string) *hedge.Layer {
 	t.Helper()
-	l := mustNew(t, hedge.Config{Percentile: 0.9, MinDataPoints: 10, Budget: budget.Config{MinPerSecond: 100}}, opts...)
+	l := mustNew(t, hedge.Config{Percentile: 0.9, MinDataPoints: 10, Methods: methods, Budget: budget.Config{MinPerSecond: 100}})
 	for i := range 10 {
 		if _, ok := l.Delay(); ok {
 			t.Errorf("calls are hedged with %d of 10 data points", i)
@@ -208,7 +210,7 @@ func TestTowerCompletesBeforeHedge(t *testing.T) {
 func TestTowerRequestNotRetryable(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, answer{after: 50 * ms, reply: "orig-done"})
-		l := tower(t, hedge.WithIdempotent(func(m string) bool { return m != method }))
+		l := tower(t, "/not.This/Method")
 		if got, took, err := s.call(nil, l); got != "orig-done" || err != nil || took != 50*ms {
 			t.Errorf("got %q, %v after %v; want orig-done after 50ms", got, err, took)
 		}
@@ -394,7 +396,7 @@ func TestResultsAreThoseOfWinner(t *testing.T) {
 			}
 			var tried *attempt.Tried
 			for i, ctx := range s.ctxs {
-				info := attempt.FromContext(ctx)
+				info := attempt.FromContext(ctx, method, "", 0)
 				if info == nil || info.Tried == nil || tried != nil && info.Tried != tried {
 					t.Errorf("attempt %d has %+v, want the Tried of the first", i, info)
 					continue
@@ -631,10 +633,10 @@ func TestUpdate(t *testing.T) {
 	})
 }
 
-func TestDeclaredOnly(t *testing.T) {
+func TestMethods(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := fixed
-		c.DeclaredOnly = true
+		c.Methods = []string{} // None but those that are declared.
 		s := newServer(t, answer{after: 50 * ms})
 		s.call(nil, mustNew(t, c))
 		s.want("0s 0 sent", "50ms 0 answered")
@@ -662,7 +664,7 @@ func TestConformanceAroundRetry(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		r, err := retry.New(retry.Config{Backoff: retry.Backoff{Initial: 10 * time.Microsecond}}, retry.WithBudget(b))
+		r, err := retry.New(retry.Config{AllMethods: true, Backoff: retry.Backoff{Initial: 10 * time.Microsecond}}, retry.WithBudget(b))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -682,9 +684,9 @@ func TestAllocations(t *testing.T) {
 		want float64
 	}{
 		{"one attempt", hedge.Config{MaxAttempts: 1}, 0},
-		{"undeclared", hedge.Config{Delay: time.Second, DeclaredOnly: true}, 0},
-		{"does not fire", hedge.Config{Delay: time.Second}, 1},
-		{"does not fire by percentile", hedge.Config{}, 1},
+		{"undeclared", hedge.Config{Delay: time.Second}, 0},
+		{"does not fire", hedge.Config{Delay: time.Second, AllMethods: true}, 1},
+		{"does not fire by percentile", hedge.Config{AllMethods: true}, 1},
 	} {
 		unary := calltest.Stack(t, tc.c).UnaryClientInterceptor()
 		n := testing.AllocsPerRun(1000, func() { unary(ctx, undeclared, nil, nil, nil, calltest.Noop, opts...) })

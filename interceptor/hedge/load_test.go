@@ -56,8 +56,8 @@ func TestUnderLoad(t *testing.T) {
 				}
 				unary := calltest.Stack(t,
 					loadshed.Config{},
-					hedge.Config{Delay: 15 * ms, Budget: budget.Config{Ratio: 1}},
-					retry.Config{},
+					hedge.Config{AllMethods: true, Delay: 15 * ms, Budget: budget.Config{Ratio: 1}},
+					retry.Config{AllMethods: true},
 					buffer.Config{Size: 50},
 					concurrency.Config{Limit: 20},
 				).UnaryClientInterceptor()

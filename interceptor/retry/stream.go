@@ -21,7 +21,7 @@ func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.
 	opts := c.Options()
 	c.Internals().Repeatable()
 	err := next(ctx, c)
-	may := l.maker.May(set.declared, c.Method())
+	may := l.maker.May(&set.methods, c.Method())
 	if err == nil && !may {
 		return nil
 	}
@@ -65,6 +65,9 @@ func (s *stream) Repeat(l *replay.Lane, err error) (*replay.Lane, error) {
 	ctx, cancel := context.WithCancel(s.ctx)
 	s.cancel = cancel
 	last := &failure{Attempt: further.Attempt{Call: l.Call, Err: err, Sent: true}, trailer: l.Trailer()}
+	if s.series.layer.policy != nil {
+		last.header, _ = l.Header() // There already, if there is one.
+	}
 	for last.Err != nil {
 		next, err := s.series.step(ctx, last)
 		if next == nil {

@@ -638,7 +638,7 @@ func TestStreamOpenFailureIsRepeated(t *testing.T) {
 
 func TestStreamNotRepeatedCostsNothing(t *testing.T) {
 	one := mustNew(t, retry.Config{MaxAttempts: 1})
-	none := mustNew(t, retry.Config{}, retry.WithIdempotent(func(string) bool { return false }))
+	none := mustNew(t, retry.Config{Methods: []string{}})
 	base := streamAllocs(t, &local{first: math.MaxInt})
 	for _, l := range []*retry.Layer{one, none} {
 		if got := streamAllocs(t, l); got > base && !race.Enabled {

@@ -232,6 +232,10 @@ func isReference(fd protoreflect.FieldDescriptor) bool {
 // set sets a field of a Config.
 func (s *source) set(to reflect.Value, fd protoreflect.FieldDescriptor, from protoreflect.Value, field string) {
 	switch {
+	case fd.IsList() && to.Type() == reflect.TypeFor[[]string]():
+		for i := range from.List().Len() {
+			to.Set(reflect.Append(to, reflect.ValueOf(from.List().Get(i).String())))
+		}
 	case fd.IsList():
 		to.Set(reflect.ValueOf(s.codes(field, from.List())))
 	case fd.Message() != nil && fd.Message().FullName() == durationName:

@@ -225,10 +225,8 @@ type noteKey struct{ _ byte }
 // New makes a layer. An error is a [*interceptor.ConfigError], or several joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
 	o := options{name: "timeout"}
-	for _, opt := range opts {
-		opt(&o)
-	}
 	errs := check.Of("timeout")
+	check.Options(errs, &o, opts)
 	errs.Name(o.name)
 	l := &Layer{name: o.name}
 	if err := l.update(cfg, errs); err != nil {

@@ -29,6 +29,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/internal/test/calltest"
@@ -50,7 +51,7 @@ func mustNew(t testing.TB, cfg Config, opts ...Option) *Layer {
 
 // limit lets n calls run at a time.
 func limit(n int64) interceptor.Spec {
-	return interceptor.FromSemaphore("limit", semaphore.NewWeighted(n))
+	return adapt.FromSemaphore("limit", semaphore.NewWeighted(n))
 }
 
 // conn is a connection made of two functions.
@@ -845,7 +846,7 @@ func TestConformance(t *testing.T) {
 			layertest.RunStack(t, func() ([]interceptor.Spec, func() error) {
 				outside, inside := semaphore.NewWeighted(5000), semaphore.NewWeighted(5000)
 				specs := []interceptor.Spec{
-					interceptor.FromSemaphore("outside", outside), cfg, interceptor.FromSemaphore("inside", inside),
+					adapt.FromSemaphore("outside", outside), cfg, adapt.FromSemaphore("inside", inside),
 				}
 				return specs, func() error {
 					if !outside.TryAcquire(5000) || !inside.TryAcquire(5000) {

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/hedge"
@@ -101,8 +102,8 @@ func TestPanic(t *testing.T) {
 					t.Fatal(err)
 				}
 				sem := semaphore.NewWeighted(3)
-				stack := calltest.Stack(t, interceptor.Observe(o), hedge.Config{Delay: 20 * time.Millisecond, MaxExtraLoad: 0.5},
-					retry.Config{}, buffer.Config{Size: 5}, limit, interceptor.FromSemaphore("semaphore", sem),
+				stack := calltest.Stack(t, interceptor.Observe(o), hedge.Config{AllMethods: true, Delay: 20 * time.Millisecond, MaxExtraLoad: 0.5},
+					retry.Config{AllMethods: true}, buffer.Config{Size: 5}, limit, adapt.FromSemaphore("semaphore", sem),
 					ratelimit.Config{Limit: 100, KeyBy: interceptor.KeyBy{Method: true}})
 				conn := stack.Wrap(new(flaky))
 				var wg sync.WaitGroup

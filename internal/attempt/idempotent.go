@@ -34,21 +34,14 @@ func methodOf(method string) protoreflect.MethodDescriptor {
 
 // Declared reports whether the method, such as "/pkg.Service/Method", is declared
 // idempotent in its .proto file: option idempotency_level is NO_SIDE_EFFECTS or
-// IDEMPOTENT. It is false for a method whose file is not linked in.
-func Declared(method string) bool {
+// IDEMPOTENT. known is false for a method whose file is not linked in.
+func Declared(method string) (yes, known bool) {
 	md := methodOf(method)
 	if md == nil {
-		return false
+		return false, false
 	}
 	opts, ok := md.Options().(*descriptorpb.MethodOptions)
-	if !ok {
-		return false
-	}
-	switch opts.GetIdempotencyLevel() {
-	case descriptorpb.MethodOptions_NO_SIDE_EFFECTS, descriptorpb.MethodOptions_IDEMPOTENT:
-		return true
-	}
-	return false
+	return ok && opts.GetIdempotencyLevel() != descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN, true
 }
 
 // Reply returns a new response of the method, such as "/pkg.Service/Method". It is nil if
@@ -63,14 +56,4 @@ func Reply(method string) proto.Message {
 		return nil
 	}
 	return t.New().Interface()
-}
-
-// May reports whether calls of the method may be sent more than once, for a layer
-// that is restricted to methods that are declared idempotent, or to those for which
-// idempotent returns true, or to both together. idempotent may be nil.
-func May(declared bool, idempotent func(method string) bool, method string) bool {
-	if idempotent == nil && !declared {
-		return true
-	}
-	return idempotent != nil && idempotent(method) || declared && Declared(method)
 }

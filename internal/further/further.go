@@ -8,6 +8,9 @@ package further
 
 import (
 	"context"
+	"fmt"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/belfry-go/belfry/interceptor"
@@ -47,19 +50,53 @@ func (o *Options) CheckBudget(errs *check.Errors, given, filled budget.Config) {
 	errs.Nested("Budget", err)
 }
 
+// Methods are the methods that a Config allows to be carried out more than once. It is
+// immutable.
+type Methods struct {
+	all   bool
+	named map[string]struct{} // "/service/method", or "/service/" for all of a service.
+}
+
+// CheckMethods checks the fields AllMethods and Methods of a Config.
+func CheckMethods(errs *check.Errors, all bool, methods []string) Methods {
+	errs.Require(!all || len(methods) == 0, "Methods", methods, "must be empty if AllMethods is true")
+	m := Methods{all: all, named: make(map[string]struct{}, len(methods))}
+	for i, name := range methods {
+		service, method, ok := strings.Cut(strings.TrimPrefix(name, "/"), "/")
+		errs.Require(ok && name[0] == '/' && service != "" && !strings.Contains(method, "/"), fmt.Sprintf("Methods[%d]", i), name,
+			`must be a method, "/pkg.Service/Method", or a service, "/pkg.Service/"`)
+		m.named[name] = struct{}{}
+	}
+	return m
+}
+
+func (m *Methods) has(method string) bool {
+	if m.all || len(m.named) == 0 {
+		return m.all
+	}
+	if _, ok := m.named[method]; ok {
+		return true
+	}
+	_, ok := m.named[method[:strings.LastIndexByte(method, '/')+1]]
+	return ok
+}
+
 // A Maker is the part of a layer that makes further attempts.
 type Maker struct {
 	Options
-	exhausted *interceptor.Refusal
-	cancelled *interceptor.Refusal
+	exhausted, cancelled, notIdempotent *interceptor.Refusal // Made once.
+	// declared says of methods whose file is linked in whether they are declared
+	// idempotent. It spares a call the lock of protobuf's registry.
+	declared sync.Map // Of string to bool.
 }
 
 // NewMaker returns a Maker with a budget made of own, unless o has one.
 func NewMaker(o Options, own budget.Config) (*Maker, error) {
 	m := &Maker{
-		Options:   o,
-		exhausted: interceptor.Refuse(o.Name, interceptor.ReasonBudget, "the budget for further attempts is spent"),
-		cancelled: interceptor.Refuse(o.Name, interceptor.ReasonCancelled, "the caller gave up before the next attempt"),
+		Options:       o,
+		exhausted:     interceptor.Refuse(o.Name, interceptor.ReasonBudget, "the budget for further attempts is spent"),
+		cancelled:     interceptor.Refuse(o.Name, interceptor.ReasonCancelled, "the caller gave up before the next attempt"),
+		notIdempotent: interceptor.Refuse(o.Name, interceptor.ReasonNotIdempotent, "not repeated, because nothing says that the method is idempotent (see Config.Methods)"),
 	}
 	if !o.Shared {
 		var err error
@@ -78,10 +115,20 @@ func (m *Maker) Update(own budget.Config) error {
 	return m.Budget.Update(own)
 }
 
-// May reports whether calls of the method may be sent more than once; see
-// [attempt.May].
-func (m *Maker) May(declared bool, method string) bool {
-	return attempt.May(declared, m.Idempotent, method)
+// May reports whether calls of the method may be carried out more than once: the Config
+// or WithIdempotent says so, or the method's .proto file.
+func (m *Maker) May(allowed *Methods, method string) bool {
+	if allowed.has(method) || m.Idempotent != nil && m.Idempotent(method) {
+		return true
+	}
+	if v, ok := m.declared.Load(method); ok {
+		return v.(bool)
+	}
+	yes, known := attempt.Declared(method)
+	if known { // Others may be any number.
+		m.declared.Store(method, yes)
+	}
+	return yes
 }
 
 // Gate returns the gate of the layer, which counts calls for the budget.
@@ -114,8 +161,7 @@ func (m *Maker) Of(c *interceptor.Call, o interceptor.Origin, again interceptor.
 
 // Plan describes a further attempt to make.
 type Plan struct {
-	Delay  time.Duration // How long to wait before it.
-	Unsent int           // How many earlier attempts were not sent.
+	Delay time.Duration // How long to wait before it.
 	// Run carries it out. ctx is that of the attempt.
 	Run func(ctx context.Context, a *interceptor.Call) error
 }
@@ -158,7 +204,6 @@ func (c *Call) Make(ctx context.Context, p Plan) (a Attempt, err error) {
 	}
 	refund = false
 	f.Internals().WantTrailer()
-	ctx = attempt.WithPrevious(ctx, f.Attempt()-p.Unsent)
 	err = p.Run(ctx, f)
 	refund = !f.Internals().Outcome(ctx, err).Sent()
 	if r, ok := interceptor.AsRefusal(err); ok && r.NotSent() {
@@ -194,6 +239,17 @@ func (c *Call) Refused(ctx context.Context, refused, last error) error {
 		return c.Maker.cancelled.Because(last, true)
 	}
 	return interceptor.RefusedAgain(refused, last)
+}
+
+// NotIdempotent returns the error of a call whose attempt ended with last, and is not
+// repeated because it was sent and its method may not be carried out again. It is nil if
+// last is. It tells the observer.
+func (c *Call) NotIdempotent(last error) error {
+	c.Internals().ReportRefusal(c.Maker.notIdempotent)
+	if last == nil {
+		return nil
+	}
+	return interceptor.RefusedAgain(c.Maker.notIdempotent, last)
 }
 
 func reason(err error) interceptor.Reason {

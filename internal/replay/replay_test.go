@@ -44,7 +44,7 @@ var (
 )
 
 func retries(c retry.Config) interceptor.Spec {
-	c.Budget = rich
+	c.Budget, c.AllMethods = rich, true
 	if c.Backoff.Initial == 0 {
 		c.Backoff = retry.Backoff{Initial: time.Millisecond, Max: time.Millisecond, Jitter: retry.NoJitter}
 	}
@@ -52,7 +52,7 @@ func retries(c retry.Config) interceptor.Spec {
 }
 
 func hedges(c hedge.Config) interceptor.Spec {
-	c.Budget = rich
+	c.Budget, c.AllMethods = rich, true
 	if c.Delay == 0 {
 		c.Delay = time.Hour
 	}
