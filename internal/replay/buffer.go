@@ -81,7 +81,6 @@ func codecOf(opts []grpc.CallOption) (c codec, plain bool) {
 			forced = o.CodecV2
 		case grpc.ForceCodecCallOption:
 			forced = codecV1{o.Codec}
-		//lint:ignore SA1019 callers may use it as long as gRPC has it
 		case grpc.CustomCodecCallOption:
 			forced = codecV1{o.Codec}
 		case grpc.ContentSubtypeCallOption:

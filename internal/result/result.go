@@ -63,7 +63,7 @@ func (v *Vars) SetWritten() {
 
 // patience is how long Await waits. gRPC ends a stream at once when its context ends; a
 // third-party interceptor may keep the end from it.
-const patience = 100 * time.Millisecond
+const patience = time.Second
 
 // Await waits for an attempt that is about to end to write its variables.
 func (v *Vars) Await() {
