@@ -118,6 +118,7 @@ func (b *boundary) fork(o *Origin) *Call {
 	f.init(c.prog)
 	f.target, f.kind, f.root, f.parent, f.fronts, f.home = c.target, c.kind, c.root, c, c.fronts, b.id
 	f.method, f.req, f.reply, f.opts, f.desc = o.method, o.req, o.reply, o.opts, o.desc
+	f.perCall = c.perCall
 	f.waits, f.timed, f.expendable, f.series = c.waits, c.timed, c.expendable || o.Expendable, c.series
 	f.scope, f.entered, f.section = o.scope, b.id-1, b.id
 	f.outside = o.scope

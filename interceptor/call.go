@@ -56,6 +56,8 @@ type callState struct {
 	finish []func(error)      // What the caller wants to be told at the end.
 	cancel context.CancelFunc // Ends the timeout of the method; nil if there is none.
 
+	perCall *attempt.PerCall // What the caller wants of the attempts; nil if nothing.
+
 	// What is sent. Layers change it on the way in.
 	method string
 	req    any

@@ -188,7 +188,7 @@ var (
 )
 
 // innermost hands the attempt to the connection and records what became of it.
-func innermost(ctx context.Context, c *Call) (err error) {
+func innermost(ctx context.Context, c *Call) error {
 	if ctx.Err() != nil {
 		return unsent(Ended(ctx, stackName))
 	}
@@ -197,6 +197,14 @@ func innermost(ctx context.Context, c *Call) (err error) {
 	}
 	c.departs()
 	ctx = c.inSeries(ctx)
+	if c.perCall != nil {
+		return c.sendAs(ctx, c.perCall)
+	}
+	return c.send(ctx)
+}
+
+// send hands the attempt to the connection.
+func (c *Call) send(ctx context.Context) (err error) {
 	if c.kind != Unary {
 		return c.openStream(ctx)
 	}
@@ -216,7 +224,7 @@ func innermost(ctx context.Context, c *Call) (err error) {
 // stream for. If nobody needs to know, it returns the caller's options as they are.
 func (c *Call) unaryOptions() []grpc.CallOption {
 	carry := c.carries()
-	if !carry && len(c.tickets) == 0 && c.parent == nil && !c.wantTrailer && c.prog.obs == nil {
+	if !carry && len(c.tickets) == 0 && c.parent == nil && !c.wantTrailer && c.perCall == nil && c.prog.obs == nil {
 		return c.opts
 	}
 	opts := append(c.options[:ownOptions], c.opts...)
@@ -439,6 +447,7 @@ type target struct {
 // prepare takes from the options of a call what the stack needs of them.
 func (c *Call) prepare(opts []grpc.CallOption) (w Wait, err error) {
 	w = Forever
+	mine := 0 // Options that are for this stack alone.
 	for _, o := range opts {
 		switch o := o.(type) {
 		case waitOption:
@@ -448,6 +457,11 @@ func (c *Call) prepare(opts []grpc.CallOption) (w Wait, err error) {
 			c.fronts = append(c.fronts, o.call.prog.stack)
 		case grpc.OnFinishCallOption:
 			c.finish = append(c.finish, o.OnFinish)
+			mine++
+		case attempt.Option, attempt.ReportOption, *attempt.Entry:
+			if c.ownOption(o) {
+				mine++
+			}
 		case passed:
 			if o.stack == c.prog.stack {
 				err = errSameStack
@@ -455,10 +469,12 @@ func (c *Call) prepare(opts []grpc.CallOption) (w Wait, err error) {
 		}
 	}
 	c.opts = opts
-	if c.finish != nil {
-		c.opts = make([]grpc.CallOption, 0, len(opts))
+	if mine > 0 {
+		c.opts = make([]grpc.CallOption, 0, len(opts)-mine)
 		for _, o := range opts {
-			if _, ok := o.(grpc.OnFinishCallOption); !ok {
+			switch o.(type) {
+			case grpc.OnFinishCallOption, attempt.ReportOption, *attempt.Entry:
+			default:
 				c.opts = append(c.opts, o)
 			}
 		}
@@ -547,7 +563,12 @@ func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
 		err = p.admit(ctx, c, w)
 	}
 	if err == nil {
-		err = p.next(ctx, c)
+		if err = p.next(ctx, c); err != nil {
+			err = c.counted(err)
+		}
+	}
+	if c.cancel != nil {
+		err = overdueOr(ctx, err)
 	}
 	c.err = err
 	return err
@@ -556,8 +577,11 @@ func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
 // turnAway ends a call that the stack refuses because it drains.
 func (p *program) turnAway(method string, opts []grpc.CallOption, err error) error {
 	for _, o := range opts {
-		if o, ok := o.(grpc.OnFinishCallOption); ok {
+		switch o := o.(type) {
+		case grpc.OnFinishCallOption:
 			o.OnFinish(err)
+		case attempt.ReportOption:
+			o.Fill(nil, 0, false)
 		}
 	}
 	p.refused(method, err)
@@ -577,6 +601,9 @@ func (c *Call) over(ctx context.Context) {
 func (c *Call) tell(o Outcome, err error) {
 	if c.cancel != nil {
 		c.cancel()
+	}
+	if p := c.perCall; p != nil && p.Owner {
+		p.Record.Close(errSuperseded)
 	}
 	for _, f := range c.finish {
 		f(err)

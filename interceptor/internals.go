@@ -111,7 +111,7 @@ const slowAnswer = time.Millisecond
 
 // Consulted reports that a gate of the named layer called a third-party limiter or a
 // predicate at the given moment, which has answered now. The gates inside go by the
-// moment of the answer.
+// moment of the answer. Consult does it.
 func (i *Internals) Consulted(layer string, since Instant) {
 	i.now = Now()
 	if i.now.Sub(since) >= slowAnswer {

@@ -93,9 +93,9 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		return nil, p.turnAway(method, opts, err)
 	}
 	sc := new(streamCall)
-	ctx, sc.cancel = p.withMethodConfig(ctx, t, method)
 	c := &sc.Call
 	c.init(p)
+	ctx, c.cancel = p.withMethodConfig(ctx, t, method)
 	c.desc = desc
 	c.kind, c.method, c.target = kindOf(desc), method, *t
 	w, err := c.prepare(opts)
@@ -125,9 +125,12 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	}
 	returned = true
 	if err != nil {
-		return nil, err
+		return nil, c.counted(overdueOr(ctx, err))
 	}
 	sc.scope.open(c, c.stream)
+	if c.cancel != nil {
+		return &overdueStream{&sc.scope, ctx}, nil
+	}
 	return &sc.scope, nil
 }
 
@@ -382,7 +385,7 @@ func (s *scope) Header() (md metadata.MD, err error) {
 	} else if len(md) > 0 && !s.single { // gRPC returns none, and no error, for a stream that ended without one.
 		s.respond()
 	}
-	return md, err
+	return md, s.told(err)
 }
 
 // Context returns the context of the stream without what is for one attempt alone.
@@ -409,7 +412,7 @@ func (s *scope) SendMsg(m any) error {
 		s.notSent(err)
 		s.stopped(err)
 	}
-	return err
+	return s.told(err)
 }
 
 func (s *scope) RecvMsg(m any) error {
@@ -422,6 +425,14 @@ func (s *scope) RecvMsg(m any) error {
 		s.call.addFate(attempt.Unreadable)
 	}
 	s.stopped(err)
+	return s.told(err)
+}
+
+// told is err as the layer outside, or the caller, gets it.
+func (s *scope) told(err error) error {
+	if s.root != nil {
+		return s.call.counted(err)
+	}
 	return err
 }
 

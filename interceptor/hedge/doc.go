@@ -40,7 +40,9 @@
 // An extra attempt carries the method out twice, mostly. So a call is hedged only if its
 // method is declared idempotent in its .proto file (option idempotency_level, whose file
 // is linked in if the stub is), if Config.Methods names it or its service, if
-// [WithIdempotent] allows it, or if Config.AllMethods is true.
+// [WithIdempotent] allows it, if the call says so (package attempts), or if
+// Config.AllMethods is true. The observer is told, with reason NOT_IDEMPOTENT, of each
+// unary call that would have been hedged otherwise.
 //
 // # At a limit
 //

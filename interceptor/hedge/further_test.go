@@ -5,6 +5,7 @@ package hedge_test
 
 import (
 	"context"
+	"errors"
 	"math"
 	"runtime"
 	"slices"
@@ -235,7 +236,7 @@ func TestRefusalDoesNotReplaceServersError(t *testing.T) {
 			time.Sleep(20 * ms)
 			return interceptor.Refuse("late", interceptor.ReasonShed, "")
 		}, nil)
-		if _, _, err := newServer(t, answer{after: ms, err: fatal}).call(nil, mustNew(t, fixed), late); err != fatal {
+		if _, _, err := newServer(t, answer{after: ms, err: fatal}).call(nil, mustNew(t, fixed), late); !errors.Is(err, fatal) {
 			t.Errorf("got %v, want the server's error", err)
 		}
 	})
@@ -299,7 +300,7 @@ func TestServerDelayEndedByFatalFailure(t *testing.T) {
 		c := fixed
 		c.MaxAttempts = 3
 		s := newServer(t, answer{after: 20 * ms, err: fatal}, answer{after: ms, err: unavailable, trailer: metadata.Pairs("grpc-retry-pushback-ms", "5000")})
-		if _, took, err := s.call(nil, mustNew(t, c)); err != fatal || took != 20*ms || s.n != 2 {
+		if _, took, err := s.call(nil, mustNew(t, c)); !errors.Is(err, fatal) || took != 20*ms || s.n != 2 {
 			t.Errorf("got %v after %v and %d attempts, want the last failure after 20ms and 2", err, took, s.n)
 		}
 	})

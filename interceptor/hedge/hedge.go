@@ -14,6 +14,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
+	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
@@ -67,8 +68,8 @@ type Config struct {
 	MinDataPoints int
 	// Window is how long latencies are remembered. 1 s to 1 h; zero means one minute.
 	Window time.Duration
-	// MaxAttempts bounds the attempts of a call, including the first. From 1, which
-	// hedges nothing, to 10; zero means 2. An extra attempt that a layer inside refused
+	// MaxAttempts bounds the attempts of a call, including the first, unless the call says
+	// otherwise (attempts.MaxHedge). From 1, which hedges nothing, to 10; zero means 2. An extra attempt that a layer inside refused
 	// does not count.
 	MaxAttempts int
 	// NonFatal are the codes of failures after which the next attempt is made at once
@@ -261,9 +262,17 @@ func (l *Layer) delay(set *settings, now interceptor.Instant) (d time.Duration, 
 	return max(d, set.least), n >= set.points
 }
 
-// mayHedge reports whether calls of the method may be hedged.
-func (l *Layer) mayHedge(set *settings, method string) bool {
-	return set.max > 1 && l.maker.May(&set.methods, method)
+// mayHedge reports whether a call may be hedged.
+func (l *Layer) mayHedge(set *settings, c *interceptor.Call) bool {
+	return set.attempts(c) > 1 && l.maker.May(&set.methods, c)
+}
+
+// attempts returns the most attempts of a call.
+func (set *settings) attempts(c *interceptor.Call) int {
+	if p := c.Internals().PerCall(); p != nil {
+		return attempt.Max(p.MaxHedge, set.max)
+	}
+	return set.max
 }
 
 // String returns the layer's name.
@@ -280,8 +289,12 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 	return func(ctx context.Context, c *interceptor.Call) error {
 		set, now := l.set.Load(), c.Internals().AdmittedAt()
 		delay, known := l.delay(set, now)
-		if !known || !l.mayHedge(set, c.Method()) {
-			return l.measure(ctx, c, set, now, next)
+		if !known || !l.mayHedge(set, c) {
+			err := l.measure(ctx, c, set, now, next)
+			if known && set.attempts(c) > 1 && c.Internals().Observed() && interceptor.Now().Sub(now) > delay {
+				l.maker.Forbidden(c) // It would have been hedged.
+			}
+			return err
 		}
 		c.Internals().MayRepeat()
 		if c.Kind() != interceptor.Unary {

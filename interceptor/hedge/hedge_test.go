@@ -236,7 +236,7 @@ func TestErrorNeverBeatsPossibleSuccess(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				got, took, err := newServer(t, tc.answers...).call(nil, mustNew(t, fixed))
-				if err != tc.err || took != tc.took || err == nil && got != tc.want {
+				if !errors.Is(err, tc.err) || took != tc.took || err == nil && got != tc.want {
 					t.Errorf("got %q, %v after %v; want %q, %v after %v", got, err, took, tc.want, tc.err, tc.took)
 				}
 			})
@@ -638,8 +638,12 @@ func TestMethods(t *testing.T) {
 		c := fixed
 		c.Methods = []string{} // None but those that are declared.
 		s := newServer(t, answer{after: 50 * ms})
-		s.call(nil, mustNew(t, c))
+		e := &events{}
+		s.call(nil, interceptor.Observe(e), mustNew(t, c))
 		s.want("0s 0 sent", "50ms 0 answered")
+		if !slices.Contains(e.log, "refused hedge NOT_IDEMPOTENT") {
+			t.Errorf("the observer saw %q, want to be told that the call may not be hedged", e.log)
+		}
 		s = newServer(t, answer{after: 50 * ms}, answer{})
 		s.call(nil, mustNew(t, c, hedge.WithIdempotent(func(m string) bool { return m == method })))
 		s.want("0s 0 sent", "10ms 1 sent", "10ms 1 answered", "10ms 0 cancelled")

@@ -29,6 +29,7 @@ type race struct {
 	further.Call
 	layer  *Layer
 	set    *settings
+	max    int // Attempts.
 	delay  time.Duration
 	ctx    context.Context // The call's.
 	next   interceptor.Next
@@ -81,12 +82,14 @@ func (t *try) trailer() metadata.MD {
 // verdict says what follows the end of an attempt.
 type verdict struct {
 	again bool          // Another attempt,
-	after time.Duration // after the delay that the server asks for.
+	after time.Duration // after the delay that the server asks for,
+	err   error         // because the last one failed with this error.
 }
 
 // init prepares a race.
 func (r *race) init(l *Layer, set *settings, delay time.Duration, ctx context.Context, c *interceptor.Call, next interceptor.Next, again interceptor.Again) {
 	r.Call, r.layer, r.set, r.delay, r.ctx, r.next = l.maker.Of(c, c.Origin(), again), l, set, delay, ctx, next
+	r.max = set.attempts(c)
 	r.first.ctx, r.first.call = &cancelContext{Context: ctx}, c
 	r.Call.Origin.Expendable = true
 	r.alarm.race = r
@@ -225,7 +228,7 @@ func (r *race) another(v verdict, follows bool) verdict {
 	r.mu.Lock()
 	r.hedged = true
 	r.layer.clock.stop(&r.alarm)
-	if r.closed || 1+len(r.extra) >= r.set.max || r.ctx.Err() != nil {
+	if r.closed || 1+len(r.extra) >= r.max || r.ctx.Err() != nil {
 		r.leaveLocked()
 		r.mu.Unlock()
 		return verdict{}
@@ -252,7 +255,7 @@ func (r *race) another(v verdict, follows bool) verdict {
 	}()
 	// It may wait for the layers inside, ahead of first attempts, until another attempt
 	// answers.
-	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, Run: func(ctx context.Context, c *interceptor.Call) error {
+	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, After: v.err, Run: func(ctx context.Context, c *interceptor.Call) error {
 		if !r.start(t, c) {
 			return interceptor.Ended(ctx, r.layer.maker.Name)
 		}
@@ -281,7 +284,7 @@ func (r *race) start(t *try, c *interceptor.Call) (started bool) {
 	closed := r.closed
 	if !closed {
 		t.started = true
-		if 1+len(r.extra) < r.set.max {
+		if 1+len(r.extra) < r.max {
 			r.layer.clock.set(&r.alarm, t.start, r.delay)
 		}
 	}
@@ -289,7 +292,7 @@ func (r *race) start(t *try, c *interceptor.Call) (started bool) {
 	if closed {
 		return false
 	}
-	r.Observer().HedgeFired(r.Method(), r.layer.maker.Name)
+	r.HedgeFired()
 	return true
 }
 
@@ -357,7 +360,7 @@ func (r *race) judgeLocked(t *try, err error, now interceptor.Instant) verdict {
 		r.closeLocked(t)
 		r.layer.record(t.start, now)
 		if t != &r.first {
-			r.Observer().HedgeWon(r.Method(), r.layer.maker.Name)
+			r.HedgeWon()
 		}
 		return verdict{}
 	}
@@ -380,5 +383,5 @@ func (r *race) follows(err error, trailer metadata.MD) verdict {
 		nonFatal = !refusal.NotSent() && refusal.Reason == interceptor.ReasonDeadline // Of the attempt.
 	}
 	wish := attempt.WishOf(err, trailer)
-	return verdict{r.ctx.Err() == nil && nonFatal && !wish.Stop && wish.After <= r.set.longest, wish.After}
+	return verdict{r.ctx.Err() == nil && nonFatal && !wish.Stop && wish.After <= r.set.longest, wish.After, err}
 }

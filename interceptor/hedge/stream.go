@@ -141,15 +141,15 @@ func (s *stream) Choose() *replay.Lane {
 func (s *stream) Repeat(_ *replay.Lane, err error) (*replay.Lane, error) {
 	r := &s.race
 	v := r.follows(err, r.first.trailer())
-	if !v.again || 1+len(r.extra) >= r.set.max {
+	if !v.again || 1+len(r.extra) >= r.max {
 		return nil, err
 	}
 	failed := r.first
 	failed.over = true
 	r.extra = append(r.extra, &failed) // It counts.
 	t := try{ctx: &cancelContext{Context: r.ctx}}
-	a, refused := r.Make(t.ctx, further.Plan{Delay: v.after, Run: func(ctx context.Context, c *interceptor.Call) error {
-		r.Observer().HedgeFired(r.Method(), r.layer.maker.Name)
+	a, refused := r.Make(t.ctx, further.Plan{Delay: v.after, After: err, Run: func(ctx context.Context, c *interceptor.Call) error {
+		r.HedgeFired()
 		return r.next(ctx, c)
 	}})
 	switch {

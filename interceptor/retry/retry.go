@@ -38,8 +38,8 @@ const (
 
 // Config says what is repeated, how often and when. The zero value is the default.
 type Config struct {
-	// MaxAttempts bounds the attempts of a call, including the first. From 1, which
-	// repeats nothing, to 100; zero means 3. Attempts that were not sent because there
+	// MaxAttempts bounds the attempts of a call, including the first, unless the call says
+	// otherwise (attempts.MaxRetry). From 1, which repeats nothing, to 100; zero means 3. Attempts that were not sent because there
 	// was no connection are counted separately, up to the same number. An attempt that a
 	// layer inside refused does not count.
 	MaxAttempts int
@@ -359,7 +359,7 @@ func (s *series) step(ctx context.Context, last *failure) (again *failure, err e
 	if t, ok := ctx.Deadline(); ok && interceptor.Now().Add(v.after) >= interceptor.InstantOf(t) {
 		return nil, last.Err
 	}
-	a, refused := s.Make(ctx, further.Plan{Delay: v.after, Run: s.run})
+	a, refused := s.Make(ctx, further.Plan{Delay: v.after, After: last.Err, Reason: v.reason, Run: s.run})
 	if refused != nil {
 		return nil, s.Refused(ctx, refused, last.Err)
 	}
@@ -379,14 +379,24 @@ func (s *series) run(ctx context.Context, a *interceptor.Call) error {
 // A verdict says what follows an attempt.
 type verdict struct {
 	repeat bool
-	after  time.Duration // How long to wait before it is repeated.
+	after  time.Duration // How long to wait before it is repeated,
+	reason string        // and why it is.
 	err    error         // The call's error if it is not repeated.
+}
+
+// attempts returns the most attempts of a call.
+func (set *settings) attempts(c *interceptor.Call) int {
+	if p := c.Internals().PerCall(); p != nil {
+		return attempt.Max(p.MaxRetry, set.max)
+	}
+	return set.max
 }
 
 // judge decides whether an attempt is repeated.
 func (s *series) judge(ctx context.Context, last *failure) verdict {
 	l, set, stop := s.layer, s.layer.set.Load(), verdict{err: last.Err}
-	spent := s.made >= set.max || s.unsent >= set.max
+	most := set.attempts(s.Call.Call)
+	spent := s.made >= most || s.unsent >= most
 	if ctx.Err() != nil || spent && l.policy == nil {
 		return stop
 	}
@@ -412,16 +422,19 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 			d.After = max(d.After, wish.After)
 		}
 	}
+	if d.Reason == "" {
+		d.Reason = status.Code(last.Err).String()
+	}
 	switch {
 	case !d.Repeat || spent || d.After > set.longest:
 		return stop
-	case last.Sent && !d.Safe && !s.Maker.May(&set.methods, s.Method()):
+	case last.Sent && !d.Safe && !s.Maker.May(&set.methods, s.Call.Call):
 		return verdict{err: s.NotIdempotent(last.Err)}
 	case d.Exact:
 		s.delays.reset()
-		return verdict{repeat: true, after: d.After}
+		return verdict{repeat: true, after: d.After, reason: d.Reason}
 	}
-	return verdict{repeat: true, after: s.delays.atLeast(&set.backoff, d.After)}
+	return verdict{repeat: true, after: s.delays.atLeast(&set.backoff, d.After), reason: d.Reason}
 }
 
 // ask asks the policy about an attempt. If that is not repeated, err is the call's error.

@@ -14,14 +14,14 @@ import (
 // open opens a stream that is repeated until it commits.
 func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.Next, again interceptor.Again) error {
 	set := l.set.Load()
-	if set.max == 1 {
+	if set.attempts(c) == 1 {
 		return next(ctx, c)
 	}
 	of := l.maker.Of(c, c.Origin(), again)
 	opts := c.Options()
 	c.Internals().Repeatable()
 	err := next(ctx, c)
-	may := l.maker.May(&set.methods, c.Method())
+	may := l.policy != nil || l.maker.May(&set.methods, c) // A policy may know that it is safe.
 	if err == nil && !may {
 		return nil
 	}

@@ -630,7 +630,7 @@ func TestStreamOpenFailureIsRepeated(t *testing.T) {
 			return nil, errors.New("not today")
 		}
 		_, err := calltest.Stack(t, mustNew(t, quick)).StreamClientInterceptor()(t.Context(), &grpc.StreamDesc{ServerStreams: true}, nil, method, open)
-		if opens != 3 || err == nil || err.Error() != "not today" {
+		if opens != 3 || err == nil || err.Error() != "not today (after 3 attempts)" {
 			t.Errorf("%d attempts, %v; want 3 and the last one's error", opens, err)
 		}
 	})

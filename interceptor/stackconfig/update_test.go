@@ -305,7 +305,7 @@ func TestUpdateKeepsLatencies(t *testing.T) {
 			t.Errorf("after 20 calls of 100ms and an update Delay() = %v, %v, want 100ms to 101ms and true", d, ok)
 		}
 		// The least of 20 or the double of 100ms.
-		if d := s.Layer("t").(*timeout.Layer).Timeout(); d < 200*time.Millisecond || d > 202*time.Millisecond {
+		if d := s.Layer("t").(*timeout.Layer).Timeout(method); d < 200*time.Millisecond || d > 202*time.Millisecond {
 			t.Errorf("after 20 calls of 100ms and an update Timeout() = %v, want 200ms to 202ms", d)
 		}
 		// 20 calls have paid 0.05 each, besides one a second for 10 s.

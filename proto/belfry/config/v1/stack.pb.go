@@ -2217,6 +2217,7 @@ type Budget struct {
 	Ratio *float64 `protobuf:"fixed64,2,opt,name=ratio,proto3,oneof" json:"ratio,omitempty"`
 	// 0 is none, and unset the default.
 	MinPerSecond  *float64 `protobuf:"fixed64,3,opt,name=min_per_second,json=minPerSecond,proto3,oneof" json:"min_per_second,omitempty"`
+	MaxConcurrent int64    `protobuf:"varint,4,opt,name=max_concurrent,json=maxConcurrent,proto3" json:"max_concurrent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2268,6 +2269,13 @@ func (x *Budget) GetRatio() float64 {
 func (x *Budget) GetMinPerSecond() float64 {
 	if x != nil && x.MinPerSecond != nil {
 		return *x.MinPerSecond
+	}
+	return 0
+}
+
+func (x *Budget) GetMaxConcurrent() int64 {
+	if x != nil {
+		return x.MaxConcurrent
 	}
 	return 0
 }
@@ -2828,11 +2836,12 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\bkey_idle\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\akeyIdle\x120\n" +
 	"\x14ignore_not_connected\x18\x12 \x01(\bR\x12ignoreNotConnectedB\x05\n" +
 	"\x03keyB\t\n" +
-	"\a_jitter\"\x98\x01\n" +
+	"\a_jitter\"\xbf\x01\n" +
 	"\x06Budget\x12+\n" +
 	"\x03ttl\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12\x19\n" +
 	"\x05ratio\x18\x02 \x01(\x01H\x00R\x05ratio\x88\x01\x01\x12)\n" +
-	"\x0emin_per_second\x18\x03 \x01(\x01H\x01R\fminPerSecond\x88\x01\x01B\b\n" +
+	"\x0emin_per_second\x18\x03 \x01(\x01H\x01R\fminPerSecond\x88\x01\x01\x12%\n" +
+	"\x0emax_concurrent\x18\x04 \x01(\x03R\rmaxConcurrentB\b\n" +
 	"\x06_ratioB\x11\n" +
 	"\x0f_min_per_second\"\x9f\x03\n" +
 	"\x05Retry\x12!\n" +
