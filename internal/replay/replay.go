@@ -532,7 +532,7 @@ func (s *Stream) keep(m any, data mem.BufferSlice, known bool) (l *Lane, direct 
 	}
 	// Do not wait for a replay while the message fits: it may itself wait for the caller
 	// to receive.
-	if known && s.fitsLocked(m, data.Len()) {
+	if known && !s.closed && s.fitsLocked(m, data.Len()) { // After CloseSend gRPC has an error for it.
 		s.sent.add(data)
 		s.signalLocked()
 		if s.cur.live && !s.cur.passed {
@@ -561,6 +561,10 @@ func (s *Stream) fitsLocked(m any, n int) bool {
 // closes that of the others.
 func (s *Stream) CloseSend() error {
 	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
 	s.closed = true
 	l, live := s.cur, s.cur.live && !s.cur.passed
 	s.signalLocked()
@@ -596,10 +600,13 @@ type streamContext struct {
 	stream *Stream
 }
 
-// Value finds what gRPC keeps in the context of a stream, too.
+// Value finds what gRPC keeps in the context of a stream. That of the current attempt comes
+// first, because the caller's context may be that of another stream, as in a proxy. What
+// package context looks for is our own: it recognises it by the Done channel.
 func (c *streamContext) Value(key any) any {
-	if v := c.Context.Value(key); v != nil {
-		return v
+	own := c.Context.Value(key)
+	if ctx, ok := own.(context.Context); ok && ctx.Done() == c.Done() {
+		return own
 	}
 	return c.stream.current().Context().Value(key)
 }
@@ -671,9 +678,11 @@ func (s *Stream) next(l *Lane, from int) (data []byte, after int, ok bool) {
 			data, after = s.sent.at(from)
 			return data, after, true
 		case s.closed:
-			s.caughtUpLocked(l)
 			s.mu.Unlock()
 			l.CloseSend()
+			s.mu.Lock()
+			s.caughtUpLocked(l) // Not before, because then the caller may use l.
+			s.mu.Unlock()
 			return nil, 0, false
 		case s.cur == l:
 			defer s.mu.Unlock()

@@ -460,6 +460,110 @@ func TestContext(t *testing.T) {
 	})
 }
 
+// A proxy makes its calls in the context of the stream that it serves.
+func TestContextInsideAnotherStream(t *testing.T) {
+	contexts, done := make(chan context.Context, 1), make(chan struct{})
+	each(t, func(n int, s grpc.ServerStream) (bool, error) {
+		if n == 1 {
+			contexts <- s.Context()
+			<-done
+			return true, nil
+		}
+		return false, nil
+	}, func(t *testing.T, c testingv1.TestServiceClient, _ *atomic.Int64) {
+		contexts, done = make(chan context.Context, 1), make(chan struct{})
+		outer, err := c.Bidi(t.Context(), grpc.UseCompressor(gzip.Name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		of := <-contexts
+		other := &peer.Peer{}
+		s, err := c.Bidi(peer.NewContext(of, other))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx := s.Context()
+		if p, ok := peer.FromContext(ctx); !ok || p == other {
+			t.Error("the stream has the peer of the other stream")
+		}
+		m := new(grpc.PreparedMsg) // Compressed as the stream is.
+		if err := m.Encode(s, &testingv1.BidiRequest{Payload: []byte("x")}); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.SendMsg(m); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Recv(); err != nil {
+			t.Errorf("after a prepared message: %v", err)
+		}
+		derived, cancel := context.WithCancel(ctx)
+		defer cancel()
+		s.CloseSend()
+		if _, err := s.Recv(); err != io.EOF {
+			t.Errorf("the end is %v, want io.EOF", err)
+		}
+		synctest.Wait()
+		if derived.Err() == nil {
+			t.Error("a context that is derived from the stream's outlives the stream")
+		}
+		close(done)
+		if _, err := outer.Recv(); err != io.EOF {
+			t.Errorf("the end of the other stream is %v, want io.EOF", err)
+		}
+	})
+}
+
+// What the caller does after CloseSend is as in gRPC, even if CloseSend comes while an
+// attempt is still being sent what was kept. The race detector is a judge here.
+func TestAfterCloseSend(t *testing.T) {
+	var release chan struct{}
+	each(t, func(n int, s grpc.ServerStream) (bool, error) {
+		if n > 1 {
+			<-release
+			return false, nil
+		}
+		for range 3 {
+			if err := s.RecvMsg(new(testingv1.ClientStreamRequest)); err != nil {
+				return true, err
+			}
+		}
+		return true, unavailable
+	}, func(t *testing.T, c testingv1.TestServiceClient, n *atomic.Int64) {
+		release = make(chan struct{})
+		s, err := c.ClientStream(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 3 { // More than fits between client and server.
+			if err := s.Send(&testingv1.ClientStreamRequest{Payload: make([]byte, 50<<10)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		received := make(chan error, 1)
+		go func() { received <- s.RecvMsg(new(testingv1.ClientStreamResponse)) }()
+		synctest.Wait()
+		for range 2 {
+			if err := s.CloseSend(); err != nil {
+				t.Error(err)
+			}
+		}
+		sent := make(chan error, 1)
+		go func() { sent <- s.Send(&testingv1.ClientStreamRequest{}) }()
+		synctest.Wait()
+		close(release)
+		if err := <-sent; status.Code(err) != codes.Internal {
+			t.Errorf("sending after CloseSend: %v, want INTERNAL", err)
+		}
+		if err := s.CloseSend(); err != nil {
+			t.Error(err)
+		}
+		<-received
+		if n.Load() != 2 {
+			t.Errorf("%d attempts, want 2", n.Load())
+		}
+	})
+}
+
 // CloseSend comes while nothing can be sent, and is not lost.
 func TestCloseSendDuringBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
