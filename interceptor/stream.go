@@ -74,8 +74,9 @@ type scope struct {
 
 	asked     atomic.Bool // A message was sent.
 	responded atomic.Bool // The first response was seen before the end. Set under mu.
+	finished  atomic.Bool // gRPC has said that the stream has ended, and written the results.
 
-	opts [6]grpc.CallOption // Room for the options of the attempt,
+	opts [7]grpc.CallOption // Room for the options of the attempt,
 	kids [1]*scope          // and for the scopes inside.
 }
 
@@ -347,6 +348,7 @@ func (s *scope) remove(in *scope) {
 // finish is called by gRPC when the stream has ended, after it has written the results.
 // The type says when we trust it.
 func (s *scope) finish(err error) {
+	s.finished.Store(true)
 	closing := attempt.IsClosing(err)
 	if !closing && s.ctx.Err() == nil {
 		// gRPC's own deadline, from a service config, ends a stream too.
