@@ -564,6 +564,53 @@ func TestAfterCloseSend(t *testing.T) {
 	})
 }
 
+// panics is a stream whose SendMsg does.
+type panics struct{ grpc.ClientStream }
+
+func (panics) SendMsg(any) error { panic("on purpose") }
+
+// A panic of an interceptor inside, while an attempt is sent what was kept, is the end of
+// that attempt. It must not happen on a goroutine where nobody can recover from it.
+func TestPanics(t *testing.T) {
+	for name, ls := range map[string][]interceptor.Spec{
+		"retry": {retries(retry.Config{})},
+		"hedge": {hedges(hedge.Config{Delay: time.Second})},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var n, served atomic.Int64
+				srv := testserver.New(t, testserver.InMemory(), testserver.GRPC(grpc.ChainStreamInterceptor(
+					func(srv any, s grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
+						if served.Add(1) == 1 && name == "retry" {
+							return unavailable
+						}
+						<-s.Context().Done()
+						return s.Context().Err()
+					})))
+				opts := append(calltest.Stack(t, ls...).DialOptions(), grpc.WithChainStreamInterceptor(
+					func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, next grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+						s, err := next(ctx, desc, cc, method, opts...)
+						if err == nil && n.Add(1) > 1 {
+							s = panics{s}
+						}
+						return s, err
+					}))
+				c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, opts...))
+				s, err := c.Bidi(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := s.Send(&testingv1.BidiRequest{Payload: make([]byte, 40<<10)}); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.Recv(); status.Code(err) != codes.Internal || n.Load() != 2 {
+					t.Errorf("%v after %d attempts, want INTERNAL after 2", err, n.Load())
+				}
+			})
+		})
+	}
+}
+
 // CloseSend comes while nothing can be sent, and is not lost.
 func TestCloseSendDuringBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
