@@ -364,12 +364,30 @@ func (s *scope) finish(err error) {
 
 // expire is called when ctx has ended.
 func (s *scope) expire() {
-	s.chosen.Load().Await() // gRPC hears of the end at the same time.
+	s.await() // gRPC hears of the end at the same time.
 	if r, ok := AsRefusal(context.Cause(s.ctx)); ok {
 		s.end(r, false)
 		return
 	}
 	s.end(status.FromContextError(s.ctx.Err()).Err(), false)
+}
+
+// await waits until gRPC has written the results of the stream, whose context has ended.
+// The layer that chooses them may be any of those inside.
+func (s *scope) await() {
+	for s != nil {
+		if v := s.chosen.Load(); v != nil {
+			v.Await()
+			return
+		}
+		s.mu.Lock()
+		var in *scope
+		if len(s.children) > 0 {
+			in = s.children[0]
+		}
+		s.mu.Unlock()
+		s = in
+	}
 }
 
 // stopped records that gRPC has ended the stream, as an operation of its caller says.

@@ -30,6 +30,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -562,6 +563,41 @@ func TestAfterCloseSend(t *testing.T) {
 			t.Errorf("%d attempts, want 2", n.Load())
 		}
 	})
+}
+
+// A timeout outside the layer that chooses the attempt ends the stream, or the caller's own
+// deadline does: gRPC hears of it at the same time, and has written the results before the
+// caller's RecvMsg returns.
+func TestResultsOfStreamCutShort(t *testing.T) {
+	for name, ls := range layers() {
+		for end, own := range map[string]time.Duration{"idle": time.Hour, "deadline": time.Second / 2} {
+			t.Run(name+"/"+end, func(t *testing.T) {
+				for range 5 {
+					synctest.Test(t, func(t *testing.T) {
+						specs := append([]interceptor.Spec{timeout.Config{Idle: time.Second, Lifetime: time.Minute}}, ls...)
+						c, _ := dial(t, func(int, grpc.ServerStream) (bool, error) { return false, nil }, specs...)
+						ctx, cancel := context.WithTimeout(t.Context(), own)
+						defer cancel()
+						var h metadata.MD
+						var p peer.Peer
+						s, err := c.Bidi(ctx, grpc.Header(&h), grpc.Peer(&p))
+						if err != nil {
+							t.Fatal(err)
+						}
+						if err := s.Send(&testingv1.BidiRequest{}); err != nil {
+							t.Fatal(err)
+						}
+						if _, err := s.Recv(); err != nil {
+							t.Fatal(err)
+						}
+						if _, err := s.Recv(); status.Code(err) != codes.DeadlineExceeded || len(h) == 0 || p.Addr == nil {
+							t.Errorf("header %v and peer %v after %v, want those of the attempt", h, p.Addr, err)
+						}
+					})
+				}
+			})
+		}
+	}
 }
 
 // panics is a stream whose SendMsg does.
