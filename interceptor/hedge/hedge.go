@@ -251,10 +251,8 @@ type Layer struct {
 	// streams apart.
 	seen [2]*keyed.Map[*quantile.Window]
 
-	clock clock
-	kept  replay.Total // What streams keep.
-	races sync.Pool    // *race of unary calls.
-	set   atomic.Pointer[settings]
+	kept replay.Total // What streams keep.
+	set  atomic.Pointer[settings]
 	// mu serialises Update; the mutexes of the budget, of seen and of its windows are
 	// locked under it.
 	mu sync.Mutex
@@ -342,13 +340,13 @@ func (l *Layer) Delay(method string) (d time.Duration, ok bool) {
 	return 0, false
 }
 
-func (s *settings) percentileOf(w *quantile.Window, now interceptor.Instant) (d time.Duration, ok bool) {
-	d, n := w.QuantileAt(now, s.percentile)
-	if s.lower > 0 {
-		low, _ := w.QuantileAt(now, s.lower)
+func (set *settings) percentileOf(w *quantile.Window, now interceptor.Instant) (d time.Duration, ok bool) {
+	d, n := w.QuantileAt(now, set.percentile)
+	if set.lower > 0 {
+		low, _ := w.QuantileAt(now, set.lower)
 		d = min(d, 2*low)
 	}
-	return max(d, s.least), n >= s.points
+	return max(d, set.least), n >= set.points
 }
 
 // plan returns what is known of a call. ok is false if it is too little to hedge the call.
@@ -408,14 +406,9 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 			s.race.stream = s
 			return s.open()
 		}
-		r, ok := l.races.Get().(*race)
-		if !ok {
-			r = new(race)
-		}
+		r := new(race)
 		r.init(l, set, p, ctx, c, next, again)
-		err := r.unary(now)
-		r.reuse() // Not after a panic.
-		return err
+		return r.unary(now)
 	}
 }
 
