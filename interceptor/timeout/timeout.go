@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/keyed"
 	"github.com/belfry-go/belfry/internal/quantile"
@@ -504,16 +505,9 @@ func (l *Layer) recordCut(c *interceptor.Call) {
 	}
 }
 
-// margin is the share of a call's time at its end in which a DEADLINE_EXCEEDED of the
-// server is about the deadline that we gave it. Servers keep some of their time to answer
-// in, and their clocks run beside ours.
-const margin = 4
-
-// toldFirst reports whether err is the answer of a server that has told us of the deadline
-// before our own timer did. The call had its time from began to deadline.
+// toldFirst is attempt.ToldFirst for a call that had its time from began to deadline.
 func toldFirst(err error, began, deadline interceptor.Instant) bool {
-	return status.Code(err) == codes.DeadlineExceeded &&
-		interceptor.Now().Add(deadline.Sub(began)/margin) >= deadline
+	return attempt.ToldFirst(err, deadline.Sub(began), deadline.Sub(interceptor.Now()))
 }
 
 // explain returns err as an Exceeded that says whose deadline ended a call, or an
