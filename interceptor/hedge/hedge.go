@@ -20,7 +20,6 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
-	"github.com/belfry-go/belfry/internal/keyed"
 	"github.com/belfry-go/belfry/internal/quantile"
 	"github.com/belfry-go/belfry/internal/replay"
 )
@@ -50,8 +49,6 @@ const (
 	steady   = 0.8
 	bimodal  = 1.2
 	budgeted = 0.95
-	// maxMethods is how many methods have latencies of their own.
-	maxMethods = 1000
 )
 
 // Config says when extra attempts are made, and how many. The zero value is the default:
@@ -249,7 +246,7 @@ type Layer struct {
 	policy Policy // Nil if there is none.
 	// seen has the latencies of each method that was called lately, of unary calls and of
 	// streams apart.
-	seen [2]*keyed.Map[*quantile.Window]
+	seen [2]*quantile.Methods
 
 	kept replay.Total // What streams keep.
 	set  atomic.Pointer[settings]
@@ -276,10 +273,7 @@ func New(c Config, opts ...Option) (*Layer, error) {
 	l := &Layer{maker: maker, policy: o.policy}
 	l.set.Store(s)
 	for i := range l.seen {
-		l.seen[i] = keyed.New(
-			func() int { return maxMethods },
-			func(string) *quantile.Window { return quantile.New(l.set.Load().window) },
-			func(_ *quantile.Window, unused time.Duration, _ int64) bool { return unused > l.set.Load().window })
+		l.seen[i] = quantile.NewMethods(s.window)
 	}
 	return l, nil
 }
@@ -303,13 +297,9 @@ func (l *Layer) Update(c Config) error {
 	if err := l.maker.Update(s.budget); err != nil {
 		return err
 	}
-	before := l.set.Swap(s) // Windows that are made from now on are as long as s says.
-	if before.window != s.window {
-		for _, seen := range l.seen {
-			for _, w := range seen.All() {
-				w.SetWindow(s.window)
-			}
-		}
+	l.set.Store(s)
+	for _, seen := range l.seen {
+		seen.SetWindow(s.window)
 	}
 	return nil
 }
@@ -358,7 +348,7 @@ func (l *Layer) plan(set *settings, c *interceptor.Call, now interceptor.Instant
 	if c.Kind() != interceptor.Unary {
 		seen = l.seen[1]
 	}
-	p.seen = seen.Get(c.Method(), int64(now))
+	p.seen = seen.Get(c.Method(), now)
 	p.delay, ok = set.percentileOf(p.seen, now)
 	return p, ok
 }
