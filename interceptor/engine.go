@@ -190,7 +190,7 @@ var (
 // innermost hands the attempt to the connection and records what became of it.
 func innermost(ctx context.Context, c *Call) error {
 	if ctx.Err() != nil {
-		return unsent(Ended(ctx, stackName))
+		return Ended(ctx, stackName)
 	}
 	if o := c.prog.obs; o != nil {
 		o.Attempt(c.method, c.attempt)
@@ -507,7 +507,7 @@ func (c *Call) refusedBy(ctx context.Context, err error) error {
 		if r == nil {
 			return errNilGate
 		}
-		return unsent(err)
+		return err
 	}
 	cancelled := errors.Is(err, context.Canceled)
 	if !cancelled && !errors.Is(err, context.DeadlineExceeded) {

@@ -10,28 +10,15 @@ import (
 	"slices"
 	"time"
 
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/attempt"
 )
 
-// overdue ends calls whose timeout of gRPC's service config has passed. overdueUnsent
-// ends those that were still waiting in a gate.
-var (
-	overdue = &Refusal{
-		Layer: "service config", Reason: ReasonDeadline, Code: codes.DeadlineExceeded, Sent: true,
-		Message: "the timeout of the method has passed", Err: context.DeadlineExceeded,
-	}
-	overdueUnsent = overdue.Because(overdue.Err, false)
-)
-
-// unsent returns err as the error of a call that was not sent.
-func unsent(err error) error {
-	if err == overdue {
-		return overdueUnsent
-	}
-	return err
+// overdue ends calls whose timeout of gRPC's service config has passed.
+var overdue = &Refusal{
+	Layer: "service config", Reason: ReasonDeadline, Sent: true,
+	Message: "the timeout of the method has passed", Err: context.DeadlineExceeded,
 }
 
 // withMethodConfig gives the call the timeout that gRPC's own service config has for its

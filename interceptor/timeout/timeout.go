@@ -445,7 +445,7 @@ func (l *Layer) unary(ctx context.Context, c *interceptor.Call, next interceptor
 	own, cancel := context.WithDeadlineCause(ctx, deadline.Time(), cause)
 	defer cancel()
 	if context.Cause(own) == error(cause) { // A gate that cannot be bounded has admitted it too late.
-		return cause.Because(cause.Err, false)
+		return interceptor.Ended(own, l.name)
 	}
 	began := c.Internals().AdmittedAt()
 	err := next(own, c)
