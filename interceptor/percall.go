@@ -16,9 +16,16 @@ import (
 	"github.com/belfry-go/belfry/internal/attempt"
 )
 
-// PerCall returns what the options of the call say about its attempts (package attempts);
-// nil if they say nothing.
-func (i *Internals) PerCall() *attempt.PerCall { return i.perCall }
+// PerCall returns what the options of the call say about its attempts (package attempts).
+// It is not to be changed.
+func (i *Internals) PerCall() *attempt.PerCall {
+	if i.perCall == nil {
+		return &saysNothing
+	}
+	return i.perCall
+}
+
+var saysNothing attempt.PerCall
 
 // SetWhy notes in the call's report why this further attempt is made.
 func (i *Internals) SetWhy(w attempt.Why) {
@@ -35,7 +42,7 @@ func (i *Internals) Hold(r Releaser) { (*Admission)(i).Hold(r, 0) }
 // ownOption takes an option of package attempts, and reports whether it is one for this
 // stack alone.
 func (c *Call) ownOption(o grpc.CallOption) (mine bool) {
-	p := c.perCall.Get()
+	p := *c.Internals().PerCall()
 	switch o := o.(type) {
 	case attempt.Option:
 		o.Set(&p)

@@ -4,6 +4,7 @@
 package hedge
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"sync"
@@ -16,7 +17,6 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
-	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
@@ -360,10 +360,7 @@ func (l *Layer) mayHedge(set *settings, c *interceptor.Call) bool {
 
 // attempts returns the most attempts of a call.
 func (set *settings) attempts(c *interceptor.Call) int {
-	if p := c.Internals().PerCall(); p != nil {
-		return attempt.Max(p.MaxHedge, set.max)
-	}
-	return set.max
+	return cmp.Or(c.Internals().PerCall().MaxHedge, set.max)
 }
 
 // String returns the layer's name.

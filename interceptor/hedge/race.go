@@ -101,7 +101,8 @@ type verdict struct {
 
 // init prepares a race.
 func (r *race) init(l *Layer, set *settings, p plan, ctx context.Context, c *interceptor.Call, next interceptor.Next, again interceptor.Again) {
-	r.Call, r.layer, r.set, r.plan, r.ctx, r.next = l.maker.Of(c, c.Origin(), again), l, set, p, ctx, next
+	r.Call = further.Call{Call: c, Maker: l.maker, Origin: c.Origin(), Again: again}
+	r.layer, r.set, r.plan, r.ctx, r.next = l, set, p, ctx, next
 	r.max = set.attempts(c)
 	r.first.call = c
 	r.first.ctx, r.first.cancel = context.WithCancel(ctx)

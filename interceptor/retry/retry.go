@@ -4,6 +4,7 @@
 package retry
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"sync"
@@ -277,7 +278,7 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 		if err == nil && l.policy == nil {
 			return nil
 		}
-		return l.repeat(ctx, l.maker.Of(c, origin, again), next, header, err)
+		return l.repeat(ctx, further.Call{Call: c, Maker: l.maker, Origin: origin, Again: again}, next, header, err)
 	}
 }
 
@@ -386,10 +387,7 @@ type verdict struct {
 
 // attempts returns the most attempts of a call.
 func (set *settings) attempts(c *interceptor.Call) int {
-	if p := c.Internals().PerCall(); p != nil {
-		return attempt.Max(p.MaxRetry, set.max)
-	}
-	return set.max
+	return cmp.Or(c.Internals().PerCall().MaxRetry, set.max)
 }
 
 // judge decides whether an attempt is repeated.
