@@ -29,9 +29,9 @@ type Semaphore interface {
 	Release(n int64)
 }
 
-// FromSemaphore returns a layer that takes one permit of sem for each call or
-// attempt and holds it until that is over. It refuses with reason CONCURRENCY. A
-// fair semaphore admits nobody out of turn while others wait; under [interceptor.None] that is a
+// FromSemaphore returns a layer that takes one permit of sem for each call or attempt and
+// holds it until that is over. It refuses with reason CONCURRENCY. A fair semaphore
+// admits nobody out of turn while others wait; under [interceptor.None] that is a
 // refusal.
 func FromSemaphore(name string, sem Semaphore) interceptor.Spec {
 	if wrong := arguments("FromSemaphore", name, "sem", isnil.Value(sem), "a semaphore"); wrong != nil {
@@ -222,10 +222,10 @@ type doneFunc struct {
 func (d *doneFunc) Release(_ int64, e interceptor.End) { d.f(e.Outcome, e.Err) }
 
 // FromLimiter returns a layer of a rate limiter of go-grpc-middleware. The limiter
-// decides for itself whether it waits. Its context ends with the [interceptor.Wait] if that is a
-// moment, such as the deadline of a layer outside; the limiter cannot see [None]. The
-// layer refuses with reason RATE_LIMIT and wraps the limiter's error, so that errors.Is
-// and errors.As find it. A limiter of this shape cannot take a token back.
+// decides for itself whether it waits. Its context ends with the [interceptor.Wait] if
+// that is a moment, such as the deadline of a layer outside; the limiter cannot see
+// [interceptor.None]. The layer refuses with reason RATE_LIMIT and wraps the limiter's error, so that
+// errors.Is and errors.As find it. A limiter of this shape cannot take a token back.
 func FromLimiter(name string, l ratelimit.Limiter) interceptor.Spec {
 	if wrong := arguments("FromLimiter", name, "limiter", isnil.Value(l), "a limiter"); wrong != nil {
 		return wrong

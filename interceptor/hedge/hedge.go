@@ -56,13 +56,14 @@ const (
 // second.
 type Config struct {
 	// MaxExtraLoad is the share of calls that may get an extra attempt. It sets the
-	// budget to 0.95 times this share, beside its MinPerSecond, and the delay to the latency that four fifths of this share
-	// exceed. The last fifth is in reserve for a server that stalls: a percentile that
-	// uses the whole budget in steady state would leave nothing for that. If calls are
-	// either fast or slow, it is twice the latency that six fifths of the share exceed, if
-	// that is less: so a share of slow calls up to about MaxExtraLoad is hedged. At least
-	// 0.000001 and less than 1; zero means 0.05. Delay or Percentile replace its effect
-	// on the delay, and Budget that on the budget.
+	// budget to 0.95 times this share, beside its MinPerSecond, and the delay to the
+	// latency that four fifths of this share exceed. The last fifth is in reserve for a
+	// server that stalls: a percentile that uses the whole budget in steady state would
+	// leave nothing for that. If calls are either fast or slow, it is twice the latency
+	// that six fifths of the share exceed, if that is less: so a share of slow calls up
+	// to about MaxExtraLoad is hedged. At least 0.000001 and less than 1; zero means
+	// 0.05. Delay or Percentile replace its effect on the delay, and Budget that on the
+	// budget.
 	MaxExtraLoad float64
 	// Delay is how long to wait before each extra attempt. None (-1) makes it at once.
 	// Zero means a percentile of the recent latencies of the method; any other negative
@@ -80,9 +81,9 @@ type Config struct {
 	MinDataPoints int
 	// Window is how long latencies are remembered. 1 s to 1 h; zero means one minute.
 	Window time.Duration
-	// MaxAttempts bounds the attempts of a call, including the first, unless the call says
-	// otherwise (attempts.MaxHedge). From 1, which hedges nothing, to 10; zero means 2. An extra attempt that a layer inside refused
-	// does not count.
+	// MaxAttempts bounds the attempts of a call, including the first, unless the call
+	// says otherwise (attempts.MaxHedge). From 1, which hedges nothing, to 10; zero means
+	// 2. An extra attempt that a layer inside refused does not count.
 	MaxAttempts int
 	// NonFatal are the codes of failures after which the next attempt is made at once
 	// and not after the delay; attempts that run continue. Nil means UNAVAILABLE. Any other
@@ -183,7 +184,7 @@ type options struct {
 // An Attempt is what a [Policy] judges.
 type Attempt struct {
 	Method string
-	Number int // 0 for the first attempt.
+	N      int // How many attempts the call has made up to this one: 1 for the first.
 	// Reply is the reply of a unary attempt, or the first message of a stream. It is nil
 	// if the attempt failed, or the stream ended without a message. It must not be changed
 	// or kept.

@@ -391,7 +391,7 @@ func TestPolicy(t *testing.T) {
 			return hedge.Hedge
 		case a.Err == nil && a.Reply.(*wrapperspb.StringValue).GetValue() == "old":
 			return hedge.Wait
-		case status.Code(a.Err) == codes.Unavailable && a.Number == 0:
+		case status.Code(a.Err) == codes.Unavailable && a.N == 1:
 			return hedge.Answer
 		}
 		return hedge.ByCode

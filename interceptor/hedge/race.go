@@ -403,7 +403,7 @@ func (r *race) ask(t *try, err error) Verdict {
 	if refusal, ok := interceptor.AsRefusal(err); late || ok && refusal.NotSent() {
 		return ByCode
 	}
-	a := Attempt{Method: t.call.Method(), Number: t.call.Attempt(), Err: err, Trailer: t.trailer()}
+	a := Attempt{Method: t.call.Method(), N: t.call.Attempt() + 1, Err: err, Trailer: t.trailer()}
 	switch {
 	case err != nil:
 	case r.stream == nil:
