@@ -96,9 +96,9 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	sc := new(streamCall)
 	c := &sc.Call
 	c.init(p)
-	ctx, c.cancel = p.withMethodConfig(ctx, t, method)
 	c.desc = desc
 	c.kind, c.method, c.target = kindOf(desc), method, *t
+	ctx = c.withMethodConfig(ctx)
 	w, err := c.prepare(opts)
 	sc.scope.root = sc
 	c.scope = &sc.scope
@@ -126,12 +126,9 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	}
 	returned = true
 	if err != nil {
-		return nil, c.counted(overdueOr(ctx, err))
+		return nil, c.told(ctx, err)
 	}
 	sc.scope.open(c, c.stream)
-	if c.cancel != nil {
-		return &overdueStream{&sc.scope, ctx}, nil
-	}
 	return &sc.scope, nil
 }
 
@@ -451,7 +448,7 @@ func (s *scope) RecvMsg(m any) error {
 // told is err as the layer outside, or the caller, gets it.
 func (s *scope) told(err error) error {
 	if s.root != nil {
-		return s.call.counted(err)
+		return s.call.told(s.ctx, err)
 	}
 	return err
 }

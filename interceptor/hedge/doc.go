@@ -116,11 +116,9 @@
 //
 // # Cost
 //
-// A call that may be hedged runs its first attempt on a goroutine of its own, with a reply
-// of its own that is copied if it wins: otherwise it could not return while gRPC holds
-// that attempt. This is about a microsecond and four allocations more on a connection.
-// Where there is none (an interceptor that is called without one, as in a test), and for
-// streams, which are open by then, the first attempt runs on the caller's goroutine and
-// costs one allocation, for its context. All calls of a layer share one timer. A call that
-// may not be hedged costs nothing.
+// A unary call that may be hedged runs its first attempt on a goroutine of its own, with a
+// reply of its own that is copied if it wins: otherwise it could not return while gRPC
+// holds that attempt. If no extra attempt is made, that costs about 15 allocations and
+// 3.6 kB on a connection. The first attempt of a stream, which is open by then, is received
+// from on the caller's goroutine. A call that may not be hedged costs nothing.
 package hedge

@@ -542,6 +542,7 @@ func TestAfterCloseSend(t *testing.T) {
 		}
 		received := make(chan error, 1)
 		go func() { received <- s.RecvMsg(new(testingv1.ClientStreamResponse)) }()
+		time.Sleep(time.Second) // Longer than the back-off.
 		synctest.Wait()
 		for range 2 {
 			if err := s.CloseSend(); err != nil {
