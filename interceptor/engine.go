@@ -420,7 +420,11 @@ func (c *Call) from(i int) int {
 func (c *Call) endOf(ctx context.Context, err error) (e End) {
 	e.Err = err
 	if err != nil {
-		e.Outcome = judge(ctx, err, c.fate|attempt.Fate(c.fates.Load()))
+		fate := c.fate | attempt.Fate(c.fates.Load())
+		if err == errPanic && c.forked.Load() {
+			fate |= attempt.Sent // An attempt beside the one that panicked may still be on its way.
+		}
+		e.Outcome = judge(ctx, err, fate)
 		if e.Outcome == Failed && status.Code(err) == codes.Canceled {
 			// A layer's deadline has cancelled the attempt, and gRPC does not know why.
 			if r, ok := AsRefusal(context.Cause(ctx)); ok {

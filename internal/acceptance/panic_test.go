@@ -141,6 +141,21 @@ func TestPanic(t *testing.T) {
 			})
 		})
 	}
+	t.Run("of_a_hedge_beside_an_attempt_on_its_way", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			ends := &outcomes{ended: make(chan interceptor.Outcome, 1)}
+			conn := calltest.Stack(t, interceptor.Observe(&panicky{in: "HedgeFired"}), ends,
+				hedge.Config{AllMethods: true, Delay: time.Millisecond}).Wrap(calltest.Takes(time.Second))
+			func() {
+				defer func() { recover() }()
+				conn.Invoke(t.Context(), "/s/m", new(wrapperspb.StringValue), new(wrapperspb.StringValue))
+			}()
+			if o := <-ends.ended; !o.Sent() {
+				t.Errorf("the call is %v to a gate outside, want one that was sent", o)
+			}
+			synctest.Wait()
+		})
+	})
 	t.Run("of_a_priority_leaves_the_key_droppable", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			panics := true
@@ -168,5 +183,21 @@ func TestPanic(t *testing.T) {
 				t.Errorf("got %v, want a refusal for key b, which takes the place of key a", r)
 			}
 		})
+	})
+}
+
+// outcomes is a gate that is told how calls have ended.
+type outcomes struct {
+	interceptor.GateOnly
+	ended chan interceptor.Outcome
+}
+
+func (o *outcomes) NewLayer() (interceptor.Layer, error) { return o, nil }
+func (o *outcomes) Release(_ int64, e interceptor.End)   { o.ended <- e.Outcome }
+
+func (o *outcomes) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		a.Hold(o, 0)
+		return inner.Admit(ctx, a, w)
 	})
 }
