@@ -125,20 +125,36 @@ func ExampleCallAll() {
 	// 4: 5² = 25
 }
 
-func ExampleCallAllUnordered() {
-	sleep := func(ctx context.Context, d time.Duration) (string, error) {
-		select {
-		case <-time.After(d):
-			return "done", nil
-		case <-ctx.Done():
-			return "", ctx.Err()
-		}
-	}
-	naps := slices.Values([]time.Duration{100 * time.Millisecond, time.Millisecond})
-	for i, r := range belfry.CallAllUnordered(context.Background(), 2, naps, sleep) {
-		fmt.Println(i, r.Request, r.Response, r.Err)
+func ExampleCallAll_channel() {
+	double := func(_ context.Context, n int) (int, error) { return 2 * n, nil }
+
+	requests := make(chan int)
+	go func() {
+		requests <- 21 // And then nothing for a while.
+	}()
+	for _, r := range belfry.CallAll(context.Background(), 4, requests, double) {
+		fmt.Println(r.Response, r.Err)
+		break // Does not wait for another request.
 	}
 	// Output:
-	// 1 1ms done <nil>
-	// 0 100ms done <nil>
+	// 42 <nil>
+}
+
+func ExampleCallAllUnordered() {
+	seen := make(chan struct{})
+	call := func(_ context.Context, name string) (string, error) {
+		if name == "slow" {
+			<-seen // Until the other's result has been seen.
+		}
+		return "done", nil
+	}
+	for i, r := range belfry.CallAllUnordered(context.Background(), 2, slices.Values([]string{"slow", "quick"}), call) {
+		fmt.Println(i, r.Request, r.Response, r.Err)
+		if r.Request == "quick" {
+			close(seen)
+		}
+	}
+	// Output:
+	// 1 quick done <nil>
+	// 0 slow done <nil>
 }

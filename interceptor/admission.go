@@ -117,13 +117,6 @@ func (a *Admission) Try(ctx context.Context, inner Gate, later Wait) (mayWait bo
 	return ctx.Err() == nil && a.waitMayHelp(ctx, err), err
 }
 
-// pass tells a buffer further out that a gate that can wait has let the call through.
-func (a *Admission) pass() {
-	if a.slot != nil {
-		a.slot.Pass()
-	}
-}
-
 // waitMayHelp reports whether a call that was refused under [None] with err could be
 // admitted if it waited. It could not if err is a [Refusal] that waiting cannot
 // change, because a filter, throttle or breaker decided it, or if capacity comes after

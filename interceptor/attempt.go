@@ -29,14 +29,13 @@ type Origin struct {
 	opts   []grpc.CallOption
 	desc   *grpc.StreamDesc
 	scope  *scope
-	at     int
 }
 
 // Origin returns the call as it is now.
 func (c *Call) Origin() Origin {
 	return Origin{
 		call: c, method: c.method, req: c.req, reply: c.reply, opts: c.opts,
-		desc: c.desc, scope: c.scope, at: c.at,
+		desc: c.desc, scope: c.scope,
 	}
 }
 
@@ -60,7 +59,7 @@ type Again func(ctx context.Context, o *Origin, w Wait) (attempt *Call, err erro
 
 // again is the Again of the layer outside b.
 func (b *boundary) again(ctx context.Context, o *Origin, w Wait) (*Call, error) {
-	f := o.fork()
+	f := b.fork(o)
 	f.reply = message.NewLike(o.reply)
 	f.outs, f.opts = redirect(o.opts)
 	if err := b.readmit(ctx, f, w); err != nil {
@@ -110,28 +109,30 @@ func (b *boundary) readmit(ctx context.Context, f *Call, w Wait) (err error) {
 	return nil
 }
 
-// fork makes the Call of a further attempt. It is not admitted yet.
-func (o *Origin) fork() *Call {
+// fork makes the Call of a further attempt, which begins and ends at b. It is not
+// admitted yet.
+func (b *boundary) fork(o *Origin) *Call {
 	c := o.call
 	c.root.forked.Store(true)
 	c.prog.stack.enterPart() // Until it has ended or is given up.
 	f := new(Call)
-	f.reset(c.prog)
-	f.target, f.kind, f.root, f.parent, f.fronts, f.home = c.target, c.kind, c.root, c, c.fronts, o.at+1
+	f.init(c.prog)
+	f.target, f.kind, f.root, f.parent, f.fronts, f.home = c.target, c.kind, c.root, c, c.fronts, b.id
 	f.method, f.req, f.reply, f.opts, f.desc = o.method, o.req, o.reply, o.opts, o.desc
-	f.waits, f.timed, f.expendable = c.waits, c.timed, c.expendable || o.Expendable
-	f.running, f.scope, f.at, f.entered, f.section = true, o.scope, o.at, o.at, o.at+1
+	f.perCall = c.perCall
+	f.waits, f.timed, f.expendable, f.series = c.waits, c.timed, c.expendable || o.Expendable, c.series
+	f.scope, f.entered, f.section = o.scope, b.id-1, b.id
 	return f
 }
 
-// detach moves the first attempt to a fork, with the tickets and notes of the gates
+// detach moves the first attempt of o's call to a fork, with the tickets and notes of the gates
 // inside the layer. It is for a layer whose first attempt may outlive the call. The
 // attempt shares the call's reply and options.
-func (c *Call) detach() *Call {
-	o := c.Origin()
-	f := o.fork()
+func (b *boundary) detach(o *Origin) *Call {
+	c := o.call
+	f := b.fork(o)
 	f.attempt, f.now, f.admitted, f.wait = c.attempt, c.now, true, c.wait
-	lo := c.from(c.at + 1)
+	lo := c.from(b.id)
 	f.tickets = append(f.tickets, c.tickets[lo:]...)
 	clear(c.tickets[lo:])
 	c.tickets = c.tickets[:lo]
@@ -159,7 +160,7 @@ func (c *Call) Adopt(f *Call) {
 	if f.kind == Unary {
 		c.trailer = f.trailer
 		// It need not have been sent itself: a layer inside may have forked it, or answered.
-		if f.ended && f.err == nil {
+		if f.err == nil {
 			message.CopyInto(c.reply, f.reply)
 		}
 	}

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/mapping"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
@@ -279,7 +280,7 @@ func TestAttempts(t *testing.T) {
 			sent = append(sent, req.(*wrapperspb.StringValue).Value)
 			return status.Error(codes.Unavailable, "")
 		}}
-		double := interceptor.MapRequest(func(_ context.Context, _ string, m *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
+		double := mapping.Request(func(_ context.Context, _ string, m *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
 			return wrapperspb.String(m.Value + m.Value), nil
 		})
 		calltest.Stack(t, &retryToy{n: 3}, double).Wrap(c).Invoke(context.Background(), calltest.Method, wrapperspb.String("x"), new(wrapperspb.StringValue))

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/connectivity"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/test/race"
 	"github.com/belfry-go/belfry/internal/testserver"
@@ -332,12 +333,12 @@ func (l *timedToy) Release(_ int64, e interceptor.End) { l.took.Store(int64(e.To
 func BenchmarkAdapted(b *testing.B) {
 	cc := readyConn(b)
 	for name, spec := range map[string]interceptor.Spec{
-		"semaphore": interceptor.FromSemaphore("semaphore", semaphore.NewWeighted(10)),
-		"limiter":   interceptor.FromLimiter("limiter", limiterFunc(func(context.Context) error { return nil })),
-		"permit": interceptor.FromPermit("permit", interceptor.ReasonConcurrency, func(context.Context, bool) (interceptor.Permit, error) {
+		"semaphore": adapt.FromSemaphore("semaphore", semaphore.NewWeighted(10)),
+		"limiter":   adapt.FromLimiter("limiter", limiterFunc(func(context.Context) error { return nil })),
+		"permit": adapt.FromPermit("permit", interceptor.ReasonConcurrency, func(context.Context, bool) (adapt.Permit, error) {
 			return ignorePermit{}, nil
 		}),
-		"allow": interceptor.FromAllow("allow", interceptor.ReasonBreakerOpen, func(context.Context) (func(interceptor.Outcome, error), error) {
+		"allow": adapt.FromAllow("allow", interceptor.ReasonBreakerOpen, func(context.Context) (func(interceptor.Outcome, error), error) {
 			return nil, nil
 		}),
 	} {
@@ -352,6 +353,10 @@ func BenchmarkAdapted(b *testing.B) {
 		})
 	}
 }
+
+type limiterFunc func(ctx context.Context) error
+
+func (f limiterFunc) Limit(ctx context.Context) error { return f(ctx) }
 
 type ignorePermit struct{}
 

@@ -10,6 +10,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
+
+	"github.com/belfry-go/belfry/internal/attempt"
 )
 
 // A Call is one call as the call path sees it, or a further attempt that [Again] made
@@ -20,9 +22,21 @@ import (
 // concurrently unless its comment says so. It is reused for another call when the call
 // is over, so a layer must not keep it beyond that, or for a stream beyond the stream.
 //
-// Put a new field into one of the groups below: a Call that is reused starts as the
-// zero Call with its program.
+// Put a new field into callState: a Call that is reused starts with the zero callState.
 type Call struct {
+	callState
+
+	// Room for the slices of callState. It is not cleared: a Call in the pool is used
+	// again soon, or dropped.
+	ticketRoom [4]ticket
+	noteRoom   [2]note
+	waits      [8]Wait            // How long the call was allowed to wait in each section; see waitAt.
+	options    [8]grpc.CallOption // Of a unary attempt. The first are always ours, see init.
+	carried    carriedWait
+}
+
+// callState is what a Call knows of one call.
+type callState struct {
 	// Set at the start and not changed.
 	prog *program
 	target
@@ -34,10 +48,14 @@ type Call struct {
 	home    int      // The outermost boundary of a fork.
 	outs    *outs    // The results of a fork that the caller asked for by options.
 
+	series *attempt.Series // What all attempts share; nil if no layer may repeat the call.
+
 	expendable bool // Of a fork: see Origin.
 
 	finish []func(error)      // What the caller wants to be told at the end.
 	cancel context.CancelFunc // Ends the timeout of the method; nil if there is none.
+
+	perCall *attempt.PerCall // What the caller wants of the attempts; nil if nothing.
 
 	// What is sent. Layers change it on the way in.
 	method string
@@ -49,9 +67,8 @@ type Call struct {
 	// Admission.
 	tickets  []ticket // In the order of their sections.
 	notes    []note
-	section  int     // The section of the gate that is being asked.
-	waits    [8]Wait // How long the call was allowed to wait in each section; see waitAt.
-	admitted bool    // The innermost gate was reached.
+	section  int  // The section of the gate that is being asked.
+	admitted bool // All gates have admitted it.
 	bound    Instant
 	slot     Slot
 	trying   bool // Admission.Try is asking,
@@ -61,32 +78,39 @@ type Call struct {
 	timed    bool // Somebody wants to know sentAt.
 
 	// The call path.
-	running     bool // It has been entered.
-	entered     int  // The innermost boundary that was entered.
-	at          int  // The boundary around the running layer.
+	entered     int // The innermost boundary that was entered.
 	scope       *scope
 	wantTrailer bool
 
 	// What became of it.
-	fate    fate // When it was handed to the connection; see also fates.
+	fate    attempt.Fate // When it was handed to the connection; see also fates.
 	stream  grpc.ClientStream
 	sentAt  Instant
 	trailer metadata.MD
 	peer    peer.Peer
-	ended   bool  // It has run,
-	err     error // and how that ended.
+	err     error // How it ended; errPanic before that.
 
 	// Also used from all its attempts.
-	fates     atomic.Uint32 // What became of them, and of a stream later: a fate.
+	fates     atomic.Uint32 // What became of them, and of a stream later: an attempt.Fate.
 	attempts  atomic.Int32
 	forked    atomic.Bool
 	firstSent atomic.Int64 // When the first of them was sent.
+}
 
-	// Room for what is above.
-	ticketRoom [6]ticket
-	noteRoom   [2]note
-	optRoom    [8]grpc.CallOption
-	carried    carriedWait
+// ownOptions is how many options of an attempt are the stack's.
+const ownOptions = 3
+
+// init makes c, which is new, a call of p.
+func (c *Call) init(p *program) {
+	c.options = [len(c.options)]grpc.CallOption{p.stack.mark, grpc.Peer(&c.peer), grpc.Trailer(&c.trailer)}
+	c.carried.call = c
+	c.reset(p)
+}
+
+// reset makes c an unused call of p.
+func (c *Call) reset(p *program) {
+	c.callState = callState{prog: p, root: c, err: errPanic}
+	c.tickets, c.notes = c.ticketRoom[:0], c.noteRoom[:0]
 }
 
 // Method is the full method name, such as "/helloworld.Greeter/SayHello".
@@ -150,10 +174,10 @@ func (c *Call) Noted(of any) (value int64, ok bool) {
 // Park is [Admission.Park] for a layer that waits in the call path, such as a retry
 // that backs off.
 func (c *Call) Park(ctx context.Context) (parked context.Context, done func()) {
-	parked, done = c.prog.stack.parked.add(ctx, c.grpcConn)
+	parked, done = c.prog.stack.parked.Add(ctx, c.grpcConn)
 	for _, s := range c.fronts {
 		inner := done
-		p, out := s.parked.add(parked, nil)
+		p, out := s.parked.Add(parked, nil)
 		parked, done = p, func() { out(); inner() }
 	}
 	return parked, done
@@ -177,8 +201,11 @@ func (c *Call) whenSent() Instant {
 
 // arrived records what became of an attempt when it was handed to the connection, for
 // it and for all the calls that it is an attempt of.
-func (c *Call) arrived(f fate) {
+func (c *Call) arrived(f attempt.Fate) {
 	c.fate = f
+	if f&attempt.Sent == 0 && c.series != nil {
+		c.series.NotSent()
+	}
 	for p := c.parent; p != nil; p = p.parent {
 		p.fates.Or(uint32(f))
 	}
@@ -186,7 +213,7 @@ func (c *Call) arrived(f fate) {
 
 // addFate records what became of a stream later, for it and for all the calls that it is
 // an attempt of. It may be called concurrently.
-func (c *Call) addFate(f fate) {
+func (c *Call) addFate(f attempt.Fate) {
 	for ; c != nil; c = c.parent {
 		c.fates.Or(uint32(f))
 	}
@@ -201,4 +228,25 @@ func (c *Call) departs() {
 	for p := c.parent; p != nil; p = p.parent {
 		p.firstSent.CompareAndSwap(0, int64(c.sentAt))
 	}
+}
+
+// inSeries tells the server and the balancing policy what came before an attempt that is
+// about to be handed to the connection. The context is for the connection alone.
+func (c *Call) inSeries(ctx context.Context) context.Context {
+	if c.series == nil {
+		return ctx
+	}
+	before := c.series.Begin()
+	switch {
+	case before == 0:
+	case c.conn != nil:
+		ctx = attempt.WithPreviousMetadata(ctx, before)
+	default:
+		ctx, c.opts = attempt.WithPrevious(ctx, c.opts, before)
+	}
+	target := ""
+	if c.grpcConn != nil {
+		target = c.grpcConn.Target()
+	}
+	return c.series.Context(ctx, c.method, target)
 }

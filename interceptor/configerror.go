@@ -30,16 +30,3 @@ func shown(v any) string {
 	}
 	return fmt.Sprintf("%+v", v)
 }
-
-// checkAdapter checks the arguments of a function that makes a layer of something
-// else. what says what a nil parameter must be.
-func checkAdapter(function, name, parameter string, isNil bool, what string) error {
-	field := function + "."
-	switch {
-	case name == "":
-		return &ConfigError{"interceptor", field + "name", name, "must not be empty"}
-	case isNil:
-		return &ConfigError{"interceptor", field + parameter, nil, "must be " + what}
-	}
-	return nil
-}

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/breaker"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/buffer"
@@ -26,6 +27,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/otelobserver"
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/interceptor/stackconfig"
 	"github.com/belfry-go/belfry/interceptor/steer"
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
@@ -134,6 +136,11 @@ func badFields(v reflect.Value, path string, f func(field string, value any)) {
 	case reflect.Uint8, reflect.Uint32:
 		v.SetUint(99)
 	case reflect.Slice:
+		if v.Type().Elem().Kind() == reflect.String { // Of methods.
+			v.Set(reflect.ValueOf([]string{"/orders.Orders/", "orders.Orders/Get"}))
+			field, value = field+"[1]", "orders.Orders/Get"
+			break
+		}
 		v.Set(reflect.ValueOf([]codes.Code{codes.Internal, 99}))
 		field, value = field+"[1]", codes.Code(99)
 	}
@@ -180,6 +187,24 @@ func TestConfigError_options(t *testing.T) {
 	conn := func(context.Context, string) (maker.Conn, error) { return nil, nil }
 	allow := func(context.Context) (func(interceptor.Outcome, error), error) { return nil, nil }
 	for _, o := range []option{
+		{"breaker", "opts[0]", nil, errOf(breaker.New(breaker.Config{}, nil))},
+		{"buffer", "opts[0]", nil, errOf(buffer.New(buffer.Config{}, nil))},
+		{"concurrency", "opts[0]", nil, errOf(concurrency.New(concurrency.Config{}, nil))},
+		{"failfast", "opts[0]", nil, errOf(failfast.New(failfast.Config{}, nil))},
+		{"filter", "opts[0]", nil, errOf(filter.New(filter.Config{}, pred, nil))},
+		{"hedge", "opts[0]", nil, errOf(hedge.New(hedge.Config{}, nil))},
+		{"loadshed", "opts[0]", nil, errOf(loadshed.New(loadshed.Config{}, nil))},
+		{"maker", "opts[0]", nil, errOf(maker.New(maker.Config{}, key, conn, nil))},
+		{"ratelimit", "opts[0]", nil, errOf(ratelimit.New(ratelimit.Config{}, nil))},
+		{"retry", "opts[0]", nil, errOf(retry.New(retry.Config{}, nil))},
+		{"stackconfig", "opts[0]", nil, errOf(stackconfig.NewStackFromConfig(nil, nil))},
+		{"throttle", "opts[0]", nil, errOf(throttle.New(throttle.Config{}, nil))},
+		{"timeout", "opts[0]", nil, errOf(timeout.New(timeout.Config{}, nil))},
+		{"adapt", "FromSemaphore.sem", nil, errOf(adapt.FromSemaphore("x", nil).NewLayer())},
+		{"adapt", "FromPermit.acquire", nil, errOf(adapt.FromPermit("x", "", nil).NewLayer())},
+		{"adapt", "FromAllow.allow", nil, errOf(adapt.FromAllow("x", "", nil).NewLayer())},
+		{"adapt", "FromAllow.name", "", errOf(adapt.FromAllow("", "", allow).NewLayer())},
+		{"adapt", "FromLimiter.limiter", nil, errOf(adapt.FromLimiter("x", nil).NewLayer())},
 		{"breaker", "WithName", "", errOf(breaker.New(breaker.Config{}, breaker.WithName("")))},
 		{"breaker", "WithOnStateChange", nil, errOf(breaker.New(breaker.Config{}, breaker.WithOnStateChange(nil)))},
 		{"buffer", "WithName", "", errOf(buffer.New(buffer.Config{}, buffer.WithName("")))},
@@ -191,11 +216,6 @@ func TestConfigError_options(t *testing.T) {
 		{"hedge", "WithName", "", errOf(hedge.New(hedge.Config{}, hedge.WithName("")))},
 		{"hedge", "WithBudget", nil, errOf(hedge.New(hedge.Config{}, hedge.WithBudget(nil)))},
 		{"hedge", "WithIdempotent", nil, errOf(hedge.New(hedge.Config{}, hedge.WithIdempotent(nil)))},
-		{"interceptor", "FromSemaphore.sem", nil, errOf(interceptor.FromSemaphore("x", nil).NewLayer())},
-		{"interceptor", "FromPermit.acquire", nil, errOf(interceptor.FromPermit("x", "", nil).NewLayer())},
-		{"interceptor", "FromAllow.allow", nil, errOf(interceptor.FromAllow("x", "", nil).NewLayer())},
-		{"interceptor", "FromAllow.name", "", errOf(interceptor.FromAllow("", "", allow).NewLayer())},
-		{"interceptor", "FromLimiter.limiter", nil, errOf(interceptor.FromLimiter("x", nil).NewLayer())},
 		{"interceptor", "Foreign.unary", nil, errOf(interceptor.Foreign("x", nil, nil).NewLayer())},
 		{"loadshed", "WithName", "", errOf(loadshed.New(loadshed.Config{}, loadshed.WithName("")))},
 		{"maker", "WithName", "", errOf(maker.New(maker.Config{}, key, conn, maker.WithName("")))},
@@ -211,7 +231,7 @@ func TestConfigError_options(t *testing.T) {
 		{"retry", "WithBudget", nil, errOf(retry.New(retry.Config{}, retry.WithBudget(nil)))},
 		{"retry", "WithIdempotent", nil, errOf(retry.New(retry.Config{}, retry.WithIdempotent(nil)))},
 		{"retry", "WithPolicy", nil, errOf(retry.New(retry.Config{}, retry.WithPolicy(nil)))},
-		{"steer", "choose", nil, errOf(steer.New(nil))},
+		{"steer", "choose", nil, errOf(steer.New[string](nil, nil))},
 		{"throttle", "WithName", "", errOf(throttle.New(throttle.Config{}, throttle.WithName("")))},
 		{"timeout", "WithName", "", errOf(timeout.New(timeout.Config{}, timeout.WithName("")))},
 	} {

@@ -109,6 +109,9 @@
 // another attempt answers. It is expendable: no other call is refused to make room
 // for it, and any call takes its slot in a full buffer.
 //
+// A single call bounds its own waits with [WithWait], and its attempts with the options of
+// package attempts, which also reports what happened to it.
+//
 // Calls of a higher priority ([ContextWithPriority]) go first, and a full queue
 // refuses the lowest.
 //
@@ -176,8 +179,8 @@
 //
 // # A layer of your own
 //
-// [FromSemaphore], [FromPermit], [FromAllow] and [FromLimiter] make a layer of a
-// third-party limiter, and [Foreign] makes one of a pair of interceptors. To write
+// Package adapt makes layers of third-party limiters, and [Foreign] makes one of a pair
+// of interceptors. To write
 // your own, implement [Layer]: embed [GateOnly] and write WrapGate, or embed
 // [CallOnly] and write WrapCall. A gate serves all kinds of call alike, because it
 // sees no messages. A gate that waits does so with the context of [Admission.Park],

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 )
 
 // echo stands in for a connection; a *grpc.ClientConn is used in the same way, or
@@ -26,7 +27,7 @@ func (echo) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.CallOpt
 }
 
 func Example() {
-	stack, err := interceptor.NewStack(interceptor.FromSemaphore("limit", semaphore.NewWeighted(1)))
+	stack, err := interceptor.NewStack(adapt.FromSemaphore("limit", semaphore.NewWeighted(1)))
 	if err != nil {
 		log.Fatal(err)
 	}

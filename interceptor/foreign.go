@@ -21,8 +21,11 @@ import (
 // ones. Its *grpc.ClientConn is nil if the stack wraps something else ([Stack.Wrap]).
 // It costs a closure and a Call for each call.
 func Foreign(name string, unary grpc.UnaryClientInterceptor, stream grpc.StreamClientInterceptor) Spec {
-	if err := checkAdapter("Foreign", name, "unary", unary == nil && stream == nil, "an interceptor, or stream must be"); err != nil {
-		return failed{err}
+	switch {
+	case name == "":
+		return failed{&ConfigError{"interceptor", "Foreign.name", name, "must not be empty"}}
+	case unary == nil && stream == nil:
+		return failed{&ConfigError{"interceptor", "Foreign.unary", nil, "must be an interceptor, or stream must be"}}
 	}
 	return &foreign{name: name, unary: unary, stream: stream}
 }
@@ -113,14 +116,15 @@ type ending struct {
 }
 
 func newAttempts(c *Call, inside *boundary) *attempts {
-	return &attempts{origin: c.Origin(), inside: inside, first: c.detach()}
+	o := c.Origin()
+	return &attempts{origin: o, inside: inside, first: inside.detach(&o)}
 }
 
 func (as *attempts) next(ctx context.Context) (*Call, error) {
 	if as.taken.CompareAndSwap(false, true) {
 		return as.first, nil
 	}
-	a := as.origin.fork()
+	a := as.inside.fork(&as.origin)
 	if err := as.inside.readmit(ctx, a, Forever); err != nil {
 		if last := as.last.Load(); last != nil && last.err != nil {
 			err = RefusedAgain(err, last.err)

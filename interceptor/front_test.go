@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
@@ -22,7 +23,7 @@ import (
 func TestDrainReachesTheStackBehind(t *testing.T) {
 	for _, i := range []int{0, 1} {
 		synctest.Test(t, func(t *testing.T) {
-			last := calltest.Stack(t, interceptor.FromSemaphore("limit", semaphore.NewWeighted(1)))
+			last := calltest.Stack(t, adapt.FromSemaphore("limit", semaphore.NewWeighted(1)))
 			fronts := []*interceptor.Stack{calltest.Stack(t), calltest.Stack(t)}
 			c := fronts[0].Wrap(fronts[1].Wrap(last.Wrap(calltest.Takes(time.Second))))
 			ends := calltest.Begin(c, 2) // One runs, one waits.

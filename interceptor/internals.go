@@ -9,6 +9,9 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+
+	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/message"
 )
 
 // Internals are the methods of a call that only belfry's own layers need. They may
@@ -33,6 +36,14 @@ type Slot interface {
 // Slot returns the slot that the call waits in, nil if it has none. A gate reads it on
 // the call's own goroutine before it parks the call.
 func (i *Internals) Slot() Slot { return i.slot }
+
+// Pass calls Pass of the slot that the call waits in, if it has one. A gate that can wait
+// and knows no better moment calls it when it has let the call through.
+func (i *Internals) Pass() {
+	if i.slot != nil {
+		i.slot.Pass()
+	}
+}
 
 // SetSlot sets the slot for the gates inside, and returns the previous one, which the
 // gate restores after the inner gate. A Slot that replaces another passes that one too.
@@ -100,7 +111,7 @@ const slowAnswer = time.Millisecond
 
 // Consulted reports that a gate of the named layer called a third-party limiter or a
 // predicate at the given moment, which has answered now. The gates inside go by the
-// moment of the answer.
+// moment of the answer. Consult does it.
 func (i *Internals) Consulted(layer string, since Instant) {
 	i.now = Now()
 	if i.now.Sub(since) >= slowAnswer {
@@ -108,10 +119,31 @@ func (i *Internals) Consulted(layer string, since Instant) {
 	}
 }
 
-// Balanced reports whether a picker may choose the endpoint of the attempt. That is so
-// for every connection, but not for an interceptor that was given none, as in a test. A
-// layer then need not tell the picker what it knows.
-func (i *Internals) Balanced() bool { return i.cc != nil || i.conn != nil }
+// MayRepeat says that a layer may make further attempts of the call. Then the balancing
+// policy learns where the earlier ones of it went, and the server how many they are. The
+// layer calls it in the call path, before it passes the call on. It costs an allocation,
+// but for calls without a connection, as in a test.
+func (i *Internals) MayRepeat() {
+	if i.series == nil && i.Connected() {
+		i.series = new(attempt.Series)
+	}
+}
+
+// Connected reports whether the call has a connection. An interceptor that was given none
+// carries it out in a test.
+func (i *Internals) Connected() bool { return i.cc != nil || i.conn != nil }
+
+// Detach moves the first attempt to a Call of its own, with its own reply and results, as
+// [Again] makes one, so that it may outlive the call. The layer passes that one to next,
+// instead of the call, and adopts it ([Call.Adopt]) if the call ends with it.
+func (i *Internals) Detach() *Call {
+	c := (*Call)(i)
+	o, inside := c.Origin(), boundary{id: c.entered + 1} // The one inside the layer that runs.
+	f := inside.detach(&o)
+	f.reply = message.NewLike(c.reply)
+	f.outs, f.opts = redirect(c.opts)
+	return f
+}
 
 // AdmittedAt is when the call was admitted: the last reading of the clock by its gates,
 // provided that every gate that waits says so with [Admission.Waited].
@@ -128,7 +160,7 @@ func (i *Internals) Trailer() metadata.MD { return i.trailer }
 // Outcome returns how the call or attempt ended with err, as the gates outside the layer
 // that asks will be told. ctx is what the layer passed to next.
 func (i *Internals) Outcome(ctx context.Context, err error) Outcome {
-	return judge(ctx, err, i.fate|fate(i.fates.Load()))
+	return judge(ctx, err, i.fate|attempt.Fate(i.fates.Load()))
 }
 
 // ReportRefusal tells the observer that a further attempt was refused with err.

@@ -69,7 +69,7 @@ func (l *carryWait) Traits() Traits { return Waits }
 
 func (l *carryWait) WrapGate(inner Gate) Gate {
 	return GateFunc(func(ctx context.Context, a *Admission, w Wait) error {
-		a.pass() // It waits behind the stack, where no gate further out waits for it.
+		a.Internals().Pass() // It waits behind the stack, where no gate further out waits for it.
 		return inner.Admit(ctx, a, w)
 	})
 }

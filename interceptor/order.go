@@ -6,9 +6,12 @@ package interceptor
 import (
 	"fmt"
 	"reflect"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc/grpclog"
+
+	"github.com/belfry-go/belfry/internal/order"
 )
 
 var logger = grpclog.Component("belfry")
@@ -17,93 +20,56 @@ var logger = grpclog.Component("belfry")
 // and collects the advice.
 func (p *program) check() error {
 	for i, l := range p.layers {
-		inside := p.layers[i+1:]
 		for j, m := range p.layers[:i] {
 			if same(l, m) || same(l, bare(m)) || same(bare(l), m) {
 				return fmt.Errorf("interceptor: layer %d (%s) is the same value as layer %d: each call would take from it twice", i, nameOf(l), j)
 			}
 		}
-		if traitsOf(l)&Governs != 0 && !anyHas(inside, Waits) {
+		if traitsOf(l)&Governs != 0 && !slices.ContainsFunc(p.layers[i+1:], waits) {
 			return fmt.Errorf("interceptor: layer %d (%s) has nothing inside that can be not ready: put it outside of a limit, as in [%s > concurrency]", i, nameOf(l), nameOf(l))
 		}
 		if !isGateOnly(l) {
 			p.boundaries++
 		}
 	}
-	p.advise()
+	p.advice = order.Advice(described(p.layers))
 	return nil
 }
 
-func anyHas(layers []Layer, t Traits) bool {
-	for _, l := range layers {
-		if traitsOf(l)&t != 0 {
-			return true
+func waits(l Layer) bool { return traitsOf(l)&Waits != 0 }
+
+// described returns what the order of layers depends on.
+func described(layers []Layer) []order.Layer {
+	ds := make([]order.Layer, len(layers))
+	for i, l := range layers {
+		t := traitsOf(l)
+		_, only := l.(*onlyGate) // It leaves other calls alone.
+		ds[i] = order.Layer{
+			Name: nameOf(l), Waits: t&Waits != 0, Decides: t&Decides != 0, Governs: t&Governs != 0,
+			Sheds: t&Sheds != 0 && !only, Retries: t&Retries != 0, Hedges: t&Hedges != 0,
+		}
+		if t, ok := bare(l).(interface {
+			Timeout(method string) time.Duration
+		}); ok {
+			ds[i].Timeout = t.Timeout("")
 		}
 	}
-	return false
-}
-
-// advise collects what is legal and surprising.
-func (p *program) advise() {
-	say := func(format string, args ...any) { p.advice = append(p.advice, fmt.Sprintf(format, args...)) }
-	for i, outer := range p.layers {
-		t := traitsOf(outer)
-		shed := false // Inside a load shed, where nothing waits.
-		for _, inner := range p.layers[i+1:] {
-			u := traitsOf(inner)
-			if u&Governs != 0 {
-				shed = sheds(inner)
-			}
-			// A rate both waits and decides: two rates are right in any order.
-			if !shed && t&Decides != 0 && u&Waits != 0 && (t&Waits == 0 || u&Decides == 0) {
-				say("%s is outside %s: it decides when a call arrives and not when it is sent, so calls that it let pass wait and are sent later, when its decision may be wrong; put it inside", nameOf(outer), nameOf(inner))
-				break
-			}
-		}
-		for _, inner := range p.layers[i+1:] {
-			u := traitsOf(inner)
-			if u&Waits != 0 || t&Governs == 0 {
-				break
-			}
-			if sheds(inner) {
-				say("%s is outside %s, which lets no call wait: it never acts; put it inside", nameOf(outer), nameOf(inner))
-				break
-			}
-		}
-		for _, inner := range p.layers[i+1:] {
-			if t&traitsOf(inner)&(Retries|Hedges) != 0 {
-				say("%s is outside %s: each of its attempts makes attempts of its own, so a call makes up to as many as both multiplied; leave one out", nameOf(outer), nameOf(inner))
-			}
-			if t&Retries != 0 && traitsOf(inner)&Hedges != 0 {
-				say("%s is outside %s: each of its attempts may be hedged, so a call makes up to as many attempts as both multiplied; put the hedge outside", nameOf(outer), nameOf(inner))
-			}
-			if a, b := timeoutOf(outer), timeoutOf(inner); a > 0 && b >= a {
-				say("%s (%v) is inside %s (%v), which ends first: it never acts; give it less time", nameOf(inner), b, nameOf(outer), a)
-			}
-		}
-	}
-}
-
-// sheds reports whether no call waits inside l. An [Only] leaves other calls alone.
-func sheds(l Layer) bool {
-	_, only := l.(*onlyGate)
-	return !only && traitsOf(l)&Sheds != 0
-}
-
-// timeoutOf returns the timeout of a layer, zero if it has none.
-func timeoutOf(l Layer) time.Duration {
-	if t, ok := bare(l).(interface{ Timeout() time.Duration }); ok {
-		return t.Timeout()
-	}
-	return 0
+	return ds
 }
 
 // Advice returns what is legal in the order of the layers and rarely meant, one sentence
 // each: a breaker, throttle or rate outside what waits, a buffer or fail-fast outside a
 // load shed, an inner timeout that is not shorter than an outer one, a retry outside a
 // hedge or another retry. The package documentation has the arithmetic. NewStack logs it
-// once.
-func (s *Stack) Advice() []string { return append([]string(nil), s.prog.Load().advice...) }
+// once. Later there is one more, which is logged as well, if a call was made on a channel
+// whose service config has a retryPolicy, and the stack retries or hedges.
+func (s *Stack) Advice() []string {
+	advice := append([]string(nil), s.prog.Load().advice...)
+	if a := s.retryPolicy.Load(); a != nil {
+		advice = append(advice, *a)
+	}
+	return advice
+}
 
 func (s *Stack) logAdvice() {
 	for _, a := range s.Advice() {

@@ -10,8 +10,6 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/connectivity"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/attempt"
@@ -139,59 +137,29 @@ func (e End) SentAt() Instant { return e.sent }
 // errPanic is what tickets are released with when the call panicked.
 var errPanic = status.Error(codes.Internal, "belfry: the call panicked")
 
-// fate is what became of an attempt at the connection. It is a set, because a call has
-// the fates of all its attempts.
-type fate uint32
-
-const (
-	sent        fate = 1 << iota // gRPC made a stream, or the connection is not gRPC's.
-	unconnected                  // There was no connection.
-	unreadable                   // It was answered, and the client could not take the answer.
-	unsendable                   // The client could not send a message of the stream,
-	unasked                      // which was the first one.
-)
-
-// fateOf returns what became of a unary attempt that failed with err. cc is nil if the
-// connection is not gRPC's own, which counts as sent. hasPeer says that gRPC made a
-// stream, and trailer is that stream's.
-func fateOf(cc *grpc.ClientConn, hasPeer bool, trailer metadata.MD, err error) fate {
+// fateOf returns what became of an attempt that the connection ended with err. Only a
+// unary attempt that gRPC made a stream for has a peer. On a connection that is not
+// gRPC's own the attempt was sent, unless a stack further in says otherwise.
+func (c *Call) fateOf(err error) attempt.Fate {
 	switch {
-	case !hasPeer && cc == nil:
-		return fateElsewhere(err)
-	case !hasPeer:
-		return fateUnsent(cc, err)
-	case attempt.ServerSpoke(trailer):
-		return sent
-	case attempt.IsSendError(err):
-		return 0
-	case attempt.IsReceiveError(err):
-		return sent | unreadable
+	case err == nil:
+		return attempt.Sent
+	case c.peer.Addr != nil:
+		return attempt.FateOf(c.trailer, err)
+	case c.grpcConn != nil:
+		return attempt.FateUnsent(c.grpcConn, err)
 	}
-	return sent
+	return fateElsewhere(err)
 }
 
-// fateElsewhere tells what became of an attempt that failed with err on a connection
-// that is not gRPC's own. It was sent unless a stack further in says otherwise.
-func fateElsewhere(err error) fate {
+// fateElsewhere is fateOf for a connection that is not gRPC's own.
+func fateElsewhere(err error) attempt.Fate {
 	r, ok := AsRefusal(err)
 	switch {
 	case !ok || r.Sent:
-		return sent
+		return attempt.Sent
 	case r.Reason == ReasonNotReady:
-		return unconnected
-	}
-	return 0
-}
-
-// fateUnsent returns what became of an attempt for which gRPC made no stream. If an
-// endpoint is READY, a missing connection was not the cause: credentials failed, a picker
-// dropped the call, or all streams of the connection were in use.
-func fateUnsent(cc *grpc.ClientConn, err error) fate {
-	switch status.Code(err) {
-	case codes.Unavailable, codes.DeadlineExceeded:
-		if cc.GetState() != connectivity.Ready {
-			return unconnected
-		}
+		return attempt.Unconnected
 	}
 	return 0
 }
@@ -208,27 +176,29 @@ func endOfRefused(err error) End {
 // judge decides how a call ended that failed with err. ctx is the context of whoever
 // asks: a hedge that its layer has cancelled is cancelled for the tickets inside that
 // layer and not for those outside.
-func judge(ctx context.Context, err error, f fate) Outcome {
+func judge(ctx context.Context, err error, f attempt.Fate) Outcome {
 	refusal, refused := AsRefusal(err)
 	refused = refused && refusal.NotSent()
 	switch {
-	case refused && f&sent == 0 && refusal.Reason == ReasonNotReady:
+	case refused && f&attempt.Sent == 0 && refusal.Reason == ReasonNotReady:
 		return NotConnected
-	case refused && f&sent == 0:
+	case refused && f&attempt.Sent == 0:
 		return NotSent
-	case f&sent == 0 && f&unconnected != 0:
+	case f&attempt.Sent == 0 && f&attempt.Unconnected != 0:
 		return NotConnected
-	case f&sent == 0:
+	case f&attempt.Sent == 0:
 		return NotSent
-	case f&unreadable != 0 && attempt.IsReceiveError(err):
+	case f&attempt.Unreadable != 0 && attempt.IsReceiveError(err):
 		return OK
-	case f&unsendable != 0 && attempt.IsSendError(err):
-		if f&unasked != 0 {
+	case f&attempt.Unsendable != 0 && attempt.IsSendError(err):
+		if f&attempt.Unasked != 0 {
 			return NotSent
 		}
 		return Ignored
-	case isClosing(err) || abandoned(ctx, err):
+	case attempt.IsClosing(err) || abandoned(ctx, err):
 		return Ignored
+	case refused && f&attempt.TurnedAway != 0:
+		return endOfRefused(err).Outcome
 	case refused && refusal.Reason != ReasonDeadline:
 		// The refusal of a further attempt, by whoever does not say what came before.
 		return Ignored
@@ -243,7 +213,7 @@ func abandoned(ctx context.Context, err error) bool {
 	switch status.Code(err) {
 	case codes.Canceled:
 	case codes.DeadlineExceeded:
-		awaitDeadline(ctx)
+		attempt.AwaitDeadline(ctx)
 	default:
 		if !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
 			return false
@@ -252,32 +222,8 @@ func abandoned(ctx context.Context, err error) bool {
 	return ctx.Err() != nil && !cutShort(ctx)
 }
 
-// awaitDeadline waits for ctx to end if its deadline has passed. The server has the same
-// deadline, and its answer may come before the client's own timer fires. Only when ctx
-// has ended does its cause say whose deadline it was.
-func awaitDeadline(ctx context.Context) {
-	d, ok := ctx.Deadline()
-	if !ok || ctx.Err() != nil || time.Now().Before(d) {
-		return
-	}
-	t := time.NewTimer(time.Millisecond) // In case ctx does not end at its deadline.
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-	case <-t.C:
-	}
-}
-
 // cutShort reports whether a layer has ended ctx, with its refusal as the cause.
 func cutShort(ctx context.Context) bool {
 	_, ok := AsRefusal(context.Cause(ctx))
 	return ok
-}
-
-// isClosing reports whether the owner of the connection closed it during the call. This
-// deprecated variable is gRPC's only mark for that: the status is CANCELLED, but nobody
-// cancelled the context.
-func isClosing(err error) bool {
-	//lint:ignore SA1019 the status code alone does not tell, see above
-	return errors.Is(err, grpc.ErrClientConnClosing)
 }

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
@@ -38,10 +39,10 @@ func waitingLayers() map[string]interceptor.Spec {
 	}
 	return map[string]interceptor.Spec{
 		"limit":     newLimit("limit", 1),
-		"semaphore": interceptor.FromSemaphore("semaphore", semaphore.NewWeighted(1)),
-		"limiter":   interceptor.FromLimiter("limiter", limiterFunc(acquire)),
-		"permit": interceptor.FromPermit("permit", interceptor.ReasonConcurrency, func(ctx context.Context, _ bool) (interceptor.Permit, error) {
-			return &permitToy{}, acquire(ctx)
+		"semaphore": adapt.FromSemaphore("semaphore", semaphore.NewWeighted(1)),
+		"limiter":   adapt.FromLimiter("limiter", limiterFunc(acquire)),
+		"permit": adapt.FromPermit("permit", interceptor.ReasonConcurrency, func(ctx context.Context, _ bool) (adapt.Permit, error) {
+			return ignorePermit{}, acquire(ctx)
 		}),
 	}
 }
@@ -143,7 +144,7 @@ func TestPark(t *testing.T) {
 			}
 			synctest.Wait()
 			stacks := make([]byte, 1<<20)
-			if s := string(stacks[:runtime.Stack(stacks, true)]); strings.Contains(s, "interceptor.(*parking)") {
+			if s := string(stacks[:runtime.Stack(stacks, true)]); strings.Contains(s, "park.(*Lot)") {
 				t.Errorf("a goroutine still watches the connection:\n%s", s)
 			}
 		})

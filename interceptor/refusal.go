@@ -43,6 +43,9 @@ const (
 	ReasonCancelled   Reason = "CANCELLED"    // CANCELLED: the caller gave up while waiting
 	ReasonFilter      Reason = "FILTER"       // PERMISSION_DENIED, or what the predicate says
 	ReasonBudget      Reason = "BUDGET"       // the server's last error
+	// ReasonNotIdempotent is why an attempt that was sent is not repeated: its method is
+	// not known to be idempotent. The code is that of the server's error.
+	ReasonNotIdempotent Reason = "NOT_IDEMPOTENT"
 )
 
 // Code returns the status code that goes with the reason.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -14,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/belfry-go/belfry/internal/isnil"
+	"github.com/belfry-go/belfry/internal/park"
 )
 
 // A Stack is a compiled list of layers, safe for concurrent use by any number of
@@ -21,7 +23,7 @@ import (
 type Stack struct {
 	prog   atomic.Pointer[program]
 	mark   grpc.CallOption // Marks calls that have passed the stack.
-	parked parking
+	parked *park.Lot
 
 	// state counts what is in flight: calls, and in steps of partOne their parts, which
 	// are the inner scopes of streams and the forks. drainBit is set once the stack
@@ -29,6 +31,8 @@ type Stack struct {
 	state atomic.Int64
 	idle  chan struct{} // Closed when the stack drains and nothing is in flight.
 	once  sync.Once     // Closes idle.
+
+	retryPolicy atomic.Pointer[string] // Advice on gRPC's own, once a call has met it.
 }
 
 const (
@@ -55,7 +59,7 @@ const stackName = "stack"
 // inside that can be not ready. [Stack.Advice] lists what works, but rarely as meant. A
 // stack without layers only counts and drains.
 func NewStack(specs ...Spec) (*Stack, error) {
-	s := &Stack{idle: make(chan struct{})}
+	s := &Stack{idle: make(chan struct{}), parked: park.New(draining, closed)}
 	s.mark = passed{stack: s}
 	if err := s.Replace(specs...); err != nil {
 		return nil, err
@@ -140,26 +144,49 @@ func (s *Stack) PrepareByMethod(choose func(method string) int, lists ...[]Layer
 
 // DialOptions returns the options for grpc.NewClient. Interceptors that are chained by
 // earlier options are outside the stack, those by later options inside. The ones inside
-// must pass on the options of a call, by which gRPC tells the stack what became of it.
+// must pass on the options of a call, by which gRPC tells the stack what became of it, and
+// append to them what they add: a further attempt has its number in a
+// [grpc.PerRPCCredentials], of which gRPC uses the last.
+//
+// If a layer of the stack retries or hedges, they include [grpc.WithDisableRetry], because
+// otherwise each attempt would be multiplied by the retryPolicy of a service config, which
+// no budget counts. What gRPC repeats without a policy, because no server has seen it, is
+// still repeated. A channel that was dialled without these options keeps its retryPolicy.
+// In either case [Stack.Advice] tells of it.
 func (s *Stack) DialOptions() []grpc.DialOption {
-	return []grpc.DialOption{
-		grpc.WithChainUnaryInterceptor(s.UnaryClientInterceptor()),
-		grpc.WithChainStreamInterceptor(s.StreamClientInterceptor()),
+	once := s.prog.Load().repeats()
+	opts := []grpc.DialOption{
+		grpc.WithChainUnaryInterceptor(s.unary(once)),
+		grpc.WithChainStreamInterceptor(s.stream(once)),
 	}
+	if once {
+		opts = append(opts, grpc.WithDisableRetry())
+	}
+	return opts
 }
 
 // UnaryClientInterceptor returns the unary interceptor, for a chain of interceptors.
-func (s *Stack) UnaryClientInterceptor() grpc.UnaryClientInterceptor {
-	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		return s.invoke(ctx, method, req, reply, &target{cc: cc, grpcConn: cc, invoker: invoker}, opts)
-	}
-}
+func (s *Stack) UnaryClientInterceptor() grpc.UnaryClientInterceptor { return s.unary(false) }
 
 // StreamClientInterceptor returns the streaming interceptor, for a chain of
 // interceptors.
-func (s *Stack) StreamClientInterceptor() grpc.StreamClientInterceptor {
+func (s *Stack) StreamClientInterceptor() grpc.StreamClientInterceptor { return s.stream(false) }
+
+// unary returns the unary interceptor. once says that gRPC does not repeat by a policy.
+func (s *Stack) unary(once bool) grpc.UnaryClientInterceptor {
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		c, err := s.begin(method, opts)
+		if err != nil {
+			return err
+		}
+		c.cc, c.grpcConn, c.invoker, c.once = cc, cc, invoker, once
+		return c.invoke(ctx, method, req, reply, opts)
+	}
+}
+
+func (s *Stack) stream(once bool) grpc.StreamClientInterceptor {
 	return func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-		return s.open(ctx, desc, method, &target{cc: cc, grpcConn: cc, streamer: streamer}, opts)
+		return s.open(ctx, desc, method, &target{cc: cc, grpcConn: cc, streamer: streamer, once: once}, opts)
 	}
 }
 
@@ -179,8 +206,18 @@ type wrapped struct {
 	target target
 }
 
+// Conns returns what is wrapped, for belfry.WaitReady.
+func (w *wrapped) Conns() iter.Seq[grpc.ClientConnInterface] {
+	return func(yield func(grpc.ClientConnInterface) bool) { yield(w.target.conn) }
+}
+
 func (w *wrapped) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
-	return w.stack.invoke(ctx, method, args, reply, &w.target, opts)
+	c, err := w.stack.begin(method, opts)
+	if err != nil {
+		return err
+	}
+	c.target = w.target
+	return c.invoke(ctx, method, args, reply, opts)
 }
 
 func (w *wrapped) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
@@ -231,7 +268,7 @@ func (s *Stack) Drain(ctx context.Context) error {
 	if s.state.Or(drainBit)&^drainBit == 0 {
 		s.once.Do(func() { close(s.idle) })
 	}
-	s.parked.drain()
+	s.parked.Drain()
 	select {
 	case <-s.idle:
 		return nil
@@ -245,8 +282,8 @@ func (s *Stack) Drain(ctx context.Context) error {
 	}
 }
 
-// begin counts a new call, unless the stack drains.
-func (s *Stack) begin() error {
+// enter counts a new call, unless the stack drains.
+func (s *Stack) enter() error {
 	if s.state.Add(callOne)&drainBit != 0 {
 		s.leave(callOne)
 		return draining

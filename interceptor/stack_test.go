@@ -19,6 +19,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/layertest"
+	"github.com/belfry-go/belfry/interceptor/mapping"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
@@ -157,7 +158,7 @@ type timeToy struct {
 }
 
 func (l *timeToy) NewLayer() (interceptor.Layer, error) { return l, nil }
-func (l *timeToy) Timeout() time.Duration               { return l.d }
+func (l *timeToy) Timeout(string) time.Duration         { return l.d }
 
 func (*timeToy) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next { return next }
 
@@ -176,7 +177,7 @@ func TestStack(t *testing.T) {
 		tokens := newTokens(1)
 		timeout := &timeoutToy{d: time.Hour}
 		mapped := 0
-		mapper := interceptor.MapError(func(_ context.Context, _ string, err error) error { mapped++; return err })
+		mapper := mapping.Error(func(_ context.Context, _ string, err error) error { mapped++; return err })
 		var deadline bool
 		c := &conn{invoke: func(ctx context.Context, _ string, _, _ any, _ ...grpc.CallOption) error {
 			_, deadline = ctx.Deadline()
@@ -229,7 +230,7 @@ func TestStack(t *testing.T) {
 			buffer := newBuffer(2000)
 			layers := []interceptor.Spec{
 				interceptor.Observe(&recorder{}), outer, &shedToy{}, &timeoutToy{d: 10 * time.Second}, passForeign(), middle,
-				&retryToy{n: 3}, interceptor.MapError(func(_ context.Context, _ string, err error) error { return err }),
+				&retryToy{n: 3}, mapping.Error(func(_ context.Context, _ string, err error) error { return err }),
 				interceptor.Only(everything, &passToy{}), buffer, inner,
 			}
 			return layers, func() error {

@@ -80,15 +80,16 @@ type streamCall struct {
 
 func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, t *target, opts []grpc.CallOption) (_ grpc.ClientStream, err error) {
 	p := s.prog.Load().of(method)
-	if err := s.begin(); err != nil {
+	if err := s.enter(); err != nil {
 		return nil, p.turnAway(method, opts, err)
 	}
 	sc := new(streamCall)
-	ctx, sc.cancel = t.withMethodTimeout(ctx, method)
 	c := &sc.Call
-	c.reset(p)
+	c.init(p)
+	ctx, c.cancel = p.withMethodConfig(ctx, t, method)
 	c.desc = desc
-	w, err := c.prepare(kindOf(desc), method, t, opts)
+	c.kind, c.method, c.target = kindOf(desc), method, *t
+	w, err := c.prepare(opts)
 	sc.scope.root = sc
 	c.scope = &sc.scope
 	returned := false
@@ -115,28 +116,31 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	}
 	returned = true
 	if err != nil {
-		return nil, err
+		return nil, c.counted(overdueOr(ctx, err))
 	}
 	sc.scope.open(c, c.stream)
+	if c.cancel != nil {
+		return &overdueStream{&sc.scope, ctx}, nil
+	}
 	return &sc.scope, nil
 }
 
 // open is [boundary.call] for a stream: what the inside holds it holds until the
 // stream has ended.
 func (b *boundary) open(ctx context.Context, c *Call) (err error) {
-	outer, at := c.scope, c.at
+	outer := c.scope
 	s := c.newScope(b.id)
 	s.begin(ctx, c, b.id)
 	s.parent = outer
 	// A scope that has the context of the one around it ends with that.
 	s.watch = s.watch && !sameContext(ctx, outer.ctx)
-	s.fork = b.begins(c)
+	s.fork = c.home == b.id
 	c.prog.stack.enterPart()
 	outer.add(s)
-	c.scope, c.at = s, b.id
+	c.scope = s
 	returned := false
 	defer func() {
-		c.scope, c.at = outer, at
+		c.scope = outer
 		switch {
 		case !returned:
 			s.fail(c, errPanic)
@@ -176,7 +180,7 @@ func (c *Call) outermost() *scope {
 // abort ends a stream that could not be opened.
 func (sc *streamCall) abort(err error) {
 	c := &sc.Call
-	if c.running {
+	if sc.scope.call != nil { // It has begun.
 		sc.scope.fail(c, err)
 		return
 	}
@@ -322,7 +326,7 @@ func (s *scope) remove(in *scope) {
 
 // finish is called by gRPC when the stream has ended. The type says when we trust it.
 func (s *scope) finish(err error) {
-	closing := isClosing(err)
+	closing := attempt.IsClosing(err)
 	if !closing && s.ctx.Err() == nil {
 		// gRPC's own deadline, from a service config, ends a stream too.
 		if code := status.Code(err); code != codes.Canceled && code != codes.DeadlineExceeded {
@@ -351,7 +355,20 @@ func (s *scope) Header() (md metadata.MD, err error) {
 	} else if len(md) > 0 && !s.single { // gRPC returns none, and no error, for a stream that ended without one.
 		s.respond()
 	}
-	return md, err
+	return md, s.told(err)
+}
+
+// Context returns the context of the stream without what is for one attempt alone.
+func (s *scope) Context() context.Context {
+	ctx := s.ClientStream.Context()
+	if s.id != s.call.prog.boundaries {
+		return ctx // Of a scope inside.
+	}
+	ctx = attempt.Hide(ctx)
+	if s.call.conn != nil && s.call.series != nil {
+		ctx = attempt.WithoutPrevious(ctx, s.ctx)
+	}
+	return ctx
 }
 
 func (s *scope) SendMsg(m any) error {
@@ -365,7 +382,7 @@ func (s *scope) SendMsg(m any) error {
 		s.notSent(err)
 		s.end(err, false)
 	}
-	return err
+	return s.told(err)
 }
 
 func (s *scope) RecvMsg(m any) error {
@@ -375,9 +392,17 @@ func (s *scope) RecvMsg(m any) error {
 		s.respond()
 		return nil
 	case err != nil && err != io.EOF && attempt.IsReceiveError(err) && !attempt.ServerSpoke(s.ClientStream.Trailer()):
-		s.call.addFate(unreadable)
+		s.call.addFate(attempt.Unreadable)
 	}
 	s.end(err, false)
+	return s.told(err)
+}
+
+// told is err as the layer outside, or the caller, gets it.
+func (s *scope) told(err error) error {
+	if s.root != nil {
+		return s.call.counted(err)
+	}
 	return err
 }
 
@@ -400,13 +425,20 @@ func (s *scope) respond() {
 }
 
 // notSent records that the client could not send a message, as SendMsg says. If it was
-// the first one, nothing was asked of the server.
+// the first one, nothing was asked of the server. A connection that is not gRPC's may
+// refuse a call only then, as a steer that chooses by the request does.
 func (s *scope) notSent(err error) {
+	if s.id != s.call.prog.boundaries {
+		return
+	}
+	first := !s.asked.Load() && !s.responded.Load()
 	switch {
-	case s.id != s.call.prog.boundaries || !attempt.IsSendError(err):
-	case s.asked.Load() || s.responded.Load():
-		s.call.addFate(unsendable)
-	default:
-		s.call.addFate(unsendable | unasked)
+	case attempt.IsSendError(err) && first:
+		s.call.addFate(attempt.Unsendable | attempt.Unasked)
+	case attempt.IsSendError(err):
+		s.call.addFate(attempt.Unsendable)
+	case first && s.call.grpcConn == nil && fateElsewhere(err)&attempt.Sent == 0 && !s.call.forked.Load():
+		// Not for the calls that it is an attempt of: others may have been sent.
+		s.call.fates.Or(uint32(attempt.TurnedAway))
 	}
 }

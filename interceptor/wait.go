@@ -169,12 +169,3 @@ func (w Wait) Sleep(ctx context.Context, i Instant) error {
 		return ctx.Err()
 	}
 }
-
-// context returns ctx with w's end as its deadline, for third-party limiters that wait
-// until their context ends.
-func (w Wait) context(ctx context.Context) (context.Context, context.CancelFunc) {
-	if end, ok := w.End(); ok {
-		return context.WithDeadline(ctx, end.Time())
-	}
-	return ctx, func() {}
-}

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
@@ -84,7 +85,7 @@ func TestWait(t *testing.T) {
 
 	t.Run("deadline_inside_a_limit_starts_after_its_wait", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			sem := interceptor.FromSemaphore("limit", semaphore.NewWeighted(1))
+			sem := adapt.FromSemaphore("limit", semaphore.NewWeighted(1))
 			s := calltest.Stack(t, &failFastToy{d: time.Hour}, sem, &timeoutToy{d: 1500 * time.Millisecond})
 			calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(time.Second)), 2),
 				calltest.OK(time.Second), calltest.OK(2*time.Second))

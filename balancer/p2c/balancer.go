@@ -44,8 +44,11 @@ func (builder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalancingConfi
 func (builder) Build(cc balancer.ClientConn, opts balancer.BuildOptions) balancer.Balancer {
 	start := time.Now()
 	b := &policy{
-		cc:        cc,
-		opts:      opts,
+		cc:   cc,
+		opts: opts,
+		//lint:ignore SA1019 the text that grpc.ClientConn.Target returns; the options have it parsed
+		target:    cc.Target(),
+		id:        identities.Add(1),
 		children:  balancer.Get(pickfirst.Name),
 		endpoints: resolver.NewEndpointMap[*endpoint](),
 		now:       func() int64 { return int64(time.Since(start)) },
@@ -83,6 +86,8 @@ type policy struct {
 	// Immutable.
 	cc       balancer.ClientConn
 	opts     balancer.BuildOptions
+	target   string // the channel's, by which, and by id, it knows its calls
+	id       uint64
 	children balancer.Builder
 	picks    sync.Pool // of *pick
 
@@ -323,9 +328,9 @@ func (b *policy) reportLocked(wake bool) {
 	}
 }
 
-// endpointIDs numbers the endpoints of all channels. An identity is part of a
+// identities numbers the policies and endpoints of all channels. An identity is part of a
 // call's memory of the endpoints it tried, which may outlive a channel.
-var endpointIDs atomic.Uint64
+var identities atomic.Uint64
 
 // endpoint is one endpoint that the resolver lists and the child that connects
 // to it. It embeds the ClientConn that it is for the child.
@@ -352,7 +357,7 @@ type endpoint struct {
 }
 
 func (b *policy) newEndpoint() *endpoint {
-	ep := &endpoint{ClientConn: b.cc, policy: b, id: endpointIDs.Add(1)}
+	ep := &endpoint{ClientConn: b.cc, policy: b, id: identities.Add(1)}
 	ep.reported.Store(&balancer.State{
 		ConnectivityState: connectivity.Connecting,
 		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),

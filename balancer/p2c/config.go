@@ -45,6 +45,7 @@ type config struct {
 	failures codeSet
 	metric   metricConfig
 	timeless bool // the metric has no use for the time
+	counts   bool // a load is the number of attempts in flight
 }
 
 // MarshalJSON returns the config as it was given. Some parents, such as
@@ -68,7 +69,9 @@ func parseConfig(js json.RawMessage) (*config, error) {
 	switch c.metric.(type) {
 	case expectedLatency:
 		c.choices, c.memory = defaultChoicesExpectedLatency, defaultMemoryExpectedLatency
-	case pendingRequests, constant:
+	case pendingRequests:
+		c.timeless, c.counts = true, true
+	case constant:
 		c.timeless = true
 	}
 	if m.ChoiceCount != nil {

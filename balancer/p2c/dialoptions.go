@@ -25,7 +25,7 @@ import (
 //
 // The options are a pair of chained interceptors. Give them to grpc.NewClient
 // after other interceptors, so that they see each attempt by itself where
-// another interceptor repeats calls. It costs a unary call three
+// another interceptor repeats calls. It costs a unary call two
 // allocations.
 func DialOptions() []grpc.DialOption {
 	return []grpc.DialOption{
@@ -37,8 +37,7 @@ func DialOptions() []grpc.DialOption {
 // tracker follows one call, or one attempt of it if an outer interceptor repeats
 // the call.
 type tracker struct {
-	ctx     context.Context // the caller's; grpc cancels those of attempts when the call is over
-	info    attempt.Info
+	attempt attempt.Context // what grpc gets; inside is the caller's, which grpc does not cancel when the call is over
 	tried   attempt.Tried
 	used    atomic.Bool          // first is taken
 	first   pick                 // the first attempt's, to save an allocation
@@ -47,12 +46,18 @@ type tracker struct {
 	ended   atomic.Bool
 }
 
-func newTracker(ctx context.Context) *tracker {
-	t := &tracker{ctx: ctx}
-	t.info = attempt.Info{Tried: &t.tried, Tracker: t}
+func newTracker(ctx context.Context, method string, cc *grpc.ClientConn) *tracker {
+	target := ""
+	if cc != nil { // only in tests
+		target = cc.Target()
+	}
+	t := new(tracker)
+	t.attempt = attempt.Context{Context: ctx, Info: attempt.Info{Method: method, Target: target, Tried: &t.tried, Tracker: t}}
 	t.first.track, t.first.done = t, t.first.onDone
-	if outer := attempt.FromContext(ctx); outer != nil && outer.Tried != nil {
-		t.info.Tried = outer.Tried
+	// A layer outside repeats the call, unless that is another call of the method, which
+	// has a tracker or was sent already, and in whose context this one is made.
+	if outer := attempt.FromContext(ctx, method, target, 0); outer != nil && outer.Tried != nil && outer.Tracker == nil {
+		t.attempt.Info.Tried = outer.Tried
 	}
 	return t
 }
@@ -81,9 +86,8 @@ func (t *tracker) begin(k *pick) {
 // status is what the call returns, a moment later for a unary call, and when the
 // application reads it for a stream.
 //
-// Of attempts that run side by side, because an interceptor hedges below this one
-// or a call is made in the context of another, the call's end is that of the last,
-// and the others are taken at their word.
+// Of attempts that run side by side, because an interceptor hedges below this one,
+// the call's end is that of the last, and the others are taken at their word.
 func (t *tracker) await(k *pick) {
 	k.state.Or(pickAwaiting)
 	if t.current.Load() != k {
@@ -91,7 +95,7 @@ func (t *tracker) await(k *pick) {
 		return
 	}
 	if t.ended.Load() {
-		k.finish(k.doneAt, classify(t.ctx, t.err, k.picker.config.failures))
+		k.finish(k.doneAt, classify(t.attempt.Context, t.err, k.picker.config.failures))
 	}
 }
 
@@ -105,22 +109,22 @@ func (t *tracker) end(err error) {
 	t.err = err
 	t.ended.Store(true)
 	if k := t.current.Load(); k != nil && k.state.Load()&pickAwaiting != 0 {
-		k.finish(k.doneAt, classify(t.ctx, err, k.picker.config.failures))
+		k.finish(k.doneAt, classify(t.attempt.Context, err, k.picker.config.failures))
 	}
 }
 
 func trackUnary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) (err error) {
-	t := newTracker(ctx)
+	t := newTracker(ctx, method, cc)
 	defer func() { t.end(err) }()
-	return invoker(attempt.NewContext(ctx, &t.info), method, req, reply, cc, opts...)
+	return invoker(&t.attempt, method, req, reply, cc, opts...)
 }
 
 func trackStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	t := newTracker(ctx)
+	t := newTracker(ctx, method, cc)
 	// OnFinish is called once, with the true status, also for a stream that nobody
 	// reads any more. The caller's options are not ours to append to.
 	opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(t.end))
-	s, err := streamer(attempt.NewContext(ctx, &t.info), desc, cc, method, opts...)
+	s, err := streamer(&t.attempt, desc, cc, method, opts...)
 	if err != nil {
 		t.end(err)
 		return nil, err
@@ -134,6 +138,9 @@ type trackedStream struct {
 	track     *tracker
 	responded bool // of the one goroutine that may call RecvMsg
 }
+
+// Context returns the context of the stream without what is for its attempt alone.
+func (s *trackedStream) Context() context.Context { return attempt.Hide(s.ClientStream.Context()) }
 
 func (s *trackedStream) RecvMsg(m any) error {
 	err := s.ClientStream.RecvMsg(m)

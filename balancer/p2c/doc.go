@@ -63,8 +63,9 @@
 // when the channel goes idle, by default after 30 minutes without a call, for grpc
 // then closes the policy; grpc.WithIdleTimeout(0) keeps it.
 //
-// A call that is repeated, by grpc's own retryPolicy or by a layer of belfry,
-// passes over the endpoints that it was sent to before while another is READY.
+// A call that is repeated, by grpc's own retryPolicy or by a layer of belfry, goes
+// elsewhere: the endpoints that it was sent to before cost 10 times as much. So it goes
+// back to one of them only where all others are much busier.
 //
 // With a proxy in the environment (HTTPS_PROXY) grpc replaces the addresses of all
 // endpoints by the proxy's, and there is but one endpoint left to choose. Use

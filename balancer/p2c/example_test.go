@@ -24,9 +24,9 @@ import (
 // The policy is chosen in the service config. DialOptions let it see the true end
 // of calls and the first response of streams.
 func Example() {
-	// Three servers, one of which is ten times slower than the others.
+	// Three servers, one of which is a hundred times slower than the others.
 	servers, err := testserver.StartCluster(3, func(i int) []testserver.Option {
-		return []testserver.Option{testserver.ServiceTime(testserver.Fixed([]time.Duration{2, 2, 20}[i] * time.Millisecond))}
+		return []testserver.Option{testserver.ServiceTime(testserver.Fixed([]time.Duration{2, 2, 200}[i] * time.Millisecond))}
 	})
 	if err != nil {
 		log.Fatal(err)

@@ -45,7 +45,7 @@ func newRand(t *testing.T) *rand.Rand {
 // testContext returns a context that ends long after a test should have.
 func testContext(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -168,6 +168,13 @@ func (o *observer) wait(t *testing.T, what string, cond func() bool) {
 func (o *observer) rest(t *testing.T, n int) {
 	t.Helper()
 	o.wait(t, "nothing is in flight", func() bool { return o.started >= n && len(o.finished) == o.started })
+}
+
+// attempts returns how many attempts have started.
+func (o *observer) attempts() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.started
 }
 
 // ended returns the outcomes so far.

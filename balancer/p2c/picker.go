@@ -67,18 +67,18 @@ func (p *picker) now() load.Instant {
 
 // Pick implements balancer.Picker.
 func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
+	b := p.policy
 	var tried *attempt.Tried
 	var track *tracker
-	if a := attempt.FromContext(info.Ctx); a != nil {
+	a := attempt.FromContext(info.Ctx, info.FullMethodName, b.target, b.id)
+	if a != nil {
 		tried = a.Tried
 		track, _ = a.Tracker.(*tracker)
 	}
-
-	b := p.policy
 	now := p.now()
 	var c *candidate
 	if tried != nil && !tried.Empty() {
-		c = p.chooseUntried(now, tried)
+		c = p.chooseAgain(now, tried)
 	}
 	switch {
 	case c != nil:
@@ -101,6 +101,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		return result, err
 	}
 
+	if a != nil {
+		a.Own(b.id)
+	}
 	var k *pick
 	if track != nil {
 		k = track.pick()
@@ -214,32 +217,65 @@ func (p *picker) chooseOfTwo(now load.Instant) *candidate {
 	return b
 }
 
-// chooseUntried chooses like chooseAny, but for memory, among the endpoints that
-// the call has not tried. It returns nil if there is none.
-func (p *picker) chooseUntried(now load.Instant, tried *attempt.Tried) *candidate {
+// chooseAgain is chooseAny for a call that has tried endpoints, without memory. It looks
+// at as many others, and at those on its way that the call has tried. The least loaded of
+// these is chosen if it still is the least loaded at dearer times its load, and the call
+// has not returned to it before: an endpoint that hangs may look cheap for long beside one
+// whose streams last, and all attempts would go to it.
+func (p *picker) chooseAgain(now load.Instant, tried *attempt.Tried) *candidate {
 	slots := p.ready.view()
 	n, d := len(slots), p.config.choices
 	if n == 0 {
 		return nil
 	}
-	s := selection{random: random(p.policy.random())}
+	r := random(p.policy.random())
+	others, before := selection{random: r}, selection{random: r}
 	look := func(c *candidate) {
-		if c != nil && !tried.Has(c.id) && !s.looksAt(c) {
+		s := &others
+		if c != nil && tried.Has(c.id) {
+			s = &before
+		}
+		if s.count < d && !s.looksAt(c) {
 			s.look(c)
 		}
 	}
 	// Few endpoints are tried, so a few draws more than d find d others. Where
-	// there are hardly any, all are looked at.
-	if n > 2*d {
-		for i := 0; i < 2*d && s.count < d; i++ {
-			look(slots[s.random.below(uint32(n))].Load())
+	// there are hardly any, all are looked at. With few endpoints the tried ones are met.
+	few := n <= 2*d
+	if !few {
+		for i := 0; i < 2*d && others.count < d; i++ {
+			look(slots[others.random.below(uint32(n))].Load())
 		}
 	}
-	first := int(s.random.below(uint32(n)))
-	for i := 0; i < n && s.count < d; i++ {
+	first := int(others.random.below(uint32(n)))
+	for i := 0; i < n && (few || others.count < d); i++ {
 		look(slots[(first+i)%n].Load())
 	}
-	return s.least(now)
+	c, back := others.least(now), before.least(now)
+	if c == nil || back != nil && tried.Times(back.id) == 1 && p.price(back, now, dearer) < p.price(c, now, 1) {
+		return back
+	}
+	return c
+}
+
+// dearer is how many times as much an endpoint costs a call that has tried it. Simulated
+// in virtual time, two endpoints, retries at once, calls of 10 ms in the mean:
+//
+//   - One fails at once, and looks idle to pendingRequests. Of 6,000 calls with three
+//     attempts 2,460 fail at a factor of 1, 276 at 4, 19 at 8, 4 at 10 and none if it is
+//     never picked again. The default metric needs none.
+//   - Each fails a tenth, and one is 15 times slower. The mean latency by the default
+//     metric is 19 ms at 1, 26 at 4, 32 at 8, 34 at 10, and 52 if the call never goes back.
+const dearer = 10
+
+// price returns the load of a candidate times a factor. By pendingRequests an idle endpoint
+// counts as one with an attempt in flight, because it would cost nothing however dear.
+func (p *picker) price(c *candidate, now load.Instant, factor float64) float64 {
+	l := c.meter.Load(now)
+	if p.config.counts {
+		l = max(l, 1)
+	}
+	return c.weight.Divide(l) * factor
 }
 
 // remember takes over what another picker of the same READY set remembers.

@@ -275,7 +275,7 @@ func tried(eps ...*endpoint) context.Context {
 	for _, ep := range eps {
 		t.Add(ep.id)
 	}
-	return attempt.NewContext(context.Background(), &attempt.Info{Tried: &t})
+	return &attempt.Context{Context: context.Background(), Info: attempt.Info{Method: "/s/m", Tried: &t}}
 }
 
 func keys(m map[string]int) []string {

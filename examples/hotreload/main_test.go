@@ -10,23 +10,40 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/belfry-go/belfry/internal/test/signaltest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	signaltest.Main(main)
+	goleak.VerifyTestMain(m)
+}
+
+func TestSignals(t *testing.T) { signaltest.Run(t, "ten calls at a time", "-step", "1h") }
 
 func TestEachConfigChangesWhatHappensToCalls(t *testing.T) {
-	var out bytes.Buffer
-	if err := run(t.Context(), &out, 400*time.Millisecond); err != nil {
-		t.Fatal(err)
-	}
-	for _, want := range []string{
-		"*: [limit]\n",
-		"*: [timeout > limit]\n", "DEADLINE by timeout",
-		"nothing has changed: stackconfig: methodConfig[0].layers[1].concurrency.limit: -20, must be",
-		"*: [loadshed > timeout > buffer > limit]\n", "QUEUE_FULL by buffer",
-	} {
-		if !strings.Contains(out.String(), want) {
-			t.Errorf("the output lacks %q:\n%s", want, &out)
+	// On a busy machine 400 ms may be too short for as many calls as a step needs.
+	for step := 400 * time.Millisecond; ; step *= 2 {
+		var out bytes.Buffer
+		if err := run(t.Context(), &out, step); err != nil {
+			t.Fatal(err)
+		}
+		var missing []string
+		for _, want := range []string{
+			"*: [limit]\n",
+			"*: [timeout > limit]\n", "DEADLINE by timeout",
+			"nothing has changed: stackconfig: methodConfig[0].layers[1].concurrency.limit: -20, must be",
+			"*: [loadshed > timeout > buffer > limit]\n", "QUEUE_FULL by buffer",
+		} {
+			if !strings.Contains(out.String(), want) {
+				missing = append(missing, want)
+			}
+		}
+		if len(missing) == 0 {
+			return
+		}
+		if step > 5*time.Second {
+			t.Fatalf("the output lacks %q:\n%s", missing, &out)
 		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -78,10 +79,17 @@ func TestRunCountsEveryCallOnceAtTheClientAndAtTheServers(t *testing.T) {
 				r.policy.name, len(r.latencies), r.errors, r.example, arrived, r.complete)
 		}
 	}
-	for i, n := range runs[0].served {
-		// A third each, give or take the calls before all endpoints were READY.
-		if n < 40 || n > 100 {
-			t.Errorf("round_robin sent %d of 200 calls to endpoint %d of 3, want about 67", n, i)
+	// A third each, give or take the calls before all endpoints were READY, of which a
+	// busy machine may let there be many.
+	even := func(r *run) bool {
+		return !slices.ContainsFunc(r.served, func(n int) bool { return n < 55 || n > 80 })
+	}
+	for i := 0; !even(runs[0]); i++ {
+		if i == 10 {
+			t.Fatalf("round_robin sent %v of 200 calls to the endpoints, want about 67 to each", runs[0].served)
+		}
+		if runs, err = measure(t.Context(), o.workload, o.policies[:1], 1, func(start) {}); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

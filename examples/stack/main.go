@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/signal"
 	"sync"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -47,12 +48,16 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
-	if err := run(ctx, os.Stdout, *phase); err != nil {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // A second signal ends the program whatever it does.
+	if err := run(ctx, os.Stdout, *phase, 300); err != nil {
 		log.Fatal(err)
 	}
 }
+
+// reads names what may be carried out more than once: the test service changes nothing. A
+// method that its .proto file declares idempotent need not be named.
+var reads = []string{"/belfry.testing.v1.TestService/"}
 
 // newStack returns the stack, its outermost layer first.
 func newStack(obs interceptor.Observer) (*interceptor.Stack, error) {
@@ -63,9 +68,9 @@ func newStack(obs interceptor.Observer) (*interceptor.Stack, error) {
 		// A call has one second, with all its attempts and back-offs.
 		timeout.Config{Timeout: time.Second},
 		// The slowest calls, 5 % at most, get a second attempt; the first success counts.
-		hedge.Config{},
+		hedge.Config{Methods: reads},
 		// What failed is repeated, as long as that is little beside the calls.
-		retry.Config{},
+		retry.Config{Methods: reads},
 		// 50 attempts may wait after all
 		buffer.Config{Size: 50},
 		// for one of the 20 that run at a time to end.
@@ -89,8 +94,9 @@ func dial(stack *interceptor.Stack, cluster *testserver.Cluster) (*grpc.ClientCo
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`))...)
 }
 
-// run is the program. It returns the cause of ctx if that ends.
-func run(ctx context.Context, out io.Writer, phase time.Duration) error {
+// run is the program, with usual calls a second until ten times as many come. It
+// returns the cause of ctx if that ends.
+func run(ctx context.Context, out io.Writer, phase time.Duration, usual int) error {
 	// Each server works on four calls at a time: together they serve some 2,400 a second.
 	cluster, err := testserver.StartCluster(3, func(int) []testserver.Option {
 		return []testserver.Option{testserver.ServiceTime(testserver.Exponential(5 * time.Millisecond)), testserver.Workers(4)}
@@ -112,7 +118,6 @@ func run(ctx context.Context, out io.Writer, phase time.Duration) error {
 	client := testingv1.NewTestServiceClient(conn)
 
 	fmt.Fprintln(out, stack)
-	const usual = 300 // Calls a second.
 	for _, p := range []struct {
 		title     string
 		perSecond int

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -31,7 +32,7 @@ func TestServer(t *testing.T) {
 
 // limit admits n calls at a time, and lets the others wait.
 func limit(n int64) interceptor.Spec {
-	return interceptor.FromSemaphore("limit", semaphore.NewWeighted(n))
+	return adapt.FromSemaphore("limit", semaphore.NewWeighted(n))
 }
 
 func testNotSent(t *testing.T) {

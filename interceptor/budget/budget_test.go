@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/budget"
 )
 
@@ -409,7 +410,7 @@ func (s *spender) WrapGate(inner interceptor.Gate) interceptor.Gate {
 func TestCount(t *testing.T) {
 	b := mustNew(t, budget.Config{Ratio: 1, MinPerSecond: budget.None})
 	var refuse error
-	gate := interceptor.FromAllow("gate", interceptor.ReasonShed, func(context.Context) (func(interceptor.Outcome, error), error) { return nil, refuse })
+	gate := adapt.FromAllow("gate", interceptor.ReasonShed, func(context.Context) (func(interceptor.Outcome, error), error) { return nil, refuse })
 	s, err := interceptor.NewStack(&spender{b: b}, &spender{b: b}, gate)
 	if err != nil {
 		t.Fatal(err)

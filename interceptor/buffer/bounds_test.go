@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/internal/test/calltest"
@@ -71,7 +72,7 @@ var nothing = selector.MatchFunc(func(context.Context, interceptors.CallMeta) bo
 func TestBounds(t *testing.T) {
 	const size = 5
 	sem := func(n int64) interceptor.Spec {
-		return interceptor.FromSemaphore("semaphore", semaphore.NewWeighted(n))
+		return adapt.FromSemaphore("semaphore", semaphore.NewWeighted(n))
 	}
 	all := selector.MatchFunc(func(context.Context, interceptors.CallMeta) bool { return true })
 	lim := func(n int64) interceptor.Spec { return concurrency.Config{Limit: n} }

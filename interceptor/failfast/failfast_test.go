@@ -89,7 +89,7 @@ func TestRetryInsideWaits(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				l := limit(t, 1)
-				specs := append(tc.outside, after(t, 300*ms), retry.Config{Backoff: retry.Backoff{Initial: 10 * ms, Jitter: retry.NoJitter}}, l)
+				specs := append(tc.outside, after(t, 300*ms), retry.Config{AllMethods: true, Backoff: retry.Backoff{Initial: 10 * ms, Jitter: retry.NoJitter}}, l)
 				var attempts atomic.Int32
 				c := calltest.Stack(t, specs...).Wrap(calltest.Server(func(context.Context) error {
 					if attempts.Add(1) == 1 {

@@ -27,7 +27,7 @@ func TestClock(t *testing.T) {
 		t.Logf("seed %d", seed)
 		rng := rand.New(rand.NewPCG(seed, 0))
 		config := func(d time.Duration) hedge.Config {
-			return hedge.Config{Delay: d, MaxAttempts: 3, Budget: budget.Config{Ratio: 10, MinPerSecond: 1000}}
+			return hedge.Config{AllMethods: true, Delay: d, MaxAttempts: 3, Budget: budget.Config{Ratio: 10, MinPerSecond: 1000}}
 		}
 		delay := 10 * ms
 		l := mustNew(t, config(delay))
@@ -89,7 +89,8 @@ func TestClockShorterDelay(t *testing.T) {
 		done := make(chan error)
 		go func() { _, _, err := slow.call(nil, l); done <- err }()
 		synctest.Wait()
-		if err := l.Update(fixed); err != nil {
+		c.Delay, c.AllMethods = fixed.Delay, true
+		if err := l.Update(c); err != nil {
 			t.Fatal(err)
 		}
 		s := newServer(t, answer{after: time.Second}, answer{reply: "hedge"})

@@ -18,7 +18,10 @@ import (
 )
 
 func Example() {
-	layer, err := hedge.New(hedge.Config{Delay: 10 * time.Millisecond})
+	layer, err := hedge.New(hedge.Config{
+		Delay:   10 * time.Millisecond,
+		Methods: []string{"/orders.Orders/Get"}, // It may be carried out twice.
+	})
 	if err != nil {
 		log.Fatal(err)
 	}

@@ -25,8 +25,8 @@ const inline = 32 << 10
 // message.
 type measured struct {
 	grpc.ClientStream
-	layer *Layer
-	done  atomic.Bool
+	plan plan
+	done atomic.Bool
 }
 
 func (m *measured) RecvMsg(msg any) error {
@@ -36,9 +36,11 @@ func (m *measured) RecvMsg(msg any) error {
 	m.done.Store(true)
 	start := interceptor.Now()
 	err := m.ClientStream.RecvMsg(msg)
-	if err == nil || err == io.EOF {
-		m.layer.record(start, interceptor.Now())
+	answer := err
+	if err == io.EOF {
+		answer = nil
 	}
+	m.plan.record(start, interceptor.Now(), answer)
 	return err
 }
 
@@ -199,6 +201,17 @@ func (s *stream) receive(ctx context.Context, t *try) error {
 		go s.pump(t)
 	}
 	return s.end(t, l.stream.RecvMsg(l.reply))
+}
+
+// message returns the first message of an attempt, nil if there was none.
+func (s *stream) message(t *try) any {
+	switch {
+	case t.lane.eof:
+		return nil
+	case t == &s.race.first:
+		return s.target
+	}
+	return t.lane.reply
 }
 
 // end turns the end of a stream without a message into a success.

@@ -94,14 +94,14 @@ func TestStreamHedgedUntilFirstMessage(t *testing.T) {
 			{"the original fails, the hedge goes on", func(n int, s grpc.ServerStream) error {
 				if n == 0 {
 					time.Sleep(12 * ms)
-					return fatal
+					return unavailable
 				}
 				time.Sleep(20 * ms)
 				return nil
 			}, 2, "1", 30 * ms},
 			{"the hedge fails, the original goes on", func(n int, s grpc.ServerStream) error {
 				if n == 1 {
-					return fatal
+					return unavailable
 				}
 				time.Sleep(20 * ms)
 				return nil
@@ -149,7 +149,7 @@ func TestStreamReturnsLastFailure(t *testing.T) {
 			c, n := dial(t, func(n int, s grpc.ServerStream) error {
 				time.Sleep(time.Duration(30-n) * ms)
 				s.SetTrailer(metadata.Pairs("attempt", fmt.Sprint(n)))
-				return status.Error(codes.Internal, fmt.Sprint(n))
+				return status.Error(codes.Unavailable, fmt.Sprint(n))
 			}, mustNew(t, fixed))
 			var trailer metadata.MD
 			_, err := calltest.Exchange(t.Context(), c, kind, grpc.Trailer(&trailer))
@@ -338,7 +338,7 @@ func TestStreamBufferFillsDuringRace(t *testing.T) {
 		"for the extra one if the first has failed": {func(n int, s grpc.ServerStream) error {
 			if n == 0 {
 				time.Sleep(12 * ms)
-				return fatal
+				return unavailable
 			}
 			return nil
 		}},
@@ -384,15 +384,16 @@ func TestStreamIsMeasured(t *testing.T) {
 			}
 			return delays(20*ms)(0, s)
 		}, l)
+		const name = "/belfry.testing.v1.TestService/ServerStream"
 		for i := range 10 {
-			if _, ok := l.Delay(); ok {
+			if _, ok := l.Delay(name); ok {
 				t.Errorf("hedged with %d latencies", i)
 			}
-			if _, err := calltest.Exchange(t.Context(), c, streamKinds[i%3]); err != nil {
+			if _, err := calltest.Exchange(t.Context(), c, interceptor.ServerStream); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if d, ok := l.Delay(); !ok || d < 20*ms || d > 21*ms {
+		if d, ok := l.Delay(name); !ok || d < 20*ms || d > 21*ms {
 			t.Errorf("the delay is %v, %v; want 20ms", d, ok)
 		}
 		slow.Store(true)
@@ -447,11 +448,11 @@ func TestStreamConcurrent(t *testing.T) {
 	}
 }
 
-// tail makes calls at a steady rate through a belfry.p2c channel to servers that
-// each stall 100 ms every 2 s, and returns the quantile and the attempts that
-// reached the servers.
-func tail(t testing.TB, inMemory bool, calls int, q float64, layers ...interceptor.Spec) (at time.Duration, attempts int64) {
-	const servers, rate, every, stall = 5, 300, 2 * time.Second, 100 * ms
+// tail makes calls at a steady rate through a belfry.p2c channel to servers that each
+// stall 100 ms every 2 s, the first a second after the first call. It returns how long
+// the calls took, sorted, and the attempts that reached the servers.
+func tail(t testing.TB, inMemory bool, calls int, layers ...interceptor.Spec) (took []time.Duration, attempts int64) {
+	const servers, rate, every = 5, 300, 2 * time.Second
 	t.Helper()
 	cluster := testserver.NewCluster(t, servers, func(int) []testserver.Option {
 		opts := []testserver.Option{testserver.ServiceTime(testserver.Lognormal(2*ms, 0.3))}
@@ -477,7 +478,7 @@ func tail(t testing.TB, inMemory bool, calls int, q float64, layers ...intercept
 	defer cancel()
 	for i, s := range cluster.Servers() {
 		stalls.Go(func() {
-			next := time.NewTimer(every * time.Duration(i) / servers)
+			next := time.NewTimer(time.Second + every*time.Duration(i)/servers)
 			defer next.Stop()
 			for {
 				select {
@@ -492,7 +493,7 @@ func tail(t testing.TB, inMemory bool, calls int, q float64, layers ...intercept
 			}
 		})
 	}
-	took := make([]time.Duration, calls)
+	took = make([]time.Duration, calls)
 	start := time.Now()
 	for i := range calls {
 		time.Sleep(time.Until(start.Add(time.Duration(i) * time.Second / rate)))
@@ -509,31 +510,52 @@ func tail(t testing.TB, inMemory bool, calls int, q float64, layers ...intercept
 		attempts += s.Stats().Started
 	}
 	slices.Sort(took)
-	return took[int(q*float64(calls))], attempts
+	return took, attempts
 }
 
-func TestHedgingHalvesP999(t *testing.T) {
+const stall = 100 * ms
+
+// stalled returns how many of the calls a stall held for more than half its time.
+func stalled(took []time.Duration) (n int) {
+	for _, d := range took {
+		if d > stall/2 {
+			n++
+		}
+	}
+	return n
+}
+
+// How many calls a stall catches is a matter of chance. In 50 runs it caught 18 to 82
+// without hedging, 0 or 1 with a hedge by default, and 0 to 3, 0.5 in the mean, with one
+// at p95, whose budget is nearly spent. Half of 18 or more are there by chance in fewer
+// than one in 1e8 runs. The percentile p99.9 would be that of the six slowest calls, and
+// the first calls of a channel, of which no latency is known, can be as many.
+func TestHedgingSavesCallsFromStalls(t *testing.T) {
 	if race.Enabled {
 		t.Skip("6,000 calls, three times: slow under the race detector, which has the other tests")
 	}
 	const calls = 6000
-	var without time.Duration
-	synctest.Test(t, func(t *testing.T) { without, _ = tail(t, true, calls, 0.999) })
+	var without int
+	synctest.Test(t, func(t *testing.T) {
+		took, _ := tail(t, true, calls)
+		without = stalled(took)
+	})
 	for name, config := range map[string]hedge.Config{
 		"by default": {},
-		"at p95":     {Percentile: 0.95, MaxExtraLoad: 0.055},
+		"at p95":     {Percentile: 0.95, MaxExtraLoad: 0.057},
 	} {
-		var with time.Duration
-		var attempts int64
-		synctest.Test(t, func(t *testing.T) { with, attempts = tail(t, true, calls, 0.999, mustNew(t, config)) })
-		more := float64(attempts)/calls - 1
-		t.Logf("%s: p99.9 is %v, and %v without hedging; %.1f %% more calls", name, with, without, 100*more)
+		var with int
+		var more float64
+		synctest.Test(t, func(t *testing.T) {
+			took, attempts := tail(t, true, calls, mustNew(t, config))
+			with, more = stalled(took), float64(attempts)/calls-1
+		})
+		t.Logf("%s: %d calls are stalled, and %d without hedging; %.1f %% more calls", name, with, without, 100*more)
 		if with > without/2 {
-			t.Errorf("%s: p99.9 is %v, and %v without hedging; want at most half", name, with, without)
+			t.Errorf("%s: %d calls are stalled, and %d without hedging; want at most half as many", name, with, without)
 		}
-		// The budgets allow 5 and 5.5 % of the calls, and 10 and one a second besides,
-		// which makes 6 % at most. p99.9 is a matter of chance; of 50 runs the worst had
-		// 9.1 ms, and 51 ms would fail.
+		// The budgets allow 4.75 and 5.4 % of the calls, and 10 and one a second besides,
+		// which makes 6 % at most.
 		if more > 0.06 {
 			t.Errorf("%s: %.2f %% more calls, want at most 6 %%", name, 100*more)
 		}
@@ -551,8 +573,8 @@ func BenchmarkTail(b *testing.B) {
 			var p999 time.Duration
 			var attempts, n int64
 			for b.Loop() {
-				at, a := tail(b, false, calls, 0.999, bc.layers...)
-				p999, attempts, n = p999+at, attempts+a, n+1
+				took, a := tail(b, false, calls, bc.layers...)
+				p999, attempts, n = p999+took[calls*999/1000], attempts+a, n+1
 			}
 			b.ReportMetric(float64(p999/ms)/float64(n), "p99.9-ms")
 			b.ReportMetric(100*(float64(attempts)/float64(n*calls)-1), "%-more-calls")

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/layertest"
 )
 
@@ -19,7 +20,7 @@ func ExampleRun() {
 
 	layertest.Run(t, func() (interceptor.Spec, func() error) {
 		sem := semaphore.NewWeighted(10)
-		return interceptor.FromSemaphore("limit", sem), func() error {
+		return adapt.FromSemaphore("limit", sem), func() error {
 			if !sem.TryAcquire(10) {
 				return errors.New("a permit is held")
 			}

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -81,7 +82,7 @@ func TestRun(t *testing.T) {
 	t.Run("gate_that_waits", func(t *testing.T) {
 		Run(t, func() (interceptor.Spec, func() error) {
 			sem := semaphore.NewWeighted(2)
-			return interceptor.FromSemaphore("limit", sem), func() error {
+			return adapt.FromSemaphore("limit", sem), func() error {
 				if !sem.TryAcquire(2) {
 					return errors.New("a permit is held")
 				}

@@ -25,6 +25,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
@@ -66,15 +67,15 @@ func (f *factory) make(ctx context.Context, key string) (Conn, error) {
 		f.mu.Unlock()
 		return nil, err
 	}
-	return &conn{f: f, key: key}, nil
+	return &served{f: f, key: key}, nil
 }
 
-type conn struct {
+type served struct {
 	f   *factory
 	key string
 }
 
-func (c *conn) Invoke(ctx context.Context, _ string, _, reply any, _ ...grpc.CallOption) error {
+func (c *served) Invoke(ctx context.Context, _ string, _, reply any, _ ...grpc.CallOption) error {
 	if s, ok := reply.(*string); ok {
 		*s = c.key
 	}
@@ -89,11 +90,11 @@ func (c *conn) Invoke(ctx context.Context, _ string, _, reply any, _ ...grpc.Cal
 	}
 }
 
-func (c *conn) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+func (c *served) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
 	return &stream{ctx: ctx}, nil
 }
 
-func (c *conn) Close() error {
+func (c *served) Close() error {
 	time.Sleep(c.f.closeTakes)
 	c.f.mu.Lock()
 	defer c.f.mu.Unlock()
@@ -107,12 +108,23 @@ type stream struct {
 	ctx context.Context
 }
 
+func (s *stream) SendMsg(any) error { return nil }
+
 func (s *stream) RecvMsg(m any) error {
 	if m == nil {
 		return io.EOF
 	}
 	<-s.ctx.Done()
 	return s.ctx.Err()
+}
+
+// openStream opens a stream, which has one request, and sends that.
+func openStream(ctx context.Context, m *Maker, key string) (grpc.ClientStream, error) {
+	s, err := m.NewStream(with(ctx, key), &grpc.StreamDesc{ServerStreams: true}, method)
+	if err != nil {
+		return nil, err
+	}
+	return s, s.SendMsg("request")
 }
 
 func (f *factory) want(t *testing.T, what string, got *[]string, want ...string) {
@@ -172,9 +184,17 @@ func start(m *Maker, ctx context.Context, key string, opts ...grpc.CallOption) <
 	return done
 }
 
+// stats compares what want sets; Making and Waiting only if they are not 0.
 func stats(t *testing.T, m *Maker, want Stats) {
 	t.Helper()
-	if got := m.Stats(); got != want {
+	got := m.Stats()
+	if want.Making == 0 {
+		got.Making = 0
+	}
+	if want.Waiting == 0 {
+		got.Waiting = 0
+	}
+	if got != want {
 		t.Errorf("stats are %+v, want %+v", got, want)
 	}
 }
@@ -262,8 +282,8 @@ func TestMakingContext(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 		defer cancel()
 		<-start(m, ctx, "a")
-		if _, ok := fac.ctx.Deadline(); ok || fac.ctx.Value(keyOf{}) != "a" {
-			t.Errorf("made with %v, want the call's values and no deadline", fac.ctx)
+		if at, ok := fac.ctx.Deadline(); !ok || time.Until(at) != DefaultMakeTimeout || fac.ctx.Value(keyOf{}) != "a" {
+			t.Errorf("made with %v, want the call's values and a deadline after %v", fac.ctx, DefaultMakeTimeout)
 		}
 	})
 }
@@ -300,12 +320,12 @@ func TestIdleTimeoutSparesConnectionsInUse(t *testing.T) {
 	fac := &factory{callTakes: time.Hour}
 	bubble(t, Config{IdleTimeout: time.Second}, fac, func(t *testing.T, m *Maker) {
 		done := start(m, context.Background(), "unary")
-		ctx, cancel := context.WithCancel(with(context.Background(), "abandoned"))
+		ctx, cancel := context.WithCancel(context.Background())
 		defer cancel()
-		if _, err := m.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, method); err != nil {
+		if _, err := openStream(ctx, m, "abandoned"); err != nil {
 			t.Fatal(err)
 		}
-		s, err := m.NewStream(with(context.Background(), "read"), &grpc.StreamDesc{ServerStreams: true}, method)
+		s, err := openStream(context.Background(), m, "read")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -444,7 +464,7 @@ func TestMaxWaitWhileMaking(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			fac := &factory{makeTakes: tc.takes}
-			bubble(t, Config{MaxWait: tc.maxWait}, fac, func(t *testing.T, m *Maker) {
+			bubble(t, Config{MaxWait: tc.maxWait, MakeTimeout: None}, fac, func(t *testing.T, m *Maker) {
 				began := time.Now()
 				err := <-start(m, context.Background(), "a", tc.opts...)
 				if got := calltest.Reason(err); got != tc.reason || time.Since(began) != tc.after {
@@ -459,7 +479,7 @@ func TestMaxWaitWhileMaking(t *testing.T) {
 func TestShedInFrontOfMaker(t *testing.T) {
 	fac := &factory{makeTakes: time.Hour}
 	bubble(t, Config{}, fac, func(t *testing.T, m *Maker) {
-		conn := calltest.Stack(t, shed{}, interceptor.FromSemaphore("limit", semaphore.NewWeighted(10))).Wrap(m)
+		conn := calltest.Stack(t, shed{}, adapt.FromSemaphore("limit", semaphore.NewWeighted(10))).Wrap(m)
 		began := time.Now()
 		err := conn.Invoke(context.Background(), method, nil, nil)
 		if calltest.Reason(err) != interceptor.ReasonNotReady || time.Since(began) != grace {
@@ -512,14 +532,10 @@ func TestTurns(t *testing.T) {
 	bubble(t, Config{MaxConns: 1}, fac, func(t *testing.T, m *Maker) {
 		ctx, cancel := context.WithCancel(context.Background())
 		var wg sync.WaitGroup
-		var calls atomic.Int64
 		for range 2 {
 			wg.Go(func() {
 				for ctx.Err() == nil {
-					if err := m.Invoke(with(context.Background(), "a"), method, nil, nil); err != nil {
-						t.Error(err)
-					}
-					calls.Add(1)
+					call(t, m, "a")
 				}
 			})
 			time.Sleep(50 * time.Millisecond)
@@ -527,56 +543,234 @@ func TestTurns(t *testing.T) {
 		for range 5 {
 			began := time.Now()
 			call(t, m, "b")
-			if got := time.Since(began); got > 2*time.Second {
-				t.Errorf("b waited %v, want at most about the turn of a second and the calls in flight", got)
+			if got := time.Since(began); got > 200*time.Millisecond {
+				t.Errorf("a call of b took %v, want at most that of a in flight before it and its own", got)
 			}
-			time.Sleep(3 * time.Second)
+			time.Sleep(time.Second)
 		}
 		cancel()
 		wg.Wait()
-		if n := calls.Load(); n < 250 { // Of 300 that 2 callers make in 15 s alone.
-			t.Errorf("%d calls of a were made, want nearly as many as without b", n)
+		fac.want(t, "made", &fac.made, "a", "b", "a", "b", "a", "b", "a", "b", "a", "b", "a")
+	})
+}
+
+// For each key that waits one connection yields, the one that is in use for longest. Its
+// later calls wait behind that key; those of the others pass.
+func TestTurnsTakeOneConnectionForEachKey(t *testing.T) {
+	fac := &factory{callTakes: time.Minute}
+	bubble(t, Config{MaxConns: 3}, fac, func(t *testing.T, m *Maker) {
+		began := time.Now()
+		order := &observed{}
+		var wg sync.WaitGroup
+		at := func(name, key string) {
+			wg.Go(func() {
+				call(t, m, key)
+				order.add("%s %v", name, time.Since(began))
+			})
+			synctest.Wait()
 		}
-		if n := len(fac.made); n > 11 {
-			t.Errorf("%d connections were made, want at most one for each turn", n)
+		at("a", "a")
+		time.Sleep(10 * time.Second)
+		at("b", "b")
+		time.Sleep(10 * time.Second)
+		at("c", "c")
+		time.Sleep(10 * time.Second)
+		at("waits", "d")
+		at("later a", "a")
+		stats(t, m, Stats{Conns: 3, Queued: 2, Waiting: 2})
+		at("c again", "c")
+		time.Sleep(10 * time.Second)
+		err := m.Invoke(with(t.Context(), "b"), method, nil, nil, interceptor.WithWait(interceptor.None))
+		if calltest.Reason(err) != interceptor.ReasonConcurrency { // The second that yields.
+			t.Errorf("a call of b that may not wait: %v, want reason CONCURRENCY", err)
+		}
+		wg.Wait()
+		want := []string{"a 1m0s", "b 1m10s", "c 1m20s", "c again 1m30s", "waits 2m0s", "later a 2m10s"}
+		if !slices.Equal(order.list, want) {
+			t.Errorf("the calls ended %q, want %q", order.list, want)
 		}
 	})
 }
 
-// One key too many takes one connection of many, and not all of them.
-func TestTurnsRetireOneAtATime(t *testing.T) {
-	fac := &factory{callTakes: 10 * time.Minute}
-	bubble(t, Config{MaxConns: 10}, fac, func(t *testing.T, m *Maker) {
+// A key that gives up leaves the others as they were.
+func TestTurnGivenUp(t *testing.T) {
+	fac := &factory{callTakes: time.Minute}
+	bubble(t, Config{MaxConns: 1}, fac, func(t *testing.T, m *Maker) {
+		busy := start(m, context.Background(), "a")
 		ctx, cancel := context.WithCancel(context.Background())
-		var busy []<-chan error
-		for i := range 10 {
-			busy = append(busy, start(m, ctx, fmt.Sprint(i)))
-			time.Sleep(time.Millisecond)
-		}
-		time.Sleep(time.Minute)
-		waits := start(m, ctx, "b")
-		shared := start(m, ctx, "1") // Not the oldest.
-		stats(t, m, Stats{Conns: 10, Queued: 1})
-		retired := func() int {
-			m.mu.Lock()
-			defer m.mu.Unlock()
-			return len(m.retired)
-		}
-		if n := retired(); n != 1 {
-			t.Errorf("%d connections retired, want 1", n)
-		}
-		time.Sleep(3*turn + 1)
-		if n := retired(); n != 4 { // Its calls do not end, so the next one's may.
-			t.Errorf("%d connections retired after three more turns, want 4", n)
-		}
-		refused := start(m, ctx, "0", interceptor.WithWait(interceptor.None))
-		if err := <-refused; calltest.Reason(err) != interceptor.ReasonConcurrency {
-			t.Errorf("a call on what is retired: %v, want reason CONCURRENCY", err)
-		}
+		b := start(m, ctx, "b")
+		later := start(m, context.Background(), "a")
+		stats(t, m, Stats{Conns: 1, Queued: 2, Waiting: 2})
+		time.Sleep(time.Second)
 		cancel()
-		for _, c := range append(busy, waits, shared) {
-			<-c
+		<-b
+		synctest.Wait()
+		stats(t, m, Stats{Conns: 1})
+		<-busy
+		began := time.Now()
+		if err := <-later; err != nil || time.Since(began) != time.Second {
+			t.Errorf("the later call of a: %v, %v after the first, want no error after 1s", err, time.Since(began))
 		}
+		busy = start(m, context.Background(), "a")
+		ctx, cancel = context.WithCancel(context.Background())
+		b = start(m, ctx, "b")
+		cancel()
+		<-b
+		if err := <-start(m, context.Background(), "a", interceptor.WithWait(interceptor.None)); err != nil {
+			t.Errorf("a call of a after b has given up: %v", err)
+		}
+		<-busy
+		fac.want(t, "made", &fac.made, "a")
+	})
+}
+
+func TestMaxAge(t *testing.T) {
+	fac := &factory{callTakes: time.Second}
+	bubble(t, Config{MaxAge: 10 * time.Second}, fac, func(t *testing.T, m *Maker) {
+		time.Sleep(time.Hour)
+		for range 9 {
+			call(t, m, "a")
+		}
+		long := start(m, context.Background(), "a")
+		time.Sleep(time.Second - 1)
+		fac.want(t, "made", &fac.made, "a")
+		time.Sleep(time.Nanosecond)
+		call(t, m, "a")
+		<-long
+		synctest.Wait()
+		fac.want(t, "made", &fac.made, "a", "a")
+		fac.want(t, "closed", &fac.closed, "a")
+	})
+}
+
+func TestMakeTimeout(t *testing.T) {
+	for _, tc := range []struct {
+		timeout, want time.Duration
+		code          codes.Code
+	}{
+		{0, 20 * time.Second, codes.Unavailable},
+		{time.Second, time.Second, codes.Unavailable},
+		{None, time.Hour, codes.OK},
+	} {
+		fac := &factory{makeTakes: time.Hour}
+		bubble(t, Config{MakeTimeout: tc.timeout}, fac, func(t *testing.T, m *Maker) {
+			began := time.Now()
+			err := <-start(m, context.Background(), "a")
+			if status.Code(err) != tc.code || time.Since(began) != tc.want {
+				t.Errorf("%v: %v after %v, want %v after %v", tc.timeout, err, time.Since(began), tc.code, tc.want)
+			}
+			if err != nil && !strings.Contains(err.Error(), fmt.Sprintf("MakeTimeout of %v has passed", tc.want)) {
+				t.Errorf("%v, want an error that names the setting", err)
+			}
+		})
+	}
+}
+
+type observed struct {
+	mu   sync.Mutex // Guards list.
+	list []string
+}
+
+func (o *observed) add(format string, args ...any) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.list = append(o.list, fmt.Sprintf(format, args...))
+}
+
+func (o *observed) Made(key string, took time.Duration, err error) {
+	o.add("made %s %v %v", key, took, err)
+}
+
+func (o *observed) Waited(key string, d time.Duration) { o.add("waited %s %v", key, d) }
+
+func (o *observed) Closed(key string, why Why, err error) { o.add("closed %s %s %v", key, why, err) }
+
+func TestObserver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fac := &factory{makeTakes: time.Second, closeErr: errors.New("bad end")}
+		obs := &observed{}
+		m, err := New(Config{MaxConns: 1, IdleTimeout: time.Minute, MaxAge: time.Hour}, byContext, fac.make, WithObserver(obs))
+		if err != nil {
+			t.Fatal(err)
+		}
+		expect := func(want ...string) {
+			t.Helper()
+			synctest.Wait()
+			if !slices.Equal(obs.list, want) {
+				t.Errorf("observed %q, want %q", obs.list, want)
+			}
+			obs.list = nil
+		}
+		a := start(m, context.Background(), "a")
+		stats(t, m, Stats{Conns: 1, Making: 1})
+		<-a
+		call(t, m, "a")
+		expect("made a 1s <nil>", "waited a 1s")
+		call(t, m, "b")
+		expect("closed a replaced bad end", "made b 1s <nil>", "waited b 1s")
+		m.Forget("b")
+		expect("closed b forgotten bad end")
+		call(t, m, "b")
+		time.Sleep(time.Minute)
+		expect("made b 1s <nil>", "waited b 1s", "closed b idle bad end")
+		m.Update(Config{IdleTimeout: None, MaxAge: time.Hour})
+		call(t, m, "b")
+		time.Sleep(time.Hour)
+		call(t, m, "b")
+		expect("made b 1s <nil>", "waited b 1s", "closed b aged bad end", "made b 1s <nil>", "waited b 1s")
+		fac.err = io.ErrUnexpectedEOF
+		<-start(m, context.Background(), "c")
+		expect("made c 1s unexpected EOF", "waited c 1s")
+		m.Close()
+		expect("closed b closed bad end")
+	})
+}
+
+func TestServerStreamIsKeyedByItsRequest(t *testing.T) {
+	fac := &factory{}
+	m, err := New(Config{}, func(_ context.Context, _ string, args any) (string, error) {
+		if args == nil {
+			return "none", nil
+		}
+		return args.(string), nil
+	}, fac.make)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	s, err := m.NewStream(t.Context(), &grpc.StreamDesc{ServerStreams: true}, method)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fac.want(t, "made", &fac.made)
+	if err := s.SendMsg("a"); err != nil {
+		t.Fatal(err)
+	}
+	stats(t, m, Stats{Conns: 1})
+	if err := s.RecvMsg(nil); err != io.EOF {
+		t.Errorf("RecvMsg: %v, want EOF", err)
+	}
+	stats(t, m, Stats{Conns: 1, Idle: 1})
+	if _, err := m.NewStream(t.Context(), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, method); err != nil {
+		t.Fatal(err)
+	}
+	fac.want(t, "made", &fac.made, "a", "none")
+}
+
+func TestConns(t *testing.T) {
+	fac := &factory{}
+	bubble(t, Config{MaxConns: 1}, fac, func(t *testing.T, m *Maker) {
+		call(t, m, "a")
+		for c := range m.Conns() {
+			if key := c.(*served).key; key != "a" {
+				t.Errorf("the connection is that of %s, want a", key)
+			}
+			err := m.Invoke(with(t.Context(), "b"), method, nil, nil, interceptor.WithWait(interceptor.None))
+			if calltest.Reason(err) != interceptor.ReasonConcurrency {
+				t.Errorf("a call of b while the loop holds a: %v, want reason CONCURRENCY", err)
+			}
+		}
+		call(t, m, "b")
 	})
 }
 
@@ -651,7 +845,7 @@ func TestClose(t *testing.T) {
 	bubble(t, Config{MaxConns: 3}, fac, func(t *testing.T, m *Maker) {
 		ctx, cancel := context.WithCancel(context.Background())
 		busy := start(m, ctx, "busy")
-		if s, err := m.NewStream(with(ctx, "idle"), &grpc.StreamDesc{ServerStreams: true}, method); err != nil {
+		if s, err := openStream(ctx, m, "idle"); err != nil {
 			t.Error(err)
 		} else if err := s.RecvMsg(nil); err != io.EOF {
 			t.Error(err)
@@ -886,6 +1080,9 @@ func TestConfigErrors(t *testing.T) {
 	for want, f := range map[string]func() (*Maker, error){
 		"maker: MaxConns is -1, must be":     func() (*Maker, error) { return New(Config{MaxConns: -1}, byContext, mk) },
 		"maker: IdleTimeout is 1ns, must be": func() (*Maker, error) { return New(Config{IdleTimeout: 1}, byContext, mk) },
+		"maker: MaxAge is 1ns, must be":      func() (*Maker, error) { return New(Config{MaxAge: 1}, byContext, mk) },
+		"maker: MakeTimeout is 1ns, must be": func() (*Maker, error) { return New(Config{MakeTimeout: 1}, byContext, mk) },
+		"maker: WithObserver is nil":         func() (*Maker, error) { return New(Config{}, byContext, mk, WithObserver(nil)) },
 		"maker: key is nil":                  func() (*Maker, error) { return New(Config{}, nil, mk) },
 		"maker: makeConn is nil":             func() (*Maker, error) { return New(Config{}, byContext, nil) },
 	} {
@@ -906,6 +1103,22 @@ func TestName(t *testing.T) {
 	}
 }
 
+// unfair says what does not hold of the keys that wait in m, and should always.
+func unfair(m *Maker) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	waiting, yielding, busy, idle := m.queue.Len(), m.yielding.Len(), m.busy.Len(), m.idle.Len()
+	switch {
+	case m.conns != yielding+busy+idle:
+		return fmt.Errorf("%d connections, but %d yield, %d are busy and %d idle", m.conns, yielding, busy, idle)
+	case waiting > 0 && (idle > 0 || m.conns < m.config.MaxConns):
+		return fmt.Errorf("%d keys wait, but %d of %d connections are idle and there may be %d", waiting, idle, m.conns, m.config.MaxConns)
+	case yielding != min(waiting, m.conns):
+		return fmt.Errorf("%d keys wait and %d of %d connections yield, want one for each", waiting, yielding, m.conns)
+	}
+	return nil
+}
+
 // Calls of random keys that take a random time, are cancelled, or fail to get a
 // connection, in virtual time: the bound always holds, and at rest all that is
 // left is idle, and then gone. Virtual time makes it fail never or for a reason.
@@ -914,24 +1127,27 @@ func TestRandomCalls(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	fac := &factory{makeTakes: 5 * time.Millisecond, closeTakes: 3 * time.Millisecond, callTakes: 10 * time.Millisecond}
-	bubble(t, Config{MaxConns: 3, IdleTimeout: 20 * time.Millisecond, MaxWait: 100 * time.Millisecond}, fac, func(t *testing.T, m *Maker) {
+	bubble(t, Config{MaxConns: 3, IdleTimeout: 20 * time.Millisecond, MaxAge: 200 * time.Millisecond, MaxWait: 100 * time.Millisecond}, fac, func(t *testing.T, m *Maker) {
 		var wg sync.WaitGroup
 		var ok atomic.Int64
 		over := false
 		for range 1000 {
 			key, isStream, d := fmt.Sprint(rng.IntN(8)), rng.IntN(4) == 0, time.Duration(rng.IntN(150))*time.Millisecond
 			wg.Go(func() {
-				ctx, cancel := context.WithTimeout(with(context.Background(), key), d)
+				ctx, cancel := context.WithTimeout(context.Background(), d)
 				defer cancel()
 				if isStream {
-					if s, err := m.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, method); err == nil && d%2 == 0 {
+					if s, err := openStream(ctx, m, key); err == nil && d%2 == 0 {
 						s.RecvMsg(nil)
 					}
-				} else if m.Invoke(ctx, method, nil, nil) == nil {
+				} else if m.Invoke(with(ctx, key), method, nil, nil) == nil {
 					ok.Add(1)
 				}
 			})
 			over = over || m.Stats().Conns > 3
+			if err := unfair(m); err != nil {
+				t.Fatal(err)
+			}
 			if rng.IntN(20) == 0 {
 				m.Forget(key)
 			}
@@ -967,6 +1183,7 @@ type through struct{}
 type targetKey struct{}
 
 type target struct {
+	desc     *grpc.StreamDesc
 	cc       *grpc.ClientConn
 	invoker  grpc.UnaryInvoker
 	streamer grpc.Streamer
@@ -977,9 +1194,9 @@ func (through) Invoke(ctx context.Context, method string, args, reply any, opts 
 	return t.invoker(ctx, method, args, reply, t.cc, opts...)
 }
 
-func (through) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+func (through) NewStream(ctx context.Context, _ *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	t := ctx.Value(targetKey{}).(target)
-	return t.streamer(ctx, desc, t.cc, method, opts...)
+	return t.streamer(ctx, t.desc, t.cc, method, opts...)
 }
 
 func (through) Close() error { return nil }
@@ -998,7 +1215,10 @@ func TestConformance(t *testing.T) {
 				return m.Invoke(context.WithValue(ctx, targetKey{}, target{cc: cc, invoker: invoker}), method, req, reply, opts...)
 			},
 			func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-				return m.NewStream(context.WithValue(ctx, targetKey{}, target{cc: cc, streamer: streamer}), desc, method, opts...)
+				// An interceptor has to open its stream at once, so the Maker sees one that
+				// it opens at once.
+				return m.NewStream(context.WithValue(ctx, targetKey{}, target{desc: desc, cc: cc, streamer: streamer}),
+					&grpc.StreamDesc{ServerStreams: desc.ServerStreams, ClientStreams: true}, method, opts...)
 			})
 		return l, func() error {
 			defer m.Close()
@@ -1059,6 +1279,7 @@ func BenchmarkMaker(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
+			s.SendMsg(nil)
 			s.RecvMsg(nil)
 		}
 	})

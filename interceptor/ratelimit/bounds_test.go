@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/test/race"
 	"github.com/belfry-go/belfry/internal/testserver"
@@ -40,7 +41,7 @@ func TestRefund(t *testing.T) {
 
 // limit admits n calls at a time, and lets the others wait.
 func limit(n int64) interceptor.Spec {
-	return interceptor.FromSemaphore("limit", semaphore.NewWeighted(n))
+	return adapt.FromSemaphore("limit", semaphore.NewWeighted(n))
 }
 
 // Calls that took their tokens seconds ago give them back all at once.
@@ -51,7 +52,7 @@ func testLateRefunds(t *testing.T) {
 				l, srv := mustNew(t, cfg), newServer()
 				full := semaphore.NewWeighted(1)
 				full.TryAcquire(1)
-				stuck := calltest.Stack(t, l, interceptor.FromSemaphore("limit", full)).Wrap(newServer())
+				stuck := calltest.Stack(t, l, adapt.FromSemaphore("limit", full)).Wrap(newServer())
 				conn := calltest.Stack(t, l).Wrap(srv)
 				ctx, cancel := context.WithCancel(context.Background())
 				var wg sync.WaitGroup
@@ -97,7 +98,7 @@ func testExactUnderRefunds(t *testing.T) {
 			rng := rand.New(rand.NewPCG(base, seed))
 			limit, burst := 1+rng.IntN(100), 1+rng.IntN(20)
 			l, srv := mustNew(t, Config{Limit: limit, Burst: burst}), newServer()
-			inside := interceptor.FromAllow("inside", interceptor.ReasonFilter, func(ctx context.Context) (func(interceptor.Outcome, error), error) {
+			inside := adapt.FromAllow("inside", interceptor.ReasonFilter, func(ctx context.Context) (func(interceptor.Outcome, error), error) {
 				if ctx.Value(refusedKey{}) != nil {
 					return nil, interceptor.Refuse("inside", interceptor.ReasonFilter, "")
 				}

@@ -34,7 +34,7 @@ func Example() {
 	}
 	conn := stack.Wrap(echo{})
 
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	for range 3 {
 		// A third call would have to wait for half a minute, which its deadline does
@@ -42,7 +42,7 @@ func Example() {
 		err := conn.Invoke(ctx, "/helloworld.Greeter/SayHello", nil, nil)
 		var refusal *interceptor.Refusal
 		if errors.As(err, &refusal) {
-			fmt.Println(refusal.Layer, refusal.Reason, status.Code(err), refusal.RetryAfter > 29*time.Second)
+			fmt.Println(refusal.Layer, refusal.Reason, status.Code(err), refusal.RetryAfter > 20*time.Second)
 		}
 	}
 	// Output:

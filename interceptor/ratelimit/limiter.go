@@ -91,9 +91,7 @@ func (l *elsewhere) WrapGate(inner interceptor.Gate) interceptor.Gate {
 			}
 			return err
 		}
-		if slot := a.Internals().Slot(); slot != nil {
-			slot.Pass()
-		}
+		a.Internals().Pass()
 		if taken {
 			a.Hold(&token{limiter: l.limiter, key: key}, 0)
 		}

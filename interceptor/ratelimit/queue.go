@@ -83,9 +83,7 @@ func (q *queue) acquire(ctx context.Context, a *interceptor.Admission, w interce
 	waiting, now := q.waiting.Load(), a.Now()
 	if waiting == 0 {
 		if token, ok := q.src.take(now); ok {
-			if slot := a.Internals().Slot(); slot != nil {
-				slot.Pass()
-			}
+			a.Internals().Pass()
 			return token, nil
 		}
 	}

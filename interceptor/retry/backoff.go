@@ -120,6 +120,17 @@ func (d *delays) next(b *Backoff) time.Duration {
 	return base
 }
 
+// atLeast draws the delay before the next retry, of which the server asks for the first
+// part, least. Clients that were told the same come back spread over half of it, as Envoy's
+// rate_limited_retry_back_off has it, unless there is no jitter.
+func (d *delays) atLeast(b *Backoff, least time.Duration) time.Duration {
+	wait := d.next(b)
+	if b.Jitter != NoJitter {
+		least = between(least, least+least/2)
+	}
+	return max(wait, least)
+}
+
 // reset starts over, as gRFC A6 requires after a pushback.
 func (d *delays) reset() { *d = delays{} }
 

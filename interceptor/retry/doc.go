@@ -3,12 +3,12 @@
 
 // Package retry repeats calls that failed for a reason that may have passed. It is
 // Tower's retry with its budget and back-off, and gRFC A6's retry policy, for gRPC calls
-// of all four kinds. Use it where a call may fail because of one server or one moment,
-// and for methods that may be carried out twice.
+// of all four kinds. Use it where a call may fail because of one server or one moment. What
+// was sent is repeated only for methods that are declared idempotent, or that you name.
 //
 //	stack, err := interceptor.NewStack(
 //		timeout.Config{Timeout: time.Second},
-//		retry.Config{MaxAttempts: 3},
+//		retry.Config{MaxAttempts: 3, Methods: []string{"/shop.Orders/List"}},
 //		buffer.Config{Size: 50},
 //		concurrency.Config{Limit: 20},
 //	)
@@ -19,11 +19,13 @@
 //
 //   - the server asks not to, with a negative grpc-retry-pushback-ms, or asks for a
 //     delay of more than Config.MaxServerDelay (10 s by default);
-//   - it is RESOURCE_EXHAUSTED and the server does not say when to come back, by
-//     RetryInfo or pushback: a blind repeat adds load to an overloaded server, or sends
-//     a message again that is too large;
-//   - the call has made MaxAttempts, or Config.Budget is spent. The budget is on
-//     by default, see package budget;
+//   - it is RESOURCE_EXHAUSTED, Config.Codes is nil, and the server does not say when to
+//     come back, by RetryInfo or pushback: a blind repeat adds load to an overloaded
+//     server;
+//   - the client itself could not send the request or take the answer, which is too
+//     large or cannot be encoded;
+//   - the call has made MaxAttempts, or what it says itself (package attempts), or
+//     Config.Budget is spent. The budget is on by default, see package budget;
 //   - the delay before it would end after the call's deadline: the call then
 //     fails at once;
 //   - a layer inside refused the attempt. That is not a server's UNAVAILABLE. An
@@ -37,6 +39,14 @@
 // attempt's own, and the second asks to repeat a whole transaction, which only the caller
 // knows.
 //
+// A server's pushback is the exact delay before the next attempt, as gRFC A6 has it. Its
+// RetryInfo is the least: up to half as much is added at random, so that clients that were
+// refused together do not come back together.
+//
+// A [Policy] replaces these rules. It sees status, header, trailer, reply and request, the
+// number of attempts and the time, and decides whether, when and why. The examples say the
+// conditions of Envoy and of failsafe-go with it.
+//
 // gRPC itself repeats, once and below all layers, an attempt that never left the client
 // or that the server did not process (REFUSED_STREAM, GOAWAY). Such transparent retries
 // neither count as attempts here nor touch the budget.
@@ -44,11 +54,16 @@
 // # Which methods
 //
 // UNAVAILABLE may come after the server has done its work, for example when a connection
-// breaks. By default all methods are repeated nevertheless, as in gRPC.
-// Config.DeclaredOnly restricts that to methods that their .proto file declares
-// idempotent (option idempotency_level), and [WithIdempotent] to those that a function
-// allows. An attempt that was not sent, because there was no connection, is repeated
-// whatever the method, and costs the budget nothing.
+// breaks. So an attempt that was sent is repeated only if its method may be carried out
+// more than once: if it is declared idempotent in its .proto file (option
+// idempotency_level, whose file is linked in if the stub is), if Config.Methods names it
+// or its service, if [WithIdempotent] allows it, if the call says so (package attempts), or if Config.AllMethods is true, as in
+// gRPC's own retries. Otherwise a unary call ends with the server's error, in which
+// errors.As finds a refusal with reason NOT_IDEMPOTENT, and the observer is told. A stream
+// says so only if there is a policy.
+//
+// An attempt that was not sent, because there was no connection, is repeated whatever the
+// method, and costs the budget nothing.
 //
 // # Further attempts
 //
@@ -57,7 +72,9 @@
 // budget bounds how many there are. During a back-off a call holds nothing of the layers
 // inside.
 //
-// The caller gets the error of the last attempt. If a further attempt was then refused,
+// The caller gets the error of the last attempt, whose text says how many there were. An
+// observer is told why each one is made, and a call may ask for a report
+// (interceptor/attempts). If a further attempt was then refused,
 // by a layer inside, by the budget (reason BUDGET), or because the stack drains or the
 // connection was closed, that error is wrapped in an [interceptor.Refusal] that says so.
 // Its status is still the server's, and the observer is told. Drain and ClientConn.Close
@@ -66,8 +83,13 @@
 //
 // Each attempt has its own reply, and its own results for Header, Trailer and
 // Peer options; the caller gets those of the last. Further attempts carry
-// grpc-previous-rpc-attempts, and the balancing policy belfry.p2c sends them to
-// endpoints that the call has not tried.
+// grpc-previous-rpc-attempts, the number of attempts before, and the balancing policy
+// belfry.p2c prefers endpoints for them that the call has not tried.
+//
+// A retryPolicy in gRPC's service config would repeat each of these attempts, and no
+// budget would count that. [interceptor.Stack.DialOptions] turns it off. Whoever gives the
+// interceptors to a channel by hand, or wraps it, dials it with grpc.WithDisableRetry. What
+// gRPC repeats because no server has seen it, it always repeats.
 //
 // # Order
 //

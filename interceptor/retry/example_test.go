@@ -17,7 +17,10 @@ import (
 )
 
 func Example() {
-	layer, err := retry.New(retry.Config{MaxAttempts: 3})
+	layer, err := retry.New(retry.Config{
+		MaxAttempts: 3,
+		Methods:     []string{"/orders.Orders/Get"}, // It may be carried out twice.
+	})
 	if err != nil {
 		log.Fatal(err)
 	}

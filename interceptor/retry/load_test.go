@@ -55,7 +55,7 @@ func TestUnderLoad(t *testing.T) {
 					}
 					unary := calltest.Stack(t,
 						loadshed.Config{},
-						retry.Config{Budget: budget.Config{Ratio: 100}},
+						retry.Config{AllMethods: true, Budget: budget.Config{Ratio: 100}},
 						buffer.Config{Size: 50},
 						concurrency.Config{Limit: 20},
 					).UnaryClientInterceptor()

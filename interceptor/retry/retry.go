@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -34,19 +35,23 @@ const (
 
 // Config says what is repeated, how often and when. The zero value is the default.
 type Config struct {
-	// MaxAttempts bounds the attempts of a call, including the first. From 1, which
-	// repeats nothing, to 100; zero means 3. Attempts that were not sent because there
+	// MaxAttempts bounds the attempts of a call, including the first, unless the call says
+	// otherwise (attempts.MaxRetry). From 1, which repeats nothing, to 100; zero means 3. Attempts that were not sent because there
 	// was no connection are counted separately, up to the same number. An attempt that a
 	// layer inside refused does not count.
 	MaxAttempts int
-	// Codes are the status codes to repeat. Nil means UNAVAILABLE and
-	// RESOURCE_EXHAUSTED; the latter is repeated only if the server says when to come
-	// back. If it is empty and not nil, only an attempt that a deadline inside cut short
-	// is repeated.
+	// Codes are the status codes to repeat. Nil means UNAVAILABLE, and RESOURCE_EXHAUSTED
+	// if the server says when to come back; in a list it means all RESOURCE_EXHAUSTED. If
+	// the list is empty and not nil, only an attempt that a deadline inside cut short is
+	// repeated.
 	Codes []codes.Code
-	// DeclaredOnly repeats only methods that are declared idempotent in their
-	// .proto file, and those of [WithIdempotent].
-	DeclaredOnly bool
+	// Methods names methods that may be carried out more than once, beside those that are
+	// declared idempotent: "/pkg.Service/Method", or "/pkg.Service/" for all methods of a
+	// service. The package documentation has the other ways to say so.
+	Methods []string
+	// AllMethods says that every method may be carried out more than once, writes
+	// included. Then Methods must be empty.
+	AllMethods bool
 	// BufferBytes is how many bytes of sent messages are kept for each stream so that it
 	// can be repeated. A stream that sends more is no longer repeated, and neither is one
 	// with messages of unknown size: known are protocol buffers, byte slices and types
@@ -55,7 +60,7 @@ type Config struct {
 	// Backoff is how long to wait before each retry.
 	Backoff Backoff
 	// MaxServerDelay is the longest delay that a server may ask for, by RetryInfo or
-	// pushback. If it asks for more, the call ends at once with its error. Otherwise a
+	// pushback, or a policy by Decision.After. If it asks for more, the call ends at once with its error. Otherwise a
 	// call without a deadline would wait as long as the server likes, and hold the
 	// permits of layers outside. Negative is an error; zero means 10 s, or Backoff.Max
 	// if that is longer.
@@ -67,19 +72,19 @@ type Config struct {
 
 // settings is a valid Config. It is immutable.
 type settings struct {
-	given    Config
-	max      int
-	codes    codeset.Set
-	declared bool
-	buffer   int
-	backoff  Backoff
-	longest  time.Duration // That a server may ask for.
+	given   Config
+	max     int
+	codes   codeset.Set
+	methods further.Methods
+	buffer  int
+	backoff Backoff
+	longest time.Duration // That a server may ask for.
 }
 
 // settings checks c.
 func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
-	c.Codes = slices.Clone(c.Codes) // The caller may change its own.
-	s := &settings{given: c, declared: c.DeclaredOnly}
+	c.Codes, c.Methods = slices.Clone(c.Codes), slices.Clone(c.Methods) // The caller may change its own.
+	s := &settings{given: c, methods: further.CheckMethods(errs, c.AllMethods, c.Methods)}
 	check.Default(errs, "MaxAttempts", &c.MaxAttempts, check.From(1, 100), DefaultMaxAttempts)
 	s.codes = check.Codes(errs, "Codes", c.Codes, codes.Unavailable, codes.ResourceExhausted)
 	check.Default(errs, "BufferBytes", &c.BufferBytes, check.From(1, 64<<20), DefaultBufferBytes)
@@ -92,24 +97,52 @@ func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 
 // An Attempt is what a [Policy] judges.
 type Attempt struct {
-	Method string
-	Kind   interceptor.Kind
-	N      int   // how many attempts this layer has made of the call, this one included
-	Err    error // nil if the attempt succeeded; the policy may replace it, see [Policy]
-	Reply  any   // of a unary attempt that succeeded; not to be modified
+	Method  string
+	Kind    interceptor.Kind
+	N       int           // how many attempts this layer has made of the call, this one included
+	Elapsed time.Duration // since the call was admitted
+	Sent    bool          // whether gRPC made a stream for it; if not, the server knows nothing of it
+	Err     error         // nil if the attempt succeeded; the policy may replace it, see [Policy]
+	// Header and Trailer are what the server sent. Both are empty if it did not answer: the
+	// attempt was not sent, or the connection or the stream was reset first.
+	Header, Trailer metadata.MD
+	Reply           any // of a unary attempt that succeeded; not to be modified
 	// Request is that of a unary call. The policy may replace it for further attempts,
 	// but must not modify it, because it belongs to the caller.
 	Request any
+	// Default is what the layer would do without the policy, by Config.Codes and by what
+	// the server says about when to come back.
+	Default Decision
 }
 
-// A Policy decides whether an attempt is repeated, instead of Config.Codes. It is asked
-// after each attempt of a unary call, even if that succeeded, and after each failure of a
-// stream that can still be repeated. It is not asked about refusals of layers inside,
-// methods that may not be repeated, calls that are over, or if the server asked not to
-// repeat. If it returns true, all other conditions still apply. If it returns false,
-// a.Err is the call's error; setting it to nil makes only a unary call succeed. It is
+// A Decision says whether an attempt is repeated, when, and on which grounds. The zero
+// Decision does not repeat it.
+type Decision struct {
+	Repeat bool
+	// After is the least time to wait. The wait is the back-off, or After and up to half as
+	// much again so that clients do not come back together, whichever is longer. If it is
+	// more than Config.MaxServerDelay, or reaches beyond the call's deadline, the call ends
+	// at once with its error.
+	After time.Duration
+	// Exact replaces back-off and jitter by After, which may be zero.
+	Exact bool
+	// Safe says that the attempt may be repeated whatever its method, for example because
+	// the server has refused the stream and so not carried it out.
+	Safe bool
+	// Reason is for observers and reports, which count by it, so there should be few. Empty
+	// means the name of the status code.
+	Reason string
+}
+
+// A Policy decides whether an attempt is repeated. It is asked after each attempt of a
+// unary call, even if that succeeded, and after each failure of a stream that can still be
+// repeated. It is not asked about refusals of layers inside, calls that are over, or if the
+// server asked not to repeat. A decision to repeat is subject to the number of attempts,
+// the budget, the method and the call's deadline. The server's pushback is obeyed, and its
+// RetryInfo is the least to wait unless Exact is set. If the decision is not to repeat,
+// a.Err is the call's error; setting it to nil makes only a unary call succeed. A policy is
 // called concurrently, for different calls.
-type Policy func(ctx context.Context, a *Attempt) bool
+type Policy func(ctx context.Context, a *Attempt) Decision
 
 // An Option sets what is not plain data.
 type Option func(*options)
@@ -130,15 +163,14 @@ func WithBudget(b *budget.Budget) Option {
 	return func(o *options) { o.SetBudget(o.errs, b) }
 }
 
-// WithIdempotent restricts the layer to the methods, such as "/pkg.Service/Get", for
-// which f returns true, and with Config.DeclaredOnly to those that are declared
-// idempotent as well. An attempt that was not sent is repeated whatever f returns. f is
-// called concurrently, once or more for each call.
+// WithIdempotent adds the methods, such as "/pkg.Service/Get", for which f returns true,
+// to those that Config.Methods names and those that are declared idempotent. f is called
+// concurrently, at most once for each attempt.
 func WithIdempotent(f func(method string) bool) Option {
 	return func(o *options) { o.SetIdempotent(o.errs, f) }
 }
 
-// WithPolicy lets p decide instead of Config.Codes.
+// WithPolicy lets p decide. What Config.Codes says is p's default.
 func WithPolicy(p Policy) Option {
 	return func(o *options) {
 		o.errs.NotNil(p == nil, "WithPolicy", "a function")
@@ -161,9 +193,7 @@ type Layer struct {
 func New(c Config, opts ...Option) (*Layer, error) {
 	o := options{errs: check.Of("retry")}
 	o.Name = "retry"
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.Name)
 	s := c.settings(o.errs, &o.Options)
 	if err := o.errs.Err(); err != nil {
@@ -204,7 +234,7 @@ func (l *Layer) Update(c Config) error {
 // Config returns the configuration as it was given to New or Update.
 func (l *Layer) Config() Config {
 	c := l.set.Load().given
-	c.Codes = slices.Clone(c.Codes)
+	c.Codes, c.Methods = slices.Clone(c.Codes), slices.Clone(c.Methods)
 	return c
 }
 
@@ -224,25 +254,34 @@ func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate { return l.mak
 func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interceptor.Next {
 	return func(ctx context.Context, c *interceptor.Call) error {
 		in := c.Internals()
-		if in.Balanced() {
-			ctx, _ = attempt.WithTried(ctx)
-		}
+		in.MayRepeat()
 		if c.Kind() != interceptor.Unary {
 			return l.open(ctx, c, next, again)
 		}
 		origin := c.Origin()
 		in.WantTrailer()
+		header := l.wantHeader(c)
 		err := next(ctx, c)
 		if err == nil && l.policy == nil {
 			return nil
 		}
-		return l.repeat(ctx, l.maker.Of(c, origin, again), next, err)
+		return l.repeat(ctx, l.maker.Of(c, origin, again), next, header, err)
 	}
 }
 
+// wantHeader asks for the header of a unary attempt, if the layer has a policy.
+func (l *Layer) wantHeader(c *interceptor.Call) *metadata.MD {
+	if l.policy == nil {
+		return nil
+	}
+	header := new(metadata.MD)
+	c.AddOptions(grpc.Header(header))
+	return header
+}
+
 // repeat continues a unary call after its first attempt.
-func (l *Layer) repeat(ctx context.Context, of further.Call, next interceptor.Next, err error) error {
-	s := &series{Call: of, layer: l, next: next, request: of.Request()}
+func (l *Layer) repeat(ctx context.Context, of further.Call, next interceptor.Next, header *metadata.MD, err error) error {
+	s := &series{Call: of, layer: l, next: next, request: of.Request(), header: header}
 	first := s.first(ctx, err)
 	last := &first
 	for {
@@ -265,14 +304,16 @@ type series struct {
 	made   int // Attempts that were sent,
 	unsent int // and that were not.
 	delays delays
-	// request is what further attempts of a unary call send.
+	// Of a unary call: what further attempts send, and where the header of the current
+	// attempt is, nil if nobody wants it.
 	request any
+	header  *metadata.MD
 }
 
 // failure is an attempt that has ended: a failure, or a success that a policy judges.
 type failure struct {
 	further.Attempt
-	trailer metadata.MD
+	header, trailer metadata.MD // header is set only if there is a policy.
 }
 
 // first counts the first attempt, which ended with err. For a stream err says whether it
@@ -289,7 +330,11 @@ func (s *series) count(a further.Attempt) failure {
 	} else {
 		s.unsent++
 	}
-	return failure{a, a.Call.Internals().Trailer()}
+	f := failure{Attempt: a, trailer: a.Call.Internals().Trailer()}
+	if s.header != nil {
+		f.header = *s.header
+	}
+	return f
 }
 
 // step judges an attempt and repeats it if that is right. again is the further attempt,
@@ -302,7 +347,7 @@ func (s *series) step(ctx context.Context, last *failure) (again *failure, err e
 	if t, ok := ctx.Deadline(); ok && interceptor.Now().Add(v.after) >= interceptor.InstantOf(t) {
 		return nil, last.Err
 	}
-	a, refused := s.Make(ctx, further.Plan{Delay: v.after, Unsent: s.unsent, Run: s.run})
+	a, refused := s.Make(ctx, further.Plan{Delay: v.after, After: last.Err, Reason: v.reason, Run: s.run})
 	if refused != nil {
 		return nil, s.Refused(ctx, refused, last.Err)
 	}
@@ -314,6 +359,7 @@ func (s *series) step(ctx context.Context, last *failure) (again *failure, err e
 func (s *series) run(ctx context.Context, a *interceptor.Call) error {
 	if a.Kind() == interceptor.Unary {
 		a.SetRequest(s.request)
+		s.header = s.layer.wantHeader(a)
 	}
 	return s.next(ctx, a)
 }
@@ -321,15 +367,25 @@ func (s *series) run(ctx context.Context, a *interceptor.Call) error {
 // A verdict says what follows an attempt.
 type verdict struct {
 	repeat bool
-	after  time.Duration // How long to wait before it is repeated.
+	after  time.Duration // How long to wait before it is repeated,
+	reason string        // and why it is.
 	err    error         // The call's error if it is not repeated.
+}
+
+// attempts returns the most attempts of a call.
+func (set *settings) attempts(c *interceptor.Call) int {
+	if p := c.Internals().PerCall(); p != nil {
+		return attempt.Max(p.MaxRetry, set.max)
+	}
+	return set.max
 }
 
 // judge decides whether an attempt is repeated.
 func (s *series) judge(ctx context.Context, last *failure) verdict {
 	l, set, stop := s.layer, s.layer.set.Load(), verdict{err: last.Err}
-	spent := s.made >= set.max || s.unsent >= set.max
-	if ctx.Err() != nil || spent && last.Err != nil && l.policy == nil {
+	most := set.attempts(s.Call.Call)
+	spent := s.made >= most || s.unsent >= most
+	if ctx.Err() != nil || spent && l.policy == nil {
 		return stop
 	}
 	if r, ok := interceptor.AsRefusal(last.Err); ok && (r.NotSent() || r.Reason != interceptor.ReasonDeadline) {
@@ -341,45 +397,63 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 			return stop
 		}
 	}
-	if last.Sent && !s.Maker.May(set.declared, s.Method()) {
-		return stop
-	}
+	d := set.decide(last, wish)
 	if l.policy != nil {
-		if again, err := s.ask(ctx, last); !again {
+		var err error
+		if d, err = s.ask(ctx, last, d); !d.Repeat {
 			return verdict{err: err}
 		}
-	} else if !set.repeats(last.Err, wish) {
-		return stop
+		switch {
+		case wish.Exact:
+			d.After, d.Exact = wish.After, true
+		case !d.Exact:
+			d.After = max(d.After, wish.After)
+		}
+	}
+	if d.Reason == "" {
+		d.Reason = status.Code(last.Err).String()
 	}
 	switch {
-	case spent:
+	case !d.Repeat || spent || d.After > set.longest:
 		return stop
-	case wish.Exact:
+	case last.Sent && !d.Safe && !s.Maker.May(&set.methods, s.Call.Call):
+		return verdict{err: s.NotIdempotent(last.Err)}
+	case d.Exact:
 		s.delays.reset()
-		return verdict{repeat: true, after: wish.After}
+		return verdict{repeat: true, after: d.After, reason: d.Reason}
 	}
-	return verdict{repeat: true, after: max(s.delays.next(&set.backoff), wish.After)}
+	return verdict{repeat: true, after: s.delays.atLeast(&set.backoff, d.After), reason: d.Reason}
 }
 
 // ask asks the policy about an attempt. If that is not repeated, err is the call's error.
-func (s *series) ask(ctx context.Context, last *failure) (again bool, err error) {
-	a := &Attempt{Method: s.Method(), Kind: s.Kind(), N: s.made + s.unsent, Err: last.Err, Request: s.request}
+func (s *series) ask(ctx context.Context, last *failure, def Decision) (d Decision, err error) {
+	a := &Attempt{
+		Method: s.Method(), Kind: s.Kind(), N: s.made + s.unsent, Sent: last.Sent,
+		Elapsed: interceptor.Now().Sub(s.Internals().AdmittedAt()),
+		Err:     last.Err, Header: last.header, Trailer: last.trailer, Request: s.request, Default: def,
+	}
 	if last.Err == nil {
 		a.Reply = last.Call.Reply()
 	}
-	again = s.layer.policy(ctx, a)
+	d = s.layer.policy(ctx, a)
 	s.request = a.Request
 	if a.Err == nil && s.Kind() != interceptor.Unary {
 		a.Err = last.Err
 	}
-	return again, a.Err
+	return d, a.Err
 }
 
-// repeats reports whether an attempt that failed with err is repeated.
-func (set *settings) repeats(err error, wish attempt.Wish) bool {
-	if _, deadline := interceptor.AsRefusal(err); deadline {
-		return true // A layer inside cut the attempt short, see judge.
+// decide returns what happens without a policy.
+func (set *settings) decide(last *failure, wish attempt.Wish) Decision {
+	code := status.Code(last.Err)
+	d := Decision{After: wish.After, Exact: wish.Exact, Reason: code.String()}
+	if _, deadline := interceptor.AsRefusal(last.Err); deadline {
+		d.Repeat = true // A layer inside cut the attempt short, see judge.
+		return d
 	}
-	code := status.Code(err)
-	return set.codes.Has(code) && (code != codes.ResourceExhausted || wish.Asked)
+	d.Repeat = set.codes.Has(code) && (code != codes.ResourceExhausted || set.given.Codes != nil || wish.Asked)
+	if d.Repeat && !attempt.ServerSpoke(last.trailer) && (attempt.IsSendError(last.Err) || attempt.IsReceiveError(last.Err)) {
+		d.Repeat = false // A message that is too large will be too large again.
+	}
+	return d
 }

@@ -44,14 +44,19 @@ var (
 	quick = retry.Config{Backoff: retry.Backoff{Initial: 10 * time.Millisecond, Jitter: retry.NoJitter}}
 )
 
+// mustNew returns a layer that repeats all methods, unless c names some.
 func mustNew(t testing.TB, c retry.Config, opts ...retry.Option) *retry.Layer {
 	t.Helper()
+	c.AllMethods = c.Methods == nil
 	l, err := retry.New(c, opts...)
 	if err != nil {
 		t.Fatalf("New(%+v): %v", c, err)
 	}
 	return l
 }
+
+// repeatAll is a policy.
+func repeatAll(context.Context, *retry.Attempt) retry.Decision { return retry.Decision{Repeat: true} }
 
 // server answers unary attempts.
 type server struct {
@@ -150,8 +155,8 @@ func TestTowerRetryLimit(t *testing.T) {
 func TestTowerRetryErrorInspection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := fails(t, status.Error(codes.Internal, "retry 1"), status.Error(codes.Internal, "reject"))
-		_, err := s.call(t.Context(), nil, mustNew(t, quick, retry.WithPolicy(func(_ context.Context, a *retry.Attempt) bool {
-			return a.Err != nil && status.Convert(a.Err).Message() != "reject"
+		_, err := s.call(t.Context(), nil, mustNew(t, quick, retry.WithPolicy(func(_ context.Context, a *retry.Attempt) retry.Decision {
+			return retry.Decision{Repeat: a.Err != nil && status.Convert(a.Err).Message() != "reject"}
 		})))
 		if s.attempts() != 2 || status.Convert(err).Message() != "reject" {
 			t.Errorf("%d attempts, %v; want 2 and the error that the policy rejects", s.attempts(), err)
@@ -160,15 +165,14 @@ func TestTowerRetryErrorInspection(t *testing.T) {
 }
 
 func TestTowerRetryCannotCloneRequest(t *testing.T) {
-	l := mustNew(t, quick,
-		retry.WithIdempotent(func(m string) bool { return m != method }),
-		retry.WithPolicy(func(context.Context, *retry.Attempt) bool {
-			t.Error("the policy was asked")
-			return true
-		}))
+	c := quick
+	c.Methods = []string{} // None but those that are declared.
+	l := mustNew(t, c, retry.WithPolicy(repeatAll))
 	s := fails(t, unavailable)
-	if _, err := s.call(t.Context(), nil, l); err != unavailable || s.attempts() != 1 {
-		t.Errorf("%d attempts, %v; want one and its error", s.attempts(), err)
+	_, err := s.call(t.Context(), nil, l)
+	wantRefusedAgain(t, err, "retry", interceptor.ReasonNotIdempotent)
+	if s.attempts() != 1 {
+		t.Errorf("%d attempts, want one", s.attempts())
 	}
 	s = fails(t)
 	if got, err := s.call(t.Context(), nil, l); got != "ok" || err != nil {
@@ -180,16 +184,16 @@ func TestTowerRetryMutatingPolicy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := fails(t)
 		var replies []string
-		_, err := s.call(t.Context(), nil, mustNew(t, quick, retry.WithPolicy(func(_ context.Context, a *retry.Attempt) bool {
+		_, err := s.call(t.Context(), nil, mustNew(t, quick, retry.WithPolicy(func(_ context.Context, a *retry.Attempt) retry.Decision {
 			replies = append(replies, a.Reply.(*wrapperspb.StringValue).GetValue())
 			if a.N == 3 {
 				a.Err = errors.New("out of retries")
-				return false
+				return retry.Decision{}
 			}
 			a.Request = wrapperspb.String("retrying")
-			return true
+			return retry.Decision{Repeat: true}
 		})))
-		if err == nil || err.Error() != "out of retries" {
+		if err == nil || err.Error() != "out of retries (after 3 attempts)" {
 			t.Errorf("got %v, want the policy's error", err)
 		}
 		if want := []string{"hello", "retrying", "retrying"}; !slices.Equal(s.seen, want) {
@@ -205,7 +209,7 @@ func TestPolicyWithoutBudgetKeepsSuccess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &server{t: t, answer: func(n int, _ string) (string, metadata.MD, error) { return fmt.Sprint("answer ", n), nil, nil }}
 		l := mustNew(t, retry.Config{MaxAttempts: 9, Backoff: quick.Backoff, Budget: budget.Config{MinPerSecond: 0.4, Ratio: budget.None}},
-			retry.WithPolicy(func(context.Context, *retry.Attempt) bool { return true }))
+			retry.WithPolicy(repeatAll))
 		if got, err := s.call(t.Context(), nil, l); got != "answer 5" || err != nil {
 			t.Errorf("got %q, %v, want the last answer that a budget of 4 pays for", got, err)
 		}
@@ -277,7 +281,7 @@ func TestServerDelay(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				start := time.Now()
 				s := always(t, tc.err, tc.trailer)
-				if _, err := s.call(t.Context(), nil, mustNew(t, quick)); err != tc.err {
+				if _, err := s.call(t.Context(), nil, mustNew(t, quick)); !errors.Is(err, tc.err) {
 					t.Errorf("got %v, want the server's error", err)
 				}
 				var at []string
@@ -307,7 +311,7 @@ func TestServerDelayThroughForeign(t *testing.T) {
 				trailer.Set("grpc-retry-pushback-ms", tc.pushback)
 			}
 			s := always(t, unavailable, trailer)
-			if _, err := s.call(t.Context(), nil, mustNew(t, quick), foreign); err != unavailable {
+			if _, err := s.call(t.Context(), nil, mustNew(t, quick), foreign); !errors.Is(err, unavailable) {
 				t.Errorf("pushback %q: got %v, want the server's error", tc.pushback, err)
 			}
 			if s.attempts() != tc.attempts {
@@ -348,7 +352,7 @@ func TestBackoffPastDeadlineFailsAtOnce(t *testing.T) {
 		c.MaxAttempts = 100
 		l := mustNew(t, c)
 		s := always(t, unavailable, nil)
-		if _, err := s.call(ctx, nil, l); err != unavailable {
+		if _, err := s.call(ctx, nil, l); !errors.Is(err, unavailable) {
 			t.Errorf("got %v, want the server's last error", err)
 		}
 		if got := time.Since(start); got != 10*time.Millisecond || s.attempts() != 2 {
@@ -506,7 +510,7 @@ func TestDeadlineOfAttemptIsRepeated(t *testing.T) {
 	})
 }
 
-func TestDeclaredOnly(t *testing.T) {
+func TestMethods(t *testing.T) {
 	levels := map[string]descriptorpb.MethodOptions_IdempotencyLevel{
 		"Unknown":    descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN,
 		"Read":       descriptorpb.MethodOptions_NO_SIDE_EFFECTS,
@@ -532,11 +536,11 @@ func TestDeclaredOnly(t *testing.T) {
 		}
 	}
 	c := quick
-	c.DeclaredOnly = true
+	c.Methods = []string{"/by.Name/Method", "/by.Service/"}
 	for m, want := range map[string]bool{
 		"/belfry.retrytest.Service/Unknown": false, "/belfry.retrytest.Service/Read": true, "/belfry.retrytest.Service/Idempotent": true,
 		"/belfry.retrytest.Service/None": false, "/no.such/Method": false, "nonsense": false, "/belfry.retrytest.Service": false,
-		"/by/function": true,
+		"/by/function": true, "/by.Name/Method": true, "/by.Name/Other": false, "/by.Service/Any": true, "/by.Service": false,
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			s := fails(t, unavailable)
@@ -571,7 +575,7 @@ func TestAttemptsCarryNumberAndTried(t *testing.T) {
 			if got := md.Get("key"); !slices.Equal(got, []string{"value"}) {
 				t.Errorf("attempt %d carries key %q, want the caller's", i, got)
 			}
-			info := attempt.FromContext(ctx)
+			info := attempt.FromContext(ctx, method, "", 0)
 			if info == nil || info.Tried == nil || tried != nil && info.Tried != tried {
 				t.Errorf("attempt %d has %+v, want the Tried of the first", i, info)
 				continue
@@ -611,7 +615,7 @@ func TestNestedRetryPassesPushbackOn(t *testing.T) {
 			}
 			return "", nil, unavailable
 		}}
-		if _, err := s.call(t.Context(), nil, mustNew(t, quick), mustNew(t, quick)); err != unavailable || s.attempts() != 2 {
+		if _, err := s.call(t.Context(), nil, mustNew(t, quick), mustNew(t, quick)); !errors.Is(err, unavailable) || s.attempts() != 2 {
 			t.Errorf("%d attempts, %v; want both layers to stop at the pushback of the second", s.attempts(), err)
 		}
 	})
@@ -724,7 +728,7 @@ func TestUpdate(t *testing.T) {
 		s := &server{t: t}
 		s.answer = func(n int, _ string) (string, metadata.MD, error) {
 			if n == 2 {
-				if err := l.Update(retry.Config{MaxAttempts: 5, Backoff: quick.Backoff, Budget: budget.Config{MinPerSecond: 20}}); err != nil {
+				if err := l.Update(retry.Config{AllMethods: true, MaxAttempts: 5, Backoff: quick.Backoff, Budget: budget.Config{MinPerSecond: 20}}); err != nil {
 					t.Error(err)
 				}
 			}

@@ -27,12 +27,12 @@ const inline = 32 << 10
 // open opens a stream that is repeated until it commits.
 func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.Next, again interceptor.Again) error {
 	set := l.set.Load()
-	if set.max == 1 {
+	if set.attempts(c) == 1 {
 		return next(ctx, c)
 	}
 	of := l.maker.Of(c, c.Origin(), again)
 	err := next(ctx, c)
-	may := l.maker.May(set.declared, c.Method())
+	may := l.policy != nil || l.maker.May(&set.methods, c) // A policy may know that it is safe.
 	if err == nil && !may {
 		return nil
 	}
@@ -204,6 +204,9 @@ func (s *stream) retry(cur grpc.ClientStream, gen int, err error) (again bool, _
 		}
 	}()
 	last := &failure{Attempt: further.Attempt{Call: s.attempt, Err: err, Sent: true}, trailer: cur.Trailer()}
+	if s.series.layer.policy != nil {
+		last.header, _ = cur.Header() // There already, if there is one.
+	}
 	for last.Err != nil {
 		next, err := s.series.step(s.ctx, last)
 		if next == nil {

@@ -8,7 +8,7 @@
 //	config, err := stackconfig.Parse([]byte(`{
 //		"methodConfig": [
 //			{"name": [{"service": "shop.Orders", "method": "List"}],
-//			 "layers": [{"timeout": {"call": "1s"}}, {"hedge": {}}, {"shared": "all"}]},
+//			 "layers": [{"timeout": {"call": "1s"}}, {"hedge": {"methods": ["/shop.Orders/List"]}}, {"shared": "all"}]},
 //			{"name": [{}],
 //			 "layers": [{"timeout": {"call": "5s"}}, {"retry": {}}, {"shared": "all"}]}
 //		],
@@ -52,7 +52,8 @@
 // The service config that a resolver or WithDefaultServiceConfig gives a channel applies
 // too. Its timeout of a method bounds the whole call, with its waiting and all its
 // attempts. Its waitForReady says whether a call waits while all endpoints fail. Its
-// retryPolicy multiplies with the retries here: set only one of them.
+// retryPolicy is off if the config retries or hedges when DialOptions is called, for all
+// methods. A config that does so only later multiplies with it: set only one of them.
 //
 // # What is not data
 //

@@ -16,7 +16,7 @@ func Example() {
 	config, err := stackconfig.Parse([]byte(`{
 		"methodConfig": [
 			{"name": [{"service": "shop.Orders", "method": "List"}],
-			 "layers": [{"timeout": {"call": "1s"}}, {"hedge": {}}, {"shared": "all"}]},
+			 "layers": [{"timeout": {"call": "1s"}}, {"hedge": {"methods": ["/shop.Orders/List"]}}, {"shared": "all"}]},
 			{"name": [{}],
 			 "layers": [{"timeout": {"call": "5s"}}, {"retry": {}}, {"shared": "all"}]}
 		],

@@ -26,6 +26,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/failfast"
 	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/interceptor/mapping"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
@@ -257,7 +258,7 @@ func TestUpdateKeepsFailFast(t *testing.T) {
 
 func TestUpdateKeepsBudgets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		layers := `{"retry": {"maxAttempts": 100, "backoff": {"initial": "0.001s", "max": "0.001s"}}}`
+		layers := `{"retry": {"allMethods": true, "maxAttempts": 100, "backoff": {"initial": "0.001s", "max": "0.001s"}}}`
 		config := `{"budget": {"minPerSecond": %d}, "budgets": {"b": {"minPerSecond": 1}}, "methodConfig": [{"name": [{}], "layers": [` + layers + `]}]}`
 		s := newStack(t, fmt.Sprintf(config, 3))
 		server := &fake{}
@@ -289,9 +290,18 @@ func (l late) Invoke(context.Context, string, any, any, ...grpc.CallOption) erro
 	return nil
 }
 
+func TestHedgeDelay(t *testing.T) {
+	for delay, want := range map[string]time.Duration{`{}`: 0, `{"delay": "0s"}`: hedge.None, `{"delay": "0.010s"}`: 10 * time.Millisecond} {
+		s := newStack(t, all(`{"name": "h", "hedge": `+delay+`}`))
+		if got := s.Layer("h").(*hedge.Layer).Config().Delay; got != want {
+			t.Errorf("%s: Config.Delay = %d, want %d", delay, got, want)
+		}
+	}
+}
+
 func TestUpdateKeepsLatencies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		config := `{"name": "t", "timeout": {"call": "%ds", "adaptive": {"min": "0.001s", "multiple": 2, "minSamples": 20}}}, {"name": "h", "hedge": {"maxExtraLoad": %v}}`
+		config := `{"name": "t", "timeout": {"call": "%ds", "adaptive": {"min": "0.001s", "multiple": 2, "minSamples": 20}}}, {"name": "h", "hedge": {"allMethods": true, "maxExtraLoad": %v}}`
 		s := newStack(t, all(fmt.Sprintf(config, 10, 0.05)))
 		for range 20 {
 			if err := s.Wrap(late{d: 100 * time.Millisecond}).Invoke(t.Context(), method, nil, nil); err != nil {
@@ -300,16 +310,16 @@ func TestUpdateKeepsLatencies(t *testing.T) {
 		}
 		update(t, s, all(fmt.Sprintf(config, 20, 0.1)))
 		h := s.Layer("h").(*hedge.Layer)
-		if d, ok := h.Delay(); !ok || d < 100*time.Millisecond || d > 101*time.Millisecond {
+		if d, ok := h.Delay(method); !ok || d < 100*time.Millisecond || d > 101*time.Millisecond {
 			t.Errorf("after 20 calls of 100ms and an update Delay() = %v, %v, want 100ms to 101ms and true", d, ok)
 		}
 		// The least of 20 or the double of 100ms.
-		if d := s.Layer("t").(*timeout.Layer).Timeout(); d < 200*time.Millisecond || d > 202*time.Millisecond {
+		if d := s.Layer("t").(*timeout.Layer).Timeout(method); d < 200*time.Millisecond || d > 202*time.Millisecond {
 			t.Errorf("after 20 calls of 100ms and an update Timeout() = %v, want 200ms to 202ms", d)
 		}
-		// 20 calls have paid 0.05 each, besides one a second for 10 s.
-		if got := h.Budget().Balance(); got != 11 {
-			t.Errorf("after 20 calls Balance() = %v, want 11", got)
+		// 20 calls have paid 0.0475 each, besides one a second for 10 s.
+		if got := h.Budget().Balance(); got != 10.95 {
+			t.Errorf("after 20 calls Balance() = %v, want 10.95", got)
 		}
 	})
 }
@@ -416,7 +426,7 @@ func TestSharedLayer(t *testing.T) {
 
 func TestUpdateSparesCallsInFlight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStack(t, all(`{"retry": {"maxAttempts": 2, "backoff": {"initial": "0.001s", "max": "0.001s"}}}`))
+		s := newStack(t, all(`{"retry": {"allMethods": true, "maxAttempts": 2, "backoff": {"initial": "0.001s", "max": "0.001s"}}}`))
 		server := &fake{}
 		errs := calls(t.Context(), s.Wrap(server), method, 1)
 		synctest.Wait()
@@ -489,8 +499,8 @@ func TestUpdateAcceptsWhatNewAccepts(t *testing.T) {
 		{`{"timeout": {"idle": "1s"}}`, `{"timeout": {"call": "1s", "adaptive": {"min": "1s"}}}`, `{"timeout": {"lifetime": "1s", "firstResponse": "1s", "message": "1s"}}`},
 		{`{"throttle": {}}`, `{"throttle": {"k": 1, "window": "1s", "maxRefused": 1, "minRequests": 1, "rejectCodes": ["UNKNOWN"]}}`},
 		{`{"breaker": {}}`, `{"breaker": {"consecutiveFailures": 1}}`, `{"breaker": {"slowCall": "1s", "slowCallRatio": 1, "window": "86400s", "openFor": "0.001s", "jitter": 0}}`},
-		{`{"retry": {}}`, `{"retry": {"maxAttempts": 100, "codes": ["UNKNOWN"], "backoff": {"initial": "10s", "jitter": "JITTER_NONE"}, "maxServerDelay": "100s"}}`},
-		{`{"hedge": {}}`, `{"hedge": {"delay": "1s", "maxExtraLoad": 0.9}}`, `{"hedge": {"percentile": 0.5, "window": "1s", "maxAttempts": 10, "nonFatal": ["UNKNOWN"]}}`},
+		{`{"retry": {}}`, `{"retry": {"allMethods": true, "maxAttempts": 100, "codes": ["UNKNOWN"], "backoff": {"initial": "10s", "jitter": "JITTER_NONE"}, "maxServerDelay": "100s"}}`},
+		{`{"hedge": {}}`, `{"hedge": {"delay": "1s", "maxExtraLoad": 0.9, "methods": ["/a.A/"]}}`, `{"hedge": {"percentile": 0.5, "window": "1s", "maxAttempts": 10, "nonFatal": ["UNKNOWN"]}}`},
 		{`{"failFast": {}}, {"concurrency": {"limit": 1}}`, `{"failFast": {"after": "100s"}}, {"concurrency": {"limit": 1}}`},
 		{`{"buffer": {"size": 1}}, {"concurrency": {"limit": 1}}`, `{"buffer": {"size": 2147483647, "maxWait": "1s"}}, {"concurrency": {"limit": 1}}`},
 	} {
@@ -572,7 +582,7 @@ func TestNames(t *testing.T) {
 		{"name": "a", "timeout": {"call": "1s"}}, {"name": "b", "hedge": {}}, {"name": "c", "retry": {}}, {"name": "d", "throttle": {}},
 		{"name": "e", "breaker": {}}, {"name": "f", "failFast": {}}, {"name": "g", "loadShed": {}}, {"name": "h", "buffer": {"size": 1}},
 		{"name": "i", "rateLimit": {"limit": 1}}, {"name": "j", "concurrency": {"limit": 1}}, {"shared": "k"}]}],
-		"sharedLayers": {"k": {"retry": {"budget": "none"}}}, "budgets": {"none": {"ratio": 0, "minPerSecond": 0}}}`)
+		"sharedLayers": {"k": {"retry": {"budget": "none", "allMethods": true}}}, "budgets": {"none": {"ratio": 0, "minPerSecond": 0}}}`)
 	if got, want := s.String(), "*: [a > b > c > d > e > f > g > h > i > j > k]"; got != want {
 		t.Errorf("String() = %q, want %q", got, want)
 	}
@@ -610,7 +620,7 @@ func TestOptions(t *testing.T) {
 				{"name": [{"service": "m.M"}], "layers": [{"name": "m", "breaker": {"consecutiveFailures": 1, "perMetadata": "tenant"}}]},
 				{"name": [{"service": "c.C"}], "layers": [{"loadShed": {}}, {"name": "c", "concurrency": {"limit": 3, "costFunc": "c", "priorityFunc": "p"}}]},
 				{"name": [{"service": "r.R"}], "layers": [{"retry": {"idempotentFunc": "i", "backoff": {"max": "0.06s"}}}]},
-				{"name": [{"service": "p.P"}], "layers": [{"retry": {"policy": "p"}}]},
+				{"name": [{"service": "p.P"}], "layers": [{"retry": {"policy": "p", "methods": ["/p.P/"]}}]},
 				{"name": [{"service": "l.L"}], "layers": [{"provided": "l"}]}]}`,
 			WithObserver(obs),
 			WithKeyFunc("k", func(_ context.Context, c *interceptor.Admission) string { return c.Method() }),
@@ -618,7 +628,7 @@ func TestOptions(t *testing.T) {
 			WithPriorityFunc("p", func(context.Context, *interceptor.Admission) int { return 2 }),
 			WithIdempotentFunc("i", func(m string) bool { return m == "/r.R/Yes" }),
 			WithRetryPolicy("p", never),
-			WithLayer("l", interceptor.MapError(func(context.Context, string, error) error { provided++; return nil })),
+			WithLayer("l", mapping.Error(func(context.Context, string, error) error { provided++; return nil })),
 		)
 		server := &fake{}
 		conn := s.Wrap(server)
@@ -659,7 +669,7 @@ func TestOptions(t *testing.T) {
 }
 
 // never is a retry policy.
-func never(context.Context, *retry.Attempt) bool { return false }
+func never(context.Context, *retry.Attempt) retry.Decision { return retry.Decision{} }
 
 type counter struct {
 	interceptor.NopObserver

@@ -27,12 +27,12 @@ func (s server) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.Cal
 
 func Example() {
 	primary, replica := server{name: "primary"}, server{name: "replica"}
-	conn, err := steer.New(func(_ context.Context, method string, _ any) int {
+	conn, err := steer.New(func(_ context.Context, method string, _ any) (context.Context, string, error) {
 		if strings.HasPrefix(method, "/orders.Orders/Get") {
-			return 1
+			return nil, "replica", nil
 		}
-		return 0
-	}, primary, replica)
+		return nil, "primary", nil
+	}, map[string]grpc.ClientConnInterface{"primary": primary, "replica": replica})
 	if err != nil {
 		log.Fatal(err)
 	}

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/keyed"
@@ -256,7 +257,7 @@ func testCountOutcomeAndCode(t *testing.T) {
 	}
 	t.Run("refused by a gate inside", func(t *testing.T) {
 		l := mustNew(t, Config{})
-		inner := interceptor.FromAllow("inner", interceptor.ReasonConcurrency, func(context.Context) (func(interceptor.Outcome, error), error) {
+		inner := adapt.FromAllow("inner", interceptor.ReasonConcurrency, func(context.Context) (func(interceptor.Outcome, error), error) {
 			return nil, refuse
 		})
 		if err := call(wrap(t, answering(nil), l, inner)); err != error(refuse) {
@@ -327,7 +328,7 @@ func testProbabilityIsDrawnForOnceInsideALimit(t *testing.T) {
 		for range DefaultMinRequests {
 			l.all.Release(0, interceptor.End{Outcome: interceptor.Failed, Err: unavailable})
 		}
-		limit := interceptor.FromSemaphore("limit", semaphore.NewWeighted(1))
+		limit := adapt.FromSemaphore("limit", semaphore.NewWeighted(1))
 		stack := calltest.Stack(t, &twice{}, limit, l)
 		if got := stack.Advice(); len(got) != 0 {
 			t.Errorf("advice %q, want none", got)

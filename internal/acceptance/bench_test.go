@@ -30,7 +30,7 @@ func six(testing.TB) []interceptor.Spec {
 	return []interceptor.Spec{
 		loadshed.Config{},
 		timeout.Config{Timeout: time.Hour},
-		retry.Config{},
+		retry.Config{AllMethods: true},
 		buffer.Config{Size: 100},
 		ratelimit.Config{Limit: 1e9, Burst: 1e9},
 		concurrency.Config{Limit: 1000},
@@ -50,7 +50,7 @@ func refusing(t testing.TB) []interceptor.Spec {
 }
 
 const sixAsData = `{"methodConfig": [{"name": [{"service": "s.S"}], "layers": [
-	{"loadShed": {}}, {"timeout": {"call": "3600s"}}, {"retry": {}}, {"buffer": {"size": 100}},
+	{"loadShed": {}}, {"timeout": {"call": "3600s"}}, {"retry": {"allMethods": true}}, {"buffer": {"size": 100}},
 	{"rateLimit": {"limit": 1000000000, "burst": 1000000000}}, {"concurrency": {"limit": 1000}}]}]}`
 
 const benchMethod = "/s.S/M"

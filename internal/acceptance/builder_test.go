@@ -24,6 +24,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/interceptor/mapping"
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/stackconfig"
@@ -70,12 +71,12 @@ func (h *held) running() int {
 // answers "world" to true.
 func TestTowersBuilderServiceComposes(t *testing.T) {
 	s := newStack(t, `{"buffer": {"size": 5}}, {"concurrency": {"limit": 5}}, {"rateLimit": {"limit": 5, "per": "5s", "burst": 5}},
-		{"retry": {}}, {"provided": "response"}, {"provided": "request"}`,
-		stackconfig.WithLayer("response", interceptor.MapResponse(func(_ context.Context, _ string, m *wrapperspb.StringValue) error {
+		{"retry": {"allMethods": true}}, {"provided": "response"}, {"provided": "request"}`,
+		stackconfig.WithLayer("response", mapping.Response(func(_ context.Context, _ string, m *wrapperspb.StringValue) error {
 			m.Value = fmt.Sprint(m.Value == "world")
 			return nil
 		})),
-		stackconfig.WithLayer("request", interceptor.MapRequest(func(_ context.Context, _ string, m *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
+		stackconfig.WithLayer("request", mapping.Request(func(_ context.Context, _ string, m *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
 			return wrapperspb.String(fmt.Sprint(m.Value == "hello")), nil
 		})))
 	want := "*: [buffer > concurrency > ratelimit > retry > mapresponse > maprequest]"
@@ -308,15 +309,15 @@ func (a *attempts) Invoke(ctx context.Context, _ string, _, _ any, _ ...grpc.Cal
 func TestOrderDecidesWhetherALayerSeesCallsOrAttempts(t *testing.T) {
 	const sec = time.Second
 	again := func(backoff time.Duration) interceptor.Spec {
-		return retry.Config{Backoff: retry.Backoff{Initial: backoff, Max: time.Minute, Jitter: retry.NoJitter}}
+		return retry.Config{AllMethods: true, Backoff: retry.Backoff{Initial: backoff, Max: time.Minute, Jitter: retry.NoJitter}}
 	}
 	limit := func(n int64) interceptor.Spec { return concurrency.Config{Limit: n} }
 	rate := ratelimit.Config{Limit: 2, Burst: 2}
 	oneSecond := timeout.Config{Timeout: sec}
-	extra := hedge.Config{Delay: sec / 10, Budget: budget.Config{Ratio: 1}}
+	extra := hedge.Config{AllMethods: true, Delay: sec / 10, Budget: budget.Config{Ratio: 1}}
 	// A budget for all of them: the defaults allow fewer.
-	three := retry.Config{MaxAttempts: 3, Backoff: retry.Backoff{Initial: sec / 100}, Budget: budget.Config{Ratio: 10, MinPerSecond: 10}}
-	two := hedge.Config{MaxAttempts: 2, Delay: sec / 10, Budget: budget.Config{Ratio: 10, MinPerSecond: 10}}
+	three := retry.Config{AllMethods: true, MaxAttempts: 3, Backoff: retry.Backoff{Initial: sec / 100}, Budget: budget.Config{Ratio: 10, MinPerSecond: 10}}
+	two := hedge.Config{AllMethods: true, MaxAttempts: 2, Delay: sec / 10, Budget: budget.Config{Ratio: 10, MinPerSecond: 10}}
 	for _, c := range []struct {
 		name          string
 		layers        []interceptor.Spec

@@ -17,8 +17,8 @@ import (
 // full is a stack with every kind of layer, none of which gets in the way.
 const full = `{"loadShed": {}},
 	{"timeout": {"call": "30s", "lifetime": "30s", "firstResponse": "20s", "message": "20s", "idle": "20s"}},
-	{"hedge": {"delay": "10s"}},
-	{"retry": {}},
+	{"hedge": {"allMethods": true, "delay": "10s"}},
+	{"retry": {"allMethods": true}},
 	{"throttle": {}},
 	{"breaker": {"failureRatio": 1, "minCalls": 1000}},
 	{"buffer": {"size": 100}},

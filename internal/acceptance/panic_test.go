@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/hedge"
@@ -55,6 +56,7 @@ func (o *panicky) Refused(string, string, interceptor.Reason)                 { 
 func (o *panicky) Waited(_, layer string, _ time.Duration)                    { o.panic("Waited at " + layer) }
 func (o *panicky) Attempt(string, int)                                        { o.panic("Attempt") }
 func (o *panicky) Ended(string, interceptor.Kind, interceptor.Outcome, error) { o.panic("Ended") }
+func (o *panicky) Further(string, string, interceptor.FurtherAttempt)         { o.panic("Further") }
 func (o *panicky) HedgeFired(string, string)                                  { o.panic("HedgeFired") }
 func (o *panicky) HedgeWon(string, string)                                    { o.panic("HedgeWon") }
 func (o *panicky) Budget(string, float64)                                     { o.panic("Budget") }
@@ -91,7 +93,7 @@ func (s *flaky) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ .
 func TestPanic(t *testing.T) {
 	for _, in := range []string{
 		"Admitted", "Admitted further", "InFlight", "InFlight -1", "Refused", "Waited at concurrency", "Waited at semaphore", "Attempt", "Ended",
-		"HedgeFired", "HedgeWon", "Budget", "Limit",
+		"Further", "HedgeFired", "HedgeWon", "Budget", "Limit",
 	} {
 		t.Run("of_the_observer_in_"+in, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -101,8 +103,8 @@ func TestPanic(t *testing.T) {
 					t.Fatal(err)
 				}
 				sem := semaphore.NewWeighted(3)
-				stack := calltest.Stack(t, interceptor.Observe(o), hedge.Config{Delay: 20 * time.Millisecond, MaxExtraLoad: 0.5},
-					retry.Config{}, buffer.Config{Size: 5}, limit, interceptor.FromSemaphore("semaphore", sem),
+				stack := calltest.Stack(t, interceptor.Observe(o), hedge.Config{AllMethods: true, Delay: 20 * time.Millisecond, MaxExtraLoad: 0.5},
+					retry.Config{AllMethods: true}, buffer.Config{Size: 5}, limit, adapt.FromSemaphore("semaphore", sem),
 					ratelimit.Config{Limit: 100, KeyBy: interceptor.KeyBy{Method: true}})
 				conn := stack.Wrap(new(flaky))
 				var wg sync.WaitGroup
@@ -121,6 +123,7 @@ func TestPanic(t *testing.T) {
 					time.Sleep(7 * time.Millisecond)
 				}
 				wg.Wait()
+				synctest.Wait() // For the losers of hedges.
 				if !o.fired.Load() {
 					t.Fatal("the observer was not asked")
 				}

@@ -36,6 +36,7 @@ import (
 	"github.com/belfry-go/belfry"
 	"github.com/belfry-go/belfry/balancer/p2c"
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/breaker"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/buffer"
@@ -648,7 +649,7 @@ func (w *world) balance(name string, b *budget.Budget) {
 }
 
 func (w *world) hedge() interceptor.Spec {
-	c := hedge.Config{Delay: w.ms(1, 50), MaxAttempts: 2 + w.rng.IntN(2), Budget: w.budget(), BufferBytes: 1 + w.rng.IntN(2000)}
+	c := hedge.Config{AllMethods: true, Delay: w.ms(1, 50), MaxAttempts: 2 + w.rng.IntN(2), Budget: w.budget(), BufferBytes: 1 + w.rng.IntN(2000)}
 	l := must(hedge.New(c))
 	w.balance("hedge", l.Budget())
 	return l
@@ -656,6 +657,7 @@ func (w *world) hedge() interceptor.Spec {
 
 func (w *world) retry() interceptor.Spec {
 	c := retry.Config{
+		AllMethods:  true,
 		MaxAttempts: 2 + w.rng.IntN(4), Budget: w.budget(), BufferBytes: 1 + w.rng.IntN(2000),
 		Backoff: retry.Backoff{Initial: w.ms(1, 50), Max: w.ms(50, 300)}, MaxServerDelay: w.ms(1, 1000),
 	}
@@ -744,19 +746,19 @@ func (w *world) semaphore() interceptor.Spec {
 		}
 		return 1
 	})
-	return interceptor.FromSemaphore("semaphore", sem)
+	return adapt.FromSemaphore("semaphore", sem)
 }
 
 // permit is a limiter of objects.
 func (w *world) permit() interceptor.Spec {
 	p := &permits{room: make(chan struct{}, 5)}
 	w.leave("%d permit objects are taken", func() int64 { return int64(len(p.room)) })
-	return interceptor.FromPermit("permits", interceptor.ReasonConcurrency, p.acquire)
+	return adapt.FromPermit("permits", interceptor.ReasonConcurrency, p.acquire)
 }
 
 type permits struct{ room chan struct{} }
 
-func (p *permits) acquire(ctx context.Context, wait bool) (interceptor.Permit, error) {
+func (p *permits) acquire(ctx context.Context, wait bool) (adapt.Permit, error) {
 	select {
 	case p.room <- struct{}{}:
 		return p, nil
@@ -779,7 +781,7 @@ func (p *permits) Ignore()  { <-p.room }
 func (w *world) allow() interceptor.Spec {
 	var open atomic.Int64
 	w.leave("%d calls were allowed and are not done", open.Load)
-	return interceptor.FromAllow("allow", interceptor.ReasonQuota, func(context.Context) (func(interceptor.Outcome, error), error) {
+	return adapt.FromAllow("allow", interceptor.ReasonQuota, func(context.Context) (func(interceptor.Outcome, error), error) {
 		if !w.calm.Load() && rand.IntN(10) == 0 {
 			return nil, errors.New("not allowed")
 		}

@@ -31,7 +31,7 @@ func TestARetryStormIsBoundedByTheBudgetAndOverWithIt(t *testing.T) {
 		cluster := testserver.NewCluster(t, 10, func(int) []testserver.Option {
 			return []testserver.Option{testserver.InMemory(), testserver.ServiceTime(testserver.Fixed(5 * time.Millisecond))}
 		})
-		s := newStack(t, `{"timeout": {"call": "2s"}}, {"retry": {}}`)
+		s := newStack(t, `{"timeout": {"call": "2s"}}, {"retry": {"allMethods": true}}`)
 		client := testingv1.NewTestServiceClient(dial(t, s, cluster.Endpoints(), cluster.DialOptions()...))
 		call := func() error {
 			_, err := client.Unary(t.Context(), &testingv1.UnaryRequest{})

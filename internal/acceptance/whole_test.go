@@ -86,14 +86,15 @@ func newWhole(t *testing.T) *whole {
 		w.changes = append(w.changes, change{time.Now(), c.To})
 	}))).(*breaker.Layer)
 	w.retry = add(retry.New(retry.Config{
-		Budget:  wholeBudget,
-		Backoff: retry.Backoff{Initial: 10 * time.Millisecond, Max: 100 * time.Millisecond},
+		AllMethods: true,
+		Budget:     wholeBudget,
+		Backoff:    retry.Backoff{Initial: 10 * time.Millisecond, Max: 100 * time.Millisecond},
 	})).(*retry.Layer)
 	if err != nil {
 		t.Fatal(err)
 	}
 	w.stack, err = interceptor.NewStack(
-		loadshed.Config{}, timeout.Config{Timeout: time.Second, FirstResponse: time.Second}, hedge.Config{}, w.retry,
+		loadshed.Config{}, timeout.Config{Timeout: time.Second, FirstResponse: time.Second}, hedge.Config{AllMethods: true}, w.retry,
 		w.buffer, w.limit, ratelimit.Config{Limit: wholeRate, Burst: wholeBurst}, w.breaker,
 	)
 	if err != nil {
@@ -233,13 +234,15 @@ func call(ctx context.Context, client testingv1.TestServiceClient, stream bool) 
 	return err
 }
 
-// check compares what was seen with what the configuration says.
-func (w *whole) check(t *testing.T, results map[string]*result, perSecond int, tolerated float64) {
+// check compares what was seen with what the configuration says, and tolerates a share
+// of failed calls, and a number of attempts that were admitted before the circuit
+// changed and counted after it.
+func (w *whole) check(t *testing.T, results map[string]*result, perSecond int, failures float64, late int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for name, r := range results {
 		for priority, calls := range r.calls {
-			if failed := r.failed[priority]; float64(failed) > tolerated*float64(calls) {
+			if failed := r.failed[priority]; float64(failed) > failures*float64(calls) {
 				t.Errorf("%s: %d of %d calls of priority %d failed", name, failed, calls, priority)
 			}
 		}
@@ -261,11 +264,11 @@ func (w *whole) check(t *testing.T, results map[string]*result, perSecond int, t
 			}
 		}
 	}
-	w.checkCircuit(t)
+	w.checkCircuit(t, late)
 }
 
 // checkCircuit counts what was sent while the circuit was open or half-open.
-func (w *whole) checkCircuit(t *testing.T) {
+func (w *whole) checkCircuit(t *testing.T, late int) {
 	for i, c := range w.changes {
 		if c.to == breaker.Closed {
 			continue
@@ -280,9 +283,9 @@ func (w *whole) checkCircuit(t *testing.T) {
 				n++
 			}
 		}
-		most := 0
+		most := late
 		if c.to == breaker.HalfOpen {
-			most = wholeProbes * (1 + int(end.Sub(c.at)/wholeOpenFor))
+			most += wholeProbes * (1 + int(end.Sub(c.at)/wholeOpenFor))
 		}
 		if n > most {
 			t.Errorf("%d attempts were sent while the circuit was %v for %v, want at most %d", n, c.to, end.Sub(c.at), most)
@@ -312,6 +315,10 @@ func (w *whole) atRest(t *testing.T) {
 // under the whole recommended stack.
 func TestWholeStack(t *testing.T) {
 	for _, perSecond := range []int{20, 2000} {
+		shorter := time.Duration(1)
+		if race.Enabled && perSecond > 1000 { // Ten times slower.
+			shorter = 4
+		}
 		t.Run(fmt.Sprintf("%d_calls_a_second", perSecond), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWhole(t)
@@ -319,8 +326,8 @@ func TestWholeStack(t *testing.T) {
 					return []testserver.Option{testserver.InMemory(), testserver.ServiceTime(testserver.Fixed(10 * time.Millisecond))}
 				})
 				client := w.dial(t, cluster)
-				results := w.run(t, client, cluster, perSecond, 1)
-				w.check(t, results, perSecond, 0)
+				results := w.run(t, client, cluster, perSecond, shorter)
+				w.check(t, results, perSecond, 0, 0)
 				w.atRest(t)
 			})
 		})
@@ -335,7 +342,11 @@ func TestWholeStack(t *testing.T) {
 		})
 		client := w.dial(t, cluster)
 		results := w.run(t, client, cluster, 200, 4)
-		w.check(t, results, 200, 0.01) // Nothing but a machine that is late may fail one.
+		// Nothing but a machine that is late fails a call, of which there are 15 of the
+		// higher priority in a phase: what is not given back fails all. An attempt comes
+		// every 5 ms, so few can be between the breaker and the count, and an open circuit
+		// that lets calls pass lets 80.
+		w.check(t, results, 200, 0.25, 10)
 		w.atRest(t)
 	})
 }
@@ -352,8 +363,8 @@ func TestRetriesWhileCallsWait(t *testing.T) {
 			t.Run(fmt.Sprintf("%v_fail/%d_callers", tc.failing, callers), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					stack, err := interceptor.NewStack(
-						loadshed.Config{}, timeout.Config{Timeout: time.Second}, hedge.Config{},
-						retry.Config{Budget: budget.Config{Ratio: 10, MinPerSecond: 1000}},
+						loadshed.Config{}, timeout.Config{Timeout: time.Second}, hedge.Config{AllMethods: true},
+						retry.Config{AllMethods: true, Budget: budget.Config{Ratio: 10, MinPerSecond: 1000}},
 						buffer.Config{Size: 50}, concurrency.Config{Limit: 20},
 					)
 					if err != nil {

@@ -13,43 +13,26 @@ import (
 
 // Declared reports whether the method, such as "/pkg.Service/Method", is declared
 // idempotent in its .proto file: option idempotency_level is NO_SIDE_EFFECTS or
-// IDEMPOTENT. It is false for a method whose file is not linked in.
-func Declared(method string) bool {
+// IDEMPOTENT. known is false for a method whose file is not linked in.
+func Declared(method string) (yes, known bool) {
 	service, name, ok := strings.Cut(strings.TrimPrefix(method, "/"), "/")
 	if !ok {
-		return false
+		return false, false
 	}
 	// Look up the service and then the method, because one name for both would have to be
 	// allocated.
 	d, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(service))
 	if err != nil {
-		return false
+		return false, false
 	}
 	sd, ok := d.(protoreflect.ServiceDescriptor)
 	if !ok {
-		return false
+		return false, false
 	}
 	md := sd.Methods().ByName(protoreflect.Name(name))
 	if md == nil {
-		return false
+		return false, false
 	}
 	opts, ok := md.Options().(*descriptorpb.MethodOptions)
-	if !ok {
-		return false
-	}
-	switch opts.GetIdempotencyLevel() {
-	case descriptorpb.MethodOptions_NO_SIDE_EFFECTS, descriptorpb.MethodOptions_IDEMPOTENT:
-		return true
-	}
-	return false
-}
-
-// May reports whether calls of the method may be sent more than once, for a layer
-// that is restricted to methods that are declared idempotent, or to those for which
-// idempotent returns true, or to both together. idempotent may be nil.
-func May(declared bool, idempotent func(method string) bool, method string) bool {
-	if idempotent == nil && !declared {
-		return true
-	}
-	return idempotent != nil && idempotent(method) || declared && Declared(method)
+	return ok && opts.GetIdempotencyLevel() != descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN, true
 }

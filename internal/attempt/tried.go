@@ -8,62 +8,107 @@ import (
 	"sync/atomic"
 )
 
-// Info is the one context value. It is set before the attempt is made and not
-// changed afterwards.
+// Info is what a balancing policy learns of an attempt, through its context. What is
+// exported is not changed.
+//
+// A context is inherited: by a call that a credential makes for its token, by what an
+// interceptor asks first, by all that is done with the context of a stream. So an Info
+// names its call, and belongs to the first policy that has picked for it. [FromContext]
+// gives it to nobody else.
 type Info struct {
+	// Method is the call's full method name.
+	Method string
+	// Target is that of its grpc.ClientConn; empty if it is not known, which fits all.
+	Target string
+
 	// Tried holds the endpoints that earlier attempts of the same call were
-	// sent to, shared by all attempts of the call, hedges included. A picker
-	// passes them over while another endpoint is READY, and adds its choice.
-	// Nil if nobody repeats the call.
+	// sent to, shared by all attempts of the call, hedges included. To a picker they
+	// are dearer than others, and it adds its choice. Nil if nobody repeats the call.
 	Tried *Tried
 
 	// Tracker belongs to the balancing policy's own interceptor, which sees
 	// what a picker does not: the kind of the call, its first response and its
 	// true end. Nil if that interceptor is not installed.
 	Tracker any
+
+	owner atomic.Uint64 // The policy that has picked for it; zero before.
 }
 
-// WithTried returns a context whose Info has a Tried, and that Tried, for a layer
-// that repeats calls. If the Info of ctx has one already, ctx is returned: the
-// attempts of nested layers are attempts of one call. It costs one allocation.
-func WithTried(ctx context.Context) (context.Context, *Tried) {
-	t := &triedContext{Context: ctx}
-	if info := FromContext(ctx); info != nil {
-		if info.Tried != nil {
-			return ctx, info.Tried
-		}
-		t.info.Tracker = info.Tracker
-	}
-	t.info.Tried = &t.tried
-	return t, &t.tried
-}
+// Own makes an Info that has no owner the policy's.
+func (i *Info) Own(policy uint64) { i.owner.CompareAndSwap(0, policy) }
 
-// triedContext is a context, its Info and its Tried in one.
-type triedContext struct {
+// Context is the context of an attempt: another one with an Info.
+type Context struct {
 	context.Context
-	info  Info
-	tried Tried
+	Info Info
 }
 
-func (t *triedContext) Value(k any) any {
+// Value returns the Info for its key, and otherwise what the context inside does.
+func (c *Context) Value(k any) any {
 	if k == (key{}) {
-		return &t.info
+		return &c.Info
 	}
-	return t.Context.Value(k)
+	return c.Context.Value(k)
 }
 
 type key struct{}
 
-// NewContext returns a context that carries info.
-func NewContext(ctx context.Context, info *Info) context.Context {
-	return context.WithValue(ctx, key{}, info)
-}
-
-// FromContext returns the Info in ctx, or nil if there is none.
-func FromContext(ctx context.Context) *Info {
+// FromContext returns the Info in ctx if it is that of a call of the method on a channel to
+// the target, and no policy but the given one has picked for it. Otherwise it returns nil.
+// A policy has an identity of its own in the process; an interceptor's is zero.
+func FromContext(ctx context.Context, method, target string, policy uint64) *Info {
 	info, _ := ctx.Value(key{}).(*Info)
+	if info == nil || info.Method != method || info.Target != target && info.Target != "" {
+		return nil
+	}
+	if o := info.owner.Load(); o != 0 && o != policy {
+		return nil
+	}
 	return info
 }
+
+// Hide returns ctx without its Info. It does not allocate if there is none.
+func Hide(ctx context.Context) context.Context {
+	if ctx.Value(key{}) == nil {
+		return ctx
+	}
+	return hidden{ctx}
+}
+
+type hidden struct{ context.Context }
+
+func (h hidden) Value(k any) any {
+	if k == (key{}) {
+		return nil
+	}
+	return h.Context.Value(k)
+}
+
+// Series is what the attempts of one call share. The zero value is ready for use. It is
+// safe for concurrent use, because the attempts of a hedged call run side by side.
+type Series struct {
+	tried Tried
+	taken atomic.Bool // first is in use.
+	first Context     // The first attempt's, to save an allocation.
+	begun atomic.Int32
+}
+
+// Context returns the context of an attempt.
+func (s *Series) Context(ctx context.Context, method, target string) *Context {
+	c := &s.first
+	if !s.taken.CompareAndSwap(false, true) {
+		c = new(Context)
+	}
+	*c = Context{Context: ctx, Info: Info{Method: method, Target: target, Tried: &s.tried}}
+	return c
+}
+
+// Begin counts an attempt that is about to be sent, and returns how many were before it:
+// those of all layers, those in flight included.
+func (s *Series) Begin() (before int) { return int(s.begun.Add(1)) - 1 }
+
+// NotSent takes back a Begin.
+func (s *Series) NotSent() { s.begun.Add(-1) }
 
 // maxTried bounds what a Tried remembers. grpc-go itself makes at most five
 // attempts of a call; past the bound the oldest endpoint is forgotten.
@@ -92,13 +137,16 @@ func (t *Tried) Remove(id uint64) {
 }
 
 // Has reports whether the endpoint was added.
-func (t *Tried) Has(id uint64) bool {
+func (t *Tried) Has(id uint64) bool { return t.Times(id) > 0 }
+
+// Times returns how many times the endpoint was added.
+func (t *Tried) Times(id uint64) (n int) {
 	for i := range t.len() {
 		if t.ids[i].Load() == id {
-			return true
+			n++
 		}
 	}
-	return false
+	return n
 }
 
 // Empty reports whether nothing was ever added.

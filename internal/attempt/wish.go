@@ -4,7 +4,6 @@
 package attempt
 
 import (
-	"context"
 	"strconv"
 	"time"
 
@@ -14,10 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-const (
-	pushbackKey = "grpc-retry-pushback-ms"
-	previousKey = "grpc-previous-rpc-attempts"
-)
+const pushbackKey = "grpc-retry-pushback-ms"
 
 // A Wish is what a server says about further attempts when it fails one.
 type Wish struct {
@@ -55,18 +51,4 @@ func WishOf(err error, trailer metadata.MD) Wish {
 		return Wish{Asked: true, After: max(info.GetRetryDelay().AsDuration(), 0)}
 	}
 	return Wish{}
-}
-
-// WithPrevious returns the context of a further attempt, which tells the server how many
-// attempts came before it. If none did, it is ctx.
-func WithPrevious(ctx context.Context, n int) context.Context {
-	if n <= 0 {
-		return ctx
-	}
-	md, ok := metadata.FromOutgoingContext(ctx) // A copy.
-	if !ok {
-		md = make(metadata.MD, 1)
-	}
-	md.Set(previousKey, strconv.Itoa(n))
-	return metadata.NewOutgoingContext(ctx, md)
 }

@@ -5,6 +5,7 @@ package quantile
 
 import (
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -125,6 +126,50 @@ func TestAnAnswerIsUsedAgainWhileLittleHasChanged(t *testing.T) {
 	w.Record(time.Second)
 	check(t, w, 1, time.Second, 331)
 	check(t, w, 0.5, time.Millisecond, 331) // Another quantile is another answer.
+}
+
+// What is made costs what is used: there may be a window for each of many methods.
+func TestWindowIsAsLargeAsWhatItHolds(t *testing.T) {
+	const windows = 100
+	kept := make([]*Window, windows)
+	size := func(fill func(w *Window)) int64 {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		for i := range kept {
+			kept[i] = New(time.Minute)
+			fill(kept[i])
+		}
+		runtime.ReadMemStats(&after)
+		return int64(after.TotalAlloc-before.TotalAlloc) / windows
+	}
+	if got := size(func(*Window) {}); got > 1000 {
+		t.Errorf("an empty window takes %d bytes, want at most 1,000", got)
+	}
+	if got := size(func(w *Window) {
+		for i := range 1000 {
+			w.Record(time.Duration(2+i/125) * time.Millisecond)
+		}
+	}); got > 4000 {
+		t.Errorf("a window of latencies from 2 to 9 ms takes %d bytes, want at most 4,000", got)
+	}
+	runtime.KeepAlive(kept)
+}
+
+func TestEveryLatencyIsToldToOnePercent(t *testing.T) {
+	for v := uint64(0); v < uint64(time.Hour/time.Microsecond); v += 1 + v/300 {
+		h := new(histogram)
+		h.record(v)
+		for length, o := range h.octaves {
+			if o == nil {
+				continue
+			}
+			for i, n := range o {
+				if got := highestOf(length, i); n == 1 && (got < v || got > v+v/100) {
+					t.Fatalf("%d µs are counted as %d", v, got)
+				}
+			}
+		}
+	}
 }
 
 func TestConcurrentRecordsAreAllCounted(t *testing.T) {

@@ -9,7 +9,10 @@ import (
 	"io"
 	"math"
 	"math/rand/v2"
+	"net"
+	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -362,6 +365,32 @@ func TestStopRefusesAndRestartServesOnTheSameAddress(t *testing.T) {
 		s.Close()
 		if err := s.Restart(ctx); err == nil || !strings.Contains(err.Error(), "server is closed") {
 			t.Errorf("Restart of a closed server: got %v, want an error", err)
+		}
+	}
+}
+
+// An outgoing connection that asks for the port of a stopped server, as one to
+// which the system gives a port does, does not get it.
+func TestAStoppedServerKeepsItsPort(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("only Linux lets a server listen where something is bound")
+	}
+	other := New(t)
+	for _, address := range []string{"127.0.0.1:0", "localhost:0"} {
+		s := New(t, Listen(address))
+		stop := []func(){s.Stop, func() { must(t, s.GracefulStop(testContext(t))) }}
+		for _, stop := range stop {
+			stop()
+			from, err := net.ResolveTCPAddr("tcp", s.Addr())
+			must(t, err)
+			d := net.Dialer{LocalAddr: from}
+			if c, err := d.DialContext(testContext(t), "tcp", other.Addr()); !errors.Is(err, syscall.EADDRINUSE) {
+				if err == nil {
+					c.Close()
+				}
+				t.Errorf("a connection from the port of a stopped server: got %v, want EADDRINUSE", err)
+			}
+			must(t, s.Restart(testContext(t)))
 		}
 	}
 }

@@ -25,7 +25,7 @@ type run struct {
 	// generation the one that serves and the one that drains.
 	owned sync.WaitGroup
 
-	mu      sync.Mutex           // guards what follows; taken after Server.life; no other lock is taken under it
+	mu      sync.Mutex           // guards what follows; taken after Server.life and before Server.conditions
 	current *generation          // gets new connections; nil once the run ends
 	live    map[*generation]bool // the current one and those that drain
 	conns   map[*conn]bool       // open connections
@@ -151,6 +151,7 @@ func (r *run) closeListener() {
 	if !r.ended {
 		r.ended = true
 		r.listener.Close()
+		r.server.keepPort(r.listener.Addr())
 	}
 }
 

@@ -194,6 +194,7 @@ type Server struct {
 	stallEnd   time.Duration // since epoch; of the stall that lasts
 	stallTimer *time.Timer   // ends it
 	closed     bool
+	freePort   func() // gives the port back; nil if it is not kept
 
 	// life guards what follows. It is taken before any run.mu and not held while
 	// something stops.
@@ -356,7 +357,9 @@ func (s *Server) CloseConnections() {
 
 // Stop stops the server at once, as a crash does: the port refuses connections,
 // and open ones close without a GOAWAY. It returns when the last handler has. It
-// does nothing to a server that is stopped, and hastens a GracefulStop.
+// does nothing to a server that is stopped, and hastens a GracefulStop. On Linux
+// the port stays the server's until Close: nobody else is given it, so nobody
+// else answers there.
 func (s *Server) Stop() {
 	s.life.Lock()
 	r := s.run
@@ -405,9 +408,8 @@ func (s *Server) retire(r *run) {
 }
 
 // Restart starts a stopped server again, on the same port, with its counts, its
-// speed and its faults as they were. While the server was stopped the system
-// may have lent the port to an outgoing connection; Restart then tries again
-// until ctx ends.
+// speed and its faults as they were. If another listens on the port by now, Restart
+// tries again until ctx ends.
 func (s *Server) Restart(ctx context.Context) error {
 	for {
 		err := s.restart()
@@ -444,4 +446,17 @@ func (s *Server) Close() {
 	defer s.conditions.Unlock()
 	s.closed = true
 	s.stopStallTimerLocked()
+	if s.freePort != nil {
+		s.freePort()
+		s.freePort = nil
+	}
+}
+
+// keepPort keeps the port of an address on which the server listens no more.
+func (s *Server) keepPort(addr net.Addr) {
+	s.conditions.Lock()
+	defer s.conditions.Unlock()
+	if tcp, ok := addr.(*net.TCPAddr); ok && s.freePort == nil && !s.closed {
+		s.freePort = bind(tcp)
+	}
 }

@@ -144,7 +144,7 @@ func dial(t *testing.T, servers []*testserver.Server, scheme, target string, opt
 // testContext returns a context that ends long after a test should have.
 func testContext(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -45,18 +45,25 @@ func TestUnderOutlierDetectionAnEjectedEndpointGetsNoCallsAndComesBack(t *testin
 	t.Parallel()
 	c, _ := dialWithOutlierDetection(t, newServers(t, 3), 3, `{"load":{"constant":{}}}`)
 	c.allReady()
-	if err := c.servers[0].Fail(codes.Unavailable, 1); err != nil {
-		t.Fatal(err)
-	}
-	// A third of all calls goes to each. That 50 in a row miss the failing server
-	// by chance happens in (2/3)^50 < 2e-9 of all runs.
-	c.until("the failing server is ejected", 50, func(m map[string]int) bool { return m[""] == 0 })
-	c.servers[0].Heal()
-	if got := c.counts(50); got["server-0"] != 0 {
-		t.Errorf("calls by server are %v, want none to the ejected server-0", got)
-	}
-	if got := c.endpoints(); got["READY"] != 2 || got["TRANSIENT_FAILURE"] != 1 {
-		t.Errorf("endpoints by state are %v, want 2 READY and the ejected one in TRANSIENT_FAILURE", got)
+	ctx := testContext(t)
+	for ejected := false; !ejected; { // Until the ejection lasts as long as the calls.
+		if ctx.Err() != nil {
+			t.Fatal("no ejection lasted as long as the calls")
+		}
+		if err := c.servers[0].Fail(codes.Unavailable, 1); err != nil {
+			t.Fatal(err)
+		}
+		// A third of all calls goes to each. That 50 in a row miss the failing server
+		// by chance happens in (2/3)^50 < 2e-9 of all runs.
+		c.until("the failing server is ejected", 50, func(m map[string]int) bool { return m[""] == 0 })
+		c.servers[0].Heal()
+		calls, states := c.counts(50), c.endpoints()
+		if ejected = states["READY"] < 3; ejected && calls["server-0"] != 0 {
+			t.Errorf("calls by server are %v, want none to the ejected server-0", calls)
+		}
+		if ejected && (states["READY"] != 2 || states["TRANSIENT_FAILURE"] != 1) {
+			t.Errorf("endpoints by state are %v, want 2 READY and the ejected one in TRANSIENT_FAILURE", states)
+		}
 	}
 	c.allReady()
 	if got := c.counts(50); len(got) != 3 {

@@ -190,7 +190,7 @@ func (Backoff_Jitter) EnumDescriptor() ([]byte, []int) {
 //	  "methodConfig": [
 //	    {
 //	      "name": [{"service": "shop.Orders", "method": "List"}],
-//	      "layers": [{"timeout": {"call": "1s"}}, {"hedge": {}}, {"shared": "all"}]
+//	      "layers": [{"timeout": {"call": "1s"}}, {"hedge": {"methods": ["/shop.Orders/List"]}}, {"shared": "all"}]
 //	    },
 //	    {
 //	      "name": [{}],
@@ -2217,6 +2217,7 @@ type Budget struct {
 	Ratio *float64 `protobuf:"fixed64,2,opt,name=ratio,proto3,oneof" json:"ratio,omitempty"`
 	// 0 is none, and unset the default.
 	MinPerSecond  *float64 `protobuf:"fixed64,3,opt,name=min_per_second,json=minPerSecond,proto3,oneof" json:"min_per_second,omitempty"`
+	MaxConcurrent int64    `protobuf:"varint,4,opt,name=max_concurrent,json=maxConcurrent,proto3" json:"max_concurrent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2272,14 +2273,22 @@ func (x *Budget) GetMinPerSecond() float64 {
 	return 0
 }
 
+func (x *Budget) GetMaxConcurrent() int64 {
+	if x != nil {
+		return x.MaxConcurrent
+	}
+	return 0
+}
+
 // Retry is interceptor/retry.Config.
 type Retry struct {
-	state        protoimpl.MessageState `protogen:"open.v1"`
-	MaxAttempts  int64                  `protobuf:"varint,1,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
-	Codes        []string               `protobuf:"bytes,2,rep,name=codes,proto3" json:"codes,omitempty"`
-	DeclaredOnly bool                   `protobuf:"varint,3,opt,name=declared_only,json=declaredOnly,proto3" json:"declared_only,omitempty"`
-	BufferBytes  int64                  `protobuf:"varint,4,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
-	Backoff      *Backoff               `protobuf:"bytes,5,opt,name=backoff,proto3" json:"backoff,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	MaxAttempts int64                  `protobuf:"varint,1,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
+	Codes       []string               `protobuf:"bytes,2,rep,name=codes,proto3" json:"codes,omitempty"`
+	// Every method may be carried out more than once, writes included.
+	AllMethods  bool     `protobuf:"varint,3,opt,name=all_methods,json=allMethods,proto3" json:"all_methods,omitempty"`
+	BufferBytes int64    `protobuf:"varint,4,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
+	Backoff     *Backoff `protobuf:"bytes,5,opt,name=backoff,proto3" json:"backoff,omitempty"`
 	// The name of the budget in Stack.budgets. Unset: Stack.budget.
 	Budget string `protobuf:"bytes,6,opt,name=budget,proto3" json:"budget,omitempty"`
 	// retry.WithIdempotent: the name that the program gave to
@@ -2288,8 +2297,11 @@ type Retry struct {
 	// retry.WithPolicy: the name that the program gave to stackconfig.WithRetryPolicy.
 	Policy         string               `protobuf:"bytes,8,opt,name=policy,proto3" json:"policy,omitempty"`
 	MaxServerDelay *durationpb.Duration `protobuf:"bytes,9,opt,name=max_server_delay,json=maxServerDelay,proto3" json:"max_server_delay,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Methods that may be carried out more than once, beside those that are declared
+	// idempotent: "/pkg.Service/Method", or "/pkg.Service/" for all of a service.
+	Methods       []string `protobuf:"bytes,10,rep,name=methods,proto3" json:"methods,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Retry) Reset() {
@@ -2336,9 +2348,9 @@ func (x *Retry) GetCodes() []string {
 	return nil
 }
 
-func (x *Retry) GetDeclaredOnly() bool {
+func (x *Retry) GetAllMethods() bool {
 	if x != nil {
-		return x.DeclaredOnly
+		return x.AllMethods
 	}
 	return false
 }
@@ -2381,6 +2393,13 @@ func (x *Retry) GetPolicy() string {
 func (x *Retry) GetMaxServerDelay() *durationpb.Duration {
 	if x != nil {
 		return x.MaxServerDelay
+	}
+	return nil
+}
+
+func (x *Retry) GetMethods() []string {
+	if x != nil {
+		return x.Methods
 	}
 	return nil
 }
@@ -2456,17 +2475,19 @@ func (x *Backoff) GetJitter() Backoff_Jitter {
 
 // Hedge is interceptor/hedge.Config.
 type Hedge struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	MaxExtraLoad  float64                `protobuf:"fixed64,1,opt,name=max_extra_load,json=maxExtraLoad,proto3" json:"max_extra_load,omitempty"`
-	Delay         *durationpb.Duration   `protobuf:"bytes,2,opt,name=delay,proto3" json:"delay,omitempty"`
-	Percentile    float64                `protobuf:"fixed64,3,opt,name=percentile,proto3" json:"percentile,omitempty"`
-	MinDelay      *durationpb.Duration   `protobuf:"bytes,4,opt,name=min_delay,json=minDelay,proto3" json:"min_delay,omitempty"`
-	MinDataPoints int64                  `protobuf:"varint,5,opt,name=min_data_points,json=minDataPoints,proto3" json:"min_data_points,omitempty"`
-	Window        *durationpb.Duration   `protobuf:"bytes,6,opt,name=window,proto3" json:"window,omitempty"`
-	MaxAttempts   int64                  `protobuf:"varint,7,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
-	NonFatal      []string               `protobuf:"bytes,8,rep,name=non_fatal,json=nonFatal,proto3" json:"non_fatal,omitempty"`
-	DeclaredOnly  bool                   `protobuf:"varint,9,opt,name=declared_only,json=declaredOnly,proto3" json:"declared_only,omitempty"`
-	BufferBytes   int64                  `protobuf:"varint,10,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	MaxExtraLoad float64                `protobuf:"fixed64,1,opt,name=max_extra_load,json=maxExtraLoad,proto3" json:"max_extra_load,omitempty"`
+	// 0s makes extra attempts at once; unset is a percentile.
+	Delay         *durationpb.Duration `protobuf:"bytes,2,opt,name=delay,proto3,oneof" json:"delay,omitempty"`
+	Percentile    float64              `protobuf:"fixed64,3,opt,name=percentile,proto3" json:"percentile,omitempty"`
+	MinDelay      *durationpb.Duration `protobuf:"bytes,4,opt,name=min_delay,json=minDelay,proto3" json:"min_delay,omitempty"`
+	MinDataPoints int64                `protobuf:"varint,5,opt,name=min_data_points,json=minDataPoints,proto3" json:"min_data_points,omitempty"`
+	Window        *durationpb.Duration `protobuf:"bytes,6,opt,name=window,proto3" json:"window,omitempty"`
+	MaxAttempts   int64                `protobuf:"varint,7,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
+	NonFatal      []string             `protobuf:"bytes,8,rep,name=non_fatal,json=nonFatal,proto3" json:"non_fatal,omitempty"`
+	// Every method may be carried out more than once, writes included.
+	AllMethods  bool  `protobuf:"varint,9,opt,name=all_methods,json=allMethods,proto3" json:"all_methods,omitempty"`
+	BufferBytes int64 `protobuf:"varint,10,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
 	// The name of the budget in Stack.budgets, which lets hedges and retries spend one.
 	// Unset: a budget of its own, of max_extra_load.
 	Budget string `protobuf:"bytes,11,opt,name=budget,proto3" json:"budget,omitempty"`
@@ -2474,8 +2495,11 @@ type Hedge struct {
 	// stackconfig.WithIdempotentFunc.
 	IdempotentFunc string               `protobuf:"bytes,12,opt,name=idempotent_func,json=idempotentFunc,proto3" json:"idempotent_func,omitempty"`
 	MaxServerDelay *durationpb.Duration `protobuf:"bytes,13,opt,name=max_server_delay,json=maxServerDelay,proto3" json:"max_server_delay,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Methods that may be carried out more than once, beside those that are declared
+	// idempotent: "/pkg.Service/Method", or "/pkg.Service/" for all of a service.
+	Methods       []string `protobuf:"bytes,14,rep,name=methods,proto3" json:"methods,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Hedge) Reset() {
@@ -2564,9 +2588,9 @@ func (x *Hedge) GetNonFatal() []string {
 	return nil
 }
 
-func (x *Hedge) GetDeclaredOnly() bool {
+func (x *Hedge) GetAllMethods() bool {
 	if x != nil {
-		return x.DeclaredOnly
+		return x.AllMethods
 	}
 	return false
 }
@@ -2595,6 +2619,13 @@ func (x *Hedge) GetIdempotentFunc() string {
 func (x *Hedge) GetMaxServerDelay() *durationpb.Duration {
 	if x != nil {
 		return x.MaxServerDelay
+	}
+	return nil
+}
+
+func (x *Hedge) GetMethods() []string {
+	if x != nil {
+		return x.Methods
 	}
 	return nil
 }
@@ -2790,23 +2821,27 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\bkey_idle\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\akeyIdle\x120\n" +
 	"\x14ignore_not_connected\x18\x12 \x01(\bR\x12ignoreNotConnectedB\x05\n" +
 	"\x03keyB\t\n" +
-	"\a_jitter\"\x98\x01\n" +
+	"\a_jitter\"\xbf\x01\n" +
 	"\x06Budget\x12+\n" +
 	"\x03ttl\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12\x19\n" +
 	"\x05ratio\x18\x02 \x01(\x01H\x00R\x05ratio\x88\x01\x01\x12)\n" +
-	"\x0emin_per_second\x18\x03 \x01(\x01H\x01R\fminPerSecond\x88\x01\x01B\b\n" +
+	"\x0emin_per_second\x18\x03 \x01(\x01H\x01R\fminPerSecond\x88\x01\x01\x12%\n" +
+	"\x0emax_concurrent\x18\x04 \x01(\x03R\rmaxConcurrentB\b\n" +
 	"\x06_ratioB\x11\n" +
-	"\x0f_min_per_second\"\xdb\x02\n" +
+	"\x0f_min_per_second\"\xf1\x02\n" +
 	"\x05Retry\x12!\n" +
 	"\fmax_attempts\x18\x01 \x01(\x03R\vmaxAttempts\x12\x14\n" +
-	"\x05codes\x18\x02 \x03(\tR\x05codes\x12#\n" +
-	"\rdeclared_only\x18\x03 \x01(\bR\fdeclaredOnly\x12!\n" +
+	"\x05codes\x18\x02 \x03(\tR\x05codes\x12\x1f\n" +
+	"\vall_methods\x18\x03 \x01(\bR\n" +
+	"allMethods\x12!\n" +
 	"\fbuffer_bytes\x18\x04 \x01(\x03R\vbufferBytes\x123\n" +
 	"\abackoff\x18\x05 \x01(\v2\x19.belfry.config.v1.BackoffR\abackoff\x12\x16\n" +
 	"\x06budget\x18\x06 \x01(\tR\x06budget\x12'\n" +
 	"\x0fidempotent_func\x18\a \x01(\tR\x0eidempotentFunc\x12\x16\n" +
 	"\x06policy\x18\b \x01(\tR\x06policy\x12C\n" +
-	"\x10max_server_delay\x18\t \x01(\v2\x19.google.protobuf.DurationR\x0emaxServerDelay\"\xb4\x02\n" +
+	"\x10max_server_delay\x18\t \x01(\v2\x19.google.protobuf.DurationR\x0emaxServerDelay\x12\x18\n" +
+	"\amethods\x18\n" +
+	" \x03(\tR\amethods\"\xb4\x02\n" +
 	"\aBackoff\x123\n" +
 	"\ainitial\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\ainitial\x12+\n" +
 	"\x03max\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03max\x12\x1e\n" +
@@ -2819,10 +2854,10 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\vJITTER_FULL\x10\x01\x12\x10\n" +
 	"\fJITTER_EQUAL\x10\x02\x12\x17\n" +
 	"\x13JITTER_DECORRELATED\x10\x03\x12\x0f\n" +
-	"\vJITTER_NONE\x10\x04\"\x9f\x04\n" +
+	"\vJITTER_NONE\x10\x04\"\xc4\x04\n" +
 	"\x05Hedge\x12$\n" +
-	"\x0emax_extra_load\x18\x01 \x01(\x01R\fmaxExtraLoad\x12/\n" +
-	"\x05delay\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05delay\x12\x1e\n" +
+	"\x0emax_extra_load\x18\x01 \x01(\x01R\fmaxExtraLoad\x124\n" +
+	"\x05delay\x18\x02 \x01(\v2\x19.google.protobuf.DurationH\x00R\x05delay\x88\x01\x01\x12\x1e\n" +
 	"\n" +
 	"percentile\x18\x03 \x01(\x01R\n" +
 	"percentile\x126\n" +
@@ -2830,13 +2865,16 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\x0fmin_data_points\x18\x05 \x01(\x03R\rminDataPoints\x121\n" +
 	"\x06window\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x06window\x12!\n" +
 	"\fmax_attempts\x18\a \x01(\x03R\vmaxAttempts\x12\x1b\n" +
-	"\tnon_fatal\x18\b \x03(\tR\bnonFatal\x12#\n" +
-	"\rdeclared_only\x18\t \x01(\bR\fdeclaredOnly\x12!\n" +
+	"\tnon_fatal\x18\b \x03(\tR\bnonFatal\x12\x1f\n" +
+	"\vall_methods\x18\t \x01(\bR\n" +
+	"allMethods\x12!\n" +
 	"\fbuffer_bytes\x18\n" +
 	" \x01(\x03R\vbufferBytes\x12\x16\n" +
 	"\x06budget\x18\v \x01(\tR\x06budget\x12'\n" +
 	"\x0fidempotent_func\x18\f \x01(\tR\x0eidempotentFunc\x12C\n" +
-	"\x10max_server_delay\x18\r \x01(\v2\x19.google.protobuf.DurationR\x0emaxServerDelayB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
+	"\x10max_server_delay\x18\r \x01(\v2\x19.google.protobuf.DurationR\x0emaxServerDelay\x12\x18\n" +
+	"\amethods\x18\x0e \x03(\tR\amethodsB\b\n" +
+	"\x06_delayB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
 
 var (
 	file_belfry_config_v1_stack_proto_rawDescOnce sync.Once
@@ -2997,6 +3035,7 @@ func file_belfry_config_v1_stack_proto_init() {
 		(*Breaker_KeyFunc)(nil),
 	}
 	file_belfry_config_v1_stack_proto_msgTypes[16].OneofWrappers = []any{}
+	file_belfry_config_v1_stack_proto_msgTypes[19].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -1,11 +1,12 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package interceptor_test
+package mapping_test
 
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"testing"
@@ -16,19 +17,20 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/mapping"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
-func TestMap(t *testing.T) {
+func TestMapping(t *testing.T) {
 	t.Run("errors_of_calls_and_streams", func(t *testing.T) {
 		mapped := errors.New("mapped")
-		l := interceptor.MapError(func(context.Context, string, error) error { return mapped })
-		c := answers(status.Error(codes.NotFound, ""))
-		c.stream = func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
-			return &scriptStream{ctx: ctx, errs: []error{nil, status.Error(codes.NotFound, "")}}, nil
+		l := mapping.Error(func(context.Context, string, error) error { return mapped })
+		c := &conn{
+			invoke: func(any, any) error { return status.Error(codes.NotFound, "") },
+			stream: &stream{errs: []error{nil, status.Error(codes.NotFound, "")}},
 		}
-		log := &eventLog{}
-		s := calltest.Stack(t, l, &logToy{name: "inside", log: log}).Wrap(c)
+		log := &releases{}
+		s := calltest.Stack(t, l, logged{name: "inside", log: log}).Wrap(c)
 		if err := s.Invoke(context.Background(), calltest.Method, nil, nil); err != mapped {
 			t.Errorf("unary: %v, want the mapped error", err)
 		}
@@ -42,7 +44,7 @@ func TestMap(t *testing.T) {
 		if err := st.RecvMsg(nil); err != mapped {
 			t.Errorf("stream: %v, want the mapped error", err)
 		}
-		want := []string{"inside 0 failed NotFound", "inside 0 failed NotFound"}
+		want := []string{"inside failed NotFound", "inside failed NotFound"}
 		if got := log.take(); !slices.Equal(got, want) {
 			t.Errorf("released %q, want the server's error inside: %q", got, want)
 		}
@@ -51,19 +53,17 @@ func TestMap(t *testing.T) {
 	t.Run("messages_of_their_type", func(t *testing.T) {
 		var sent []any
 		c := &conn{
-			invoke: func(_ context.Context, _ string, req, reply any, _ ...grpc.CallOption) error {
+			invoke: func(req, reply any) error {
 				sent = append(sent, req)
 				reply.(*wrapperspb.StringValue).Value = "world"
 				return nil
 			},
-			stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
-				return &sendStream{scriptStream: scriptStream{ctx: ctx, errs: []error{nil, io.EOF}}, sent: &sent}, nil
-			},
+			stream: &stream{errs: []error{nil, io.EOF}, sent: &sent},
 		}
-		request := interceptor.MapRequest(func(_ context.Context, _ string, m *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
+		request := mapping.Request(func(_ context.Context, _ string, m *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
 			return wrapperspb.String(m.Value + "!"), nil
 		})
-		response := interceptor.MapResponse(func(_ context.Context, _ string, m *wrapperspb.StringValue) error {
+		response := mapping.Response(func(_ context.Context, _ string, m *wrapperspb.StringValue) error {
 			m.Value += "?"
 			return nil
 		})
@@ -92,6 +92,17 @@ func TestMap(t *testing.T) {
 		}
 	})
 
+	t.Run("nil_function_is_an_error", func(t *testing.T) {
+		for field, spec := range map[string]interceptor.Spec{
+			"Request":  mapping.Request[any](nil),
+			"Response": mapping.Response[any](nil),
+			"Error":    mapping.Error(nil),
+		} {
+			_, err := spec.NewLayer()
+			calltest.WantConfigError(t, err, "mapping", field, nil)
+		}
+	})
+
 	t.Run("failure_cancels_the_stream", func(t *testing.T) {
 		boom := errors.New("boom")
 		m := wrapperspb.String("x")
@@ -100,31 +111,27 @@ func TestMap(t *testing.T) {
 			do    func(st grpc.ClientStream) error
 		}{
 			{
-				interceptor.MapRequest(func(context.Context, string, *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
+				mapping.Request(func(context.Context, string, *wrapperspb.StringValue) (*wrapperspb.StringValue, error) {
 					return nil, boom
 				}),
 				func(st grpc.ClientStream) error { return st.SendMsg(m) },
 			},
 			{
-				interceptor.MapResponse(func(context.Context, string, *wrapperspb.StringValue) error { return boom }),
+				mapping.Response(func(context.Context, string, *wrapperspb.StringValue) error { return boom }),
 				func(st grpc.ClientStream) error { return st.RecvMsg(m) },
 			},
 		} {
-			var stream *scriptStream
-			c := &conn{stream: func(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
-				stream = &scriptStream{ctx: ctx, errs: []error{nil}}
-				return stream, nil
-			}}
-			log := &eventLog{}
-			s := calltest.Stack(t, &logToy{name: "outer", log: log}, tc.layer, &logToy{name: "inner", log: log})
-			st, err := s.Wrap(c).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, calltest.Method)
+			stream := &stream{errs: []error{nil}}
+			log := &releases{}
+			s := calltest.Stack(t, logged{name: "outer", log: log}, tc.layer, logged{name: "inner", log: log})
+			st, err := s.Wrap(&conn{stream: stream}).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, calltest.Method)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if err := tc.do(st); err != boom {
 				t.Errorf("%v: got %v, want the function's error", tc.layer, err)
 			}
-			if got, want := log.take(), []string{"inner 0 ignored Unknown", "outer 0 failed Unknown"}; !slices.Equal(got, want) {
+			if got, want := log.take(), []string{"inner ignored Unknown", "outer failed Unknown"}; !slices.Equal(got, want) {
 				t.Errorf("%v: released %q, want %q", tc.layer, got, want)
 			}
 			if stream.ctx.Err() == nil {
@@ -138,12 +145,67 @@ func TestMap(t *testing.T) {
 	})
 }
 
-type sendStream struct {
-	scriptStream
+// conn answers unary calls with invoke, and opens stream.
+type conn struct {
+	invoke func(req, reply any) error
+	stream *stream
+}
+
+func (c *conn) Invoke(_ context.Context, _ string, req, reply any, _ ...grpc.CallOption) error {
+	return c.invoke(req, reply)
+}
+
+func (c *conn) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	c.stream.ctx = ctx
+	return c.stream, nil
+}
+
+// stream answers RecvMsg with errs, one after the other, and keeps what is sent.
+type stream struct {
+	grpc.ClientStream
+	ctx  context.Context
+	errs []error
 	sent *[]any
 }
 
-func (s *sendStream) SendMsg(m any) error {
-	*s.sent = append(*s.sent, m)
+func (s *stream) RecvMsg(any) error {
+	err := s.errs[0]
+	s.errs = s.errs[1:]
+	return err
+}
+
+func (s *stream) SendMsg(m any) error {
+	if s.sent != nil {
+		*s.sent = append(*s.sent, m)
+	}
 	return nil
+}
+
+// logged is a layer that logs the end of each call.
+type logged struct {
+	interceptor.GateOnly
+	name string
+	log  *releases
+}
+
+type releases struct{ list []string }
+
+func (r *releases) take() (list []string) {
+	list, r.list = r.list, nil
+	return list
+}
+
+func (l logged) NewLayer() (interceptor.Layer, error) { return l, nil }
+
+func (logged) Traits() interceptor.Traits { return 0 }
+
+func (l logged) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		a.Hold(l, 0)
+		return inner.Admit(ctx, a, w)
+	})
+}
+
+func (l logged) Release(_ int64, e interceptor.End) {
+	l.log.list = append(l.log.list, fmt.Sprintf("%s %s %s", l.name, e.Outcome, status.Code(e.Err)))
 }

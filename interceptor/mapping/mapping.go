@@ -1,7 +1,17 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package interceptor
+// Package mapping has layers that change what is sent, what is received, or the error
+// of a call: Tower's map_request, map_response and map_err.
+//
+//	stack, err := interceptor.NewStack(mapping.Request(
+//		func(ctx context.Context, method string, o *orders.Order) (*orders.Order, error) {
+//			return withDefaults(o), nil
+//		}))
+//
+// A function sees calls if its layer is outside a retry or hedge, and attempts if it is
+// inside. It is called concurrently for different calls.
+package mapping
 
 import (
 	"context"
@@ -10,17 +20,20 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/check"
 )
 
-// MapRequest returns a layer that replaces requests of type M with what f returns: the
+// Request returns a layer that replaces requests of type M with what f returns: the
 // request of a unary call, or each message that is sent on a stream. Requests of other
 // types pass unchanged. An error of f ends the call: it is returned as it is, and by a
 // stream from then on, which is cancelled. Inside a retry f is called once for each
 // attempt. It must not modify its message, which belongs to the caller. It costs a
 // context for each stream.
-func MapRequest[M any](f func(ctx context.Context, method string, m M) (M, error)) Spec {
+func Request[M any](f func(ctx context.Context, method string, m M) (M, error)) interceptor.Spec {
 	if f == nil {
-		return noFunc("MapRequest")
+		return noFunc("Request")
 	}
 	return &mapper{
 		name: "maprequest",
@@ -33,13 +46,13 @@ func MapRequest[M any](f func(ctx context.Context, method string, m M) (M, error
 	}
 }
 
-// MapResponse returns a layer that lets f read and change responses of type M in place:
+// Response returns a layer that lets f read and change responses of type M in place:
 // the reply of a unary call, or each message that is received from a stream. An error of
 // f is returned instead of the response, and by a stream from then on, which is
 // cancelled. It costs a context for each stream.
-func MapResponse[M any](f func(ctx context.Context, method string, m M) error) Spec {
+func Response[M any](f func(ctx context.Context, method string, m M) error) interceptor.Spec {
 	if f == nil {
-		return noFunc("MapResponse")
+		return noFunc("Response")
 	}
 	return &mapper{
 		name: "mapresponse",
@@ -52,72 +65,81 @@ func MapResponse[M any](f func(ctx context.Context, method string, m M) error) S
 	}
 }
 
-// MapError returns a layer that replaces the errors of calls and streams with what f
+// Error returns a layer that replaces the errors of calls and streams with what f
 // returns. f is not called for io.EOF, the normal end of a stream. If f returns nil for
 // the error of a unary call, the call succeeds with whatever the reply holds, and for
 // the error of a stream, the stream ends with io.EOF. The error of a stream that could
 // not be opened is returned as it is, because there is no stream to return. f does not
 // see refusals of gates, because these do not reach the call path; map those in front
 // of the stack.
-func MapError(f func(ctx context.Context, method string, err error) error) Spec {
+func Error(f func(ctx context.Context, method string, err error) error) interceptor.Spec {
 	if f == nil {
-		return noFunc("MapError")
+		return noFunc("Error")
 	}
 	return &mapper{name: "maperror", err: f}
 }
 
 // mapper is the layer behind all three. A nil field maps nothing.
 type mapper struct {
-	CallOnly
+	interceptor.CallOnly
 	name     string
 	request  func(ctx context.Context, method string, m any) (any, error)
 	response func(ctx context.Context, method string, m any) error
 	err      func(ctx context.Context, method string, err error) error
 }
 
-func (l *mapper) NewLayer() (Layer, error) { return l, nil }
-func (l *mapper) String() string           { return l.name }
+func (l *mapper) NewLayer() (interceptor.Layer, error) { return l, nil }
+func (l *mapper) String() string                       { return l.name }
 
-func noFunc(name string) Spec {
-	return failed{&ConfigError{Layer: "interceptor", Field: name, Value: nil, Rule: "must be a function"}}
+// failed is the Spec of a layer that has no function.
+type failed struct{ err error }
+
+func (f failed) NewLayer() (interceptor.Layer, error) { return nil, f.err }
+
+func noFunc(name string) interceptor.Spec {
+	errs := check.Of("mapping")
+	errs.NotNil(true, name, "a function")
+	return failed{errs.Err()}
 }
 
-func (l *mapper) WrapCall(next Next, _ Again) Next {
-	return func(ctx context.Context, c *Call) error {
-		if c.kind != Unary {
+func (l *mapper) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {
+	return func(ctx context.Context, c *interceptor.Call) error {
+		method := c.Method()
+		if c.Kind() != interceptor.Unary {
 			return l.open(ctx, c, next)
 		}
 		if l.request != nil {
-			m, err := l.request(ctx, c.method, c.req)
+			m, err := l.request(ctx, method, c.Request())
 			if err != nil {
 				return err
 			}
-			c.req = m
+			c.SetRequest(m)
 		}
 		if err := next(ctx, c); err != nil {
-			return l.mapErr(ctx, c.method, err)
+			return l.mapErr(ctx, method, err)
 		}
 		if l.response != nil {
-			return l.response(ctx, c.method, c.reply)
+			return l.response(ctx, method, c.Reply())
 		}
 		return nil
 	}
 }
 
 // open opens a stream whose messages are mapped.
-func (l *mapper) open(ctx context.Context, c *Call, next Next) error {
-	s := &mapStream{layer: l, ctx: ctx, cancel: func() {}, method: c.method, single: !c.desc.ServerStreams}
+func (l *mapper) open(ctx context.Context, c *interceptor.Call, next interceptor.Next) error {
+	s := &mapStream{layer: l, ctx: ctx, cancel: func() {}, method: c.Method(), single: !c.Desc().ServerStreams}
 	if l.err == nil { // The function may end the stream.
 		s.ctx, s.cancel = context.WithCancel(ctx)
 	}
 	if err := next(s.ctx, c); err != nil {
 		s.cancel()
-		if mapped := l.mapErr(ctx, c.method, err); mapped != nil {
+		if mapped := l.mapErr(ctx, s.method, err); mapped != nil {
 			return mapped
 		}
 		return err
 	}
-	s.ClientStream, c.stream = c.stream, s
+	s.ClientStream = c.Stream()
+	c.SetStream(s)
 	return nil
 }
 

@@ -1,7 +1,7 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package interceptor_test
+package adapt_test
 
 import (
 	"context"
@@ -13,10 +13,15 @@ import (
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/adapt"
+	"github.com/belfry-go/belfry/interceptor/failfast"
+	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
@@ -32,22 +37,42 @@ type limiterFunc func(ctx context.Context) error
 
 func (f limiterFunc) Limit(ctx context.Context) error { return f(ctx) }
 
+// conn answers a unary call as it returns.
+type conn func() error
+
+func (c conn) Invoke(context.Context, string, any, any, ...grpc.CallOption) error { return c() }
+
+func (c conn) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+	panic("no streams")
+}
+
+// waits records how long gates have waited.
+type waits struct {
+	interceptor.NopObserver
+	got []string
+}
+
+func (w *waits) Waited(method, layer string, d time.Duration) {
+	w.got = append(w.got, fmt.Sprintf("%s %s %v", method, layer, d))
+}
+
 func TestAdapt(t *testing.T) {
 	t.Run("third_party_limiters", func(t *testing.T) {
 		ctx := context.Background()
 		boom := errors.New("boom")
 		p := &permitToy{}
 		var refuse error
-		permits := interceptor.FromPermit("adaptive", interceptor.ReasonConcurrency, func(context.Context, bool) (interceptor.Permit, error) { return p, refuse })
+		permits := adapt.FromPermit("adaptive", interceptor.ReasonConcurrency, func(context.Context, bool) (adapt.Permit, error) { return p, refuse })
 		var done []interceptor.Outcome
-		allow := interceptor.FromAllow("breaker", interceptor.ReasonBreakerOpen, func(context.Context) (func(interceptor.Outcome, error), error) {
+		allow := adapt.FromAllow("breaker", interceptor.ReasonBreakerOpen, func(context.Context) (func(interceptor.Outcome, error), error) {
 			return func(o interceptor.Outcome, _ error) { done = append(done, o) }, nil
 		})
 		var limited error
-		limiter := interceptor.FromLimiter("ggm", limiterFunc(func(context.Context) error { return limited }))
-		failed := status.Error(codes.Internal, "")
-		c := calltest.Stack(t, permits, allow, limiter).Wrap(answers(nil, failed))
+		limiter := adapt.FromLimiter("ggm", limiterFunc(func(context.Context) error { return limited }))
+		var answer error
+		c := calltest.Stack(t, permits, allow, limiter).Wrap(conn(func() error { return answer }))
 		c.Invoke(ctx, calltest.Method, nil, nil)
+		answer = status.Error(codes.Internal, "")
 		c.Invoke(ctx, calltest.Method, nil, nil)
 		limited = boom
 		if err := c.Invoke(ctx, calltest.Method, nil, nil); calltest.Reason(err) != interceptor.ReasonRateLimit || !errors.Is(err, boom) || status.Code(err) != codes.ResourceExhausted {
@@ -64,9 +89,8 @@ func TestAdapt(t *testing.T) {
 			t.Errorf("done saw %v, want %v", done, want)
 		}
 		for name, err := range map[string]error{
-			"FromSemaphore": errOf(interceptor.FromSemaphore("x", nil)), "FromPermit": errOf(interceptor.FromPermit("x", "", nil)),
-			"FromAllow": errOf(interceptor.FromAllow("x", "", nil)), "FromLimiter": errOf(interceptor.FromLimiter("x", nil)),
-			"Foreign": errOf(interceptor.Foreign("x", nil, nil)),
+			"FromSemaphore": errOf(adapt.FromSemaphore("x", nil)), "FromPermit": errOf(adapt.FromPermit("x", "", nil)),
+			"FromAllow": errOf(adapt.FromAllow("x", "", nil)), "FromLimiter": errOf(adapt.FromLimiter("x", nil)),
 		} {
 			if err == nil || !strings.Contains(err.Error(), name) {
 				t.Errorf("%s of nil returned %v, want an error that names it", name, err)
@@ -77,13 +101,13 @@ func TestAdapt(t *testing.T) {
 	t.Run("their_time_counts_as_waiting", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			for _, l := range slowLimiters(t, time.Second) {
-				obs := &recorder{}
+				obs := &waits{}
 				// The fail-fast reads the clock before the wait, the timeout after it.
-				s := calltest.Stack(t, interceptor.Observe(obs), &failFastToy{d: time.Hour}, l, &timeoutToy{d: 1500 * time.Millisecond})
+				s := calltest.Stack(t, interceptor.Observe(obs), failfast.Config{After: time.Hour}, l, timeout.Config{Timeout: 1500 * time.Millisecond}, adapt.FromSemaphore("limit", semaphore.NewWeighted(1)))
 				if err := s.Wrap(calltest.Takes(time.Second)).Invoke(context.Background(), "/m", nil, nil); err != nil {
 					t.Errorf("a call of 1s inside %v and a timeout of 1.5s: %v", l, err)
 				}
-				if got, want := obs.log.take(), fmt.Sprintf("waited /m %v 1s", l); !slices.Contains(got, want) {
+				if got, want := obs.got, fmt.Sprintf("/m %v 1s", l); !slices.Contains(got, want) {
 					t.Errorf("observed %q, want %q among it", got, want)
 				}
 			}
@@ -94,7 +118,7 @@ func TestAdapt(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			for _, l := range slowLimiters(t, time.Hour) {
 				start := time.Now()
-				err := calltest.Stack(t, &timeoutToy{d: time.Second}, l).Wrap(answers()).Invoke(context.Background(), calltest.Method, nil, nil)
+				err := calltest.Stack(t, timeout.Config{Timeout: time.Second}, l).Wrap(calltest.Takes(0)).Invoke(context.Background(), calltest.Method, nil, nil)
 				if calltest.Reason(err) != interceptor.ReasonDeadline || time.Since(start) != time.Second {
 					t.Errorf("%v: %v after %v, want the timeout's refusal after 1s", l, err, time.Since(start))
 				}
@@ -115,11 +139,14 @@ func slowLimiters(t *testing.T, d time.Duration) []interceptor.Spec {
 			return ctx.Err()
 		}
 	}
-	permits := interceptor.FromPermit("permits", interceptor.ReasonConcurrency, func(ctx context.Context, _ bool) (interceptor.Permit, error) {
+	permits := adapt.FromPermit("permits", interceptor.ReasonConcurrency, func(ctx context.Context, _ bool) (adapt.Permit, error) {
 		return &permitToy{}, wait(ctx)
 	})
-	limiter := interceptor.FromLimiter("limiter", limiterFunc(wait))
-	return []interceptor.Spec{permits, limiter}
+	limiter := adapt.FromLimiter("limiter", limiterFunc(wait))
+	allow := adapt.FromAllow("allow", interceptor.ReasonBreakerOpen, func(ctx context.Context) (func(interceptor.Outcome, error), error) {
+		return nil, wait(ctx)
+	})
+	return []interceptor.Spec{permits, limiter, allow}
 }
 
 func errOf(s interceptor.Spec) error {
