@@ -64,8 +64,8 @@ func TestStress(t *testing.T) {
 	}
 	stack, err := interceptor.NewStack(
 		timeout.Config{Timeout: stressPatience, Lifetime: stressPatience},
-		hedge.Config{Delay: 15 * time.Millisecond, MaxAttempts: 3, Budget: budget.Config{Ratio: 1, MinPerSecond: 1000}},
-		retry.Config{MaxAttempts: 4, Backoff: retry.Backoff{Initial: time.Millisecond, Max: 5 * time.Millisecond}, Budget: budget.Config{Ratio: 1, MinPerSecond: 1000}},
+		hedge.Config{AllMethods: true, Delay: 15 * time.Millisecond, MaxAttempts: 3, Budget: budget.Config{Ratio: 1, MinPerSecond: 1000}},
+		retry.Config{AllMethods: true, MaxAttempts: 4, Backoff: retry.Backoff{Initial: time.Millisecond, Max: 5 * time.Millisecond}, Budget: budget.Config{Ratio: 1, MinPerSecond: 1000}},
 		timeout.Config{Timeout: stressAttempt, FirstResponse: stressAttempt},
 		bound,
 	)
