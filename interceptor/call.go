@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/peer"
 
 	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/result"
 )
 
 // A Call is one call as the call path sees it, or a further attempt that [Again] made
@@ -46,11 +47,11 @@ type callState struct {
 	parent  *Call    // What this was forked from; nil if it was not.
 	fronts  []*Stack // Stacks in front, whose connection this one is.
 	home    int      // The outermost boundary of a fork.
-	outs    *outs    // The results of a fork that the caller asked for by options.
 
-	series *attempt.Series // What all attempts share; nil if no layer may repeat the call.
-
-	expendable bool // Of a fork: see Origin.
+	own        *result.Vars    // Of a fork: where it writes what its layer was asked for by options,
+	outside    *scope          // and the scope around that layer; nil for a unary call.
+	expendable bool            // See Origin.
+	series     *attempt.Series // What all attempts share; nil if no layer may repeat the call.
 
 	finish []func(error)      // What the caller wants to be told at the end.
 	cancel context.CancelFunc // Ends the timeout of the method; nil if there is none.
@@ -62,6 +63,7 @@ type callState struct {
 	req    any
 	reply  any
 	opts   []grpc.CallOption
+	vars   *result.Vars // Where opts point, if a layer has redirected them.
 	desc   *grpc.StreamDesc
 
 	// Admission.

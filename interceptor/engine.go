@@ -310,7 +310,6 @@ func (b *boundary) enter() Next {
 // run carries out a unary attempt that begins and ends at b, a fork.
 func (b *boundary) run(ctx context.Context, c *Call) error {
 	defer c.prog.stack.leave(partOne)
-	defer c.outs.end()
 	defer b.end(ctx, c)
 	c.err = b.next(ctx, c)
 	return c.err

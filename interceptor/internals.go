@@ -12,6 +12,7 @@ import (
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/message"
+	"github.com/belfry-go/belfry/internal/result"
 )
 
 // Internals are the methods of a call that only belfry's own layers need. They may
@@ -141,7 +142,8 @@ func (i *Internals) Detach() *Call {
 	o, inside := c.Origin(), boundary{id: c.entered + 1} // The one inside the layer that runs.
 	f := inside.detach(&o)
 	f.reply = message.NewLike(c.reply)
-	f.outs, f.opts = redirect(c.opts)
+	f.own, f.opts = result.Redirect(c.opts)
+	f.vars = f.own
 	return f
 }
 
@@ -165,6 +167,24 @@ func (i *Internals) Outcome(ctx context.Context, err error) Outcome {
 
 // ReportRefusal tells the observer that a further attempt was refused with err.
 func (i *Internals) ReportRefusal(err error) { i.prog.refused(i.method, err) }
+
+// Repeatable prepares a stream of which the layer may make further attempts, before the
+// layer passes it on: the first attempt then has its own results for Header, Trailer and
+// Peer options, as the further ones have. See [Call.Adopt].
+func (i *Internals) Repeatable() {
+	v, opts := result.Redirect(i.opts)
+	if v == nil {
+		return
+	}
+	i.scope.around = i.vars
+	i.scope.chosen.Store(v)
+	i.vars, i.opts = v, opts
+}
+
+// AtStreamEnd has f.StreamEnded called when the stream that the layer returns has ended
+// for the layers outside, however it ended. It is called once, from any goroutine, and
+// must not block. A layer calls AtStreamEnd before it returns.
+func (i *Internals) AtStreamEnd(f interface{ StreamEnded() }) { i.scope.ender = f }
 
 // A StreamEnd ends a stream for the layers outside the one that made it. A layer that
 // cuts streams short, such as an idle timeout, needs it: if nobody reads from the stream

@@ -101,10 +101,12 @@
 // # Streams
 //
 // A stream is hedged while its first RecvMsg waits for its first message, and its latency
-// is how long that takes. What was sent is kept until then and sent to extra attempts as
-// well, so it must not be modified, as gRPC requires of SendMsg anyway. A stream is not
-// hedged if it sends more than BufferBytes first, if Header is called first, or if it
-// cannot be opened.
+// is how long that takes. What was sent is kept until then, encoded, and sent to extra
+// attempts as well, as by package retry. Before that an attempt that SendMsg or Header
+// finds to have failed with one of NonFatal is followed by another one. A stream is not
+// hedged if it sends more than BufferBytes first, or if it cannot be opened. Header ends
+// the race, or keeps one from beginning: the stream is then the attempt whose header it
+// returns.
 //
 // # Order
 //

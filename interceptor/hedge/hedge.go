@@ -22,6 +22,7 @@ import (
 	"github.com/belfry-go/belfry/internal/further"
 	"github.com/belfry-go/belfry/internal/keyed"
 	"github.com/belfry-go/belfry/internal/quantile"
+	"github.com/belfry-go/belfry/internal/replay"
 )
 
 // Defaults of [Config].
@@ -32,6 +33,8 @@ const (
 	DefaultMinDataPoints = 10
 	DefaultWindow        = time.Minute
 	DefaultBufferBytes   = 256 << 10
+	// DefaultTotalBufferBytes is enough for 64 streams that use DefaultBufferBytes.
+	DefaultTotalBufferBytes = 16 << 20
 	// DefaultMaxServerDelay is more than a call can gain from an extra attempt.
 	DefaultMaxServerDelay = 10 * time.Second
 	// DefaultMinPerSecond is the reserve of the layer's own budget: one extra attempt a
@@ -101,10 +104,14 @@ type Config struct {
 	// attempt is made. Negative is an error; zero means 10 s.
 	MaxServerDelay time.Duration
 	// BufferBytes is how many bytes of sent messages are kept for each stream so that it
-	// can be hedged. A stream that sends more before its first response is not hedged,
-	// and neither is one with messages of unknown size: known are protocol buffers, byte
-	// slices and types with a Size method. From 1 to 64 MiB; zero means 256 KiB.
+	// can be hedged, encoded and with the 5 bytes that gRPC adds to each. A stream that
+	// sends more before its first response is not hedged. A call can lower it by
+	// grpc.MaxRetryRPCBufferSize. From 1 to 64 MiB; zero means 256 KiB.
 	BufferBytes int
+	// TotalBufferBytes is how many bytes the streams of the layer keep together. A stream
+	// that sends more when they are used up is not hedged. From 1 to 1 GiB; zero means
+	// 16 MiB.
+	TotalBufferBytes int
 	// Budget bounds the extra attempts of all calls together. Its Ratio defaults to
 	// 0.95·MaxExtraLoad and its MinPerSecond to 1. It must be the zero value if [WithBudget]
 	// is used.
@@ -126,6 +133,7 @@ type settings struct {
 	methods    further.Methods
 	longest    time.Duration // That a server may ask for.
 	buffer     int
+	total      int
 	budget     budget.Config
 }
 
@@ -148,6 +156,7 @@ func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	nonFatal := check.Codes(errs, "NonFatal", c.NonFatal, codes.Unavailable)
 	check.Default(errs, "MaxServerDelay", &c.MaxServerDelay, check.Positive, DefaultMaxServerDelay)
 	check.Default(errs, "BufferBytes", &c.BufferBytes, check.From(1, 64<<20), DefaultBufferBytes)
+	check.Default(errs, "TotalBufferBytes", &c.TotalBufferBytes, check.From(1, 1<<30), DefaultTotalBufferBytes)
 	if c.Budget.Ratio == 0 {
 		c.Budget.Ratio = budgeted * c.MaxExtraLoad
 	}
@@ -161,7 +170,7 @@ func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	}
 	return &settings{
 		given: given, lower: lower, isFixed: c.Delay != 0, fixed: max(c.Delay, 0), percentile: c.Percentile, least: c.MinDelay, points: c.MinDataPoints, window: c.Window,
-		max: c.MaxAttempts, nonFatal: nonFatal, methods: further.CheckMethods(errs, c.AllMethods, c.Methods), longest: c.MaxServerDelay, buffer: c.BufferBytes, budget: c.Budget,
+		max: c.MaxAttempts, nonFatal: nonFatal, methods: further.CheckMethods(errs, c.AllMethods, c.Methods), longest: c.MaxServerDelay, buffer: c.BufferBytes, total: c.TotalBufferBytes, budget: c.Budget,
 	}
 }
 
@@ -243,7 +252,8 @@ type Layer struct {
 	seen [2]*keyed.Map[*quantile.Window]
 
 	clock clock
-	races sync.Pool // *race of unary calls.
+	kept  replay.Total // What streams keep.
+	races sync.Pool    // *race of unary calls.
 	set   atomic.Pointer[settings]
 	// mu serialises Update; the mutexes of the budget, of seen and of its windows are
 	// locked under it.
@@ -393,7 +403,7 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 		}
 		c.Internals().MayRepeat()
 		if c.Kind() != interceptor.Unary {
-			s := &stream{single: !c.Desc().ServerStreams}
+			s := new(stream)
 			s.race.init(l, set, p, ctx, c, next, again)
 			s.race.stream = s
 			return s.open()

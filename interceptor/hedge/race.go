@@ -18,6 +18,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/further"
+	"github.com/belfry-go/belfry/internal/replay"
 )
 
 // race runs the attempts of one call side by side, until one of them decides it or all
@@ -45,10 +46,10 @@ type race struct {
 	alarm  alarm // When the next extra attempt is due.
 	reused bool  // The race will be.
 
-	// mu guards the fields below and, for a stream, those of the stream. The layer's
-	// clock, and what cancelling a context locks, are locked under it.
+	// mu guards the fields below. The layer's clock, and what cancelling a context locks,
+	// are locked under it.
 	mu       sync.Mutex
-	change   sync.Cond // Signals making, running and decided, and what streams wait for.
+	change   sync.Cond // Signals making, running and decided.
 	hedged   bool      // Another attempt was made or tried.
 	extra    []*try    // Without those that were refused.
 	making   int       // Attempts that are not admitted yet.
@@ -67,7 +68,9 @@ type try struct {
 	ctx   *cancelContext
 	call  *interceptor.Call
 	start interceptor.Instant // When it was sent.
-	lane  *lane               // Of a stream, once it is open.
+	lane  *replay.Lane        // Of a stream, once it is open.
+	reply any                 // Of a stream: what the first message of an extra attempt is received to.
+	eof   bool                // Of a stream: it ended well without a message.
 
 	returned bool // It did not panic. Used by its own goroutine alone.
 
@@ -83,7 +86,7 @@ func (t *try) cancel() { t.ctx.cancel() }
 // trailer returns the trailer of an attempt that has ended.
 func (t *try) trailer() metadata.MD {
 	if t.lane != nil {
-		return t.lane.stream.Trailer()
+		return t.lane.Trailer()
 	}
 	return t.call.Internals().Trailer()
 }
@@ -390,6 +393,9 @@ func (r *race) ended(t *try, err error) verdict {
 	if !v.again {
 		r.leaveLocked()
 	}
+	if s := r.stream; s != nil && t.lane != nil && !r.decided && r.running > 0 {
+		s.Pass(t.lane)
+	}
 	return v
 }
 
@@ -443,12 +449,12 @@ func (r *race) judgeLocked(t *try, err error, v Verdict, now interceptor.Instant
 		}
 		return verdict{}
 	}
-	wish := attempt.WishOf(err, t.trailer())
-	if !more || wish.Stop || wish.After > r.set.longest {
+	after, may := r.wish(err, t.trailer())
+	if !more || !may {
 		r.noMoreLocked() // The others continue: one of them may succeed.
 		return verdict{}
 	}
-	return verdict{v == Hedge && !r.closed, wish.After, err}
+	return verdict{v == Hedge && !r.closed, after, err}
 }
 
 // decideLocked ends the call with best. t has ended with err. Caller must hold r.mu.
@@ -457,11 +463,25 @@ func (r *race) decideLocked(t *try, err error) {
 	if r.best == nil {
 		r.best, r.err = t, err
 	}
-	if r.stream != nil && err == nil {
-		r.stream.chooseLocked(t)
-	} else {
-		r.closeLocked(t)
+	r.closeLocked(t)
+}
+
+// wish returns what the server that failed an attempt says about another one: whether it
+// may be made, and after how long.
+func (r *race) wish(err error, trailer metadata.MD) (after time.Duration, may bool) {
+	w := attempt.WishOf(err, trailer)
+	return w.After, !w.Stop && w.After <= r.set.longest
+}
+
+// follows decides whether another attempt follows the first one, which failed with err
+// before the race.
+func (r *race) follows(err error) (after time.Duration, again bool) {
+	v, more := r.ask(&r.first, err), true
+	if v == ByCode {
+		v, more = r.byCode(err, r.rankOf(err))
 	}
+	after, may := r.wish(err, r.first.trailer())
+	return after, v == Hedge && more && may && r.ctx.Err() == nil && 1+len(r.extra) < r.max
 }
 
 // byCode is the verdict of Config.NonFatal. more says that further attempts may be made.

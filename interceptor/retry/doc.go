@@ -100,12 +100,23 @@
 // # Streams
 //
 // A stream is repeated until it commits: when the first response message or the
-// successful end is delivered, when Header has returned headers, or when more than
-// Config.BufferBytes was sent. Until then sent messages are kept and sent again on the
-// next attempt, so they must not be modified, as gRPC requires of SendMsg anyway. Headers
-// that the server sends before it fails do not commit a stream, as they do in gRPC
-// itself. No message is delivered twice. While no attempt is open SendMsg takes messages
-// up to that limit without an error; RecvMsg reports failures and repeats.
+// successful end is delivered, when Header has returned headers, or when it has sent more
+// than it may keep (Config.BufferBytes and Config.TotalBufferBytes). Headers that the
+// server sends before it fails, and that the caller has not asked for, do not commit a
+// stream; in gRPC itself they do. No message is delivered twice.
+//
+// What is sent before that is kept, encoded, when SendMsg returns, so the caller may use
+// the message again. Further attempts send new messages, decoded by the codec of the
+// call's options. A message that this codec cannot encode commits the stream:
+// a grpc.PreparedMsg, and on a connection that is not gRPC's, whose own options are not
+// seen, anything but a protocol buffer.
+//
+// RecvMsg, Header and SendMsg find out how an attempt has ended and repeat it, back-off
+// included. SendMsg returns nil only if the message was sent or is kept for an attempt
+// that follows, and io.EOF once none follows. It also commits the stream if it meets the
+// end of an attempt that has sent headers, and the type of the response is not known:
+// the code of the method is not linked in, or a call option chooses the codec. What
+// Context returns lives as long as the stream.
 //
 // # Cost
 //

@@ -21,6 +21,7 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
+	"github.com/belfry-go/belfry/internal/replay"
 )
 
 const (
@@ -28,6 +29,8 @@ const (
 	DefaultMaxAttempts = 3
 	// DefaultBufferBytes is also gRPC's own limit for what is kept of a stream.
 	DefaultBufferBytes = 256 << 10
+	// DefaultTotalBufferBytes is enough for 64 streams that use DefaultBufferBytes.
+	DefaultTotalBufferBytes = 16 << 20
 	// DefaultMaxServerDelay is longer than a short overload lasts, and shorter than
 	// callers and limits can afford to wait.
 	DefaultMaxServerDelay = 10 * time.Second
@@ -53,10 +56,14 @@ type Config struct {
 	// included. Then Methods must be empty.
 	AllMethods bool
 	// BufferBytes is how many bytes of sent messages are kept for each stream so that it
-	// can be repeated. A stream that sends more is no longer repeated, and neither is one
-	// with messages of unknown size: known are protocol buffers, byte slices and types
-	// with a Size method. From 1 to 64 MiB; zero means 256 KiB.
+	// can be repeated, encoded and with the 5 bytes that gRPC adds to each. A stream that
+	// sends more is no longer repeated. A call can lower it by
+	// grpc.MaxRetryRPCBufferSize. From 1 to 64 MiB; zero means 256 KiB.
 	BufferBytes int
+	// TotalBufferBytes is how many bytes the streams of the layer keep together. A stream
+	// that sends more when they are used up is no longer repeated. From 1 to 1 GiB; zero
+	// means 16 MiB.
+	TotalBufferBytes int
 	// Backoff is how long to wait before each retry.
 	Backoff Backoff
 	// MaxServerDelay is the longest delay that a server may ask for, by RetryInfo or
@@ -77,6 +84,7 @@ type settings struct {
 	codes   codeset.Set
 	methods further.Methods
 	buffer  int
+	total   int
 	backoff Backoff
 	longest time.Duration // That a server may ask for.
 }
@@ -88,6 +96,8 @@ func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	check.Default(errs, "MaxAttempts", &c.MaxAttempts, check.From(1, 100), DefaultMaxAttempts)
 	s.codes = check.Codes(errs, "Codes", c.Codes, codes.Unavailable, codes.ResourceExhausted)
 	check.Default(errs, "BufferBytes", &c.BufferBytes, check.From(1, 64<<20), DefaultBufferBytes)
+	check.Default(errs, "TotalBufferBytes", &c.TotalBufferBytes, check.From(1, 1<<30), DefaultTotalBufferBytes)
+	s.total = c.TotalBufferBytes
 	s.max, s.buffer, s.backoff = c.MaxAttempts, c.BufferBytes, c.Backoff.withDefaults(errs.In("Backoff"))
 	check.DefaultText(errs, "MaxServerDelay", &c.MaxServerDelay, check.Positive, max(DefaultMaxServerDelay, s.backoff.Max), "10s, or Backoff.Max if that is longer")
 	s.longest = c.MaxServerDelay
@@ -183,6 +193,8 @@ type Layer struct {
 	// Set by New and not changed.
 	maker  *further.Maker
 	policy Policy
+
+	kept replay.Total // What streams keep.
 
 	set atomic.Pointer[settings]
 	// mu serialises Update. The budget's mutex is locked under it.

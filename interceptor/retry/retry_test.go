@@ -813,3 +813,27 @@ func BenchmarkSpentBudget(b *testing.B) {
 		unary(ctx, method, nil, nil, nil, fail)
 	}
 }
+
+// gRPC's codec takes what embeds a protocol buffer, by pointer and by value.
+func TestReplyIsAWrapper(t *testing.T) {
+	for name, of := range map[string]func(m proto.Message) any{
+		"by_pointer": func(m proto.Message) any { return &struct{ proto.Message }{m} },
+		"by_value":   func(m proto.Message) any { return struct{ proto.Message }{m} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				attempts, m := 0, wrapperspb.String("old")
+				err := calltest.Stack(t, mustNew(t, quick)).UnaryClientInterceptor()(t.Context(), method, nil, of(m), nil,
+					func(_ context.Context, _ string, _, reply any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
+						if attempts++; attempts == 1 {
+							return unavailable
+						}
+						return proto.Unmarshal([]byte("\x0a\x03new"), reply.(proto.Message))
+					})
+				if err != nil || m.GetValue() != "new" {
+					t.Errorf("the reply is %q, %v; want that of the second attempt", m.GetValue(), err)
+				}
+			})
+		})
+	}
+}
