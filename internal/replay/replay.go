@@ -38,6 +38,10 @@ type Lane struct {
 	message proto.Message
 	err     error
 
+	// Set before the lane is committed: it was not sent all that was kept, because it has
+	// failed, so it must not be sent what comes later either.
+	dead bool
+
 	// Guarded by Stream.mu.
 	live   bool // It was sent all that is kept, or takes no more.
 	passed bool // It has failed, and the stream continues without it.
@@ -155,10 +159,14 @@ func (s *Stream) commitLocked(l *Lane) {
 
 // settleLocked drops what is kept when nobody needs it any more. Caller must hold s.mu.
 func (s *Stream) settleLocked() {
-	if s.final && (s.cur.live || s.cur.passed || s.ended) {
-		s.committed.CompareAndSwap(nil, s.cur)
-		s.dropLocked()
+	if !s.final || !s.cur.live && !s.cur.passed && !s.ended {
+		return
 	}
+	if s.committed.Load() == nil {
+		s.cur.dead = s.cur.dead || !s.cur.live || s.cur.passed
+		s.committed.Store(s.cur)
+	}
+	s.dropLocked()
 }
 
 // dropLocked drops what is kept. Caller must hold s.mu.
@@ -518,6 +526,9 @@ func (s *Stream) SendMsg(m any) error {
 
 // send sends to the last attempt.
 func (s *Stream) send(l *Lane, m any) error {
+	if l.dead {
+		return io.EOF
+	}
 	err := l.SendMsg(m)
 	if err != nil && err != io.EOF {
 		l.cancel() // As in RecvMsg, which the caller need not call any more.
@@ -575,10 +586,10 @@ func (s *Stream) fitsLocked(m any, n int) bool {
 func (s *Stream) CloseSend() error {
 	s.mu.Lock()
 	s.closed = true
-	l, live := s.cur, s.cur.live && !s.cur.passed
+	l, live := s.cur, s.cur.live && !s.cur.passed && !s.cur.dead
 	s.signalLocked()
 	s.mu.Unlock()
-	if !live && s.committed.Load() != l {
+	if !live {
 		return nil
 	}
 	return l.CloseSend()
@@ -661,6 +672,9 @@ func (s *Stream) feed(l *Lane, from, to int) {
 		}
 		if err != nil { // RecvMsg returns how it has ended.
 			s.mu.Lock()
+			if s.committed.Load() == nil {
+				l.dead = true
+			}
 			s.caughtUpLocked(l)
 			s.mu.Unlock()
 			return
