@@ -331,3 +331,48 @@ func TestInto_race(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// An attempt that ends because the call does is reported with the call's error, unless
+// another attempt has decided that.
+func TestInto_endOfTheCall(t *testing.T) {
+	failsThenStalls := func(n int, ctx context.Context) error {
+		if n == 1 {
+			return status.Error(codes.Unavailable, "busy")
+		}
+		return stalls(n)(n, ctx)
+	}
+	stallsThenFails := func(_ int, ctx context.Context) error {
+		if md, _ := metadata.FromIncomingContext(ctx); len(md.Get("grpc-previous-rpc-attempts")) > 0 {
+			return status.Error(codes.NotFound, "none")
+		}
+		return stalls(1)(1, ctx)
+	}
+	for name, tc := range map[string]struct {
+		do    func(int, context.Context) error
+		layer interceptor.Spec
+		limit time.Duration // Of the call.
+		own   time.Duration // Of each attempt.
+		want  []codes.Code
+	}{
+		"deadline": {failsThenStalls, quickRetry(true), 500 * time.Millisecond, 0, []codes.Code{codes.Unavailable, codes.DeadlineExceeded}},
+		"own":      {stalls(1), retry.Config{MaxAttempts: 1}, time.Minute, 30 * time.Millisecond, []codes.Code{codes.DeadlineExceeded}},
+		"other":    {stallsThenFails, hedge.Config{Delay: time.Millisecond, AllMethods: true, Budget: plenty}, time.Minute, 0, []codes.Code{codes.Canceled, codes.NotFound}},
+	} {
+		for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ClientStream, interceptor.ServerStream, interceptor.BidiStream} {
+			t.Run(name+"/"+kind.String(), func(t *testing.T) {
+				t.Parallel()
+				ctx, cancel := context.WithTimeout(t.Context(), tc.limit)
+				defer cancel()
+				var r attempts.Report
+				_, err := calltest.Exchange(ctx, client(t, tc.do, tc.layer), kind, attempts.Into(&r), attempts.Timeout(tc.own))
+				var got []codes.Code
+				for _, a := range r.Attempts {
+					got = append(got, status.Code(a.Err))
+				}
+				if !slices.Equal(got, tc.want) {
+					t.Errorf("the attempts of a call that ended with %v ended with %v, want %v", err, got, tc.want)
+				}
+			})
+		}
+	}
+}
