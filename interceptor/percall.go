@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -83,6 +84,7 @@ type ownAttempt struct {
 	entry  *attempt.Entry // In the report; nil if there is none.
 	single bool           // The server sends one message.
 	first  sync.Once      // The first end of RecvMsg.
+	early  atomic.Bool    // Whichever comes first has set it: that end, or the timeout.
 }
 
 func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration) error {
@@ -93,10 +95,13 @@ func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration
 		defer cancel()
 	}
 	err := c.send(ctx)
-	// The server may say first that the deadline has passed. It is the attempt's, because
-	// the call's is later.
-	if err != nil && ctx != outer && outer.Err() == nil && status.Code(err) == codes.DeadlineExceeded {
-		err = a.cut.Because(err, c.fate&attempt.Sent != 0)
+	if err != nil && ctx != outer && outer.Err() == nil {
+		// The server may say first that the deadline has passed. It is the attempt's, because
+		// the call's is later. What waits for it to be sent, such as credentials, may say
+		// anything.
+		if status.Code(err) == codes.DeadlineExceeded || c.fate&attempt.Sent == 0 && context.Cause(ctx) == error(a.cut) {
+			err = a.cutShort(err)
+		}
 	}
 	if a.entry != nil {
 		a.entry.Seen(c.peer.Addr)
@@ -110,10 +115,12 @@ func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) e
 	if a.cut != nil {
 		ctx, a.cancel = context.WithCancelCause(ctx)
 		a.ctx = ctx
-		end, cut := StreamEnd{c.scope}, a.cut.Because(context.DeadlineExceeded, true)
+		end := StreamEnd{c.scope}
 		a.timer = time.AfterFunc(timeout, func() {
-			a.cancel(a.cut)
-			end.End(cut)
+			if a.early.CompareAndSwap(false, true) {
+				a.cancel(a.cut)
+				end.End(a.cutShort(context.DeadlineExceeded))
+			}
 		})
 		c.AddOptions(grpc.OnFinish(func(error) { a.timer.Stop(); a.cancel(nil) }))
 	}
@@ -124,7 +131,7 @@ func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) e
 		return nil
 	}
 	a.stopTimer()
-	err = a.explain(err, c.fate&attempt.Sent != 0)
+	err = a.explain(err)
 	a.ended(err)
 	return err
 }
@@ -133,6 +140,9 @@ func (a *ownAttempt) RecvMsg(m any) error {
 	err := a.ClientStream.RecvMsg(m)
 	a.first.Do(func() {
 		a.stopTimer()
+		if !a.early.CompareAndSwap(false, true) && err == nil && !a.single {
+			err = a.cutShort(context.DeadlineExceeded) // No message would follow this one.
+		}
 		if a.entry == nil {
 			return
 		}
@@ -140,19 +150,26 @@ func (a *ownAttempt) RecvMsg(m any) error {
 			a.entry.Seen(p.Addr)
 		}
 	})
-	err = a.explain(err, true)
+	err = a.explain(err)
 	if err != nil || a.single {
 		a.ended(err)
 	}
 	return err
 }
 
+// cutShort returns the error of an attempt that its timeout has ended with err. Even if
+// gRPC made no stream for it, it is not the refusal of a layer: a retry repeats it.
+func (a *ownAttempt) cutShort(err error) error { return a.cut.Because(err, true) }
+
 // explain returns the error of a stream.
-func (a *ownAttempt) explain(err error, sent bool) error {
-	if err != nil && err != io.EOF && a.cut != nil && context.Cause(a.ctx) == error(a.cut) {
-		return a.cut.Because(err, sent)
+func (a *ownAttempt) explain(err error) error {
+	if err == nil || err == io.EOF || a.cut == nil || context.Cause(a.ctx) != error(a.cut) {
+		return err
 	}
-	return err
+	if _, ok := AsRefusal(err); ok {
+		return err
+	}
+	return a.cutShort(err)
 }
 
 func (a *ownAttempt) stopTimer() {
