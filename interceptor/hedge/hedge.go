@@ -371,11 +371,11 @@ func (l *Layer) mayHedge(set *settings, c *interceptor.Call) bool {
 }
 
 // attempts returns the most attempts of a call.
-func (set *settings) attempts(c *interceptor.Call) int {
+func (s *settings) attempts(c *interceptor.Call) int {
 	if p := c.Internals().PerCall(); p != nil {
-		return attempt.Max(p.MaxHedge, set.max)
+		return attempt.Max(p.MaxHedge, s.max)
 	}
-	return set.max
+	return s.max
 }
 
 // String returns the layer's name.
