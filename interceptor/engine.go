@@ -598,7 +598,7 @@ func (c *Call) tell(o Outcome, err error) {
 		c.cancel()
 	}
 	if p := c.perCall; p != nil && p.Owner {
-		p.Record.Close(errSuperseded)
+		p.Record.Close(err, errSuperseded)
 	}
 	for _, f := range c.finish {
 		f(err)

@@ -555,8 +555,8 @@ func (s *Stream) keep(m any, data mem.BufferSlice, known bool) (l *Lane, direct 
 		return l, true
 	}
 	// Do not wait for a replay while the message fits: it may itself wait for the caller
-	// to receive.
-	if known && s.fitsLocked(m, data.Len()) {
+	// to receive. After CloseSend gRPC refuses the message.
+	if known && !s.closed && s.fitsLocked(m, data.Len()) {
 		s.sent.add(data)
 		s.signalLocked()
 		if s.cur.live && !s.cur.passed {
@@ -698,9 +698,11 @@ func (s *Stream) next(l *Lane, from int) (data []byte, after int, ok bool) {
 			data, after = s.sent.at(from)
 			return data, after, true
 		case s.closed:
+			s.mu.Unlock()
+			l.CloseSend() // Before anybody may send to it directly.
+			s.mu.Lock()
 			s.caughtUpLocked(l)
 			s.mu.Unlock()
-			l.CloseSend()
 			return nil, 0, false
 		case s.cur == l:
 			defer s.mu.Unlock()
