@@ -49,12 +49,14 @@ func (d Discipline) String() string {
 	return "Discipline(" + strconv.Itoa(int(d)) + ")"
 }
 
-// Config configures a [Layer]. Exactly one of Limit, AIMD, Gradient2 and Vegas is
-// set, unless [WithAlgorithm] is used.
+// Config configures a [Layer]. At most one of Limit, Auto, AIMD, Gradient2 and Vegas is
+// set. If none is and [WithAlgorithm] is not used, [Auto] finds the limit, with its
+// defaults.
 type Config struct {
-	// Limit is a fixed number of permits, from 1 to 2147483647. There is no default.
+	// Limit is a fixed number of permits, from 1 to 2147483647.
 	Limit int64
-	// AIMD, Gradient2 and Vegas let an algorithm find the limit.
+	// Auto, AIMD, Gradient2 and Vegas let an algorithm find the limit.
+	Auto      *AutoConfig
 	AIMD      *AIMDConfig
 	Gradient2 *Gradient2Config
 	Vegas     *VegasConfig
@@ -169,7 +171,7 @@ func WithPriority(priority interceptor.PriorityFunc) Option {
 	}
 }
 
-// WithAlgorithm lets your own algorithm find the limit. Then none of the four in Config
+// WithAlgorithm lets your own algorithm find the limit. Then none of the five in Config
 // may be set, nor KeyBy. The algorithm cannot be shared between Layers.
 func WithAlgorithm(a Limit) Option {
 	return func(o *options) {
@@ -298,7 +300,7 @@ func (l *Layer) Config() Config { return l.settings.Load().config.clone() }
 
 // clone copies what cfg points to.
 func (cfg Config) clone() Config {
-	cfg.AIMD, cfg.Gradient2, cfg.Vegas = clone(cfg.AIMD), clone(cfg.Gradient2), clone(cfg.Vegas)
+	cfg.Auto, cfg.AIMD, cfg.Gradient2, cfg.Vegas = clone(cfg.Auto), clone(cfg.AIMD), clone(cfg.Gradient2), clone(cfg.Vegas)
 	cfg.DropCodes = slices.Clone(cfg.DropCodes)
 	return cfg
 }
@@ -331,7 +333,7 @@ func (l *Layer) check(cfg Config, errs *check.Errors) (*settings, error) {
 	return set, errs.Err()
 }
 
-// checkBound checks that exactly one of the limit and the algorithms is set, and checks
+// checkBound checks that at most one of the limit and the algorithms is set, and checks
 // it.
 func (l *Layer) checkBound(cfg *Config, errs *check.Errors) {
 	set := 0
@@ -344,16 +346,16 @@ func (l *Layer) checkBound(cfg *Config, errs *check.Errors) {
 		case l.custom != nil:
 			errs.Add(field, value, "must not be set if WithAlgorithm is used")
 		case set > 1:
-			errs.Add(field, value, "must be the only one that is set of Limit, AIMD, Gradient2 and Vegas")
+			errs.Add(field, value, "must be the only one that is set of Limit, Auto, AIMD, Gradient2 and Vegas")
 		default:
 			checkValue()
 		}
 	}
 	source("Limit", cfg.Limit != 0, cfg.Limit, func() { check.Required(errs, "Limit", cfg.Limit, check.From[int64](1, maxLimit)) })
+	source("Auto", cfg.Auto != nil, cfg.Auto, func() { cfg.Auto.withDefaults(errs.In("Auto")) })
 	source("AIMD", cfg.AIMD != nil, cfg.AIMD, func() { cfg.AIMD.withDefaults(errs.In("AIMD")) })
 	source("Gradient2", cfg.Gradient2 != nil, cfg.Gradient2, func() { cfg.Gradient2.withDefaults(errs.In("Gradient2")) })
 	source("Vegas", cfg.Vegas != nil, cfg.Vegas, func() { cfg.Vegas.withDefaults(errs.In("Vegas")) })
-	errs.Require(set > 0 || l.custom != nil, "Limit", cfg.Limit, "must be from 1 to %d unless AIMD, Gradient2 or Vegas is set", int64(maxLimit))
 }
 
 // SetLimit changes a fixed limit while calls run; with [Config.KeyBy] that of each key. A
@@ -384,6 +386,8 @@ func (l *Layer) SetLimit(n int64) error {
 
 func (l *Layer) algorithmName(cfg *Config) string {
 	switch {
+	case l.custom != nil:
+		return "WithAlgorithm"
 	case cfg.AIMD != nil:
 		return "AIMD"
 	case cfg.Gradient2 != nil:
@@ -391,7 +395,7 @@ func (l *Layer) algorithmName(cfg *Config) string {
 	case cfg.Vegas != nil:
 		return "Vegas"
 	}
-	return "WithAlgorithm"
+	return "Auto"
 }
 
 // String returns the layer's name.

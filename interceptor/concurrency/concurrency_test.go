@@ -561,7 +561,9 @@ func TestConfigErrors(t *testing.T) {
 		opts []concurrency.Option
 		want string
 	}{
-		{cfg{}, nil, "Limit is 0, must be from 1 to 2147483647 unless AIMD, Gradient2 or Vegas is set"},
+		{cfg{AIMD: &concurrency.AIMDConfig{}, Auto: &concurrency.AutoConfig{}}, nil, "AIMD is &{"},
+		{cfg{Auto: &concurrency.AutoConfig{Min: -1}}, nil, "Auto.Min is -1"},
+		{cfg{Auto: &concurrency.AutoConfig{Initial: 5, Max: 4}}, nil, "Auto.Initial is 5, must be from Min, 1, to Max, 4"},
 		{cfg{Limit: 1, Vegas: &concurrency.VegasConfig{}}, nil, "Vegas is &{"},
 		{cfg{Limit: -1}, nil, "Limit is -1, must be from 1"},
 		{cfg{Limit: 1 << 40}, nil, "Limit is 1099511627776, must be from 1 to 2147483647"},

@@ -48,11 +48,16 @@
 // # Static and adaptive
 //
 // [Config.Limit] is a fixed number, which [Layer.SetLimit] changes while calls run.
-// Instead, an algorithm may find the number: [AIMD], [Gradient2] and [Vegas] learn from
-// how calls end and how long they took since they were sent, without the wait before.
-// Success is a sample. A failure that is a sign of overload ([Config.DropCodes]) is a
-// drop, and so is a call whose caller gave up after more than the algorithm's own bound
-// ([Bounded]). A call that was given up earlier, was not sent, or failed with another
-// code teaches nothing. Outside a retry or hedge the algorithm learns from the whole
-// call, not from its first attempt.
+// Without it an algorithm finds the number. It learns from how calls end and how long they
+// took since they were sent, without the wait before. Success is a sample. A failure that
+// is a sign of overload ([Config.DropCodes]) is a drop. A call that its caller gave up
+// would have taken at least as long as it did. A call that was not sent, or failed with
+// another code, teaches nothing. Outside a retry or hedge the algorithm learns from the
+// whole call, not from its first attempt.
+//
+//	Auto        the default, for every server; it lowers the limit for a moment now and then
+//	AIMD        for a server that refuses what it cannot do; with a Timeout, for one of which
+//	            you know how long a call may take
+//	Gradient2   for a server that refuses, behind clients that are rarely at their limit
+//	Vegas       for one client of a server whose latencies vary little
 package concurrency

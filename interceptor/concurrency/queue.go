@@ -198,6 +198,9 @@ func (p *permits) setLimit(limit int64) {
 	p.grantLocked()
 }
 
+// waits reports whether calls wait.
+func (p *permits) waits() bool { return p.state.Load()&lockedBit != 0 }
+
 // read returns the limit, the permits in use and the number of waiters.
 func (p *permits) read() (limit, inUse int64, waiting int) {
 	p.mu.Lock()
