@@ -257,6 +257,45 @@ func TestUpdateAlgorithm(t *testing.T) {
 	})
 }
 
+// Stats say what an algorithm thinks.
+func TestStatsOfAlgorithms(t *testing.T) {
+	for name, cfg := range map[string]concurrency.Config{
+		"auto":      {},
+		"gradient2": {Gradient2: &concurrency.Gradient2Config{}},
+		"vegas":     {Vegas: &concurrency.VegasConfig{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := limit(t, cfg)
+				takes := 10 * ms
+				var err error
+				c := calltest.Stack(t, l).Wrap(calltest.Server(func(context.Context) error {
+					time.Sleep(takes)
+					return err
+				}))
+				for range 500 {
+					calltest.Burst(c, 5)
+				}
+				if s := l.Stats(""); s.Baseline != 10*ms || s.Latency != 10*ms || s.Lowered != "" {
+					t.Errorf("after calls of 10ms: %+v", s)
+				}
+				takes = 20 * ms
+				for range 100 {
+					calltest.Burst(c, 5)
+				}
+				if s := l.Stats(""); s.Latency <= 15*ms {
+					t.Errorf("after calls of 20ms: %+v", s)
+				}
+				err = status.Error(codes.Unavailable, "overloaded")
+				calltest.Burst(c, 1)
+				if s := l.Stats(""); s.Lowered != "drop" {
+					t.Errorf("after a drop: %+v", s)
+				}
+			})
+		})
+	}
+}
+
 // recorder is an algorithm that only takes notes.
 type recorder struct {
 	n       int64

@@ -64,7 +64,7 @@ type Auto struct {
 	wall   func(interceptor.Instant) time.Time
 
 	limit  float64
-	shrunk bool // The limit has shrunk once.
+	shrunk string // Why the limit shrank last; empty until it does.
 	recovery
 
 	base   float64 // Mean latency of the server without a queue, in nanoseconds; 0 before the first cohort.
@@ -197,7 +197,7 @@ func (a *Auto) OnSample(s Sample) {
 	switch {
 	case s.Result == Dropped:
 		if a.counts(s) {
-			a.shrink(1 - backoffRatio)
+			a.shrink(1-backoffRatio, becauseDrop)
 		}
 	case s.Start >= a.resumed && a.lowered == 0 && a.base > 0 && a.window.add(s, a.base):
 		a.adjust(now)
@@ -215,10 +215,10 @@ func (a *Auto) adjust(now interceptor.Instant) {
 	a.mean += (mean - a.mean) * part
 	switch ratio, most := a.ratio(), a.most(); {
 	case ratio > most:
-		a.shrink(part * min(0.2, (1-most/ratio)/2))
+		a.shrink(part*min(0.2, (1-most/ratio)/2), becauseLatency)
 	case w.limited:
 		step := 0.1
-		if !a.shrunk {
+		if a.shrunk == "" {
 			step = 0.5
 		}
 		a.limit = a.clamp(a.limit + part*max(0.1, step*a.limit*min(1, (most-ratio)/(most-1))))
@@ -226,9 +226,17 @@ func (a *Auto) adjust(now interceptor.Instant) {
 	w.reset(now)
 }
 
-func (a *Auto) shrink(part float64) {
+func (a *Auto) shrink(part float64, why string) {
 	a.limit = a.clamp(a.limit * (1 - part))
-	a.shrunk = true
+	a.shrunk = why
+}
+
+func (a *Auto) thinks() (base, latency time.Duration, lowered string) {
+	lowered = a.shrunk
+	if a.lowered > 0 {
+		lowered = becauseDrain
+	}
+	return time.Duration(a.base), time.Duration(a.mean), lowered
 }
 
 func (a *Auto) most() float64 { return 1.3 + 2/math.Sqrt(a.limit) }

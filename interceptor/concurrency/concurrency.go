@@ -404,11 +404,16 @@ func (l *Layer) String() string { return l.name }
 // Traits says that calls may wait for permits.
 func (l *Layer) Traits() interceptor.Traits { return interceptor.Waits }
 
-// Stats are the figures of one limit.
+// Stats are the figures of one limit, and what its algorithm thinks. Baseline, Latency and
+// Lowered are zero for a fixed limit, AIMD and [WithAlgorithm].
 type Stats struct {
 	Limit   int64 // how many permits there are
 	InUse   int64 // how many of them calls hold; see [Layer.InUse]
 	Waiting int   // how many calls wait for permits
+
+	Baseline time.Duration // the latency that Latency is compared with; 0 before it is known
+	Latency  time.Duration // the mean latency of calls now; 0 before it is known
+	Lowered  string        // why the limit went down the last time: "latency", "drop" or "drain"; empty if it did not
 }
 
 func (lim *limiter) stats() (s Stats) {
@@ -416,14 +421,30 @@ func (lim *limiter) stats() (s Stats) {
 	return s
 }
 
+// allStats returns the stats with what the algorithm thinks.
+func (lim *limiter) allStats() Stats {
+	lim.mu.Lock()
+	defer lim.mu.Unlock()
+	s := lim.stats()
+	if t, ok := lim.algorithm.(thinker); ok {
+		s.Baseline, s.Latency, s.Lowered = t.thinks()
+	}
+	return s
+}
+
+// A thinker is an algorithm that can say why the limit is what it is.
+type thinker interface {
+	thinks() (base, latency time.Duration, lowered string)
+}
+
 // Stats returns the figures of the limit of a key; zero if there is none for it. Without
 // [Config.KeyBy] there is one limit, whatever the key.
 func (l *Layer) Stats(key string) Stats {
 	if l.keys == nil {
-		return l.one.stats()
+		return l.one.allStats()
 	}
 	if lim, ok := l.keys.Peek(key); ok {
-		return lim.stats()
+		return lim.allStats()
 	}
 	return Stats{}
 }

@@ -61,6 +61,8 @@ type Gradient2 struct {
 	limit  float64
 	window window
 	long   average
+	now    float64 // The mean of the last window.
+	why    string  // Why the limit went down last.
 	recovery
 }
 
@@ -112,6 +114,7 @@ func (g *Gradient2) OnSample(s Sample) {
 		if g.counts(s) {
 			g.limit = g.clamp(g.limit * g.cfg.BackoffRatio)
 			g.window.reset(s.end())
+			g.why = becauseDrop
 		}
 		return
 	}
@@ -120,6 +123,7 @@ func (g *Gradient2) OnSample(s Sample) {
 		return
 	}
 	now, inFlight := w.mean(), w.inFlight
+	g.now = now
 	long := g.long.add(now, w.size(), g.cfg.LongWindow)
 	w.reset(s.end())
 	if long/now > 2 {
@@ -130,7 +134,14 @@ func (g *Gradient2) OnSample(s Sample) {
 	}
 	gradient := max(0.5, min(1, g.cfg.Tolerance*long/now))
 	target := gradient*g.limit + g.cfg.QueueSize
+	if target < g.limit {
+		g.why = becauseLatency
+	}
 	g.limit = g.clamp((1-g.cfg.Smoothing)*g.limit + g.cfg.Smoothing*target)
+}
+
+func (g *Gradient2) thinks() (base, latency time.Duration, lowered string) {
+	return time.Duration(g.long.value), time.Duration(g.now), g.why
 }
 
 // average is the mean of the samples of the first ten windows, and from then on an

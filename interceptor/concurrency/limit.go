@@ -95,6 +95,13 @@ func (b bounds) clamp(limit float64) float64 {
 // backoffRatio is the default factor of the limit on a drop. It is Netflix's.
 const backoffRatio = 0.9
 
+// Why a limit went down.
+const (
+	becauseLatency = "latency"
+	becauseDrop    = "drop"
+	becauseDrain   = "drain"
+)
+
 // recovery lets all drops of one overload decrease the limit once, as a TCP sender halves
 // its window once for all losses of one window. Calls that were already running when the
 // limit was last decreased say nothing about the new limit.

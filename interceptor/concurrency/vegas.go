@@ -63,6 +63,8 @@ type Vegas struct {
 	recovery
 
 	best    float64             // Round trip without queueing, in nanoseconds; 0 before the first window.
+	now     float64             // The mean of the last window.
+	why     string              // Why the limit went down last.
 	windows int                 // Since the last probe.
 	halved  bool                // A probe is going on.
 	since   interceptor.Instant // Calls that were sent before do not count.
@@ -121,6 +123,7 @@ func (v *Vegas) OnSample(s Sample) {
 		if v.counts(s) {
 			v.move(-step)
 			w.reset(s.end())
+			v.why = becauseDrop
 		}
 		return
 	}
@@ -130,6 +133,7 @@ func (v *Vegas) OnSample(s Sample) {
 		return
 	}
 	now, calls, inFlight := w.mean(), w.size(), w.inFlight
+	v.now = now
 	w.reset(s.end())
 	if v.halved {
 		v.measure(now, calls)
@@ -150,7 +154,16 @@ func (v *Vegas) OnSample(s Sample) {
 		v.move(step)
 	case queue > 6*step:
 		v.move(-step)
+		v.why = becauseLatency
 	}
+}
+
+func (v *Vegas) thinks() (base, latency time.Duration, lowered string) {
+	lowered = v.why
+	if v.halved {
+		lowered = becauseDrain
+	}
+	return time.Duration(v.best), time.Duration(v.now), lowered
 }
 
 // measure takes the mean of a window without a queue into best, and ends the probe.

@@ -141,7 +141,10 @@ func Rows() []Row {
 		workers int
 		ideal   [4]int64
 	}{{20, [4]int64{30, 40, 32, 28}}, {200, [4]int64{260, 260, 260, 250}}} {
-		sc := func(load float64) Scenario { return Scenario{Workers: w.workers, Load: load} }
+		sc := func(load float64) Scenario {
+			// As many calls are enough of either.
+			return Scenario{Workers: w.workers, Load: load, Length: max(m, 5*m*20/time.Duration(w.workers))}
+		}
 		name := fmt.Sprintf("%d workers, ", w.workers)
 		add(Row{Name: name + "0.5 x", Scenario: sc(0.5), Ideal: w.ideal[0], MaxRefused: 0.001, MaxLatency: 1.02})
 		add(Row{Name: name + "0.9 x", Scenario: sc(0.9), Ideal: w.ideal[1], MinGoodput: 0.89, MaxLatency: 1.5})
