@@ -34,6 +34,11 @@ const (
 	// (controlled delay, RFC 8289). It absorbs a burst, and does not turn a lasting
 	// overload into a lasting delay.
 	CoDel
+	// Adaptive is FIFO until calls have waited without a break for
+	// [Config.CoDelInterval], and then LIFO until no call waits (adaptive LIFO, Maurer,
+	// "Fail at Scale", 2015). It is fair in a burst, and under a lasting overload serves
+	// calls whose callers are still there. Bound the queue with MaxWaiters or MaxWait.
+	Adaptive
 )
 
 // String returns the discipline's name.
@@ -45,6 +50,8 @@ func (d Discipline) String() string {
 		return "LIFO"
 	case CoDel:
 		return "CoDel"
+	case Adaptive:
+		return "Adaptive"
 	}
 	return "Discipline(" + strconv.Itoa(int(d)) + ")"
 }
@@ -72,8 +79,8 @@ type Config struct {
 	// refused with reason CONCURRENCY. 0 means no bound.
 	MaxWait time.Duration
 	// CoDelTarget is the delay that a queue may have for longer than CoDelInterval: 5 ms
-	// and 100 ms if zero, the values of RFC 8289. They must not be negative. Other
-	// disciplines ignore them.
+	// and 100 ms if zero, the values of RFC 8289. They must not be negative. Adaptive uses
+	// CoDelInterval; other disciplines ignore them.
 	CoDelTarget, CoDelInterval time.Duration
 
 	// DropCodes are the codes of failed calls that are a sign of overload to an
@@ -321,7 +328,7 @@ func (l *Layer) check(cfg Config, errs *check.Errors) (*settings, error) {
 		maxKeys: cfg.MaxKeys, target: cfg.CoDelTarget, interval: cfg.CoDelInterval,
 	}
 	l.checkBound(&cfg, errs)
-	errs.Require(cfg.Discipline >= FIFO && cfg.Discipline <= CoDel, "Discipline", cfg.Discipline, "must be FIFO, LIFO or CoDel")
+	errs.Require(cfg.Discipline >= FIFO && cfg.Discipline <= Adaptive, "Discipline", cfg.Discipline, "must be FIFO, LIFO, CoDel or Adaptive")
 	check.Zero(errs, "MaxWaiters", cfg.MaxWaiters, check.Positive, "no bound")
 	check.Zero(errs, "MaxWait", cfg.MaxWait, check.Positive, "no bound")
 	check.Default(errs, "CoDelTarget", &set.target, check.Positive, defaultCoDelTarget)

@@ -83,6 +83,7 @@ const (
 	Concurrency_DISCIPLINE_FIFO        Concurrency_Discipline = 1
 	Concurrency_DISCIPLINE_LIFO        Concurrency_Discipline = 2
 	Concurrency_DISCIPLINE_CODEL       Concurrency_Discipline = 3
+	Concurrency_DISCIPLINE_ADAPTIVE    Concurrency_Discipline = 4
 )
 
 // Enum value maps for Concurrency_Discipline.
@@ -92,12 +93,14 @@ var (
 		1: "DISCIPLINE_FIFO",
 		2: "DISCIPLINE_LIFO",
 		3: "DISCIPLINE_CODEL",
+		4: "DISCIPLINE_ADAPTIVE",
 	}
 	Concurrency_Discipline_value = map[string]int32{
 		"DISCIPLINE_UNSPECIFIED": 0,
 		"DISCIPLINE_FIFO":        1,
 		"DISCIPLINE_LIFO":        2,
 		"DISCIPLINE_CODEL":       3,
+		"DISCIPLINE_ADAPTIVE":    4,
 	}
 )
 
@@ -2781,7 +2784,7 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\x10ALGORITHM_WINDOW\x10\x02B\x05\n" +
 	"\x03keyB\n" +
 	"\n" +
-	"\bpriority\"\xcd\a\n" +
+	"\bpriority\"\xe7\a\n" +
 	"\vConcurrency\x12\x16\n" +
 	"\x05limit\x18\x01 \x01(\x03H\x00R\x05limit\x12,\n" +
 	"\x04auto\x18\x13 \x01(\v2\x16.belfry.config.v1.AutoH\x00R\x04auto\x12,\n" +
@@ -2807,13 +2810,14 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"per_method\x18\x0f \x01(\bH\x02R\tperMethod\x12#\n" +
 	"\fper_metadata\x18\x10 \x01(\tH\x02R\vperMetadata\x12\x1b\n" +
 	"\bkey_func\x18\x11 \x01(\tH\x02R\akeyFunc\x12\x19\n" +
-	"\bmax_keys\x18\x12 \x01(\x03R\amaxKeys\"h\n" +
+	"\bmax_keys\x18\x12 \x01(\x03R\amaxKeys\"\x81\x01\n" +
 	"\n" +
 	"Discipline\x12\x1a\n" +
 	"\x16DISCIPLINE_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fDISCIPLINE_FIFO\x10\x01\x12\x13\n" +
 	"\x0fDISCIPLINE_LIFO\x10\x02\x12\x14\n" +
-	"\x10DISCIPLINE_CODEL\x10\x03B\a\n" +
+	"\x10DISCIPLINE_CODEL\x10\x03\x12\x17\n" +
+	"\x13DISCIPLINE_ADAPTIVE\x10\x04B\a\n" +
 	"\x05boundB\n" +
 	"\n" +
 	"\bpriorityB\x05\n" +
