@@ -29,9 +29,9 @@ type Result[Req, Res any] struct {
 // the order of the requests. [CallAllUnordered] yields results as they come.
 // It is Tower's call_all with a bound.
 //
-// A failed call is a result like any other and does not end the sequence; a
-// consumer that wants to stop at an error breaks out of its loop. To call a
-// method of a generated stub, pass [Bind](client.Method).
+// A failed call is a result like any other; a consumer that wants to stop at an
+// error breaks out of its loop. To call a method of a generated stub, pass
+// [Bind](client.Method).
 //
 // # Bounds
 //
@@ -45,10 +45,10 @@ type Result[Req, Res any] struct {
 //
 // # The end
 //
-// The sequence ends when the requests have ended and all results are yielded.
-// It ends early in three cases, and whichever it is, no further call is made,
-// the calls in flight find their context cancelled, and all goroutines have
-// returned before the loop is left:
+// The sequence ends when the requests have ended and all results are yielded. The
+// error of a call does not end it. It ends early in three cases, and whichever it
+// is, no further call is made, the calls in flight find their context cancelled,
+// and all goroutines have returned before the loop is left:
 //
 //   - The consumer breaks out of the loop, or panics. The results of the calls
 //     in flight are lost.
@@ -59,24 +59,41 @@ type Result[Req, Res any] struct {
 //   - A call or the request sequence panics: the loop panics with a
 //     [*PanicError]. If it calls [runtime.Goexit], so does the loop.
 //
-// Calls must heed their context, as gRPC's do, for the loop waits for them. It
-// waits for the request sequence also: one that blocks, say on a channel, must
-// itself return when ctx ends, and a consumer of such a sequence cancels ctx
-// before it breaks out of the loop.
+// The context of the calls ends with the loop, also when all went well. A stream
+// that a call returns as its response must be read to its end in the loop body.
+//
+// Calls must heed their context, as gRPC's do, because the loop waits for them.
+//
+// # Requests
+//
+// reqs is a channel or a sequence. From a channel requests are received until it
+// is closed. The wait for the next one ends with the loop, however that ends, and
+// with ctx. If ctx ends it, the last result has the error of a request that was not
+// called, and the zero Request. A loop that ends early has received one request at
+// most that it has not called.
+//
+// The loop waits for a sequence to return. One that blocks must itself return
+// when ctx ends, and a consumer of it cancels ctx before it breaks out of the loop.
+// For requests from a channel, pass the channel.
 //
 // # Concurrency
 //
-// reqs runs on a goroutine of its own, so results are yielded while the next
+// reqs is pulled on a goroutine of its own, so results are yielded while the next
 // request is not there yet. call is called from one goroutine for each request.
 // Nothing runs until the returned sequence is ranged over; it may be ranged
 // over as often as reqs may.
-func CallAll[Req, Res any](ctx context.Context, concurrency int, reqs iter.Seq[Req], call func(context.Context, Req) (Res, error)) iter.Seq2[int, Result[Req, Res]] {
+func CallAll[Req, Res any, Reqs Requests[Req]](ctx context.Context, concurrency int, reqs Reqs, call func(context.Context, Req) (Res, error)) iter.Seq2[int, Result[Req, Res]] {
 	return callAll(ctx, concurrency, reqs, call, true)
+}
+
+// Requests are what [CallAll] makes calls for.
+type Requests[Req any] interface {
+	<-chan Req | chan Req | iter.Seq[Req] | func(yield func(Req) bool)
 }
 
 // CallAllUnordered is [CallAll] with the results in the order in which the
 // calls end, so that none waits for a slower one before it.
-func CallAllUnordered[Req, Res any](ctx context.Context, concurrency int, reqs iter.Seq[Req], call func(context.Context, Req) (Res, error)) iter.Seq2[int, Result[Req, Res]] {
+func CallAllUnordered[Req, Res any, Reqs Requests[Req]](ctx context.Context, concurrency int, reqs Reqs, call func(context.Context, Req) (Res, error)) iter.Seq2[int, Result[Req, Res]] {
 	return callAll(ctx, concurrency, reqs, call, false)
 }
 
@@ -107,7 +124,7 @@ func (e *PanicError) Unwrap() error {
 	return err
 }
 
-func callAll[Req, Res any](ctx context.Context, concurrency int, reqs iter.Seq[Req], call func(context.Context, Req) (Res, error), ordered bool) iter.Seq2[int, Result[Req, Res]] {
+func callAll[Req, Res any](ctx context.Context, concurrency int, reqs any, call func(context.Context, Req) (Res, error), ordered bool) iter.Seq2[int, Result[Req, Res]] {
 	return func(yield func(int, Result[Req, Res]) bool) {
 		if concurrency < 1 || concurrency > maxConcurrency {
 			yield(0, Result[Req, Res]{Err: fmt.Errorf("belfry: CallAll: concurrency is %d, must be from 1 to %d", concurrency, maxConcurrency)})
@@ -130,7 +147,7 @@ func callAll[Req, Res any](ctx context.Context, concurrency int, reqs iter.Seq[R
 		// Deferred for a loop body that panics or calls runtime.Goexit.
 		defer r.stopAndWait()
 
-		go r.produce(reqs)
+		go r.produce(r.sequence(reqs))
 		for {
 			s := r.next()
 			if s == nil || !yield(s.index, s.result) {
@@ -207,6 +224,43 @@ func (r *callAllRun[Req, Res]) next() *callSlot[Req, Res] {
 func (r *callAllRun[Req, Res]) stopAndWait() {
 	r.stop()
 	for range r.queue {
+	}
+}
+
+// sequence returns what is in [Requests] as a sequence.
+func (r *callAllRun[Req, Res]) sequence(reqs any) iter.Seq[Req] {
+	switch reqs := reqs.(type) {
+	case chan Req:
+		return r.receive(reqs)
+	case <-chan Req:
+		return r.receive(reqs)
+	case iter.Seq[Req]:
+		return reqs
+	}
+	return reqs.(func(func(Req) bool))
+}
+
+// receive returns the requests of a channel, and one that will not be called if ctx
+// ends before the channel does.
+func (r *callAllRun[Req, Res]) receive(reqs <-chan Req) iter.Seq[Req] {
+	return func(yield func(Req) bool) {
+		for {
+			var req Req
+			more := true
+			select {
+			case req, more = <-reqs:
+			case <-r.stopped:
+				return
+			case <-r.ctx.Done():
+				select {
+				case req, more = <-reqs:
+				default:
+				}
+			}
+			if !more || !yield(req) {
+				return
+			}
+		}
 	}
 }
 

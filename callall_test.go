@@ -53,8 +53,8 @@ type callAllFunc = func(context.Context, int, iter.Seq[int], func(context.Contex
 
 // callAlls are the two functions, for what holds of both.
 var callAlls = map[string]callAllFunc{
-	"ordered":   belfry.CallAll[int, string],
-	"unordered": belfry.CallAllUnordered[int, string],
+	"ordered":   belfry.CallAll[int, string, iter.Seq[int]],
+	"unordered": belfry.CallAllUnordered[int, string, iter.Seq[int]],
 }
 
 // forBoth runs a test for both functions, each in virtual time.
@@ -350,6 +350,101 @@ func TestCallAllWithRequestsThatHeedTheContextCanBeLeftWhileTheyBlock(t *testing
 		}
 		if s, e := p.started.Load(), p.ended.Load(); s != 1 || e != 1 {
 			t.Errorf("%d calls started and %d ended, want 1 and 1", s, e)
+		}
+	})
+}
+
+func TestCallAllWithAChannel(t *testing.T) {
+	type callAllFunc func(context.Context, int, <-chan int, func(context.Context, int) (string, error)) iter.Seq2[int, belfry.Result[int, string]]
+	for name, callAll := range map[string]callAllFunc{
+		"ordered":   belfry.CallAll[int, string, <-chan int],
+		"unordered": belfry.CallAllUnordered[int, string, <-chan int],
+	} {
+		run := func(what string, test func(t *testing.T, ch chan int, p *probe)) {
+			t.Run(name+"/"+what, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) { test(t, make(chan int, 3), &probe{}) })
+			})
+		}
+		run("ends_when_it_is_closed", func(t *testing.T, ch chan int, p *probe) {
+			n := 0
+			ch <- 1
+			for _, r := range callAll(t.Context(), 2, ch, p.call) {
+				if n++; r.Request != n || r.Err != nil {
+					t.Errorf("result %d is %+v, want request %d without an error", n, r, n)
+				}
+				if n == 3 {
+					close(ch)
+				} else {
+					ch <- n + 1
+				}
+			}
+			if n != 3 {
+				t.Errorf("%d results, want 3", n)
+			}
+		})
+		run("can_be_left_while_it_is_empty", func(t *testing.T, ch chan int, p *probe) {
+			ch <- 1
+			start := time.Now()
+			for range callAll(t.Context(), 4, ch, p.call) {
+				break
+			}
+			if got := time.Since(start); got != time.Second {
+				t.Errorf("the loop was left after %v, want at once after the call's second", got)
+			}
+		})
+		run("ends_with_its_context_while_it_is_empty", func(t *testing.T, ch chan int, p *probe) {
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			defer cancel()
+			ch <- 1
+			var errs []error
+			for _, r := range callAll(ctx, 4, ch, p.call) {
+				errs = append(errs, r.Err)
+			}
+			if len(errs) != 2 || errs[0] != nil || status.Code(errs[1]) != codes.DeadlineExceeded {
+				t.Errorf("errors are %v, want none of the call, and DEADLINE_EXCEEDED of what was not there in time", errs)
+			}
+		})
+		run("closed_after_its_context_has_ended", func(t *testing.T, ch chan int, p *probe) {
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			close(ch)
+			for i, r := range callAll(ctx, 4, ch, p.call) {
+				t.Errorf("result %d is %+v, want none: nothing was left to call", i, r)
+			}
+		})
+	}
+}
+
+// The request is there when the loop has been left already.
+func TestCallAllDoesNotCallWhatComesAfterABreak(t *testing.T) {
+	forBoth(t, func(t *testing.T, callAll callAllFunc) {
+		var p probe
+		for range callAll(t.Context(), 4, func(yield func(int) bool) {
+			if yield(1) {
+				time.Sleep(time.Hour)
+				yield(2)
+			}
+		}, p.call) {
+			break
+		}
+		if s := p.started.Load(); s != 1 {
+			t.Errorf("%d calls started, want 1", s)
+		}
+	})
+}
+
+func TestCallAllPullsNothingAfterABreak(t *testing.T) {
+	forBoth(t, func(t *testing.T, callAll callAllFunc) {
+		var p probe
+		pulled := 0
+		for range callAll(t.Context(), 1, func(yield func(int) bool) {
+			for pulled++; yield(1); pulled++ {
+			}
+		}, p.call) {
+			break
+		}
+		if pulled != 1 {
+			t.Errorf("%d requests were pulled, want 1", pulled)
 		}
 	})
 }

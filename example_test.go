@@ -125,6 +125,21 @@ func ExampleCallAll() {
 	// 4: 5² = 25
 }
 
+func ExampleCallAll_channel() {
+	double := func(_ context.Context, n int) (int, error) { return 2 * n, nil }
+
+	requests := make(chan int)
+	go func() {
+		requests <- 21 // And then nothing for a while.
+	}()
+	for _, r := range belfry.CallAll(context.Background(), 4, requests, double) {
+		fmt.Println(r.Response, r.Err)
+		break // Does not wait for another request.
+	}
+	// Output:
+	// 42 <nil>
+}
+
 func ExampleCallAllUnordered() {
 	seen := make(chan struct{})
 	call := func(_ context.Context, name string) (string, error) {

@@ -7,7 +7,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 )
@@ -16,31 +18,73 @@ import (
 // carries no gRPC status.
 var ErrClosed = errors.New("belfry: connection is closed")
 
-// Connectable is what [WaitReady] needs of a connection. *grpc.ClientConn
-// implements it, and documents the methods.
-type Connectable interface {
-	Connect()
-	GetState() connectivity.State
-	WaitForStateChange(ctx context.Context, source connectivity.State) bool
-}
-
 // WaitReady makes conn connect and waits until it is READY, so that the first
 // call need not wait for a connection, or a program finds out at its start that
 // there is none. It returns nil at once if conn is READY already.
+//
+// conn is a *grpc.ClientConn, or anything in front of some: what the Wrap of a
+// stack returns, a Steer, a Maker. Then WaitReady makes all connections behind
+// it connect and waits for each of them; those of a Maker are the ones that it
+// has made, which may be none. What else carries calls can take part by either
+// of two methods,
+//
+//	Conns() iter.Seq[grpc.ClientConnInterface] // the connections it uses
+//	GetState() connectivity.State              // and Connect and WaitForStateChange, as of *grpc.ClientConn
+//
+// and is an error otherwise.
 //
 // Failed attempts to connect do not end the wait: gRPC tries again with
 // backoff, and a connection that falls idle meanwhile is made to connect again.
 // ctx bounds the wait; give it a deadline.
 //
-// It returns [ErrClosed] if conn is or gets closed. When ctx ends first, the
-// error wraps ctx.Err(), and its cause if it has one, names the last state
+// It returns [ErrClosed] if a connection is or gets closed. When ctx ends first,
+// the error wraps ctx.Err(), and its cause if it has one, names the last state
 // seen, and has the status code DEADLINE_EXCEEDED or CANCELLED.
 //
 // A READY connection may lose its server at any time: WaitReady tells that
 // calls can be made, not that they will succeed.
 //
 // It may be called for one connection from many goroutines.
-func WaitReady(ctx context.Context, conn Connectable) error {
+func WaitReady(ctx context.Context, conn grpc.ClientConnInterface) error {
+	// All connect at the same time.
+	err := each(conn, func(c connectable) error {
+		if c.GetState() == connectivity.Idle {
+			c.Connect()
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return each(conn, func(c connectable) error { return waitReady(ctx, c) })
+}
+
+// connectable is a connection that has a state. *grpc.ClientConn documents the methods.
+type connectable interface {
+	Connect()
+	GetState() connectivity.State
+	WaitForStateChange(ctx context.Context, source connectivity.State) bool
+}
+
+// each calls f for each connection behind conn until there is an error.
+func each(conn grpc.ClientConnInterface, f func(connectable) error) error {
+	switch c := conn.(type) {
+	case connectable:
+		return f(c)
+	case interface {
+		Conns() iter.Seq[grpc.ClientConnInterface]
+	}:
+		for behind := range c.Conns() {
+			if err := each(behind, f); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return fmt.Errorf("belfry: WaitReady: a %T has neither a state (GetState, Connect, WaitForStateChange) nor connections (Conns)", conn)
+}
+
+func waitReady(ctx context.Context, conn connectable) error {
 	for {
 		state := conn.GetState()
 		switch state {

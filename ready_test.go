@@ -21,10 +21,14 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/belfry-go/belfry"
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/maker"
+	"github.com/belfry-go/belfry/interceptor/steer"
 )
 
 // fakeConn is a connection whose state the test sets.
 type fakeConn struct {
+	grpc.ClientConnInterface
 	mu       sync.Mutex // guards all below
 	state    connectivity.State
 	changed  chan struct{} // closed at the next change
@@ -52,6 +56,10 @@ func (c *fakeConn) Connect() {
 		c.set(connectivity.Connecting)
 	}
 }
+
+func (c *fakeConn) Invoke(context.Context, string, any, any, ...grpc.CallOption) error { return nil }
+
+func (c *fakeConn) Close() error { return nil }
 
 func (c *fakeConn) GetState() connectivity.State {
 	c.mu.Lock()
@@ -166,6 +174,58 @@ func TestWaitReadyFailsAtOnceWhenClosed(t *testing.T) {
 			t.Errorf("WaitReady of a connection being closed = %v, want ErrClosed", err)
 		}
 	})
+}
+
+// All of them connect at once, and WaitReady returns when the last is READY.
+func TestWaitReadyWaitsForAllThatAStackWraps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		made, a, b := newFakeConn(connectivity.Idle), newFakeConn(connectivity.Idle), newFakeConn(connectivity.Idle)
+		m, err := maker.New(maker.Config{}, func(context.Context, string, any) (string, error) { return "", nil },
+			func(context.Context, string) (maker.Conn, error) { return made, nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		inner, err := interceptor.NewStack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := steer.New(func(context.Context, string, any) (context.Context, string, error) { return nil, "m", nil },
+			map[string]grpc.ClientConnInterface{"m": m, "a": inner.Wrap(a), "b": b})
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn := inner.Wrap(s)
+		conn.Invoke(t.Context(), "/s/m", nil, nil) // The Maker makes its connection.
+		for i, c := range []*fakeConn{made, a, b} {
+			go func() {
+				time.Sleep(time.Duration(i+1) * time.Second)
+				c.set(connectivity.Ready)
+			}()
+		}
+		start := time.Now()
+		if err := belfry.WaitReady(t.Context(), conn); err != nil {
+			t.Errorf("WaitReady = %v, want nil", err)
+		}
+		if got, want := time.Since(start), 3*time.Second; got != want {
+			t.Errorf("WaitReady returned after %v, want %v", got, want)
+		}
+		if made.connects != 1 || a.connects != 1 || b.connects != 1 {
+			t.Errorf("Connect was called %d, %d and %d times, want once each", made.connects, a.connects, b.connects)
+		}
+		a.set(connectivity.Shutdown)
+		if err := belfry.WaitReady(t.Context(), conn); !errors.Is(err, belfry.ErrClosed) {
+			t.Errorf("WaitReady with one of them closed = %v, want ErrClosed", err)
+		}
+	})
+}
+
+func TestWaitReadyNeedsAState(t *testing.T) {
+	type stranger struct{ grpc.ClientConnInterface }
+	err := belfry.WaitReady(t.Context(), stranger{})
+	if err == nil || !strings.Contains(err.Error(), "stranger has neither a state") {
+		t.Errorf("WaitReady = %v, want an error that names the type", err)
+	}
 }
 
 func TestWaitReadyWithRealConnection(t *testing.T) {

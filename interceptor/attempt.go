@@ -5,13 +5,11 @@ package interceptor
 
 import (
 	"context"
-	"sync"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/peer"
 
 	"github.com/belfry-go/belfry/internal/message"
+	"github.com/belfry-go/belfry/internal/result"
 )
 
 // An Origin is a call as it was when a layer was about to pass it on, before the
@@ -29,14 +27,13 @@ type Origin struct {
 	opts   []grpc.CallOption
 	desc   *grpc.StreamDesc
 	scope  *scope
-	at     int
 }
 
 // Origin returns the call as it is now.
 func (c *Call) Origin() Origin {
 	return Origin{
 		call: c, method: c.method, req: c.req, reply: c.reply, opts: c.opts,
-		desc: c.desc, scope: c.scope, at: c.at,
+		desc: c.desc, scope: c.scope,
 	}
 }
 
@@ -60,9 +57,10 @@ type Again func(ctx context.Context, o *Origin, w Wait) (attempt *Call, err erro
 
 // again is the Again of the layer outside b.
 func (b *boundary) again(ctx context.Context, o *Origin, w Wait) (*Call, error) {
-	f := o.fork()
+	f := b.fork(o)
 	f.reply = message.NewLike(o.reply)
-	f.outs, f.opts = redirect(o.opts)
+	f.own, f.opts = result.Redirect(o.opts)
+	f.vars = f.own
 	if err := b.readmit(ctx, f, w); err != nil {
 		return nil, err
 	}
@@ -110,28 +108,31 @@ func (b *boundary) readmit(ctx context.Context, f *Call, w Wait) (err error) {
 	return nil
 }
 
-// fork makes the Call of a further attempt. It is not admitted yet.
-func (o *Origin) fork() *Call {
+// fork makes the Call of a further attempt, which begins and ends at b. It is not
+// admitted yet.
+func (b *boundary) fork(o *Origin) *Call {
 	c := o.call
 	c.root.forked.Store(true)
 	c.prog.stack.enterPart() // Until it has ended or is given up.
 	f := new(Call)
-	f.reset(c.prog)
-	f.target, f.kind, f.root, f.parent, f.fronts, f.home = c.target, c.kind, c.root, c, c.fronts, o.at+1
+	f.init(c.prog)
+	f.target, f.kind, f.root, f.parent, f.fronts, f.home = c.target, c.kind, c.root, c, c.fronts, b.id
 	f.method, f.req, f.reply, f.opts, f.desc = o.method, o.req, o.reply, o.opts, o.desc
+	f.perCall = c.perCall
 	f.waits, f.timed, f.expendable, f.series = c.waits, c.timed, c.expendable || o.Expendable, c.series
-	f.running, f.scope, f.at, f.entered, f.section = true, o.scope, o.at, o.at, o.at+1
+	f.scope, f.entered, f.section = o.scope, b.id-1, b.id
+	f.outside = o.scope
 	return f
 }
 
-// detach moves the first attempt to a fork, with the tickets and notes of the gates
+// detach moves the first attempt of o's call to a fork, with the tickets and notes of the gates
 // inside the layer. It is for a layer whose first attempt may outlive the call. The
 // attempt shares the call's reply and options.
-func (c *Call) detach() *Call {
-	o := c.Origin()
-	f := o.fork()
+func (b *boundary) detach(o *Origin) *Call {
+	c := o.call
+	f := b.fork(o)
 	f.attempt, f.now, f.admitted, f.wait = c.attempt, c.now, true, c.wait
-	lo := c.from(c.at + 1)
+	lo := c.from(b.id)
 	f.tickets = append(f.tickets, c.tickets[lo:]...)
 	clear(c.tickets[lo:])
 	c.tickets = c.tickets[:lo]
@@ -149,96 +150,24 @@ func (c *Call) giveUp(e End) {
 
 // Adopt makes the results of f, an attempt that Again made of c, the results of the
 // call: the reply of a unary attempt that succeeded, and what Header, Trailer and Peer
-// options ask for, copied once when the attempt has ended. Results of attempts that are
-// not adopted are dropped. Adopt does not set the stream of f on c, because the layer
-// wraps it.
+// options ask for. Results of attempts that are not adopted are dropped. Adopt does not
+// set the stream of f on c, because the layer wraps it.
 //
-// For a unary call it is called after next has returned. For a stream it may be called
-// as soon as the layer has settled on f, even while f runs.
+// For a unary call it is called after next has returned, and copies the results. For a
+// stream it may be called while f runs, from any goroutine, and again for another
+// attempt: the results of the last one are copied when the stream ends, before anybody
+// outside the layer is told of the end.
 func (c *Call) Adopt(f *Call) {
-	if f.kind == Unary {
-		c.trailer = f.trailer
-		// It need not have been sent itself: a layer inside may have forked it, or answered.
-		if f.ended && f.err == nil {
-			message.CopyInto(c.reply, f.reply)
-		}
-	}
-	f.outs.adopt()
-}
-
-// outs is where an attempt writes what the caller asked for by Header, Trailer and Peer
-// options. It is copied to the caller's variables when the attempt is both adopted and
-// over, in either order. It is nil if the caller asked for nothing.
-type outs struct {
-	// Written by gRPC before the attempt ends, and not read before that.
-	header, trailer metadata.MD
-	peer            peer.Peer
-
-	to []grpc.CallOption // The options as they were; not changed.
-
-	mu             sync.Mutex // Guards the fields below; nothing is locked under it.
-	adopted, ended bool
-}
-
-// redirect returns opts with Header, Trailer and Peer pointed at a new outs, or opts
-// itself and nil if there is none.
-func redirect(opts []grpc.CallOption) (*outs, []grpc.CallOption) {
-	var o *outs
-	own := opts
-	for i, opt := range opts {
-		switch opt.(type) {
-		case grpc.HeaderCallOption, grpc.TrailerCallOption, grpc.PeerCallOption:
-		default:
-			continue
-		}
-		if o == nil {
-			o = new(outs)
-			own = append([]grpc.CallOption(nil), opts...)
-		}
-		o.to = append(o.to, opt)
-		switch opt.(type) {
-		case grpc.HeaderCallOption:
-			own[i] = grpc.Header(&o.header)
-		case grpc.TrailerCallOption:
-			own[i] = grpc.Trailer(&o.trailer)
-		case grpc.PeerCallOption:
-			own[i] = grpc.Peer(&o.peer)
-		}
-	}
-	return o, own
-}
-
-func (o *outs) adopt() {
-	if o != nil {
-		o.note(&o.adopted)
-	}
-}
-
-func (o *outs) end() {
-	if o != nil {
-		o.note(&o.ended)
-	}
-}
-
-// note sets one of the two flags. It copies the results when both are set.
-func (o *outs) note(flag *bool) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if *flag {
+	if f.kind != Unary {
+		f.outside.chosen.Store(f.own)
 		return
 	}
-	*flag = true
-	if !o.adopted || !o.ended {
+	c.trailer = f.trailer
+	if f.err == errPanic { // A layer inside answered without it.
 		return
 	}
-	for _, opt := range o.to {
-		switch opt := opt.(type) {
-		case grpc.HeaderCallOption:
-			*opt.HeaderAddr = o.header
-		case grpc.TrailerCallOption:
-			*opt.TrailerAddr = o.trailer
-		case grpc.PeerCallOption:
-			*opt.PeerAddr = o.peer
-		}
+	if f.err == nil {
+		message.CopyInto(c.reply, f.reply)
 	}
+	f.own.Copy()
 }

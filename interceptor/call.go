@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/peer"
 
 	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/result"
 )
 
 // A Call is one call as the call path sees it, or a further attempt that [Again] made
@@ -22,9 +23,21 @@ import (
 // concurrently unless its comment says so. It is reused for another call when the call
 // is over, so a layer must not keep it beyond that, or for a stream beyond the stream.
 //
-// Put a new field into one of the groups below: a Call that is reused starts as the
-// zero Call with its program.
+// Put a new field into callState: a Call that is reused starts with the zero callState.
 type Call struct {
+	callState
+
+	// Room for the slices of callState. It is not cleared: a Call in the pool is used
+	// again soon, or dropped.
+	ticketRoom [4]ticket
+	noteRoom   [2]note
+	waits      [8]Wait            // How long the call was allowed to wait in each section; see waitAt.
+	options    [8]grpc.CallOption // Of a unary attempt. The first are always ours, see init.
+	carried    carriedWait
+}
+
+// callState is what a Call knows of one call.
+type callState struct {
 	// Set at the start and not changed.
 	prog *program
 	target
@@ -34,28 +47,30 @@ type Call struct {
 	parent  *Call    // What this was forked from; nil if it was not.
 	fronts  []*Stack // Stacks in front, whose connection this one is.
 	home    int      // The outermost boundary of a fork.
-	outs    *outs    // The results of a fork that the caller asked for by options.
 
-	series *attempt.Series // What all attempts share; nil if no layer may repeat the call.
-
-	expendable bool // Of a fork: see Origin.
+	own        *result.Vars    // Of a fork: where it writes what its layer was asked for by options,
+	outside    *scope          // and the scope around that layer; nil for a unary call.
+	expendable bool            // See Origin.
+	series     *attempt.Series // What all attempts share; nil if no layer may repeat the call.
 
 	finish []func(error)      // What the caller wants to be told at the end.
 	cancel context.CancelFunc // Ends the timeout of the method; nil if there is none.
+
+	perCall *attempt.PerCall // What the caller wants of the attempts; nil if nothing.
 
 	// What is sent. Layers change it on the way in.
 	method string
 	req    any
 	reply  any
 	opts   []grpc.CallOption
+	vars   *result.Vars // Where opts point, if a layer has redirected them.
 	desc   *grpc.StreamDesc
 
 	// Admission.
 	tickets  []ticket // In the order of their sections.
 	notes    []note
-	section  int     // The section of the gate that is being asked.
-	waits    [8]Wait // How long the call was allowed to wait in each section; see waitAt.
-	admitted bool    // The innermost gate was reached.
+	section  int  // The section of the gate that is being asked.
+	admitted bool // All gates have admitted it.
 	bound    Instant
 	slot     Slot
 	trying   bool // Admission.Try is asking,
@@ -65,9 +80,7 @@ type Call struct {
 	timed    bool // Somebody wants to know sentAt.
 
 	// The call path.
-	running     bool // It has been entered.
-	entered     int  // The innermost boundary that was entered.
-	at          int  // The boundary around the running layer.
+	entered     int // The innermost boundary that was entered.
 	scope       *scope
 	wantTrailer bool
 
@@ -77,20 +90,29 @@ type Call struct {
 	sentAt  Instant
 	trailer metadata.MD
 	peer    peer.Peer
-	ended   bool  // It has run,
-	err     error // and how that ended.
+	err     error // How it ended; errPanic before that.
 
 	// Also used from all its attempts.
 	fates     atomic.Uint32 // What became of them, and of a stream later: an attempt.Fate.
 	attempts  atomic.Int32
 	forked    atomic.Bool
 	firstSent atomic.Int64 // When the first of them was sent.
+}
 
-	// Room for what is above.
-	ticketRoom [6]ticket
-	noteRoom   [2]note
-	optRoom    [8]grpc.CallOption
-	carried    carriedWait
+// ownOptions is how many options of an attempt are the stack's.
+const ownOptions = 3
+
+// init makes c, which is new, a call of p.
+func (c *Call) init(p *program) {
+	c.options = [len(c.options)]grpc.CallOption{p.stack.mark, grpc.Peer(&c.peer), grpc.Trailer(&c.trailer)}
+	c.carried.call = c
+	c.reset(p)
+}
+
+// reset makes c an unused call of p.
+func (c *Call) reset(p *program) {
+	c.callState = callState{prog: p, root: c, err: errPanic}
+	c.tickets, c.notes = c.ticketRoom[:0], c.noteRoom[:0]
 }
 
 // Method is the full method name, such as "/helloworld.Greeter/SayHello".

@@ -27,6 +27,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/otelobserver"
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/interceptor/stackconfig"
 	"github.com/belfry-go/belfry/interceptor/steer"
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
@@ -186,6 +187,19 @@ func TestConfigError_options(t *testing.T) {
 	conn := func(context.Context, string) (maker.Conn, error) { return nil, nil }
 	allow := func(context.Context) (func(interceptor.Outcome, error), error) { return nil, nil }
 	for _, o := range []option{
+		{"breaker", "opts[0]", nil, errOf(breaker.New(breaker.Config{}, nil))},
+		{"buffer", "opts[0]", nil, errOf(buffer.New(buffer.Config{}, nil))},
+		{"concurrency", "opts[0]", nil, errOf(concurrency.New(concurrency.Config{}, nil))},
+		{"failfast", "opts[0]", nil, errOf(failfast.New(failfast.Config{}, nil))},
+		{"filter", "opts[0]", nil, errOf(filter.New(filter.Config{}, pred, nil))},
+		{"hedge", "opts[0]", nil, errOf(hedge.New(hedge.Config{}, nil))},
+		{"loadshed", "opts[0]", nil, errOf(loadshed.New(loadshed.Config{}, nil))},
+		{"maker", "opts[0]", nil, errOf(maker.New(maker.Config{}, key, conn, nil))},
+		{"ratelimit", "opts[0]", nil, errOf(ratelimit.New(ratelimit.Config{}, nil))},
+		{"retry", "opts[0]", nil, errOf(retry.New(retry.Config{}, nil))},
+		{"stackconfig", "opts[0]", nil, errOf(stackconfig.NewStackFromConfig(nil, nil))},
+		{"throttle", "opts[0]", nil, errOf(throttle.New(throttle.Config{}, nil))},
+		{"timeout", "opts[0]", nil, errOf(timeout.New(timeout.Config{}, nil))},
 		{"adapt", "FromSemaphore.sem", nil, errOf(adapt.FromSemaphore("x", nil).NewLayer())},
 		{"adapt", "FromPermit.acquire", nil, errOf(adapt.FromPermit("x", "", nil).NewLayer())},
 		{"adapt", "FromAllow.allow", nil, errOf(adapt.FromAllow("x", "", nil).NewLayer())},

@@ -109,6 +109,9 @@
 // another attempt answers. It is expendable: no other call is refused to make room
 // for it, and any call takes its slot in a full buffer.
 //
+// A single call bounds its own waits with [WithWait], and its attempts with the options of
+// package attempts, which also reports what happened to it.
+//
 // Calls of a higher priority ([ContextWithPriority]) go first, and a full queue
 // refuses the lowest.
 //

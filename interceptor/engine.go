@@ -97,7 +97,7 @@ func (s *Stack) compile(layers []Layer) (*program, error) {
 	}
 	p.calls.New = func() any {
 		c := new(Call)
-		c.reset(p)
+		c.init(p)
 		return c
 	}
 	return p, nil
@@ -188,7 +188,7 @@ var (
 )
 
 // innermost hands the attempt to the connection and records what became of it.
-func innermost(ctx context.Context, c *Call) (err error) {
+func innermost(ctx context.Context, c *Call) error {
 	if ctx.Err() != nil {
 		return unsent(Ended(ctx, stackName))
 	}
@@ -197,10 +197,18 @@ func innermost(ctx context.Context, c *Call) (err error) {
 	}
 	c.departs()
 	ctx = c.inSeries(ctx)
+	if c.perCall != nil {
+		return c.sendAs(ctx, c.perCall)
+	}
+	return c.send(ctx)
+}
+
+// send hands the attempt to the connection.
+func (c *Call) send(ctx context.Context) (err error) {
 	if c.kind != Unary {
 		return c.openStream(ctx)
 	}
-	opts := c.optionsOf(c.optRoom[:0])
+	opts := c.unaryOptions()
 	c.fate = attempt.Sent // What panics may have been sent.
 	if c.conn != nil {
 		err = c.conn.Invoke(ctx, c.method, c.req, c.reply, opts...)
@@ -211,24 +219,24 @@ func innermost(ctx context.Context, c *Call) (err error) {
 	return err
 }
 
-// optionsOf returns the options of the attempt, copied into room. For a unary attempt
-// it adds those that show what became of it: gRPC sets the peer and the trailer only of
-// an attempt that it made a stream for. If nobody needs to know, it returns the
-// caller's options as they are.
-func (c *Call) optionsOf(room []grpc.CallOption) []grpc.CallOption {
-	unary := c.kind == Unary
-	if c.conn != nil && c.grpcConn == nil {
-		c.carried.call = c
-		room = append(room, &c.carried)
-	} else if unary && len(c.tickets) == 0 && c.parent == nil && !c.wantTrailer && c.prog.obs == nil {
+// unaryOptions returns the options of a unary attempt. It adds those that show what
+// became of it: gRPC sets the peer and the trailer only of an attempt that it made a
+// stream for. If nobody needs to know, it returns the caller's options as they are.
+func (c *Call) unaryOptions() []grpc.CallOption {
+	carry := c.carries()
+	if !carry && len(c.tickets) == 0 && c.parent == nil && !c.wantTrailer && c.perCall == nil && c.prog.obs == nil {
 		return c.opts
 	}
-	room = append(append(room, c.opts...), c.prog.stack.mark)
-	if unary {
-		room = append(room, grpc.Peer(&c.peer), grpc.Trailer(&c.trailer))
+	opts := append(c.options[:ownOptions], c.opts...)
+	if carry {
+		opts = append(opts, &c.carried)
 	}
-	return room
+	return opts
 }
+
+// carries reports whether the connection is told which call it is: one that may let
+// calls wait itself.
+func (c *Call) carries() bool { return c.conn != nil && c.grpcConn == nil }
 
 // passed is a call option that names a stack that the call has passed.
 type passed struct {
@@ -239,7 +247,10 @@ type passed struct {
 var errSameStack = status.Error(codes.Internal, "belfry: the same stack is twice on this connection, so each call would take from its limits twice; remove one of them")
 
 func (c *Call) openStream(ctx context.Context) (err error) {
-	opts := append(c.optionsOf(c.scope.opts[:0]), grpc.OnFinish(c.scope.finish))
+	opts := append(append(c.scope.opts[:0], c.opts...), c.prog.stack.mark, grpc.OnFinish(c.scope.finish))
+	if c.carries() {
+		opts = append(opts, &c.carried)
+	}
 	returned := false
 	defer func() {
 		if !returned { // What panics may have been sent.
@@ -287,36 +298,28 @@ func (b *boundary) enter() Next {
 		switch {
 		case c.kind != Unary:
 			return b.open(ctx, c)
-		case b.begins(c):
+		case c.home == b.id:
 			return b.run(ctx, c)
 		}
-		at := c.at
-		c.at = b.id
 		err := b.next(ctx, c)
-		c.at = at
 		c.settle(ctx, b.id, err) // What a panic leaves is settled further out, by the end of the call at the latest.
 		return err
 	}
 }
 
-// run carries out a unary attempt of its own, which begins and ends at b.
+// run carries out a unary attempt that begins and ends at b, a fork.
 func (b *boundary) run(ctx context.Context, c *Call) error {
+	defer c.prog.stack.leave(partOne)
 	defer b.end(ctx, c)
-	c.at = b.id
 	c.err = b.next(ctx, c)
-	c.ended = true
 	return c.err
 }
 
-// end ends a unary attempt of its own. If it has not ended it panics.
 func (b *boundary) end(ctx context.Context, c *Call) {
-	defer c.prog.stack.leave(partOne) // Even if a Releaser panics.
-	defer c.outs.end()
-	if !c.ended {
-		c.ended, c.err = true, errPanic
+	if c.err == errPanic {
 		c.arrived(c.fate)
 	}
-	c.settleAll(ctx, b.id, c.err)
+	c.settleAll(ctx, b.id)
 }
 
 // A ticket is something that a gate took for a call. It belongs to the section of its
@@ -370,12 +373,14 @@ func releaseAll(ts []ticket, e End) {
 // section i, and of the sections further in, which were never used. Each is removed
 // first, so that after a Releaser that panics the others can be settled further out.
 func (c *Call) settle(ctx context.Context, i int, err error) {
-	n := len(c.tickets)
-	if n == 0 || c.tickets[n-1].section < i {
-		return
+	if n := len(c.tickets); n > 0 && c.tickets[n-1].section >= i {
+		c.settleHeld(ctx, i, err)
 	}
+}
+
+func (c *Call) settleHeld(ctx context.Context, i int, err error) {
 	e := c.endOf(ctx, err)
-	for ; n > 0 && c.tickets[n-1].section >= i; n-- {
+	for n := len(c.tickets); n > 0 && c.tickets[n-1].section >= i; n-- {
 		t := c.tickets[n-1]
 		c.tickets = c.tickets[:n-1]
 		switch {
@@ -391,10 +396,14 @@ func (c *Call) settle(ctx context.Context, i int, err error) {
 
 // settleAll is settle for the outermost boundary of a call or fork: nobody is further
 // out, so it continues after a Releaser that panics.
-func (c *Call) settleAll(ctx context.Context, i int, err error) {
-	if len(c.tickets) > 0 {
-		defer c.settleAll(ctx, i, err)
-		c.settle(ctx, i, err)
+func (c *Call) settleAll(ctx context.Context, i int) {
+	switch {
+	case len(c.tickets) == 0:
+	case !c.admitted:
+		c.release(0, endOfRefused(c.err))
+	default:
+		defer c.settleAll(ctx, i)
+		c.settle(ctx, i, c.err)
 	}
 }
 
@@ -425,9 +434,6 @@ func (c *Call) endOf(ctx context.Context, err error) (e End) {
 	return e
 }
 
-// begins reports whether the further attempt c begins and ends at b.
-func (b *boundary) begins(c *Call) bool { return c.parent != nil && c.home == b.id }
-
 // target is where a call goes: a connection, or the next interceptor.
 type target struct {
 	cc       *grpc.ClientConn
@@ -438,10 +444,10 @@ type target struct {
 	once     bool             // gRPC makes one attempt, whatever retryPolicy there is.
 }
 
-// prepare sets what a call starts with.
-func (c *Call) prepare(kind Kind, method string, t *target, opts []grpc.CallOption) (w Wait, err error) {
-	c.kind, c.method, c.target = kind, method, *t
+// prepare takes from the options of a call what the stack needs of them.
+func (c *Call) prepare(opts []grpc.CallOption) (w Wait, err error) {
 	w = Forever
+	mine := 0 // Options that are for this stack alone.
 	for _, o := range opts {
 		switch o := o.(type) {
 		case waitOption:
@@ -451,6 +457,11 @@ func (c *Call) prepare(kind Kind, method string, t *target, opts []grpc.CallOpti
 			c.fronts = append(c.fronts, o.call.prog.stack)
 		case grpc.OnFinishCallOption:
 			c.finish = append(c.finish, o.OnFinish)
+			mine++
+		case attempt.Option, attempt.ReportOption, *attempt.Entry:
+			if c.ownOption(o) {
+				mine++
+			}
 		case passed:
 			if o.stack == c.prog.stack {
 				err = errSameStack
@@ -458,10 +469,12 @@ func (c *Call) prepare(kind Kind, method string, t *target, opts []grpc.CallOpti
 		}
 	}
 	c.opts = opts
-	if c.finish != nil {
-		c.opts = make([]grpc.CallOption, 0, len(opts))
+	if mine > 0 {
+		c.opts = make([]grpc.CallOption, 0, len(opts)-mine)
 		for _, o := range opts {
-			if _, ok := o.(grpc.OnFinishCallOption); !ok {
+			switch o.(type) {
+			case grpc.OnFinishCallOption, attempt.ReportOption, *attempt.Entry:
+			default:
 				c.opts = append(c.opts, o)
 			}
 		}
@@ -475,6 +488,7 @@ func (p *program) admit(ctx context.Context, c *Call, w Wait) error {
 		return Ended(ctx, stackName)
 	}
 	if err := p.gate.Admit(ctx, (*Admission)(c), w); err != nil {
+		c.admitted = false
 		return c.refusedBy(ctx, err)
 	}
 	if !c.admitted {
@@ -483,7 +497,6 @@ func (p *program) admit(ctx context.Context, c *Call, w Wait) error {
 	if p.obs != nil {
 		p.obs.Admitted(c.method, c.kind, 0)
 	}
-	c.running = true
 	return nil
 }
 
@@ -514,16 +527,35 @@ func (c *Call) refusedBy(ctx context.Context, err error) error {
 	return Refuse(stackName, ReasonDeadline, "a gate gave up").Because(err, false)
 }
 
-func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t *target, opts []grpc.CallOption) error {
+// begin returns an unused Call for a unary call, whose target the caller sets.
+func (s *Stack) begin(method string, opts []grpc.CallOption) (*Call, error) {
 	p := s.prog.Load().of(method)
-	if err := s.begin(); err != nil {
-		return p.turnAway(method, opts, err)
+	if err := s.enter(); err != nil {
+		return nil, p.turnAway(method, opts, err)
 	}
-	c := p.calls.Get().(*Call)
-	ctx, c.cancel = p.withMethodConfig(ctx, t, method)
-	defer p.end(ctx, c)
-	w, err := c.prepare(Unary, method, t, opts)
-	c.req, c.reply = req, reply
+	return p.calls.Get().(*Call), nil
+}
+
+// invoke carries out a unary call and returns c to its pool, unless it panics: then
+// whoever recovers may use c.
+func (c *Call) invoke(ctx context.Context, method string, req, reply any, opts []grpc.CallOption) error {
+	c.method, c.req, c.reply = method, req, reply
+	err := c.run(ctx, opts)
+	if !c.forked.Load() {
+		p := c.prog
+		c.reset(p)
+		p.calls.Put(c)
+	}
+	return err
+}
+
+func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
+	p := c.prog
+	ctx, c.cancel = p.withMethodConfig(ctx, &c.target, c.method)
+	defer p.stack.leave(callOne)
+	defer c.over(ctx)
+	defer c.settleAll(ctx, 0)
+	w, err := c.prepare(opts)
 	if p.obs != nil {
 		p.obs.InFlight(1)
 	}
@@ -531,53 +563,38 @@ func (s *Stack) invoke(ctx context.Context, method string, req, reply any, t *ta
 		err = p.admit(ctx, c, w)
 	}
 	if err == nil {
-		err = p.next(ctx, c)
+		if err = p.next(ctx, c); err != nil {
+			err = c.counted(err)
+		}
 	}
-	c.ended, c.err = true, err
+	if c.cancel != nil {
+		err = overdueOr(ctx, err)
+	}
+	c.err = err
 	return err
 }
 
 // turnAway ends a call that the stack refuses because it drains.
 func (p *program) turnAway(method string, opts []grpc.CallOption, err error) error {
 	for _, o := range opts {
-		if o, ok := o.(grpc.OnFinishCallOption); ok {
+		switch o := o.(type) {
+		case grpc.OnFinishCallOption:
 			o.OnFinish(err)
+		case attempt.ReportOption:
+			o.Fill(nil, 0, false)
 		}
 	}
 	p.refused(method, err)
 	return err
 }
 
-// end ends a unary call. If it has not ended it panics, and its Call may be used by
-// whoever recovers.
-func (p *program) end(ctx context.Context, c *Call) {
-	defer p.stack.leave(callOne) // Even if a Releaser panics.
-	err := c.err
-	if !c.ended {
-		err = errPanic
-	}
-	clean := false
-	defer p.over(ctx, c, err, &clean)
-	if c.running {
-		c.settleAll(ctx, 0, err)
-	} else {
-		c.release(0, endOfRefused(err))
-	}
-	clean = c.ended
-}
-
-// over tells the caller and the observer of the end of a unary call. A call that is
-// not clean has panicked, or a Releaser of it has.
-func (p *program) over(ctx context.Context, c *Call, err error, clean *bool) {
+// over tells the caller and the observer of the end of a unary call.
+func (c *Call) over(ctx context.Context) {
 	outcome := NotSent
-	if p.obs != nil {
-		outcome = c.endOf(ctx, err).Outcome
+	if c.prog.obs != nil {
+		outcome = c.endOf(ctx, c.err).Outcome
 	}
-	c.tell(outcome, err)
-	if *clean && !c.forked.Load() {
-		c.reset(p)
-		p.calls.Put(c)
-	}
+	c.tell(outcome, c.err)
 }
 
 // tell tells those who want to know that the call is over.
@@ -585,23 +602,19 @@ func (c *Call) tell(o Outcome, err error) {
 	if c.cancel != nil {
 		c.cancel()
 	}
+	if p := c.perCall; p != nil && p.Owner {
+		p.Record.Close(errSuperseded)
+	}
 	for _, f := range c.finish {
 		f(err)
 	}
 	if obs := c.prog.obs; obs != nil {
 		c.prog.refused(c.method, err)
-		if c.running {
+		if c.admitted {
 			obs.Ended(c.method, c.kind, o, err)
 		}
 		obs.InFlight(-1)
 	}
-}
-
-// reset makes c an unused call of p.
-func (c *Call) reset(p *program) {
-	*c = Call{prog: p}
-	c.root = c
-	c.tickets, c.notes = c.ticketRoom[:0], c.noteRoom[:0]
 }
 
 // refused tells the observer about err if it is a refusal. That of a further attempt

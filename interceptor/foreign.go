@@ -116,14 +116,15 @@ type ending struct {
 }
 
 func newAttempts(c *Call, inside *boundary) *attempts {
-	return &attempts{origin: c.Origin(), inside: inside, first: c.detach()}
+	o := c.Origin()
+	return &attempts{origin: o, inside: inside, first: inside.detach(&o)}
 }
 
 func (as *attempts) next(ctx context.Context) (*Call, error) {
 	if as.taken.CompareAndSwap(false, true) {
 		return as.first, nil
 	}
-	a := as.origin.fork()
+	a := as.inside.fork(&as.origin)
 	if err := as.inside.readmit(ctx, a, Forever); err != nil {
 		if last := as.last.Load(); last != nil && last.err != nil {
 			err = RefusedAgain(err, last.err)

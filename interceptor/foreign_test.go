@@ -5,6 +5,7 @@ package interceptor_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"slices"
 	"testing"
@@ -54,7 +55,7 @@ func TestForeign(t *testing.T) {
 		if err := st.SendMsg(nil); err != nil {
 			t.Fatal(err)
 		}
-		if err := st.RecvMsg(nil); err != failed {
+		if err := st.RecvMsg(nil); !errors.Is(err, failed) {
 			t.Errorf("got %v, want the server's error", err)
 		}
 		want := []string{"inner 0 not_sent OK", "inner 1 failed Internal", "outer 0 failed Internal"}

@@ -11,6 +11,8 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/message"
+	"github.com/belfry-go/belfry/internal/result"
 )
 
 // Internals are the methods of a call that only belfry's own layers need. They may
@@ -110,7 +112,7 @@ const slowAnswer = time.Millisecond
 
 // Consulted reports that a gate of the named layer called a third-party limiter or a
 // predicate at the given moment, which has answered now. The gates inside go by the
-// moment of the answer.
+// moment of the answer. Consult does it.
 func (i *Internals) Consulted(layer string, since Instant) {
 	i.now = Now()
 	if i.now.Sub(since) >= slowAnswer {
@@ -123,9 +125,26 @@ func (i *Internals) Consulted(layer string, since Instant) {
 // layer calls it in the call path, before it passes the call on. It costs an allocation,
 // but for calls without a connection, as in a test.
 func (i *Internals) MayRepeat() {
-	if i.series == nil && (i.cc != nil || i.conn != nil) {
+	if i.series == nil && i.Connected() {
 		i.series = new(attempt.Series)
 	}
+}
+
+// Connected reports whether the call has a connection. An interceptor that was given none
+// carries it out in a test.
+func (i *Internals) Connected() bool { return i.cc != nil || i.conn != nil }
+
+// Detach moves the first attempt to a Call of its own, with its own reply and results, as
+// [Again] makes one, so that it may outlive the call. The layer passes that one to next,
+// instead of the call, and adopts it ([Call.Adopt]) if the call ends with it.
+func (i *Internals) Detach() *Call {
+	c := (*Call)(i)
+	o, inside := c.Origin(), boundary{id: c.entered + 1} // The one inside the layer that runs.
+	f := inside.detach(&o)
+	f.reply = message.NewLike(c.reply)
+	f.own, f.opts = result.Redirect(c.opts)
+	f.vars = f.own
+	return f
 }
 
 // AdmittedAt is when the call was admitted: the last reading of the clock by its gates,
@@ -148,6 +167,24 @@ func (i *Internals) Outcome(ctx context.Context, err error) Outcome {
 
 // ReportRefusal tells the observer that a further attempt was refused with err.
 func (i *Internals) ReportRefusal(err error) { i.prog.refused(i.method, err) }
+
+// Repeatable prepares a stream of which the layer may make further attempts, before the
+// layer passes it on: the first attempt then has its own results for Header, Trailer and
+// Peer options, as the further ones have. See [Call.Adopt].
+func (i *Internals) Repeatable() {
+	v, opts := result.Redirect(i.opts)
+	if v == nil {
+		return
+	}
+	i.scope.around = i.vars
+	i.scope.chosen.Store(v)
+	i.vars, i.opts = v, opts
+}
+
+// AtStreamEnd has f.StreamEnded called when the stream that the layer returns has ended
+// for the layers outside, however it ended. It is called once, from any goroutine, and
+// must not block. A layer calls AtStreamEnd before it returns.
+func (i *Internals) AtStreamEnd(f interface{ StreamEnded() }) { i.scope.ender = f }
 
 // A StreamEnd ends a stream for the layers outside the one that made it. A layer that
 // cuts streams short, such as an idle timeout, needs it: if nobody reads from the stream

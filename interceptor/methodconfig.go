@@ -6,10 +6,14 @@ package interceptor
 import (
 	"context"
 	"fmt"
+	"io"
 	"slices"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 )
 
 // overdue ends calls whose timeout of gRPC's service config has passed. overdueUnsent
@@ -72,4 +76,38 @@ func (p *program) adviseRetryPolicy(t *target, method string) {
 // repeats reports whether a layer makes further attempts.
 func (p *program) repeats() bool {
 	return slices.ContainsFunc(p.layers, func(l Layer) bool { return traitsOf(l)&(Retries|Hedges) != 0 })
+}
+
+// overdueOr returns err, with which a call has ended whose deadline is its method's, or a
+// refusal that says that the deadline has passed.
+func overdueOr(ctx context.Context, err error) error {
+	if err == nil || err == io.EOF || status.Code(err) != codes.DeadlineExceeded {
+		return err
+	}
+	if _, ok := AsRefusal(err); ok {
+		return err
+	}
+	if d, _ := ctx.Deadline(); time.Now().Before(d) { // It is the server's own.
+		return err
+	}
+	return overdue.Because(err, true)
+}
+
+// overdueStream is the stream of a method with a timeout, as its caller gets it.
+type overdueStream struct {
+	grpc.ClientStream
+	ctx context.Context
+}
+
+func (s *overdueStream) Header() (metadata.MD, error) {
+	md, err := s.ClientStream.Header()
+	return md, overdueOr(s.ctx, err)
+}
+
+func (s *overdueStream) SendMsg(m any) error {
+	return overdueOr(s.ctx, s.ClientStream.SendMsg(m))
+}
+
+func (s *overdueStream) RecvMsg(m any) error {
+	return overdueOr(s.ctx, s.ClientStream.RecvMsg(m))
 }

@@ -5,6 +5,9 @@ package interceptor_test
 
 import (
 	"context"
+	"errors"
+	"io"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,6 +20,12 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/adapt"
+	"github.com/belfry-go/belfry/interceptor/buffer"
+	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -97,8 +106,9 @@ func TestMethodTimeout(t *testing.T) {
 	}
 	wantEnded := func(t *testing.T, begin time.Time, err error) {
 		t.Helper()
-		if d := time.Since(begin); status.Code(err) != codes.DeadlineExceeded || d != 150*time.Millisecond {
-			t.Errorf("%v after %v, want DEADLINE_EXCEEDED after 150ms", err, d)
+		d, r := time.Since(begin), new(interceptor.Refusal)
+		if !errors.As(err, &r) || r.Layer != "service config" || status.Code(err) != codes.DeadlineExceeded || d != 150*time.Millisecond {
+			t.Errorf("%v after %v, want DEADLINE_EXCEEDED of the service config after 150ms", err, d)
 		}
 	}
 
@@ -137,7 +147,7 @@ func TestMethodTimeout(t *testing.T) {
 			for range 2 {
 				err := <-errs
 				wantEnded(t, begin, err)
-				if r, ok := interceptor.AsRefusal(err); ok && r.Layer == "service config" && r.NotSent() {
+				if r, ok := interceptor.AsRefusal(err); ok && r.NotSent() {
 					unsent++
 				}
 			}
@@ -151,8 +161,8 @@ func TestMethodTimeout(t *testing.T) {
 			begin := time.Now()
 			_, err := c.Unary(context.WithValue(t.Context(), slowKey{}, 150*time.Millisecond), takes(0, codes.OK))
 			wantEnded(t, begin, err)
-			if r, ok := interceptor.AsRefusal(err); !ok || r.Layer != "service config" || !r.NotSent() {
-				t.Errorf("%v, want a refusal of the service config that says that nothing was sent", err)
+			if r, ok := interceptor.AsRefusal(err); !ok || !r.NotSent() {
+				t.Errorf("%v, want a refusal that says that nothing was sent", err)
 			}
 		}, slowToy{})
 	})
@@ -165,11 +175,69 @@ func TestMethodTimeout(t *testing.T) {
 			}
 			_, err = s.Recv()
 			wantEnded(t, begin, err)
-			if s, err = c.Bidi(t.Context()); err == nil {
-				s.CloseSend()
-				s.Recv() // It leaves no context behind.
-			}
 		})
+	})
+	t.Run("leaves_no_context_behind", func(t *testing.T) {
+		var used context.Context
+		keep := interceptor.Foreign("keep", nil, func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+			used = ctx
+			return streamer(ctx, desc, cc, method, opts...)
+		})
+		run(t, func(t *testing.T, c testingv1.TestServiceClient) {
+			s, err := c.Bidi(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.CloseSend()
+			if _, err := s.Recv(); err != io.EOF || used.Err() == nil {
+				t.Errorf("the stream ended with %v, and its context with %v, want io.EOF and an ended context", err, used.Err())
+			}
+		}, keep)
+	})
+	t.Run("bounds_the_recommended_stack", func(t *testing.T) {
+		every := func(string) bool { return true }
+		hedged, err := hedge.New(hedge.Config{Delay: 20 * time.Millisecond}, hedge.WithIdempotent(every))
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := retry.New(retry.Config{MaxAttempts: 10}, retry.WithIdempotent(every))
+		if err != nil {
+			t.Fatal(err)
+		}
+		run(t, func(t *testing.T, c testingv1.TestServiceClient) {
+			read := func(b *testingv1.Behaviour) error {
+				s, err := c.ServerStream(t.Context(), &testingv1.ServerStreamRequest{Behaviour: b})
+				if err == nil {
+					_, err = s.Recv()
+				}
+				return err
+			}
+			// If there is no time for another attempt, the call may end with the server's error.
+			begin := time.Now()
+			_, err := c.Unary(t.Context(), takes(100*time.Millisecond, codes.Unavailable))
+			if d := time.Since(begin); err == nil || d > 150*time.Millisecond {
+				t.Errorf("%v after %v, want an error after at most 150ms", err, d)
+			}
+			begin = time.Now()
+			_, err = c.Unary(t.Context(), takes(time.Second, codes.OK))
+			wantEnded(t, begin, err)
+			begin = time.Now()
+			wantEnded(t, begin, read(takes(time.Second, codes.OK).GetBehaviour()))
+			// Of eight, four run until then, and four wait in the buffer.
+			begin = time.Now()
+			var all sync.WaitGroup
+			for i := range 8 {
+				all.Go(func() {
+					if i%2 == 0 {
+						_, err := c.Unary(t.Context(), takes(time.Second, codes.OK))
+						wantEnded(t, begin, err)
+						return
+					}
+					wantEnded(t, begin, read(takes(time.Second, codes.OK).GetBehaviour()))
+				})
+			}
+			all.Wait()
+		}, loadshed.Config{}, timeout.Config{Timeout: time.Minute, Lifetime: time.Minute}, hedged, again, buffer.Config{Size: 10}, concurrency.Config{Limit: 4})
 	})
 	t.Run("an_earlier_deadline_stays", func(t *testing.T) {
 		run(t, func(t *testing.T, c testingv1.TestServiceClient) {

@@ -31,6 +31,8 @@ type Observer interface {
 	// over or was refused. Calls that wait count.
 	InFlight(delta int)
 
+	// Further is called when a layer makes a further attempt, before that runs.
+	Further(method, layer string, f FurtherAttempt)
 	// HedgeFired is called by a hedge layer when it starts an extra attempt,
 	// HedgeWon when the result of an extra attempt is the call's.
 	HedgeFired(method, layer string)
@@ -39,6 +41,14 @@ type Observer interface {
 	Budget(layer string, balance float64)
 	// Limit is called by a layer when its limit has changed.
 	Limit(layer string, limit float64)
+}
+
+// A FurtherAttempt is what a layer makes after, or beside, other attempts of a call.
+type FurtherAttempt struct {
+	Attempt int           // its number: 1 is the first further attempt of the call
+	Reason  string        // why: the name of a status code, "SLOW" for a hedge's, or what a retry's policy says
+	Delay   time.Duration // the back-off before it
+	After   error         // what the attempt before it failed with; nil if it did not fail
 }
 
 // NopObserver observes nothing. It is what a stack without [Observe] has.
@@ -61,6 +71,9 @@ func (NopObserver) Ended(string, Kind, Outcome, error) {}
 
 // InFlight does nothing.
 func (NopObserver) InFlight(int) {}
+
+// Further does nothing.
+func (NopObserver) Further(string, string, FurtherAttempt) {}
 
 // HedgeFired does nothing.
 func (NopObserver) HedgeFired(string, string) {}

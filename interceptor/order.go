@@ -48,8 +48,10 @@ func described(layers []Layer) []order.Layer {
 			Name: nameOf(l), Waits: t&Waits != 0, Decides: t&Decides != 0, Governs: t&Governs != 0,
 			Sheds: t&Sheds != 0 && !only, Retries: t&Retries != 0, Hedges: t&Hedges != 0,
 		}
-		if t, ok := bare(l).(interface{ Timeout() time.Duration }); ok {
-			ds[i].Timeout = t.Timeout()
+		if t, ok := bare(l).(interface {
+			Timeout(method string) time.Duration
+		}); ok {
+			ds[i].Timeout = t.Timeout("")
 		}
 	}
 	return ds

@@ -149,6 +149,11 @@ func (c *Call) fateOf(err error) attempt.Fate {
 	case c.grpcConn != nil:
 		return attempt.FateUnsent(c.grpcConn, err)
 	}
+	return fateElsewhere(err)
+}
+
+// fateElsewhere is fateOf for a connection that is not gRPC's own.
+func fateElsewhere(err error) attempt.Fate {
 	r, ok := AsRefusal(err)
 	switch {
 	case !ok || r.Sent:
@@ -192,6 +197,8 @@ func judge(ctx context.Context, err error, f attempt.Fate) Outcome {
 		return Ignored
 	case attempt.IsClosing(err) || abandoned(ctx, err):
 		return Ignored
+	case refused && f&attempt.TurnedAway != 0:
+		return endOfRefused(err).Outcome
 	case refused && refusal.Reason != ReasonDeadline:
 		// The refusal of a further attempt, by whoever does not say what came before.
 		return Ignored

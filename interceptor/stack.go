@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -174,7 +175,12 @@ func (s *Stack) StreamClientInterceptor() grpc.StreamClientInterceptor { return 
 // unary returns the unary interceptor. once says that gRPC does not repeat by a policy.
 func (s *Stack) unary(once bool) grpc.UnaryClientInterceptor {
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		return s.invoke(ctx, method, req, reply, &target{cc: cc, grpcConn: cc, invoker: invoker, once: once}, opts)
+		c, err := s.begin(method, opts)
+		if err != nil {
+			return err
+		}
+		c.cc, c.grpcConn, c.invoker, c.once = cc, cc, invoker, once
+		return c.invoke(ctx, method, req, reply, opts)
 	}
 }
 
@@ -200,8 +206,18 @@ type wrapped struct {
 	target target
 }
 
+// Conns returns what is wrapped, for belfry.WaitReady.
+func (w *wrapped) Conns() iter.Seq[grpc.ClientConnInterface] {
+	return func(yield func(grpc.ClientConnInterface) bool) { yield(w.target.conn) }
+}
+
 func (w *wrapped) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
-	return w.stack.invoke(ctx, method, args, reply, &w.target, opts)
+	c, err := w.stack.begin(method, opts)
+	if err != nil {
+		return err
+	}
+	c.target = w.target
+	return c.invoke(ctx, method, args, reply, opts)
 }
 
 func (w *wrapped) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
@@ -266,8 +282,8 @@ func (s *Stack) Drain(ctx context.Context) error {
 	}
 }
 
-// begin counts a new call, unless the stack drains.
-func (s *Stack) begin() error {
+// enter counts a new call, unless the stack drains.
+func (s *Stack) enter() error {
 	if s.state.Add(callOne)&drainBit != 0 {
 		s.leave(callOne)
 		return draining

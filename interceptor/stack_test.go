@@ -158,7 +158,7 @@ type timeToy struct {
 }
 
 func (l *timeToy) NewLayer() (interceptor.Layer, error) { return l, nil }
-func (l *timeToy) Timeout() time.Duration               { return l.d }
+func (l *timeToy) Timeout(string) time.Duration         { return l.d }
 
 func (*timeToy) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next { return next }
 

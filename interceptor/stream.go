@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/result"
 )
 
 // A scope is a stream as seen from one position in the stack: outside all layers (the
@@ -44,19 +45,27 @@ type scope struct {
 	call    *Call
 	ctx     context.Context
 	id      int
-	tickets []ticket // Those of section id. They are a part of call.tickets, which is not changed any more.
-	single  bool     // The server sends one message.
-	watch   bool     // The end of ctx has to be watched for.
-	fork    bool     // call is a fork that begins here.
+	tickets []ticket     // Those of section id. They are a part of call.tickets, which is not changed any more.
+	single  bool         // The server sends one message.
+	watch   bool         // The end of ctx has to be watched for.
+	fork    bool         // call is a fork that begins here.
+	vars    *result.Vars // Where the attempt writes its results; nil if that is the caller's business.
 	root    *streamCall
 	parent  *scope // Nil for the root.
+
+	// Of a layer inside that makes further attempts: the results of which attempt are
+	// the stream's, what they are copied to if that is the attempt of another such layer,
+	// and who is told of the end. The other two are set before open.
+	chosen atomic.Pointer[result.Vars]
+	around *result.Vars
+	ender  interface{ StreamEnded() }
 
 	// mu guards the fields below. It is not held while a layer, a caller's function
 	// or another scope is called, but for Responders, whose own locks are taken under
 	// it.
 	mu       sync.Mutex
 	opened   bool  // The stream is open, or could not be opened.
-	over     bool  // The first end was handled.
+	over     bool  // The first end was handled, and results were copied.
 	early    error // The end, if it came before open,
 	isEarly  bool
 	outdone  bool     // and whether that was because another one is over.
@@ -80,15 +89,16 @@ type streamCall struct {
 
 func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, t *target, opts []grpc.CallOption) (_ grpc.ClientStream, err error) {
 	p := s.prog.Load().of(method)
-	if err := s.begin(); err != nil {
+	if err := s.enter(); err != nil {
 		return nil, p.turnAway(method, opts, err)
 	}
 	sc := new(streamCall)
-	ctx, sc.cancel = p.withMethodConfig(ctx, t, method)
 	c := &sc.Call
-	c.reset(p)
+	c.init(p)
+	ctx, c.cancel = p.withMethodConfig(ctx, t, method)
 	c.desc = desc
-	w, err := c.prepare(kindOf(desc), method, t, opts)
+	c.kind, c.method, c.target = kindOf(desc), method, *t
+	w, err := c.prepare(opts)
 	sc.scope.root = sc
 	c.scope = &sc.scope
 	returned := false
@@ -115,28 +125,31 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	}
 	returned = true
 	if err != nil {
-		return nil, err
+		return nil, c.counted(overdueOr(ctx, err))
 	}
 	sc.scope.open(c, c.stream)
+	if c.cancel != nil {
+		return &overdueStream{&sc.scope, ctx}, nil
+	}
 	return &sc.scope, nil
 }
 
 // open is [boundary.call] for a stream: what the inside holds it holds until the
 // stream has ended.
 func (b *boundary) open(ctx context.Context, c *Call) (err error) {
-	outer, at := c.scope, c.at
+	outer := c.scope
 	s := c.newScope(b.id)
 	s.begin(ctx, c, b.id)
 	s.parent = outer
 	// A scope that has the context of the one around it ends with that.
 	s.watch = s.watch && !sameContext(ctx, outer.ctx)
-	s.fork = b.begins(c)
+	s.fork = c.home == b.id
 	c.prog.stack.enterPart()
 	outer.add(s)
-	c.scope, c.at = s, b.id
+	c.scope = s
 	returned := false
 	defer func() {
-		c.scope, c.at = outer, at
+		c.scope = outer
 		switch {
 		case !returned:
 			s.fail(c, errPanic)
@@ -176,7 +189,7 @@ func (c *Call) outermost() *scope {
 // abort ends a stream that could not be opened.
 func (sc *streamCall) abort(err error) {
 	c := &sc.Call
-	if c.running {
+	if sc.scope.call != nil { // It has begun.
 		sc.scope.fail(c, err)
 		return
 	}
@@ -197,8 +210,12 @@ func (s *scope) begin(ctx context.Context, c *Call, id int) {
 	lo, hi := c.from(id), c.from(id+1)
 	s.tickets = c.tickets[lo:hi:hi]
 	s.single = !c.desc.ServerStreams
-	s.watch = id != c.prog.boundaries || c.grpcConn == nil
+	s.vars = c.vars
+	s.watch = !s.innermost() || c.grpcConn == nil
 }
+
+// innermost reports whether the stream of s is that of the connection.
+func (s *scope) innermost() bool { return s.id == s.call.prog.boundaries }
 
 // sameContext reports whether a and b are known to be one context.
 func sameContext(a, b context.Context) bool {
@@ -255,11 +272,19 @@ func (s *scope) end(err error, superseded bool) {
 		return
 	}
 	s.over = true
+	// Now, because whoever finds that s is over may be the caller on its way back.
+	if v := s.chosen.Load(); v.Written() {
+		v.Copy()
+		s.around.SetWritten()
+	}
 	children, stop := s.children, s.stop
 	s.children = nil
 	s.mu.Unlock()
 	if stop != nil {
 		stop()
+	}
+	if s.ender != nil {
+		s.ender.StreamEnded()
 	}
 	for _, in := range slices.Backward(children) {
 		in.end(err, true)
@@ -291,7 +316,6 @@ var errSuperseded = status.Error(codes.Canceled, "belfry: the call ended without
 func (s *scope) ended(o Outcome, err error) {
 	if s.fork {
 		defer s.call.prog.stack.leave(partOne)
-		s.call.outs.end()
 	}
 	if s.root != nil {
 		s.root.done(o, err)
@@ -320,7 +344,8 @@ func (s *scope) remove(in *scope) {
 	}
 }
 
-// finish is called by gRPC when the stream has ended. The type says when we trust it.
+// finish is called by gRPC when the stream has ended, after it has written the results.
+// The type says when we trust it.
 func (s *scope) finish(err error) {
 	closing := attempt.IsClosing(err)
 	if !closing && s.ctx.Err() == nil {
@@ -329,7 +354,7 @@ func (s *scope) finish(err error) {
 			return
 		}
 	}
-	s.end(err, false)
+	s.stopped(err)
 	for p := s.parent; p != nil && (closing || p.ctx.Err() != nil); p = p.parent {
 		p.end(err, false)
 	}
@@ -337,6 +362,7 @@ func (s *scope) finish(err error) {
 
 // expire is called when ctx has ended.
 func (s *scope) expire() {
+	s.chosen.Load().Await() // gRPC hears of the end at the same time.
 	if r, ok := AsRefusal(context.Cause(s.ctx)); ok {
 		s.end(r, false)
 		return
@@ -344,14 +370,22 @@ func (s *scope) expire() {
 	s.end(status.FromContextError(s.ctx.Err()).Err(), false)
 }
 
+// stopped records that gRPC has ended the stream, as an operation of its caller says.
+func (s *scope) stopped(err error) {
+	if s.innermost() {
+		s.vars.SetWritten()
+	}
+	s.end(err, false)
+}
+
 func (s *scope) Header() (md metadata.MD, err error) {
 	md, err = s.ClientStream.Header()
 	if err != nil {
-		s.end(err, false)
+		s.stopped(err)
 	} else if len(md) > 0 && !s.single { // gRPC returns none, and no error, for a stream that ended without one.
 		s.respond()
 	}
-	return md, err
+	return md, s.told(err)
 }
 
 // Context returns the context of the stream without what is for one attempt alone.
@@ -376,9 +410,9 @@ func (s *scope) SendMsg(m any) error {
 		}
 	case err != io.EOF:
 		s.notSent(err)
-		s.end(err, false)
+		s.stopped(err)
 	}
-	return err
+	return s.told(err)
 }
 
 func (s *scope) RecvMsg(m any) error {
@@ -390,7 +424,15 @@ func (s *scope) RecvMsg(m any) error {
 	case err != nil && err != io.EOF && attempt.IsReceiveError(err) && !attempt.ServerSpoke(s.ClientStream.Trailer()):
 		s.call.addFate(attempt.Unreadable)
 	}
-	s.end(err, false)
+	s.stopped(err)
+	return s.told(err)
+}
+
+// told is err as the layer outside, or the caller, gets it.
+func (s *scope) told(err error) error {
+	if s.root != nil {
+		return s.call.counted(err)
+	}
 	return err
 }
 
@@ -413,13 +455,20 @@ func (s *scope) respond() {
 }
 
 // notSent records that the client could not send a message, as SendMsg says. If it was
-// the first one, nothing was asked of the server.
+// the first one, nothing was asked of the server. A connection that is not gRPC's may
+// refuse a call only then, as a steer that chooses by the request does.
 func (s *scope) notSent(err error) {
+	if !s.innermost() {
+		return
+	}
+	first := !s.asked.Load() && !s.responded.Load()
 	switch {
-	case s.id != s.call.prog.boundaries || !attempt.IsSendError(err):
-	case s.asked.Load() || s.responded.Load():
-		s.call.addFate(attempt.Unsendable)
-	default:
+	case attempt.IsSendError(err) && first:
 		s.call.addFate(attempt.Unsendable | attempt.Unasked)
+	case attempt.IsSendError(err):
+		s.call.addFate(attempt.Unsendable)
+	case first && s.call.grpcConn == nil && fateElsewhere(err)&attempt.Sent == 0 && !s.call.forked.Load():
+		// Not for the calls that it is an attempt of: others may have been sent.
+		s.call.fates.Or(uint32(attempt.TurnedAway))
 	}
 }

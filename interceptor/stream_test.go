@@ -5,6 +5,7 @@ package interceptor_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"slices"
 	"strings"
@@ -37,7 +38,7 @@ func TestStream(t *testing.T) {
 		if err := st.RecvMsg(nil); err != nil {
 			t.Fatalf("the first message: %v, want the third attempt's", err)
 		}
-		if err := st.RecvMsg(nil); err != unavailable {
+		if err := st.RecvMsg(nil); !errors.Is(err, unavailable) {
 			t.Errorf("after the first message: %v, want the server's error", err)
 		}
 		if opened != 3 {

@@ -79,7 +79,7 @@ const (
 	// Cancelled is an attempt that its caller gave up, such as the loser of a
 	// hedge. It counts as pending until it ends. However early that is, it never
 	// makes the endpoint look fast, and it is no failure. That it took so long may
-	// count, see [ExpectedLatency].
+	// count: each Metric says how.
 	Cancelled
 	// NotSent is an attempt that never left. It undoes the Start.
 	NotSent

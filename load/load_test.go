@@ -338,6 +338,50 @@ func TestCancelledEarlyIsNeitherPraiseNorBlame(t *testing.T) {
 	}
 }
 
+// Where calls are hedged the attempts at a slow endpoint end no other way.
+func TestCancelledAgainAndAgainIsSlow(t *testing.T) {
+	peak := must(NewPeakEWMA(DefaultPeakEWMAConfig())).NewMeter()
+	pending := NewPendingRequests().NewMeter()
+	for _, m := range []Meter{peak, pending} {
+		m.Load(0)
+	}
+	for range 200 { // The first estimate is gone.
+		run(peak, 0, time.Millisecond, Completed)
+		peak.Load(Instant(1000 * time.Second))
+	}
+	now := Instant(1000 * time.Second)
+	for i := range 4 {
+		for _, m := range []Meter{peak, pending} {
+			run(m, now, 12*time.Millisecond, Cancelled)
+		}
+		now += 12 * ms
+		near(t, "load of peakEwma", peak.Load(now), float64(12*(i+1))*1e6, 0.01)
+	}
+	shunned := 0
+	for pending.Load(now) == 1 {
+		shunned++
+	}
+	if shunned != 64 || pending.Load(now) != 0 {
+		t.Errorf("after four cancelled attempts pendingRequests counted one more %d times, want 64", shunned)
+	}
+	for range 2 {
+		run(pending, now, 12*time.Millisecond, Cancelled)
+	}
+	if got := pending.Load(now); got != 1 {
+		t.Errorf("load of pendingRequests after two more = %v, want 1", got)
+	}
+	for _, m := range []Meter{peak, pending} {
+		run(m, now, time.Millisecond, Completed)
+		run(m, now+ms, 2*time.Millisecond, Cancelled)
+	}
+	if got := pending.Load(now); got != 0 {
+		t.Errorf("load of pendingRequests after an answer = %v, want 0", got)
+	}
+	if got := peak.Load(now + 3*ms); got > 48.1e6 {
+		t.Errorf("load of peakEwma after an answer and a cancelled attempt of 2ms = %v, want what it was", time.Duration(got))
+	}
+}
+
 func TestNotSentUndoesTheStart(t *testing.T) {
 	forEachMetric(t, func(t *testing.T, metric Metric) {
 		m := metric.NewMeter()

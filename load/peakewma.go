@@ -58,9 +58,10 @@ func (c PeakEWMAConfig) validate() error {
 // It is Tower's metric, which is Finagle's, with one repair: there, an attempt
 // that fails at once is a fast one, and the endpoint that fails draws the
 // traffic of all. Here a failure counts as a latency of at least FailurePenalty
-// times what an average endpoint costs, its queue included, and an attempt that
-// its caller cancelled counts as none. Without failures and cancellations the
-// two agree.
+// times what an average endpoint costs, its queue included. Of an attempt that its
+// caller cancelled only is known how long it took at least: such times are summed
+// until an attempt is answered, and their sum counts as a latency if it is above
+// the estimate. Without failures and cancellations the two agree.
 type PeakEWMA struct {
 	params atomic.Pointer[peakParams]
 	_      [56]byte // params are read at every pick, fleet is written at every finish
@@ -145,7 +146,11 @@ type peakMeter struct {
 	// follow from itself, or it would grow with each. They are estimates and not
 	// latencies because they are peaks: the mean latency is several times less.
 	penalized atomic.Bool
-	_         [20]byte
+	_         [4]byte
+	// unanswered is how long, in nanoseconds, cancelled attempts have waited together
+	// since an attempt was last answered.
+	unanswered atomic.Int64
+	_          [8]byte
 }
 
 // current returns the estimate word and, in nanoseconds, its value and its age.
@@ -207,10 +212,26 @@ func (m *peakMeter) Finish(now Instant, s Sample) {
 			latency = max(latency, s.Ticket.latency(now))
 		}
 		m.sample(now, latency, s.Ticket.pending, true)
+	case s.Outcome == Cancelled && !s.Responded:
+		m.cancelled(now, s.Ticket)
+	}
+}
+
+// cancelled takes in that an attempt would have taken longer than it has. Of latencies
+// that are known from below, the best estimate of their mean is the sum of what is known
+// over the number of those that ended, so each cancelled attempt adds its time until one
+// is answered.
+func (m *peakMeter) cancelled(now Instant, t Ticket) {
+	waited := float64(m.unanswered.Add(max(int64(now-t.started), 1)))
+	if _, value, age := m.current(now); waited > value*expSmall(age*m.metric.params.Load().rate) {
+		m.sample(now, waited, t.pending, false)
 	}
 }
 
 func (m *peakMeter) completed(now Instant, t Ticket) {
+	if m.unanswered.Load() != 0 {
+		m.unanswered.Store(0)
+	}
 	m.sample(now, t.latency(now), t.pending, false)
 }
 

@@ -9,6 +9,14 @@ import "sync/atomic"
 // request. A stream counts until it ends. It needs no latencies, so it knows
 // nothing of a server that is fast or slow until calls pile up there, and a
 // server that fails at once looks idle to it.
+//
+// Calls do not pile up at a slow server whose attempts are cancelled, such as the
+// losers of hedges: it would look idle, and get several times as many calls. So if
+// attempts were cancelled that had no answer, two or more since one was last
+// answered, the endpoint counts one more as in flight, for the next 16 times that
+// its load is asked for, and twice as many times after each further one, up to
+// 1,024. Times and not a duration, because then it costs no reading of the clock,
+// and an endpoint is tried again after as many calls at any rate.
 type PendingRequests struct{}
 
 // NewPendingRequests returns the Metric.
@@ -17,20 +25,51 @@ func NewPendingRequests() *PendingRequests { return &PendingRequests{} }
 // NewMeter returns the Meter of one more endpoint.
 func (*PendingRequests) NewMeter() Meter { return &pendingMeter{} }
 
+const (
+	leastShunned = 16
+	mostShunned  = 1024
+)
+
 type pendingMeter struct {
-	pending atomic.Int64
-	_       [56]byte // a cache line of its own: neighbours are written by other cores
+	pending    atomic.Int64
+	unanswered atomic.Int64 // Cancelled attempts since one was last answered.
+	shunned    atomic.Int64 // How many more times one more counts as in flight.
+	_          [40]byte     // a cache line of its own: neighbours are written by other cores
 }
 
-func (m *pendingMeter) Load(Instant) float64 { return float64(m.pending.Load()) }
+func (m *pendingMeter) Load(Instant) float64 {
+	n := m.pending.Load()
+	if m.shunned.Load() > 0 {
+		m.shunned.Add(-1)
+		n++
+	}
+	return float64(n)
+}
 
 func (m *pendingMeter) Start(Instant) Ticket {
 	m.pending.Add(1)
 	return Ticket{}
 }
 
-func (m *pendingMeter) Respond(Instant, Ticket) {}
+func (m *pendingMeter) Respond(Instant, Ticket) { m.answered() }
 
-func (m *pendingMeter) Finish(Instant, Sample) { m.pending.Add(-1) }
+func (m *pendingMeter) Finish(_ Instant, s Sample) {
+	m.pending.Add(-1)
+	switch {
+	case s.Outcome == Completed:
+		m.answered()
+	case s.Outcome == Cancelled && !s.Responded:
+		if n := m.unanswered.Add(1); n > 1 {
+			m.shunned.Store(min(int64(leastShunned)<<min(n-2, 10), mostShunned))
+		}
+	}
+}
+
+func (m *pendingMeter) answered() {
+	if m.unanswered.Load() != 0 {
+		m.unanswered.Store(0)
+		m.shunned.Store(0)
+	}
+}
 
 func (m *pendingMeter) Close() {}

@@ -219,7 +219,9 @@ func (p *picker) chooseOfTwo(now load.Instant) *candidate {
 
 // chooseAgain is chooseAny for a call that has tried endpoints, without memory. It looks
 // at as many others, and at those on its way that the call has tried. The least loaded of
-// these is chosen if it still is the least loaded at dearer times its load.
+// these is chosen if it still is the least loaded at dearer times its load, and the call
+// has not returned to it before: an endpoint that hangs may look cheap for long beside one
+// whose streams last, and all attempts would go to it.
 func (p *picker) chooseAgain(now load.Instant, tried *attempt.Tried) *candidate {
 	slots := p.ready.view()
 	n, d := len(slots), p.config.choices
@@ -250,7 +252,7 @@ func (p *picker) chooseAgain(now load.Instant, tried *attempt.Tried) *candidate 
 		look(slots[(first+i)%n].Load())
 	}
 	c, back := others.least(now), before.least(now)
-	if c == nil || back != nil && p.price(back, now, dearer) < p.price(c, now, 1) {
+	if c == nil || back != nil && tried.Times(back.id) == 1 && p.price(back, now, dearer) < p.price(c, now, 1) {
 		return back
 	}
 	return c

@@ -476,6 +476,12 @@ func TestATriedEndpointIsPickedWhereTheOthersAreMuchBusier(t *testing.T) {
 							t.Fatalf("%s, %d endpoints: picked %q, %v; want %s, which was tried and is 15 times less busy", config, n, a, err, first)
 						}
 						done(balancer.DoneInfo{})
+						// It has gone back in vain, and does not do so again.
+						a, done, err = w.pickWith(tried(w.endpoint(first), w.endpoint(first)))
+						if err != nil || a == first {
+							t.Fatalf("%s, %d endpoints: picked %q, %v; want another than %s, which was tried twice", config, n, a, err, first)
+						}
+						done(balancer.DoneInfo{})
 					}
 				})
 			}

@@ -24,6 +24,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -44,8 +45,8 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // A second signal ends the program whatever it does.
 	if err := run(ctx, os.Stdout, *d, *extra); err != nil {
 		log.Fatal(err)
 	}
@@ -105,6 +106,7 @@ func run(ctx context.Context, out io.Writer, d time.Duration, extra float64) err
 	}
 	defer with.conn.Close()
 
+	fmt.Fprintf(out, "%d servers, each stalls for %v every %v\n\n", servers, stall, every)
 	during, cancel := context.WithTimeout(ctx, d)
 	defer cancel()
 	var wg sync.WaitGroup
@@ -116,7 +118,6 @@ func run(ctx context.Context, out io.Writer, d time.Duration, extra float64) err
 	}
 	wg.Wait()
 
-	fmt.Fprintf(out, "%d servers, each stalls for %v every %v\n\n", servers, stall, every)
 	fmt.Fprintf(out, "%-16s %8s %8s %8s %8s %8s %8s %8s\n", "", "calls", "errors", "p50", "p95", "p99", "p99.9", "extra")
 	without.print(out, "without a hedge")
 	with.print(out, "with a hedge")

@@ -10,9 +10,16 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/belfry-go/belfry/internal/test/signaltest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	signaltest.Main(main)
+	goleak.VerifyTestMain(m)
+}
+
+func TestSignals(t *testing.T) { signaltest.Run(t, "servers, each stalls", "-for", "1h") }
 
 func TestBothClientsAreInTheTable(t *testing.T) {
 	// On a busy machine a second may be too short for latencies to take a percentile of.

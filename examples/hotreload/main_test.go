@@ -10,9 +10,16 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/belfry-go/belfry/internal/test/signaltest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	signaltest.Main(main)
+	goleak.VerifyTestMain(m)
+}
+
+func TestSignals(t *testing.T) { signaltest.Run(t, "ten calls at a time", "-step", "1h") }
 
 func TestEachConfigChangesWhatHappensToCalls(t *testing.T) {
 	// On a busy machine 400 ms may be too short for as many calls as a step needs.

@@ -12,9 +12,16 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/belfry-go/belfry/internal/test/signaltest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	signaltest.Main(main)
+	goleak.VerifyTestMain(m)
+}
+
+func TestSignals(t *testing.T) { signaltest.Run(t, "[observe", "-phase", "1h") }
 
 func TestRun(t *testing.T) {
 	// On a busy machine as many calls take longer.

@@ -13,7 +13,6 @@ package adapt
 
 import (
 	"context"
-	"sync"
 
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/ratelimit"
 
@@ -88,23 +87,29 @@ func (l *semLayer) wait(ctx context.Context, a *interceptor.Admission, w interce
 	if err == nil {
 		return nil
 	}
-	return waitFailed(parked, waitCtx, l.full, err)
+	switch {
+	case parked.Err() != nil:
+		return interceptor.Ended(parked, l.name)
+	case waitCtx.Err() != nil:
+		return l.full
+	}
+	return orRefusal(l.full, err)
 }
 
-// bounded calls acquire with a context that ends when w does. It says why acquire
-// failed.
+// bounded calls acquire with a context that ends when w does. It says why acquire failed.
 func bounded(ctx context.Context, a *interceptor.Admission, w interceptor.Wait, full *interceptor.Refusal, acquire func(ctx context.Context, wait bool) error) error {
-	lazy := &lazyPark{Context: ctx, admission: a}
-	defer lazy.close()
-	waitCtx, cancel := withEnd(lazy, w)
-	defer cancel()
-	since := interceptor.Now()
-	err := acquire(waitCtx, w.Remaining() > 0)
-	a.Internals().Consulted(full.Layer, since)
-	if err != nil {
-		return waitFailed(lazy.current(), waitCtx, full, err)
+	err, ended := a.Internals().Consult(ctx, full.Layer, w, true, func(ctx context.Context) error {
+		return acquire(ctx, w.Remaining() > 0)
+	})
+	switch {
+	case err == nil:
+		return nil
+	case ended == interceptor.ErrWaitOver:
+		return full
+	case ended != nil:
+		return ended
 	}
-	return nil
+	return orRefusal(full, err)
 }
 
 // withEnd returns ctx with the end of w as its deadline.
@@ -115,66 +120,7 @@ func withEnd(ctx context.Context, w interceptor.Wait) (context.Context, context.
 	return ctx, func() {}
 }
 
-// lazyPark is a context that parks its call when its Done is first asked for. A
-// limiter that admits at once rarely asks, and parking costs more than most limiters.
-type lazyPark struct {
-	context.Context // The caller's.
-	admission       *interceptor.Admission
-
-	mu     sync.Mutex // Guards the fields below; what Park locks is locked under it.
-	parked context.Context
-	done   func()
-	closed bool
-}
-
-func (l *lazyPark) Done() <-chan struct{} {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.parked == nil && !l.closed {
-		l.parked, l.done = l.admission.Park(l.Context)
-	}
-	return l.currentLocked().Done()
-}
-
-func (l *lazyPark) Err() error { return l.current().Err() }
-
-// current returns the parked context if there is one, else the caller's.
-func (l *lazyPark) current() context.Context {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.currentLocked()
-}
-
-func (l *lazyPark) currentLocked() context.Context {
-	if l.parked != nil {
-		return l.parked
-	}
-	return l.Context
-}
-
-// close ends the wait.
-func (l *lazyPark) close() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.closed = true
-	if l.done != nil {
-		l.done()
-	}
-}
-
-// waitFailed returns why a third-party limiter did not admit the call: the caller's
-// context ended, the Wait ended, or the limiter refused.
-func waitFailed(ctx, waitCtx context.Context, full *interceptor.Refusal, err error) error {
-	switch {
-	case ctx.Err() != nil:
-		return interceptor.Ended(ctx, full.Layer)
-	case waitCtx.Err() != nil:
-		return full
-	}
-	return orRefusal(full, err)
-}
-
-// refusedBy returns err if it is a refusal, else full wrapping err.
+// orRefusal returns err if it is a refusal, else full wrapping err.
 func orRefusal(full *interceptor.Refusal, err error) error {
 	if _, ok := interceptor.AsRefusal(err); ok {
 		return err
@@ -246,7 +192,8 @@ func (p *permit) Release(_ int64, e interceptor.End) {
 // FromAllow returns a layer of a limiter or breaker of the shape "allow, then done".
 // If allow returns an error, the layer refuses with the given reason and wraps the
 // error. Otherwise done is called with how the call ended; done may be nil. allow must
-// not wait.
+// not wait for capacity. If it has to ask somebody, its context ends when the call must
+// not wait any longer.
 //
 //	spec := adapt.FromAllow("breaker", interceptor.ReasonBreakerOpen,
 //		func(context.Context) (func(interceptor.Outcome, error), error) {
@@ -275,7 +222,14 @@ func (l *allowLayer) Traits() interceptor.Traits { return interceptor.Decides }
 
 func (l *allowLayer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-		done, err := l.allow(ctx)
+		var done func(interceptor.Outcome, error)
+		err, ended := a.Internals().Consult(ctx, l.name, w, false, func(ctx context.Context) (err error) {
+			done, err = l.allow(ctx)
+			return err
+		})
+		if r, ok := interceptor.AsRefusal(ended); ok {
+			return r
+		}
 		if err != nil {
 			return orRefusal(l.refused, err)
 		}

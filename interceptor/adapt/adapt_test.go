@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -102,7 +103,7 @@ func TestAdapt(t *testing.T) {
 			for _, l := range slowLimiters(t, time.Second) {
 				obs := &waits{}
 				// The fail-fast reads the clock before the wait, the timeout after it.
-				s := calltest.Stack(t, interceptor.Observe(obs), failfast.Config{After: time.Hour}, l, timeout.Config{Timeout: 1500 * time.Millisecond})
+				s := calltest.Stack(t, interceptor.Observe(obs), failfast.Config{After: time.Hour}, l, timeout.Config{Timeout: 1500 * time.Millisecond}, adapt.FromSemaphore("limit", semaphore.NewWeighted(1)))
 				if err := s.Wrap(calltest.Takes(time.Second)).Invoke(context.Background(), "/m", nil, nil); err != nil {
 					t.Errorf("a call of 1s inside %v and a timeout of 1.5s: %v", l, err)
 				}
@@ -142,7 +143,10 @@ func slowLimiters(t *testing.T, d time.Duration) []interceptor.Spec {
 		return &permitToy{}, wait(ctx)
 	})
 	limiter := adapt.FromLimiter("limiter", limiterFunc(wait))
-	return []interceptor.Spec{permits, limiter}
+	allow := adapt.FromAllow("allow", interceptor.ReasonBreakerOpen, func(ctx context.Context) (func(interceptor.Outcome, error), error) {
+		return nil, wait(ctx)
+	})
+	return []interceptor.Spec{permits, limiter, allow}
 }
 
 func errOf(s interceptor.Spec) error {

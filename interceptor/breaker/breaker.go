@@ -256,9 +256,7 @@ func WithOnStateChange(f func(Change)) Option {
 // [*interceptor.ConfigError], or several joined.
 func New(config Config, opts ...Option) (*Layer, error) {
 	o := options{errs: check.Of("breaker"), name: "breaker"}
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.name)
 	b := &Layer{name: o.name, onChange: o.onChange, random: rand.Float64}
 	if err := b.update(config, o.errs); err != nil {

@@ -39,6 +39,11 @@ type Config struct {
 	// whole TTL may come at once. Up to 1,000,000; zero means 10, [None] means no such
 	// reserve.
 	MinPerSecond float64
+	// MaxConcurrent is how many further attempts there may be at once, those that back off
+	// or wait included. It bounds what they hold while servers are slow and the rate does
+	// not: Envoy's max_retries. From 1 to 1,000,000; zero means no such bound, because a
+	// good one depends on how many calls are in flight.
+	MaxConcurrent int
 }
 
 // settings is a Config in millionths of an attempt.
@@ -60,6 +65,7 @@ func (c Config) settings() (settings, error) {
 	check.Default(errs, "TTL", &c.TTL, check.From(time.Second, time.Minute), DefaultTTL)
 	check.DefaultOrNone(errs, "Ratio", &c.Ratio, check.From(1.0/one, 1000), DefaultRatio, "none")
 	check.DefaultOrNone(errs, "MinPerSecond", &c.MinPerSecond, check.From(1.0/one, 1e6), DefaultMinPerSecond, "none")
+	check.Zero(errs, "MaxConcurrent", c.MaxConcurrent, check.From(1, 1_000_000), "no bound")
 	s.ttl = c.TTL
 	s.deposit = units(c.Ratio)
 	s.reserve = int64(math.Round(float64(units(c.MinPerSecond)) * c.TTL.Seconds()))
@@ -94,6 +100,8 @@ type Budget struct {
 	deposit atomic.Int64              // For each call.
 	before  atomic.Pointer[[]deposit] // Earlier deposits, in order of time; immutable.
 	w       atomic.Pointer[window]
+	most    atomic.Int64 // MaxConcurrent.
+	running atomic.Int64 // Further attempts.
 
 	// mu serialises Update. Nothing is locked under it.
 	mu sync.Mutex
@@ -129,6 +137,7 @@ func New(c Config) (*Budget, error) {
 	}
 	b := &Budget{s: s}
 	b.deposit.Store(s.deposit)
+	b.most.Store(int64(c.MaxConcurrent))
 	b.w.Store(newWindow(s))
 	return b, nil
 }
@@ -150,6 +159,7 @@ func (b *Budget) Update(c Config) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.depositLocked(s.deposit)
+	b.most.Store(int64(c.MaxConcurrent))
 	old := b.w.Load()
 	if s.ttl == b.s.ttl {
 		old.balance.Add(s.reserve - b.s.reserve)
@@ -208,6 +218,22 @@ func (b *Budget) Undo(at interceptor.Instant) {
 	w := b.w.Load()
 	w.book(int64(at/w.period), -b.paid(at))
 }
+
+// Begin counts a further attempt that is about to be made, if MaxConcurrent allows it.
+func (b *Budget) Begin() bool {
+	n := b.running.Add(1)
+	if most := b.most.Load(); most > 0 && n > most {
+		b.running.Add(-1)
+		return false
+	}
+	return true
+}
+
+// End is called once for each Begin that was true, when the attempt has ended.
+func (b *Budget) End() { b.running.Add(-1) }
+
+// Concurrent returns how many further attempts there are now.
+func (b *Budget) Concurrent() int { return int(b.running.Load()) }
 
 // Withdraw pays for a further attempt at the moment now, if the balance is enough.
 func (b *Budget) Withdraw(now interceptor.Instant) bool {

@@ -27,6 +27,8 @@
 // a further attempt that was not sent costs nothing: one that a layer refused, that gRPC
 // refused, or that found no connection.
 //
+// Config.MaxConcurrent bounds also how many further attempts there are at a moment.
+//
 // When a budget is spent, no further attempt is made. The call ends with the server's
 // last error, in which errors.As finds a refusal with reason BUDGET.
 //

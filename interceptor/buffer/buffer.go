@@ -97,9 +97,7 @@ type settings struct {
 // New returns a buffer. An error is a [*interceptor.ConfigError], or several joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
 	o := options{errs: check.Of("buffer"), name: "buffer", priority: interceptor.ContextPriority}
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.name)
 	l := &Layer{name: o.name, priority: o.priority}
 	l.evicted = interceptor.Refuse(l.name, interceptor.ReasonQueueFull, "evicted from the wait queue by a call that goes first")

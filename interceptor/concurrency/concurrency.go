@@ -231,9 +231,7 @@ func (s *settings) refusals() *refusals {
 // New returns a limit. An error is a [*interceptor.ConfigError], or several joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
 	o := options{errs: check.Of("concurrency"), name: "concurrency", priority: interceptor.ContextPriority}
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.name)
 	l := &Layer{name: o.name, cost: o.cost, priority: o.priority, custom: o.custom}
 	set, err := l.check(cfg, o.errs)

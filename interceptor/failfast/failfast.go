@@ -82,10 +82,8 @@ type waiter struct{ cancel context.CancelCauseFunc }
 // joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
 	o := options{name: "failfast"}
-	for _, opt := range opts {
-		opt(&o)
-	}
 	errs := check.Of("failfast")
+	check.Options(errs, &o, opts)
 	errs.Name(o.name)
 	after := cfg.after(errs)
 	if err := errs.Err(); err != nil {

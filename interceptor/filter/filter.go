@@ -46,9 +46,11 @@ func (p Predicate) NewLayer() (interceptor.Layer, error) { return New(Config{}, 
 // A GatePredicate decides over a call before the layers inside are asked: nil lets it
 // pass, an error rejects it. req is the request of a unary call, nil for a stream. It
 // must change neither req nor a, must not keep a, and is called concurrently. It may take
-// its time even where the call must not wait for capacity. If it takes a millisecond or
-// more, that is reported to the observer as waiting. To wait, use the context of a.Park,
-// which also ends when the stack drains.
+// its time even where the call must not wait for capacity, but no longer than its context
+// lives, which ends with the call's deadline, those of layers outside included, and when
+// the call must not wait any longer. If it takes a millisecond or more, that is reported to
+// the observer as waiting. To wait, use the context of a.Park, which also ends when the
+// stack drains.
 //
 // A GatePredicate is a [interceptor.Spec] of a [Gate] with the zero Config.
 type GatePredicate func(ctx context.Context, a *interceptor.Admission, req any) error
@@ -96,10 +98,7 @@ func (f *core) String() string { return f.name }
 
 // refuse makes a refusal of a predicate's error. If the predicate returns the same error
 // value each time, such as a variable, the refusal is made once.
-func (f *core) refuse(ctx context.Context, err error, sent bool) error {
-	if ctx.Err() != nil && errors.Is(err, ctx.Err()) && !sent {
-		return interceptor.Ended(ctx, f.name)
-	}
+func (f *core) refuse(err error, sent bool) error {
 	code := f.config.Load().Code
 	keep := !sent && reflect.TypeOf(err).Kind() == reflect.Pointer // So that == is safe, and cheap.
 	if keep {
@@ -124,6 +123,11 @@ func (f *core) refuse(ctx context.Context, err error, sent bool) error {
 		f.last.Store(&rejection{err, code, r})
 	}
 	return r
+}
+
+// isEnd reports whether a predicate returned the error of its context.
+func isEnd(err error) bool {
+	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
 // A Filter is the layer in the call path. It may be used in any number of stacks.
@@ -161,9 +165,7 @@ func WithMessages(p MessagePredicate) Option {
 // optionsOf checks what New and NewGate have in common.
 func optionsOf(config Config, noPredicate bool, opts []Option) options {
 	o := options{errs: check.Of("filter"), name: "filter"}
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.name)
 	config.check(o.errs)
 	o.errs.NotNil(noPredicate, "predicate", "a function")
@@ -193,7 +195,7 @@ func (f *Filter) mapper(p MessagePredicate) func(ctx context.Context, method str
 	return func(ctx context.Context, method string, m any) (any, error) {
 		replaced, err := p(ctx, method, m)
 		if err != nil {
-			return nil, f.refuse(ctx, err, true)
+			return nil, f.refuse(err, true)
 		}
 		if replaced != nil {
 			return replaced, nil
@@ -216,8 +218,12 @@ func (f *Filter) WrapCall(next interceptor.Next, again interceptor.Again) interc
 	}
 	return func(ctx context.Context, c *interceptor.Call) error {
 		changed, err := f.predicate(ctx, c, c.Request())
-		if err != nil {
-			return f.refuse(ctx, err, false)
+		switch {
+		case err == nil:
+		case ctx.Err() != nil && isEnd(err):
+			return interceptor.Ended(ctx, f.name)
+		default:
+			return f.refuse(err, false)
 		}
 		if changed != nil {
 			ctx = changed
@@ -258,11 +264,14 @@ func (g *Gate) Traits() interceptor.Traits { return 0 }
 // WrapGate returns the gate.
 func (g *Gate) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-		since := interceptor.Now()
-		err := g.predicate(ctx, a, a.Request())
-		a.Internals().Consulted(g.name, since)
+		err, ended := a.Internals().Consult(ctx, g.name, w, false, func(ctx context.Context) error {
+			return g.predicate(ctx, a, a.Request())
+		})
+		if r, ok := interceptor.AsRefusal(ended); ok && isEnd(err) {
+			return r
+		}
 		if err != nil {
-			return g.refuse(ctx, err, false)
+			return g.refuse(err, false)
 		}
 		return inner.Admit(ctx, a, w)
 	})

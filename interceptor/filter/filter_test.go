@@ -26,7 +26,14 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/adapt"
+	"github.com/belfry-go/belfry/interceptor/buffer"
+	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/failfast"
+	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/layertest"
+	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
@@ -279,6 +286,77 @@ func TestSlowPredicateMeetsDeadline(t *testing.T) {
 			}
 		})
 	})
+}
+
+// A predicate in a gate is bounded by the deadlines of the layers outside it, which reach
+// gates as a Wait, also where the call must not wait for capacity.
+func TestPredicateMeetsDeadlineOfALayer(t *testing.T) {
+	deadline := timeout.Config{Timeout: 50 * time.Millisecond, Lifetime: 50 * time.Millisecond}
+	both(t, untilItsEnd, func(t *testing.T, l interceptor.Layer) {
+		for name, specs := range map[string][]interceptor.Spec{
+			"timeout":      {deadline, l},
+			"shed_timeout": {loadshed.Config{}, deadline, l, concurrency.Config{Limit: 1}},
+			"failfast":     {failfast.Config{After: time.Second}, deadline, l, concurrency.Config{Limit: 1}},
+			"recommended": {
+				loadshed.Config{}, deadline, hedge.Config{Delay: time.Second}, retry.Config{},
+				buffer.Config{Size: 1}, l, concurrency.Config{Limit: 1},
+			},
+		} {
+			t.Run(name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					c, _ := wrap(t, &ponger{}, specs...)
+					for _, open := range []func() error{
+						func() error { _, err := call(c, context.Background(), "ping"); return err },
+						func() error {
+							_, err := c.NewStream(context.Background(), &grpc.StreamDesc{ClientStreams: true}, method)
+							return err
+						},
+					} {
+						start := time.Now()
+						err := open()
+						r, ok := interceptor.AsRefusal(err)
+						if got := time.Since(start); got != 50*time.Millisecond || !ok || r.Reason != interceptor.ReasonDeadline || r.Layer != "timeout" {
+							t.Errorf("%v after %v, want the timeout's refusal after 50ms", err, got)
+						}
+					}
+				})
+			})
+		}
+	})
+}
+
+func TestGatePredicateMeetsWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, stack := wrap(t, &ponger{}, mustNewGate(t, untilItsEnd))
+		invoke := func(w interceptor.Wait) error {
+			return c.Invoke(context.Background(), method, wrapperspb.String("ping"), new(wrapperspb.StringValue), interceptor.WithWait(w))
+		}
+		start := time.Now()
+		err := invoke(interceptor.For(50 * time.Millisecond))
+		r, ok := interceptor.AsRefusal(err)
+		if got := time.Since(start); got != 50*time.Millisecond || status.Code(err) != codes.DeadlineExceeded || !ok || r.Reason != interceptor.ReasonFilter {
+			t.Errorf("%v after %v, want a refusal with DEADLINE_EXCEEDED and reason FILTER after 50ms", err, got)
+		}
+		// The predicate waits, so the end of the stack reaches it.
+		done := make(chan error)
+		go func() { done <- invoke(interceptor.For(50 * time.Millisecond)) }()
+		synctest.Wait()
+		if err := stack.Drain(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if err := <-done; calltest.Reason(err) != interceptor.ReasonDrain {
+			t.Errorf("the stack drained: %v, want a refusal with reason DRAIN", err)
+		}
+	})
+}
+
+// untilItsEnd is a predicate that waits for the end of its context.
+func untilItsEnd(ctx context.Context, _ *interceptor.Admission, _ any) error {
+	if d, ok := ctx.Deadline(); !ok || time.Until(d) != 50*time.Millisecond {
+		return fmt.Errorf("the predicate has %v, %t, want 50ms", time.Until(d), ok)
+	}
+	<-ctx.Done()
+	return ctx.Err()
 }
 
 // waits is an observer of waiting.

@@ -18,9 +18,10 @@
 // # When an extra attempt is made
 //
 // An extra attempt is made after a delay, which is a percentile of the recent
-// latencies, or a fixed one; or at once when an attempt fails with one of
-// Config.NonFatal, as in gRFC A6. Config.MaxExtraLoad sets the percentile and the
-// budget together, as Finagle's. It is not made
+// latencies of the method, or a fixed one, or none ([None]); or at once when an attempt
+// fails with one of Config.NonFatal, as in gRFC A6. Config.MaxExtraLoad sets the
+// percentile and the budget together, as Finagle's. The delay starts when the call is
+// admitted, so it is not spent on waiting for a connection. An extra attempt is not made
 //
 //   - before MinDataPoints latencies are known, unless the delay is fixed;
 //   - when the call has made MaxAttempts, or the budget (package budget) of
@@ -32,7 +33,6 @@
 //     for a delay, by that or by RetryInfo, not before then, and not at all if that is
 //     more than Config.MaxServerDelay (10 s by default);
 //   - after the stack was told to drain;
-//   - after a failure that is not one of NonFatal;
 //   - for a method that may not be carried out twice, see below.
 //
 // # Which methods
@@ -40,7 +40,9 @@
 // An extra attempt carries the method out twice, mostly. So a call is hedged only if its
 // method is declared idempotent in its .proto file (option idempotency_level, whose file
 // is linked in if the stub is), if Config.Methods names it or its service, if
-// [WithIdempotent] allows it, or if Config.AllMethods is true.
+// [WithIdempotent] allows it, if the call says so (package attempts), or if
+// Config.AllMethods is true. The observer is told, with reason NOT_IDEMPOTENT, of each
+// unary call that would have been hedged otherwise.
 //
 // # At a limit
 //
@@ -56,15 +58,26 @@
 //
 // # Who wins
 //
-// The first success. A failure never beats a success that is still possible. When all
-// attempts have failed the caller gets the last failure. If an attempt that was to follow
-// a failure was refused, the error says by which layer, as a retry's does
-// ([interceptor.RefusedAgain]). As soon as there is a winner the others are cancelled;
-// they are neither failures nor successes to the layers inside and to the balancing
-// policy. Each attempt has its own reply, and its own results for Header, Trailer and
-// Peer options; the caller gets the winner's. Further attempts carry
+// The first success, or the first failure that is not one of NonFatal: it is the answer
+// of the server, such as NOT_FOUND, and another attempt would hardly get a better one. As
+// in A6 it ends the call at once. A failure that is one of NonFatal never wins while
+// another attempt runs. When all attempts have failed the caller gets the last failure,
+// but a deadline, of the caller or of a layer, never replaces what a server has said. If
+// an attempt that was to follow a failure was refused, the error says by which layer, as
+// a retry's does ([interceptor.RefusedAgain]). [WithPolicy] decides otherwise, also by
+// the reply.
+//
+// The others are cancelled; they are neither failures nor successes to the layers inside
+// and to the balancing policy. Each attempt has its own reply, and its own results for
+// Header, Trailer and Peer options; the caller gets the winner's. Further attempts carry
 // grpc-previous-rpc-attempts, the number of attempts before, those in flight included, and
 // the policy belfry.p2c prefers endpoints for them that the call has not tried.
+//
+// The call does not wait for those that have lost. gRPC ends nearly all of them at once,
+// but it cannot interrupt credentials that fetch a token, or a codec. Until then such an
+// attempt holds its permits, Stack.Drain waits for it, and it may read the request: a
+// caller that changes a request to send it again must make a copy instead, as gRPC
+// requires of SendMsg. An attempt that panics after the call has ended is logged.
 //
 // A hedge outside a retry makes up to as many attempts as both multiplied. A retryPolicy in
 // gRPC's service config would multiply that once more, and no budget would count it.
@@ -73,19 +86,27 @@
 //
 // # Latencies
 //
-// Successes are recorded, each attempt from when it was admitted. A first attempt is also
-// recorded when another one won, with the time until then: otherwise the slowest calls
-// would be missing, and the delay would become shorter and shorter. Failures are not
-// recorded. All calls through one layer share the latencies. If methods differ much, give
-// each its own layer, with interceptor.Only.
+// Each attempt that was answered is recorded, from when it was admitted. Answers are
+// successes and INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, PERMISSION_DENIED,
+// FAILED_PRECONDITION, ABORTED and OUT_OF_RANGE; other failures come sooner or later than
+// an answer and are not recorded. A first attempt is also recorded when another one won,
+// with the time until then: otherwise the slowest calls would be missing, and the delay
+// would become shorter and shorter. Each method has its own latencies, up to 1,000
+// methods that were called within the window; those beyond share one window for unary
+// calls and one for streams. Where more calls are slow than MaxExtraLoad there is nothing
+// to gain by default: a method of which 5 % take 100 ms and the others 3 ms gets a delay
+// of 6 ms, and p99 falls to 9 ms, but if 7 % are slow the delay is 100 ms. Set a fixed
+// Delay or a larger MaxExtraLoad for it.
 //
 // # Streams
 //
 // A stream is hedged while its first RecvMsg waits for its first message, and its latency
-// is how long that takes. What was sent is kept until then and sent to extra attempts as
-// well, so it must not be modified, as gRPC requires of SendMsg anyway. A stream is not
-// hedged if it sends more than BufferBytes first, if Header is called first, or if it
-// cannot be opened.
+// is how long that takes. What was sent is kept until then, encoded, and sent to extra
+// attempts as well, as by package retry. Before that an attempt that SendMsg or Header
+// finds to have failed with one of NonFatal is followed by another one. A stream is not
+// hedged if it sends more than BufferBytes first, or if it cannot be opened. Header ends
+// the race, or keeps one from beginning: the stream is then the attempt whose header it
+// returns.
 //
 // # Order
 //
@@ -95,13 +116,11 @@
 //
 // # Cost
 //
-// The first attempt runs on the caller's goroutine. Another goroutine starts only when an
-// extra attempt is made. A call that is not hedged costs one allocation, for the context
-// of its first attempt, from which gRPC derives a few more. All calls of a layer share one
-// timer. A call that may not be hedged costs nothing.
-//
-// When there is a winner the call waits until the other attempts have noticed that they
-// are cancelled, so that no goroutine outlives it and nothing reads a request that the
-// caller has back. gRPC notices at once; a layer inside that ignores its context delays
-// the winner.
+// A call that may be hedged runs its first attempt on a goroutine of its own, with a reply
+// of its own that is copied if it wins: otherwise it could not return while gRPC holds
+// that attempt. This is about a microsecond and four allocations more on a connection.
+// Where there is none (an interceptor that is called without one, as in a test), and for
+// streams, which are open by then, the first attempt runs on the caller's goroutine and
+// costs one allocation, for its context. All calls of a layer share one timer. A call that
+// may not be hedged costs nothing.
 package hedge

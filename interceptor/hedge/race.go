@@ -5,51 +5,62 @@ package hedge
 
 import (
 	"context"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/grpclog"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/further"
+	"github.com/belfry-go/belfry/internal/replay"
 )
 
-// race runs the attempts of one call side by side, until one succeeds or all have failed.
-// The first runs on the caller's goroutine. The others run on one that the layer's clock
-// starts, or on that of the attempt that has just failed. When run returns, the race is
-// over and none of its goroutines is left.
+// race runs the attempts of one call side by side, until one of them decides it or all
+// have failed. What a connection does with an attempt may take longer than its context:
+// credentials fetch a token, a large request is compressed. So the attempts of a unary
+// call on a connection run on goroutines of their own, each with a Call of its own, and
+// those that lose may end after the call has returned. All others run as follows: the
+// first attempt on the caller's goroutine, which waits for it to notice that it has lost,
+// and further ones on goroutines of their own.
 //
-// A race whose first attempt ends before the delay is reused: such a call allocates only
-// the context of the attempt.
+// A race that has one attempt, on the caller's goroutine, is reused: such a call
+// allocates only the context of the attempt.
 type race struct {
 	further.Call
+	plan
 	layer  *Layer
 	set    *settings
-	delay  time.Duration
+	max    int             // Attempts.
 	ctx    context.Context // The call's.
 	next   interceptor.Next
 	stream *stream // Nil for a unary call.
 
 	first  try
+	apart  bool  // It runs on a goroutine of its own.
 	alarm  alarm // When the next extra attempt is due.
-	reused bool  // It will be.
+	reused bool  // The race will be.
 
-	// mu guards the fields below and, for a stream, those of the stream. The layer's
-	// clock, and what cancelling a context locks, are locked under it.
+	// mu guards the fields below. The layer's clock, and what cancelling a context locks,
+	// are locked under it.
 	mu       sync.Mutex
-	change   sync.Cond // Signals running, and what streams wait for.
+	change   sync.Cond // Signals making, running and decided.
 	hedged   bool      // Another attempt was made or tried.
 	extra    []*try    // Without those that were refused.
+	making   int       // Attempts that are not admitted yet.
 	running  int       // Attempts, and goroutines that are about to make one.
 	closed   bool      // No attempt starts any more.
-	winner   *try
-	last     *try  // The last that failed,
-	err      error // with this error,
-	refusal  error // and the refusal of the attempt that was to follow it, if any.
-	panicked any   // What an attempt on a goroutine of ours panicked with.
+	decided  bool      // The call ends with best.
+	best     *try      // The attempt that the call would end with now,
+	rank     rank      // how much its end says,
+	err      error     // and its error.
+	refusal  error     // The refusal of an attempt that was to follow best, if any.
+	panicked any       // What an attempt panicked with.
 }
 
 // try is one attempt.
@@ -57,48 +68,68 @@ type try struct {
 	ctx   *cancelContext
 	call  *interceptor.Call
 	start interceptor.Instant // When it was sent.
-	lane  *lane               // Of a stream, once it is open.
+	lane  *replay.Lane        // Of a stream, once it is open.
+	reply any                 // Of a stream: what the first message of an extra attempt is received to.
+	eof   bool                // Of a stream: it ended well without a message.
+
+	returned bool // It did not panic. Used by its own goroutine alone.
 
 	// Guarded by race.mu.
+	making  bool // It is not admitted yet.
 	started bool // It was admitted.
-	lost    bool // It was cancelled because another one won; its end means nothing.
+	lost    bool // It was cancelled because the call is decided; its end means nothing.
 	over    bool
 }
 
 func (t *try) cancel() { t.ctx.cancel() }
 
-// trailer returns the trailer of a failed attempt.
+// trailer returns the trailer of an attempt that has ended.
 func (t *try) trailer() metadata.MD {
 	if t.lane != nil {
-		return t.lane.stream.Trailer()
+		return t.lane.Trailer()
 	}
 	return t.call.Internals().Trailer()
 }
 
+// A rank is how much the end of an attempt says to the caller. One of a lower rank never
+// replaces one of a higher.
+type rank uint8
+
+const (
+	notSent  rank = iota // A layer inside refused it.
+	deadline             // It did not answer in time.
+	answer
+)
+
 // verdict says what follows the end of an attempt.
 type verdict struct {
 	again bool          // Another attempt,
-	after time.Duration // after the delay that the server asks for.
+	after time.Duration // after the delay that the server asks for,
+	err   error         // because the last one failed with this error.
 }
 
 // init prepares a race.
-func (r *race) init(l *Layer, set *settings, delay time.Duration, ctx context.Context, c *interceptor.Call, next interceptor.Next, again interceptor.Again) {
-	r.Call, r.layer, r.set, r.delay, r.ctx, r.next = l.maker.Of(c, c.Origin(), again), l, set, delay, ctx, next
+func (r *race) init(l *Layer, set *settings, p plan, ctx context.Context, c *interceptor.Call, next interceptor.Next, again interceptor.Again) {
+	r.Call, r.layer, r.set, r.plan, r.ctx, r.next = l.maker.Of(c, c.Origin(), again), l, set, p, ctx, next
+	r.max = set.attempts(c)
 	r.first.ctx, r.first.call = &cancelContext{Context: ctx}, c
 	r.Call.Origin.Expendable = true
 	r.alarm.race = r
 	r.change.L = &r.mu
-	c.Internals().WantTrailer()
 }
 
 // unary carries out a unary call.
 func (r *race) unary(now interceptor.Instant) error {
 	defer r.first.cancel()
-	t, err := r.run(now)
-	if t != &r.first {
-		r.Adopt(t.call)
-		t.cancel()
+	if c := r.Call.Internals(); c.Connected() {
+		r.apart, r.first.call = true, c.Detach()
 	}
+	r.first.call.Internals().WantTrailer()
+	t, err := r.run(now)
+	if t.call != r.Call.Call {
+		r.Adopt(t.call)
+	}
+	t.cancel()
 	return err
 }
 
@@ -110,56 +141,84 @@ func (r *race) reuse() {
 	}
 }
 
-// run carries out the race. It returns the attempt that decided it: the winner, or the
-// last one that failed if err is not nil.
+// run carries out the race. It returns the attempt that decided it, and its error.
 func (r *race) run(now interceptor.Instant) (*try, error) {
 	r.first.start = now
 	r.mu.Lock()
 	r.running = 1
 	r.first.started = true
 	if !r.closed {
-		r.layer.clock.set(&r.alarm, r.first.start, r.delay)
+		r.layer.clock.set(&r.alarm, now, r.delay)
 	}
 	r.mu.Unlock()
-	returned := false
-	defer func() {
-		if !returned {
-			r.close()
-		}
-	}()
-	err := r.carryOut(r.first.ctx, &r.first)
-	v := r.ended(&r.first, err)
-	returned = true
-	for v.again {
-		v = r.another(v, true)
+	if r.apart {
+		go r.lead()
+	} else {
+		r.lead()
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for r.running > 0 {
+	for r.making > 0 || r.running > 0 && !r.decided {
 		r.change.Wait()
 	}
 	r.noMoreLocked()
 	switch {
 	case r.panicked != nil:
 		panic(r.panicked)
-	case r.winner != nil:
-		return r.winner, nil
+	case r.err == nil && r.best != &r.first:
+		r.HedgeWon()
 	case r.refusal != nil:
-		return r.last, r.Refused(r.ctx, r.refusal, r.err)
+		return r.best, r.Refused(r.ctx, r.refusal, r.err)
 	}
-	return r.last, r.err
+	return r.best, r.err
 }
 
-// close ends the other attempts when the first one panics.
-func (r *race) close() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.running--
-	r.closeLocked(nil)
-	for r.running > 0 {
-		r.change.Wait()
+// lead carries out the first attempt.
+func (r *race) lead() {
+	t := &r.first
+	defer r.unwind(t)
+	if v := r.ended(t, r.carryOut(t.ctx, t)); v.again {
+		go r.follow(v, true)
+	}
+	t.returned = true
+}
+
+// follow makes an attempt, which counts as running already, and those that follow it at
+// once. follows says that it follows one that failed itself.
+func (r *race) follow(v verdict, follows bool) {
+	for v.again = true; v.again; follows = true {
+		v = r.another(v, follows)
 	}
 }
+
+// unwind ends an attempt that has panicked, or whose goroutine has ended in it.
+func (r *race) unwind(t *try) {
+	if t.returned {
+		return
+	}
+	p := recover()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.decided: // The caller may have gone on, so its goroutine cannot panic.
+		if p != nil {
+			logger.Errorf("hedge: an attempt that had lost panicked: %v\n%s", p, debug.Stack())
+		}
+	case p != nil:
+		r.panicked = p // For the caller's goroutine.
+		r.decideLocked(t, errGone)
+	case r.best == nil:
+		r.best, r.err = t, errGone
+	}
+	t.over = true
+	t.cancel()
+	r.madeLocked(t)
+	r.leaveLocked()
+}
+
+var logger = grpclog.Component("belfry")
+
+var errGone = status.Error(codes.Internal, "belfry: hedge: an attempt ended its goroutine (runtime.Goexit)")
 
 // closeLocked ends all attempts but one. Caller must hold r.mu.
 func (r *race) closeLocked(but *try) {
@@ -183,7 +242,7 @@ func (r *race) noMoreLocked() {
 	if !r.closed {
 		r.closed = true
 		// An alarm that could be stopped has started nothing.
-		r.reused = r.layer.clock.stop(&r.alarm) && !r.hedged
+		r.reused = r.layer.clock.stop(&r.alarm) && !r.hedged && !r.apart
 	}
 	for _, t := range r.extra {
 		if !t.started {
@@ -203,16 +262,13 @@ func (r *race) carryOut(ctx context.Context, t *try) error {
 // tick is called on a goroutine of its own when the delay is over.
 func (r *race) tick() {
 	r.mu.Lock()
-	closed := r.closed
-	if !closed {
+	due := !r.closed
+	if due {
 		r.running++
 	}
 	r.mu.Unlock()
-	if closed {
-		return
-	}
-	for v := r.another(verdict{}, false); v.again; {
-		v = r.another(v, true)
+	if due {
+		r.follow(verdict{}, false)
 	}
 }
 
@@ -222,34 +278,20 @@ func (r *race) another(v verdict, follows bool) verdict {
 	r.mu.Lock()
 	r.hedged = true
 	r.layer.clock.stop(&r.alarm)
-	if r.closed || 1+len(r.extra) >= r.set.max || r.ctx.Err() != nil {
+	if r.closed || 1+len(r.extra) >= r.max || r.ctx.Err() != nil {
 		r.leaveLocked()
 		r.mu.Unlock()
 		return verdict{}
 	}
-	t := &try{ctx: &cancelContext{Context: r.ctx}}
+	t := &try{ctx: &cancelContext{Context: r.ctx}, making: true}
+	r.making++
 	r.extra = append(r.extra, t)
 	r.mu.Unlock()
 
-	ended := false
-	defer func() {
-		if ended {
-			return
-		}
-		p := recover()
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		if p != nil && r.panicked == nil {
-			r.panicked = p // For the caller's goroutine.
-			r.closeLocked(nil)
-		}
-		t.over = true
-		t.cancel()
-		r.leaveLocked()
-	}()
+	defer r.unwind(t)
 	// It may wait for the layers inside, ahead of first attempts, until another attempt
 	// answers.
-	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, Run: func(ctx context.Context, c *interceptor.Call) error {
+	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, After: v.err, Run: func(ctx context.Context, c *interceptor.Call) error {
 		if !r.start(t, c) {
 			return interceptor.Ended(ctx, r.layer.maker.Name)
 		}
@@ -257,10 +299,11 @@ func (r *race) another(v verdict, follows bool) verdict {
 	}})
 	if a.Call == nil {
 		r.refused(t, err, follows)
-		return verdict{}
+		v = verdict{}
+	} else {
+		v = r.ended(t, a.Err)
 	}
-	v = r.ended(t, a.Err)
-	ended = true
+	t.returned = true
 	return v
 }
 
@@ -278,7 +321,7 @@ func (r *race) start(t *try, c *interceptor.Call) (started bool) {
 	closed := r.closed
 	if !closed {
 		t.started = true
-		if 1+len(r.extra) < r.set.max {
+		if 1+len(r.extra) < r.max {
 			r.layer.clock.set(&r.alarm, t.start, r.delay)
 		}
 	}
@@ -286,18 +329,33 @@ func (r *race) start(t *try, c *interceptor.Call) (started bool) {
 	if closed {
 		return false
 	}
-	r.Observer().HedgeFired(r.Method(), r.layer.maker.Name)
+	r.HedgeFired()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.madeLocked(t)
 	return true
+}
+
+// madeLocked records that an extra attempt was admitted or will never be: it does not
+// use the call of the race any more. Caller must hold r.mu.
+func (r *race) madeLocked(t *try) {
+	if t.making {
+		t.making = false
+		r.making--
+		r.change.Broadcast()
+	}
 }
 
 // refused records that an extra attempt was refused.
 func (r *race) refused(t *try, err error, follows bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	defer r.leaveLocked()
+	r.madeLocked(t)
 	if i := slices.Index(r.extra, t); i >= 0 {
 		r.extra = slices.Delete(r.extra, i, i+1)
 	}
-	if r.closed && r.ctx.Err() == nil {
+	if r.decided || r.closed && r.ctx.Err() == nil {
 		return // It was cancelled.
 	}
 	if follows {
@@ -321,56 +379,158 @@ func (r *race) leaveLocked() {
 // until the other does.
 func (r *race) ended(t *try, err error) verdict {
 	now := interceptor.Now()
+	opinion := r.ask(t, err)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	v := r.judgeLocked(t, err, now)
+	var v verdict
+	if !r.decided && !t.lost {
+		v = r.judgeLocked(t, err, opinion, now)
+	}
 	t.over = true
-	if t != r.winner {
+	if t != r.best || r.err != nil {
 		t.cancel()
 	}
 	if !v.again {
 		r.leaveLocked()
 	}
+	if s := r.stream; s != nil && t.lane != nil && !r.decided && r.running > 0 {
+		s.Pass(t.lane)
+	}
 	return v
 }
 
-// judgeLocked decides what follows the end of an attempt. Caller must hold r.mu.
-func (r *race) judgeLocked(t *try, err error, now interceptor.Instant) verdict {
+// ask asks the policy about an attempt that was sent.
+func (r *race) ask(t *try, err error) Verdict {
+	p := r.layer.policy
+	if p == nil {
+		return ByCode
+	}
+	r.mu.Lock()
+	late := r.decided || t.lost
+	r.mu.Unlock()
+	if refusal, ok := interceptor.AsRefusal(err); late || ok && refusal.NotSent() {
+		return ByCode
+	}
+	a := Attempt{Method: t.call.Method(), Number: t.call.Attempt(), Err: err, Trailer: t.trailer()}
 	switch {
-	case r.winner != nil || t.lost:
-		// The time of a first attempt until another one won is less than it would have
-		// taken. But leaving it out would leave out the slowest calls, and the percentile
-		// would sink until more and more calls are hedged. It is not recorded for other
-		// attempts.
-		if t == &r.first && r.winner != nil {
-			r.layer.record(t.start, now)
+	case err != nil:
+	case r.stream == nil:
+		a.Reply = t.call.Reply()
+	default:
+		a.Reply = r.stream.message(t)
+	}
+	return p(r.ctx, &a)
+}
+
+// judgeLocked decides what follows the end of an attempt. Caller must hold r.mu.
+func (r *race) judgeLocked(t *try, err error, v Verdict, now interceptor.Instant) verdict {
+	rank, more := r.rankOf(err), true
+	over := r.ctx.Err() != nil
+	if v == ByCode {
+		v, more = r.byCode(err, rank)
+	}
+	if r.best == nil || rank >= r.rank {
+		if r.best != nil {
+			r.best.cancel()
+		}
+		r.best, r.rank, r.err, r.refusal = t, rank, err, nil
+	}
+	if rank == answer && !over {
+		r.record(t.start, now, err)
+	}
+	if v == Answer || over {
+		r.decideLocked(t, err)
+		if t != &r.first && !r.first.over && !over {
+			// The time of a first attempt until another one won is less than it would have
+			// taken. But leaving it out would leave out the slowest calls, and the percentile
+			// would sink until more and more calls are hedged. It is not recorded for other
+			// attempts.
+			r.record(r.first.start, now, nil)
 		}
 		return verdict{}
-	case err == nil:
-		r.winner = t
-		if r.stream != nil {
-			r.stream.chooseLocked(t)
-		} else {
-			r.closeLocked(t)
-		}
-		r.layer.record(t.start, now)
-		if t != &r.first {
-			r.Observer().HedgeWon(r.Method(), r.layer.maker.Name)
-		}
-		return verdict{}
 	}
-	refusal, refused := interceptor.AsRefusal(err)
-	if r.err == nil || !refused || !refusal.NotSent() {
-		r.last, r.err = t, err
-	}
-	nonFatal := r.set.nonFatal.Has(status.Code(err))
-	if refused {
-		nonFatal = !refusal.NotSent() && refusal.Reason == interceptor.ReasonDeadline // Of the attempt.
-	}
-	wish := attempt.WishOf(err, t.trailer())
-	if r.ctx.Err() != nil || !nonFatal || wish.Stop || wish.After > r.set.longest {
+	after, may := r.wish(err, t.trailer())
+	if !more || !may {
 		r.noMoreLocked() // The others continue: one of them may succeed.
 		return verdict{}
 	}
-	return verdict{!r.closed, wish.After}
+	return verdict{v == Hedge && !r.closed, after, err}
+}
+
+// decideLocked ends the call with best. t has ended with err. Caller must hold r.mu.
+func (r *race) decideLocked(t *try, err error) {
+	r.decided = true
+	if r.best == nil {
+		r.best, r.err = t, err
+	}
+	r.closeLocked(t)
+}
+
+// wish returns what the server that failed an attempt says about another one: whether it
+// may be made, and after how long.
+func (r *race) wish(err error, trailer metadata.MD) (after time.Duration, may bool) {
+	w := attempt.WishOf(err, trailer)
+	return w.After, !w.Stop && w.After <= r.set.longest
+}
+
+// follows decides whether another attempt follows the first one, which failed with err
+// before the race.
+func (r *race) follows(err error) (after time.Duration, again bool) {
+	v, more := r.ask(&r.first, err), true
+	if v == ByCode {
+		v, more = r.byCode(err, r.rankOf(err))
+	}
+	after, may := r.wish(err, r.first.trailer())
+	return after, v == Hedge && more && may && r.ctx.Err() == nil && 1+len(r.extra) < r.max
+}
+
+// byCode is the verdict of Config.NonFatal. more says that further attempts may be made.
+func (r *race) byCode(err error, end rank) (v Verdict, more bool) {
+	if err == nil {
+		return Answer, false
+	}
+	nonFatal := r.set.nonFatal.Has(status.Code(err))
+	_, refused := interceptor.AsRefusal(err)
+	switch {
+	case end == deadline && refused: // Of the attempt.
+		return Hedge, true
+	case end == notSent:
+		return Wait, false
+	case nonFatal && refused: // A retry inside could not make another attempt either.
+		return Wait, false
+	case nonFatal:
+		return Hedge, true
+	}
+	return Answer, false
+}
+
+func (r *race) rankOf(err error) rank {
+	if err == nil {
+		return answer
+	}
+	refusal, refused := interceptor.AsRefusal(err)
+	switch {
+	case refused && refusal.NotSent():
+		return notSent
+	case refused && refusal.Reason == interceptor.ReasonDeadline:
+		return deadline
+	}
+	switch status.Code(err) {
+	case codes.DeadlineExceeded, codes.Canceled:
+		if r.expired() {
+			return deadline
+		}
+	}
+	return answer
+}
+
+// expired reports whether a deadline of the call has passed, the caller's or that of a
+// layer outside.
+func (r *race) expired() bool {
+	if r.ctx.Err() == context.Canceled {
+		refusal, ok := interceptor.AsRefusal(context.Cause(r.ctx))
+		return ok && refusal.Reason == interceptor.ReasonDeadline
+	}
+	d, ok := r.ctx.Deadline()
+	return ok && !time.Now().Before(d)
 }

@@ -46,10 +46,8 @@ type Layer struct {
 // New returns a load shed. An error is a [*interceptor.ConfigError].
 func New(_ Config, opts ...Option) (*Layer, error) {
 	o := options{name: "loadshed"}
-	for _, opt := range opts {
-		opt(&o)
-	}
 	errs := check.Of("loadshed")
+	check.Options(errs, &o, opts)
 	errs.Name(o.name)
 	if err := errs.Err(); err != nil {
 		return nil, err

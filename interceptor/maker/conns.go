@@ -143,7 +143,7 @@ func (m *Maker) balanceLocked() {
 				break
 			}
 			m.makeLocked(e.turn.asked, e)
-		} // Else its own one has yielded to all that came before.
+		} // Otherwise its own one has yielded to all that came before.
 		m.grantLocked(e)
 	}
 	for m.yielding.Len() > m.queue.Len() {
@@ -349,22 +349,24 @@ func (m *Maker) settle(c *conn, conn Conn, err error, began interceptor.Instant)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	defer close(c.made)
-	if err != nil {
-		c.err = m.refuse("the connection cannot be made", c.key, err, codes.Unavailable)
-		if c.entry == nil {
-			delete(m.retired, c)
-			m.closing--
-			return
-		}
-		m.moveLocked(c, nil)
-		m.dropLocked(c)
-		m.balanceLocked()
-		return
-	}
-	c.conn, c.streams, c.began = conn, streams, interceptor.Now()
 	switch {
 	case m.closed:
 		c.err = m.closedRefusal
+	case err != nil:
+		c.err = m.refuse("the connection cannot be made", c.key, err, codes.Unavailable)
+	}
+	if err == nil {
+		c.conn, c.streams, c.began = conn, streams, interceptor.Now()
+	}
+	switch {
+	case err != nil && c.entry == nil:
+		delete(m.retired, c)
+		m.closing--
+	case err != nil:
+		m.moveLocked(c, nil)
+		m.dropLocked(c)
+		m.balanceLocked()
+	case m.closed:
 		m.closeLocked(c)
 	case c.refs == 0:
 		m.restLocked(c)

@@ -35,8 +35,9 @@ type Conn interface {
 
 // Config bounds the connections. The zero Config is the default.
 type Config struct {
-	// MaxConns bounds the connections, including those that are being made but not those
-	// that are being closed. At least 1; zero means 100.
+	// MaxConns bounds the connections, including those that are being made. Those that
+	// are being closed, or that wait for their last calls before that because of MaxAge
+	// or [Maker.Forget], come on top. At least 1; zero means 100.
 	MaxConns int
 
 	// IdleTimeout is how long a connection must be unused before it is closed. At least
@@ -184,9 +185,7 @@ type Maker struct {
 func New(config Config, key KeyFunc, makeConn MakeFunc, opts ...Option) (*Maker, error) {
 	errs := check.Of("maker")
 	o := options{name: "maker", errs: errs}
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(errs, &o, opts)
 	errs.Name(o.name)
 	filled := config.withDefaults(errs)
 	errs.NotNil(key == nil, "key", "a function")
@@ -448,6 +447,7 @@ func (m *Maker) Close() error {
 	}
 	clear(m.entries)
 	for c := range m.retired {
+		c.why = Closed
 		if c.conn != nil { // Otherwise settle closes it.
 			m.closeLocked(c)
 		}

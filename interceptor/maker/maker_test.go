@@ -1103,6 +1103,22 @@ func TestName(t *testing.T) {
 	}
 }
 
+// unfair says what does not hold of the keys that wait in m, and should always.
+func unfair(m *Maker) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	waiting, yielding, busy, idle := m.queue.Len(), m.yielding.Len(), m.busy.Len(), m.idle.Len()
+	switch {
+	case m.conns != yielding+busy+idle:
+		return fmt.Errorf("%d connections, but %d yield, %d are busy and %d idle", m.conns, yielding, busy, idle)
+	case waiting > 0 && (idle > 0 || m.conns < m.config.MaxConns):
+		return fmt.Errorf("%d keys wait, but %d of %d connections are idle and there may be %d", waiting, idle, m.conns, m.config.MaxConns)
+	case yielding != min(waiting, m.conns):
+		return fmt.Errorf("%d keys wait and %d of %d connections yield, want one for each", waiting, yielding, m.conns)
+	}
+	return nil
+}
+
 // Calls of random keys that take a random time, are cancelled, or fail to get a
 // connection, in virtual time: the bound always holds, and at rest all that is
 // left is idle, and then gone. Virtual time makes it fail never or for a reason.
@@ -1111,7 +1127,7 @@ func TestRandomCalls(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	fac := &factory{makeTakes: 5 * time.Millisecond, closeTakes: 3 * time.Millisecond, callTakes: 10 * time.Millisecond}
-	bubble(t, Config{MaxConns: 3, IdleTimeout: 20 * time.Millisecond, MaxWait: 100 * time.Millisecond}, fac, func(t *testing.T, m *Maker) {
+	bubble(t, Config{MaxConns: 3, IdleTimeout: 20 * time.Millisecond, MaxAge: 200 * time.Millisecond, MaxWait: 100 * time.Millisecond}, fac, func(t *testing.T, m *Maker) {
 		var wg sync.WaitGroup
 		var ok atomic.Int64
 		over := false
@@ -1129,6 +1145,9 @@ func TestRandomCalls(t *testing.T) {
 				}
 			})
 			over = over || m.Stats().Conns > 3
+			if err := unfair(m); err != nil {
+				t.Fatal(err)
+			}
 			if rng.IntN(20) == 0 {
 				m.Forget(key)
 			}

@@ -15,6 +15,7 @@
 //	belfry.refused         counter    rpc.method, belfry.layer, belfry.reason                    calls and further attempts refused
 //	belfry.wait            histogram  rpc.method, belfry.layer                                   seconds waited for admission
 //	belfry.attempts        counter    rpc.method, belfry.attempt                                 attempts handed to the connection
+//	belfry.further_attempts counter   rpc.method, belfry.layer, belfry.reason                    attempts of retries and hedges
 //	belfry.hedges.fired    counter    rpc.method, belfry.layer                                   extra attempts of hedges
 //	belfry.hedges.won      counter    rpc.method, belfry.layer                                   calls whose result is an extra attempt's
 //	belfry.in_flight       up-down    none                                                       calls in the stack, waiting ones included

@@ -27,10 +27,10 @@ const scopeName = "github.com/belfry-go/belfry/interceptor"
 type Observer struct {
 	interceptor.NopObserver
 
-	calls, admitted, refused, attempts, hedgesFired, hedgesWon metric.Int64Counter
-	inFlight                                                   metric.Int64UpDownCounter
-	wait                                                       metric.Float64Histogram
-	budget, limit                                              metric.Float64Gauge
+	calls, admitted, refused, attempts, further, hedgesFired, hedgesWon metric.Int64Counter
+	inFlight                                                            metric.Int64UpDownCounter
+	wait                                                                metric.Float64Histogram
+	budget, limit                                                       metric.Float64Gauge
 
 	// methods are the names that are reported, and known how many there are.
 	methods sync.Map // of string to struct{}
@@ -83,6 +83,7 @@ const (
 	admitted
 	refused
 	attempts
+	further
 	layered // method and layer
 	gauge   // layer alone
 )
@@ -112,6 +113,7 @@ func New(p metric.MeterProvider) (*Observer, error) {
 	counter(&o.admitted, "belfry.admitted", "{attempt}", "Calls and further attempts that passed the gates.")
 	counter(&o.refused, "belfry.refused", "{attempt}", "Calls and further attempts refused, by layer and reason.")
 	counter(&o.attempts, "belfry.attempts", "{attempt}", "Attempts handed to the connection.")
+	counter(&o.further, "belfry.further_attempts", "{attempt}", "Attempts of retries and hedges, by layer and reason.")
 	counter(&o.hedgesFired, "belfry.hedges.fired", "{attempt}", "Extra attempts of hedges.")
 	counter(&o.hedgesWon, "belfry.hedges.won", "{call}", "Calls whose result is an extra attempt's.")
 	var err error
@@ -160,7 +162,7 @@ func (o *Observer) with(k key) *option {
 		kvs = append(kvs, attribute.String("belfry.kind", k.kind), attribute.String("belfry.attempt", k.detail))
 	case attempts:
 		kvs = append(kvs, attribute.String("belfry.attempt", k.detail))
-	case refused:
+	case refused, further:
 		kvs = append(kvs, attribute.String("belfry.reason", k.detail))
 	}
 	set := metric.WithAttributeSet(attribute.NewSet(kvs...))
@@ -208,6 +210,12 @@ func (o *Observer) Ended(method string, kind interceptor.Kind, out interceptor.O
 
 // InFlight adds to belfry.in_flight.
 func (o *Observer) InFlight(delta int) { o.inFlight.Add(context.Background(), int64(delta)) }
+
+// Further adds to belfry.further_attempts.
+func (o *Observer) Further(method, layer string, f interceptor.FurtherAttempt) {
+	k := key{instrument: further, method: method, layer: layer, detail: f.Reason}
+	o.further.Add(context.Background(), 1, o.with(k).add...)
+}
 
 // HedgeFired adds to belfry.hedges.fired.
 func (o *Observer) HedgeFired(method, layer string) {

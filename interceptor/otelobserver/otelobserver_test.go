@@ -91,6 +91,7 @@ func TestInstruments(t *testing.T) {
 	obs.Limit("limit", 10)
 	obs.HedgeFired("/s/ok", "hedge")
 	obs.HedgeWon("/s/ok", "hedge")
+	obs.Further("/s/ok", "retry", interceptor.FurtherAttempt{Attempt: 1, Reason: "Unavailable"})
 	obs.Attempt("/s/ok", 2)
 
 	got := points(t, reader)
@@ -104,11 +105,12 @@ func TestInstruments(t *testing.T) {
 		"belfry.calls{belfry.kind=unary,belfry.outcome=failed,rpc.grpc.status=NotFound,rpc.method=/s/bad}": 1,
 		"belfry.refused{belfry.layer=breaker,belfry.reason=BREAKER_OPEN,rpc.method=/s/ok}":                 1,
 		"belfry.in_flight{}": 0,
-		"belfry.wait{belfry.layer=limit,rpc.method=/s/ok}":         1.5,
-		"belfry.budget.balance{belfry.layer=retry}":                12.5,
-		"belfry.limit{belfry.layer=limit}":                         10,
-		"belfry.hedges.fired{belfry.layer=hedge,rpc.method=/s/ok}": 1,
-		"belfry.hedges.won{belfry.layer=hedge,rpc.method=/s/ok}":   1,
+		"belfry.wait{belfry.layer=limit,rpc.method=/s/ok}":                                       1.5,
+		"belfry.budget.balance{belfry.layer=retry}":                                              12.5,
+		"belfry.limit{belfry.layer=limit}":                                                       10,
+		"belfry.hedges.fired{belfry.layer=hedge,rpc.method=/s/ok}":                               1,
+		"belfry.further_attempts{belfry.layer=retry,belfry.reason=Unavailable,rpc.method=/s/ok}": 1,
+		"belfry.hedges.won{belfry.layer=hedge,rpc.method=/s/ok}":                                 1,
 	}
 	for k, v := range want {
 		if g, ok := got[k]; !ok || g != v {

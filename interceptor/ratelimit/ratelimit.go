@@ -156,9 +156,7 @@ func WithPriority(f interceptor.PriorityFunc) Option {
 
 func optionsOf(opts []Option) options {
 	o := options{errs: check.Of("ratelimit"), name: "ratelimit", priority: interceptor.ContextPriority}
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.name)
 	return o
 }

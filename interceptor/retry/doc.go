@@ -24,8 +24,8 @@
 //     server;
 //   - the client itself could not send the request or take the answer, which is too
 //     large or cannot be encoded;
-//   - the call has made MaxAttempts, or Config.Budget is spent. The budget is on
-//     by default, see package budget;
+//   - the call has made MaxAttempts, or what it says itself (package attempts), or
+//     Config.Budget is spent. The budget is on by default, see package budget;
 //   - the delay before it would end after the call's deadline: the call then
 //     fails at once;
 //   - a layer inside refused the attempt. That is not a server's UNAVAILABLE. An
@@ -57,10 +57,10 @@
 // breaks. So an attempt that was sent is repeated only if its method may be carried out
 // more than once: if it is declared idempotent in its .proto file (option
 // idempotency_level, whose file is linked in if the stub is), if Config.Methods names it
-// or its service, if [WithIdempotent] allows it, or if Config.AllMethods is true, as in
+// or its service, if [WithIdempotent] allows it, if the call says so (package attempts), or if Config.AllMethods is true, as in
 // gRPC's own retries. Otherwise a unary call ends with the server's error, in which
 // errors.As finds a refusal with reason NOT_IDEMPOTENT, and the observer is told. A stream
-// ends with the server's error.
+// says so only if there is a policy.
 //
 // An attempt that was not sent, because there was no connection, is repeated whatever the
 // method, and costs the budget nothing.
@@ -72,7 +72,9 @@
 // budget bounds how many there are. During a back-off a call holds nothing of the layers
 // inside.
 //
-// The caller gets the error of the last attempt. If a further attempt was then refused,
+// The caller gets the error of the last attempt, whose text says how many there were. An
+// observer is told why each one is made, and a call may ask for a report
+// (interceptor/attempts). If a further attempt was then refused,
 // by a layer inside, by the budget (reason BUDGET), or because the stack drains or the
 // connection was closed, that error is wrapped in an [interceptor.Refusal] that says so.
 // Its status is still the server's, and the observer is told. Drain and ClientConn.Close
@@ -98,12 +100,23 @@
 // # Streams
 //
 // A stream is repeated until it commits: when the first response message or the
-// successful end is delivered, when Header has returned headers, or when more than
-// Config.BufferBytes was sent. Until then sent messages are kept and sent again on the
-// next attempt, so they must not be modified, as gRPC requires of SendMsg anyway. Headers
-// that the server sends before it fails do not commit a stream, as they do in gRPC
-// itself. No message is delivered twice. While no attempt is open SendMsg takes messages
-// up to that limit without an error; RecvMsg reports failures and repeats.
+// successful end is delivered, when Header has returned headers, or when it has sent more
+// than it may keep (Config.BufferBytes and Config.TotalBufferBytes). Headers that the
+// server sends before it fails, and that the caller has not asked for, do not commit a
+// stream; in gRPC itself they do. No message is delivered twice.
+//
+// What is sent before that is kept, encoded, when SendMsg returns, so the caller may use
+// the message again. Further attempts send new messages, decoded by the codec of the
+// call's options. A message that this codec cannot encode commits the stream:
+// a grpc.PreparedMsg, and on a connection that is not gRPC's, whose own options are not
+// seen, anything but a protocol buffer.
+//
+// RecvMsg, Header and SendMsg find out how an attempt has ended and repeat it, back-off
+// included. SendMsg returns nil only if the message was sent or is kept for an attempt
+// that follows, and io.EOF once none follows. It also commits the stream if it meets the
+// end of an attempt that has sent headers, and the type of the response is not known:
+// the code of the method is not linked in, or a call option chooses the codec. What
+// Context returns lives as long as the stream.
 //
 // # Cost
 //

@@ -67,7 +67,7 @@ func TestListedResourceExhausted(t *testing.T) {
 }
 
 func TestDecision(t *testing.T) {
-	const most = time.Minute
+	const most, deadline = time.Minute, 2 * time.Minute
 	info := retryInfo(t, codes.Unavailable, 20*time.Millisecond)
 	for _, tc := range []struct {
 		name     string
@@ -84,18 +84,20 @@ func TestDecision(t *testing.T) {
 		{"exactly_before_RetryInfo", info, "", retry.Decision{Repeat: true, Exact: true}, []time.Duration{0, 0}},
 		{"not_before_pushback", unavailable, "7", retry.Decision{Repeat: true, Exact: true}, []time.Duration{7, 7}},
 		{"after_more_than_MaxServerDelay", unavailable, "", retry.Decision{Repeat: true, After: most + 1}, nil},
-		{"after_the_deadline", unavailable, "", retry.Decision{Repeat: true, After: time.Second}, nil},
+		{"after_the_deadline", unavailable, "", retry.Decision{Repeat: true, After: deadline}, nil},
 		{"not", unavailable, "", retry.Decision{After: 1, Safe: true}, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := quick
-				c.MaxServerDelay = most
+				if c.MaxServerDelay = most; tc.d.After == deadline {
+					c.MaxServerDelay = time.Hour
+				}
 				var trailer metadata.MD
 				if tc.pushback != "" {
 					trailer = metadata.Pairs("grpc-retry-pushback-ms", tc.pushback)
 				}
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), deadline)
 				defer cancel()
 				s := always(t, tc.err, trailer)
 				start := time.Now()
@@ -132,6 +134,30 @@ func TestDecision_safe(t *testing.T) {
 				t.Errorf("with Safe = %v the attempt is repeated: %v", safe, got)
 			}
 		})
+	}
+}
+
+// The same of a stream.
+func TestDecision_safeStream(t *testing.T) {
+	srv := testserver.New(t)
+	for safe, want := range map[bool]int{false: 1, true: 3} {
+		c := quick
+		c.Methods = []string{}
+		asked := 0
+		l := mustNew(t, c, retry.WithPolicy(func(context.Context, *retry.Attempt) retry.Decision {
+			asked++
+			return retry.Decision{Repeat: true, Exact: true, Safe: safe}
+		}))
+		stream, err := testingv1.NewTestServiceClient(calltest.Stack(t, l).Wrap(testserver.Dial(t, srv))).ServerStream(t.Context(), &testingv1.ServerStreamRequest{
+			Behaviour: &testingv1.Behaviour{Status: &testingv1.Status{Code: int32(codes.Unavailable)}, ResponseCount: proto.Int32(0)},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = stream.Recv()
+		if r, refused := interceptor.AsRefusal(err); status.Code(err) != codes.Unavailable || asked != want || refused != !safe || refused && r.Reason != interceptor.ReasonNotIdempotent {
+			t.Errorf("with Safe = %v: %v after %d attempts, want UNAVAILABLE after %d", safe, err, asked, want)
+		}
 	}
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
+	"github.com/belfry-go/belfry/internal/replay"
 )
 
 const (
@@ -28,6 +29,8 @@ const (
 	DefaultMaxAttempts = 3
 	// DefaultBufferBytes is also gRPC's own limit for what is kept of a stream.
 	DefaultBufferBytes = 256 << 10
+	// DefaultTotalBufferBytes is enough for 64 streams that use DefaultBufferBytes.
+	DefaultTotalBufferBytes = 16 << 20
 	// DefaultMaxServerDelay is longer than a short overload lasts, and shorter than
 	// callers and limits can afford to wait.
 	DefaultMaxServerDelay = 10 * time.Second
@@ -35,8 +38,8 @@ const (
 
 // Config says what is repeated, how often and when. The zero value is the default.
 type Config struct {
-	// MaxAttempts bounds the attempts of a call, including the first. From 1, which
-	// repeats nothing, to 100; zero means 3. Attempts that were not sent because there
+	// MaxAttempts bounds the attempts of a call, including the first, unless the call says
+	// otherwise (attempts.MaxRetry). From 1, which repeats nothing, to 100; zero means 3. Attempts that were not sent because there
 	// was no connection are counted separately, up to the same number. An attempt that a
 	// layer inside refused does not count.
 	MaxAttempts int
@@ -53,10 +56,14 @@ type Config struct {
 	// included. Then Methods must be empty.
 	AllMethods bool
 	// BufferBytes is how many bytes of sent messages are kept for each stream so that it
-	// can be repeated. A stream that sends more is no longer repeated, and neither is one
-	// with messages of unknown size: known are protocol buffers, byte slices and types
-	// with a Size method. From 1 to 64 MiB; zero means 256 KiB.
+	// can be repeated, encoded and with the 5 bytes that gRPC adds to each. A stream that
+	// sends more is no longer repeated. A call can lower it by
+	// grpc.MaxRetryRPCBufferSize. From 1 to 64 MiB; zero means 256 KiB.
 	BufferBytes int
+	// TotalBufferBytes is how many bytes the streams of the layer keep together. A stream
+	// that sends more when they are used up is no longer repeated. From 1 to 1 GiB; zero
+	// means 16 MiB.
+	TotalBufferBytes int
 	// Backoff is how long to wait before each retry.
 	Backoff Backoff
 	// MaxServerDelay is the longest delay that a server may ask for, by RetryInfo or
@@ -77,6 +84,7 @@ type settings struct {
 	codes   codeset.Set
 	methods further.Methods
 	buffer  int
+	total   int
 	backoff Backoff
 	longest time.Duration // That a server may ask for.
 }
@@ -88,6 +96,8 @@ func (c Config) settings(errs *check.Errors, o *further.Options) *settings {
 	check.Default(errs, "MaxAttempts", &c.MaxAttempts, check.From(1, 100), DefaultMaxAttempts)
 	s.codes = check.Codes(errs, "Codes", c.Codes, codes.Unavailable, codes.ResourceExhausted)
 	check.Default(errs, "BufferBytes", &c.BufferBytes, check.From(1, 64<<20), DefaultBufferBytes)
+	check.Default(errs, "TotalBufferBytes", &c.TotalBufferBytes, check.From(1, 1<<30), DefaultTotalBufferBytes)
+	s.total = c.TotalBufferBytes
 	s.max, s.buffer, s.backoff = c.MaxAttempts, c.BufferBytes, c.Backoff.withDefaults(errs.In("Backoff"))
 	check.DefaultText(errs, "MaxServerDelay", &c.MaxServerDelay, check.Positive, max(DefaultMaxServerDelay, s.backoff.Max), "10s, or Backoff.Max if that is longer")
 	s.longest = c.MaxServerDelay
@@ -184,6 +194,8 @@ type Layer struct {
 	maker  *further.Maker
 	policy Policy
 
+	kept replay.Total // What streams keep.
+
 	set atomic.Pointer[settings]
 	// mu serialises Update. The budget's mutex is locked under it.
 	mu sync.Mutex
@@ -193,9 +205,7 @@ type Layer struct {
 func New(c Config, opts ...Option) (*Layer, error) {
 	o := options{errs: check.Of("retry")}
 	o.Name = "retry"
-	for _, opt := range opts {
-		opt(&o)
-	}
+	check.Options(o.errs, &o, opts)
 	o.errs.Name(o.Name)
 	s := c.settings(o.errs, &o.Options)
 	if err := o.errs.Err(); err != nil {
@@ -349,7 +359,7 @@ func (s *series) step(ctx context.Context, last *failure) (again *failure, err e
 	if t, ok := ctx.Deadline(); ok && interceptor.Now().Add(v.after) >= interceptor.InstantOf(t) {
 		return nil, last.Err
 	}
-	a, refused := s.Make(ctx, further.Plan{Delay: v.after, Run: s.run})
+	a, refused := s.Make(ctx, further.Plan{Delay: v.after, After: last.Err, Reason: v.reason, Run: s.run})
 	if refused != nil {
 		return nil, s.Refused(ctx, refused, last.Err)
 	}
@@ -369,14 +379,24 @@ func (s *series) run(ctx context.Context, a *interceptor.Call) error {
 // A verdict says what follows an attempt.
 type verdict struct {
 	repeat bool
-	after  time.Duration // How long to wait before it is repeated.
+	after  time.Duration // How long to wait before it is repeated,
+	reason string        // and why it is.
 	err    error         // The call's error if it is not repeated.
+}
+
+// attempts returns the most attempts of a call.
+func (set *settings) attempts(c *interceptor.Call) int {
+	if p := c.Internals().PerCall(); p != nil {
+		return attempt.Max(p.MaxRetry, set.max)
+	}
+	return set.max
 }
 
 // judge decides whether an attempt is repeated.
 func (s *series) judge(ctx context.Context, last *failure) verdict {
 	l, set, stop := s.layer, s.layer.set.Load(), verdict{err: last.Err}
-	spent := s.made >= set.max || s.unsent >= set.max
+	most := set.attempts(s.Call.Call)
+	spent := s.made >= most || s.unsent >= most
 	if ctx.Err() != nil || spent && l.policy == nil {
 		return stop
 	}
@@ -402,16 +422,19 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 			d.After = max(d.After, wish.After)
 		}
 	}
+	if d.Reason == "" {
+		d.Reason = status.Code(last.Err).String()
+	}
 	switch {
 	case !d.Repeat || spent || d.After > set.longest:
 		return stop
-	case last.Sent && !d.Safe && !s.Maker.May(&set.methods, s.Method()):
+	case last.Sent && !d.Safe && !s.Maker.May(&set.methods, s.Call.Call):
 		return verdict{err: s.NotIdempotent(last.Err)}
 	case d.Exact:
 		s.delays.reset()
-		return verdict{repeat: true, after: d.After}
+		return verdict{repeat: true, after: d.After, reason: d.Reason}
 	}
-	return verdict{repeat: true, after: s.delays.atLeast(&set.backoff, d.After)}
+	return verdict{repeat: true, after: s.delays.atLeast(&set.backoff, d.After), reason: d.Reason}
 }
 
 // ask asks the policy about an attempt. If that is not repeated, err is the call's error.

@@ -193,7 +193,7 @@ func TestTowerRetryMutatingPolicy(t *testing.T) {
 			a.Request = wrapperspb.String("retrying")
 			return retry.Decision{Repeat: true}
 		})))
-		if err == nil || err.Error() != "out of retries" {
+		if err == nil || err.Error() != "out of retries (after 3 attempts)" {
 			t.Errorf("got %v, want the policy's error", err)
 		}
 		if want := []string{"hello", "retrying", "retrying"}; !slices.Equal(s.seen, want) {
@@ -281,7 +281,7 @@ func TestServerDelay(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				start := time.Now()
 				s := always(t, tc.err, tc.trailer)
-				if _, err := s.call(t.Context(), nil, mustNew(t, quick)); err != tc.err {
+				if _, err := s.call(t.Context(), nil, mustNew(t, quick)); !errors.Is(err, tc.err) {
 					t.Errorf("got %v, want the server's error", err)
 				}
 				var at []string
@@ -311,7 +311,7 @@ func TestServerDelayThroughForeign(t *testing.T) {
 				trailer.Set("grpc-retry-pushback-ms", tc.pushback)
 			}
 			s := always(t, unavailable, trailer)
-			if _, err := s.call(t.Context(), nil, mustNew(t, quick), foreign); err != unavailable {
+			if _, err := s.call(t.Context(), nil, mustNew(t, quick), foreign); !errors.Is(err, unavailable) {
 				t.Errorf("pushback %q: got %v, want the server's error", tc.pushback, err)
 			}
 			if s.attempts() != tc.attempts {
@@ -352,7 +352,7 @@ func TestBackoffPastDeadlineFailsAtOnce(t *testing.T) {
 		c.MaxAttempts = 100
 		l := mustNew(t, c)
 		s := always(t, unavailable, nil)
-		if _, err := s.call(ctx, nil, l); err != unavailable {
+		if _, err := s.call(ctx, nil, l); !errors.Is(err, unavailable) {
 			t.Errorf("got %v, want the server's last error", err)
 		}
 		if got := time.Since(start); got != 10*time.Millisecond || s.attempts() != 2 {
@@ -615,7 +615,7 @@ func TestNestedRetryPassesPushbackOn(t *testing.T) {
 			}
 			return "", nil, unavailable
 		}}
-		if _, err := s.call(t.Context(), nil, mustNew(t, quick), mustNew(t, quick)); err != unavailable || s.attempts() != 2 {
+		if _, err := s.call(t.Context(), nil, mustNew(t, quick), mustNew(t, quick)); !errors.Is(err, unavailable) || s.attempts() != 2 {
 			t.Errorf("%d attempts, %v; want both layers to stop at the pushback of the second", s.attempts(), err)
 		}
 	})
@@ -811,5 +811,29 @@ func BenchmarkSpentBudget(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		unary(ctx, method, nil, nil, nil, fail)
+	}
+}
+
+// gRPC's codec takes what embeds a protocol buffer, by pointer and by value.
+func TestReplyIsAWrapper(t *testing.T) {
+	for name, of := range map[string]func(m proto.Message) any{
+		"by_pointer": func(m proto.Message) any { return &struct{ proto.Message }{m} },
+		"by_value":   func(m proto.Message) any { return struct{ proto.Message }{m} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				attempts, m := 0, wrapperspb.String("old")
+				err := calltest.Stack(t, mustNew(t, quick)).UnaryClientInterceptor()(t.Context(), method, nil, of(m), nil,
+					func(_ context.Context, _ string, _, reply any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
+						if attempts++; attempts == 1 {
+							return unavailable
+						}
+						return proto.Unmarshal([]byte("\x0a\x03new"), reply.(proto.Message))
+					})
+				if err != nil || m.GetValue() != "new" {
+					t.Errorf("the reply is %q, %v; want that of the second attempt", m.GetValue(), err)
+				}
+			})
+		})
 	}
 }

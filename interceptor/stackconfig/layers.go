@@ -239,7 +239,15 @@ func (s *source) set(to reflect.Value, fd protoreflect.FieldDescriptor, from pro
 	case fd.IsList():
 		to.Set(reflect.ValueOf(s.codes(field, from.List())))
 	case fd.Message() != nil && fd.Message().FullName() == durationName:
-		to.SetInt(int64(s.duration(field, from.Message().Interface().(*durationpb.Duration))))
+		d := s.duration(field, from.Message().Interface().(*durationpb.Duration))
+		if fd.HasOptionalKeyword() { // As with a double below.
+			if d == 0 {
+				d = check.None
+			} else if d < 0 {
+				s.fail(field, "%v, must not be negative", d)
+			}
+		}
+		to.SetInt(int64(d))
 	case fd.Message() != nil:
 		if to.Kind() == reflect.Pointer {
 			to.Set(reflect.New(to.Type().Elem()))

@@ -135,6 +135,7 @@ var bad = []struct{ js, field string }{
 	{all(`{"throttle": {"rejectCodes": ["OK"]}}`), `methodConfig[0].layers[0].throttle.rejectCodes[0]`},
 	{all(`{"breaker": {"failureRatio": 2}}`), `methodConfig[0].layers[0].breaker.failureRatio`},
 	{all(`{"breaker": {"slowCallRatio": 0.5}}`), `methodConfig[0].layers[0].breaker.slowCall`},
+	{all(`{"hedge": {"delay": "-0.000000001s"}}`), `methodConfig[0].layers[0].hedge.delay`},
 	{all(`{"breaker": {"jitter": -1}}`), `methodConfig[0].layers[0].breaker.jitter`},
 	{all(`{"breaker": {"jitter": 2}}`), `methodConfig[0].layers[0].breaker.jitter`},
 	{all(`{"breaker": {"maxOpenFor": "1s"}}`), `methodConfig[0].layers[0].breaker.maxOpenFor`},

@@ -36,9 +36,7 @@ type Stack struct {
 // names the field. If an option is wrong, it is an [*interceptor.ConfigError].
 func NewStackFromConfig(config *configv1.Stack, opts ...Option) (*Stack, error) {
 	s := &Stack{opts: options{errs: check.Of("stackconfig"), supplied: map[supply]any{}}}
-	for _, o := range opts {
-		o(&s.opts)
-	}
+	check.Options(s.opts.errs, &s.opts, opts)
 	err := s.opts.errs.Err()
 	if err != nil {
 		return nil, err

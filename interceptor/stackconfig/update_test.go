@@ -290,6 +290,15 @@ func (l late) Invoke(context.Context, string, any, any, ...grpc.CallOption) erro
 	return nil
 }
 
+func TestHedgeDelay(t *testing.T) {
+	for delay, want := range map[string]time.Duration{`{}`: 0, `{"delay": "0s"}`: hedge.None, `{"delay": "0.010s"}`: 10 * time.Millisecond} {
+		s := newStack(t, all(`{"name": "h", "hedge": `+delay+`}`))
+		if got := s.Layer("h").(*hedge.Layer).Config().Delay; got != want {
+			t.Errorf("%s: Config.Delay = %d, want %d", delay, got, want)
+		}
+	}
+}
+
 func TestUpdateKeepsLatencies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		config := `{"name": "t", "timeout": {"call": "%ds", "adaptive": {"min": "0.001s", "multiple": 2, "minSamples": 20}}}, {"name": "h", "hedge": {"allMethods": true, "maxExtraLoad": %v}}`
@@ -301,16 +310,16 @@ func TestUpdateKeepsLatencies(t *testing.T) {
 		}
 		update(t, s, all(fmt.Sprintf(config, 20, 0.1)))
 		h := s.Layer("h").(*hedge.Layer)
-		if d, ok := h.Delay(); !ok || d < 100*time.Millisecond || d > 101*time.Millisecond {
+		if d, ok := h.Delay(method); !ok || d < 100*time.Millisecond || d > 101*time.Millisecond {
 			t.Errorf("after 20 calls of 100ms and an update Delay() = %v, %v, want 100ms to 101ms and true", d, ok)
 		}
 		// The least of 20 or the double of 100ms.
-		if d := s.Layer("t").(*timeout.Layer).Timeout(); d < 200*time.Millisecond || d > 202*time.Millisecond {
+		if d := s.Layer("t").(*timeout.Layer).Timeout(method); d < 200*time.Millisecond || d > 202*time.Millisecond {
 			t.Errorf("after 20 calls of 100ms and an update Timeout() = %v, want 200ms to 202ms", d)
 		}
-		// 20 calls have paid 0.05 each, besides one a second for 10 s.
-		if got := h.Budget().Balance(); got != 11 {
-			t.Errorf("after 20 calls Balance() = %v, want 11", got)
+		// 20 calls have paid 0.0475 each, besides one a second for 10 s.
+		if got := h.Budget().Balance(); got != 10.95 {
+			t.Errorf("after 20 calls Balance() = %v, want 10.95", got)
 		}
 	})
 }

@@ -150,8 +150,8 @@ func TestServerStreamIsSteeredByItsRequest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	count := &calltest.Counter{}
-	client := testingv1.NewTestServiceClient(calltest.Stack(t, count).Wrap(s))
+	count, seen := &calltest.Counter{}, &outcome{}
+	client := testingv1.NewTestServiceClient(calltest.Stack(t, count, seen).Wrap(s))
 	receive := func(payload string) (n int, err error) {
 		st, err := client.ServerStream(t.Context(), &testingv1.ServerStreamRequest{Payload: []byte(payload)})
 		for err == nil {
@@ -170,6 +170,9 @@ func TestServerStreamIsSteeredByItsRequest(t *testing.T) {
 	if _, err := receive("c"); status.Code(err) != codes.Internal {
 		t.Errorf("a request for nobody: %v, want INTERNAL", err)
 	}
+	if seen.last != interceptor.NotSent {
+		t.Errorf("a request for nobody ended as %v, want not_sent", seen.last)
+	}
 	if _, err := client.Bidi(t.Context()); status.Code(err) != codes.Unimplemented {
 		t.Errorf("a stream without a request: %v, want the error of the function", err)
 	}
@@ -177,6 +180,23 @@ func TestServerStreamIsSteeredByItsRequest(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// outcome is a layer that keeps how the last call ended.
+type outcome struct {
+	interceptor.GateOnly
+	last interceptor.Outcome
+}
+
+func (o *outcome) NewLayer() (interceptor.Layer, error) { return o, nil }
+
+func (o *outcome) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		a.Hold(o, 0)
+		return inner.Admit(ctx, a, w)
+	})
+}
+
+func (o *outcome) Release(_ int64, e interceptor.End) { o.last = e.Outcome }
 
 func TestChooseMayRefuse(t *testing.T) {
 	plain, ctx := errors.New("no tenant"), context.Background()

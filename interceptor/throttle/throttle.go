@@ -144,10 +144,8 @@ func WithName(name string) Option { return func(o *options) { o.name = name } }
 // New returns a Layer. An error is a [*interceptor.ConfigError], or several joined.
 func New(config Config, opts ...Option) (*Layer, error) {
 	o := options{name: "throttle"}
-	for _, opt := range opts {
-		opt(&o)
-	}
 	errs := check.Of("throttle")
+	check.Options(errs, &o, opts)
 	errs.Name(o.name)
 	s := config.settings(errs, nil)
 	if err := errs.Err(); err != nil {

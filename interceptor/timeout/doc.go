@@ -32,9 +32,12 @@
 //
 // A call that a deadline cuts short ends with DEADLINE_EXCEEDED. Its error is an
 // [interceptor.Refusal] with reason DEADLINE, in which errors.As finds an [Exceeded] that
-// says which bound it was, or that it was the caller's deadline. A DEADLINE_EXCEEDED that
-// the server answered before any deadline here passed is returned as it is. For streams
-// that is so only if the layer has a bound for them.
+// says which bound it was, or that it was the caller's deadline. For streams that is so
+// only if the layer has a bound for them.
+//
+// The server has the same deadline, and may say DEADLINE_EXCEEDED a little earlier. If it
+// does so in the last quarter of the time that this layer gave the call, it was this
+// layer's deadline. Before that it is the server's own answer, which is returned as it is.
 //
 // # Order
 //
@@ -49,6 +52,7 @@
 //
 // # Adaptive timeouts
 //
-// With [Config.Adaptive] the deadline of unary calls follows their latency: a
-// multiple of a recent percentile, between a minimum and Timeout.
+// With [Config.Adaptive] the deadline of unary calls follows the latency of their method:
+// a multiple of a recent percentile, between a minimum and Timeout. A method that becomes
+// slower than that gets Timeout, until its latency is known again.
 package timeout

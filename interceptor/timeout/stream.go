@@ -28,12 +28,14 @@ func (l *Layer) stream(ctx context.Context, c *interceptor.Call, next intercepto
 	if !ok { // The gate had other settings.
 		beginning = interceptor.Now()
 	}
-	st := &stream{layer: l, settings: s, kind: c.Kind(), ctx: ctx, end: c.Internals().StreamEnd()}
+	st := &stream{
+		layer: l, settings: s, kind: c.Kind(), ctx: ctx, end: c.Internals().StreamEnd(), began: c.Internals().AdmittedAt(),
+	}
 	st.own = ctx
 	if s.Lifetime > 0 {
 		deadline := beginning.Add(s.Lifetime)
 		if t, ok := ctx.Deadline(); !ok || deadline < interceptor.InstantOf(t) {
-			st.due.lifetime = deadline
+			st.due.lifetime, st.until = deadline, deadline
 			st.own, st.release = context.WithDeadlineCause(ctx, deadline.Time(), s.causes[Lifetime])
 		}
 	}
@@ -80,6 +82,8 @@ type stream struct {
 	release  context.CancelFunc      // Frees the deadline in own; nil if there is none.
 	cancel   context.CancelCauseFunc // Ends own.
 	end      interceptor.StreamEnd
+	began    interceptor.Instant // When it was admitted,
+	until    interceptor.Instant // and when its lifetime ends; 0 if that is not bounded here.
 
 	// mu guards the fields below. Nothing is called under it but the timer's methods.
 	mu        sync.Mutex
@@ -168,7 +172,11 @@ func (s *stream) stop() {
 // stops the stream.
 func (s *stream) explain(err error) error {
 	mine, _ := context.Cause(s.own).(*interceptor.Refusal)
-	if mine != nil && !s.settings.caused(mine) {
+	switch {
+	case mine != nil && s.settings.caused(mine):
+	case s.until != 0 && toldFirst(err, s.began, s.until):
+		mine = s.settings.causes[Lifetime]
+	default:
 		mine = nil
 	}
 	err = s.layer.explain(s.ctx, s.own, mine, err)

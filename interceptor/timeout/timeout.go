@@ -4,6 +4,7 @@
 package timeout
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
+	"github.com/belfry-go/belfry/internal/keyed"
 	"github.com/belfry-go/belfry/internal/quantile"
 )
 
@@ -45,22 +47,31 @@ type Config struct {
 	Idle time.Duration
 }
 
-// Adaptive is a timeout of Multiple times a percentile of the latencies of the successful
-// calls of the last Window, at least Min and at most [Config.Timeout]. A call that this
-// timeout cuts short counts with the time it took, so the timeout grows if a server
-// becomes slower.
+// Adaptive is a timeout of Multiple times a percentile of the latencies of a method's
+// successful calls of the last Window, at least Min and at most [Config.Timeout]. Each
+// method has its own; beyond 1,000 methods the others share one.
+//
+// A call that this timeout cuts short counts as if it had taken [Config.Timeout], because
+// nobody knows how long it would have taken. So the timeout cannot hold on to a percentile
+// that was right once: when more calls are cut short than the percentile leaves out, the
+// timeout is Config.Timeout, until those calls are older than Window. By default that is
+// so after a hundredth of the calls that the method had in the last Window, and those in
+// flight meanwhile. Calls of a method that are always slower than its timeout, and fewer
+// than the percentile leaves out, are cut short for good; if they are wanted, Percentile
+// must be higher.
 type Adaptive struct {
 	// Percentile is a share of the calls, above 0 and below 1; 0 is the default, 0.99.
 	Percentile float64
 	// Multiple is from 1 to 100; 0 is the default, 3: a call that takes three times as
-	// long as the slowest hundredth is not going to be answered.
+	// long as all but the slowest hundredth is not going to be answered.
 	Multiple float64
 	// Min is the least timeout, above 0 and at most Timeout. Required, because a fast
 	// server would otherwise get a timeout that an ordinary pause exceeds.
 	Min time.Duration
 	// Window is how long latencies count, from 1 s to 1 h; 0 is the default, 1 min.
 	Window time.Duration
-	// MinSamples is how many latencies must be known; with fewer the timeout is Timeout.
+	// MinSamples is how many latencies of the method must be known; with fewer the
+	// timeout is Timeout.
 	// From 1 to 1e6; 0 is the default, 100, because with fewer the 99th percentile is
 	// the slowest call.
 	MinSamples int
@@ -71,6 +82,9 @@ const (
 	defaultMultiple   = 3
 	defaultWindow     = time.Minute
 	defaultSamples    = 100
+
+	// maxMethods is how many methods have latencies of their own.
+	maxMethods = 1000
 )
 
 // A Bound says what cut a call short.
@@ -209,14 +223,15 @@ func WithName(name string) Option { return func(o *options) { o.name = name } }
 type Layer struct {
 	name     string
 	settings atomic.Pointer[settings]
-	// recent are the latencies for an adaptive timeout; nil until there was one.
-	recent atomic.Pointer[quantile.Window]
+	// methods are the latencies for an adaptive timeout, by method; nil until there was
+	// one.
+	methods atomic.Pointer[keyed.Map[*quantile.Window]]
 
 	// The gate leaves these notes for the call path.
 	beginning noteKey // When the call reached the gate, if a bound counts from then.
 	deadline  noteKey // When a unary call has to be over, if that is before its caller's deadline.
 
-	mu sync.Mutex // Held by Update. The lock of recent is taken under it.
+	mu sync.Mutex // Held by Update. The locks of methods are taken under it.
 }
 
 // noteKey is the key of a note by its address, and so it has a size.
@@ -225,10 +240,8 @@ type noteKey struct{ _ byte }
 // New makes a layer. An error is a [*interceptor.ConfigError], or several joined.
 func New(cfg Config, opts ...Option) (*Layer, error) {
 	o := options{name: "timeout"}
-	for _, opt := range opts {
-		opt(&o)
-	}
 	errs := check.Of("timeout")
+	check.Options(errs, &o, opts)
 	errs.Name(o.name)
 	l := &Layer{name: o.name}
 	if err := l.update(cfg, errs); err != nil {
@@ -249,15 +262,27 @@ func (l *Layer) update(cfg Config, errs *check.Errors) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if s.Adaptive != nil {
-		if w := l.recent.Load(); w != nil {
-			w.SetWindow(s.adaptive.Window)
-		} else {
-			l.recent.Store(quantile.New(s.adaptive.Window))
-		}
+	if s.Adaptive != nil && l.methods.Load() == nil {
+		l.methods.Store(keyed.New(func() int { return maxMethods }, l.newWindow, l.droppable))
 	}
 	l.settings.Store(s)
+	if s.Adaptive == nil {
+		return nil
+	}
+	for _, w := range l.methods.Load().All() {
+		w.SetWindow(s.adaptive.Window)
+	}
 	return nil
+}
+
+func (l *Layer) newWindow(string) *quantile.Window {
+	// It has no Window if an Update has turned it off since the call began.
+	return quantile.New(cmp.Or(l.settings.Load().adaptive.Window, defaultWindow))
+}
+
+// droppable reports whether all latencies of a method are too old to count.
+func (l *Layer) droppable(_ *quantile.Window, unused time.Duration, _ int64) bool {
+	return unused > l.settings.Load().adaptive.Window
 }
 
 // Config returns the configuration as it was given to New or Update.
@@ -271,14 +296,23 @@ func (l *Layer) Config() Config {
 	return cfg
 }
 
-// Timeout returns the timeout of a unary call that starts now; 0 if it has none.
-func (l *Layer) Timeout() time.Duration { return l.timeout(l.settings.Load()) }
-
-func (l *Layer) timeout(s *settings) time.Duration {
+// Timeout returns the timeout of a unary call of the method, such as
+// "/pkg.Service/Method", that starts now; 0 if it has none.
+func (l *Layer) Timeout(method string) time.Duration {
+	s := l.settings.Load()
 	if s.Adaptive == nil {
 		return s.Timeout
 	}
-	d, n := l.recent.Load().Quantile(s.adaptive.Percentile)
+	w, ok := l.methods.Load().Peek(method)
+	if !ok {
+		return s.Timeout
+	}
+	return s.timeout(w, interceptor.Now())
+}
+
+// timeout returns the adaptive timeout of a method with the latencies w.
+func (s *settings) timeout(w *quantile.Window, now interceptor.Instant) time.Duration {
+	d, n := w.QuantileAt(now, s.adaptive.Percentile)
 	if n < s.adaptive.MinSamples {
 		return s.Timeout
 	}
@@ -309,9 +343,11 @@ type gate struct {
 func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	l := g.layer
 	s := l.settings.Load()
-	b, limit, counts := Timeout, time.Duration(0), false
+	b, limit, counts := Timeout, s.Timeout, false
 	if a.Kind() == interceptor.Unary {
-		limit, counts = l.timeout(s), s.Adaptive != nil
+		if counts = s.Adaptive != nil; counts {
+			limit = s.timeout(l.window(a.Method(), a.Now()), a.Now())
+		}
 	} else {
 		b, limit = s.untilOpen(a.Kind())
 		counts = s.startCounts(a.Kind())
@@ -374,7 +410,15 @@ func (l *Layer) explainWait(ctx context.Context, err error) error {
 	if r, ok := interceptor.AsRefusal(err); !ok || r.Reason != interceptor.ReasonDeadline {
 		return err
 	}
+	if _, ok := interceptor.AsRefusal(context.Cause(ctx)); ok { // It is not the caller's.
+		return err
+	}
 	return exceeded(l.name, Caller, 0, err, false)
+}
+
+// window returns the latencies of a method.
+func (l *Layer) window(method string, now interceptor.Instant) *quantile.Window {
+	return l.methods.Load().Get(method, int64(now))
 }
 
 // WrapCall returns the call path that bounds the time of the call itself.
@@ -396,13 +440,17 @@ func noted(c *interceptor.Call, key *noteKey) (interceptor.Instant, bool) {
 func (l *Layer) unary(ctx context.Context, c *interceptor.Call, next interceptor.Next) error {
 	beginning, adaptive := noted(c, &l.beginning)
 	deadline, tightens := noted(c, &l.deadline)
+	if tightens { // Unless a layer outside has made the context's deadline earlier.
+		t, ok := ctx.Deadline()
+		tightens = !ok || deadline < interceptor.InstantOf(t)
+	}
 	if !tightens {
 		err := next(ctx, c)
 		if err != nil {
 			return l.explain(ctx, ctx, nil, err)
 		}
 		if adaptive {
-			l.record(beginning)
+			l.record(c, beginning)
 		}
 		return nil
 	}
@@ -415,24 +463,62 @@ func (l *Layer) unary(ctx context.Context, c *interceptor.Call, next interceptor
 	if context.Cause(own) == error(cause) { // A gate that cannot be bounded has admitted it too late.
 		return cause.Because(cause.Err, false)
 	}
+	began := c.Internals().AdmittedAt()
 	err := next(own, c)
-	if err != nil {
-		err = l.explain(ctx, own, cause, err)
+	if err == nil {
+		if adaptive {
+			l.record(c, beginning)
+		}
+		return nil
 	}
-	if adaptive && (err == nil || context.Cause(own) == error(cause) && isExceeded(err)) {
-		l.record(beginning)
+	mine := cause
+	if context.Cause(own) != error(cause) && !toldFirst(err, began, deadline) {
+		mine = nil
+	}
+	err = l.explain(ctx, own, mine, err)
+	if adaptive && mine != nil && isExceeded(err) {
+		l.recordCut(c)
 	}
 	return err
 }
 
-// record records the latency of a call that is over.
-func (l *Layer) record(beginning interceptor.Instant) {
-	l.recent.Load().Record(interceptor.Now().Sub(beginning))
+// record records the latency of a call that succeeded.
+func (l *Layer) record(c *interceptor.Call, beginning interceptor.Instant) {
+	now := interceptor.Now()
+	l.window(c.Method(), now).RecordAt(now, now.Sub(beginning))
+}
+
+// recordCut records a call that the timeout has cut short. All that is known of its
+// latency is a lower bound: statistics call such an observation censored. The estimate of
+// Kaplan and Meier moves the weight of one to the latencies above its bound, and says
+// nothing of a percentile when too many are cut. We move it to the greatest latency that
+// the layer would let a call have, which is simpler and errs on the side of the calls.
+// TCP, which doubles its timeout for each one that is exceeded in a row, is no model: a
+// success would undo what the timeout has learnt of the slower calls beside it.
+func (l *Layer) recordCut(c *interceptor.Call) {
+	now, s := interceptor.Now(), l.settings.Load()
+	w := l.window(c.Method(), now)
+	w.RecordAt(now, s.Timeout)
+	if s.Adaptive != nil {
+		w.SetWindow(s.adaptive.Window) // Forgets the answer it has computed, so that this one counts at once.
+	}
+}
+
+// margin is the share of a call's time at its end in which a DEADLINE_EXCEEDED of the
+// server is about the deadline that we gave it. Servers keep some of their time to answer
+// in, and their clocks run beside ours.
+const margin = 4
+
+// toldFirst reports whether err is the answer of a server that has told us of the deadline
+// before our own timer did. The call had its time from began to deadline.
+func toldFirst(err error, began, deadline interceptor.Instant) bool {
+	return status.Code(err) == codes.DeadlineExceeded &&
+		interceptor.Now().Add(deadline.Sub(began)/margin) >= deadline
 }
 
 // explain returns err as an Exceeded that says whose deadline ended a call, or an
 // operation on a stream, if a deadline did. own is the context that the layer gave the
-// call, possibly ctx itself, and mine is the cause with which this layer cancels it.
+// call, possibly ctx itself. If a bound of this layer has ended it, mine is its cause.
 func (l *Layer) explain(ctx, own context.Context, mine *interceptor.Refusal, err error) error {
 	if _, ok := interceptor.AsRefusal(err); ok {
 		return err
@@ -442,13 +528,12 @@ func (l *Layer) explain(ctx, own context.Context, mine *interceptor.Refusal, err
 	if !deadline && !cancelled {
 		return err
 	}
-	cause := context.Cause(own)
-	if mine != nil && cause == error(mine) {
+	if mine != nil {
 		e := mine.Err.(*Exceeded)
 		return exceeded(l.name, e.Bound, e.Limit, err, true)
 	}
 	if deadline && ctx.Err() == context.DeadlineExceeded {
-		if _, ok := interceptor.AsRefusal(cause); !ok { // Otherwise a layer outside explains it.
+		if _, ok := interceptor.AsRefusal(context.Cause(own)); !ok { // Otherwise a layer outside explains it.
 			return exceeded(l.name, Caller, 0, err, true)
 		}
 	}

@@ -91,12 +91,15 @@ func TestCallsInTheContextOfAnAttempt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	other := dialCluster(t, testserver.NewCluster(t, servers, inMemory), "pendingRequests", "")
+
 	credential := new(keeper)
 	var insideUnary, inside context.Context
 	inner := []grpc.DialOption{
 		grpc.WithPerRPCCredentials(credential),
 		grpc.WithChainStreamInterceptor(func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 			inside = ctx
+			spread(ctx, t, other, 1) // Before the attempt itself has an endpoint.
 			return streamer(ctx, desc, cc, method, opts...)
 		}),
 		grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
@@ -108,7 +111,6 @@ func TestCallsInTheContextOfAnAttempt(t *testing.T) {
 	}
 	main := dialCluster(t, testserver.NewCluster(t, servers, inMemory), "constant", "",
 		slices.Concat(calltest.Stack(t, layer).DialOptions(), p2c.DialOptions(), inner)...)
-	other := dialCluster(t, testserver.NewCluster(t, servers, inMemory), "pendingRequests", "")
 
 	ctx := testContext(t)
 	stream, err := testingv1.NewTestServiceClient(main).Bidi(ctx)
@@ -310,6 +312,9 @@ func TestNumberOfAnAttemptBehindWrap(t *testing.T) {
 			}
 			if !slices.Equal(servers.numbers, tc.want) {
 				t.Errorf("the server was told of %q, want %q", servers.numbers, tc.want)
+			}
+			if ctx := stream.Context(); attempt.Hide(ctx) != ctx {
+				t.Error("the context of the stream shows what is for the balancing policy")
 			}
 			if md, _ := metadata.FromOutgoingContext(stream.Context()); len(md) != 1 || len(md.Get("key")) != 1 {
 				t.Errorf("the context of the stream has the metadata %v, want the caller's", md)

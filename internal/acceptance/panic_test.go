@@ -56,6 +56,7 @@ func (o *panicky) Refused(string, string, interceptor.Reason)                 { 
 func (o *panicky) Waited(_, layer string, _ time.Duration)                    { o.panic("Waited at " + layer) }
 func (o *panicky) Attempt(string, int)                                        { o.panic("Attempt") }
 func (o *panicky) Ended(string, interceptor.Kind, interceptor.Outcome, error) { o.panic("Ended") }
+func (o *panicky) Further(string, string, interceptor.FurtherAttempt)         { o.panic("Further") }
 func (o *panicky) HedgeFired(string, string)                                  { o.panic("HedgeFired") }
 func (o *panicky) HedgeWon(string, string)                                    { o.panic("HedgeWon") }
 func (o *panicky) Budget(string, float64)                                     { o.panic("Budget") }
@@ -92,7 +93,7 @@ func (s *flaky) NewStream(ctx context.Context, _ *grpc.StreamDesc, _ string, _ .
 func TestPanic(t *testing.T) {
 	for _, in := range []string{
 		"Admitted", "Admitted further", "InFlight", "InFlight -1", "Refused", "Waited at concurrency", "Waited at semaphore", "Attempt", "Ended",
-		"HedgeFired", "HedgeWon", "Budget", "Limit",
+		"Further", "HedgeFired", "HedgeWon", "Budget", "Limit",
 	} {
 		t.Run("of_the_observer_in_"+in, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -122,6 +123,7 @@ func TestPanic(t *testing.T) {
 					time.Sleep(7 * time.Millisecond)
 				}
 				wg.Wait()
+				synctest.Wait() // For the losers of hedges.
 				if !o.fired.Load() {
 					t.Fatal("the observer was not asked")
 				}

@@ -25,6 +25,7 @@ const (
 	Unreadable                   // It was answered, and the client could not take the answer.
 	Unsendable                   // The client could not send a message of the stream,
 	Unasked                      // which was the first one.
+	TurnedAway                   // The connection refused a stream when its first message was sent.
 )
 
 // FateOf returns what became of a unary attempt that failed with err on a stream of

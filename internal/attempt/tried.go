@@ -137,13 +137,16 @@ func (t *Tried) Remove(id uint64) {
 }
 
 // Has reports whether the endpoint was added.
-func (t *Tried) Has(id uint64) bool {
+func (t *Tried) Has(id uint64) bool { return t.Times(id) > 0 }
+
+// Times returns how many times the endpoint was added.
+func (t *Tried) Times(id uint64) (n int) {
 	for i := range t.len() {
 		if t.ids[i].Load() == id {
-			return true
+			n++
 		}
 	}
-	return false
+	return n
 }
 
 // Empty reports whether nothing was ever added.

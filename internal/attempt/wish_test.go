@@ -14,7 +14,8 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
-	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	_ "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
 func TestWishOf(t *testing.T) {
@@ -45,29 +46,21 @@ func TestWishOf(t *testing.T) {
 	}
 }
 
-type sized struct{}
-
-func (sized) Size() int { return 5 }
-
-func TestSize(t *testing.T) {
-	b := []byte("1234")
-	for _, tc := range []struct {
-		m    any
-		n    int
-		know bool
-	}{
-		{wrapperspb.String("abc"), 10, true}, {b, 9, true}, {&b, 9, true}, {sized{}, 10, true}, {new(wrapperspb.StringValue), 5, true}, {nil, 0, false}, {struct{}{}, 0, false},
-	} {
-		if n, ok := Size(tc.m); n != tc.n || ok != tc.know {
-			t.Errorf("Size(%T) = %d, %v; want %d, %v", tc.m, n, ok, tc.n, tc.know)
-		}
-	}
-}
-
 func TestDeclaredOfUnknownMethod(t *testing.T) {
 	for _, m := range []string{"", "/", "/a", "/a/b", "a/b", "/grpc.health.v1.Health/Nothing", "//"} {
 		if yes, known := Declared(m); yes || known {
 			t.Errorf("Declared(%q) = %v, %v; want false, false", m, yes, known)
+		}
+	}
+}
+
+func TestReply(t *testing.T) {
+	if m := Reply("/belfry.testing.v1.TestService/Unary"); m == nil || m.ProtoReflect().Descriptor().Name() != "UnaryResponse" {
+		t.Errorf("the response of a method whose code is linked in is %T", m)
+	}
+	for _, m := range []string{"", "/a/b", "/grpc.health.v1.Health/Nothing"} {
+		if got := Reply(m); got != nil {
+			t.Errorf("Reply(%q) = %T, want none", m, got)
 		}
 	}
 }

@@ -71,6 +71,17 @@ func (s set) String() string { return string(s) }
 // Name adds an error if the name that WithName gives a layer is empty.
 func (e *Errors) Name(name string) { e.Require(name != "", "WithName", name, "must not be empty") }
 
+// Options applies the options of a constructor to o. A nil one is an error.
+func Options[O any, F ~func(*O)](e *Errors, o *O, opts []F) {
+	for i, opt := range opts {
+		if opt == nil {
+			e.Add(fmt.Sprintf("opts[%d]", i), nil, "must be an option")
+			continue
+		}
+		opt(o)
+	}
+}
+
 // KeyBy adds an error if more than one field of a KeyBy is set.
 func (e *Errors) KeyBy(field string, by interceptor.KeyBy) {
 	var c *interceptor.ConfigError

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/status"
+
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/internal/attempt"
@@ -84,7 +86,7 @@ func (m *Methods) has(method string) bool {
 // A Maker is the part of a layer that makes further attempts.
 type Maker struct {
 	Options
-	exhausted, cancelled, notIdempotent *interceptor.Refusal // Made once.
+	exhausted, crowded, cancelled, notIdempotent *interceptor.Refusal // Made once.
 	// declared says of methods whose file is linked in whether they are declared
 	// idempotent. It spares a call the lock of protobuf's registry.
 	declared sync.Map // Of string to bool.
@@ -95,6 +97,7 @@ func NewMaker(o Options, own budget.Config) (*Maker, error) {
 	m := &Maker{
 		Options:       o,
 		exhausted:     interceptor.Refuse(o.Name, interceptor.ReasonBudget, "the budget for further attempts is spent"),
+		crowded:       interceptor.Refuse(o.Name, interceptor.ReasonBudget, "there are as many further attempts at once as the budget's MaxConcurrent allows"),
 		cancelled:     interceptor.Refuse(o.Name, interceptor.ReasonCancelled, "the caller gave up before the next attempt"),
 		notIdempotent: interceptor.Refuse(o.Name, interceptor.ReasonNotIdempotent, "not repeated, because nothing says that the method is idempotent (see Config.Methods)"),
 	}
@@ -115,9 +118,13 @@ func (m *Maker) Update(own budget.Config) error {
 	return m.Budget.Update(own)
 }
 
-// May reports whether calls of the method may be carried out more than once: the Config
-// or WithIdempotent says so, or the method's .proto file.
-func (m *Maker) May(allowed *Methods, method string) bool {
+// May reports whether the call may be carried out more than once: the call itself says so,
+// the Config, WithIdempotent or the method's .proto file.
+func (m *Maker) May(allowed *Methods, c *interceptor.Call) bool {
+	if p := c.Internals().PerCall(); p != nil && (p.Idempotent || p.Unsafe) {
+		return p.Idempotent
+	}
+	method := c.Method()
 	if allowed.has(method) || m.Idempotent != nil && m.Idempotent(method) {
 		return true
 	}
@@ -161,7 +168,9 @@ func (m *Maker) Of(c *interceptor.Call, o interceptor.Origin, again interceptor.
 
 // Plan describes a further attempt to make.
 type Plan struct {
-	Delay time.Duration // How long to wait before it.
+	Delay  time.Duration // How long to wait before it.
+	After  error         // What the attempt before it failed with; nil if it did not.
+	Reason string        // Why it is made; empty means the code of After, or that it is slow.
 	// Run carries it out. ctx is that of the attempt.
 	Run func(ctx context.Context, a *interceptor.Call) error
 }
@@ -179,22 +188,22 @@ type Attempt struct {
 // observer was told, and the budget got its payment back. ctx may end earlier than the
 // call. Make may be called concurrently.
 func (c *Call) Make(ctx context.Context, p Plan) (a Attempt, err error) {
-	m, o, now := c.Maker, c.Observer(), interceptor.Now()
-	if !m.Budget.Withdraw(now) {
+	m, o := c.Maker, c.Observer()
+	pay := &payment{m, o, interceptor.Now()}
+	if refused := m.pay(pay.at); refused != nil {
 		o.Budget(m.Name, m.Budget.Balance())
-		c.Internals().ReportRefusal(m.exhausted)
-		return Attempt{}, m.exhausted
+		c.Internals().ReportRefusal(refused)
+		return Attempt{}, refused
 	}
-	o.Budget(m.Name, m.Budget.Balance())
-	refund := true
+	held := false
 	defer func() {
-		if refund {
-			m.Budget.Refund(now)
-			o.Budget(m.Name, m.Budget.Balance())
+		if !held { // Or a panic.
+			pay.end(false)
 		}
 	}()
+	o.Budget(m.Name, m.Budget.Balance())
 	if p.Delay > 0 {
-		if err := c.sleep(ctx, now.Add(p.Delay)); err != nil {
+		if err := c.sleep(ctx, pay.at.Add(p.Delay)); err != nil {
 			return Attempt{}, err
 		}
 	}
@@ -202,17 +211,87 @@ func (c *Call) Make(ctx context.Context, p Plan) (a Attempt, err error) {
 	if err != nil {
 		return Attempt{}, err // The stack has told the observer.
 	}
-	refund = false
+	f.Internals().Hold(pay)
+	held = true
 	f.Internals().WantTrailer()
+	c.announce(ctx, f, p)
 	err = p.Run(ctx, f)
-	refund = !f.Internals().Outcome(ctx, err).Sent()
+	sent := f.Internals().Outcome(ctx, err).Sent()
 	if r, ok := interceptor.AsRefusal(err); ok && r.NotSent() {
 		if ctx.Err() != context.Canceled { // Otherwise nobody wants the attempt any more.
 			c.Internals().ReportRefusal(err)
 		}
 		return Attempt{}, err
 	}
-	return Attempt{Call: f, Err: err, Sent: !refund}, nil
+	return Attempt{Call: f, Err: err, Sent: sent}, nil
+}
+
+// announce tells the observer and the call's report why f is made. If the observer panics
+// it gives f up.
+func (c *Call) announce(ctx context.Context, f *interceptor.Call, p Plan) {
+	told := false
+	defer func() {
+		if !told {
+			f.GiveUp()
+		}
+	}()
+	if p.Reason == "" {
+		p.Reason = reasonSlow
+		if p.After != nil {
+			p.Reason = status.Code(p.After).String()
+		}
+	}
+	f.Internals().SetWhy(attempt.Why{Layer: c.Maker.Name, Reason: p.Reason, Delay: p.Delay})
+	if ctx.Err() == nil { // Otherwise nobody wants the attempt any more.
+		c.Observer().Further(c.Method(), c.Maker.Name, interceptor.FurtherAttempt{Attempt: f.Attempt(), Reason: p.Reason, Delay: p.Delay, After: p.After})
+	}
+	told = true
+}
+
+// A payment is what the budget got for a further attempt. The attempt holds it as a ticket.
+type payment struct {
+	maker *Maker
+	obs   interceptor.Observer
+	at    interceptor.Instant
+}
+
+// pay pays for a further attempt, or refuses it.
+func (m *Maker) pay(now interceptor.Instant) *interceptor.Refusal {
+	if !m.Budget.Begin() {
+		return m.crowded
+	}
+	if !m.Budget.Withdraw(now) {
+		m.Budget.End()
+		return m.exhausted
+	}
+	return nil
+}
+
+// end ends the attempt. One that was not sent gets its payment back.
+func (p *payment) end(sent bool) {
+	p.maker.Budget.End()
+	if !sent {
+		p.maker.Budget.Refund(p.at)
+		p.obs.Budget(p.maker.Name, p.maker.Budget.Balance())
+	}
+}
+
+// Release ends the attempt.
+func (p *payment) Release(_ int64, e interceptor.End) { p.end(e.Outcome.Sent()) }
+
+// reasonSlow is why a hedge makes an attempt while the others run.
+const reasonSlow = "SLOW"
+
+// HedgeFired tells the observer and the call's report of an extra attempt.
+func (c *Call) HedgeFired() {
+	c.Observer().HedgeFired(c.Method(), c.Maker.Name)
+	c.Internals().PerCall().Get().Record.Hedge(false)
+}
+
+// HedgeWon tells them that the call's result is an extra attempt's.
+func (c *Call) HedgeWon() {
+	c.Observer().HedgeWon(c.Method(), c.Maker.Name)
+	c.Internals().PerCall().Get().Record.Hedge(true)
 }
 
 // sleep waits until a moment, unless the call, its stack or its connection ends first.
@@ -241,11 +320,15 @@ func (c *Call) Refused(ctx context.Context, refused, last error) error {
 	return interceptor.RefusedAgain(refused, last)
 }
 
+// Forbidden tells the observer that c gets no further attempt because it may not be
+// carried out more than once.
+func (m *Maker) Forbidden(c *interceptor.Call) { c.Internals().ReportRefusal(m.notIdempotent) }
+
 // NotIdempotent returns the error of a call whose attempt ended with last, and is not
 // repeated because it was sent and its method may not be carried out again. It is nil if
 // last is. It tells the observer.
 func (c *Call) NotIdempotent(last error) error {
-	c.Internals().ReportRefusal(c.Maker.notIdempotent)
+	c.Maker.Forbidden(c.Call)
 	if last == nil {
 		return nil
 	}

@@ -5,6 +5,7 @@ package message
 
 import (
 	"maps"
+	"reflect"
 	"testing"
 
 	"google.golang.org/protobuf/proto"
@@ -73,4 +74,94 @@ func TestACopyOfOtherMessagesReplacesWhatWasThere(t *testing.T) {
 		t.Errorf("NewLike(nil) = %v, want nil", got)
 	}
 	CopyInto(nil, nil) // A call without a reply.
+}
+
+type withText struct {
+	proto.Message
+	Text string
+}
+
+type hidden struct{ *wrapperspb.Int32Value }
+
+type unexported struct{ *hidden }
+
+// A reply may be whatever gRPC's codec takes.
+func TestReply(t *testing.T) {
+	fill := func(m any) {
+		if err := proto.Unmarshal([]byte("\x08\x07"), m.(proto.Message)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	of := func() *wrapperspb.Int32Value { return wrapperspb.Int32(3) }
+	in := of()
+	for name, tc := range map[string]struct {
+		reply any
+		fill  func(m any)
+		got   func(reply any) any
+		want  any
+	}{
+		"wrapper_by_pointer": {&struct{ proto.Message }{in}, fill, func(any) any { return in.GetValue() }, int32(7)},
+		"wrapper_by_value":   {struct{ proto.Message }{in}, fill, func(any) any { return in.GetValue() }, int32(7)},
+		"wrapper_of_a_type":  {&struct{ *wrapperspb.Int32Value }{of()}, fill, func(m any) any { return m.(interface{ GetValue() int32 }).GetValue() }, int32(7)},
+		"wrapper_of_wrapper": {&struct{ proto.Message }{&struct{ proto.Message }{in}}, fill, func(any) any { return in.GetValue() }, int32(7)},
+		"unexported":         {&unexported{&hidden{of()}}, fill, func(m any) any { return m.(*unexported).GetValue() }, int32(7)},
+		"with_a_field": {&withText{Message: in, Text: "old"}, func(m any) { m.(*withText).Text = "new"; fill(m) },
+			func(m any) any { return m.(*withText).Text + in.String() }, "new" + wrapperspb.Int32(7).String()},
+		"embedded_by_value": {&struct{ wrapperspb.Int32Value }{}, fill, func(m any) any { return m.(interface{ GetValue() int32 }).GetValue() }, int32(7)},
+		"bytes":             {new([]byte), func(m any) { *m.(*[]byte) = []byte("x") }, func(m any) any { return string(*m.(*[]byte)) }, "x"},
+		"slice":             {make([]byte, 1), func(m any) { copy(m.([]byte), "x") }, func(m any) any { return string(m.([]byte)) }, "x"},
+		"interface":         {new(any), func(m any) { *m.(*any) = 7 }, func(m any) any { return *m.(*any) }, 7},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := NewLike(tc.reply)
+			tc.fill(n)
+			CopyInto(tc.reply, n)
+			if got := tc.got(tc.reply); got != tc.want {
+				t.Errorf("the reply holds %v, want %v", got, tc.want)
+			}
+		})
+	}
+	f := func() {}
+	CopyInto(f, NewLike(f)) // Only its codec knows what it is for.
+}
+
+func TestType(t *testing.T) {
+	dynamic := func(m proto.Message) *dynamicpb.Message { return dynamicpb.NewMessage(m.ProtoReflect().Descriptor()) }
+	text := wrapperspb.String("a")
+	for name, tc := range map[string]struct {
+		m, same, other any
+		fill           func(any) error
+	}{
+		"message": {text, wrapperspb.String("b"), wrapperspb.Int32(1), nil},
+		"dynamic": {dynamic(text), dynamic(text), dynamic(wrapperspb.Int32(1)), nil},
+		"wrapper": {struct{ proto.Message }{text}, struct{ proto.Message }{wrapperspb.String("b")}, struct{ proto.Message }{wrapperspb.Int32(1)}, nil},
+		"bytes":   {[]byte("x"), []byte("y"), text, func(m any) error { *m.(*[]byte) = []byte("x"); return nil }},
+		"struct":  {struct{ A int }{1}, struct{ A int }{2}, &struct{ A int }{1}, func(m any) error { m.(*struct{ A int }).A = 1; return nil }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			typ := TypeOf(tc.m)
+			if !typ.Is(tc.same) || typ.Is(tc.other) || typ.Is(nil) || (Type{}).Is(tc.m) {
+				t.Errorf("Is = %v of %T, %v of %T", typ.Is(tc.same), tc.same, typ.Is(tc.other), tc.other)
+			}
+			fill := tc.fill
+			if fill == nil {
+				b, err := proto.Marshal(tc.m.(proto.Message))
+				if err != nil {
+					t.Fatal(err)
+				}
+				fill = func(m any) error { return proto.Unmarshal(b, m.(proto.Message)) }
+			}
+			got, err := typ.Decode(fill)
+			if err != nil || !typ.Is(got) {
+				t.Errorf("decoded a %T, %v; want a %T", got, err, tc.m)
+			}
+			if p, ok := got.(proto.Message); ok {
+				if !proto.Equal(p, tc.m.(proto.Message)) {
+					t.Errorf("decoded %v, want %v", p, tc.m)
+				}
+			} else if !reflect.DeepEqual(got, tc.m) {
+				t.Errorf("decoded %v, want %v", got, tc.m)
+			}
+		})
+	}
 }

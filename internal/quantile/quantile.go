@@ -77,7 +77,7 @@ type Window struct {
 	half     time.Duration       // Half the window.
 	turn     interceptor.Instant // When the halves rotate next.
 	cur, old *histogram          // The current half and the one before.
-	last     answer
+	last     [2]answer           // To the last two quantiles that were asked for.
 }
 
 // answer is a quantile as it was when n latencies were in.
@@ -111,7 +111,7 @@ func (w *Window) SetWindow(window time.Duration) {
 	half := max(window/2, 1)
 	started := w.turn.Add(-w.half) // When the current half began.
 	w.half, w.turn = half, max(started.Add(half), now)
-	w.last = answer{}
+	w.last = [2]answer{}
 }
 
 // Record adds a latency, rounded up to microseconds. One that is negative counts
@@ -140,10 +140,17 @@ func (w *Window) QuantileAt(now interceptor.Instant, q float64) (d time.Duration
 	defer w.mu.Unlock()
 	w.rotateLocked(now)
 	count := w.cur.n + w.old.n
-	if a := &w.last; a.q != q || a.turn != w.turn || count-a.n > a.n/stale {
+	a := &w.last[0]
+	if a.q != q && w.last[1].q == q {
+		a = &w.last[1]
+	}
+	if a.q != q {
+		w.last[1] = *a
+	}
+	if a.q != q || a.turn != w.turn || count-a.n > a.n/stale {
 		*a = answer{q: q, n: count, turn: w.turn, d: w.scanLocked(q)}
 	}
-	return w.last.d, int(count)
+	return a.d, int(count)
 }
 
 // scanLocked computes a quantile. Caller must hold w.mu.

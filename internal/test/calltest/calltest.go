@@ -177,7 +177,11 @@ func Exchange(ctx context.Context, c testingv1.TestServiceClient, kind intercept
 			return nil, err
 		}
 		for i := range 3 {
-			if err := s.Send(&testingv1.ClientStreamRequest{Payload: fmt.Append(nil, i)}); err != nil {
+			err := s.Send(&testingv1.ClientStreamRequest{Payload: fmt.Append(nil, i)})
+			if err == io.EOF {
+				break // It has ended, and CloseAndRecv returns how.
+			}
+			if err != nil {
 				return nil, fmt.Errorf("sending: %w", err)
 			}
 		}
@@ -207,7 +211,7 @@ func Exchange(ctx context.Context, c testingv1.TestServiceClient, kind intercept
 			return nil, err
 		}
 		for i := range 3 {
-			if err := s.Send(&testingv1.BidiRequest{Payload: fmt.Append(nil, i)}); err != nil {
+			if err := s.Send(&testingv1.BidiRequest{Payload: fmt.Append(nil, i)}); err != nil && err != io.EOF {
 				return nil, fmt.Errorf("sending: %w", err)
 			}
 			r, err := s.Recv()

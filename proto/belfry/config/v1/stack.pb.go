@@ -2305,6 +2305,7 @@ type Budget struct {
 	Ratio *float64 `protobuf:"fixed64,2,opt,name=ratio,proto3,oneof" json:"ratio,omitempty"`
 	// 0 is none, and unset the default.
 	MinPerSecond  *float64 `protobuf:"fixed64,3,opt,name=min_per_second,json=minPerSecond,proto3,oneof" json:"min_per_second,omitempty"`
+	MaxConcurrent int64    `protobuf:"varint,4,opt,name=max_concurrent,json=maxConcurrent,proto3" json:"max_concurrent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2360,15 +2361,23 @@ func (x *Budget) GetMinPerSecond() float64 {
 	return 0
 }
 
+func (x *Budget) GetMaxConcurrent() int64 {
+	if x != nil {
+		return x.MaxConcurrent
+	}
+	return 0
+}
+
 // Retry is interceptor/retry.Config.
 type Retry struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	MaxAttempts int64                  `protobuf:"varint,1,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
 	Codes       []string               `protobuf:"bytes,2,rep,name=codes,proto3" json:"codes,omitempty"`
 	// Every method may be carried out more than once, writes included.
-	AllMethods  bool     `protobuf:"varint,3,opt,name=all_methods,json=allMethods,proto3" json:"all_methods,omitempty"`
-	BufferBytes int64    `protobuf:"varint,4,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
-	Backoff     *Backoff `protobuf:"bytes,5,opt,name=backoff,proto3" json:"backoff,omitempty"`
+	AllMethods       bool     `protobuf:"varint,3,opt,name=all_methods,json=allMethods,proto3" json:"all_methods,omitempty"`
+	BufferBytes      int64    `protobuf:"varint,4,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
+	TotalBufferBytes int64    `protobuf:"varint,16,opt,name=total_buffer_bytes,json=totalBufferBytes,proto3" json:"total_buffer_bytes,omitempty"`
+	Backoff          *Backoff `protobuf:"bytes,5,opt,name=backoff,proto3" json:"backoff,omitempty"`
 	// The name of the budget in Stack.budgets. Unset: Stack.budget.
 	Budget string `protobuf:"bytes,6,opt,name=budget,proto3" json:"budget,omitempty"`
 	// retry.WithIdempotent: the name that the program gave to
@@ -2438,6 +2447,13 @@ func (x *Retry) GetAllMethods() bool {
 func (x *Retry) GetBufferBytes() int64 {
 	if x != nil {
 		return x.BufferBytes
+	}
+	return 0
+}
+
+func (x *Retry) GetTotalBufferBytes() int64 {
+	if x != nil {
+		return x.TotalBufferBytes
 	}
 	return 0
 }
@@ -2555,18 +2571,20 @@ func (x *Backoff) GetJitter() Backoff_Jitter {
 
 // Hedge is interceptor/hedge.Config.
 type Hedge struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	MaxExtraLoad  float64                `protobuf:"fixed64,1,opt,name=max_extra_load,json=maxExtraLoad,proto3" json:"max_extra_load,omitempty"`
-	Delay         *durationpb.Duration   `protobuf:"bytes,2,opt,name=delay,proto3" json:"delay,omitempty"`
-	Percentile    float64                `protobuf:"fixed64,3,opt,name=percentile,proto3" json:"percentile,omitempty"`
-	MinDelay      *durationpb.Duration   `protobuf:"bytes,4,opt,name=min_delay,json=minDelay,proto3" json:"min_delay,omitempty"`
-	MinDataPoints int64                  `protobuf:"varint,5,opt,name=min_data_points,json=minDataPoints,proto3" json:"min_data_points,omitempty"`
-	Window        *durationpb.Duration   `protobuf:"bytes,6,opt,name=window,proto3" json:"window,omitempty"`
-	MaxAttempts   int64                  `protobuf:"varint,7,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
-	NonFatal      []string               `protobuf:"bytes,8,rep,name=non_fatal,json=nonFatal,proto3" json:"non_fatal,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	MaxExtraLoad float64                `protobuf:"fixed64,1,opt,name=max_extra_load,json=maxExtraLoad,proto3" json:"max_extra_load,omitempty"`
+	// 0s makes extra attempts at once; unset is a percentile.
+	Delay         *durationpb.Duration `protobuf:"bytes,2,opt,name=delay,proto3,oneof" json:"delay,omitempty"`
+	Percentile    float64              `protobuf:"fixed64,3,opt,name=percentile,proto3" json:"percentile,omitempty"`
+	MinDelay      *durationpb.Duration `protobuf:"bytes,4,opt,name=min_delay,json=minDelay,proto3" json:"min_delay,omitempty"`
+	MinDataPoints int64                `protobuf:"varint,5,opt,name=min_data_points,json=minDataPoints,proto3" json:"min_data_points,omitempty"`
+	Window        *durationpb.Duration `protobuf:"bytes,6,opt,name=window,proto3" json:"window,omitempty"`
+	MaxAttempts   int64                `protobuf:"varint,7,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
+	NonFatal      []string             `protobuf:"bytes,8,rep,name=non_fatal,json=nonFatal,proto3" json:"non_fatal,omitempty"`
 	// Every method may be carried out more than once, writes included.
-	AllMethods  bool  `protobuf:"varint,9,opt,name=all_methods,json=allMethods,proto3" json:"all_methods,omitempty"`
-	BufferBytes int64 `protobuf:"varint,10,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
+	AllMethods       bool  `protobuf:"varint,9,opt,name=all_methods,json=allMethods,proto3" json:"all_methods,omitempty"`
+	BufferBytes      int64 `protobuf:"varint,10,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
+	TotalBufferBytes int64 `protobuf:"varint,16,opt,name=total_buffer_bytes,json=totalBufferBytes,proto3" json:"total_buffer_bytes,omitempty"`
 	// The name of the budget in Stack.budgets, which lets hedges and retries spend one.
 	// Unset: a budget of its own, of max_extra_load.
 	Budget string `protobuf:"bytes,11,opt,name=budget,proto3" json:"budget,omitempty"`
@@ -2677,6 +2695,13 @@ func (x *Hedge) GetAllMethods() bool {
 func (x *Hedge) GetBufferBytes() int64 {
 	if x != nil {
 		return x.BufferBytes
+	}
+	return 0
+}
+
+func (x *Hedge) GetTotalBufferBytes() int64 {
+	if x != nil {
+		return x.TotalBufferBytes
 	}
 	return 0
 }
@@ -2907,19 +2932,21 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\bkey_idle\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\akeyIdle\x120\n" +
 	"\x14ignore_not_connected\x18\x12 \x01(\bR\x12ignoreNotConnectedB\x05\n" +
 	"\x03keyB\t\n" +
-	"\a_jitter\"\x98\x01\n" +
+	"\a_jitter\"\xbf\x01\n" +
 	"\x06Budget\x12+\n" +
 	"\x03ttl\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12\x19\n" +
 	"\x05ratio\x18\x02 \x01(\x01H\x00R\x05ratio\x88\x01\x01\x12)\n" +
-	"\x0emin_per_second\x18\x03 \x01(\x01H\x01R\fminPerSecond\x88\x01\x01B\b\n" +
+	"\x0emin_per_second\x18\x03 \x01(\x01H\x01R\fminPerSecond\x88\x01\x01\x12%\n" +
+	"\x0emax_concurrent\x18\x04 \x01(\x03R\rmaxConcurrentB\b\n" +
 	"\x06_ratioB\x11\n" +
-	"\x0f_min_per_second\"\xf1\x02\n" +
+	"\x0f_min_per_second\"\x9f\x03\n" +
 	"\x05Retry\x12!\n" +
 	"\fmax_attempts\x18\x01 \x01(\x03R\vmaxAttempts\x12\x14\n" +
 	"\x05codes\x18\x02 \x03(\tR\x05codes\x12\x1f\n" +
 	"\vall_methods\x18\x03 \x01(\bR\n" +
 	"allMethods\x12!\n" +
-	"\fbuffer_bytes\x18\x04 \x01(\x03R\vbufferBytes\x123\n" +
+	"\fbuffer_bytes\x18\x04 \x01(\x03R\vbufferBytes\x12,\n" +
+	"\x12total_buffer_bytes\x18\x10 \x01(\x03R\x10totalBufferBytes\x123\n" +
 	"\abackoff\x18\x05 \x01(\v2\x19.belfry.config.v1.BackoffR\abackoff\x12\x16\n" +
 	"\x06budget\x18\x06 \x01(\tR\x06budget\x12'\n" +
 	"\x0fidempotent_func\x18\a \x01(\tR\x0eidempotentFunc\x12\x16\n" +
@@ -2939,10 +2966,10 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\vJITTER_FULL\x10\x01\x12\x10\n" +
 	"\fJITTER_EQUAL\x10\x02\x12\x17\n" +
 	"\x13JITTER_DECORRELATED\x10\x03\x12\x0f\n" +
-	"\vJITTER_NONE\x10\x04\"\xb5\x04\n" +
+	"\vJITTER_NONE\x10\x04\"\xf2\x04\n" +
 	"\x05Hedge\x12$\n" +
-	"\x0emax_extra_load\x18\x01 \x01(\x01R\fmaxExtraLoad\x12/\n" +
-	"\x05delay\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05delay\x12\x1e\n" +
+	"\x0emax_extra_load\x18\x01 \x01(\x01R\fmaxExtraLoad\x124\n" +
+	"\x05delay\x18\x02 \x01(\v2\x19.google.protobuf.DurationH\x00R\x05delay\x88\x01\x01\x12\x1e\n" +
 	"\n" +
 	"percentile\x18\x03 \x01(\x01R\n" +
 	"percentile\x126\n" +
@@ -2954,11 +2981,13 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\vall_methods\x18\t \x01(\bR\n" +
 	"allMethods\x12!\n" +
 	"\fbuffer_bytes\x18\n" +
-	" \x01(\x03R\vbufferBytes\x12\x16\n" +
+	" \x01(\x03R\vbufferBytes\x12,\n" +
+	"\x12total_buffer_bytes\x18\x10 \x01(\x03R\x10totalBufferBytes\x12\x16\n" +
 	"\x06budget\x18\v \x01(\tR\x06budget\x12'\n" +
 	"\x0fidempotent_func\x18\f \x01(\tR\x0eidempotentFunc\x12C\n" +
 	"\x10max_server_delay\x18\r \x01(\v2\x19.google.protobuf.DurationR\x0emaxServerDelay\x12\x18\n" +
-	"\amethods\x18\x0e \x03(\tR\amethodsB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
+	"\amethods\x18\x0e \x03(\tR\amethodsB\b\n" +
+	"\x06_delayB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
 
 var (
 	file_belfry_config_v1_stack_proto_rawDescOnce sync.Once
@@ -3122,6 +3151,7 @@ func file_belfry_config_v1_stack_proto_init() {
 		(*Breaker_KeyFunc)(nil),
 	}
 	file_belfry_config_v1_stack_proto_msgTypes[17].OneofWrappers = []any{}
+	file_belfry_config_v1_stack_proto_msgTypes[20].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -1,0 +1,194 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptor
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/internal/attempt"
+)
+
+// PerCall returns what the options of the call say about its attempts (package attempts);
+// nil if they say nothing.
+func (i *Internals) PerCall() *attempt.PerCall { return i.perCall }
+
+// SetWhy notes in the call's report why this further attempt is made.
+func (i *Internals) SetWhy(w attempt.Why) {
+	if i.perCall != nil && i.perCall.Record != nil {
+		p := *i.perCall
+		p.Why = w
+		i.perCall = &p
+	}
+}
+
+// Hold leaves a ticket on a further attempt that was admitted, see [Admission.Hold].
+func (i *Internals) Hold(r Releaser) { (*Admission)(i).Hold(r, 0) }
+
+// ownOption takes an option of package attempts, and reports whether it is one for this
+// stack alone.
+func (c *Call) ownOption(o grpc.CallOption) (mine bool) {
+	p := c.perCall.Get()
+	switch o := o.(type) {
+	case attempt.Option:
+		o.Set(&p)
+	case attempt.ReportOption:
+		p.Record, p.Owner, mine = o.NewRecord(), true, true
+	case *attempt.Entry: // The call is an attempt of a stack further out.
+		p.Why, p.Record = o.Replace()
+		mine = true
+	default:
+		return false
+	}
+	c.perCall = &p
+	return mine
+}
+
+// sendAs is send for a call that has options about its attempts.
+func (c *Call) sendAs(ctx context.Context, p *attempt.PerCall) (err error) {
+	if p.Timeout <= 0 && p.Record == nil {
+		return c.send(ctx)
+	}
+	a := &ownAttempt{single: c.desc != nil && !c.desc.ServerStreams}
+	if p.Record != nil {
+		a.entry = p.Record.Begin(p.Why)
+		c.AddOptions(a.entry)
+	}
+	if p.Timeout > 0 {
+		a.cut = Refuse(stackName, ReasonDeadline, fmt.Sprintf("the attempt took longer than the call allows it (%v)", p.Timeout))
+	}
+	if c.kind == Unary {
+		return a.unary(ctx, c, p.Timeout)
+	}
+	return a.open(ctx, c, p.Timeout)
+}
+
+// ownAttempt is an attempt of a call that has options about its attempts. For a stream it
+// is the stream.
+type ownAttempt struct {
+	grpc.ClientStream
+	cut    *Refusal        // What the attempt ends with when its timeout passes; nil if it has none.
+	ctx    context.Context // Of a stream with a timeout,
+	cancel context.CancelCauseFunc
+	timer  *time.Timer
+	entry  *attempt.Entry // In the report; nil if there is none.
+	single bool           // The server sends one message.
+	first  sync.Once      // The first end of RecvMsg.
+}
+
+func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration) error {
+	ctx := outer
+	if d, ok := ctx.Deadline(); a.cut != nil && (!ok || time.Until(d) > timeout) {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, timeout, a.cut)
+		defer cancel()
+	}
+	err := c.send(ctx)
+	// The server may say first that the deadline has passed. It is the attempt's, because
+	// the call's is later.
+	if err != nil && ctx != outer && outer.Err() == nil && status.Code(err) == codes.DeadlineExceeded {
+		err = a.cut.Because(err, c.fate&attempt.Sent != 0)
+	}
+	if a.entry != nil {
+		a.entry.Seen(c.peer.Addr)
+		a.entry.End(err)
+	}
+	return err
+}
+
+// open opens a stream whose first message must come in time.
+func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) error {
+	if a.cut != nil {
+		ctx, a.cancel = context.WithCancelCause(ctx)
+		a.ctx = ctx
+		end, cut := StreamEnd{c.scope}, a.cut.Because(context.DeadlineExceeded, true)
+		a.timer = time.AfterFunc(timeout, func() {
+			a.cancel(a.cut)
+			end.End(cut)
+		})
+		c.AddOptions(grpc.OnFinish(func(error) { a.timer.Stop(); a.cancel(nil) }))
+	}
+	err := c.send(ctx)
+	if err == nil {
+		a.ClientStream = c.stream
+		c.stream = a
+		return nil
+	}
+	a.stopTimer()
+	err = a.explain(err, c.fate&attempt.Sent != 0)
+	a.ended(err)
+	return err
+}
+
+func (a *ownAttempt) RecvMsg(m any) error {
+	err := a.ClientStream.RecvMsg(m)
+	a.first.Do(func() {
+		a.stopTimer()
+		if a.entry == nil {
+			return
+		}
+		if p, ok := peer.FromContext(a.ClientStream.Context()); ok {
+			a.entry.Seen(p.Addr)
+		}
+	})
+	err = a.explain(err, true)
+	if err != nil || a.single {
+		a.ended(err)
+	}
+	return err
+}
+
+// explain returns the error of a stream.
+func (a *ownAttempt) explain(err error, sent bool) error {
+	if err != nil && err != io.EOF && a.cut != nil && context.Cause(a.ctx) == error(a.cut) {
+		return a.cut.Because(err, sent)
+	}
+	return err
+}
+
+func (a *ownAttempt) stopTimer() {
+	if a.timer != nil {
+		a.timer.Stop()
+	}
+}
+
+// ended records that the stream has ended.
+func (a *ownAttempt) ended(err error) {
+	if err == io.EOF {
+		err = nil
+	}
+	if a.entry != nil {
+		a.entry.End(err)
+	}
+	if a.cancel != nil {
+		a.cancel(nil)
+	}
+}
+
+// counted returns the error of a call, with the number of its attempts if it made several.
+func (c *Call) counted(err error) error {
+	if n := c.attempts.Load(); n > 0 && err != nil && err != io.EOF {
+		return &countedError{err, int(n) + 1}
+	}
+	return err
+}
+
+// countedError is the error of a call that made several attempts. It has the status of the
+// last one.
+type countedError struct {
+	err error
+	n   int
+}
+
+func (e *countedError) Error() string              { return fmt.Sprintf("%v (after %d attempts)", e.err, e.n) }
+func (e *countedError) Unwrap() error              { return e.err }
+func (e *countedError) GRPCStatus() *status.Status { return status.Convert(e.err) }
