@@ -264,8 +264,7 @@ func (a *Auto) advance(now interceptor.Instant) {
 			if a.deep {
 				depth /= 2
 			}
-			// Nearly a whole permit is one.
-			a.lowered = max(a.min, int64(depth*a.limit/a.most()+0.2))
+			a.lowered = max(a.min, int64(depth*a.limit/a.most()))
 			a.phase, a.since = emptying, now
 		}
 	case emptying:
