@@ -20,8 +20,7 @@ import (
 // autoFeed gives an Auto rounds of calls, as many as it allows, that start together.
 type autoFeed struct {
 	*concurrency.Auto
-	now  interceptor.Instant
-	held []concurrency.Sample // Calls that did not end yet.
+	now interceptor.Instant
 }
 
 func newAutoFeed(t *testing.T, cfg concurrency.AutoConfig) *autoFeed {

@@ -60,4 +60,26 @@
 //	            you know how long a call may take
 //	Gradient2   for a server that refuses, behind clients that are rarely at their limit
 //	Vegas       for one client of a server whose latencies vary little
+//
+// Simulated, with exponential service of 10 ms: goodput in % of the capacity, and mean
+// latency in units of the unloaded one. AIMD has a Timeout of 50 ms, the others have their
+// defaults. Load is in units of the capacity.
+//
+//	                                   Auto         AIMD         Gradient2    Vegas
+//	20 workers, load 0.9               89 / 1.2     89 / 1.2     90 / 1.3     88 / 1.1
+//	20 workers, load 1.2               99 / 1.6    100 / 1.8    100 / 2.6     96 / 1.2
+//	200 workers, load 0.5              50 / 1.0     36 / 1.0     42 / 1.0     50 / 1.0
+//	200 workers, load 1.2             100 / 1.3     37 / 1.0     45 / 1.0     98 / 1.1
+//	2 workers, load 1.2                90 / 2.1     96 / 3.7    100 / 21      95 / 3.0
+//	20 workers, 20 clients, load 1.2   99 / 2.3    100 / 4.6    100 / 47     100 / 6.2
+//	refuses at a queue of 20, load 3  100 / 1.6    100 / 1.9    100 / 1.9     98 / 1.2
+//
+// The commands are, in the source of this module,
+//
+//	go run ./internal/limitsim/simulate
+//	go run ./internal/limitsim/simulate -algorithms aimd-50ms,gradient2,vegas -seeds 1
+//
+// Auto does not share a server well where a client for each worker or more want all of it:
+// each may have one call at a time at least. With 100 clients for 20 workers the latency is
+// six times the unloaded one.
 package concurrency
