@@ -48,7 +48,8 @@ type AutoConfig struct {
 // or more were sent without one, at most for a second or so. Some calls are refused, or
 // wait, meanwhile. When all calls of this cohort have ended, base moves towards their
 // mean: by their share in the last 480 calls, or by 0.7 of the difference if chance does
-// not explain it. Until cohorts agree, limits are lowered to half of that.
+// not explain it. At first, and after a cohort that was faster than chance explains, the limit
+// is lowered to half of that, because the earlier ones may have met a queue.
 //
 // One client cannot empty a queue that others fill, so all drain at the same time: when
 // the wall clock is at a multiple of 10 s, and of 30 s once three cohorts in a row have
