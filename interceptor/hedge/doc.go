@@ -118,7 +118,8 @@
 //
 // A call that may be hedged runs its first attempt on a goroutine of its own, with a reply
 // of its own that is copied if it wins: otherwise it could not return while gRPC holds
-// that attempt. This is about a microsecond and four allocations more on a connection.
+// that attempt. This is about a microsecond and 16 allocations on a connection: besides
+// the Call, the reply and the goroutine they are those of a context that can be cancelled.
 // Where there is none (an interceptor that is called without one, as in a test), and for
 // streams, which are open by then, the first attempt runs on the caller's goroutine and
 // costs one allocation, for its context. All calls of a layer share one timer. A call that
