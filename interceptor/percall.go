@@ -8,19 +8,25 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
-	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/attempt"
 )
 
-// PerCall returns what the options of the call say about its attempts (package attempts);
-// nil if they say nothing.
-func (i *Internals) PerCall() *attempt.PerCall { return i.perCall }
+// PerCall returns what the options of the call say about its attempts (package attempts).
+// It is not to be changed.
+func (i *Internals) PerCall() *attempt.PerCall {
+	if i.perCall == nil {
+		return &saysNothing
+	}
+	return i.perCall
+}
+
+var saysNothing attempt.PerCall
 
 // SetWhy notes in the call's report why this further attempt is made.
 func (i *Internals) SetWhy(w attempt.Why) {
@@ -37,7 +43,7 @@ func (i *Internals) Hold(r Releaser) { (*Admission)(i).Hold(r, 0) }
 // ownOption takes an option of package attempts, and reports whether it is one for this
 // stack alone.
 func (c *Call) ownOption(o grpc.CallOption) (mine bool) {
-	p := c.perCall.Get()
+	p := *c.Internals().PerCall()
 	switch o := o.(type) {
 	case attempt.Option:
 		o.Set(&p)
@@ -83,6 +89,7 @@ type ownAttempt struct {
 	entry  *attempt.Entry // In the report; nil if there is none.
 	single bool           // The server sends one message.
 	first  sync.Once      // The first end of RecvMsg.
+	early  atomic.Bool    // Whichever comes first has set it: that end, or the timeout.
 }
 
 func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration) error {
@@ -93,10 +100,13 @@ func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration
 		defer cancel()
 	}
 	err := c.send(ctx)
-	// The server may say first that the deadline has passed. It is the attempt's, because
-	// the call's is later.
-	if err != nil && ctx != outer && outer.Err() == nil && status.Code(err) == codes.DeadlineExceeded {
-		err = a.cut.Because(err, c.fate&attempt.Sent != 0)
+	if err != nil && ctx != outer && outer.Err() == nil {
+		// The server may say first that the deadline has passed. What waits for the attempt
+		// to be sent, such as credentials, may say anything.
+		d, _ := ctx.Deadline()
+		if attempt.ToldFirst(err, timeout, time.Until(d)) || c.fate&attempt.Sent == 0 && context.Cause(ctx) == error(a.cut) {
+			err = a.cutShort(err)
+		}
 	}
 	if a.entry != nil {
 		a.entry.Seen(c.peer.Addr)
@@ -110,10 +120,12 @@ func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) e
 	if a.cut != nil {
 		ctx, a.cancel = context.WithCancelCause(ctx)
 		a.ctx = ctx
-		end, cut := StreamEnd{c.scope}, a.cut.Because(context.DeadlineExceeded, true)
+		end := StreamEnd{c.scope}
 		a.timer = time.AfterFunc(timeout, func() {
-			a.cancel(a.cut)
-			end.End(cut)
+			if a.early.CompareAndSwap(false, true) {
+				a.cancel(a.cut)
+				end.End(a.cutShort(context.DeadlineExceeded))
+			}
 		})
 		c.AddOptions(grpc.OnFinish(func(error) { a.timer.Stop(); a.cancel(nil) }))
 	}
@@ -124,7 +136,7 @@ func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) e
 		return nil
 	}
 	a.stopTimer()
-	err = a.explain(err, c.fate&attempt.Sent != 0)
+	err = a.explain(err)
 	a.ended(err)
 	return err
 }
@@ -133,6 +145,9 @@ func (a *ownAttempt) RecvMsg(m any) error {
 	err := a.ClientStream.RecvMsg(m)
 	a.first.Do(func() {
 		a.stopTimer()
+		if !a.early.CompareAndSwap(false, true) && err == nil && !a.single {
+			err = a.cutShort(context.DeadlineExceeded) // No message would follow this one.
+		}
 		if a.entry == nil {
 			return
 		}
@@ -140,19 +155,26 @@ func (a *ownAttempt) RecvMsg(m any) error {
 			a.entry.Seen(p.Addr)
 		}
 	})
-	err = a.explain(err, true)
+	err = a.explain(err)
 	if err != nil || a.single {
 		a.ended(err)
 	}
 	return err
 }
 
+// cutShort returns the error of an attempt that its timeout has ended with err. Even if
+// gRPC made no stream for it, it is not the refusal of a layer: a retry repeats it.
+func (a *ownAttempt) cutShort(err error) error { return a.cut.Because(err, true) }
+
 // explain returns the error of a stream.
-func (a *ownAttempt) explain(err error, sent bool) error {
-	if err != nil && err != io.EOF && a.cut != nil && context.Cause(a.ctx) == error(a.cut) {
-		return a.cut.Because(err, sent)
+func (a *ownAttempt) explain(err error) error {
+	if err == nil || err == io.EOF || a.cut == nil || context.Cause(a.ctx) != error(a.cut) {
+		return err
 	}
-	return err
+	if _, ok := AsRefusal(err); ok {
+		return err
+	}
+	return a.cutShort(err)
 }
 
 func (a *ownAttempt) stopTimer() {
@@ -173,22 +195,3 @@ func (a *ownAttempt) ended(err error) {
 		a.cancel(nil)
 	}
 }
-
-// counted returns the error of a call, with the number of its attempts if it made several.
-func (c *Call) counted(err error) error {
-	if n := c.attempts.Load(); n > 0 && err != nil && err != io.EOF {
-		return &countedError{err, int(n) + 1}
-	}
-	return err
-}
-
-// countedError is the error of a call that made several attempts. It has the status of the
-// last one.
-type countedError struct {
-	err error
-	n   int
-}
-
-func (e *countedError) Error() string              { return fmt.Sprintf("%v (after %d attempts)", e.err, e.n) }
-func (e *countedError) Unwrap() error              { return e.err }
-func (e *countedError) GRPCStatus() *status.Status { return status.Convert(e.err) }

@@ -61,11 +61,12 @@
 // The first success, or the first failure that is not one of NonFatal: it is the answer
 // of the server, such as NOT_FOUND, and another attempt would hardly get a better one. As
 // in A6 it ends the call at once. A failure that is one of NonFatal never wins while
-// another attempt runs. When all attempts have failed the caller gets the last failure,
-// but a deadline, of the caller or of a layer, never replaces what a server has said. If
-// an attempt that was to follow a failure was refused, the error says by which layer, as
-// a retry's does ([interceptor.RefusedAgain]). [WithPolicy] decides otherwise, also by
-// the reply.
+// another attempt runs, and neither does that of an attempt that was not sent, for
+// example because its credentials failed. When all attempts have failed the caller gets
+// the last failure, but a deadline, of the caller or of a layer, never replaces what a
+// server has said. If an attempt that was to follow a failure was refused, the error says
+// by which layer, as a retry's does ([interceptor.RefusedAgain]). [WithPolicy] decides
+// otherwise, also by the reply.
 //
 // The others are cancelled; they are neither failures nor successes to the layers inside
 // and to the balancing policy. Each attempt has its own reply, and its own results for
@@ -116,12 +117,9 @@
 //
 // # Cost
 //
-// A call that may be hedged runs its first attempt on a goroutine of its own, with a reply
-// of its own that is copied if it wins: otherwise it could not return while gRPC holds
-// that attempt. This is about a microsecond and 16 allocations on a connection: besides
-// the Call, the reply and the goroutine they are those of a context that can be cancelled.
-// Where there is none (an interceptor that is called without one, as in a test), and for
-// streams, which are open by then, the first attempt runs on the caller's goroutine and
-// costs one allocation, for its context. All calls of a layer share one timer. A call that
-// may not be hedged costs nothing.
+// A unary call that may be hedged runs its first attempt on a goroutine of its own, with a
+// reply of its own that is copied if it wins: otherwise it could not return while gRPC
+// holds that attempt. If no extra attempt is made, that costs about 15 allocations and
+// 3.6 kB on a connection. The first attempt of a stream, which is open by then, is received
+// from on the caller's goroutine. A call that may not be hedged costs nothing.
 package hedge

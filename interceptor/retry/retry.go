@@ -4,6 +4,7 @@
 package retry
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"sync"
@@ -38,10 +39,11 @@ const (
 
 // Config says what is repeated, how often and when. The zero value is the default.
 type Config struct {
-	// MaxAttempts bounds the attempts of a call, including the first, unless the call says
-	// otherwise (attempts.MaxRetry). From 1, which repeats nothing, to 100; zero means 3. Attempts that were not sent because there
-	// was no connection are counted separately, up to the same number. An attempt that a
-	// layer inside refused does not count.
+	// MaxAttempts bounds the attempts of a call, including the first, unless the call
+	// says otherwise (attempts.MaxRetry). From 1, which repeats nothing, to 100; zero
+	// means 3. Attempts that were not sent because there was no connection are counted
+	// separately, up to the same number. An attempt that a layer inside refused does not
+	// count.
 	MaxAttempts int
 	// Codes are the status codes to repeat. Nil means UNAVAILABLE, and RESOURCE_EXHAUSTED
 	// if the server says when to come back; in a list it means all RESOURCE_EXHAUSTED. If
@@ -67,10 +69,10 @@ type Config struct {
 	// Backoff is how long to wait before each retry.
 	Backoff Backoff
 	// MaxServerDelay is the longest delay that a server may ask for, by RetryInfo or
-	// pushback, or a policy by Decision.After. If it asks for more, the call ends at once with its error. Otherwise a
-	// call without a deadline would wait as long as the server likes, and hold the
-	// permits of layers outside. Negative is an error; zero means 10 s, or Backoff.Max
-	// if that is longer.
+	// pushback, or a policy by Decision.After. If it asks for more, the call ends at once
+	// with its error. Otherwise a call without a deadline would wait as long as the
+	// server likes, and hold the permits of layers outside. Negative is an error; zero
+	// means 10 s, or Backoff.Max if that is longer.
 	MaxServerDelay time.Duration
 	// Budget bounds the retries of all calls together. It must be the zero value
 	// if [WithBudget] is used.
@@ -149,9 +151,9 @@ type Decision struct {
 // repeated. It is not asked about refusals of layers inside, calls that are over, or if the
 // server asked not to repeat. A decision to repeat is subject to the number of attempts,
 // the budget, the method and the call's deadline. The server's pushback is obeyed, and its
-// RetryInfo is the least to wait unless Exact is set. If the decision is not to repeat,
-// a.Err is the call's error; setting it to nil makes only a unary call succeed. A policy is
-// called concurrently, for different calls.
+// RetryInfo is the least to wait unless Exact is set. If no further attempt is made, by
+// decision or because there may be none, a.Err is the call's error; setting it to nil makes
+// only a unary call succeed. A policy is called concurrently, for different calls.
 type Policy func(ctx context.Context, a *Attempt) Decision
 
 // An Option sets what is not plain data.
@@ -277,7 +279,7 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 		if err == nil && l.policy == nil {
 			return nil
 		}
-		return l.repeat(ctx, l.maker.Of(c, origin, again), next, header, err)
+		return l.repeat(ctx, further.Call{Call: c, Maker: l.maker, Origin: origin, Again: again}, next, header, err)
 	}
 }
 
@@ -386,10 +388,7 @@ type verdict struct {
 
 // attempts returns the most attempts of a call.
 func (set *settings) attempts(c *interceptor.Call) int {
-	if p := c.Internals().PerCall(); p != nil {
-		return attempt.Max(p.MaxRetry, set.max)
-	}
-	return set.max
+	return cmp.Or(c.Internals().PerCall().MaxRetry, set.max)
 }
 
 // judge decides whether an attempt is repeated.
@@ -411,10 +410,8 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	}
 	d := set.decide(last, wish)
 	if l.policy != nil {
-		var err error
-		if d, err = s.ask(ctx, last, d); !d.Repeat {
-			return verdict{err: err}
-		}
+		d = s.ask(ctx, last, d)
+		stop.err = last.Err
 		switch {
 		case wish.Exact:
 			d.After, d.Exact = wish.After, true
@@ -437,8 +434,8 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	return verdict{repeat: true, after: s.delays.atLeast(&set.backoff, d.After), reason: d.Reason}
 }
 
-// ask asks the policy about an attempt. If that is not repeated, err is the call's error.
-func (s *series) ask(ctx context.Context, last *failure, def Decision) (d Decision, err error) {
+// ask asks the policy about an attempt, whose error it may replace.
+func (s *series) ask(ctx context.Context, last *failure, def Decision) Decision {
 	a := &Attempt{
 		Method: s.Method(), Kind: s.Kind(), N: s.made + s.unsent, Sent: last.Sent,
 		Elapsed: interceptor.Now().Sub(s.Internals().AdmittedAt()),
@@ -447,12 +444,12 @@ func (s *series) ask(ctx context.Context, last *failure, def Decision) (d Decisi
 	if last.Err == nil {
 		a.Reply = last.Call.Reply()
 	}
-	d = s.layer.policy(ctx, a)
+	d := s.layer.policy(ctx, a)
 	s.request = a.Request
-	if a.Err == nil && s.Kind() != interceptor.Unary {
-		a.Err = last.Err
+	if a.Err != nil || s.Kind() == interceptor.Unary {
+		last.Err = a.Err
 	}
-	return d, a.Err
+	return d
 }
 
 // decide returns what happens without a policy.

@@ -4,6 +4,7 @@
 package attempt
 
 import (
+	"errors"
 	"net"
 	"slices"
 	"sync"
@@ -12,8 +13,8 @@ import (
 	"google.golang.org/grpc"
 )
 
-// PerCall is what the options of one call say about its attempts. It is nil for a call
-// without such options, and not changed once the call has begun.
+// PerCall is what the options of one call say about its attempts. It is not changed once
+// the call has begun.
 type PerCall struct {
 	MaxRetry, MaxHedge int  // The most attempts; 0 if the call does not say.
 	Idempotent, Unsafe bool // Whether it may, or must not, be carried out more than once.
@@ -27,22 +28,6 @@ type PerCall struct {
 type Why struct {
 	Layer, Reason string
 	Delay         time.Duration // Before it.
-}
-
-// Max returns the most attempts that the call allows, def if it does not say.
-func Max(own, def int) int {
-	if own > 0 {
-		return own
-	}
-	return def
-}
-
-// Get returns p, or a PerCall that says nothing.
-func (p *PerCall) Get() PerCall {
-	if p == nil {
-		return PerCall{}
-	}
-	return *p
 }
 
 // An Option is a call option that changes the PerCall.
@@ -139,14 +124,19 @@ func (r *Record) Hedge(won bool) {
 	}
 }
 
-// Close fills the caller's report. unfinished is the error of attempts that still run.
-func (r *Record) Close(unfinished error) {
+// Close fills the caller's report. err is how the call ended. Attempts that still run ended
+// with it, unless it comes from another attempt: then they end with superseded.
+func (r *Record) Close(err, superseded error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.closed {
 		return
 	}
 	r.closed = true
+	unfinished := err
+	if err == nil || slices.ContainsFunc(r.made, func(e *Entry) bool { return e.over && e.made.Err != nil && errors.Is(err, e.made.Err) }) {
+		unfinished = superseded
+	}
 	made := make([]Made, len(r.made))
 	for i, e := range r.made {
 		if made[i] = e.made; !e.over {
