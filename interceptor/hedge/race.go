@@ -74,9 +74,13 @@ type try struct {
 	over    bool
 }
 
-// trailer returns the trailer of an attempt that has ended.
-func (t *try) trailer() metadata.MD {
-	if t.lane != nil {
+// trailer returns the trailer of an attempt whose end is err; nil of a stream that has
+// answered with a message, and goes on.
+func (t *try) trailer(err error) metadata.MD {
+	switch {
+	case t.lane != nil && err == nil && !t.eof && t.call.Desc().ServerStreams:
+		return nil
+	case t.lane != nil:
 		return t.lane.Trailer()
 	}
 	return t.call.Internals().Trailer()
@@ -404,7 +408,7 @@ func (r *race) ask(t *try, err error, end rank) Verdict {
 	if late {
 		return ByCode
 	}
-	a := Attempt{Method: t.call.Method(), N: t.call.Attempt() + 1, Err: err, Trailer: t.trailer()}
+	a := Attempt{Method: t.call.Method(), N: t.call.Attempt() + 1, Err: err, Trailer: t.trailer(err)}
 	switch {
 	case err != nil:
 	case r.stream == nil:
@@ -442,7 +446,7 @@ func (r *race) judgeLocked(t *try, err error, rank rank, v Verdict, now intercep
 		}
 		return verdict{}
 	}
-	after, may := r.wish(err, t.trailer())
+	after, may := r.wish(err, t.trailer(err))
 	if !more || !may {
 		r.noMoreLocked() // The others continue: one of them may succeed.
 		return verdict{}
@@ -474,7 +478,7 @@ func (r *race) follows(err error) (after time.Duration, again bool) {
 	if v == ByCode {
 		v, more = r.byCode(err, rank)
 	}
-	after, may := r.wish(err, r.first.trailer())
+	after, may := r.wish(err, r.first.trailer(err))
 	return after, v == Hedge && more && may && r.ctx.Err() == nil && 1+len(r.extra) < r.max
 }
 
