@@ -301,17 +301,11 @@ func (s *scope) end(err error, superseded bool) error {
 
 // firstEnd returns how a stream has ended that has ended with first, and of which an
 // operation then says later. A layer, or the end of a context, may end it while an answer
-// arrives, and the holders of tickets were told of that end. Only if the answer says that
-// a context has ended is it kept, because it may say more.
+// arrives, and the holders of tickets were told of that end, so a success comes too late. A
+// failure says more: it is what a server had answered before.
 func firstEnd(first, later error) error {
-	if first == nil || first == io.EOF {
+	if first == nil || first == io.EOF || later != nil && later != io.EOF {
 		return later
-	}
-	if later != nil && later != io.EOF {
-		switch status.Code(later) {
-		case codes.Canceled, codes.DeadlineExceeded:
-			return later
-		}
 	}
 	return first
 }
