@@ -179,3 +179,29 @@ func TestWaitForAConnection(t *testing.T) {
 		})
 	}
 }
+
+// The first attempt stalls until the caller's deadline, and the server has failed the
+// extra one by then: its answer is not replaced by the deadline, for streams either.
+func TestDeadlineDoesNotReplaceAnswer_stream(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var n atomic.Int32
+		srv := testserver.New(t, testserver.InMemory(), testserver.GRPC(grpc.ChainStreamInterceptor(
+			func(_ any, s grpc.ServerStream, _ *grpc.StreamServerInfo, _ grpc.StreamHandler) error {
+				if n.Add(1) == 1 {
+					<-s.Context().Done()
+					return s.Context().Err()
+				}
+				return status.Error(codes.Unavailable, "no")
+			})))
+		c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, calltest.Stack(t, mustNew(t, fixed)).DialOptions()...))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		s, err := c.ServerStream(ctx, &testingv1.ServerStreamRequest{})
+		if err == nil {
+			_, err = s.Recv()
+		}
+		if status.Code(err) != codes.Unavailable || n.Load() != 2 {
+			t.Errorf("got %v after %d attempts, want UNAVAILABLE of the second", err, n.Load())
+		}
+	})
+}
