@@ -107,6 +107,23 @@ func TestMaxHedge(t *testing.T) {
 	}
 }
 
+// An error that was not repeated says what forbade it, and what would allow it.
+func TestIdempotent_error(t *testing.T) {
+	for _, tc := range []struct {
+		all  bool
+		opts []grpc.CallOption
+		want string
+	}{
+		{all: false, want: "attempts.Idempotent(true)"},
+		{all: true, opts: []grpc.CallOption{attempts.Idempotent(false)}, want: "the call says attempts.Idempotent(false)"},
+	} {
+		_, err := client(t, fails(1), quickRetry(tc.all)).Unary(t.Context(), new(testingv1.UnaryRequest), tc.opts...)
+		if err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("AllMethods %v: error %v, want %q in it", tc.all, err, tc.want)
+		}
+	}
+}
+
 func TestIdempotent(t *testing.T) {
 	for _, tc := range []struct{ all, yes bool }{{true, false}, {false, true}} {
 		var r attempts.Report

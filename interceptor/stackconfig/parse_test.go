@@ -43,6 +43,9 @@ var bad = []struct{ js, field string }{
 	{`{"methodConfig": [{"name": [{"method": "M"}]}]}`, `methodConfig[0].name[0].service`},
 	{`{"methodConfig": [{"name": [{"service": "/s.S"}]}]}`, `methodConfig[0].name[0].service`},
 	{`{"methodConfig": [{"name": [{"service": "s.S", "method": "a/b"}]}]}`, `methodConfig[0].name[0].method`},
+	{`{"methodConfig": [{"name": [{"service": "s.*"}]}]}`, `methodConfig[0].name[0].service`},
+	{`{"methodConfig": [{"name": [{"service": "s.S", "method": "*"}]}]}`, `methodConfig[0].name[0].method`},
+	{`{"methodConfig": [{"name": [{}], "layers": [{"retry": {"methods": ["/s.S/*"]}}]}]}`, `methodConfig[0].layers[0].retry.methods[0]`},
 	{`{"methodConfig": [{"name": [{}]}, {"name": [{"service": "s.S"}, {}]}]}`, `methodConfig[1].name[1]`},
 	{`{"methodConfig": [{"name": [{"service": "s.S", "method": "M"}, {"service": "s.S", "method": "M"}]}]}`, `methodConfig[0].name[1]`},
 

@@ -65,8 +65,9 @@ func CheckMethods(errs *check.Errors, all bool, methods []string) Methods {
 	m := Methods{all: all, named: make(map[string]struct{}, len(methods))}
 	for i, name := range methods {
 		service, method, ok := strings.Cut(strings.TrimPrefix(name, "/"), "/")
-		errs.Require(ok && name[0] == '/' && service != "" && !strings.Contains(method, "/"), fmt.Sprintf("Methods[%d]", i), name,
-			`must be a method, "/pkg.Service/Method", or a service, "/pkg.Service/"`)
+		ok = ok && name[0] == '/' && service != "" && !strings.Contains(method, "/")
+		ok = ok && !strings.ContainsAny(name, "* ") // A pattern would match nothing.
+		errs.Require(ok, fmt.Sprintf("Methods[%d]", i), name, `must be a method, "/pkg.Service/Method", or a service, "/pkg.Service/"`)
 		m.named[name] = struct{}{}
 	}
 	return m
@@ -86,7 +87,7 @@ func (m *Methods) has(method string) bool {
 // A Maker is the part of a layer that makes further attempts.
 type Maker struct {
 	Options
-	exhausted, crowded, cancelled, notIdempotent *interceptor.Refusal // Made once.
+	exhausted, crowded, cancelled, undeclared, unsafe *interceptor.Refusal // Made once.
 	// declared says of methods whose file is linked in whether they are declared
 	// idempotent. It spares a call the lock of protobuf's registry.
 	declared sync.Map // Of string to bool.
@@ -95,11 +96,13 @@ type Maker struct {
 // NewMaker returns a Maker with a budget made of own, unless o has one.
 func NewMaker(o Options, own budget.Config) (*Maker, error) {
 	m := &Maker{
-		Options:       o,
-		exhausted:     interceptor.Refuse(o.Name, interceptor.ReasonBudget, "the budget for further attempts is spent"),
-		crowded:       interceptor.Refuse(o.Name, interceptor.ReasonBudget, "there are as many further attempts at once as the budget's MaxConcurrent allows"),
-		cancelled:     interceptor.Refuse(o.Name, interceptor.ReasonCancelled, "the caller gave up before the next attempt"),
-		notIdempotent: interceptor.Refuse(o.Name, interceptor.ReasonNotIdempotent, "not repeated, because nothing says that the method is idempotent (see Config.Methods)"),
+		Options:   o,
+		exhausted: interceptor.Refuse(o.Name, interceptor.ReasonBudget, "the budget for further attempts is spent"),
+		crowded:   interceptor.Refuse(o.Name, interceptor.ReasonBudget, "there are as many further attempts at once as the budget's MaxConcurrent allows"),
+		cancelled: interceptor.Refuse(o.Name, interceptor.ReasonCancelled, "the caller gave up before the next attempt"),
+		undeclared: interceptor.Refuse(o.Name, interceptor.ReasonNotIdempotent,
+			"not repeated, because nothing says that the method is idempotent: if it is, name it in Methods, declare it in its .proto file, or say attempts.Idempotent(true) of the call"),
+		unsafe: interceptor.Refuse(o.Name, interceptor.ReasonNotIdempotent, "not repeated, because the call says attempts.Idempotent(false)"),
 	}
 	if !o.Shared {
 		var err error
@@ -321,18 +324,25 @@ func (c *Call) Refused(ctx context.Context, refused, last error) error {
 }
 
 // Forbidden tells the observer that c gets no further attempt because it may not be
-// carried out more than once.
-func (m *Maker) Forbidden(c *interceptor.Call) { c.Internals().ReportRefusal(m.notIdempotent) }
+// carried out more than once, and returns the refusal.
+func (m *Maker) Forbidden(c *interceptor.Call) *interceptor.Refusal {
+	why := m.undeclared
+	if p := c.Internals().PerCall(); p != nil && p.Unsafe {
+		why = m.unsafe
+	}
+	c.Internals().ReportRefusal(why)
+	return why
+}
 
 // NotIdempotent returns the error of a call whose attempt ended with last, and is not
 // repeated because it was sent and its method may not be carried out again. It is nil if
 // last is. It tells the observer.
 func (c *Call) NotIdempotent(last error) error {
-	c.Maker.Forbidden(c.Call)
+	why := c.Maker.Forbidden(c.Call)
 	if last == nil {
 		return nil
 	}
-	return interceptor.RefusedAgain(c.Maker.notIdempotent, last)
+	return interceptor.RefusedAgain(why, last)
 }
 
 func reason(err error) interceptor.Reason {
