@@ -181,9 +181,9 @@ type Plan struct {
 // An Attempt is a further attempt that was admitted and has ended, or for a stream is
 // open.
 type Attempt struct {
-	Call *interceptor.Call
-	Err  error
-	Sent bool // gRPC made a stream for it. If it did not, it costs nothing.
+	Call    *interceptor.Call
+	Err     error
+	Outcome interceptor.Outcome // If it was not sent, it costs nothing.
 }
 
 // Make makes a further attempt. If none was made, because the budget is spent, the wait
@@ -219,14 +219,14 @@ func (c *Call) Make(ctx context.Context, p Plan) (a Attempt, err error) {
 	f.Internals().WantTrailer()
 	c.announce(ctx, f, p)
 	err = p.Run(ctx, f)
-	sent := f.Internals().Outcome(ctx, err).Sent()
+	outcome := f.Internals().Outcome(ctx, err)
 	if r, ok := interceptor.AsRefusal(err); ok && r.NotSent() {
 		if ctx.Err() != context.Canceled { // Otherwise nobody wants the attempt any more.
 			c.Internals().ReportRefusal(err)
 		}
 		return Attempt{}, err
 	}
-	return Attempt{Call: f, Err: err, Sent: sent}, nil
+	return Attempt{Call: f, Err: err, Outcome: outcome}, nil
 }
 
 // announce tells the observer and the call's report why f is made. If the observer panics
