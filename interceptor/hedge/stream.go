@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/further"
@@ -160,7 +161,7 @@ func (s *stream) Repeat(_ *replay.Lane, err error) (*replay.Lane, error) {
 	failed.over = true
 	r.extra = append(r.extra, &failed) // It counts.
 	t := try{ctx: &cancelContext{Context: r.ctx}}
-	a, refused := r.Make(t.ctx, further.Plan{Delay: after, After: err, Run: func(ctx context.Context, c *interceptor.Call) error {
+	a, refused := r.Make(t.ctx, further.Plan{Delay: after, After: err, Reason: status.Code(err).String(), Run: func(ctx context.Context, c *interceptor.Call) error {
 		r.HedgeFired()
 		return r.next(ctx, c)
 	}})

@@ -13,8 +13,6 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc/status"
-
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/internal/attempt"
@@ -173,7 +171,7 @@ func (m *Maker) Of(c *interceptor.Call, o interceptor.Origin, again interceptor.
 type Plan struct {
 	Delay  time.Duration // How long to wait before it.
 	After  error         // What the attempt before it failed with; nil if it did not.
-	Reason string        // Why it is made; empty means the code of After, or that it is slow.
+	Reason string        // Why it is made.
 	// Run carries it out. ctx is that of the attempt.
 	Run func(ctx context.Context, a *interceptor.Call) error
 }
@@ -238,12 +236,6 @@ func (c *Call) announce(ctx context.Context, f *interceptor.Call, p Plan) {
 			f.GiveUp()
 		}
 	}()
-	if p.Reason == "" {
-		p.Reason = reasonSlow
-		if p.After != nil {
-			p.Reason = status.Code(p.After).String()
-		}
-	}
 	f.Internals().SetWhy(attempt.Why{Layer: c.Maker.Name, Reason: p.Reason, Delay: p.Delay})
 	if ctx.Err() == nil { // Otherwise nobody wants the attempt any more.
 		c.Observer().Further(c.Method(), c.Maker.Name, interceptor.FurtherAttempt{Attempt: f.Attempt(), Reason: p.Reason, Delay: p.Delay, After: p.After})
@@ -281,9 +273,6 @@ func (p *payment) end(sent bool) {
 
 // Release ends the attempt.
 func (p *payment) Release(_ int64, e interceptor.End) { p.end(e.Outcome.Sent()) }
-
-// reasonSlow is why a hedge makes an attempt while the others run.
-const reasonSlow = "SLOW"
 
 // HedgeFired tells the observer and the call's report of an extra attempt.
 func (c *Call) HedgeFired() {
