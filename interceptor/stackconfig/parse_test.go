@@ -154,6 +154,7 @@ var bad = []struct{ js, field string }{
 	{all(`{"retry": {"backoff": {"jitter": 9}}}`), `methodConfig[0].layers[0].retry.backoff.jitter`},
 	{all(`{"retry": {"idempotentFunc": "f"}}`), `methodConfig[0].layers[0].retry.idempotentFunc`},
 	{all(`{"retry": {"policy": "p"}}`), `methodConfig[0].layers[0].retry.policy`},
+	{all(`{"hedge": {"policy": "p"}}`), `methodConfig[0].layers[0].hedge.policy`},
 	{`{"methodConfig": [{"name": [{}]}, {"name": [{"service": "s.S"}], "layers": [{"loadShed": {}}, {"failFast": {}}, {"concurrency": {"limit": -3}}]}]}`,
 		`methodConfig[1].layers[2].concurrency.limit`},
 }
