@@ -116,11 +116,16 @@
 //
 // # Cost
 //
-// A call that may be hedged runs its first attempt on a goroutine of its own, with a reply
-// of its own that is copied if it wins: otherwise it could not return while gRPC holds
-// that attempt. This is about a microsecond and four allocations more on a connection.
-// Where there is none (an interceptor that is called without one, as in a test), and for
-// streams, which are open by then, the first attempt runs on the caller's goroutine and
-// costs one allocation, for its context. All calls of a layer share one timer. A call that
-// may not be hedged costs nothing.
+// A unary call that may be hedged runs its first attempt on a goroutine of its own, with a
+// reply of its own that is copied if it wins: otherwise it could not return while gRPC
+// holds that attempt. So it costs two switches of goroutines and 15 allocations of 3.5 kB
+// in all, where client and server make 146 for an empty call. A bidirectional stream of a
+// message each way runs on the caller's goroutine and costs 21 allocations, where it has
+// 158. On a connection that is not gRPC's it is less. All calls of a layer share one
+// timer. A call that may not be hedged costs nothing.
+//
+// The figures here are counted by
+//
+//	go test -run='^$' -bench=Connection -benchmem ./internal/acceptance
+//	go test -run='TestUnderLoad|TestBimodal' -v ./interceptor/hedge
 package hedge
