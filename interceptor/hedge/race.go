@@ -301,10 +301,14 @@ func (r *race) another(v verdict, follows bool) verdict {
 		}
 		return r.carryOut(ctx, t)
 	}})
-	if a.Call == nil {
+	switch {
+	case a.Call == nil:
 		r.refused(t, err, follows)
 		v = verdict{}
-	} else {
+	case !t.started: // It came too late. Its error may be that of a layer's deadline.
+		r.refused(t, a.Err, follows)
+		v = verdict{}
+	default:
 		v = r.ended(t, a.Err)
 	}
 	t.returned = true
