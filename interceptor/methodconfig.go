@@ -35,10 +35,11 @@ func unsent(err error) error {
 }
 
 // withMethodConfig gives a call the timeout that gRPC's own service config has for its
-// method. gRPC alone would apply it to each attempt, from when that is sent. cancel is
-// nil if there is nothing to cancel. The method's waitForReady is heeded by readyGate, and
-// its retryPolicy is told of in Stack.Advice.
-func (p *program) withMethodConfig(ctx context.Context, t *target, method string) (_ context.Context, cancel context.CancelFunc) {
+// method, from the given moment or, if that is zero, from now. gRPC alone would apply it to
+// each attempt, from when that is sent. cancel is nil if there is nothing to cancel. The
+// method's waitForReady is heeded by readyGate, and its retryPolicy is told of in
+// Stack.Advice.
+func (p *program) withMethodConfig(ctx context.Context, t *target, method string, since Instant) (_ context.Context, cancel context.CancelFunc) {
 	if t.grpcConn == nil {
 		return ctx, nil
 	}
@@ -50,11 +51,23 @@ func (p *program) withMethodConfig(ctx context.Context, t *target, method string
 	if d == nil || *d < 0 {
 		return ctx, nil
 	}
-	deadline := time.Now().Add(*d)
+	if since == 0 {
+		since = Now()
+	}
+	deadline := since.Add(*d).Time()
 	if own, ok := ctx.Deadline(); ok && !deadline.Before(own) {
 		return ctx, nil
 	}
 	return context.WithDeadlineCause(ctx, deadline, overdue)
+}
+
+// withLateMethodConfig is withMethodConfig for an admitted call that has waited for its
+// connection: a channel does not know its service config before it has endpoints.
+func (c *Call) withLateMethodConfig(ctx context.Context) context.Context {
+	if c.unready != 0 && c.cancel == nil {
+		ctx, c.cancel = c.prog.withMethodConfig(ctx, &c.target, c.method, c.unready)
+	}
+	return ctx
 }
 
 // adviseRetryPolicy adds to the advice of the stack, once, that a method has a retryPolicy.

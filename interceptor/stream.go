@@ -95,7 +95,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	sc := new(streamCall)
 	c := &sc.Call
 	c.init(p)
-	ctx, c.cancel = p.withMethodConfig(ctx, t, method)
+	ctx, c.cancel = p.withMethodConfig(ctx, t, method, 0)
 	c.desc = desc
 	c.kind, c.method, c.target = kindOf(desc), method, *t
 	w, err := c.prepare(opts)
@@ -118,6 +118,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		err = p.admit(ctx, c, w)
 	}
 	if err == nil {
+		ctx = c.withLateMethodConfig(ctx)
 		sc.scope.begin(ctx, c, 0)
 		if err = p.next(ctx, c); err == nil && c.stream == nil {
 			err = errNoStream
