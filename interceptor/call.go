@@ -6,6 +6,7 @@ package interceptor
 import (
 	"context"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
@@ -53,8 +54,9 @@ type callState struct {
 	expendable bool            // See Origin.
 	series     *attempt.Series // What all attempts share; nil if no layer may repeat the call.
 
-	finish []func(error)      // What the caller wants to be told at the end.
-	cancel context.CancelFunc // Ends the timeout of the method; nil if there is none.
+	finish  []func(error)      // What the caller wants to be told at the end.
+	timeout time.Duration      // Of the method, if its deadline is the call's,
+	cancel  context.CancelFunc // and what ends that; nil otherwise.
 
 	perCall *attempt.PerCall // What the caller wants of the attempts; nil if nothing.
 

@@ -190,7 +190,7 @@ var (
 // innermost hands the attempt to the connection and records what became of it.
 func innermost(ctx context.Context, c *Call) error {
 	if ctx.Err() != nil {
-		return unsent(Ended(ctx, stackName))
+		return Ended(ctx, stackName)
 	}
 	if o := c.prog.obs; o != nil {
 		o.Attempt(c.method, c.attempt)
@@ -507,7 +507,7 @@ func (c *Call) refusedBy(ctx context.Context, err error) error {
 		if r == nil {
 			return errNilGate
 		}
-		return unsent(err)
+		return err
 	}
 	cancelled := errors.Is(err, context.Canceled)
 	if !cancelled && !errors.Is(err, context.DeadlineExceeded) {
@@ -551,7 +551,7 @@ func (c *Call) invoke(ctx context.Context, method string, req, reply any, opts [
 
 func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
 	p := c.prog
-	ctx, c.cancel = p.withMethodConfig(ctx, &c.target, c.method, 0)
+	ctx = c.withMethodConfig(ctx, 0)
 	defer p.stack.leave(callOne)
 	defer func() { c.over(ctx) }()
 	defer func() { c.settleAll(ctx, 0) }()
@@ -564,15 +564,10 @@ func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
 	}
 	if err == nil {
 		ctx = c.withLateMethodConfig(ctx)
-		if err = p.next(ctx, c); err != nil {
-			err = c.counted(err)
-		}
+		err = p.next(ctx, c)
 	}
-	if c.cancel != nil {
-		err = overdueOr(ctx, err)
-	}
-	c.err = err
-	return err
+	c.err = c.told(ctx, err)
+	return c.err
 }
 
 // turnAway ends a call that the stack refuses because it drains.

@@ -125,14 +125,10 @@ func (i *Internals) Consulted(layer string, since Instant) {
 // layer calls it in the call path, before it passes the call on. It costs an allocation,
 // but for calls without a connection, as in a test.
 func (i *Internals) MayRepeat() {
-	if i.series == nil && i.Connected() {
+	if i.series == nil && (i.cc != nil || i.conn != nil) {
 		i.series = new(attempt.Series)
 	}
 }
-
-// Connected reports whether the call has a connection. An interceptor that was given none
-// carries it out in a test.
-func (i *Internals) Connected() bool { return i.cc != nil || i.conn != nil }
 
 // Detach moves the first attempt to a Call of its own, with its own reply and results, as
 // [Again] makes one, so that it may outlive the call. The layer passes that one to next,

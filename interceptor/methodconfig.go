@@ -10,64 +10,52 @@ import (
 	"slices"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/internal/attempt"
 )
 
-// overdue ends calls whose timeout of gRPC's service config has passed. overdueUnsent
-// ends those that were still waiting in a gate.
-var (
-	overdue = &Refusal{
-		Layer: "service config", Reason: ReasonDeadline, Code: codes.DeadlineExceeded, Sent: true,
-		Message: "the timeout of the method has passed", Err: context.DeadlineExceeded,
-	}
-	overdueUnsent = overdue.Because(overdue.Err, false)
-)
-
-// unsent returns err as the error of a call that was not sent.
-func unsent(err error) error {
-	if err == overdue {
-		return overdueUnsent
-	}
-	return err
+// overdue ends calls whose timeout of gRPC's service config has passed.
+var overdue = &Refusal{
+	Layer: "service config", Reason: ReasonDeadline, Sent: true,
+	Message: "the timeout of the method has passed", Err: context.DeadlineExceeded,
 }
 
-// withMethodConfig gives a call the timeout that gRPC's own service config has for its
+// withMethodConfig gives the call the timeout that gRPC's own service config has for its
 // method, from the given moment or, if that is zero, from now. gRPC alone would apply it to
-// each attempt, from when that is sent. cancel is nil if there is nothing to cancel. The
-// method's waitForReady is heeded by readyGate, and its retryPolicy is told of in
-// Stack.Advice.
-func (p *program) withMethodConfig(ctx context.Context, t *target, method string, since Instant) (_ context.Context, cancel context.CancelFunc) {
-	if t.grpcConn == nil {
-		return ctx, nil
+// each attempt, from when that is sent. The method's waitForReady is heeded by readyGate,
+// and its retryPolicy is told of in Stack.Advice.
+func (c *Call) withMethodConfig(ctx context.Context, since Instant) context.Context {
+	if c.grpcConn == nil {
+		return ctx
 	}
-	config := t.grpcConn.GetMethodConfig(method)
+	config := c.grpcConn.GetMethodConfig(c.method)
 	if config.RetryPolicy != nil {
-		p.adviseRetryPolicy(t, method)
+		c.prog.adviseRetryPolicy(&c.target, c.method)
 	}
 	d := config.Timeout
 	if d == nil || *d < 0 {
-		return ctx, nil
+		return ctx
 	}
 	if since == 0 {
 		since = Now()
 	}
 	deadline := since.Add(*d).Time()
 	if own, ok := ctx.Deadline(); ok && !deadline.Before(own) {
-		return ctx, nil
+		return ctx
 	}
-	return context.WithDeadlineCause(ctx, deadline, overdue)
+	c.timeout = *d
+	ctx, c.cancel = context.WithDeadlineCause(ctx, deadline, overdue)
+	return ctx
 }
 
 // withLateMethodConfig is withMethodConfig for an admitted call that has waited for its
 // connection: a channel does not know its service config before it has endpoints.
 func (c *Call) withLateMethodConfig(ctx context.Context) context.Context {
-	if c.unready != 0 && c.cancel == nil {
-		ctx, c.cancel = c.prog.withMethodConfig(ctx, &c.target, c.method, c.unready)
+	if c.unready == 0 || c.cancel != nil {
+		return ctx
 	}
-	return ctx
+	return c.withMethodConfig(ctx, c.unready)
 }
 
 // adviseRetryPolicy adds to the advice of the stack, once, that a method has a retryPolicy.
@@ -91,36 +79,32 @@ func (p *program) repeats() bool {
 	return slices.ContainsFunc(p.layers, func(l Layer) bool { return traitsOf(l)&(Retries|Hedges) != 0 })
 }
 
-// overdueOr returns err, with which a call has ended whose deadline is its method's, or a
-// refusal that says that the deadline has passed.
-func overdueOr(ctx context.Context, err error) error {
-	if err == nil || err == io.EOF || status.Code(err) != codes.DeadlineExceeded {
+// told returns err, with which the call has ended or could not be made, as the caller gets
+// it: it says if the timeout of the method has passed, and how many attempts there were. ctx
+// is what withMethodConfig returned.
+func (c *Call) told(ctx context.Context, err error) error {
+	if err == nil || err == io.EOF {
 		return err
 	}
-	if _, ok := AsRefusal(err); ok {
-		return err
+	if c.cancel != nil {
+		deadline, _ := ctx.Deadline()
+		if _, ok := AsRefusal(err); !ok && attempt.ToldFirst(err, c.timeout, time.Until(deadline)) {
+			err = overdue.Because(err, true)
+		}
 	}
-	if d, _ := ctx.Deadline(); time.Now().Before(d) { // It is the server's own.
-		return err
+	if n := c.attempts.Load(); n > 0 {
+		return &countedError{err, int(n) + 1}
 	}
-	return overdue.Because(err, true)
+	return err
 }
 
-// overdueStream is the stream of a method with a timeout, as its caller gets it.
-type overdueStream struct {
-	grpc.ClientStream
-	ctx context.Context
+// countedError is the error of a call that made several attempts. It has the status of the
+// last one.
+type countedError struct {
+	err error
+	n   int
 }
 
-func (s *overdueStream) Header() (metadata.MD, error) {
-	md, err := s.ClientStream.Header()
-	return md, overdueOr(s.ctx, err)
-}
-
-func (s *overdueStream) SendMsg(m any) error {
-	return overdueOr(s.ctx, s.ClientStream.SendMsg(m))
-}
-
-func (s *overdueStream) RecvMsg(m any) error {
-	return overdueOr(s.ctx, s.ClientStream.RecvMsg(m))
-}
+func (e *countedError) Error() string              { return fmt.Sprintf("%v (after %d attempts)", e.err, e.n) }
+func (e *countedError) Unwrap() error              { return e.err }
+func (e *countedError) GRPCStatus() *status.Status { return status.Convert(e.err) }

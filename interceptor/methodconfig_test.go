@@ -198,6 +198,19 @@ func TestMethodTimeout(t *testing.T) {
 			wantEnded(t, begin, err)
 		})
 	})
+	t.Run("is_told_by_the_server_first", func(t *testing.T) {
+		run(t, func(t *testing.T, c testingv1.TestServiceClient) {
+			for _, tc := range []struct {
+				after time.Duration
+				own   bool
+			}{{20 * time.Millisecond, true}, {140 * time.Millisecond, false}} {
+				_, err := c.Unary(t.Context(), takes(tc.after, codes.DeadlineExceeded))
+				if _, refused := interceptor.AsRefusal(err); refused == tc.own {
+					t.Errorf("after %v the server says DEADLINE_EXCEEDED, and the caller gets %v", tc.after, err)
+				}
+			}
+		})
+	})
 	t.Run("leaves_no_context_behind", func(t *testing.T) {
 		var used context.Context
 		keep := interceptor.Foreign("keep", nil, func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {

@@ -18,9 +18,16 @@ import (
 	"github.com/belfry-go/belfry/internal/attempt"
 )
 
-// PerCall returns what the options of the call say about its attempts (package attempts);
-// nil if they say nothing.
-func (i *Internals) PerCall() *attempt.PerCall { return i.perCall }
+// PerCall returns what the options of the call say about its attempts (package attempts).
+// It is not to be changed.
+func (i *Internals) PerCall() *attempt.PerCall {
+	if i.perCall == nil {
+		return &saysNothing
+	}
+	return i.perCall
+}
+
+var saysNothing attempt.PerCall
 
 // SetWhy notes in the call's report why this further attempt is made.
 func (i *Internals) SetWhy(w attempt.Why) {
@@ -37,7 +44,7 @@ func (i *Internals) Hold(r Releaser) { (*Admission)(i).Hold(r, 0) }
 // ownOption takes an option of package attempts, and reports whether it is one for this
 // stack alone.
 func (c *Call) ownOption(o grpc.CallOption) (mine bool) {
-	p := c.perCall.Get()
+	p := *c.Internals().PerCall()
 	switch o := o.(type) {
 	case attempt.Option:
 		o.Set(&p)
@@ -93,10 +100,10 @@ func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration
 		defer cancel()
 	}
 	err := c.send(ctx)
-	// The server may say first that the deadline has passed. It is the attempt's, because
-	// the call's is later.
-	if err != nil && ctx != outer && outer.Err() == nil && status.Code(err) == codes.DeadlineExceeded {
-		err = a.cut.Because(err, c.fate&attempt.Sent != 0)
+	if err != nil && ctx != outer && outer.Err() == nil {
+		if d, _ := ctx.Deadline(); attempt.ToldFirst(err, timeout, time.Until(d)) {
+			err = a.cut.Because(err, c.fate&attempt.Sent != 0)
+		}
 	}
 	if a.entry != nil {
 		a.entry.Seen(c.peer.Addr)
@@ -177,22 +184,3 @@ func (a *ownAttempt) ended(err error) {
 		a.cancel(nil)
 	}
 }
-
-// counted returns the error of a call, with the number of its attempts if it made several.
-func (c *Call) counted(err error) error {
-	if n := c.attempts.Load(); n > 0 && err != nil && err != io.EOF {
-		return &countedError{err, int(n) + 1}
-	}
-	return err
-}
-
-// countedError is the error of a call that made several attempts. It has the status of the
-// last one.
-type countedError struct {
-	err error
-	n   int
-}
-
-func (e *countedError) Error() string              { return fmt.Sprintf("%v (after %d attempts)", e.err, e.n) }
-func (e *countedError) Unwrap() error              { return e.err }
-func (e *countedError) GRPCStatus() *status.Status { return status.Convert(e.err) }

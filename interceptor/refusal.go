@@ -137,9 +137,13 @@ func (r *Refusal) copy() *Refusal {
 
 // Ended returns the refusal of a call whose ctx ended before it was sent:
 // DEADLINE_EXCEEDED or CANCELLED, wrapping ctx's error. If the cause of ctx's end is a
-// refusal, of a layer outside, Drain or the closed connection, it returns that one.
+// refusal, of a layer outside, Drain or the closed connection, it returns that one, which
+// then says that the call was not sent.
 func Ended(ctx context.Context, layer string) error {
 	if r, ok := AsRefusal(context.Cause(ctx)); ok {
+		if r.Sent { // A deadline layer says so of the calls that it cuts short.
+			r = r.Because(r.Err, false)
+		}
 		return r
 	}
 	r := &Refusal{Layer: layer, Reason: ReasonDeadline, Message: "the caller's deadline passed before the call was sent", Err: ctx.Err()}

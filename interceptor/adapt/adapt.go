@@ -29,13 +29,13 @@ type Semaphore interface {
 	Release(n int64)
 }
 
-// FromSemaphore returns a layer that takes one permit of sem for each call or
-// attempt and holds it until that is over. It refuses with reason CONCURRENCY. A
-// fair semaphore admits nobody out of turn while others wait; under [interceptor.None] that is a
+// FromSemaphore returns a layer that takes one permit of sem for each call or attempt and
+// holds it until that is over. It refuses with reason CONCURRENCY. A fair semaphore
+// admits nobody out of turn while others wait; under [interceptor.None] that is a
 // refusal.
 func FromSemaphore(name string, sem Semaphore) interceptor.Spec {
-	if err := arguments("FromSemaphore", name, "sem", isnil.Value(sem), "a semaphore"); err != nil {
-		return failed{err}
+	if wrong := arguments("FromSemaphore", name, "sem", isnil.Value(sem), "a semaphore"); wrong != nil {
+		return wrong
 	}
 	return &semLayer{name: name, sem: sem, full: interceptor.Refuse(name, interceptor.ReasonConcurrency, "no permit")}
 }
@@ -55,13 +55,12 @@ func (l *semLayer) Release(int64, interceptor.End) { l.sem.Release(1) }
 
 func (l *semLayer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-		if !l.sem.TryAcquire(1) {
-			if err := l.wait(ctx, a, w); err != nil {
-				return err
-			}
+		if l.sem.TryAcquire(1) {
+			a.Hold(l, 0)
+		} else if err := l.wait(ctx, a, w); err != nil {
+			return err
 		}
 		a.Internals().Pass()
-		a.Hold(l, 0)
 		return inner.Admit(ctx, a, w)
 	})
 }
@@ -70,30 +69,13 @@ func (l *semLayer) wait(ctx context.Context, a *interceptor.Admission, w interce
 	if w.Remaining() == 0 {
 		return l.full
 	}
-	since := interceptor.Now()
-	parked, done := a.Park(ctx)
-	defer done()
-	waitCtx, cancel := withEnd(parked, w)
-	defer cancel()
-	err := l.sem.Acquire(waitCtx, 1)
-	held := err == nil
-	defer func() {
-		if held {
-			l.sem.Release(1) // The observer panicked.
+	return bounded(ctx, a, w, l.full, func(ctx context.Context, _ bool) error {
+		err := l.sem.Acquire(ctx, 1)
+		if err == nil {
+			a.Hold(l, 0) // Before the observer is told, which may panic.
 		}
-	}()
-	a.Waited(l.name, since)
-	held = false
-	if err == nil {
-		return nil
-	}
-	switch {
-	case parked.Err() != nil:
-		return interceptor.Ended(parked, l.name)
-	case waitCtx.Err() != nil:
-		return l.full
-	}
-	return orRefusal(l.full, err)
+		return err
+	})
 }
 
 // bounded calls acquire with a context that ends when w does. It says why acquire failed.
@@ -110,14 +92,6 @@ func bounded(ctx context.Context, a *interceptor.Admission, w interceptor.Wait, 
 		return ended
 	}
 	return orRefusal(full, err)
-}
-
-// withEnd returns ctx with the end of w as its deadline.
-func withEnd(ctx context.Context, w interceptor.Wait) (context.Context, context.CancelFunc) {
-	if end, ok := w.End(); ok {
-		return context.WithDeadline(ctx, end.Time())
-	}
-	return ctx, func() {}
 }
 
 // orRefusal returns err if it is a refusal, else full wrapping err.
@@ -141,8 +115,8 @@ type Permit interface {
 // wait is false if it must not wait at all. If it returns an error, the layer refuses
 // with the given reason and wraps the error.
 func FromPermit(name string, reason interceptor.Reason, acquire func(ctx context.Context, wait bool) (Permit, error)) interceptor.Spec {
-	if err := arguments("FromPermit", name, "acquire", acquire == nil, "a function"); err != nil {
-		return failed{err}
+	if wrong := arguments("FromPermit", name, "acquire", acquire == nil, "a function"); wrong != nil {
+		return wrong
 	}
 	return &permitLayer{name: name, acquire: acquire, full: interceptor.Refuse(name, reason, "no permit")}
 }
@@ -159,19 +133,21 @@ func (l *permitLayer) String() string                       { return l.name }
 
 func (l *permitLayer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-		var p Permit
-		err := bounded(ctx, a, w, l.full, func(ctx context.Context, wait bool) (err error) {
-			p, err = l.acquire(ctx, wait)
-			return err
+		err := bounded(ctx, a, w, l.full, func(ctx context.Context, wait bool) error {
+			p, err := l.acquire(ctx, wait)
+			switch {
+			case err != nil:
+				return err
+			case p == nil:
+				return l.full
+			}
+			a.Hold(&permit{p}, 0) // Before the observer is told, which may panic.
+			return nil
 		})
 		if err != nil {
 			return err
 		}
-		if p == nil {
-			return l.full
-		}
 		a.Internals().Pass()
-		a.Hold(&permit{p}, 0)
 		return inner.Admit(ctx, a, w)
 	})
 }
@@ -201,8 +177,8 @@ func (p *permit) Release(_ int64, e interceptor.End) {
 //			return func(o interceptor.Outcome, err error) { done(err) }, err
 //		})
 func FromAllow(name string, reason interceptor.Reason, allow func(ctx context.Context) (done func(interceptor.Outcome, error), err error)) interceptor.Spec {
-	if err := arguments("FromAllow", name, "allow", allow == nil, "a function"); err != nil {
-		return failed{err}
+	if wrong := arguments("FromAllow", name, "allow", allow == nil, "a function"); wrong != nil {
+		return wrong
 	}
 	return &allowLayer{name: name, allow: allow, refused: interceptor.Refuse(name, reason, "not allowed")}
 }
@@ -222,9 +198,11 @@ func (l *allowLayer) Traits() interceptor.Traits { return interceptor.Decides }
 
 func (l *allowLayer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
-		var done func(interceptor.Outcome, error)
-		err, ended := a.Internals().Consult(ctx, l.name, w, false, func(ctx context.Context) (err error) {
-			done, err = l.allow(ctx)
+		err, ended := a.Internals().Consult(ctx, l.name, w, false, func(ctx context.Context) error {
+			done, err := l.allow(ctx)
+			if err == nil && done != nil {
+				a.Hold(&doneFunc{done}, 0) // Before the observer is told, which may panic.
+			}
 			return err
 		})
 		if r, ok := interceptor.AsRefusal(ended); ok {
@@ -232,9 +210,6 @@ func (l *allowLayer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 		}
 		if err != nil {
 			return orRefusal(l.refused, err)
-		}
-		if done != nil {
-			a.Hold(&doneFunc{done}, 0)
 		}
 		return inner.Admit(ctx, a, w)
 	})
@@ -247,13 +222,13 @@ type doneFunc struct {
 func (d *doneFunc) Release(_ int64, e interceptor.End) { d.f(e.Outcome, e.Err) }
 
 // FromLimiter returns a layer of a rate limiter of go-grpc-middleware. The limiter
-// decides for itself whether it waits. Its context ends with the [interceptor.Wait] if that is a
-// moment, such as the deadline of a layer outside; the limiter cannot see [None]. The
-// layer refuses with reason RATE_LIMIT and wraps the limiter's error, so that errors.Is
-// and errors.As find it. A limiter of this shape cannot take a token back.
+// decides for itself whether it waits. Its context ends with the [interceptor.Wait] if
+// that is a moment, such as the deadline of a layer outside; the limiter cannot see
+// [interceptor.None]. The layer refuses with reason RATE_LIMIT and wraps the limiter's error, so that
+// errors.Is and errors.As find it. A limiter of this shape cannot take a token back.
 func FromLimiter(name string, l ratelimit.Limiter) interceptor.Spec {
-	if err := arguments("FromLimiter", name, "limiter", isnil.Value(l), "a limiter"); err != nil {
-		return failed{err}
+	if wrong := arguments("FromLimiter", name, "limiter", isnil.Value(l), "a limiter"); wrong != nil {
+		return wrong
 	}
 	return &limiterLayer{name: name, limiter: l, refused: interceptor.Refuse(name, interceptor.ReasonRateLimit, "over the limit")}
 }
@@ -282,15 +257,11 @@ func (l *limiterLayer) WrapGate(inner interceptor.Gate) interceptor.Gate {
 	})
 }
 
-// arguments checks the arguments of an adaptor. what says what a nil parameter must be.
-func arguments(function, name, parameter string, isNil bool, what string) error {
+// arguments checks the arguments of an adaptor. what says what a nil parameter must be. It
+// returns nil if nothing is wrong.
+func arguments(function, name, parameter string, isNil bool, what string) interceptor.Spec {
 	errs := check.Of("adapt").In(function)
 	errs.Require(name != "", "name", name, "must not be empty")
 	errs.NotNil(isNil, parameter, what)
-	return errs.Err()
+	return errs.Spec()
 }
-
-// failed is a Spec that could not be made.
-type failed struct{ err error }
-
-func (f failed) NewLayer() (interceptor.Layer, error) { return nil, f.err }

@@ -127,6 +127,48 @@ func TestAdapt(t *testing.T) {
 	})
 }
 
+// badObserver panics when a gate has waited.
+type badObserver struct{ interceptor.NopObserver }
+
+func (badObserver) Waited(string, string, time.Duration) { panic("observer") }
+
+// What a limiter has granted is given back even if the observer panics when it is told of
+// the wait.
+func TestPanicOfObserver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, done := &permitToy{}, 0
+		sem := semaphore.NewWeighted(1)
+		for _, l := range []interceptor.Spec{
+			adapt.FromSemaphore("semaphore", sem),
+			adapt.FromPermit("permits", interceptor.ReasonConcurrency, func(context.Context, bool) (adapt.Permit, error) {
+				time.Sleep(time.Second)
+				return p, nil
+			}),
+			adapt.FromAllow("allow", interceptor.ReasonBreakerOpen, func(context.Context) (func(interceptor.Outcome, error), error) {
+				time.Sleep(time.Second)
+				return func(interceptor.Outcome, error) { done++ }, nil
+			}),
+		} {
+			if !sem.TryAcquire(1) {
+				t.Fatal("the permit of the semaphore is lost")
+			}
+			time.AfterFunc(time.Second, func() { sem.Release(1) })
+			func() {
+				defer func() {
+					if recover() == nil {
+						t.Errorf("%v: no panic", l)
+					}
+				}()
+				calltest.Stack(t, interceptor.Observe(badObserver{}), l).Wrap(calltest.Takes(0)).Invoke(t.Context(), calltest.Method, nil, nil)
+			}()
+			time.Sleep(time.Second)
+		}
+		if !sem.TryAcquire(1) || !slices.Equal(p.events, []string{"ignore"}) || done != 1 {
+			t.Errorf("the permit saw %q, done was called %d times; want all to be given back", p.events, done)
+		}
+	})
+}
+
 // slowLimiters are layers of third-party limiters that each wait for d, as long as
 // their context lives.
 func slowLimiters(t *testing.T, d time.Duration) []interceptor.Spec {

@@ -208,6 +208,18 @@ func TestInto_cutShort(t *testing.T) {
 	}
 }
 
+// A server's DEADLINE_EXCEEDED that comes long before the end of an attempt's timeout is
+// about a deadline of its own, which a retry does not repeat by default.
+func TestTimeout_serversOwnDeadline(t *testing.T) {
+	own := status.Error(codes.DeadlineExceeded, "of a database")
+	c := client(t, func(int, context.Context) error { return own }, quickRetry(true))
+	var r attempts.Report
+	_, err := c.Unary(t.Context(), new(testingv1.UnaryRequest), attempts.Timeout(time.Hour), attempts.Into(&r))
+	if _, ok := interceptor.AsRefusal(err); ok || status.Convert(err).Message() != "of a database" || len(r.Attempts) != 1 {
+		t.Errorf("%d attempts and %v, want one and the server's answer", len(r.Attempts), err)
+	}
+}
+
 // slowStream delivers its messages after the delays.
 type slowStream struct {
 	grpc.ClientStream

@@ -43,8 +43,12 @@ func Example() {
 	}
 	err = stack.UnaryClientInterceptor()(context.Background(), "/orders.Orders/Get", nil, nil, nil, invoker)
 	fmt.Println("error:", err)
-	// Output:
+	// The call does not wait for the attempt that has lost. Drain does.
+	if err := stack.Drain(context.Background()); err != nil {
+		log.Fatal(err)
+	}
+	// Unordered output:
 	// the second attempt answers
-	// the first attempt was cancelled
 	// error: <nil>
+	// the first attempt was cancelled
 }

@@ -28,6 +28,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
@@ -278,6 +279,32 @@ func TestEnd(t *testing.T) {
 			}
 			s.want("0s 0 sent", "1s 0 answered")
 		})
+	})
+}
+
+// lateGate admits extra attempts only after their context has ended.
+type lateGate struct{ interceptor.GateOnly }
+
+func (lateGate) NewLayer() (interceptor.Layer, error) { return lateGate{}, nil }
+
+func (lateGate) WrapGate(inner interceptor.Gate) interceptor.Gate {
+	return interceptor.GateFunc(func(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
+		if a.Attempt() > 0 {
+			<-ctx.Done()
+			time.Sleep(ms)
+		}
+		return inner.Admit(ctx, a, w)
+	})
+}
+
+// A permit may come just when the deadline of the call has ended the race.
+func TestExtraAttemptAdmittedAfterTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, answer{after: time.Hour})
+		_, took, err := s.call(nil, timeout.Config{Timeout: 100 * ms}, mustNew(t, fixed), lateGate{})
+		if status.Code(err) != codes.DeadlineExceeded || took != 101*ms || s.n != 1 {
+			t.Errorf("got %v after %v and %d attempts, want DEADLINE_EXCEEDED of the first", err, took, s.n)
+		}
 	})
 }
 

@@ -4,6 +4,7 @@
 package hedge
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"sync"
@@ -16,11 +17,9 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
-	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
-	"github.com/belfry-go/belfry/internal/keyed"
 	"github.com/belfry-go/belfry/internal/quantile"
 	"github.com/belfry-go/belfry/internal/replay"
 )
@@ -50,8 +49,6 @@ const (
 	steady   = 0.8
 	bimodal  = 1.2
 	budgeted = 0.95
-	// maxMethods is how many methods have latencies of their own.
-	maxMethods = 1000
 )
 
 // Config says when extra attempts are made, and how many. The zero value is the default:
@@ -59,13 +56,14 @@ const (
 // second.
 type Config struct {
 	// MaxExtraLoad is the share of calls that may get an extra attempt. It sets the
-	// budget to 0.95 times this share, beside its MinPerSecond, and the delay to the latency that four fifths of this share
-	// exceed. The last fifth is in reserve for a server that stalls: a percentile that
-	// uses the whole budget in steady state would leave nothing for that. If calls are
-	// either fast or slow, it is twice the latency that six fifths of the share exceed, if
-	// that is less: so a share of slow calls up to about MaxExtraLoad is hedged. At least
-	// 0.000001 and less than 1; zero means 0.05. Delay or Percentile replace its effect
-	// on the delay, and Budget that on the budget.
+	// budget to 0.95 times this share, beside its MinPerSecond, and the delay to the
+	// latency that four fifths of this share exceed. The last fifth is in reserve for a
+	// server that stalls: a percentile that uses the whole budget in steady state would
+	// leave nothing for that. If calls are either fast or slow, it is twice the latency
+	// that six fifths of the share exceed, if that is less: so a share of slow calls up
+	// to about MaxExtraLoad is hedged. At least 0.000001 and less than 1; zero means
+	// 0.05. Delay or Percentile replace its effect on the delay, and Budget that on the
+	// budget.
 	MaxExtraLoad float64
 	// Delay is how long to wait before each extra attempt. None (-1) makes it at once.
 	// Zero means a percentile of the recent latencies of the method; any other negative
@@ -83,9 +81,9 @@ type Config struct {
 	MinDataPoints int
 	// Window is how long latencies are remembered. 1 s to 1 h; zero means one minute.
 	Window time.Duration
-	// MaxAttempts bounds the attempts of a call, including the first, unless the call says
-	// otherwise (attempts.MaxHedge). From 1, which hedges nothing, to 10; zero means 2. An extra attempt that a layer inside refused
-	// does not count.
+	// MaxAttempts bounds the attempts of a call, including the first, unless the call
+	// says otherwise (attempts.MaxHedge). From 1, which hedges nothing, to 10; zero means
+	// 2. An extra attempt that a layer inside refused does not count.
 	MaxAttempts int
 	// NonFatal are the codes of failures after which the next attempt is made at once
 	// and not after the delay; attempts that run continue. Nil means UNAVAILABLE. Any other
@@ -186,7 +184,7 @@ type options struct {
 // An Attempt is what a [Policy] judges.
 type Attempt struct {
 	Method string
-	Number int // 0 for the first attempt.
+	N      int // How many attempts the call has made up to this one: 1 for the first.
 	// Reply is the reply of a unary attempt, or the first message of a stream. It is nil
 	// if the attempt failed, or the stream ended without a message. It must not be changed
 	// or kept.
@@ -249,12 +247,10 @@ type Layer struct {
 	policy Policy // Nil if there is none.
 	// seen has the latencies of each method that was called lately, of unary calls and of
 	// streams apart.
-	seen [2]*keyed.Map[*quantile.Window]
+	seen [2]*quantile.Methods
 
-	clock clock
-	kept  replay.Total // What streams keep.
-	races sync.Pool    // *race of unary calls.
-	set   atomic.Pointer[settings]
+	kept replay.Total // What streams keep.
+	set  atomic.Pointer[settings]
 	// mu serialises Update; the mutexes of the budget, of seen and of its windows are
 	// locked under it.
 	mu sync.Mutex
@@ -278,10 +274,7 @@ func New(c Config, opts ...Option) (*Layer, error) {
 	l := &Layer{maker: maker, policy: o.policy}
 	l.set.Store(s)
 	for i := range l.seen {
-		l.seen[i] = keyed.New(
-			func() int { return maxMethods },
-			func(string) *quantile.Window { return quantile.New(l.set.Load().window) },
-			func(_ *quantile.Window, unused time.Duration, _ int64) bool { return unused > l.set.Load().window })
+		l.seen[i] = quantile.NewMethods(s.window)
 	}
 	return l, nil
 }
@@ -305,13 +298,9 @@ func (l *Layer) Update(c Config) error {
 	if err := l.maker.Update(s.budget); err != nil {
 		return err
 	}
-	before := l.set.Swap(s) // Windows that are made from now on are as long as s says.
-	if before.window != s.window {
-		for _, seen := range l.seen {
-			for _, w := range seen.All() {
-				w.SetWindow(s.window)
-			}
-		}
+	l.set.Store(s)
+	for _, seen := range l.seen {
+		seen.SetWindow(s.window)
 	}
 	return nil
 }
@@ -342,13 +331,13 @@ func (l *Layer) Delay(method string) (d time.Duration, ok bool) {
 	return 0, false
 }
 
-func (s *settings) percentileOf(w *quantile.Window, now interceptor.Instant) (d time.Duration, ok bool) {
-	d, n := w.QuantileAt(now, s.percentile)
-	if s.lower > 0 {
-		low, _ := w.QuantileAt(now, s.lower)
+func (set *settings) percentileOf(w *quantile.Window, now interceptor.Instant) (d time.Duration, ok bool) {
+	d, n := w.QuantileAt(now, set.percentile)
+	if set.lower > 0 {
+		low, _ := w.QuantileAt(now, set.lower)
 		d = min(d, 2*low)
 	}
-	return max(d, s.least), n >= s.points
+	return max(d, set.least), n >= set.points
 }
 
 // plan returns what is known of a call. ok is false if it is too little to hedge the call.
@@ -360,7 +349,7 @@ func (l *Layer) plan(set *settings, c *interceptor.Call, now interceptor.Instant
 	if c.Kind() != interceptor.Unary {
 		seen = l.seen[1]
 	}
-	p.seen = seen.Get(c.Method(), int64(now))
+	p.seen = seen.Get(c.Method(), now)
 	p.delay, ok = set.percentileOf(p.seen, now)
 	return p, ok
 }
@@ -372,10 +361,7 @@ func (l *Layer) mayHedge(set *settings, c *interceptor.Call) bool {
 
 // attempts returns the most attempts of a call.
 func (set *settings) attempts(c *interceptor.Call) int {
-	if p := c.Internals().PerCall(); p != nil {
-		return attempt.Max(p.MaxHedge, set.max)
-	}
-	return set.max
+	return cmp.Or(c.Internals().PerCall().MaxHedge, set.max)
 }
 
 // String returns the layer's name.
@@ -408,14 +394,9 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 			s.race.stream = s
 			return s.open()
 		}
-		r, ok := l.races.Get().(*race)
-		if !ok {
-			r = new(race)
-		}
+		r := new(race)
 		r.init(l, set, p, ctx, c, next, again)
-		err := r.unary(now)
-		r.reuse() // Not after a panic.
-		return err
+		return r.unary(now)
 	}
 }
 

@@ -23,14 +23,10 @@ import (
 
 // race runs the attempts of one call side by side, until one of them decides it or all
 // have failed. What a connection does with an attempt may take longer than its context:
-// credentials fetch a token, a large request is compressed. So the attempts of a unary
-// call on a connection run on goroutines of their own, each with a Call of its own, and
-// those that lose may end after the call has returned. All others run as follows: the
-// first attempt on the caller's goroutine, which waits for it to notice that it has lost,
-// and further ones on goroutines of their own.
-//
-// A race that has one attempt, on the caller's goroutine, is reused: such a call
-// allocates only the context of the attempt.
+// credentials fetch a token, a large request is compressed. So each attempt of a unary call
+// runs on a goroutine of its own, with a Call of its own, and those that lose may end after
+// the call has returned. The streams are open by then: the first one is received from on
+// the caller's goroutine, which waits for it to notice that it has lost.
 type race struct {
 	further.Call
 	plan
@@ -41,36 +37,33 @@ type race struct {
 	next   interceptor.Next
 	stream *stream // Nil for a unary call.
 
-	first  try
-	apart  bool  // It runs on a goroutine of its own.
-	alarm  alarm // When the next extra attempt is due.
-	reused bool  // The race will be.
+	first try
 
-	// mu guards the fields below. The layer's clock, and what cancelling a context locks,
-	// are locked under it.
+	// mu guards the fields below. What cancelling a context locks is locked under it.
 	mu       sync.Mutex
-	change   sync.Cond // Signals making, running and decided.
-	hedged   bool      // Another attempt was made or tried.
-	extra    []*try    // Without those that were refused.
-	making   int       // Attempts that are not admitted yet.
-	running  int       // Attempts, and goroutines that are about to make one.
-	closed   bool      // No attempt starts any more.
-	decided  bool      // The call ends with best.
-	best     *try      // The attempt that the call would end with now,
-	rank     rank      // how much its end says,
-	err      error     // and its error.
-	refusal  error     // The refusal of an attempt that was to follow best, if any.
-	panicked any       // What an attempt panicked with.
+	change   sync.Cond   // Signals making, running and decided.
+	timer    *time.Timer // Calls tick after the delay. Nil before it is first set.
+	extra    []*try      // Without those that were refused.
+	making   int         // Attempts that are not admitted yet.
+	running  int         // Attempts, and goroutines that are about to make one.
+	closed   bool        // No attempt starts any more.
+	decided  bool        // The call ends with best.
+	best     *try        // The attempt that the call would end with now,
+	rank     rank        // how much its end says,
+	err      error       // and its error.
+	refusal  error       // The refusal of an attempt that was to follow best, if any.
+	panicked any         // What an attempt panicked with.
 }
 
 // try is one attempt.
 type try struct {
-	ctx   *cancelContext
-	call  *interceptor.Call
-	start interceptor.Instant // When it was sent.
-	lane  *replay.Lane        // Of a stream, once it is open.
-	reply any                 // Of a stream: what the first message of an extra attempt is received to.
-	eof   bool                // Of a stream: it ended well without a message.
+	ctx    context.Context
+	cancel context.CancelFunc
+	call   *interceptor.Call
+	start  interceptor.Instant // When it was sent.
+	lane   *replay.Lane        // Of a stream, once it is open.
+	reply  any                 // Of a stream: what the first message of an extra attempt is received to.
+	eof    bool                // Of a stream: it ended well without a message.
 
 	returned bool // It did not panic. Used by its own goroutine alone.
 
@@ -80,8 +73,6 @@ type try struct {
 	lost    bool // It was cancelled because the call is decided; its end means nothing.
 	over    bool
 }
-
-func (t *try) cancel() { t.ctx.cancel() }
 
 // trailer returns the trailer of an attempt that has ended.
 func (t *try) trailer() metadata.MD {
@@ -110,35 +101,24 @@ type verdict struct {
 
 // init prepares a race.
 func (r *race) init(l *Layer, set *settings, p plan, ctx context.Context, c *interceptor.Call, next interceptor.Next, again interceptor.Again) {
-	r.Call, r.layer, r.set, r.plan, r.ctx, r.next = l.maker.Of(c, c.Origin(), again), l, set, p, ctx, next
+	r.Call = further.Call{Call: c, Maker: l.maker, Origin: c.Origin(), Again: again}
+	r.layer, r.set, r.plan, r.ctx, r.next = l, set, p, ctx, next
 	r.max = set.attempts(c)
-	r.first.ctx, r.first.call = &cancelContext{Context: ctx}, c
+	r.first.call = c
+	r.first.ctx, r.first.cancel = context.WithCancel(ctx)
 	r.Call.Origin.Expendable = true
-	r.alarm.race = r
 	r.change.L = &r.mu
 }
 
 // unary carries out a unary call.
 func (r *race) unary(now interceptor.Instant) error {
 	defer r.first.cancel()
-	if c := r.Call.Internals(); c.Connected() {
-		r.apart, r.first.call = true, c.Detach()
-	}
+	r.first.call = r.Internals().Detach()
 	r.first.call.Internals().WantTrailer()
 	t, err := r.run(now)
-	if t.call != r.Call.Call {
-		r.Adopt(t.call)
-	}
+	r.Adopt(t.call)
 	t.cancel()
 	return err
-}
-
-// reuse gives back a race that is over and that only the caller has seen.
-func (r *race) reuse() {
-	if l := r.layer; r.reused {
-		*r = race{}
-		l.races.Put(r)
-	}
 }
 
 // run carries out the race. It returns the attempt that decided it, and its error.
@@ -148,10 +128,10 @@ func (r *race) run(now interceptor.Instant) (*try, error) {
 	r.running = 1
 	r.first.started = true
 	if !r.closed {
-		r.layer.clock.set(&r.alarm, now, r.delay)
+		r.armLocked()
 	}
 	r.mu.Unlock()
-	if r.apart {
+	if r.stream == nil {
 		go r.lead()
 	} else {
 		r.lead()
@@ -239,15 +219,27 @@ func (r *race) loseLocked(t, but *try) {
 
 // noMoreLocked keeps further attempts from starting. Caller must hold r.mu.
 func (r *race) noMoreLocked() {
-	if !r.closed {
-		r.closed = true
-		// An alarm that could be stopped has started nothing.
-		r.reused = r.layer.clock.stop(&r.alarm) && !r.hedged && !r.apart
-	}
+	r.closed = true
+	r.disarmLocked()
 	for _, t := range r.extra {
 		if !t.started {
 			t.cancel()
 		}
+	}
+}
+
+// armLocked makes an extra attempt after the delay. Caller must hold r.mu.
+func (r *race) armLocked() {
+	if r.timer == nil {
+		r.timer = time.AfterFunc(r.delay, r.tick)
+		return
+	}
+	r.timer.Reset(r.delay)
+}
+
+func (r *race) disarmLocked() {
+	if r.timer != nil {
+		r.timer.Stop()
 	}
 }
 
@@ -259,7 +251,7 @@ func (r *race) carryOut(ctx context.Context, t *try) error {
 	return r.next(ctx, t.call)
 }
 
-// tick is called on a goroutine of its own when the delay is over.
+// tick is called by the timer.
 func (r *race) tick() {
 	r.mu.Lock()
 	due := !r.closed
@@ -276,14 +268,14 @@ func (r *race) tick() {
 // follows one that failed.
 func (r *race) another(v verdict, follows bool) verdict {
 	r.mu.Lock()
-	r.hedged = true
-	r.layer.clock.stop(&r.alarm)
+	r.disarmLocked()
 	if r.closed || 1+len(r.extra) >= r.max || r.ctx.Err() != nil {
 		r.leaveLocked()
 		r.mu.Unlock()
 		return verdict{}
 	}
-	t := &try{ctx: &cancelContext{Context: r.ctx}, making: true}
+	t := &try{making: true}
+	t.ctx, t.cancel = context.WithCancel(r.ctx)
 	r.making++
 	r.extra = append(r.extra, t)
 	r.mu.Unlock()
@@ -301,14 +293,10 @@ func (r *race) another(v verdict, follows bool) verdict {
 		}
 		return r.carryOut(ctx, t)
 	}})
-	switch {
-	case a.Call == nil:
+	if a.Call == nil {
 		r.refused(t, err, follows)
 		v = verdict{}
-	case !t.started: // It came too late. Its error may be that of a layer's deadline.
-		r.refused(t, a.Err, follows)
-		v = verdict{}
-	default:
+	} else {
 		v = r.ended(t, a.Err)
 	}
 	t.returned = true
@@ -330,7 +318,7 @@ func (r *race) start(t *try, c *interceptor.Call) (started bool) {
 	if !closed {
 		t.started = true
 		if 1+len(r.extra) < r.max {
-			r.layer.clock.set(&r.alarm, t.start, r.delay)
+			r.armLocked()
 		}
 	}
 	r.mu.Unlock()
@@ -372,7 +360,7 @@ func (r *race) refused(t *try, err error, follows bool) {
 	if refusal, ok := interceptor.AsRefusal(err); ok && refusal.Reason == interceptor.ReasonBudget {
 		r.noMoreLocked() // That does not change during a call.
 	} else if !r.closed && r.running > 1 { // The others may stay slow.
-		r.layer.clock.set(&r.alarm, interceptor.Now(), r.delay)
+		r.armLocked()
 	}
 }
 
@@ -419,7 +407,7 @@ func (r *race) ask(t *try, err error) Verdict {
 	if refusal, ok := interceptor.AsRefusal(err); late || ok && refusal.NotSent() {
 		return ByCode
 	}
-	a := Attempt{Method: t.call.Method(), Number: t.call.Attempt(), Err: err, Trailer: t.trailer()}
+	a := Attempt{Method: t.call.Method(), N: t.call.Attempt() + 1, Err: err, Trailer: t.trailer()}
 	switch {
 	case err != nil:
 	case r.stream == nil:

@@ -74,7 +74,7 @@ func (s *stream) open() error {
 
 // lane returns the open stream of an attempt.
 func lane(t *try) *replay.Lane {
-	return &replay.Lane{ClientStream: t.call.Stream(), Call: t.call, Cancel: t.ctx.cancel}
+	return &replay.Lane{ClientStream: t.call.Stream(), Call: t.call, Cancel: t.cancel}
 }
 
 // Race runs the race.
@@ -160,7 +160,8 @@ func (s *stream) Repeat(_ *replay.Lane, err error) (*replay.Lane, error) {
 	failed := r.first
 	failed.over = true
 	r.extra = append(r.extra, &failed) // It counts.
-	t := try{ctx: &cancelContext{Context: r.ctx}}
+	var t try
+	t.ctx, t.cancel = context.WithCancel(r.ctx)
 	a, refused := r.Make(t.ctx, further.Plan{Delay: after, After: err, Reason: status.Code(err).String(), Run: func(ctx context.Context, c *interceptor.Call) error {
 		r.HedgeFired()
 		return r.next(ctx, c)

@@ -91,15 +91,11 @@ type mapper struct {
 func (l *mapper) NewLayer() (interceptor.Layer, error) { return l, nil }
 func (l *mapper) String() string                       { return l.name }
 
-// failed is the Spec of a layer that has no function.
-type failed struct{ err error }
-
-func (f failed) NewLayer() (interceptor.Layer, error) { return nil, f.err }
-
+// noFunc is the Spec of a layer that has no function.
 func noFunc(name string) interceptor.Spec {
 	errs := check.Of("mapping")
 	errs.NotNil(true, name, "a function")
-	return failed{errs.Err()}
+	return errs.Spec()
 }
 
 func (l *mapper) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {

@@ -57,8 +57,8 @@ func FromLimiter(limiter Limiter, by interceptor.KeyBy, opts ...Option) intercep
 	isNil := limiter == nil || reflect.ValueOf(limiter).Kind() == reflect.Pointer && reflect.ValueOf(limiter).IsNil()
 	o.errs.NotNil(isNil, "FromLimiter.limiter", "a limiter")
 	o.errs.In("FromLimiter").KeyBy("by", by)
-	if err := o.errs.Err(); err != nil {
-		return failed{err}
+	if wrong := o.errs.Spec(); wrong != nil {
+		return wrong
 	}
 	failed := interceptor.Refuse(o.name, interceptor.ReasonRateLimit, "the limiter cannot decide")
 	failed.Code = codes.Unavailable

@@ -25,16 +25,11 @@ func FromRate(limiter *rate.Limiter, opts ...Option) interceptor.Spec {
 	o := optionsOf(opts)
 	o.errs.NotNil(limiter == nil, "FromRate.limiter", "a limiter")
 	o.notOpen()
-	if err := o.errs.Err(); err != nil {
-		return failed{err}
+	if wrong := o.errs.Spec(); wrong != nil {
+		return wrong
 	}
 	return &rateLayer{queue: newQueue(o.name, "", rateSource{limiter}, o.priority, "no token")}
 }
-
-// failed is a Spec that could not be made.
-type failed struct{ err error }
-
-func (f failed) NewLayer() (interceptor.Layer, error) { return nil, f.err }
 
 type rateLayer struct {
 	interceptor.GateOnly

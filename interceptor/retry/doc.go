@@ -57,10 +57,10 @@
 // breaks. So an attempt that was sent is repeated only if its method may be carried out
 // more than once: if it is declared idempotent in its .proto file (option
 // idempotency_level, whose file is linked in if the stub is), if Config.Methods names it
-// or its service, if [WithIdempotent] allows it, if the call says so (package attempts), or if Config.AllMethods is true, as in
-// gRPC's own retries. Otherwise a unary call ends with the server's error, in which
-// errors.As finds a refusal with reason NOT_IDEMPOTENT, and the observer is told. A stream
-// says so only if there is a policy.
+// or its service, if [WithIdempotent] allows it, if the call says so (package attempts),
+// or if Config.AllMethods is true, as in gRPC's own retries. Otherwise a unary call ends
+// with the server's error, in which errors.As finds a refusal with reason NOT_IDEMPOTENT,
+// and the observer is told. A stream says so only if there is a policy.
 //
 // An attempt that was not sent, because there was no connection, is repeated whatever the
 // method, and costs the budget nothing.

@@ -4,6 +4,7 @@
 package retry
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"sync"
@@ -38,10 +39,11 @@ const (
 
 // Config says what is repeated, how often and when. The zero value is the default.
 type Config struct {
-	// MaxAttempts bounds the attempts of a call, including the first, unless the call says
-	// otherwise (attempts.MaxRetry). From 1, which repeats nothing, to 100; zero means 3. Attempts that were not sent because there
-	// was no connection are counted separately, up to the same number. An attempt that a
-	// layer inside refused does not count.
+	// MaxAttempts bounds the attempts of a call, including the first, unless the call
+	// says otherwise (attempts.MaxRetry). From 1, which repeats nothing, to 100; zero
+	// means 3. Attempts that were not sent because there was no connection are counted
+	// separately, up to the same number. An attempt that a layer inside refused does not
+	// count.
 	MaxAttempts int
 	// Codes are the status codes to repeat. Nil means UNAVAILABLE, and RESOURCE_EXHAUSTED
 	// if the server says when to come back; in a list it means all RESOURCE_EXHAUSTED. If
@@ -67,10 +69,10 @@ type Config struct {
 	// Backoff is how long to wait before each retry.
 	Backoff Backoff
 	// MaxServerDelay is the longest delay that a server may ask for, by RetryInfo or
-	// pushback, or a policy by Decision.After. If it asks for more, the call ends at once with its error. Otherwise a
-	// call without a deadline would wait as long as the server likes, and hold the
-	// permits of layers outside. Negative is an error; zero means 10 s, or Backoff.Max
-	// if that is longer.
+	// pushback, or a policy by Decision.After. If it asks for more, the call ends at once
+	// with its error. Otherwise a call without a deadline would wait as long as the
+	// server likes, and hold the permits of layers outside. Negative is an error; zero
+	// means 10 s, or Backoff.Max if that is longer.
 	MaxServerDelay time.Duration
 	// Budget bounds the retries of all calls together. It must be the zero value
 	// if [WithBudget] is used.
@@ -280,7 +282,7 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 		if err == nil && l.policy == nil {
 			return nil
 		}
-		return l.repeat(ctx, l.maker.Of(c, origin, again), next, header, err)
+		return l.repeat(ctx, further.Call{Call: c, Maker: l.maker, Origin: origin, Again: again}, next, header, err)
 	}
 }
 
@@ -388,10 +390,7 @@ type verdict struct {
 
 // attempts returns the most attempts of a call.
 func (set *settings) attempts(c *interceptor.Call) int {
-	if p := c.Internals().PerCall(); p != nil {
-		return attempt.Max(p.MaxRetry, set.max)
-	}
-	return set.max
+	return cmp.Or(c.Internals().PerCall().MaxRetry, set.max)
 }
 
 // judge decides whether an attempt is repeated.

@@ -17,7 +17,7 @@ func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.
 	if set.attempts(c) == 1 {
 		return next(ctx, c)
 	}
-	of := l.maker.Of(c, c.Origin(), again)
+	of := further.Call{Call: c, Maker: l.maker, Origin: c.Origin(), Again: again}
 	opts := c.Options()
 	c.Internals().Repeatable()
 	err := next(ctx, c)

@@ -4,7 +4,6 @@
 package timeout
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,8 +15,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/check"
-	"github.com/belfry-go/belfry/internal/keyed"
 	"github.com/belfry-go/belfry/internal/quantile"
 )
 
@@ -82,9 +81,6 @@ const (
 	defaultMultiple   = 3
 	defaultWindow     = time.Minute
 	defaultSamples    = 100
-
-	// maxMethods is how many methods have latencies of their own.
-	maxMethods = 1000
 )
 
 // A Bound says what cut a call short.
@@ -225,7 +221,7 @@ type Layer struct {
 	settings atomic.Pointer[settings]
 	// methods are the latencies for an adaptive timeout, by method; nil until there was
 	// one.
-	methods atomic.Pointer[keyed.Map[*quantile.Window]]
+	methods atomic.Pointer[quantile.Methods]
 
 	// The gate leaves these notes for the call path.
 	beginning noteKey // When the call reached the gate, if a bound counts from then.
@@ -262,27 +258,15 @@ func (l *Layer) update(cfg Config, errs *check.Errors) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if s.Adaptive != nil && l.methods.Load() == nil {
-		l.methods.Store(keyed.New(func() int { return maxMethods }, l.newWindow, l.droppable))
+	if s.Adaptive != nil {
+		if m := l.methods.Load(); m != nil {
+			m.SetWindow(s.adaptive.Window)
+		} else {
+			l.methods.Store(quantile.NewMethods(s.adaptive.Window))
+		}
 	}
 	l.settings.Store(s)
-	if s.Adaptive == nil {
-		return nil
-	}
-	for _, w := range l.methods.Load().All() {
-		w.SetWindow(s.adaptive.Window)
-	}
 	return nil
-}
-
-func (l *Layer) newWindow(string) *quantile.Window {
-	// It has no Window if an Update has turned it off since the call began.
-	return quantile.New(cmp.Or(l.settings.Load().adaptive.Window, defaultWindow))
-}
-
-// droppable reports whether all latencies of a method are too old to count.
-func (l *Layer) droppable(_ *quantile.Window, unused time.Duration, _ int64) bool {
-	return unused > l.settings.Load().adaptive.Window
 }
 
 // Config returns the configuration as it was given to New or Update.
@@ -418,7 +402,7 @@ func (l *Layer) explainWait(ctx context.Context, err error) error {
 
 // window returns the latencies of a method.
 func (l *Layer) window(method string, now interceptor.Instant) *quantile.Window {
-	return l.methods.Load().Get(method, int64(now))
+	return l.methods.Load().Get(method, now)
 }
 
 // WrapCall returns the call path that bounds the time of the call itself.
@@ -461,7 +445,7 @@ func (l *Layer) unary(ctx context.Context, c *interceptor.Call, next interceptor
 	own, cancel := context.WithDeadlineCause(ctx, deadline.Time(), cause)
 	defer cancel()
 	if context.Cause(own) == error(cause) { // A gate that cannot be bounded has admitted it too late.
-		return cause.Because(cause.Err, false)
+		return interceptor.Ended(own, l.name)
 	}
 	began := c.Internals().AdmittedAt()
 	err := next(own, c)
@@ -496,24 +480,15 @@ func (l *Layer) record(c *interceptor.Call, beginning interceptor.Instant) {
 // TCP, which doubles its timeout for each one that is exceeded in a row, is no model: a
 // success would undo what the timeout has learnt of the slower calls beside it.
 func (l *Layer) recordCut(c *interceptor.Call) {
-	now, s := interceptor.Now(), l.settings.Load()
+	now := interceptor.Now()
 	w := l.window(c.Method(), now)
-	w.RecordAt(now, s.Timeout)
-	if s.Adaptive != nil {
-		w.SetWindow(s.adaptive.Window) // Forgets the answer it has computed, so that this one counts at once.
-	}
+	w.RecordAt(now, l.settings.Load().Timeout)
+	w.Refresh()
 }
 
-// margin is the share of a call's time at its end in which a DEADLINE_EXCEEDED of the
-// server is about the deadline that we gave it. Servers keep some of their time to answer
-// in, and their clocks run beside ours.
-const margin = 4
-
-// toldFirst reports whether err is the answer of a server that has told us of the deadline
-// before our own timer did. The call had its time from began to deadline.
+// toldFirst is attempt.ToldFirst for a call that had its time from began to deadline.
 func toldFirst(err error, began, deadline interceptor.Instant) bool {
-	return status.Code(err) == codes.DeadlineExceeded &&
-		interceptor.Now().Add(deadline.Sub(began)/margin) >= deadline
+	return attempt.ToldFirst(err, deadline.Sub(began), deadline.Sub(interceptor.Now()))
 }
 
 // explain returns err as an Exceeded that says whose deadline ended a call, or an

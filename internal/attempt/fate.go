@@ -71,6 +71,15 @@ func AwaitDeadline(ctx context.Context) {
 	}
 }
 
+// ToldFirst reports whether err is a server's DEADLINE_EXCEEDED about a deadline of ours.
+// The server has the same deadline, and may answer before our own timer fires: servers
+// keep some of their time to answer in, and their clocks run beside ours. If the answer
+// comes in the last quarter of the time that was given, it is about that deadline. Before
+// that it is about one of the server's own.
+func ToldFirst(err error, given, left time.Duration) bool {
+	return left <= given/4 && status.Code(err) == codes.DeadlineExceeded
+}
+
 // IsClosing reports whether the owner of the connection closed it during the call. This
 // deprecated variable is gRPC's only mark for that: the status is CANCELLED, but nobody
 // cancelled the context.

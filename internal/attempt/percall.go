@@ -12,8 +12,8 @@ import (
 	"google.golang.org/grpc"
 )
 
-// PerCall is what the options of one call say about its attempts. It is nil for a call
-// without such options, and not changed once the call has begun.
+// PerCall is what the options of one call say about its attempts. It is not changed once
+// the call has begun.
 type PerCall struct {
 	MaxRetry, MaxHedge int  // The most attempts; 0 if the call does not say.
 	Idempotent, Unsafe bool // Whether it may, or must not, be carried out more than once.
@@ -27,22 +27,6 @@ type PerCall struct {
 type Why struct {
 	Layer, Reason string
 	Delay         time.Duration // Before it.
-}
-
-// Max returns the most attempts that the call allows, def if it does not say.
-func Max(own, def int) int {
-	if own > 0 {
-		return own
-	}
-	return def
-}
-
-// Get returns p, or a PerCall that says nothing.
-func (p *PerCall) Get() PerCall {
-	if p == nil {
-		return PerCall{}
-	}
-	return *p
 }
 
 // An Option is a call option that changes the PerCall.

@@ -41,6 +41,19 @@ func (e *Errors) In(field string) *Errors {
 	return &Errors{layer: e.layer, prefix: e.prefix + field + ".", list: e.list}
 }
 
+// Spec returns a Spec that cannot become a layer because of the errors. It is nil if there
+// are none.
+func (e *Errors) Spec() interceptor.Spec {
+	if err := e.Err(); err != nil {
+		return failed{err}
+	}
+	return nil
+}
+
+type failed struct{ err error }
+
+func (f failed) NewLayer() (interceptor.Layer, error) { return nil, f.err }
+
 // Add adds an error. The rule is a format if there are args.
 func (e *Errors) Add(field string, value any, rule string, args ...any) {
 	if len(args) > 0 {

@@ -122,7 +122,7 @@ func (m *Maker) Update(own budget.Config) error {
 // May reports whether the call may be carried out more than once: the call itself says so,
 // the Config, WithIdempotent or the method's .proto file.
 func (m *Maker) May(allowed *Methods, c *interceptor.Call) bool {
-	if p := c.Internals().PerCall(); p != nil && (p.Idempotent || p.Unsafe) {
+	if p := c.Internals().PerCall(); p.Idempotent || p.Unsafe {
 		return p.Idempotent
 	}
 	method := c.Method()
@@ -160,11 +160,6 @@ type Call struct {
 	Maker  *Maker
 	Origin interceptor.Origin // The call as the layer passes it on.
 	Again  interceptor.Again
-}
-
-// Of returns a Call by value.
-func (m *Maker) Of(c *interceptor.Call, o interceptor.Origin, again interceptor.Again) Call {
-	return Call{Call: c, Maker: m, Origin: o, Again: again}
 }
 
 // Plan describes a further attempt to make.
@@ -277,13 +272,13 @@ func (p *payment) Release(_ int64, e interceptor.End) { p.end(e.Outcome.Sent()) 
 // HedgeFired tells the observer and the call's report of an extra attempt.
 func (c *Call) HedgeFired() {
 	c.Observer().HedgeFired(c.Method(), c.Maker.Name)
-	c.Internals().PerCall().Get().Record.Hedge(false)
+	c.Internals().PerCall().Record.Hedge(false)
 }
 
 // HedgeWon tells them that the call's result is an extra attempt's.
 func (c *Call) HedgeWon() {
 	c.Observer().HedgeWon(c.Method(), c.Maker.Name)
-	c.Internals().PerCall().Get().Record.Hedge(true)
+	c.Internals().PerCall().Record.Hedge(true)
 }
 
 // sleep waits until a moment, unless the call, its stack or its connection ends first.

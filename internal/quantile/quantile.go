@@ -127,6 +127,13 @@ func (w *Window) RecordAt(now interceptor.Instant, d time.Duration) {
 	w.mu.Unlock()
 }
 
+// Refresh makes the next Quantile count all that was recorded.
+func (w *Window) Refresh() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.last = [2]answer{}
+}
+
 // Quantile returns the latency that a share q of those in the window does not exceed, and
 // how many there are. 0 < q <= 1. If there are none it returns 0, 0. It may lack the
 // latest 1/32 of the data.

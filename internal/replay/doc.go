@@ -32,7 +32,8 @@
 //	                       first message or end, header, a message
 //	                       that is not kept, no further attempt
 //
-// Who finds a failure takes the turn, asks what went wrong, and replaces the lane. RecvMsg
-// has the turn while it receives. Others wait for the turn only if their lane has ended:
-// then RecvMsg returns too, so that no two goroutines of a caller can wait for each other.
+// One goroutine at a time has the turn. RecvMsg has it while it receives. Whoever finds
+// that the lane has failed takes it, finds out how, and replaces the lane. Methods other than
+// RecvMsg wait for the turn only if their lane has ended: then RecvMsg returns too, so that
+// no two goroutines of a caller can wait for each other.
 package replay

@@ -38,9 +38,13 @@ type Lane struct {
 	message proto.Message
 	err     error
 
+	// Set before the lane is committed: it was not sent all that was kept, because it has
+	// failed, so it must not be sent what comes later either.
+	dead bool
+
 	// Guarded by Stream.mu.
 	live   bool // It was sent all that is kept, or takes no more.
-	passed bool // It has failed, and the stream goes on without it.
+	passed bool // It has failed, and the stream continues without it.
 }
 
 func (l *Lane) cancel() {
@@ -91,20 +95,28 @@ type Stream struct {
 
 	// mu guards the fields below. It is not held while a message is sent or received, or
 	// the layer is called.
-	mu        sync.Mutex
-	changed   sync.Cond // Signals all of them.
-	changes   int       // How often it was signalled.
-	cur       *Lane
-	taken     bool // Somebody has the turn: to receive from cur,
-	replacing bool // or to find out how cur has ended and to replace it.
-	racing    bool // The layer races.
-	asked     int  // How many wait for the header of cur.
-	final     bool // cur is the last.
-	ended     bool // The stream is over, and nothing is kept.
-	closed    bool // CloseSend was called.
-	own       *streamContext
-	sent      buffer
+	mu      sync.Mutex
+	changed sync.Cond // Signals all of them.
+	changes int       // How often it was signalled.
+	cur     *Lane
+	turn    turn
+	asked   int  // How many wait for the header of cur.
+	final   bool // cur is the last.
+	ended   bool // The stream is over, and nothing is kept.
+	closed  bool // CloseSend was called.
+	own     *streamContext
+	sent    buffer
 }
+
+// A turn is what the one goroutine does that has it.
+type turn uint8
+
+const (
+	free      turn = iota // Nobody has it.
+	receiving             // It receives from the current attempt.
+	racing                // The layer receives from several attempts.
+	replacing             // It finds out how the current attempt has ended and replaces it.
+)
 
 // Init makes s the stream of a call whose first attempt is open as l. The layer calls it
 // once, before it returns s.
@@ -147,10 +159,14 @@ func (s *Stream) commitLocked(l *Lane) {
 
 // settleLocked drops what is kept when nobody needs it any more. Caller must hold s.mu.
 func (s *Stream) settleLocked() {
-	if s.final && (s.cur.live || s.cur.passed || s.ended) {
-		s.committed.CompareAndSwap(nil, s.cur)
-		s.dropLocked()
+	if !s.final || !s.cur.live && !s.cur.passed && !s.ended {
+		return
 	}
+	if s.committed.Load() == nil {
+		s.cur.dead = s.cur.dead || !s.cur.live || s.cur.passed
+		s.committed.Store(s.cur)
+	}
+	s.dropLocked()
 }
 
 // dropLocked drops what is kept. Caller must hold s.mu.
@@ -170,8 +186,8 @@ func (s *Stream) adopt(l *Lane) {
 // only while an attempt is being made. Caller must hold s.mu, which it gives up meanwhile.
 func (s *Stream) commitNowLocked() {
 	for !s.final {
-		switch {
-		case s.racing:
+		switch s.turn {
+		case racing:
 			n := s.changes
 			s.mu.Unlock()
 			l := s.Layer.(Racer).Choose()
@@ -181,7 +197,7 @@ func (s *Stream) commitNowLocked() {
 			} else if n == s.changes && !s.final {
 				s.changed.Wait()
 			}
-		case s.replacing:
+		case replacing:
 			s.changed.Wait()
 		default:
 			s.commitLocked(s.cur)
@@ -193,7 +209,7 @@ func (s *Stream) commitNowLocked() {
 func (s *Stream) StreamEnded() {
 	s.mu.Lock()
 	s.ended = true
-	if !s.racing && !s.replacing { // Otherwise whoever has the turn commits.
+	if s.turn == free || s.turn == receiving { // Otherwise whoever has the turn commits.
 		s.commitLocked(s.cur)
 	}
 	s.settleLocked()
@@ -212,10 +228,12 @@ func (s *Stream) StreamEnded() {
 func (s *Stream) take() (cur *Lane, final bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.replacing || s.taken && !s.final {
+	for s.turn == replacing || s.turn != free && !s.final {
 		s.changed.Wait()
 	}
-	s.taken = s.taken || !s.final
+	if !s.final {
+		s.turn = receiving
+	}
 	return s.cur, s.final
 }
 
@@ -223,7 +241,7 @@ func (s *Stream) take() (cur *Lane, final bool) {
 func (s *Stream) give() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.taken, s.replacing = false, false
+	s.turn = free
 	s.signalLocked()
 }
 
@@ -288,7 +306,7 @@ func (s *Stream) first(l *Lane, m any) (*Lane, error) {
 	defer func() { // Also if it panics.
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		s.racing = false
+		s.turn = receiving
 		s.commitLocked(won)
 	}()
 	won, err := r.Race(l, m)
@@ -301,8 +319,11 @@ func (s *Stream) startRace() bool {
 	decodes := s.decodes()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.racing = decodes && s.asked == 0 && !s.final
-	return s.racing
+	if !decodes || s.asked > 0 || s.final {
+		return false
+	}
+	s.turn = racing
+	return true
 }
 
 // decodes reports whether what is kept can be sent again, by the first message.
@@ -332,7 +353,7 @@ func (s *Stream) decode(data []byte) (any, error) {
 // l, with its error, if there is no further one. The caller has the turn.
 func (s *Stream) replace(l *Lane, err error) *Lane {
 	s.mu.Lock()
-	s.replacing = true
+	s.turn = replacing
 	s.mu.Unlock()
 	var next *Lane
 	defer func() {
@@ -357,7 +378,7 @@ func (s *Stream) replace(l *Lane, err error) *Lane {
 func (s *Stream) replaced(l, next *Lane) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.replacing = false
+	s.turn = receiving
 	if next != l {
 		s.cur, l.passed = next, true
 		s.adopt(next)
@@ -368,7 +389,7 @@ func (s *Stream) replaced(l, next *Lane) {
 	s.signalLocked()
 }
 
-// Pass records that l has failed, and that the race goes on without it.
+// Pass records that l has failed, and that the race continues without it.
 func (s *Stream) Pass(l *Lane) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -379,17 +400,17 @@ func (s *Stream) Pass(l *Lane) {
 }
 
 // resolve finds out how l has ended, as its caller was told by a method that does not say,
-// and replaces it. It reports whether the stream goes on without l.
-func (s *Stream) resolve(l *Lane) (goesOn bool) {
+// and replaces it. It reports whether the stream continues without l.
+func (s *Stream) resolve(l *Lane) (continues bool) {
 	s.mu.Lock()
-	for s.taken && s.cur == l && !l.passed && !s.final {
+	for s.turn != free && s.cur == l && !l.passed && !s.final {
 		s.changed.Wait()
 	}
 	if s.cur != l || l.passed || s.final {
 		defer s.mu.Unlock()
 		return s.cur != l || !s.final
 	}
-	s.taken, s.replacing = true, true
+	s.turn = replacing
 	s.mu.Unlock()
 	defer s.give()
 	err := s.statusOf(l)
@@ -439,7 +460,7 @@ func (s *Stream) Header() (metadata.MD, error) {
 		md, err := l.Header()
 		s.mu.Lock()
 		s.asked--
-		mine := s.cur == l && !l.passed && !s.replacing
+		mine := s.cur == l && !l.passed && s.turn != replacing
 		if mine && err == nil && len(md) > 0 {
 			s.commitLocked(l)
 		}
@@ -457,10 +478,10 @@ func (s *Stream) Header() (metadata.MD, error) {
 func (s *Stream) ask() (l *Lane, final bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.replacing && !s.final {
+	for s.turn == replacing && !s.final {
 		s.changed.Wait()
 	}
-	if s.racing {
+	if s.turn == racing {
 		s.commitNowLocked()
 	}
 	if !s.final {
@@ -469,7 +490,7 @@ func (s *Stream) ask() (l *Lane, final bool) {
 	return s.cur, s.final
 }
 
-// SendMsg returns nil if the message was sent, or kept for an attempt that goes on.
+// SendMsg returns nil if the message was sent, or kept for an attempt that continues.
 func (s *Stream) SendMsg(m any) error {
 	if l := s.committed.Load(); l != nil {
 		return s.send(l, m)
@@ -505,6 +526,9 @@ func (s *Stream) SendMsg(m any) error {
 
 // send sends to the last attempt.
 func (s *Stream) send(l *Lane, m any) error {
+	if l.dead {
+		return io.EOF
+	}
 	err := l.SendMsg(m)
 	if err != nil && err != io.EOF {
 		l.cancel() // As in RecvMsg, which the caller need not call any more.
@@ -562,10 +586,10 @@ func (s *Stream) fitsLocked(m any, n int) bool {
 func (s *Stream) CloseSend() error {
 	s.mu.Lock()
 	s.closed = true
-	l, live := s.cur, s.cur.live && !s.cur.passed
+	l, live := s.cur, s.cur.live && !s.cur.passed && !s.cur.dead
 	s.signalLocked()
 	s.mu.Unlock()
-	if !live && s.committed.Load() != l {
+	if !live {
 		return nil
 	}
 	return l.CloseSend()
@@ -648,6 +672,9 @@ func (s *Stream) feed(l *Lane, from, to int) {
 		}
 		if err != nil { // RecvMsg returns how it has ended.
 			s.mu.Lock()
+			if s.committed.Load() == nil {
+				l.dead = true
+			}
 			s.caughtUpLocked(l)
 			s.mu.Unlock()
 			return

@@ -19,9 +19,9 @@ import (
 	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
-// All calls of a layer share a timer. Each extra attempt is made at its own time
-// nevertheless, whichever calls have ended before and however the delay changes.
-func TestClock(t *testing.T) {
+// Each extra attempt is made after the delay that its call began with, however the delay
+// changes.
+func TestDelayOfConcurrentCalls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		seed := rand.Uint64()
 		t.Logf("seed %d", seed)
@@ -77,29 +77,5 @@ func TestClock(t *testing.T) {
 			time.Sleep(time.Duration(rng.IntN(1000)) * time.Microsecond)
 		}
 		wg.Wait()
-	})
-}
-
-func TestClockShorterDelay(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := fixed
-		c.Delay = time.Hour
-		l := mustNew(t, c)
-		slow := newServer(t, answer{after: time.Minute})
-		done := make(chan error)
-		go func() { _, _, err := slow.call(nil, l); done <- err }()
-		synctest.Wait()
-		c.Delay, c.AllMethods = fixed.Delay, true
-		if err := l.Update(c); err != nil {
-			t.Fatal(err)
-		}
-		s := newServer(t, answer{after: time.Second}, answer{reply: "hedge"})
-		if got, took, err := s.call(nil, l); got != "hedge" || err != nil || took != 10*ms {
-			t.Errorf("got %q, %v after %v; want the extra attempt's answer after 10ms", got, err, took)
-		}
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		slow.want("0s 0 sent", "1m0s 0 answered")
 	})
 }
