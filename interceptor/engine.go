@@ -247,7 +247,7 @@ type passed struct {
 var errSameStack = status.Error(codes.Internal, "belfry: the same stack is twice on this connection, so each call would take from its limits twice; remove one of them")
 
 func (c *Call) openStream(ctx context.Context) (err error) {
-	opts := append(append(c.scope.opts[:0], c.opts...), c.prog.stack.mark, grpc.OnFinish(c.scope.finish))
+	opts := append(append(c.scope.opts[:0], c.opts...), c.options[0], c.options[1], grpc.OnFinish(c.scope.finish))
 	if c.carries() {
 		opts = append(opts, &c.carried)
 	}
@@ -599,7 +599,7 @@ func (c *Call) tell(o Outcome, err error) {
 		c.cancel()
 	}
 	if p := c.perCall; p != nil && p.Owner {
-		p.Record.Close(errSuperseded)
+		p.Record.Close(err, errSuperseded)
 	}
 	for _, f := range c.finish {
 		f(err)

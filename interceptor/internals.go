@@ -198,6 +198,7 @@ func (i *Internals) StreamEnd() StreamEnd { return StreamEnd{i.scope} }
 // goroutine. It does nothing if the stream has ended.
 func (e StreamEnd) End(err error) {
 	if e.scope != nil {
+		e.scope.await()
 		e.scope.end(err, false)
 	}
 }

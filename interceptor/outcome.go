@@ -137,15 +137,18 @@ func (e End) SentAt() Instant { return e.sent }
 // errPanic is what tickets are released with when the call panicked.
 var errPanic = status.Error(codes.Internal, "belfry: the call panicked")
 
-// fateOf returns what became of an attempt that the connection ended with err. Only a
-// unary attempt that gRPC made a stream for has a peer. On a connection that is not
-// gRPC's own the attempt was sent, unless a stack further in says otherwise.
+// fateOf returns what became of an attempt that the connection ended with err. Only an
+// attempt that gRPC made a stream for has a peer. Of a stream that could not be opened it
+// was made by an interceptor inside, which returns how it has ended. On a connection that
+// is not gRPC's own the attempt was sent, unless a stack further in says otherwise.
 func (c *Call) fateOf(err error) attempt.Fate {
 	switch {
 	case err == nil:
 		return attempt.Sent
-	case c.peer.Addr != nil:
+	case c.kind == Unary && c.peer.Addr != nil:
 		return attempt.FateOf(c.trailer, err)
+	case c.kind != Unary && c.scope.finished.Load() && c.peer.Addr != nil:
+		return attempt.Sent
 	case c.grpcConn != nil:
 		return attempt.FateUnsent(c.grpcConn, err)
 	}

@@ -76,8 +76,9 @@ type scope struct {
 	cut       atomic.Bool // The first end was an error. Set under mu.
 	asked     atomic.Bool // A message was sent.
 	responded atomic.Bool // The first response was seen before the end. Set under mu.
+	finished  atomic.Bool // gRPC has said that the stream has ended, and written the results.
 
-	opts [6]grpc.CallOption // Room for the options of the attempt,
+	opts [7]grpc.CallOption // Room for the options of the attempt,
 	kids [1]*scope          // and for the scopes inside.
 }
 
@@ -369,6 +370,7 @@ func (s *scope) remove(in *scope) {
 // finish is called by gRPC when the stream has ended, after it has written the results.
 // The type says when we trust it.
 func (s *scope) finish(err error) {
+	s.finished.Store(true)
 	closing := attempt.IsClosing(err)
 	if !closing && s.ctx.Err() == nil {
 		// gRPC's own deadline, from a service config, ends a stream too.
@@ -384,12 +386,30 @@ func (s *scope) finish(err error) {
 
 // expire is called when ctx has ended.
 func (s *scope) expire() {
-	s.chosen.Load().Await() // gRPC hears of the end at the same time.
+	s.await() // gRPC hears of the end at the same time.
 	if r, ok := AsRefusal(context.Cause(s.ctx)); ok {
 		s.end(r, false)
 		return
 	}
 	s.end(status.FromContextError(s.ctx.Err()).Err(), false)
+}
+
+// await waits until gRPC has written the results of the stream, whose context has ended.
+// The layer that chooses them may be any of those inside.
+func (s *scope) await() {
+	for s != nil {
+		if v := s.chosen.Load(); v != nil {
+			v.Await()
+			return
+		}
+		s.mu.Lock()
+		var in *scope
+		if len(s.children) > 0 {
+			in = s.children[0]
+		}
+		s.mu.Unlock()
+		s = in
+	}
 }
 
 // stopped records that gRPC has ended the stream, as an operation of its caller says. It

@@ -69,7 +69,9 @@ type Attempt struct {
 	Start         time.Duration // when it was handed to the connection, since the call began
 	Took          time.Duration // how long it lasted, at most until the call ended
 	Peer          net.Addr      // the server; nil if it got no connection, or of a stream no response
-	Err           error         // nil if it succeeded; CANCELLED if the call ended without it
+	// Err is nil if the attempt succeeded. An attempt that still ran when the call ended has
+	// the call's error, or CANCELLED if the call ended with another attempt.
+	Err error
 }
 
 // Into asks for a report of one call. It is written once, before the call returns or, for

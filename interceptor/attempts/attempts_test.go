@@ -264,6 +264,64 @@ func TestTimeout_firstMessage(t *testing.T) {
 	}
 }
 
+// lateStream delivers a message at the moment at which it is cut short.
+type lateStream struct {
+	grpc.ClientStream
+	ctx context.Context
+}
+
+func (s *lateStream) RecvMsg(any) error {
+	<-s.ctx.Done()
+	return nil
+}
+
+// The first message of an attempt that was cut short is not delivered: others would not
+// follow, and the call could not be repeated any more. A single response is complete.
+func TestTimeout_withFirstMessage(t *testing.T) {
+	for _, tc := range []struct {
+		desc grpc.StreamDesc
+		want codes.Code
+	}{{grpc.StreamDesc{ServerStreams: true}, codes.DeadlineExceeded}, {grpc.StreamDesc{ClientStreams: true}, codes.OK}} {
+		synctest.Test(t, func(t *testing.T) {
+			open := func(ctx context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+				return &lateStream{ctx: ctx}, nil
+			}
+			s, err := calltest.Stack(t).StreamClientInterceptor()(t.Context(), &tc.desc, nil, calltest.Method, open, attempts.Timeout(time.Second))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.RecvMsg(nil); status.Code(err) != tc.want {
+				t.Errorf("%+v: %v, want %v", tc.desc, err, tc.want)
+			}
+		})
+	}
+}
+
+// slowToken is a credential that first is there when nobody wants it any more.
+type slowToken struct{ asked atomic.Int32 }
+
+func (s *slowToken) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
+	if s.asked.Add(1) == 1 {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return nil, nil
+}
+
+func (*slowToken) RequireTransportSecurity() bool { return false }
+
+// An attempt whose timeout passes before it is sent may be repeated whatever the method.
+func TestTimeout_notSent(t *testing.T) {
+	for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ServerStream} {
+		var r attempts.Report
+		c := client(t, fails(0), quickRetry(false))
+		_, err := calltest.Exchange(t.Context(), c, kind, attempts.Timeout(200*time.Millisecond), attempts.MaxRetry(9), grpc.PerRPCCredentials(new(slowToken)), attempts.Into(&r))
+		if err != nil || len(r.Attempts) < 2 {
+			t.Errorf("%v: %d attempts, %v; want another one when the first got no token in time", kind, len(r.Attempts), err)
+		}
+	}
+}
+
 func TestInto(t *testing.T) {
 	fail := func(want string) func(*testing.T, attempts.Report, error) {
 		return func(t *testing.T, r attempts.Report, err error) {
@@ -377,4 +435,49 @@ func TestInto_race(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// An attempt that ends because the call does is reported with the call's error, unless
+// another attempt has decided that.
+func TestInto_endOfTheCall(t *testing.T) {
+	failsThenStalls := func(n int, ctx context.Context) error {
+		if n == 1 {
+			return status.Error(codes.Unavailable, "busy")
+		}
+		return stalls(n)(n, ctx)
+	}
+	stallsThenFails := func(_ int, ctx context.Context) error {
+		if md, _ := metadata.FromIncomingContext(ctx); len(md.Get("grpc-previous-rpc-attempts")) > 0 {
+			return status.Error(codes.NotFound, "none")
+		}
+		return stalls(1)(1, ctx)
+	}
+	for name, tc := range map[string]struct {
+		do    func(int, context.Context) error
+		layer interceptor.Spec
+		limit time.Duration // Of the call.
+		own   time.Duration // Of each attempt.
+		want  []codes.Code
+	}{
+		"deadline": {failsThenStalls, quickRetry(true), 500 * time.Millisecond, 0, []codes.Code{codes.Unavailable, codes.DeadlineExceeded}},
+		"own":      {stalls(1), retry.Config{MaxAttempts: 1}, time.Minute, 30 * time.Millisecond, []codes.Code{codes.DeadlineExceeded}},
+		"other":    {stallsThenFails, hedge.Config{Delay: time.Millisecond, AllMethods: true, Budget: plenty}, time.Minute, 0, []codes.Code{codes.Canceled, codes.NotFound}},
+	} {
+		for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ClientStream, interceptor.ServerStream, interceptor.BidiStream} {
+			t.Run(name+"/"+kind.String(), func(t *testing.T) {
+				t.Parallel()
+				ctx, cancel := context.WithTimeout(t.Context(), tc.limit)
+				defer cancel()
+				var r attempts.Report
+				_, err := calltest.Exchange(ctx, client(t, tc.do, tc.layer), kind, attempts.Into(&r), attempts.Timeout(tc.own))
+				var got []codes.Code
+				for _, a := range r.Attempts {
+					got = append(got, status.Code(a.Err))
+				}
+				if !slices.Equal(got, tc.want) {
+					t.Errorf("the attempts of a call that ended with %v ended with %v, want %v", err, got, tc.want)
+				}
+			})
+		}
+	}
 }

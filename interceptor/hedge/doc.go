@@ -61,11 +61,12 @@
 // The first success, or the first failure that is not one of NonFatal: it is the answer
 // of the server, such as NOT_FOUND, and another attempt would hardly get a better one. As
 // in A6 it ends the call at once. A failure that is one of NonFatal never wins while
-// another attempt runs. When all attempts have failed the caller gets the last failure,
-// but a deadline, of the caller or of a layer, never replaces what a server has said. If
-// an attempt that was to follow a failure was refused, the error says by which layer, as
-// a retry's does ([interceptor.RefusedAgain]). [WithPolicy] decides otherwise, also by
-// the reply.
+// another attempt runs, and neither does that of an attempt that was not sent, for
+// example because its credentials failed. When all attempts have failed the caller gets
+// the last failure, but a deadline, of the caller or of a layer, never replaces what a
+// server has said. If an attempt that was to follow a failure was refused, the error says
+// by which layer, as a retry's does ([interceptor.RefusedAgain]). [WithPolicy] decides
+// otherwise, also by the reply.
 //
 // The others are cancelled; they are neither failures nor successes to the layers inside
 // and to the balancing policy. Each attempt has its own reply, and its own results for

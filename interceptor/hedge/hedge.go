@@ -189,8 +189,8 @@ type Attempt struct {
 	// if the attempt failed, or the stream ended without a message. It must not be changed
 	// or kept.
 	Reply   any
-	Err     error // Nil if the attempt succeeded.
-	Trailer metadata.MD
+	Err     error       // Nil if the attempt succeeded.
+	Trailer metadata.MD // Nil for a stream that has sent a message, and goes on.
 }
 
 // A Policy judges how an attempt ended, before Config.NonFatal does. It is asked once for
@@ -360,8 +360,8 @@ func (l *Layer) mayHedge(set *settings, c *interceptor.Call) bool {
 }
 
 // attempts returns the most attempts of a call.
-func (set *settings) attempts(c *interceptor.Call) int {
-	return cmp.Or(c.Internals().PerCall().MaxHedge, set.max)
+func (s *settings) attempts(c *interceptor.Call) int {
+	return cmp.Or(c.Internals().PerCall().MaxHedge, s.max)
 }
 
 // String returns the layer's name.

@@ -172,6 +172,9 @@ func (s *stream) Repeat(_ *replay.Lane, err error) (*replay.Lane, error) {
 		return nil, r.Refused(r.ctx, refused, err)
 	case a.Err != nil:
 		t.cancel()
+		if !a.Outcome.Sent() { // It says less than the server has said.
+			return nil, err
+		}
 		return nil, a.Err
 	}
 	t.call = a.Call

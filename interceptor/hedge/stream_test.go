@@ -143,6 +143,60 @@ func TestStreamHedgedUntilFirstMessage(t *testing.T) {
 	}
 }
 
+// untimely is a stream whose trailer must not be asked for before it has ended, because
+// gRPC writes it then.
+type untimely struct {
+	grpc.ClientStream
+	t      *testing.T
+	single bool
+	ended  atomic.Bool
+}
+
+func (s *untimely) RecvMsg(m any) error {
+	err := s.ClientStream.RecvMsg(m)
+	if err != nil || s.single {
+		s.ended.Store(true)
+	}
+	return err
+}
+
+func (s *untimely) Trailer() metadata.MD {
+	if !s.ended.Load() {
+		s.t.Error("the trailer was asked for before the end of the stream")
+	}
+	return s.ClientStream.Trailer()
+}
+
+func TestStreamPolicySeesTrailerOfWhatHasEnded(t *testing.T) {
+	for _, kind := range streamKinds {
+		for _, verdict := range []hedge.Verdict{hedge.ByCode, hedge.Wait} {
+			synctest.Test(t, func(t *testing.T) {
+				var trailers []metadata.MD
+				l := mustNew(t, fixed, hedge.WithPolicy(func(_ context.Context, a *hedge.Attempt) hedge.Verdict {
+					trailers = append(trailers, a.Trailer)
+					return verdict
+				}))
+				srv := testserver.New(t, testserver.InMemory(), testserver.GRPC(grpc.ChainStreamInterceptor(
+					func(srv any, s grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+						s.SetTrailer(metadata.Pairs("key", "value"))
+						return handler(srv, s)
+					})))
+				c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, append(calltest.Stack(t, l).DialOptions(), grpc.WithChainStreamInterceptor(
+					func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, next grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+						s, err := next(ctx, desc, cc, method, opts...)
+						return &untimely{ClientStream: s, t: t, single: !desc.ServerStreams}, err
+					}))...))
+				if _, err := calltest.Exchange(t.Context(), c, kind); err != nil {
+					t.Errorf("%v: %v", kind, err)
+				}
+				if want := kind == interceptor.ClientStream; len(trailers) != 1 || want != (len(trailers[0]["key"]) > 0) {
+					t.Errorf("%v: the policy saw the trailers %v, want one with a key: %v", kind, trailers, want)
+				}
+			})
+		}
+	}
+}
+
 func TestStreamReturnsLastFailure(t *testing.T) {
 	for _, kind := range streamKinds {
 		synctest.Test(t, func(t *testing.T) {

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
@@ -211,4 +212,48 @@ func TestAttemptSeen(t *testing.T) {
 	if n := len(seen); n == 0 || seen[n-1].Outcome != interceptor.NotConnected || !seen[n-1].Default.Repeat {
 		t.Errorf("attempts without a connection were seen as %+v, want them not connected and repeated by default", seen)
 	}
+}
+
+// A reply that the policy takes for a failure does not become a success because there may
+// be no further attempt.
+func TestPolicy_errorOfTheLastAttempt(t *testing.T) {
+	incomplete := status.Error(codes.DataLoss, "incomplete")
+	policy := func(_ context.Context, a *retry.Attempt) retry.Decision {
+		a.Err = incomplete
+		return retry.Decision{Repeat: true}
+	}
+	for name, tc := range map[string]struct {
+		change func(*retry.Config)
+		limit  time.Duration // Of the call.
+		want   int
+	}{
+		"number":   {func(c *retry.Config) { c.MaxAttempts = 2 }, time.Hour, 2},
+		"budget":   {func(c *retry.Config) { c.Budget = budget.Config{MinPerSecond: 0.1, Ratio: budget.None} }, time.Hour, 2},
+		"method":   {func(c *retry.Config) { c.Methods = []string{} }, time.Hour, 1},
+		"deadline": {func(*retry.Config) {}, 15 * time.Millisecond, 2}, // Back-offs of 10 and 20 ms.
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), tc.limit)
+			defer cancel()
+			c := quick
+			tc.change(&c)
+			s := fails(t)
+			if _, err := s.call(ctx, nil, mustNew(t, c, retry.WithPolicy(policy))); status.Convert(err).Message() != "incomplete" || s.attempts() != tc.want {
+				t.Errorf("%s: %d attempts, %v; want %d and the policy's error", name, s.attempts(), err, tc.want)
+			}
+		})
+	}
+	// A failure that it takes for a success is one.
+	synctest.Test(t, func(t *testing.T) {
+		c := quick
+		c.MaxAttempts = 1
+		forgive := func(_ context.Context, a *retry.Attempt) retry.Decision {
+			a.Err = nil
+			return retry.Decision{Repeat: true}
+		}
+		s := fails(t, unavailable)
+		if _, err := s.call(t.Context(), nil, mustNew(t, c, retry.WithPolicy(forgive))); err != nil {
+			t.Errorf("got %v, want the success that the policy makes of it", err)
+		}
+	})
 }

@@ -154,9 +154,9 @@ type Decision struct {
 // repeated. It is not asked about refusals of layers inside, calls that are over, or if the
 // server asked not to repeat. A decision to repeat is subject to the number of attempts,
 // the budget, the method and the call's deadline. The server's pushback is obeyed, and its
-// RetryInfo is the least to wait unless Exact is set. If the decision is not to repeat,
-// a.Err is the call's error; setting it to nil makes only a unary call succeed. A policy is
-// called concurrently, for different calls.
+// RetryInfo is the least to wait unless Exact is set. If no further attempt is made, by
+// decision or because there may be none, a.Err is the call's error; setting it to nil makes
+// only a unary call succeed. A policy is called concurrently, for different calls.
 type Policy func(ctx context.Context, a *Attempt) Decision
 
 // An Option sets what is not plain data.
@@ -412,10 +412,8 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	}
 	d := set.decide(last, wish)
 	if l.policy != nil {
-		var err error
-		if d, err = s.ask(ctx, last, d); !d.Repeat {
-			return verdict{err: err}
-		}
+		d = s.ask(ctx, last, d)
+		stop.err = last.Err
 		switch {
 		case wish.Exact:
 			d.After, d.Exact = wish.After, true
@@ -438,8 +436,8 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	return verdict{repeat: true, after: s.delays.atLeast(&set.backoff, d.After), reason: d.Reason}
 }
 
-// ask asks the policy about an attempt. If that is not repeated, err is the call's error.
-func (s *series) ask(ctx context.Context, last *failure, def Decision) (d Decision, err error) {
+// ask asks the policy about an attempt, whose error it may replace.
+func (s *series) ask(ctx context.Context, last *failure, def Decision) Decision {
 	a := &Attempt{
 		Method: s.Method(), Kind: s.Kind(), N: s.made + s.unsent, Outcome: last.Outcome,
 		Elapsed: interceptor.Now().Sub(s.Internals().AdmittedAt()),
@@ -448,12 +446,12 @@ func (s *series) ask(ctx context.Context, last *failure, def Decision) (d Decisi
 	if last.Err == nil {
 		a.Reply = last.Call.Reply()
 	}
-	d = s.layer.policy(ctx, a)
+	d := s.layer.policy(ctx, a)
 	s.request = a.Request
-	if a.Err == nil && s.Kind() != interceptor.Unary {
-		a.Err = last.Err
+	if a.Err != nil || s.Kind() == interceptor.Unary {
+		last.Err = a.Err
 	}
-	return d, a.Err
+	return d
 }
 
 // decide returns what happens without a policy.

@@ -39,6 +39,7 @@ var schema = []struct {
 	{timeout.Adaptive{}, &configv1.AdaptiveTimeout{}, ""},
 	{ratelimit.Config{}, &configv1.RateLimit{}, "priority_metadata priority_func"},
 	{concurrency.Config{}, &configv1.Concurrency{}, "priority_metadata priority_func cost_func"},
+	{concurrency.AutoConfig{}, &configv1.Auto{}, ""},
 	{concurrency.AIMDConfig{}, &configv1.Aimd{}, ""},
 	{concurrency.Gradient2Config{}, &configv1.Gradient2{}, ""},
 	{concurrency.VegasConfig{}, &configv1.Vegas{}, ""},

@@ -492,7 +492,7 @@ func TestUpdateRefusedChangesNothing(t *testing.T) {
 // What a layer can be made with it can be changed to, if what is fixed is the same.
 func TestUpdateAcceptsWhatNewAccepts(t *testing.T) {
 	for _, layers := range [][]string{
-		{`{"concurrency": {"limit": 1}}`, `{"concurrency": {"aimd": {}}}`, `{"concurrency": {"gradient2": {}}}`, `{"concurrency": {"vegas": {}, "maxWait": "1s"}}`, `{"concurrency": {"limit": 2147483647, "discipline": "DISCIPLINE_CODEL", "maxWaiters": 1}}`},
+		{`{"concurrency": {"limit": 1}}`, `{"concurrency": {}}`, `{"concurrency": {"auto": {"noDrains": true}}}`, `{"concurrency": {"aimd": {}}}`, `{"concurrency": {"gradient2": {}}}`, `{"concurrency": {"vegas": {}, "maxWait": "1s"}}`, `{"concurrency": {"limit": 2147483647, "discipline": "DISCIPLINE_CODEL", "maxWaiters": 1}}`},
 		{`{"concurrency": {"limit": 1, "perMethod": true}}`, `{"concurrency": {"vegas": {}, "perMethod": true, "maxKeys": 7}}`},
 		{`{"rateLimit": {"limit": 1}}`, `{"rateLimit": {"limit": 1000000, "per": "0.001s", "burst": 1000}}`, `{"rateLimit": {"limit": 1, "per": "31536000s"}}`},
 		{`{"rateLimit": {"limit": 1, "algorithm": "ALGORITHM_WINDOW", "perMetadata": "k"}}`, `{"rateLimit": {"limit": 1000000, "per": "0.001s", "algorithm": "ALGORITHM_WINDOW", "perMetadata": "k", "maxKeys": 1}}`},

@@ -5,6 +5,7 @@ package acceptance
 
 import (
 	"context"
+	"io"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -72,5 +73,39 @@ func TestWrites(t *testing.T) {
 				t.Errorf("%d calls were carried out %d times; exactly once wanted: %v", tc.calls, got, tc.once)
 			}
 		})
+	}
+}
+
+// A third-party interceptor inside the stack opens the stream, sends a message of its own
+// and returns how the server has answered. Then the server has seen the call, and a method
+// that may not be carried out twice is not repeated.
+func TestWritesThatAnInterceptorHasBegun(t *testing.T) {
+	var executions atomic.Int64
+	srv := testserver.New(t, testserver.GRPC(grpc.ChainStreamInterceptor(
+		func(_ any, s grpc.ServerStream, _ *grpc.StreamServerInfo, _ grpc.StreamHandler) error {
+			executions.Add(1)
+			return status.Error(codes.Unavailable, "the answer was lost")
+		})))
+	greets := func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, next grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+		s, err := next(ctx, desc, cc, method, opts...)
+		if err != nil {
+			return nil, err
+		}
+		if err := s.SendMsg(new(testingv1.BidiRequest)); err != nil && err != io.EOF {
+			return nil, err
+		}
+		if err := s.RecvMsg(new(testingv1.BidiResponse)); err != nil {
+			return nil, err
+		}
+		return s, nil
+	}
+	stack := calltest.Stack(t, retry.Config{Backoff: retry.Backoff{Initial: time.Microsecond}})
+	client := testingv1.NewTestServiceClient(testserver.Dial(t, srv, append(stack.DialOptions(), grpc.WithChainStreamInterceptor(greets))...))
+	_, err := client.Bidi(testContext(t))
+	if r, ok := interceptor.AsRefusal(err); !ok || r.Reason != interceptor.ReasonNotIdempotent || status.Code(err) != codes.Unavailable {
+		t.Errorf("the error is %v, want UNAVAILABLE and why it was not repeated", err)
+	}
+	if got := executions.Load(); got != 1 {
+		t.Errorf("the write was carried out %d times, want once", got)
 	}
 }

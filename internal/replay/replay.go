@@ -7,12 +7,16 @@ import (
 	"context"
 	"io"
 	"math"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/grpclog"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -45,6 +49,17 @@ type Lane struct {
 	// Guarded by Stream.mu.
 	live   bool // It was sent all that is kept, or takes no more.
 	passed bool // It has failed, and the stream continues without it.
+
+	broken atomic.Pointer[status.Status] // Why it could not be sent what was kept.
+}
+
+// RecvMsg receives from the attempt. Its error is why the attempt was broken off, if it was.
+func (l *Lane) RecvMsg(m any) error {
+	err := l.ClientStream.RecvMsg(m)
+	if why := l.broken.Load(); err != nil && why != nil {
+		return why.Err()
+	}
+	return err
 }
 
 func (l *Lane) cancel() {
@@ -555,8 +570,8 @@ func (s *Stream) keep(m any, data mem.BufferSlice, known bool) (l *Lane, direct 
 		return l, true
 	}
 	// Do not wait for a replay while the message fits: it may itself wait for the caller
-	// to receive.
-	if known && s.fitsLocked(m, data.Len()) {
+	// to receive. After CloseSend gRPC refuses the message.
+	if known && !s.closed && s.fitsLocked(m, data.Len()) {
 		s.sent.add(data)
 		s.signalLocked()
 		if s.cur.live && !s.cur.passed {
@@ -585,6 +600,10 @@ func (s *Stream) fitsLocked(m any, n int) bool {
 // closes that of the others.
 func (s *Stream) CloseSend() error {
 	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
 	s.closed = true
 	l, live := s.cur, s.cur.live && !s.cur.passed && !s.cur.dead
 	s.signalLocked()
@@ -620,10 +639,13 @@ type streamContext struct {
 	stream *Stream
 }
 
-// Value finds what gRPC keeps in the context of a stream, too.
+// Value finds what gRPC keeps in the context of a stream. That of the current attempt comes
+// first, because the caller's context may be that of another stream, as in a proxy. What
+// package context looks for is our own: it recognises it by the Done channel.
 func (c *streamContext) Value(key any) any {
-	if v := c.Context.Value(key); v != nil {
-		return v
+	own := c.Context.Value(key)
+	if ctx, ok := own.(context.Context); ok && ctx.Done() == c.Done() {
+		return own
 	}
 	return c.stream.current().Context().Value(key)
 }
@@ -646,7 +668,7 @@ func (s *Stream) Feed(l *Lane) {
 	s.signalLocked()
 	s.mu.Unlock()
 	if n > inline || beside {
-		go s.feed(l, 0, math.MaxInt)
+		go s.feedApart(l, 0)
 		return
 	}
 	s.feed(l, 0, n)
@@ -655,22 +677,54 @@ func (s *Stream) Feed(l *Lane) {
 // feed sends an attempt what was kept from an offset on, until it has caught up and is the
 // current one, or has ended. It leaves what is beyond another offset to a goroutine.
 func (s *Stream) feed(l *Lane, from, to int) {
+	returned := false
+	defer func() {
+		if !returned { // A panic.
+			s.breakOff(l, "sending it again panicked")
+		}
+	}()
+	s.feedFrom(l, from, to)
+	returned = true
+}
+
+// feedApart is feed on a goroutine of its own. A panic there would end the program, and no
+// caller could recover from it.
+func (s *Stream) feedApart(l *Lane, from int) {
+	defer func() {
+		if p := recover(); p != nil {
+			logger.Errorf("sending a message to another attempt panicked: %v\n%s", p, debug.Stack())
+		}
+	}()
+	s.feed(l, from, math.MaxInt)
+}
+
+var logger = grpclog.Component("belfry")
+
+// breakOff ends an attempt that cannot be sent what was kept.
+func (s *Stream) breakOff(l *Lane, why string) {
+	l.broken.Store(status.New(codes.Internal, "belfry: another attempt could not be sent a message: "+why))
+	l.cancel()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.caughtUpLocked(l)
+}
+
+func (s *Stream) feedFrom(l *Lane, from, to int) {
 	for {
 		data, next, ok := s.next(l, from)
 		if !ok {
 			return
 		}
 		if from >= to {
-			go s.feed(l, from, math.MaxInt)
+			go s.feedApart(l, from)
 			return
 		}
 		m, err := s.decode(data)
 		if err != nil { // Though the first message was decoded: the attempt must not end well.
-			l.cancel()
-		} else {
-			err = l.SendMsg(m)
+			s.breakOff(l, err.Error())
+			return
 		}
-		if err != nil { // RecvMsg returns how it has ended.
+		if l.SendMsg(m) != nil { // RecvMsg returns how it has ended.
 			s.mu.Lock()
 			if s.committed.Load() == nil {
 				l.dead = true
@@ -698,9 +752,11 @@ func (s *Stream) next(l *Lane, from int) (data []byte, after int, ok bool) {
 			data, after = s.sent.at(from)
 			return data, after, true
 		case s.closed:
+			s.mu.Unlock()
+			l.CloseSend() // Before anybody may send to it directly.
+			s.mu.Lock()
 			s.caughtUpLocked(l)
 			s.mu.Unlock()
-			l.CloseSend()
 			return nil, 0, false
 		case s.cur == l:
 			defer s.mu.Unlock()

@@ -30,6 +30,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -139,6 +140,39 @@ func TestMessagesAreUsedAgain(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A message that is sent after CloseSend is refused as by gRPC, also while the stream is
+// repeated: no attempt gets it.
+func TestSendAfterCloseSend(t *testing.T) {
+	each(t, failFirst(1, unavailable), func(t *testing.T, c testingv1.TestServiceClient, n *atomic.Int64) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		s, err := c.Bidi(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Send(&testingv1.BidiRequest{Payload: []byte("a")}); err != nil {
+			t.Fatal(err)
+		}
+		s.CloseSend()
+		received := make(chan string)
+		go func() {
+			defer close(received)
+			for r, err := s.Recv(); err == nil; r, err = s.Recv() {
+				received <- string(r.Payload)
+			}
+		}()
+		synctest.Wait() // A retry waits to repeat it, and a hedge has.
+		if err := s.Send(&testingv1.BidiRequest{Payload: []byte("b")}); status.Code(err) != codes.Internal {
+			t.Errorf("SendMsg after CloseSend: %v, want INTERNAL", err)
+		}
+		for m := range received {
+			if m != "a" {
+				t.Errorf("the server got %q", m)
+			}
+		}
+	})
 }
 
 // asJSON is a codec that is not gRPC's own.
@@ -458,6 +492,192 @@ func TestContext(t *testing.T) {
 			t.Error("the context outlives the stream")
 		}
 	})
+}
+
+// A proxy makes its calls in the context of the stream that it serves.
+func TestContextInsideAnotherStream(t *testing.T) {
+	contexts, done := make(chan context.Context, 1), make(chan struct{})
+	each(t, func(n int, s grpc.ServerStream) (bool, error) {
+		if n == 1 {
+			contexts <- s.Context()
+			<-done
+			return true, nil
+		}
+		return false, nil
+	}, func(t *testing.T, c testingv1.TestServiceClient, _ *atomic.Int64) {
+		contexts, done = make(chan context.Context, 1), make(chan struct{})
+		outer, err := c.Bidi(t.Context(), grpc.UseCompressor(gzip.Name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		of := <-contexts
+		other := &peer.Peer{}
+		s, err := c.Bidi(peer.NewContext(of, other))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx := s.Context()
+		if p, ok := peer.FromContext(ctx); !ok || p == other {
+			t.Error("the stream has the peer of the other stream")
+		}
+		m := new(grpc.PreparedMsg) // Compressed as the stream is.
+		if err := m.Encode(s, &testingv1.BidiRequest{Payload: []byte("x")}); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.SendMsg(m); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Recv(); err != nil {
+			t.Errorf("after a prepared message: %v", err)
+		}
+		derived, cancel := context.WithCancel(ctx)
+		defer cancel()
+		s.CloseSend()
+		if _, err := s.Recv(); err != io.EOF {
+			t.Errorf("the end is %v, want io.EOF", err)
+		}
+		synctest.Wait()
+		if derived.Err() == nil {
+			t.Error("a context that is derived from the stream's outlives the stream")
+		}
+		close(done)
+		if _, err := outer.Recv(); err != io.EOF {
+			t.Errorf("the end of the other stream is %v, want io.EOF", err)
+		}
+	})
+}
+
+// What the caller does after CloseSend is as in gRPC, even if CloseSend comes while an
+// attempt is still being sent what was kept. The race detector is a judge here.
+func TestAfterCloseSend(t *testing.T) {
+	var release chan struct{}
+	each(t, func(n int, s grpc.ServerStream) (bool, error) {
+		if n > 1 {
+			<-release
+			return false, nil
+		}
+		for range 3 {
+			if err := s.RecvMsg(new(testingv1.ClientStreamRequest)); err != nil {
+				return true, err
+			}
+		}
+		return true, unavailable
+	}, func(t *testing.T, c testingv1.TestServiceClient, n *atomic.Int64) {
+		release = make(chan struct{})
+		s, err := c.ClientStream(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 3 { // More than fits between client and server.
+			if err := s.Send(&testingv1.ClientStreamRequest{Payload: make([]byte, 50<<10)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		received := make(chan error, 1)
+		go func() { received <- s.RecvMsg(new(testingv1.ClientStreamResponse)) }()
+		synctest.Wait()
+		for range 2 {
+			if err := s.CloseSend(); err != nil {
+				t.Error(err)
+			}
+		}
+		sent := make(chan error, 1)
+		go func() { sent <- s.Send(&testingv1.ClientStreamRequest{}) }()
+		synctest.Wait()
+		close(release)
+		if err := <-sent; status.Code(err) != codes.Internal {
+			t.Errorf("sending after CloseSend: %v, want INTERNAL", err)
+		}
+		if err := s.CloseSend(); err != nil {
+			t.Error(err)
+		}
+		<-received
+		if n.Load() != 2 {
+			t.Errorf("%d attempts, want 2", n.Load())
+		}
+	})
+}
+
+// A timeout outside the layer that chooses the attempt ends the stream, or the caller's own
+// deadline does: gRPC hears of it at the same time, and has written the results before the
+// caller's RecvMsg returns.
+func TestResultsOfStreamCutShort(t *testing.T) {
+	for name, ls := range layers() {
+		for end, own := range map[string]time.Duration{"idle": time.Hour, "deadline": time.Second / 2} {
+			t.Run(name+"/"+end, func(t *testing.T) {
+				for range 5 {
+					synctest.Test(t, func(t *testing.T) {
+						specs := append([]interceptor.Spec{timeout.Config{Idle: time.Second, Lifetime: time.Minute}}, ls...)
+						c, _ := dial(t, func(int, grpc.ServerStream) (bool, error) { return false, nil }, specs...)
+						ctx, cancel := context.WithTimeout(t.Context(), own)
+						defer cancel()
+						var h metadata.MD
+						var p peer.Peer
+						s, err := c.Bidi(ctx, grpc.Header(&h), grpc.Peer(&p))
+						if err != nil {
+							t.Fatal(err)
+						}
+						if err := s.Send(&testingv1.BidiRequest{}); err != nil {
+							t.Fatal(err)
+						}
+						if _, err := s.Recv(); err != nil {
+							t.Fatal(err)
+						}
+						if _, err := s.Recv(); status.Code(err) != codes.DeadlineExceeded || len(h) == 0 || p.Addr == nil {
+							t.Errorf("header %v and peer %v after %v, want those of the attempt", h, p.Addr, err)
+						}
+					})
+				}
+			})
+		}
+	}
+}
+
+// panics is a stream whose SendMsg does.
+type panics struct{ grpc.ClientStream }
+
+func (panics) SendMsg(any) error { panic("on purpose") }
+
+// A panic of an interceptor inside, while an attempt is sent what was kept, is the end of
+// that attempt. It must not happen on a goroutine where nobody can recover from it.
+func TestPanics(t *testing.T) {
+	for name, ls := range map[string][]interceptor.Spec{
+		"retry": {retries(retry.Config{})},
+		"hedge": {hedges(hedge.Config{Delay: time.Second})},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var n, served atomic.Int64
+				srv := testserver.New(t, testserver.InMemory(), testserver.GRPC(grpc.ChainStreamInterceptor(
+					func(srv any, s grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
+						if served.Add(1) == 1 && name == "retry" {
+							return unavailable
+						}
+						<-s.Context().Done()
+						return s.Context().Err()
+					})))
+				opts := append(calltest.Stack(t, ls...).DialOptions(), grpc.WithChainStreamInterceptor(
+					func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, next grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+						s, err := next(ctx, desc, cc, method, opts...)
+						if err == nil && n.Add(1) > 1 {
+							s = panics{s}
+						}
+						return s, err
+					}))
+				c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, opts...))
+				s, err := c.Bidi(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := s.Send(&testingv1.BidiRequest{Payload: make([]byte, 40<<10)}); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.Recv(); status.Code(err) != codes.Internal || n.Load() != 2 {
+					t.Errorf("%v after %d attempts, want INTERNAL after 2", err, n.Load())
+				}
+			})
+		})
+	}
 }
 
 // CloseSend comes while nothing can be sent, and is not lost.
