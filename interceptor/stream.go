@@ -65,7 +65,9 @@ type scope struct {
 	// it.
 	mu       sync.Mutex
 	opened   bool  // The stream is open, or could not be opened.
-	over     bool  // The first end was handled, and results were copied.
+	over     bool  // The first end was handled.
+	copied   bool  // Results were copied.
+	shown    bool  // An operation has told of the end, so results are not copied any more.
 	how      error // The end that was the first.
 	early    error // The end, if it came before open,
 	isEarly  bool
@@ -277,11 +279,7 @@ func (s *scope) end(err error, superseded bool) error {
 	}
 	s.over, s.how = true, err
 	s.cut.Store(err != nil && err != io.EOF)
-	// Now, because whoever finds that s is over may be the caller on its way back.
-	if v := s.chosen.Load(); v.Written() {
-		v.Copy()
-		s.around.SetWritten()
-	}
+	s.copyLocked()
 	children, stop := s.children, s.stop
 	s.children = nil
 	s.mu.Unlock()
@@ -302,19 +300,23 @@ func (s *scope) end(err error, superseded bool) error {
 
 // firstEnd returns how a stream has ended that has ended with first, and of which an
 // operation then says later. A layer, or the end of a context, may end it while an answer
-// arrives, and the holders of tickets were told of that end. Only if the answer says that
-// a context has ended is it kept, because it may say more.
+// arrives. It is not a success then, because the holders of tickets and the observer were
+// told of that end; a failure of an attempt is kept, because it says more.
 func firstEnd(first, later error) error {
-	if first == nil || first == io.EOF {
-		return later
+	if first != nil && first != io.EOF && (later == nil || later == io.EOF) {
+		return first
 	}
-	if later != nil && later != io.EOF {
-		switch status.Code(later) {
-		case codes.Canceled, codes.DeadlineExceeded:
-			return later
-		}
+	return later
+}
+
+// copyLocked copies the results of the attempt that counts, once, if gRPC has written
+// them. Caller must hold s.mu.
+func (s *scope) copyLocked() {
+	if v := s.chosen.Load(); !s.copied && !s.shown && v.Written() {
+		s.copied = true
+		v.Copy()
+		s.around.SetWritten()
 	}
-	return first
 }
 
 // endOf returns how the stream ended with err. superseded says that it did not end by
@@ -418,7 +420,12 @@ func (s *scope) stopped(err error) error {
 	if s.innermost() {
 		s.vars.SetWritten()
 	}
-	return s.end(err, false)
+	err = s.end(err, false)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.copyLocked() // If a layer, or the end of a context, has ended the stream before.
+	s.shown = true
+	return err
 }
 
 func (s *scope) Header() (md metadata.MD, err error) {

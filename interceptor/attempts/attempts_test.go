@@ -276,12 +276,13 @@ func (s *lateStream) RecvMsg(any) error {
 }
 
 // The first message of an attempt that was cut short is not delivered: others would not
-// follow, and the call could not be repeated any more. A single response is complete.
+// follow, and the call could not be repeated any more. Neither is
+// a single response: the observer and the limits were told of the deadline.
 func TestTimeout_withFirstMessage(t *testing.T) {
 	for _, tc := range []struct {
 		desc grpc.StreamDesc
 		want codes.Code
-	}{{grpc.StreamDesc{ServerStreams: true}, codes.DeadlineExceeded}, {grpc.StreamDesc{ClientStreams: true}, codes.OK}} {
+	}{{grpc.StreamDesc{ServerStreams: true}, codes.DeadlineExceeded}, {grpc.StreamDesc{ClientStreams: true}, codes.DeadlineExceeded}} {
 		synctest.Test(t, func(t *testing.T) {
 			open := func(ctx context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
 				return &lateStream{ctx: ctx}, nil
