@@ -311,7 +311,7 @@ func (c *Call) Refused(ctx context.Context, refused, last error) error {
 // carried out more than once, and returns the refusal.
 func (m *Maker) Forbidden(c *interceptor.Call) *interceptor.Refusal {
 	why := m.undeclared
-	if p := c.Internals().PerCall(); p != nil && p.Unsafe {
+	if c.Internals().PerCall().Unsafe {
 		why = m.unsafe
 	}
 	c.Internals().ReportRefusal(why)
