@@ -104,7 +104,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	c.init(p)
 	c.desc = desc
 	c.kind, c.method, c.target = kindOf(desc), method, *t
-	ctx = c.withMethodConfig(ctx)
+	ctx = c.withMethodConfig(ctx, 0)
 	w, err := c.prepare(opts)
 	sc.scope.root = sc
 	c.scope = &sc.scope
@@ -125,6 +125,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		err = p.admit(ctx, c, w)
 	}
 	if err == nil {
+		ctx = c.withLateMethodConfig(ctx)
 		sc.scope.begin(ctx, c, 0)
 		if err = p.next(ctx, c); err == nil && c.stream == nil {
 			err = errNoStream
