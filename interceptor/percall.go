@@ -8,10 +8,13 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/attempt"
 )
@@ -81,13 +84,14 @@ func (c *Call) sendAs(ctx context.Context, p *attempt.PerCall) (err error) {
 // is the stream.
 type ownAttempt struct {
 	grpc.ClientStream
-	cut    *Refusal        // What the attempt ends with when its timeout passes; nil if it has none.
-	ctx    context.Context // Of a stream with a timeout,
-	cancel context.CancelCauseFunc
+	cut    *Refusal                // What the attempt ends with when its timeout passes; nil if it has none.
+	ctx    context.Context         // Of a stream.
+	cancel context.CancelCauseFunc // Of a stream with a timeout.
 	timer  *time.Timer
 	entry  *attempt.Entry // In the report; nil if there is none.
 	single bool           // The server sends one message.
 	first  sync.Once      // The first end of RecvMsg.
+	early  atomic.Bool    // Whichever comes first has set it: that end, or the timeout.
 }
 
 func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration) error {
@@ -99,8 +103,11 @@ func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration
 	}
 	err := c.send(ctx)
 	if err != nil && ctx != outer && outer.Err() == nil {
-		if d, _ := ctx.Deadline(); attempt.ToldFirst(err, timeout, time.Until(d)) {
-			err = a.cut.Because(err, c.fate&attempt.Sent != 0)
+		// The server may say first that the deadline has passed. What waits for the attempt
+		// to be sent, such as credentials, may say anything.
+		d, _ := ctx.Deadline()
+		if attempt.ToldFirst(err, timeout, time.Until(d)) || c.fate&attempt.Sent == 0 && context.Cause(ctx) == error(a.cut) {
+			err = a.cutShort(err)
 		}
 	}
 	if a.entry != nil {
@@ -114,14 +121,16 @@ func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration
 func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) error {
 	if a.cut != nil {
 		ctx, a.cancel = context.WithCancelCause(ctx)
-		a.ctx = ctx
-		end, cut := StreamEnd{c.scope}, a.cut.Because(context.DeadlineExceeded, true)
+		end := StreamEnd{c.scope}
 		a.timer = time.AfterFunc(timeout, func() {
-			a.cancel(a.cut)
-			end.End(cut)
+			if a.early.CompareAndSwap(false, true) {
+				a.cancel(a.cut)
+				end.End(a.cutShort(context.DeadlineExceeded))
+			}
 		})
 		c.AddOptions(grpc.OnFinish(func(error) { a.timer.Stop(); a.cancel(nil) }))
 	}
+	a.ctx = ctx
 	err := c.send(ctx)
 	if err == nil {
 		a.ClientStream = c.stream
@@ -129,7 +138,7 @@ func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) e
 		return nil
 	}
 	a.stopTimer()
-	err = a.explain(err, c.fate&attempt.Sent != 0)
+	err = a.explain(err)
 	a.ended(err)
 	return err
 }
@@ -138,6 +147,9 @@ func (a *ownAttempt) RecvMsg(m any) error {
 	err := a.ClientStream.RecvMsg(m)
 	a.first.Do(func() {
 		a.stopTimer()
+		if !a.early.CompareAndSwap(false, true) && err == nil && !a.single {
+			err = a.cutShort(context.DeadlineExceeded) // No message would follow this one.
+		}
 		if a.entry == nil {
 			return
 		}
@@ -145,19 +157,26 @@ func (a *ownAttempt) RecvMsg(m any) error {
 			a.entry.Seen(p.Addr)
 		}
 	})
-	err = a.explain(err, true)
+	err = a.explain(err)
 	if err != nil || a.single {
 		a.ended(err)
 	}
 	return err
 }
 
+// cutShort returns the error of an attempt that its timeout has ended with err. Even if
+// gRPC made no stream for it, it is not the refusal of a layer: a retry repeats it.
+func (a *ownAttempt) cutShort(err error) error { return a.cut.Because(err, true) }
+
 // explain returns the error of a stream.
-func (a *ownAttempt) explain(err error, sent bool) error {
-	if err != nil && err != io.EOF && a.cut != nil && context.Cause(a.ctx) == error(a.cut) {
-		return a.cut.Because(err, sent)
+func (a *ownAttempt) explain(err error) error {
+	if err == nil || err == io.EOF || a.cut == nil || context.Cause(a.ctx) != error(a.cut) {
+		return err
 	}
-	return err
+	if _, ok := AsRefusal(err); ok {
+		return err
+	}
+	return a.cutShort(err)
 }
 
 func (a *ownAttempt) stopTimer() {
@@ -172,6 +191,10 @@ func (a *ownAttempt) ended(err error) {
 		err = nil
 	}
 	if a.entry != nil {
+		// If a layer has cut the stream short, gRPC knows only that it was cancelled.
+		if r, ok := AsRefusal(context.Cause(a.ctx)); ok && status.Code(err) == codes.Canceled {
+			err = r.Because(err, true)
+		}
 		a.entry.End(err)
 	}
 	if a.cancel != nil {

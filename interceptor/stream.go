@@ -65,13 +65,17 @@ type scope struct {
 	// it.
 	mu       sync.Mutex
 	opened   bool  // The stream is open, or could not be opened.
-	over     bool  // The first end was handled, and results were copied.
+	over     bool  // The first end was handled.
+	copied   bool  // Results were copied.
+	shown    bool  // An operation has told of the end, so results are not copied any more.
+	how      error // The end that was the first.
 	early    error // The end, if it came before open,
 	isEarly  bool
 	outdone  bool     // and whether that was because another one is over.
 	children []*scope // Scopes inside, of all attempts.
 	stop     func() bool
 
+	cut       atomic.Bool // The first end was an error. Set under mu.
 	asked     atomic.Bool // A message was sent.
 	responded atomic.Bool // The first response was seen before the end. Set under mu.
 	finished  atomic.Bool // gRPC has said that the stream has ended, and written the results.
@@ -85,7 +89,8 @@ type scope struct {
 type streamCall struct {
 	Call
 	scope scope
-	room  [2]scope // For the outermost boundaries.
+	room  [2]scope       // For the outermost boundaries.
+	told  sync.WaitGroup // Until the caller's functions were told of the end.
 }
 
 func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, t *target, opts []grpc.CallOption) (_ grpc.ClientStream, err error) {
@@ -94,11 +99,12 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		return nil, p.turnAway(method, opts, err)
 	}
 	sc := new(streamCall)
+	sc.told.Add(1)
 	c := &sc.Call
 	c.init(p)
 	c.desc = desc
 	c.kind, c.method, c.target = kindOf(desc), method, *t
-	ctx = c.withMethodConfig(ctx)
+	ctx = c.withMethodConfig(ctx, 0)
 	w, err := c.prepare(opts)
 	sc.scope.root = sc
 	c.scope = &sc.scope
@@ -119,6 +125,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		err = p.admit(ctx, c, w)
 	}
 	if err == nil {
+		ctx = c.withLateMethodConfig(ctx)
 		sc.scope.begin(ctx, c, 0)
 		if err = p.next(ctx, c); err == nil && c.stream == nil {
 			err = errNoStream
@@ -199,6 +206,7 @@ func (sc *streamCall) abort(err error) {
 // done ends the call, after its tickets were released.
 func (sc *streamCall) done(o Outcome, err error) {
 	defer sc.prog.stack.leave(callOne) // Even if a function of the caller or the observer panics.
+	defer sc.told.Done()
 	sc.tell(o, err)
 }
 
@@ -254,8 +262,8 @@ func (s *scope) fail(c *Call, err error) {
 
 // end ends the stream for s, unless it has ended already. It ends the scopes inside
 // first, so that tickets are released in reverse order. superseded says that the stream
-// did not end by itself.
-func (s *scope) end(err error, superseded bool) {
+// did not end by itself. end returns how the stream has ended.
+func (s *scope) end(err error, superseded bool) error {
 	s.mu.Lock()
 	if !s.opened {
 		// Its Call is still in use by the goroutine that opens it, which will end it.
@@ -263,18 +271,15 @@ func (s *scope) end(err error, superseded bool) {
 			s.early, s.isEarly, s.outdone = err, true, superseded
 		}
 		s.mu.Unlock()
-		return
+		return err
 	}
 	if s.over {
-		s.mu.Unlock()
-		return
+		defer s.mu.Unlock()
+		return firstEnd(s.how, err)
 	}
-	s.over = true
-	// Now, because whoever finds that s is over may be the caller on its way back.
-	if v := s.chosen.Load(); v.Written() {
-		v.Copy()
-		s.around.SetWritten()
-	}
+	s.over, s.how = true, err
+	s.cut.Store(err != nil && err != io.EOF)
+	s.copyLocked()
 	children, stop := s.children, s.stop
 	s.children = nil
 	s.mu.Unlock()
@@ -290,6 +295,28 @@ func (s *scope) end(err error, superseded bool) {
 	e := s.endOf(err, superseded)
 	defer s.ended(e.Outcome, e.Err) // Even if a Releaser panics.
 	releaseAll(s.tickets, e)
+	return err
+}
+
+// firstEnd returns how a stream has ended that has ended with first, and of which an
+// operation then says later. A layer, or the end of a context, may end it while an answer
+// arrives. It is not a success then, because the holders of tickets and the observer were
+// told of that end; a failure of an attempt is kept, because it says more.
+func firstEnd(first, later error) error {
+	if first != nil && first != io.EOF && (later == nil || later == io.EOF) {
+		return first
+	}
+	return later
+}
+
+// copyLocked copies the results of the attempt that counts, once, if gRPC has written
+// them. Caller must hold s.mu.
+func (s *scope) copyLocked() {
+	if v := s.chosen.Load(); !s.copied && !s.shown && v.Written() {
+		s.copied = true
+		v.Copy()
+		s.around.SetWritten()
+	}
 }
 
 // endOf returns how the stream ended with err. superseded says that it did not end by
@@ -387,22 +414,29 @@ func (s *scope) await() {
 	}
 }
 
-// stopped records that gRPC has ended the stream, as an operation of its caller says.
-func (s *scope) stopped(err error) {
+// stopped records that gRPC has ended the stream, as an operation of its caller says. It
+// returns how the stream has ended.
+func (s *scope) stopped(err error) error {
 	if s.innermost() {
 		s.vars.SetWritten()
 	}
-	s.end(err, false)
+	err = s.end(err, false)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.copyLocked() // If a layer, or the end of a context, has ended the stream before.
+	s.shown = true
+	return err
 }
 
 func (s *scope) Header() (md metadata.MD, err error) {
 	md, err = s.ClientStream.Header()
 	if err != nil {
-		s.stopped(err)
-	} else if len(md) > 0 && !s.single { // gRPC returns none, and no error, for a stream that ended without one.
+		return md, s.told(s.stopped(err))
+	}
+	if len(md) > 0 && !s.single { // gRPC returns none, and no error, for a stream that ended without one.
 		s.respond()
 	}
-	return md, s.told(err)
+	return md, nil
 }
 
 // Context returns the context of the stream without what is for one attempt alone.
@@ -427,27 +461,35 @@ func (s *scope) SendMsg(m any) error {
 		}
 	case err != io.EOF:
 		s.notSent(err)
-		s.stopped(err)
+		return s.told(s.stopped(err))
 	}
-	return s.told(err)
+	return err
 }
 
 func (s *scope) RecvMsg(m any) error {
 	err := s.ClientStream.RecvMsg(m)
+	if err == io.EOF && s.innermost() && s.call.grpcConn != nil && !s.responded.Load() {
+		// If gRPC repeats a stream that no server has seen, and the second one fails while
+		// gRPC sends it what was sent before, it returns io.EOF instead of the status.
+		// Then it tells the status when asked again, and otherwise io.EOF again.
+		err = s.ClientStream.RecvMsg(m)
+	}
 	switch {
+	case err == nil && !s.single && s.cut.Load(): // The message comes too late.
+		return s.told(s.end(nil, false))
 	case err == nil && !s.single:
 		s.respond()
 		return nil
 	case err != nil && err != io.EOF && attempt.IsReceiveError(err) && !attempt.ServerSpoke(s.ClientStream.Trailer()):
 		s.call.addFate(attempt.Unreadable)
 	}
-	s.stopped(err)
-	return s.told(err)
+	return s.told(s.stopped(err))
 }
 
-// told is err as the layer outside, or the caller, gets it.
+// told is err as the layer outside, or the caller, gets it when the stream has ended.
 func (s *scope) told(err error) error {
 	if s.root != nil {
+		s.root.told.Wait() // Another goroutine may be about to.
 		return s.call.told(s.ctx, err)
 	}
 	return err

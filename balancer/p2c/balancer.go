@@ -56,8 +56,13 @@ func (builder) Build(cc balancer.ClientConn, opts balancer.BuildOptions) balance
 	}
 	b.picks.New = func() any {
 		k := &pick{pool: &b.picks}
-		k.done = k.onDone
+		k.handle.pick, k.handle.done = k, k.handle.onDone
 		return k
+	}
+	b.handles.New = func() any {
+		h := &handle{pool: &b.handles}
+		h.done = h.onDone
+		return h
 	}
 	return b
 }
@@ -90,6 +95,7 @@ type policy struct {
 	id       uint64
 	children balancer.Builder
 	picks    sync.Pool // of *pick
+	handles  sync.Pool // of *handle, for trackers
 
 	// Used only by the methods of balancer.Balancer, whose calls are serialized.
 	endpoints *resolver.EndpointMap[*endpoint]

@@ -105,10 +105,13 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		a.Own(b.id)
 	}
 	var k *pick
+	var h *handle
 	if track != nil {
-		k = track.pick()
+		k, h = track.pick(), b.handles.Get().(*handle)
+		h.pick = k
 	} else {
 		k = b.picks.Get().(*pick)
+		h = &k.handle
 	}
 	k.picker, k.candidate, k.ctx, k.tried, k.inner = p, c, info.Ctx, tried, result.Done
 	k.ticket = c.meter.Start(now)
@@ -122,7 +125,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		}
 		tried.Add(c.id)
 	}
-	result.Done = k.done
+	result.Done = h.done
 	return result, nil
 }
 
@@ -393,8 +396,8 @@ func (r *random) float() float64 { return float64(r.next()>>11) / (1 << 53) }
 // pick is an attempt in flight, from Pick to Done and, where a tracker has more
 // to say, to the end of the call. Without a tracker it comes from a pool.
 type pick struct {
-	done func(balancer.DoneInfo) // its onDone
-	pool *sync.Pool              // where it belongs, if not to a tracker
+	handle handle     // unless it is a tracker's
+	pool   *sync.Pool // where it belongs, if not to a tracker
 
 	picker    *picker
 	candidate *candidate
@@ -416,7 +419,25 @@ const (
 	pickFinished              // the meter has been told
 )
 
-// onDone is called by grpc exactly once.
+// handle is what grpc calls when an attempt is done. Its method value is made once, which
+// saves each pick an allocation: a pooled pick has a handle of its own, and a tracker's
+// takes one from a pool of handles.
+type handle struct {
+	done func(balancer.DoneInfo) // its onDone
+	pick *pick
+	pool *sync.Pool // of handles
+}
+
+// onDone is called by grpc exactly once for each pick.
+func (h *handle) onDone(info balancer.DoneInfo) {
+	k := h.pick
+	if h.pool != nil {
+		h.pick = nil
+		h.pool.Put(h)
+	}
+	k.onDone(info)
+}
+
 func (k *pick) onDone(info balancer.DoneInfo) {
 	if k.inner != nil {
 		k.inner(info)

@@ -61,14 +61,17 @@ type Report struct {
 
 // An Attempt is one attempt of a call.
 type Attempt struct {
-	// Layer made the attempt, and Reason says why: the name of a status code, "SLOW" for a
-	// hedge's, or what a policy said. Both are empty for the first.
+	// Layer made the attempt, and Reason says why: the status code that the attempt before
+	// it ended with, "SLOW" for an attempt of a hedge that follows none, or what a retry's
+	// policy said. Both are empty for the first.
 	Layer, Reason string
 	Delay         time.Duration // the back-off before it
 	Start         time.Duration // when it was handed to the connection, since the call began
 	Took          time.Duration // how long it lasted, at most until the call ended
 	Peer          net.Addr      // the server; nil if it got no connection, or of a stream no response
-	Err           error         // nil if it succeeded; CANCELLED if the call ended without it
+	// Err is nil if the attempt succeeded. An attempt that still ran when the call ended has
+	// the call's error, or CANCELLED if the call ended with another attempt.
+	Err error
 }
 
 // Into asks for a report of one call. It is written once, before the call returns or, for

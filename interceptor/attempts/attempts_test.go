@@ -28,6 +28,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -107,6 +108,23 @@ func TestMaxHedge(t *testing.T) {
 	}
 }
 
+// An error that was not repeated says what forbade it, and what would allow it.
+func TestIdempotent_error(t *testing.T) {
+	for _, tc := range []struct {
+		all  bool
+		opts []grpc.CallOption
+		want string
+	}{
+		{all: false, want: "attempts.Idempotent(true)"},
+		{all: true, opts: []grpc.CallOption{attempts.Idempotent(false)}, want: "the call says attempts.Idempotent(false)"},
+	} {
+		_, err := client(t, fails(1), quickRetry(tc.all)).Unary(t.Context(), new(testingv1.UnaryRequest), tc.opts...)
+		if err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("AllMethods %v: error %v, want %q in it", tc.all, err, tc.want)
+		}
+	}
+}
+
 func TestIdempotent(t *testing.T) {
 	for _, tc := range []struct{ all, yes bool }{{true, false}, {false, true}} {
 		var r attempts.Report
@@ -173,6 +191,23 @@ func TestTimeout(t *testing.T) {
 	}
 }
 
+// The report says of a stream's attempt that a layer has cut it short, not that it was
+// cancelled, which is what gRPC knows.
+func TestInto_cutShort(t *testing.T) {
+	c := client(t, stalls(1), quickRetry(true), timeout.Config{FirstResponse: 100 * time.Millisecond})
+	var r attempts.Report
+	s, err := c.ServerStream(t.Context(), new(testingv1.ServerStreamRequest), attempts.MaxRetry(50), attempts.Into(&r))
+	for err == nil {
+		_, err = s.Recv()
+	}
+	if err != io.EOF || len(r.Attempts) < 2 {
+		t.Fatalf("%d attempts, %v; want the first to be cut short and io.EOF", len(r.Attempts), err)
+	}
+	if refusal, ok := interceptor.AsRefusal(r.Attempts[0].Err); !ok || refusal.Layer != "timeout" || status.Code(refusal) != codes.DeadlineExceeded {
+		t.Errorf("the first attempt ended with %v, want the refusal of the timeout", r.Attempts[0].Err)
+	}
+}
+
 // A server's DEADLINE_EXCEEDED that comes long before the end of an attempt's timeout is
 // about a deadline of its own, which a retry does not repeat by default.
 func TestTimeout_serversOwnDeadline(t *testing.T) {
@@ -226,6 +261,65 @@ func TestTimeout_firstMessage(t *testing.T) {
 				t.Errorf("messages after %v: %v, want %v", tc.delays, err, tc.want)
 			}
 		})
+	}
+}
+
+// lateStream delivers a message at the moment at which it is cut short.
+type lateStream struct {
+	grpc.ClientStream
+	ctx context.Context
+}
+
+func (s *lateStream) RecvMsg(any) error {
+	<-s.ctx.Done()
+	return nil
+}
+
+// The first message of an attempt that was cut short is not delivered: others would not
+// follow, and the call could not be repeated any more. Neither is
+// a single response: the observer and the limits were told of the deadline.
+func TestTimeout_withFirstMessage(t *testing.T) {
+	for _, tc := range []struct {
+		desc grpc.StreamDesc
+		want codes.Code
+	}{{grpc.StreamDesc{ServerStreams: true}, codes.DeadlineExceeded}, {grpc.StreamDesc{ClientStreams: true}, codes.DeadlineExceeded}} {
+		synctest.Test(t, func(t *testing.T) {
+			open := func(ctx context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+				return &lateStream{ctx: ctx}, nil
+			}
+			s, err := calltest.Stack(t).StreamClientInterceptor()(t.Context(), &tc.desc, nil, calltest.Method, open, attempts.Timeout(time.Second))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.RecvMsg(nil); status.Code(err) != tc.want {
+				t.Errorf("%+v: %v, want %v", tc.desc, err, tc.want)
+			}
+		})
+	}
+}
+
+// slowToken is a credential that first is there when nobody wants it any more.
+type slowToken struct{ asked atomic.Int32 }
+
+func (s *slowToken) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
+	if s.asked.Add(1) == 1 {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return nil, nil
+}
+
+func (*slowToken) RequireTransportSecurity() bool { return false }
+
+// An attempt whose timeout passes before it is sent may be repeated whatever the method.
+func TestTimeout_notSent(t *testing.T) {
+	for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ServerStream} {
+		var r attempts.Report
+		c := client(t, fails(0), quickRetry(false))
+		_, err := calltest.Exchange(t.Context(), c, kind, attempts.Timeout(200*time.Millisecond), attempts.MaxRetry(9), grpc.PerRPCCredentials(new(slowToken)), attempts.Into(&r))
+		if err != nil || len(r.Attempts) < 2 {
+			t.Errorf("%v: %d attempts, %v; want another one when the first got no token in time", kind, len(r.Attempts), err)
+		}
 	}
 }
 
@@ -342,4 +436,49 @@ func TestInto_race(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// An attempt that ends because the call does is reported with the call's error, unless
+// another attempt has decided that.
+func TestInto_endOfTheCall(t *testing.T) {
+	failsThenStalls := func(n int, ctx context.Context) error {
+		if n == 1 {
+			return status.Error(codes.Unavailable, "busy")
+		}
+		return stalls(n)(n, ctx)
+	}
+	stallsThenFails := func(_ int, ctx context.Context) error {
+		if md, _ := metadata.FromIncomingContext(ctx); len(md.Get("grpc-previous-rpc-attempts")) > 0 {
+			return status.Error(codes.NotFound, "none")
+		}
+		return stalls(1)(1, ctx)
+	}
+	for name, tc := range map[string]struct {
+		do    func(int, context.Context) error
+		layer interceptor.Spec
+		limit time.Duration // Of the call.
+		own   time.Duration // Of each attempt.
+		want  []codes.Code
+	}{
+		"deadline": {failsThenStalls, quickRetry(true), 500 * time.Millisecond, 0, []codes.Code{codes.Unavailable, codes.DeadlineExceeded}},
+		"own":      {stalls(1), retry.Config{MaxAttempts: 1}, time.Minute, 30 * time.Millisecond, []codes.Code{codes.DeadlineExceeded}},
+		"other":    {stallsThenFails, hedge.Config{Delay: time.Millisecond, AllMethods: true, Budget: plenty}, time.Minute, 0, []codes.Code{codes.Canceled, codes.NotFound}},
+	} {
+		for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ClientStream, interceptor.ServerStream, interceptor.BidiStream} {
+			t.Run(name+"/"+kind.String(), func(t *testing.T) {
+				t.Parallel()
+				ctx, cancel := context.WithTimeout(t.Context(), tc.limit)
+				defer cancel()
+				var r attempts.Report
+				_, err := calltest.Exchange(ctx, client(t, tc.do, tc.layer), kind, attempts.Into(&r), attempts.Timeout(tc.own))
+				var got []codes.Code
+				for _, a := range r.Attempts {
+					got = append(got, status.Code(a.Err))
+				}
+				if !slices.Equal(got, tc.want) {
+					t.Errorf("the attempts of a call that ended with %v ended with %v, want %v", err, got, tc.want)
+				}
+			})
+		}
+	}
 }

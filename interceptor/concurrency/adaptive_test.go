@@ -38,7 +38,11 @@ func (f *feed) round(n int64, rtt time.Duration, dropped int64) {
 		n = f.limit.Limit()
 	}
 	for i := range n {
-		f.limit.OnSample(concurrency.Sample{Start: f.now, RTT: rtt, InFlight: n, Dropped: i < dropped})
+		s := concurrency.Sample{Start: f.now, RTT: rtt, InFlight: n}
+		if i < dropped {
+			s.Result = concurrency.Dropped
+		}
+		f.limit.OnSample(s)
 	}
 	f.now = f.now.Add(rtt + 1)
 }
@@ -106,6 +110,10 @@ func TestAIMDTimeout(t *testing.T) {
 	check(t, "successes over the timeout", f.limit.Limit(), 27, 27)
 	f.round(0, 50*ms, 0)
 	check(t, "successes at the timeout", f.limit.Limit(), 27, 28)
+	f.limit.OnSample(concurrency.Sample{Start: f.now, RTT: 49 * ms, InFlight: 28, Result: concurrency.GivenUp})
+	check(t, "a call given up before the timeout", f.limit.Limit(), 27, 28)
+	f.limit.OnSample(concurrency.Sample{Start: f.now, RTT: 51 * ms, InFlight: 28, Result: concurrency.GivenUp})
+	check(t, "a call given up after the timeout", f.limit.Limit(), 25, 25)
 }
 
 func TestGradient2Formula(t *testing.T) {
@@ -139,7 +147,7 @@ func TestGradient2Formula(t *testing.T) {
 }
 
 func TestGradient2(t *testing.T) {
-	cfg := concurrency.Gradient2Config{Window: 10 * ms}
+	cfg := concurrency.Gradient2Config{Min: 1, Max: 1000, Window: 10 * ms}
 	newG := func() *feed { return newFeed(must[*concurrency.Gradient2](t)(concurrency.NewGradient2(cfg))) }
 
 	f := newG()
@@ -173,7 +181,7 @@ func TestGradient2(t *testing.T) {
 	for range 300 {
 		f.round(0, rtt(f.limit.Limit()), 0)
 	}
-	check(t, "a server of 40 workers", f.limit.Limit(), 40, 120)
+	check(t, "a server of 40 workers", f.limit.Limit(), 40, 200)
 }
 
 func TestVegas(t *testing.T) {
@@ -241,10 +249,51 @@ func TestUpdateAlgorithm(t *testing.T) {
 		}
 		update(concurrency.Config{AIMD: &concurrency.AIMDConfig{BackoffRatio: 0.5}}, 36)
 		update(concurrency.Config{AIMD: &concurrency.AIMDConfig{Initial: 5, Max: 30}}, 30)
-		update(concurrency.Config{Vegas: &concurrency.VegasConfig{}}, 30)
+		update(concurrency.Config{}, 30)
+		update(concurrency.Config{Auto: &concurrency.AutoConfig{Max: 29}}, 29)
+		update(concurrency.Config{Vegas: &concurrency.VegasConfig{}}, 14) // It begins with a probe, at half the limit.
 		update(concurrency.Config{Gradient2: &concurrency.Gradient2Config{Min: 35}}, 35)
 		update(concurrency.Config{Limit: 3}, 3)
 	})
+}
+
+// Stats say what an algorithm thinks.
+func TestStatsOfAlgorithms(t *testing.T) {
+	for name, cfg := range map[string]concurrency.Config{
+		"auto":      {},
+		"gradient2": {Gradient2: &concurrency.Gradient2Config{}},
+		"vegas":     {Vegas: &concurrency.VegasConfig{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := limit(t, cfg)
+				takes := 10 * ms
+				var err error
+				c := calltest.Stack(t, l).Wrap(calltest.Server(func(context.Context) error {
+					time.Sleep(takes)
+					return err
+				}))
+				for range 500 {
+					calltest.Burst(c, 5)
+				}
+				if s := l.Stats(""); s.Baseline != 10*ms || s.Latency != 10*ms || s.Lowered != "" {
+					t.Errorf("after calls of 10ms: %+v", s)
+				}
+				takes = 20 * ms
+				for range 100 {
+					calltest.Burst(c, 5)
+				}
+				if s := l.Stats(""); s.Latency <= 15*ms {
+					t.Errorf("after calls of 20ms: %+v", s)
+				}
+				err = status.Error(codes.Unavailable, "overloaded")
+				calltest.Burst(c, 1)
+				if s := l.Stats(""); s.Lowered != "drop" {
+					t.Errorf("after a drop: %+v", s)
+				}
+			})
+		})
+	}
 }
 
 // recorder is an algorithm that only takes notes.
@@ -255,7 +304,6 @@ type recorder struct {
 
 func (r *recorder) Limit() int64                  { return r.n }
 func (r *recorder) OnSample(s concurrency.Sample) { r.samples = append(r.samples, s) }
-func (r *recorder) Bound() time.Duration          { return 15 * ms }
 
 func TestSamples(t *testing.T) {
 	unavailable, notFound := status.Error(codes.Unavailable, ""), status.Error(codes.NotFound, "")
@@ -284,27 +332,26 @@ func TestSamples(t *testing.T) {
 	}{
 		{"success", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, nil) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1}}},
 		{"waiting further in is not part of the round trip", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, nil, &slow{50 * ms}) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1}}},
-		{"a sign of overload", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, unavailable) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Dropped: true}}},
-		{"the caller's deadline", concurrency.Config{}, func(l *concurrency.Layer) { callFor(l, 10*ms) }, nil},
-		{"the caller's deadline, beyond the algorithm's bound", concurrency.Config{}, func(l *concurrency.Layer) { callFor(l, 16*ms) },
-			[]concurrency.Sample{{RTT: 16 * ms, InFlight: 1, Dropped: true}}},
+		{"a sign of overload", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, unavailable) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Result: concurrency.Dropped}}},
+		{"the caller's deadline", concurrency.Config{}, func(l *concurrency.Layer) { callFor(l, 10*ms) },
+			[]concurrency.Sample{{RTT: 10 * ms, InFlight: 1, Result: concurrency.GivenUp}}},
 		{"another failure", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, notFound) }, nil},
 		{"a configured code", concurrency.Config{DropCodes: []codes.Code{codes.NotFound}}, func(l *concurrency.Layer) {
 			call(l, bg, notFound)
 			call(l, bg, unavailable)
-		}, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Dropped: true}}},
+		}, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Result: concurrency.Dropped}}},
 		{"no codes", concurrency.Config{DropCodes: []codes.Code{}}, func(l *concurrency.Layer) { call(l, bg, unavailable) }, nil},
 		{"a cancelled call", concurrency.Config{}, func(l *concurrency.Layer) {
 			ctx, cancel := context.WithCancel(bg)
 			time.AfterFunc(10*ms, cancel)
 			call(l, ctx, nil)
-		}, nil},
+		}, []concurrency.Sample{{RTT: 10 * ms, InFlight: 1, Result: concurrency.GivenUp}}},
 		{"a call that was refused further in", concurrency.Config{}, func(l *concurrency.Layer) {
 			call(l, bg, nil, &hold{err: interceptor.Refuse("x", interceptor.ReasonRateLimit, "")})
 		}, nil},
 		{"a deadline that a layer inside has set", concurrency.Config{}, func(l *concurrency.Layer) {
 			call(l, bg, interceptor.Refuse("timeout", interceptor.ReasonDeadline, "").Because(context.DeadlineExceeded, true))
-		}, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Dropped: true}}},
+		}, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Result: concurrency.Dropped}}},
 		{"a stream", concurrency.Config{}, stream20, nil},
 		{"a stream that is to be sampled", concurrency.Config{SampleStreams: true}, stream20, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1}}},
 	} {
@@ -386,7 +433,8 @@ func TestAdaptiveFindsCapacity(t *testing.T) {
 	}{
 		{"aimd", concurrency.Config{AIMD: &concurrency.AIMDConfig{}}, 25, 12, 26},
 		{"gradient2", concurrency.Config{Gradient2: &concurrency.Gradient2Config{}}, math.MaxInt64, 10, 80},
-		{"vegas", concurrency.Config{Vegas: &concurrency.VegasConfig{}}, math.MaxInt64, 12, 18},
+		{"vegas", concurrency.Config{Vegas: &concurrency.VegasConfig{}}, math.MaxInt64, 7, 18},
+		{"auto", concurrency.Config{}, math.MaxInt64, 3, 24}, // 7 in a drain, 3 in the first ones.
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -47,7 +47,7 @@ type AIMD struct {
 
 // withDefaults checks cfg and returns it with all fields set.
 func (cfg AIMDConfig) withDefaults(errs *check.Errors) (AIMDConfig, bounds) {
-	b := newBounds(errs, cfg.Initial, cfg.Min, cfg.Max)
+	b := newBounds(errs, cfg.Initial, cfg.Min, cfg.Max, defaultMin, defaultMax)
 	check.Default(errs, "BackoffRatio", &cfg.BackoffRatio, check.From(0.5, 0.99), backoffRatio)
 	check.Default(errs, "Increase", &cfg.Increase, check.From(0.01, 100), 1)
 	check.Zero(errs, "Timeout", cfg.Timeout, check.Positive, "none")
@@ -80,19 +80,16 @@ func (a *AIMD) Update(cfg AIMDConfig) error {
 // Limit returns the current limit.
 func (a *AIMD) Limit() int64 { return int64(a.limit) }
 
-// Bound returns Timeout.
-func (a *AIMD) Bound() time.Duration { return a.cfg.Timeout }
-
 func (a *AIMD) start(limit float64) { a.limit = a.clamp(limit) }
 
 // OnSample applies the formulas above.
 func (a *AIMD) OnSample(s Sample) {
 	switch {
-	case s.Dropped || a.cfg.Timeout > 0 && s.RTT > a.cfg.Timeout:
+	case s.Result == Dropped || s.Result != Void && a.cfg.Timeout > 0 && s.RTT > a.cfg.Timeout:
 		if a.counts(s) {
 			a.limit = a.clamp(a.limit * a.cfg.BackoffRatio)
 		}
-	case float64(s.InFlight)*2 >= float64(a.Limit()):
+	case s.Result == Succeeded && float64(s.InFlight)*2 >= float64(a.Limit()):
 		a.limit = a.clamp(a.limit + a.cfg.Increase/a.limit)
 	}
 }

@@ -63,7 +63,7 @@ func layer(t *testing.T, l interceptor.Layer, err error) interceptor.Layer {
 func TestSamplesOutsideAttempts(t *testing.T) {
 	one := func(t *testing.T, r *recorder, rtt time.Duration, dropped bool) {
 		t.Helper()
-		if len(r.samples) != 1 || r.samples[0].Dropped != dropped || r.samples[0].RTT != rtt {
+		if len(r.samples) != 1 || (r.samples[0].Result == concurrency.Dropped) != dropped || r.samples[0].RTT != rtt {
 			t.Errorf("samples %+v, want one of %v, dropped: %v", r.samples, rtt, dropped)
 		}
 	}
@@ -122,7 +122,7 @@ func TestSamplesOutsideAttempts(t *testing.T) {
 				time.Sleep(10 * ms)
 				return status.Error(codes.Unavailable, "down")
 			})).Invoke(context.Background(), calltest.Method, nil, &struct{}{})
-			if status.Code(err) != codes.Unavailable || len(r.samples) != 2 || !r.samples[0].Dropped || !r.samples[1].Dropped {
+			if status.Code(err) != codes.Unavailable || len(r.samples) != 2 || r.samples[0].Result != concurrency.Dropped || r.samples[1].Result != concurrency.Dropped {
 				t.Errorf("got %v and samples %+v, want two drops", err, r.samples)
 			}
 			checkRest(t, l)
@@ -188,7 +188,7 @@ func TestSamplesStreams(t *testing.T) {
 			drain(s)
 		}, []concurrency.Sample{{RTT: 30 * ms, InFlight: 1}}},
 		{"fails_later", slowStream{first: 30 * ms, then: time.Hour, err: status.Error(codes.Unavailable, "moved")}, drain, []concurrency.Sample{{RTT: 30 * ms, InFlight: 1}}},
-		{"fails_without_a_response", slowStream{then: 40 * ms, err: status.Error(codes.Unavailable, "down")}, drain, []concurrency.Sample{{RTT: 40 * ms, InFlight: 1, Dropped: true}}},
+		{"fails_without_a_response", slowStream{then: 40 * ms, err: status.Error(codes.Unavailable, "down")}, drain, []concurrency.Sample{{RTT: 40 * ms, InFlight: 1, Result: concurrency.Dropped}}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -32,6 +32,7 @@ func admitAndRefuse(tb testing.TB) map[string]func() error {
 		"empty_stack":      unary(),
 		"fixed":            unary(fixed(tb, 1024)),
 		"weighted":         unary(limit(tb, concurrency.Config{Limit: 1024}, concurrency.WithCost(func(context.Context, *interceptor.Admission) int64 { return 3 }))),
+		"auto":             unary(limit(tb, concurrency.Config{})),
 		"aimd":             unary(limit(tb, concurrency.Config{AIMD: &concurrency.AIMDConfig{}})),
 		"gradient2":        unary(limit(tb, concurrency.Config{Gradient2: &concurrency.Gradient2Config{}})),
 		"vegas":            unary(limit(tb, concurrency.Config{Vegas: &concurrency.VegasConfig{}})),

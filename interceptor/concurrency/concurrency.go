@@ -34,6 +34,11 @@ const (
 	// (controlled delay, RFC 8289). It absorbs a burst, and does not turn a lasting
 	// overload into a lasting delay.
 	CoDel
+	// Adaptive is FIFO until calls have waited without a break for
+	// [Config.CoDelInterval], and then LIFO until no call waits (adaptive LIFO, Maurer,
+	// "Fail at Scale", 2015). It is fair in a burst, and under a lasting overload serves
+	// calls whose callers are still there. Bound the queue with MaxWaiters or MaxWait.
+	Adaptive
 )
 
 // String returns the discipline's name.
@@ -45,16 +50,20 @@ func (d Discipline) String() string {
 		return "LIFO"
 	case CoDel:
 		return "CoDel"
+	case Adaptive:
+		return "Adaptive"
 	}
 	return "Discipline(" + strconv.Itoa(int(d)) + ")"
 }
 
-// Config configures a [Layer]. Exactly one of Limit, AIMD, Gradient2 and Vegas is
-// set, unless [WithAlgorithm] is used.
+// Config configures a [Layer]. At most one of Limit, Auto, AIMD, Gradient2 and Vegas is
+// set. If none is and [WithAlgorithm] is not used, [Auto] finds the limit, with its
+// defaults.
 type Config struct {
-	// Limit is a fixed number of permits, from 1 to 2147483647. There is no default.
+	// Limit is a fixed number of permits, from 1 to 2147483647.
 	Limit int64
-	// AIMD, Gradient2 and Vegas let an algorithm find the limit.
+	// Auto, AIMD, Gradient2 and Vegas let an algorithm find the limit.
+	Auto      *AutoConfig
 	AIMD      *AIMDConfig
 	Gradient2 *Gradient2Config
 	Vegas     *VegasConfig
@@ -70,8 +79,8 @@ type Config struct {
 	// refused with reason CONCURRENCY. 0 means no bound.
 	MaxWait time.Duration
 	// CoDelTarget is the delay that a queue may have for longer than CoDelInterval: 5 ms
-	// and 100 ms if zero, the values of RFC 8289. They must not be negative. Other
-	// disciplines ignore them.
+	// and 100 ms if zero, the values of RFC 8289. They must not be negative. Adaptive uses
+	// CoDelInterval; other disciplines ignore them.
 	CoDelTarget, CoDelInterval time.Duration
 
 	// DropCodes are the codes of failed calls that are a sign of overload to an
@@ -169,7 +178,7 @@ func WithPriority(priority interceptor.PriorityFunc) Option {
 	}
 }
 
-// WithAlgorithm lets your own algorithm find the limit. Then none of the four in Config
+// WithAlgorithm lets your own algorithm find the limit. Then none of the five in Config
 // may be set, nor KeyBy. The algorithm cannot be shared between Layers.
 func WithAlgorithm(a Limit) Option {
 	return func(o *options) {
@@ -296,7 +305,7 @@ func (l *Layer) Config() Config { return l.settings.Load().config.clone() }
 
 // clone copies what cfg points to.
 func (cfg Config) clone() Config {
-	cfg.AIMD, cfg.Gradient2, cfg.Vegas = clone(cfg.AIMD), clone(cfg.Gradient2), clone(cfg.Vegas)
+	cfg.Auto, cfg.AIMD, cfg.Gradient2, cfg.Vegas = clone(cfg.Auto), clone(cfg.AIMD), clone(cfg.Gradient2), clone(cfg.Vegas)
 	cfg.DropCodes = slices.Clone(cfg.DropCodes)
 	return cfg
 }
@@ -317,7 +326,7 @@ func (l *Layer) check(cfg Config, errs *check.Errors) (*settings, error) {
 		maxKeys: cfg.MaxKeys, target: cfg.CoDelTarget, interval: cfg.CoDelInterval,
 	}
 	l.checkBound(&cfg, errs)
-	errs.Require(cfg.Discipline >= FIFO && cfg.Discipline <= CoDel, "Discipline", cfg.Discipline, "must be FIFO, LIFO or CoDel")
+	errs.Require(cfg.Discipline >= FIFO && cfg.Discipline <= Adaptive, "Discipline", cfg.Discipline, "must be FIFO, LIFO, CoDel or Adaptive")
 	check.Zero(errs, "MaxWaiters", cfg.MaxWaiters, check.Positive, "no bound")
 	check.Zero(errs, "MaxWait", cfg.MaxWait, check.Positive, "no bound")
 	check.Default(errs, "CoDelTarget", &set.target, check.Positive, defaultCoDelTarget)
@@ -329,7 +338,7 @@ func (l *Layer) check(cfg Config, errs *check.Errors) (*settings, error) {
 	return set, errs.Err()
 }
 
-// checkBound checks that exactly one of the limit and the algorithms is set, and checks
+// checkBound checks that at most one of the limit and the algorithms is set, and checks
 // it.
 func (l *Layer) checkBound(cfg *Config, errs *check.Errors) {
 	set := 0
@@ -342,16 +351,16 @@ func (l *Layer) checkBound(cfg *Config, errs *check.Errors) {
 		case l.custom != nil:
 			errs.Add(field, value, "must not be set if WithAlgorithm is used")
 		case set > 1:
-			errs.Add(field, value, "must be the only one that is set of Limit, AIMD, Gradient2 and Vegas")
+			errs.Add(field, value, "must be the only one that is set of Limit, Auto, AIMD, Gradient2 and Vegas")
 		default:
 			checkValue()
 		}
 	}
 	source("Limit", cfg.Limit != 0, cfg.Limit, func() { check.Required(errs, "Limit", cfg.Limit, check.From[int64](1, maxLimit)) })
+	source("Auto", cfg.Auto != nil, cfg.Auto, func() { cfg.Auto.withDefaults(errs.In("Auto")) })
 	source("AIMD", cfg.AIMD != nil, cfg.AIMD, func() { cfg.AIMD.withDefaults(errs.In("AIMD")) })
 	source("Gradient2", cfg.Gradient2 != nil, cfg.Gradient2, func() { cfg.Gradient2.withDefaults(errs.In("Gradient2")) })
 	source("Vegas", cfg.Vegas != nil, cfg.Vegas, func() { cfg.Vegas.withDefaults(errs.In("Vegas")) })
-	errs.Require(set > 0 || l.custom != nil, "Limit", cfg.Limit, "must be from 1 to %d unless AIMD, Gradient2 or Vegas is set", int64(maxLimit))
 }
 
 // SetLimit changes a fixed limit while calls run; with [Config.KeyBy] that of each key. A
@@ -382,6 +391,8 @@ func (l *Layer) SetLimit(n int64) error {
 
 func (l *Layer) algorithmName(cfg *Config) string {
 	switch {
+	case l.custom != nil:
+		return "WithAlgorithm"
 	case cfg.AIMD != nil:
 		return "AIMD"
 	case cfg.Gradient2 != nil:
@@ -389,7 +400,7 @@ func (l *Layer) algorithmName(cfg *Config) string {
 	case cfg.Vegas != nil:
 		return "Vegas"
 	}
-	return "WithAlgorithm"
+	return "Auto"
 }
 
 // String returns the layer's name.
@@ -398,11 +409,16 @@ func (l *Layer) String() string { return l.name }
 // Traits says that calls may wait for permits.
 func (l *Layer) Traits() interceptor.Traits { return interceptor.Waits }
 
-// Stats are the figures of one limit.
+// Stats are the figures of one limit, and what its algorithm thinks. Baseline, Latency and
+// Lowered are zero for a fixed limit, AIMD and [WithAlgorithm].
 type Stats struct {
 	Limit   int64 // how many permits there are
 	InUse   int64 // how many of them calls hold; see [Layer.InUse]
 	Waiting int   // how many calls wait for permits
+
+	Baseline time.Duration // the latency that Latency is compared with; 0 before it is known
+	Latency  time.Duration // the mean latency of calls now; 0 before it is known
+	Lowered  string        // why the limit went down the last time: "latency", "drop" or "drain"; empty if it did not
 }
 
 func (lim *limiter) stats() (s Stats) {
@@ -410,14 +426,30 @@ func (lim *limiter) stats() (s Stats) {
 	return s
 }
 
+// allStats returns the stats with what the algorithm thinks.
+func (lim *limiter) allStats() Stats {
+	lim.mu.Lock()
+	defer lim.mu.Unlock()
+	s := lim.stats()
+	if t, ok := lim.algorithm.(thinker); ok {
+		s.Baseline, s.Latency, s.Lowered = t.thinks()
+	}
+	return s
+}
+
+// A thinker is an algorithm that can say why the limit is what it is.
+type thinker interface {
+	thinks() (base, latency time.Duration, lowered string)
+}
+
 // Stats returns the figures of the limit of a key; zero if there is none for it. Without
 // [Config.KeyBy] there is one limit, whatever the key.
 func (l *Layer) Stats(key string) Stats {
 	if l.keys == nil {
-		return l.one.stats()
+		return l.one.allStats()
 	}
 	if lim, ok := l.keys.Peek(key); ok {
-		return lim.stats()
+		return lim.allStats()
 	}
 	return Stats{}
 }

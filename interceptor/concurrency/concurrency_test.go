@@ -561,7 +561,9 @@ func TestConfigErrors(t *testing.T) {
 		opts []concurrency.Option
 		want string
 	}{
-		{cfg{}, nil, "Limit is 0, must be from 1 to 2147483647 unless AIMD, Gradient2 or Vegas is set"},
+		{cfg{AIMD: &concurrency.AIMDConfig{}, Auto: &concurrency.AutoConfig{}}, nil, "AIMD is &{"},
+		{cfg{Auto: &concurrency.AutoConfig{Min: -1}}, nil, "Auto.Min is -1"},
+		{cfg{Auto: &concurrency.AutoConfig{Initial: 5, Max: 4}}, nil, "Auto.Initial is 5, must be from Min, 1, to Max, 4"},
 		{cfg{Limit: 1, Vegas: &concurrency.VegasConfig{}}, nil, "Vegas is &{"},
 		{cfg{Limit: -1}, nil, "Limit is -1, must be from 1"},
 		{cfg{Limit: 1 << 40}, nil, "Limit is 1099511627776, must be from 1 to 2147483647"},
@@ -900,4 +902,38 @@ func TestConformance(t *testing.T) {
 			})
 		})
 	}
+}
+
+// An adaptive queue serves who came first, until calls have waited for an interval
+// without a break, and then who came last, until nobody waits.
+func TestQueueAdaptive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := limit(t, concurrency.Config{Limit: 1, Discipline: concurrency.Adaptive, CoDelInterval: time.Second})
+		type name struct{}
+		var sent []int
+		c := calltest.Stack(t, l).Wrap(calltest.Server(func(ctx context.Context) error {
+			sent = append(sent, ctx.Value(name{}).(int))
+			time.Sleep(400 * ms)
+			return nil
+		}))
+		var wg sync.WaitGroup
+		burst := func(from, to int) {
+			for i := from; i <= to; i++ {
+				wg.Go(func() {
+					if err := c.Invoke(context.WithValue(t.Context(), name{}, i), calltest.Method, nil, nil); err != nil {
+						t.Error(err)
+					}
+				})
+				synctest.Wait()
+			}
+		}
+		burst(1, 6) // At 0.4 and 0.8 s the oldest goes first, later the newest.
+		wg.Wait()
+		burst(7, 9) // The queue has been empty.
+		wg.Wait()
+		if want := []int{1, 2, 3, 6, 5, 4, 7, 8, 9}; !slices.Equal(sent, want) {
+			t.Errorf("sent %v, want %v", sent, want)
+		}
+		checkRest(t, l)
+	})
 }

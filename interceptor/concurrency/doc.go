@@ -48,11 +48,38 @@
 // # Static and adaptive
 //
 // [Config.Limit] is a fixed number, which [Layer.SetLimit] changes while calls run.
-// Instead, an algorithm may find the number: [AIMD], [Gradient2] and [Vegas] learn from
-// how calls end and how long they took since they were sent, without the wait before.
-// Success is a sample. A failure that is a sign of overload ([Config.DropCodes]) is a
-// drop, and so is a call whose caller gave up after more than the algorithm's own bound
-// ([Bounded]). A call that was given up earlier, was not sent, or failed with another
-// code teaches nothing. Outside a retry or hedge the algorithm learns from the whole
-// call, not from its first attempt.
+// Without it an algorithm finds the number. It learns from how calls end and how long they
+// took since they were sent, without the wait before. Success is a sample. A failure that
+// is a sign of overload ([Config.DropCodes]) is a drop. A call that its caller gave up
+// would have taken at least as long as it did. A call that was not sent, or failed with
+// another code, teaches nothing. Outside a retry or hedge the algorithm learns from the
+// whole call, not from its first attempt.
+//
+//	Auto        the default, for every server; it lowers the limit for a moment now and then
+//	AIMD        for a server that refuses what it cannot do; with a Timeout, for one of which
+//	            you know how long a call may take
+//	Gradient2   for a server that refuses, behind clients that are rarely at their limit
+//	Vegas       for one client of a server whose latencies vary little
+//
+// Simulated, with exponential service of 10 ms: goodput in % of the capacity, and mean
+// latency in units of the unloaded one. AIMD has a Timeout of 50 ms, the others have their
+// defaults. Load is in units of the capacity.
+//
+//	                                   Auto         AIMD         Gradient2    Vegas
+//	20 workers, load 0.9               89 / 1.2     89 / 1.2     90 / 1.3     88 / 1.1
+//	20 workers, load 1.2               99 / 1.6    100 / 1.8    100 / 2.6     96 / 1.2
+//	200 workers, load 0.5              50 / 1.0     36 / 1.0     42 / 1.0     50 / 1.0
+//	200 workers, load 1.2             100 / 1.3     37 / 1.0     45 / 1.0     98 / 1.1
+//	2 workers, load 1.2                90 / 2.1     96 / 3.7    100 / 21      95 / 3.0
+//	20 workers, 20 clients, load 1.2   99 / 2.3    100 / 4.6    100 / 47     100 / 6.2
+//	refuses at a queue of 20, load 3  100 / 1.6    100 / 1.9    100 / 1.9     98 / 1.2
+//
+// The commands are, in the source of this module,
+//
+//	go run ./internal/limitsim/simulate
+//	go run ./internal/limitsim/simulate -algorithms aimd-50ms,gradient2,vegas -seeds 1
+//
+// Auto does not share a server well where a client for each worker or more want all of it:
+// each may have one call at a time at least. With 100 clients for 20 workers the latency is
+// six times the unloaded one.
 package concurrency

@@ -11,8 +11,8 @@ import (
 
 // Gradient2Config configures [Gradient2]. The zero value is the default.
 type Gradient2Config struct {
-	// Initial, Min and Max are the initial limit and its bounds: 20, 1 and 1000 if zero.
-	// 1 <= Min <= Initial <= Max.
+	// Initial, Min and Max are the initial limit and its bounds: 20, 20 and 200 if zero,
+	// as Netflix's. 1 <= Min <= Initial <= Max.
 	Initial, Min, Max int64
 	// QueueSize is how many calls may queue in the server: what the limit grows by
 	// when there is no sign of queueing, before smoothing. From 0.1 to 1000; 4 if
@@ -29,9 +29,9 @@ type Gradient2Config struct {
 	LongWindow int
 	// BackoffRatio is the factor of the limit on a drop, from 0.5 to 0.99; 0.9 if zero.
 	BackoffRatio float64
-	// Window and WindowSamples are the least time and the least number of successes for
-	// which samples are gathered before the limit is computed again: 100 ms and 10 if
-	// zero. They must not be negative.
+	// Window and WindowSamples are the least time and the least number of calls for
+	// which samples are gathered before the limit is computed again: 1 s and 10 if
+	// zero, as Netflix's WindowedLimit. They must not be negative.
 	Window        time.Duration
 	WindowSamples int
 }
@@ -47,24 +47,28 @@ type Gradient2Config struct {
 // from a time of high latency. The limit stays while less than half of it is in
 // use.
 //
-// Two things differ from the original: it acts on the mean of a window of samples,
-// as Netflix recommends, and on a drop, which the original ignores, it backs off
-// as [AIMD] does, because a server that refuses fast has the best round trip of all. Like
-// the original it takes a lasting latency for the new normal, within about LongWindow
-// windows: if clients always want more than the server can do, the limit creeps upwards.
-// [Vegas] is the better choice then.
+// Two things differ from the original. Windows count in long by their number of samples.
+// And on a drop, which the original ignores, it backs off as [AIMD] does, because a server
+// that refuses fast has the best round trip of all.
+//
+// Like the original it takes a lasting latency for the new normal, within about LongWindow
+// windows: if clients always want more than the server can do, the limit creeps to Max.
+// Use it, with Max, for a server that refuses what it cannot do; [Auto] is the better
+// choice for others.
 type Gradient2 struct {
 	bounds
 	cfg    Gradient2Config
 	limit  float64
 	window window
 	long   average
+	now    float64 // The mean of the last window.
+	why    string  // Why the limit went down last.
 	recovery
 }
 
 // withDefaults checks cfg and returns it with all fields set.
 func (cfg Gradient2Config) withDefaults(errs *check.Errors) (Gradient2Config, bounds) {
-	b := newBounds(errs, cfg.Initial, cfg.Min, cfg.Max)
+	b := newBounds(errs, cfg.Initial, cfg.Min, cfg.Max, 20, 200)
 	check.Default(errs, "QueueSize", &cfg.QueueSize, check.From(0.1, 1000), 4)
 	check.Default(errs, "Smoothing", &cfg.Smoothing, check.From(0.01, 1), 0.2)
 	check.Default(errs, "Tolerance", &cfg.Tolerance, check.From(1.0, 10), 1.5)
@@ -94,7 +98,7 @@ func (g *Gradient2) Update(cfg Gradient2Config) error {
 		return err
 	}
 	g.bounds, g.cfg = b, cfg
-	g.window.length, g.window.samples = cfg.Window, cfg.WindowSamples
+	g.window.length, g.window.samples = cfg.Window, float64(cfg.WindowSamples)
 	g.limit = b.clamp(g.limit)
 	return nil
 }
@@ -106,19 +110,22 @@ func (g *Gradient2) start(limit float64) { g.limit = g.clamp(limit) }
 
 // OnSample applies the formulas above when a window is complete.
 func (g *Gradient2) OnSample(s Sample) {
-	if s.Dropped {
+	if s.Result == Dropped {
 		if g.counts(s) {
 			g.limit = g.clamp(g.limit * g.cfg.BackoffRatio)
-			g.window.reset()
+			g.window.reset(s.end())
+			g.why = becauseDrop
 		}
 		return
 	}
-	mean, inFlight, complete := g.window.add(s)
-	if !complete {
+	w := &g.window
+	if !w.add(s, g.long.value) {
 		return
 	}
-	now := float64(mean)
-	long := g.long.add(now, g.cfg.LongWindow)
+	now, inFlight := w.mean(), w.inFlight
+	g.now = now
+	long := g.long.add(now, w.size(), g.cfg.LongWindow)
+	w.reset(s.end())
 	if long/now > 2 {
 		g.long.value *= 0.95
 	}
@@ -127,22 +134,31 @@ func (g *Gradient2) OnSample(s Sample) {
 	}
 	gradient := max(0.5, min(1, g.cfg.Tolerance*long/now))
 	target := gradient*g.limit + g.cfg.QueueSize
+	if target < g.limit {
+		g.why = becauseLatency
+	}
 	g.limit = g.clamp((1-g.cfg.Smoothing)*g.limit + g.cfg.Smoothing*target)
 }
 
-// average is the mean of the first ten values and from then on an exponential
-// average with the weight 2/(n+1) for a new one.
-type average struct {
-	value float64
-	seen  int
+func (g *Gradient2) thinks() (base, latency time.Duration, lowered string) {
+	return time.Duration(g.long.value), time.Duration(g.now), g.why
 }
 
-func (a *average) add(v float64, n int) float64 {
-	if a.seen < 10 {
-		a.seen++
-		a.value += (v - a.value) / float64(a.seen)
-	} else {
-		a.value += (v - a.value) * 2 / float64(n+1)
+// average is the mean of the samples of the first ten windows, and from then on an
+// exponential average over n windows: a window with as many samples as usual has the
+// weight 2/(n+1), others in proportion.
+type average struct {
+	value, usual float64
+	windows      int
+}
+
+func (a *average) add(v, samples float64, n int) float64 {
+	weight := 2 / float64(n+1)
+	if a.windows < 10 {
+		a.windows++
+		weight = 1 / float64(a.windows)
 	}
+	a.usual += (samples - a.usual) * weight
+	a.value += (v - a.value) * min(1, weight*samples/a.usual)
 	return a.value
 }

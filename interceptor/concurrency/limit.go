@@ -24,21 +24,39 @@ type Limit interface {
 	OnSample(s Sample)
 }
 
-// Bounded is a [Limit] that takes a call longer than its Bound for a sign of overload.
-// Calls that their callers gave up after more than that are drops to it; other calls that
-// were given up are no sample. A Bound that is not positive is none.
-type Bounded interface {
+// A Starter is a [Limit] that follows some calls from their start to their end.
+type Starter interface {
 	Limit
-	Bound() time.Duration
+	// OnStart is called when a call that may become a sample has got its permit. It is
+	// called concurrently, without a lock. If it returns a mark, from 1 to 15, every end
+	// of the call is a sample with that Mark, also one that says nothing; 0 is no mark.
+	OnStart() (mark uint8)
 }
 
-// A Sample is a call that has ended, with success or with a sign of overload.
-// Calls that say nothing about the server's load make no sample.
+// A Result is what the end of a call says about the load of the server.
+type Result uint8
+
+const (
+	// Succeeded says that the server has answered, after RTT.
+	Succeeded Result = iota
+	// Dropped says that the call failed in a way that speaks of overload.
+	Dropped
+	// GivenUp says that the caller gave up after RTT: the call would have taken at
+	// least that long.
+	GivenUp
+	// Void says nothing. Only calls with a Mark end so.
+	Void
+)
+
+// A Sample is a call that has ended. Calls that say nothing about the server's load make
+// no sample, unless they have a Mark.
 type Sample struct {
-	Start    interceptor.Instant // when the call, or its first attempt, was sent
-	RTT      time.Duration       // from Start to its end, or to a stream's first response; positive
+	Start    interceptor.Instant // when the call, or its first attempt, was sent; 0 if it was not
+	RTT      time.Duration       // from Start to its end, or to a stream's first response; positive if it was sent
 	InFlight int64               // permits in use when it ended, its own included
-	Dropped  bool                // it failed in a way that speaks of overload
+	Limited  bool                // a call was refused, or had to wait, for want of a permit since the last sample
+	Result   Result
+	Mark     uint8 // what [Starter] gave it
 }
 
 func (s Sample) end() interceptor.Instant { return s.Start.Add(s.RTT) }
@@ -55,9 +73,9 @@ const (
 // bounds are the settings that all algorithms share, with defaults applied.
 type bounds struct{ initial, min, max int64 }
 
-func newBounds(errs *check.Errors, initial, lo, hi int64) bounds {
-	check.Default(errs, "Min", &lo, check.From[int64](1, maxLimit), defaultMin)
-	defMax := max(defaultMax, lo)
+func newBounds(errs *check.Errors, initial, lo, hi, defMin, defMax int64) bounds {
+	check.Default(errs, "Min", &lo, check.From[int64](1, maxLimit), defMin)
+	defMax = max(defMax, lo)
 	if hi == 0 {
 		hi = defMax
 	}
@@ -77,6 +95,13 @@ func (b bounds) clamp(limit float64) float64 {
 // backoffRatio is the default factor of the limit on a drop. It is Netflix's.
 const backoffRatio = 0.9
 
+// Why a limit went down.
+const (
+	becauseLatency = "latency"
+	becauseDrop    = "drop"
+	becauseDrain   = "drain"
+)
+
 // recovery lets all drops of one overload decrease the limit once, as a TCP sender halves
 // its window once for all losses of one window. Calls that were already running when the
 // limit was last decreased say nothing about the new limit.
@@ -91,8 +116,10 @@ func (r *recovery) counts(s Sample) bool {
 	return true
 }
 
+// The least time and number of calls of a window. Those of Gradient2 and Vegas are
+// Netflix's (WindowedLimit).
 const (
-	defaultWindow        = 100 * time.Millisecond
+	defaultWindow        = time.Second
 	defaultWindowSamples = 10
 )
 
@@ -100,28 +127,45 @@ const (
 // single call is mostly noise. An algorithm acts once per window, on the mean.
 type window struct {
 	length  time.Duration
-	samples int
+	samples float64
 
-	began    interceptor.Instant // When the previous one was complete.
-	seen     int                 // successes
-	sum      time.Duration       // of their round trips
+	began    interceptor.Instant // 0 before the first sample.
+	n        float64             // calls that succeeded
+	cut      float64             // calls that were given up
+	sum      time.Duration       // of all their times
 	inFlight int64               // the most seen
+	limited  bool
 }
 
-// add adds a successful sample. When the window is complete it returns the mean round
-// trip and the most permits in use, and starts a new window.
-func (w *window) add(s Sample) (mean time.Duration, inFlight int64, complete bool) {
-	w.seen++
+// add adds a sample that is no drop, and reports whether the window is complete. A call
+// that was given up counts if it took longer than known, the mean latency so far: it would
+// have taken at least that long, but a short one says nothing.
+func (w *window) add(s Sample, known float64) (complete bool) {
+	if w.began == 0 {
+		w.began = s.Start
+	}
+	w.limited = w.limited || s.Limited
+	switch {
+	case s.Result == Succeeded:
+		w.n++
+	case s.Result == GivenUp && float64(s.RTT) > known:
+		w.cut++
+	default:
+		return false
+	}
 	w.sum += s.RTT
 	w.inFlight = max(w.inFlight, s.InFlight)
-	if w.seen < w.samples || s.end().Sub(w.began) < w.length {
-		return 0, 0, false
-	}
-	mean, inFlight = w.sum/time.Duration(w.seen), w.inFlight
-	w.began = s.end()
-	w.reset()
-	return max(mean, 1), inFlight, true
+	return w.size() >= w.samples && s.end().Sub(w.began) >= w.length
 }
 
-// reset forgets the samples, which belong to an earlier limit.
-func (w *window) reset() { w.seen, w.sum, w.inFlight = 0, 0, 0 }
+// size is how many calls there are in the window.
+func (w *window) size() float64 { return w.n + w.cut }
+
+// mean is the mean latency, in nanoseconds. If calls were given up it is the estimate for
+// exponential latencies.
+func (w *window) mean() float64 { return max(float64(w.sum)/max(w.n, 1), 1) }
+
+// reset begins a new window.
+func (w *window) reset(now interceptor.Instant) {
+	*w = window{length: w.length, samples: w.samples, began: now}
+}

@@ -23,7 +23,9 @@ type limiter struct {
 	permits  permits
 	reserve  reserve
 	refusals atomic.Pointer[refusals]
-	observed atomic.Int64 // The limit that an observer was last told.
+	observed atomic.Int64            // The limit that an observer was last told.
+	limited  atomic.Bool             // A call was refused, or had to wait, for want of a permit since the last sample.
+	starter  atomic.Pointer[Starter] // The algorithm, nil if it is no Starter.
 
 	// mu guards algorithm and what it points to, and orders changes of the limit.
 	// permits.mu is taken under it.
@@ -55,6 +57,10 @@ func (lim *limiter) configure(set *settings) error {
 		return err
 	}
 	lim.algorithm = algorithm
+	lim.starter.Store(nil)
+	if s, ok := algorithm.(Starter); ok {
+		lim.starter.Store(&s)
+	}
 	limit := set.limit
 	if algorithm != nil {
 		limit = limitOf(algorithm)
@@ -91,8 +97,17 @@ func (lim *limiter) choose(cfg Config) (Limit, error) {
 			return v, v.Update(*cfg.Vegas)
 		}
 		next, err = NewVegas(*cfg.Vegas)
-	default:
+	case cfg.Limit > 0:
 		return nil, nil
+	default:
+		auto := AutoConfig{}
+		if cfg.Auto != nil {
+			auto = *cfg.Auto
+		}
+		if a, ok := before.(*Auto); ok {
+			return a, a.Update(auto)
+		}
+		next, err = NewAuto(auto)
 	}
 	if err != nil {
 		return nil, err
@@ -163,10 +178,19 @@ func (lim *limiter) acquire(ctx context.Context, a *interceptor.Admission, w int
 		return 0, lim.wait(ctx, a, w, cost, set)
 	case p.fits(cost, 0, inUse) && p.takeLocked(cost, 0, lim.layer.rank(ctx, a), slot):
 		return 0, nil
-	case final:
+	}
+	lim.holdBack()
+	if final {
 		lim.reserve.refused(lim.layer.priority(ctx, a), inUse, p.limit.Load(), a.Now)
 	}
 	return 0, lim.refuse(noneFree)
+}
+
+// holdBack notes that the limit holds calls back.
+func (lim *limiter) holdBack() {
+	if !lim.limited.Load() {
+		lim.limited.Store(true)
+	}
 }
 
 // acquireReserving takes permits for a call that may not wait, where some are kept
@@ -182,6 +206,7 @@ func (lim *limiter) acquireReserving(ctx context.Context, a *interceptor.Admissi
 	if ok || p.fits(cost, keep, inUse) && p.takeLocked(cost, keep, rank, slot) {
 		return lim.reserve.admitted(rank.Priority, cost, a.Now()), nil
 	}
+	lim.holdBack()
 	lim.reserve.refused(rank.Priority, inUse, limit, a.Now)
 	if p.fits(cost, 0, inUse) {
 		return 0, lim.refuse(reserved)
@@ -206,6 +231,9 @@ func (lim *limiter) wait(ctx context.Context, a *interceptor.Admission, w interc
 	wt := newWaiter(cost, l.rank(ctx, a), since, a.Internals().Slot())
 	wt.expendable = a.Internals().Expendable()
 	p.enqueue(wt)
+	if p.waits() {
+		lim.holdBack()
+	}
 	err := w.On(parked, wt.done)
 	if err != nil && !p.abandon(wt) {
 		if wt.why == admitted && err != interceptor.ErrWaitOver {
@@ -283,12 +311,13 @@ func (rs *refusals) text(why refused) string {
 }
 
 // The token of a call has a bit that says whether the algorithm learns from it, the
-// level of the reserve, and how many permits it holds.
+// level of the reserve, the mark of the algorithm, and how many permits it holds.
 const (
 	sampled    = 1
 	levelBits  = 1
 	levelMask  = 7
-	tokenShift = 4
+	markShift  = 4
+	tokenShift = markShift + markBits
 )
 
 // hold leaves the permits on the call.
@@ -297,6 +326,9 @@ func (lim *limiter) hold(a *interceptor.Admission, cost, level int64, set *setti
 	if set.adaptive && (set.config.SampleStreams || a.Kind() == interceptor.Unary) {
 		a.Timed()
 		token |= sampled
+		if s := lim.starter.Load(); s != nil {
+			token |= int64((*s).OnStart()&maxMark) << markShift
+		}
 	}
 	a.Hold(lim, token)
 }
@@ -304,7 +336,7 @@ func (lim *limiter) hold(a *interceptor.Admission, cost, level int64, set *setti
 // Respond tells the algorithm how long the first response of a stream took.
 func (lim *limiter) Respond(token int64, e interceptor.End) {
 	if token&sampled != 0 {
-		lim.sample(e)
+		lim.sample(token, e)
 	}
 }
 
@@ -312,7 +344,7 @@ func (lim *limiter) Respond(token int64, e interceptor.End) {
 // call still count.
 func (lim *limiter) Release(token int64, e interceptor.End) {
 	if token&sampled != 0 && !e.Responded {
-		lim.sample(e)
+		lim.sample(token, e)
 	}
 	cost := token >> tokenShift
 	lim.reserve.released(token>>levelBits&levelMask, cost)
@@ -320,34 +352,29 @@ func (lim *limiter) Release(token int64, e interceptor.End) {
 }
 
 // sample tells the algorithm how a call has ended.
-func (lim *limiter) sample(e interceptor.End) {
-	s := Sample{Start: e.SentAt()}
-	switch e.Outcome {
-	case interceptor.OK:
-	case interceptor.Ignored:
-	case interceptor.Failed:
-		if !lim.layer.settings.Load().drops.Has(e.Code()) {
-			return
+func (lim *limiter) sample(token int64, e interceptor.End) {
+	s := Sample{RTT: e.Took(), Result: Void, Mark: uint8(token >> markShift & maxMark)}
+	if s.RTT > 0 {
+		s.Start = e.SentAt()
+		switch e.Outcome {
+		case interceptor.OK:
+			s.Result = Succeeded
+		case interceptor.Ignored:
+			s.Result = GivenUp
+		case interceptor.Failed:
+			if lim.layer.settings.Load().drops.Has(e.Code()) {
+				s.Result = Dropped
+			}
 		}
-		s.Dropped = true
-	default:
+	}
+	if s.Result == Void && s.Mark == 0 {
 		return
 	}
-	if s.RTT = e.Took(); s.RTT == 0 {
-		return
-	}
+	s.Limited = lim.limited.Load() && lim.limited.Swap(false)
 	lim.mu.Lock()
 	defer lim.mu.Unlock()
 	if lim.algorithm == nil {
 		return // The limit has become a fixed one.
-	}
-	if e.Outcome == interceptor.Ignored {
-		// The call would have taken at least as long.
-		b, ok := lim.algorithm.(Bounded)
-		if !ok || b.Bound() <= 0 || s.RTT <= b.Bound() {
-			return
-		}
-		s.Dropped = true
 	}
 	s.InFlight = lim.permits.inUse()
 	lim.algorithm.OnSample(s)

@@ -29,6 +29,7 @@ type permits struct {
 	discipline Discipline
 	maxWaiters int // 0 is no bound.
 	codel      codel
+	waitSince  interceptor.Instant // When calls began to wait without a break; set if they do.
 }
 
 // waiter is a call that waits. why may be read when done has been received from.
@@ -119,12 +120,15 @@ func (p *permits) enqueue(w *waiter) {
 	defer p.mu.Unlock()
 	p.state.Or(lockedBit)
 	defer p.settleLocked()
+	if p.calls.Len() == 0 {
+		p.waitSince = w.since
+	}
 	p.calls.Push(&w.node, w.rank)
 	// w may fit where the call that was first did not. Then it does not wait, and evicts
 	// nobody.
 	p.grantLocked()
 	if p.maxWaiters > 0 && p.calls.Len() > p.maxWaiters {
-		out := p.calls.Last(p.discipline == LIFO).Value
+		out := p.calls.Last(p.newestFirstLocked()).Value
 		if w.expendable {
 			out = w
 		}
@@ -198,6 +202,9 @@ func (p *permits) setLimit(limit int64) {
 	p.grantLocked()
 }
 
+// waits reports whether calls wait.
+func (p *permits) waits() bool { return p.state.Load()&lockedBit != 0 }
+
 // read returns the limit, the permits in use and the number of waiters.
 func (p *permits) read() (limit, inUse int64, waiting int) {
 	p.mu.Lock()
@@ -243,8 +250,13 @@ func (w *waiter) end(why refused) {
 
 // firstLocked returns the waiter that goes first, nil if nobody waits.
 func (p *permits) firstLocked() *waiter {
-	if n := p.calls.First(p.discipline == LIFO); n != nil {
+	if n := p.calls.First(p.newestFirstLocked()); n != nil {
 		return n.Value
 	}
 	return nil
+}
+
+// newestFirstLocked reports whether the call that came last goes first.
+func (p *permits) newestFirstLocked() bool {
+	return p.discipline == LIFO || p.discipline == Adaptive && p.calls.Len() > 0 && interceptor.Now().Sub(p.waitSince) >= p.codel.interval
 }

@@ -7,6 +7,7 @@ import (
 	"math"
 	"time"
 
+	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
 )
 
@@ -19,11 +20,11 @@ type VegasConfig struct {
 	// zero.
 	Smoothing float64
 	// ProbeWindows is the number of windows after which the best round trip is measured
-	// again, from 10 to 1,000,000; 300 if zero.
+	// again, from 10 to 1,000,000; 30 if zero.
 	ProbeWindows int
-	// Window and WindowSamples are the least time and the least number of successes for
-	// which samples are gathered before the limit is computed again: 100 ms and 10 if
-	// zero. They must not be negative.
+	// Window and WindowSamples are the least time and the least number of calls for
+	// which samples are gathered before the limit is computed again: 1 s and 10 if
+	// zero, as Netflix's WindowedLimit. They must not be negative.
 	Window        time.Duration
 	WindowSamples int
 }
@@ -43,10 +44,17 @@ type VegasConfig struct {
 // so that between 3l and 6l calls queue. The limit stays while less than half of
 // it is in use.
 //
-// Two things differ from Netflix's. It acts on the mean of a window of samples, not on
-// each. And when it measures the best round trip again, every ProbeWindows windows, it
-// takes the best of the windows since the last time and not the next one, so that one
-// slow window does not raise the limit.
+// Three things differ from Netflix's. It acts on the mean of a window of samples, not on
+// each. The best round trip is not the least of all, which noise makes too low, nor taken
+// from under a queue that the limit itself allows, which makes the limit creep upwards: every
+// ProbeWindows windows the limit is halved for one window (as BBR does in PROBE_RTT), and
+// its mean is the best round trip until the next time. A window of fewer than 100 calls
+// moves it by its share in as many. And on a drop the limit goes down once for all calls
+// that were running.
+//
+// Each client probes on its own, so several clients of one server measure each other's
+// queues, and their limits creep upwards. [Auto] is the better choice then, and for a server
+// whose latencies vary much.
 type Vegas struct {
 	bounds
 	cfg    VegasConfig
@@ -54,16 +62,19 @@ type Vegas struct {
 	window window
 	recovery
 
-	best    float64 // Round trip without queueing, in nanoseconds; 0 before the first window.
-	next    float64 // The best since the last probe.
-	windows int     // Since the last probe.
+	best    float64             // Round trip without queueing, in nanoseconds; 0 before the first window.
+	now     float64             // The mean of the last window.
+	why     string              // Why the limit went down last.
+	windows int                 // Since the last probe.
+	halved  bool                // A probe is going on.
+	since   interceptor.Instant // Calls that were sent before do not count.
 }
 
 // withDefaults checks cfg and returns it with all fields set.
 func (cfg VegasConfig) withDefaults(errs *check.Errors) (VegasConfig, bounds) {
-	b := newBounds(errs, cfg.Initial, cfg.Min, cfg.Max)
+	b := newBounds(errs, cfg.Initial, cfg.Min, cfg.Max, defaultMin, defaultMax)
 	check.Default(errs, "Smoothing", &cfg.Smoothing, check.From(0.01, 1), 1)
-	check.Default(errs, "ProbeWindows", &cfg.ProbeWindows, check.From(10, 1_000_000), 300)
+	check.Default(errs, "ProbeWindows", &cfg.ProbeWindows, check.From(10, 1_000_000), 30)
 	check.Default(errs, "Window", &cfg.Window, check.Positive, defaultWindow)
 	check.Default(errs, "WindowSamples", &cfg.WindowSamples, check.Positive, defaultWindowSamples)
 	return cfg, b
@@ -76,6 +87,7 @@ func NewVegas(cfg VegasConfig) (*Vegas, error) {
 		return nil, err
 	}
 	v.limit = float64(v.initial)
+	v.halved = true // The first window is a probe.
 	return v, nil
 }
 
@@ -88,32 +100,50 @@ func (v *Vegas) Update(cfg VegasConfig) error {
 		return err
 	}
 	v.bounds, v.cfg = b, cfg
-	v.window.length, v.window.samples = cfg.Window, cfg.WindowSamples
+	v.window.length, v.window.samples = cfg.Window, float64(cfg.WindowSamples)
 	v.limit = b.clamp(v.limit)
 	return nil
 }
 
-// Limit returns the current limit.
-func (v *Vegas) Limit() int64 { return int64(v.limit) }
+// Limit returns the current limit, half of it in a probe.
+func (v *Vegas) Limit() int64 {
+	if v.halved {
+		return max(v.min, int64(v.limit/2))
+	}
+	return int64(v.limit)
+}
 
 func (v *Vegas) start(limit float64) { v.limit = v.clamp(limit) }
 
 // OnSample applies the formulas above when a window is complete.
 func (v *Vegas) OnSample(s Sample) {
 	step := max(1, math.Floor(math.Log10(v.limit)))
-	if s.Dropped {
+	w := &v.window
+	if s.Result == Dropped {
 		if v.counts(s) {
 			v.move(-step)
-			v.window.reset()
+			w.reset(s.end())
+			v.why = becauseDrop
 		}
 		return
 	}
-	mean, inFlight, complete := v.window.add(s)
-	if !complete {
+	// Calls that were sent before a probe began, or soon after, met the queue, and those of
+	// the probe did not meet that of the limit.
+	if s.Start < v.since || !w.add(s, v.best) {
 		return
 	}
-	now := float64(mean)
-	v.probe(now)
+	now, calls, inFlight := w.mean(), w.size(), w.inFlight
+	v.now = now
+	w.reset(s.end())
+	if v.halved {
+		v.measure(now, calls)
+		v.since = s.end()
+		return
+	}
+	if v.windows++; v.windows >= v.cfg.ProbeWindows {
+		v.halved, v.since = true, s.end().Add(time.Duration(2*now))
+		return
+	}
 	if float64(inFlight)*2 < v.limit {
 		return
 	}
@@ -124,20 +154,25 @@ func (v *Vegas) OnSample(s Sample) {
 		v.move(step)
 	case queue > 6*step:
 		v.move(-step)
+		v.why = becauseLatency
 	}
 }
 
-// probe keeps best up to date with the round trip of a window.
-func (v *Vegas) probe(now float64) {
-	if v.next == 0 || now < v.next {
-		v.next = now
+func (v *Vegas) thinks() (base, latency time.Duration, lowered string) {
+	lowered = v.why
+	if v.halved {
+		lowered = becauseDrain
 	}
-	if v.best == 0 || now < v.best {
+	return time.Duration(v.best), time.Duration(v.now), lowered
+}
+
+// measure takes the mean of a window without a queue into best, and ends the probe.
+func (v *Vegas) measure(now, calls float64) {
+	if v.best == 0 {
 		v.best = now
 	}
-	if v.windows++; v.windows >= v.cfg.ProbeWindows {
-		v.best, v.next, v.windows = v.next, 0, 0
-	}
+	v.best += (now - v.best) * min(1, calls/100)
+	v.halved, v.windows = false, 0
 }
 
 func (v *Vegas) move(by float64) { v.limit = v.clamp(v.limit + v.cfg.Smoothing*by) }

@@ -61,11 +61,12 @@
 // The first success, or the first failure that is not one of NonFatal: it is the answer
 // of the server, such as NOT_FOUND, and another attempt would hardly get a better one. As
 // in A6 it ends the call at once. A failure that is one of NonFatal never wins while
-// another attempt runs. When all attempts have failed the caller gets the last failure,
-// but a deadline, of the caller or of a layer, never replaces what a server has said. If
-// an attempt that was to follow a failure was refused, the error says by which layer, as
-// a retry's does ([interceptor.RefusedAgain]). [WithPolicy] decides otherwise, also by
-// the reply.
+// another attempt runs, and neither does that of an attempt that was not sent, for
+// example because its credentials failed. When all attempts have failed the caller gets
+// the last failure, but a deadline, of the caller or of a layer, never replaces what a
+// server has said. If an attempt that was to follow a failure was refused, the error says
+// by which layer, as a retry's does ([interceptor.RefusedAgain]). [WithPolicy] decides
+// otherwise, also by the reply.
 //
 // The others are cancelled; they are neither failures nor successes to the layers inside
 // and to the balancing policy. Each attempt has its own reply, and its own results for
@@ -118,7 +119,14 @@
 //
 // A unary call that may be hedged runs its first attempt on a goroutine of its own, with a
 // reply of its own that is copied if it wins: otherwise it could not return while gRPC
-// holds that attempt. If no extra attempt is made, that costs about 15 allocations and
-// 3.6 kB on a connection. The first attempt of a stream, which is open by then, is received
-// from on the caller's goroutine. A call that may not be hedged costs nothing.
+// holds that attempt. If no extra attempt is made, that costs two switches of goroutines
+// and 15 allocations of 3.6 kB in all, where client and server make 146 for an empty call.
+// The first attempt of a stream, which is open by then, is received from on the caller's
+// goroutine. A bidirectional stream of a message each way costs 20 allocations, where it
+// has 158. A call that may not be hedged costs nothing.
+//
+// The figures here are counted by
+//
+//	go test -run='^$' -bench=Connection -benchmem ./internal/acceptance
+//	go test -run='TestUnderLoad|TestBimodal' -v ./interceptor/hedge
 package hedge

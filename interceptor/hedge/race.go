@@ -91,7 +91,7 @@ func (t *try) trailer(err error) metadata.MD {
 type rank uint8
 
 const (
-	notSent  rank = iota // A layer inside refused it.
+	notSent  rank = iota // A layer inside refused it, or gRPC made no stream for it.
 	deadline             // It did not answer in time.
 	answer
 )
@@ -287,7 +287,11 @@ func (r *race) another(v verdict, follows bool) verdict {
 	defer r.unwind(t)
 	// It may wait for the layers inside, ahead of first attempts, until another attempt
 	// answers.
-	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, After: v.err, Run: func(ctx context.Context, c *interceptor.Call) error {
+	reason := "SLOW"
+	if follows {
+		reason = status.Code(v.err).String()
+	}
+	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, After: v.err, Reason: reason, Run: func(ctx context.Context, c *interceptor.Call) error {
 		if !r.start(t, c) {
 			return interceptor.Ended(ctx, r.layer.maker.Name)
 		}
@@ -375,12 +379,13 @@ func (r *race) leaveLocked() {
 // until the other does.
 func (r *race) ended(t *try, err error) verdict {
 	now := interceptor.Now()
-	opinion := r.ask(t, err)
+	rank := r.rankOf(t, err)
+	opinion := r.ask(t, err, rank)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var v verdict
 	if !r.decided && !t.lost {
-		v = r.judgeLocked(t, err, opinion, now)
+		v = r.judgeLocked(t, err, rank, opinion, now)
 	}
 	t.over = true
 	if t != r.best || r.err != nil {
@@ -396,15 +401,15 @@ func (r *race) ended(t *try, err error) verdict {
 }
 
 // ask asks the policy about an attempt that was sent.
-func (r *race) ask(t *try, err error) Verdict {
+func (r *race) ask(t *try, err error, end rank) Verdict {
 	p := r.layer.policy
-	if p == nil {
+	if p == nil || end == notSent {
 		return ByCode
 	}
 	r.mu.Lock()
 	late := r.decided || t.lost
 	r.mu.Unlock()
-	if refusal, ok := interceptor.AsRefusal(err); late || ok && refusal.NotSent() {
+	if late {
 		return ByCode
 	}
 	a := Attempt{Method: t.call.Method(), N: t.call.Attempt() + 1, Err: err, Trailer: t.trailer(err)}
@@ -419,8 +424,8 @@ func (r *race) ask(t *try, err error) Verdict {
 }
 
 // judgeLocked decides what follows the end of an attempt. Caller must hold r.mu.
-func (r *race) judgeLocked(t *try, err error, v Verdict, now interceptor.Instant) verdict {
-	rank, more := r.rankOf(err), true
+func (r *race) judgeLocked(t *try, err error, rank rank, v Verdict, now interceptor.Instant) verdict {
+	more := true
 	over := r.ctx.Err() != nil
 	if v == ByCode {
 		v, more = r.byCode(err, rank)
@@ -472,9 +477,10 @@ func (r *race) wish(err error, trailer metadata.MD) (after time.Duration, may bo
 // follows decides whether another attempt follows the first one, which failed with err
 // before the race.
 func (r *race) follows(err error) (after time.Duration, again bool) {
-	v, more := r.ask(&r.first, err), true
+	rank, more := r.rankOf(&r.first, err), true
+	v := r.ask(&r.first, err, rank)
 	if v == ByCode {
-		v, more = r.byCode(err, r.rankOf(err))
+		v, more = r.byCode(err, rank)
 	}
 	after, may := r.wish(err, r.first.trailer(err))
 	return after, v == Hedge && more && may && r.ctx.Err() == nil && 1+len(r.extra) < r.max
@@ -490,17 +496,15 @@ func (r *race) byCode(err error, end rank) (v Verdict, more bool) {
 	switch {
 	case end == deadline && refused: // Of the attempt.
 		return Hedge, true
-	case end == notSent:
-		return Wait, false
-	case nonFatal && refused: // A retry inside could not make another attempt either.
-		return Wait, false
-	case nonFatal:
+	case nonFatal && !refused:
 		return Hedge, true
+	case nonFatal || end == notSent: // A retry inside could not make another attempt either.
+		return Wait, false
 	}
 	return Answer, false
 }
 
-func (r *race) rankOf(err error) rank {
+func (r *race) rankOf(t *try, err error) rank {
 	if err == nil {
 		return answer
 	}
@@ -510,6 +514,8 @@ func (r *race) rankOf(err error) rank {
 		return notSent
 	case refused && refusal.Reason == interceptor.ReasonDeadline:
 		return deadline
+	case !t.call.Internals().Outcome(t.ctx, err).Sent():
+		return notSent
 	}
 	switch status.Code(err) {
 	case codes.DeadlineExceeded, codes.Canceled:

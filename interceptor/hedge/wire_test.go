@@ -5,6 +5,7 @@ package hedge_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/belfry-go/belfry/interceptor"
@@ -77,6 +80,58 @@ func TestLosersThatDoNotHeedTheirContext(t *testing.T) {
 	}
 }
 
+// noToken is a credential whose second fetch fails, or takes as long as its context.
+type noToken struct {
+	n     atomic.Int32
+	stall bool
+}
+
+func (f *noToken) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
+	if f.n.Add(1) != 2 {
+		return nil, nil
+	}
+	if f.stall {
+		<-ctx.Done()
+	}
+	return nil, errors.New("no token")
+}
+
+func (*noToken) RequireTransportSecurity() bool { return false }
+
+// An attempt that was not sent is no answer, whatever its code: it neither ends the call
+// while another one runs nor replaces what a server has said.
+func TestAttemptThatIsNotSent(t *testing.T) {
+	for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ClientStream, interceptor.ServerStream, interceptor.BidiStream} {
+		for name, tc := range map[string]struct {
+			fails codes.Code // The first attempt.
+			stall bool
+		}{
+			"beside_one_that_succeeds": {codes.OK, false},
+			"after_an_answer":          {codes.Unavailable, false},
+			"after_an_answer,_late":    {codes.Unavailable, true},
+		} {
+			t.Run(kind.String()+"/"+name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					srv := testserver.New(t, testserver.InMemory(), testserver.ServiceTime(testserver.Fixed(100*ms)))
+					if tc.fails != codes.OK {
+						if err := srv.Fail(tc.fails, 1); err != nil {
+							t.Fatal(err)
+						}
+					}
+					l := mustNew(t, hedge.Config{Delay: 10 * ms, Budget: budget.Config{MinPerSecond: 100}})
+					conn := testserver.Dial(t, srv, append(calltest.Stack(t, l).DialOptions(), grpc.WithPerRPCCredentials(&noToken{stall: tc.stall}))...)
+					connect(t, conn)
+					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+					defer cancel()
+					if _, err := calltest.Exchange(ctx, testingv1.NewTestServiceClient(conn), kind); status.Code(err) != tc.fails {
+						t.Errorf("%v, want %v", err, tc.fails)
+					}
+				})
+			})
+		}
+	}
+}
+
 func connect(t *testing.T, conn *grpc.ClientConn) {
 	t.Helper()
 	conn.Connect()
@@ -123,4 +178,30 @@ func TestWaitForAConnection(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The first attempt stalls until the caller's deadline, and the server has failed the
+// extra one by then: its answer is not replaced by the deadline, for streams either.
+func TestDeadlineDoesNotReplaceAnswer_stream(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var n atomic.Int32
+		srv := testserver.New(t, testserver.InMemory(), testserver.GRPC(grpc.ChainStreamInterceptor(
+			func(_ any, s grpc.ServerStream, _ *grpc.StreamServerInfo, _ grpc.StreamHandler) error {
+				if n.Add(1) == 1 {
+					<-s.Context().Done()
+					return s.Context().Err()
+				}
+				return status.Error(codes.Unavailable, "no")
+			})))
+		c := testingv1.NewTestServiceClient(testserver.Dial(t, srv, calltest.Stack(t, mustNew(t, fixed)).DialOptions()...))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		s, err := c.ServerStream(ctx, &testingv1.ServerStreamRequest{})
+		if err == nil {
+			_, err = s.Recv()
+		}
+		if status.Code(err) != codes.Unavailable || n.Load() != 2 {
+			t.Errorf("got %v after %d attempts, want UNAVAILABLE of the second", err, n.Load())
+		}
+	})
 }

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
@@ -182,7 +183,7 @@ func TestAttemptSeen(t *testing.T) {
 		}
 		for i, a := range seen {
 			h, tr := a.Header.Get("k"), a.Trailer.Get("k")
-			if a.N != i+1 || a.Kind != kind || !a.Sent || a.Elapsed <= 0 || !a.Default.Repeat || !slices.Equal(h, []string{"header"}) || !slices.Equal(tr, []string{"trailer"}) {
+			if a.N != i+1 || a.Kind != kind || a.Outcome != interceptor.Failed || a.Elapsed <= 0 || !a.Default.Repeat || !slices.Equal(h, []string{"header"}) || !slices.Equal(tr, []string{"trailer"}) {
 				t.Errorf("%v: attempt %d was seen as %+v, want it sent, with header and trailer", kind, i+1, a)
 			}
 		}
@@ -200,7 +201,59 @@ func TestAttemptSeen(t *testing.T) {
 	check(interceptor.ServerStream)
 
 	err = conn.Invoke(t.Context(), testingv1.TestService_Unary_FullMethodName, wrapperspb.Bytes(make([]byte, 100)), new(testingv1.UnaryResponse), grpc.MaxCallSendMsgSize(10))
-	if len(seen) != 3 || seen[0].Sent || len(seen[0].Header)+len(seen[0].Trailer) != 0 || seen[0].Default.Repeat {
+	if len(seen) != 3 || seen[0].Outcome != interceptor.NotSent || len(seen[0].Header)+len(seen[0].Trailer) != 0 || seen[0].Default.Repeat {
 		t.Errorf("an attempt that gRPC could not send was seen as %+v with error %v, want it not sent and not repeated by default", seen, err)
 	}
+	seen = nil
+	srv.Stop()
+	for range 10 { // The connection may not know yet.
+		client.Unary(t.Context(), &testingv1.UnaryRequest{})
+	}
+	if n := len(seen); n == 0 || seen[n-1].Outcome != interceptor.NotConnected || !seen[n-1].Default.Repeat {
+		t.Errorf("attempts without a connection were seen as %+v, want them not connected and repeated by default", seen)
+	}
+}
+
+// A reply that the policy takes for a failure does not become a success because there may
+// be no further attempt.
+func TestPolicy_errorOfTheLastAttempt(t *testing.T) {
+	incomplete := status.Error(codes.DataLoss, "incomplete")
+	policy := func(_ context.Context, a *retry.Attempt) retry.Decision {
+		a.Err = incomplete
+		return retry.Decision{Repeat: true}
+	}
+	for name, tc := range map[string]struct {
+		change func(*retry.Config)
+		limit  time.Duration // Of the call.
+		want   int
+	}{
+		"number":   {func(c *retry.Config) { c.MaxAttempts = 2 }, time.Hour, 2},
+		"budget":   {func(c *retry.Config) { c.Budget = budget.Config{MinPerSecond: 0.1, Ratio: budget.None} }, time.Hour, 2},
+		"method":   {func(c *retry.Config) { c.Methods = []string{} }, time.Hour, 1},
+		"deadline": {func(*retry.Config) {}, 15 * time.Millisecond, 2}, // Back-offs of 10 and 20 ms.
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), tc.limit)
+			defer cancel()
+			c := quick
+			tc.change(&c)
+			s := fails(t)
+			if _, err := s.call(ctx, nil, mustNew(t, c, retry.WithPolicy(policy))); status.Convert(err).Message() != "incomplete" || s.attempts() != tc.want {
+				t.Errorf("%s: %d attempts, %v; want %d and the policy's error", name, s.attempts(), err, tc.want)
+			}
+		})
+	}
+	// A failure that it takes for a success is one.
+	synctest.Test(t, func(t *testing.T) {
+		c := quick
+		c.MaxAttempts = 1
+		forgive := func(_ context.Context, a *retry.Attempt) retry.Decision {
+			a.Err = nil
+			return retry.Decision{Repeat: true}
+		}
+		s := fails(t, unavailable)
+		if _, err := s.call(t.Context(), nil, mustNew(t, c, retry.WithPolicy(forgive))); err != nil {
+			t.Errorf("got %v, want the success that the policy makes of it", err)
+		}
+	})
 }

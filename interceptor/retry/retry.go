@@ -113,8 +113,11 @@ type Attempt struct {
 	Kind    interceptor.Kind
 	N       int           // how many attempts this layer has made of the call, this one included
 	Elapsed time.Duration // since the call was admitted
-	Sent    bool          // whether gRPC made a stream for it; if not, the server knows nothing of it
 	Err     error         // nil if the attempt succeeded; the policy may replace it, see [Policy]
+	// Outcome is what became of the attempt. If there was no connection it is NotConnected,
+	// and NotSent if the client could not send the request, for example because it is too
+	// large. In neither case the server knows of it (Outcome.Sent).
+	Outcome interceptor.Outcome
 	// Header and Trailer are what the server sent. Both are empty if it did not answer: the
 	// attempt was not sent, or the connection or the stream was reset first.
 	Header, Trailer metadata.MD
@@ -151,9 +154,9 @@ type Decision struct {
 // repeated. It is not asked about refusals of layers inside, calls that are over, or if the
 // server asked not to repeat. A decision to repeat is subject to the number of attempts,
 // the budget, the method and the call's deadline. The server's pushback is obeyed, and its
-// RetryInfo is the least to wait unless Exact is set. If the decision is not to repeat,
-// a.Err is the call's error; setting it to nil makes only a unary call succeed. A policy is
-// called concurrently, for different calls.
+// RetryInfo is the least to wait unless Exact is set. If no further attempt is made, by
+// decision or because there may be none, a.Err is the call's error; setting it to nil makes
+// only a unary call succeed. A policy is called concurrently, for different calls.
 type Policy func(ctx context.Context, a *Attempt) Decision
 
 // An Option sets what is not plain data.
@@ -334,12 +337,11 @@ type failure struct {
 // could be opened.
 func (s *series) first(ctx context.Context, err error) failure {
 	c := s.Call.Call
-	sent := c.Internals().Outcome(ctx, err).Sent()
-	return s.count(further.Attempt{Call: c, Err: err, Sent: sent})
+	return s.count(further.Attempt{Call: c, Err: err, Outcome: c.Internals().Outcome(ctx, err)})
 }
 
 func (s *series) count(a further.Attempt) failure {
-	if a.Sent {
+	if a.Outcome.Sent() {
 		s.made++
 	} else {
 		s.unsent++
@@ -410,10 +412,8 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	}
 	d := set.decide(last, wish)
 	if l.policy != nil {
-		var err error
-		if d, err = s.ask(ctx, last, d); !d.Repeat {
-			return verdict{err: err}
-		}
+		d = s.ask(ctx, last, d)
+		stop.err = last.Err
 		switch {
 		case wish.Exact:
 			d.After, d.Exact = wish.After, true
@@ -427,7 +427,7 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	switch {
 	case !d.Repeat || spent || d.After > set.longest:
 		return stop
-	case last.Sent && !d.Safe && !s.Maker.May(&set.methods, s.Call.Call):
+	case last.Outcome.Sent() && !d.Safe && !s.Maker.May(&set.methods, s.Call.Call):
 		return verdict{err: s.NotIdempotent(last.Err)}
 	case d.Exact:
 		s.delays.reset()
@@ -436,22 +436,22 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	return verdict{repeat: true, after: s.delays.atLeast(&set.backoff, d.After), reason: d.Reason}
 }
 
-// ask asks the policy about an attempt. If that is not repeated, err is the call's error.
-func (s *series) ask(ctx context.Context, last *failure, def Decision) (d Decision, err error) {
+// ask asks the policy about an attempt, whose error it may replace.
+func (s *series) ask(ctx context.Context, last *failure, def Decision) Decision {
 	a := &Attempt{
-		Method: s.Method(), Kind: s.Kind(), N: s.made + s.unsent, Sent: last.Sent,
+		Method: s.Method(), Kind: s.Kind(), N: s.made + s.unsent, Outcome: last.Outcome,
 		Elapsed: interceptor.Now().Sub(s.Internals().AdmittedAt()),
 		Err:     last.Err, Header: last.header, Trailer: last.trailer, Request: s.request, Default: def,
 	}
 	if last.Err == nil {
 		a.Reply = last.Call.Reply()
 	}
-	d = s.layer.policy(ctx, a)
+	d := s.layer.policy(ctx, a)
 	s.request = a.Request
-	if a.Err == nil && s.Kind() != interceptor.Unary {
-		a.Err = last.Err
+	if a.Err != nil || s.Kind() == interceptor.Unary {
+		last.Err = a.Err
 	}
-	return d, a.Err
+	return d
 }
 
 // decide returns what happens without a policy.

@@ -33,7 +33,7 @@ func Example() {
 	fmt.Println(stack)
 
 	limit := stack.Layer("all").(*concurrency.Layer)
-	config.SharedLayers["all"].GetConcurrency().Bound = nil
+	config.SharedLayers["all"].GetConcurrency().MaxWaiters = -1
 	_, err = stack.Update(config)
 	if wrong := (*stackconfig.Error)(nil); errors.As(err, &wrong) {
 		fmt.Println("not changed:", wrong.Field)
@@ -56,7 +56,7 @@ func Example() {
 	// Output:
 	// shop.Orders/List: [timeout > hedge > all]
 	// *: [timeout > retry > all]
-	// not changed: sharedLayers["all"].concurrency.limit
+	// not changed: sharedLayers["all"].concurrency.maxWaiters
 	// *: [loadshed > all]
 	// new: [methodConfig[0].layers[0]]
 	// the same limit, now of 50

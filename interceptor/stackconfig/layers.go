@@ -45,7 +45,7 @@ var kinds = map[string]kind{
 	"retry": kindOf(retry.New, retry.WithName, spends(true, retry.WithBudget),
 		supplied("idempotentFunc", "WithIdempotentFunc", retry.WithIdempotent), supplied("policy", "WithRetryPolicy", retry.WithPolicy)),
 	"hedge": kindOf(hedge.New, hedge.WithName, spends(false, hedge.WithBudget),
-		supplied("idempotentFunc", "WithIdempotentFunc", hedge.WithIdempotent)),
+		supplied("idempotentFunc", "WithIdempotentFunc", hedge.WithIdempotent), supplied("policy", "WithHedgePolicy", hedge.WithPolicy)),
 }
 
 // lift admits the calls that wait in a layer that is in no list any more, by raising its
@@ -53,7 +53,7 @@ var kinds = map[string]kind{
 var lift = map[string]func(interceptor.Layer) error{
 	"concurrency": func(l interceptor.Layer) error {
 		c := l.(*concurrency.Layer).Config()
-		c.Limit, c.AIMD, c.Gradient2, c.Vegas = math.MaxInt32, nil, nil, nil
+		c.Limit, c.Auto, c.AIMD, c.Gradient2, c.Vegas = math.MaxInt32, nil, nil, nil, nil
 		return l.(*concurrency.Layer).Update(c)
 	},
 	"rateLimit": func(l interceptor.Layer) error {
@@ -273,6 +273,9 @@ func (s *source) set(to reflect.Value, fd protoreflect.FieldDescriptor, from pro
 	case fd.Kind() == protoreflect.BoolKind:
 		to.SetBool(from.Bool())
 	default:
+		if fd.ContainingOneof() != nil && from.Int() == 0 { // In a Config 0 would be as if it were not set.
+			s.fail(field, "0, must be positive, or left out")
+		}
 		if to.OverflowInt(from.Int()) {
 			s.fail(field, "%d, must be a number of 32 bits on this machine", from.Int())
 		}

@@ -39,6 +39,7 @@ var schema = []struct {
 	{timeout.Adaptive{}, &configv1.AdaptiveTimeout{}, ""},
 	{ratelimit.Config{}, &configv1.RateLimit{}, "priority_metadata priority_func"},
 	{concurrency.Config{}, &configv1.Concurrency{}, "priority_metadata priority_func cost_func"},
+	{concurrency.AutoConfig{}, &configv1.Auto{}, ""},
 	{concurrency.AIMDConfig{}, &configv1.Aimd{}, ""},
 	{concurrency.Gradient2Config{}, &configv1.Gradient2{}, ""},
 	{concurrency.VegasConfig{}, &configv1.Vegas{}, ""},
@@ -50,7 +51,7 @@ var schema = []struct {
 	{budget.Config{}, &configv1.Budget{}, ""},
 	{retry.Config{}, &configv1.Retry{}, "budget idempotent_func policy"},
 	{retry.Backoff{}, &configv1.Backoff{}, ""},
-	{hedge.Config{}, &configv1.Hedge{}, "budget idempotent_func"},
+	{hedge.Config{}, &configv1.Hedge{}, "budget idempotent_func policy"},
 }
 
 // Each field of a Config is read from a field of the schema, and each field of the

@@ -20,7 +20,7 @@ func (l *Layer) stream(ctx context.Context, c *interceptor.Call, next intercepto
 	if s.Lifetime == 0 && s.FirstResponse == 0 && s.Message == 0 && s.Idle == 0 {
 		err := next(ctx, c)
 		if err != nil {
-			err = l.explain(ctx, ctx, nil, err)
+			err = l.explain(ctx, ctx, nil, err, true)
 		}
 		return err
 	}
@@ -58,7 +58,7 @@ func (l *Layer) stream(ctx context.Context, c *interceptor.Call, next intercepto
 		return s.causes[b].Because(s.causes[b].Err, false)
 	}
 	if err := next(st.own, c); err != nil {
-		return st.explain(err)
+		return st.explain(err, c.Internals().Outcome(st.own, err).Sent())
 	}
 	opened = true
 	st.ClientStream = c.Stream()
@@ -92,6 +92,7 @@ type stream struct {
 	timer     *time.Timer
 	responded bool
 	over      bool
+	cut       *interceptor.Refusal // What has cut it short.
 }
 
 // dues are the moments when the bounds are due; 0 for a bound that is not running.
@@ -145,13 +146,14 @@ func (s *stream) fire() {
 		s.mu.Unlock()
 		return
 	}
-	s.over = true
+	cut := s.settings.causes[b]
+	s.over, s.cut = true, cut
 	s.mu.Unlock()
-	s.cancel(s.settings.causes[b])
+	s.cancel(cut)
 	if s.release != nil {
 		s.release()
 	}
-	s.end.End(s.settings.causes[b])
+	s.end.End(cut)
 }
 
 // stop frees the timer and the contexts when the stream has ended.
@@ -170,7 +172,7 @@ func (s *stream) stop() {
 
 // explain returns err as an Exceeded that says which bound made an operation fail, and
 // stops the stream.
-func (s *stream) explain(err error) error {
+func (s *stream) explain(err error, sent bool) error {
 	mine, _ := context.Cause(s.own).(*interceptor.Refusal)
 	switch {
 	case mine != nil && s.settings.caused(mine):
@@ -179,7 +181,7 @@ func (s *stream) explain(err error) error {
 	default:
 		mine = nil
 	}
-	err = s.layer.explain(s.ctx, s.own, mine, err)
+	err = s.layer.explain(s.ctx, s.own, mine, err, sent)
 	s.stop()
 	return err
 }
@@ -207,8 +209,9 @@ func (s *stream) begins(at *interceptor.Instant) {
 }
 
 // moved ends an operation on a message, with its bound at. With a nil at it records that
-// the stream has started.
-func (s *stream) moved(at *interceptor.Instant, err error) {
+// the stream has started. If the stream was cut short before the first message, which was
+// received now, moved returns the error.
+func (s *stream) moved(at *interceptor.Instant, err error) (cut *interceptor.Refusal) {
 	var now interceptor.Instant
 	if s.settings.Idle > 0 && err == nil {
 		now = interceptor.Now()
@@ -219,12 +222,16 @@ func (s *stream) moved(at *interceptor.Instant, err error) {
 		*at = 0
 	}
 	if at == &s.due.recv {
+		if !s.responded {
+			cut = s.cut
+		}
 		s.responded, s.due.first = true, 0
 	}
 	if now != 0 {
 		s.due.idle = now.Add(s.settings.Idle)
 		s.armLocked(now)
 	}
+	return cut
 }
 
 // asked records that there is something to respond to.
@@ -245,7 +252,7 @@ func (s *stream) asked() {
 func (s *stream) Header() (metadata.MD, error) {
 	md, err := s.ClientStream.Header()
 	if err != nil {
-		err = s.explain(err)
+		err = s.explain(err, true)
 	}
 	return md, err
 }
@@ -263,7 +270,7 @@ func (s *stream) SendMsg(m any) error {
 	err := s.ClientStream.SendMsg(m)
 	s.moved(&s.due.send, err)
 	if err != nil && err != io.EOF { // After io.EOF RecvMsg returns the reason.
-		err = s.explain(err)
+		err = s.explain(err, true)
 	}
 	return err
 }
@@ -271,12 +278,15 @@ func (s *stream) SendMsg(m any) error {
 func (s *stream) RecvMsg(m any) error {
 	s.begins(&s.due.recv)
 	err := s.ClientStream.RecvMsg(m)
-	s.moved(&s.due.recv, err)
+	cut := s.moved(&s.due.recv, err)
 	switch {
 	case err == io.EOF || err == nil && s.kind == interceptor.ClientStream:
 		s.stop()
+	case err == nil && cut != nil: // No message would follow this one, so a retry would come too late.
+		s.stop()
+		return cut
 	case err != nil:
-		err = s.explain(err)
+		err = s.explain(err, true)
 	}
 	return err
 }

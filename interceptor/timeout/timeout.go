@@ -431,7 +431,7 @@ func (l *Layer) unary(ctx context.Context, c *interceptor.Call, next interceptor
 	if !tightens {
 		err := next(ctx, c)
 		if err != nil {
-			return l.explain(ctx, ctx, nil, err)
+			return l.explain(ctx, ctx, nil, err, true)
 		}
 		if adaptive {
 			l.record(c, beginning)
@@ -459,7 +459,7 @@ func (l *Layer) unary(ctx context.Context, c *interceptor.Call, next interceptor
 	if context.Cause(own) != error(cause) && !toldFirst(err, began, deadline) {
 		mine = nil
 	}
-	err = l.explain(ctx, own, mine, err)
+	err = l.explain(ctx, own, mine, err, c.Internals().Outcome(own, err).Sent())
 	if adaptive && mine != nil && isExceeded(err) {
 		l.recordCut(c)
 	}
@@ -493,14 +493,16 @@ func toldFirst(err error, began, deadline interceptor.Instant) bool {
 
 // explain returns err as an Exceeded that says whose deadline ended a call, or an
 // operation on a stream, if a deadline did. own is the context that the layer gave the
-// call, possibly ctx itself. If a bound of this layer has ended it, mine is its cause.
-func (l *Layer) explain(ctx, own context.Context, mine *interceptor.Refusal, err error) error {
+// call, possibly ctx itself. If a bound of this layer has ended it, mine is its cause. If
+// the call was not sent, err is of what waited to send it, such as credentials, and may
+// have any code.
+func (l *Layer) explain(ctx, own context.Context, mine *interceptor.Refusal, err error, sent bool) error {
 	if _, ok := interceptor.AsRefusal(err); ok {
 		return err
 	}
 	deadline := errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded
 	cancelled := errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled
-	if !deadline && !cancelled {
+	if !deadline && !cancelled && (sent || mine == nil) {
 		return err
 	}
 	if mine != nil {

@@ -39,6 +39,8 @@ import (
 	retrier "github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/test/race"
+	"github.com/belfry-go/belfry/internal/testserver"
+	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -1227,5 +1229,74 @@ func BenchmarkStream(b *testing.B) {
 				s.RecvMsg(nil)
 			}
 		})
+	}
+}
+
+// lateStream delivers a message at the moment at which it is cut short.
+type lateStream struct {
+	grpc.ClientStream
+	ctx context.Context
+}
+
+func (s *lateStream) RecvMsg(any) error {
+	<-s.ctx.Done()
+	return nil
+}
+
+func (*lateStream) CloseSend() error { return nil }
+
+// The first message of a stream that was cut short is not delivered: others would not
+// follow, and a retry could not repeat the stream any more. Neither is
+// a single response: the observer and the limits were told of the deadline.
+func TestStream_cutWithFirstMessage(t *testing.T) {
+	for name, cfg := range map[string]Config{
+		"FirstResponse": {FirstResponse: time.Second},
+		"Lifetime":      {Lifetime: time.Second},
+		"Message":       {Message: time.Second},
+		"Idle":          {Idle: time.Second},
+	} {
+		for _, desc := range []grpc.StreamDesc{{ServerStreams: true}, {ClientStreams: true}} {
+			synctest.Test(t, func(t *testing.T) {
+				c := calltest.Stack(t, cfg).Wrap(conn{stream: func(ctx context.Context) (grpc.ClientStream, error) {
+					return &lateStream{ctx: ctx}, nil
+				}})
+				s, err := c.NewStream(t.Context(), &desc, calltest.Method)
+				if err != nil {
+					t.Fatal(err)
+				}
+				s.CloseSend() // The first response of a client stream is due from then on.
+				err = s.RecvMsg(nil)
+				if calltest.Reason(err) != interceptor.ReasonDeadline {
+					t.Errorf("%s, %+v: %v, want DEADLINE", name, desc, err)
+				}
+			})
+		}
+	}
+}
+
+// slowToken is a credential that is there the second time.
+type slowToken struct{ asked atomic.Int32 }
+
+func (s *slowToken) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
+	if s.asked.Add(1) == 1 {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return nil, nil
+}
+
+func (*slowToken) RequireTransportSecurity() bool { return false }
+
+// An attempt whose time passes while it waits for credentials is cut short, in whatever
+// words gRPC says that, and repeated whatever the method.
+func TestNotSentInTime(t *testing.T) {
+	conn := testserver.Dial(t, testserver.New(t))
+	retry := retrier.Config{Backoff: retrier.Backoff{Initial: time.Microsecond}}
+	c := testingv1.NewTestServiceClient(calltest.Stack(t, retry, Config{Timeout: 200 * ms, Lifetime: 200 * ms}).Wrap(conn))
+	for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ServerStream} {
+		token := new(slowToken)
+		if _, err := calltest.Exchange(t.Context(), c, kind, grpc.PerRPCCredentials(token)); err != nil || token.asked.Load() < 2 {
+			t.Errorf("%v: %v after %d attempts, want another one when the first got no token in time", kind, err, token.asked.Load())
+		}
 	}
 }

@@ -4,6 +4,7 @@
 package attempt
 
 import (
+	"errors"
 	"net"
 	"slices"
 	"sync"
@@ -123,14 +124,19 @@ func (r *Record) Hedge(won bool) {
 	}
 }
 
-// Close fills the caller's report. unfinished is the error of attempts that still run.
-func (r *Record) Close(unfinished error) {
+// Close fills the caller's report. err is how the call ended. Attempts that still run ended
+// with it, unless it comes from another attempt: then they end with superseded.
+func (r *Record) Close(err, superseded error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.closed {
 		return
 	}
 	r.closed = true
+	unfinished := err
+	if err == nil || slices.ContainsFunc(r.made, func(e *Entry) bool { return e.over && e.made.Err != nil && errors.Is(err, e.made.Err) }) {
+		unfinished = superseded
+	}
 	made := make([]Made, len(r.made))
 	for i, e := range r.made {
 		if made[i] = e.made; !e.over {

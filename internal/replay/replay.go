@@ -42,6 +42,10 @@ type Lane struct {
 	message proto.Message
 	err     error
 
+	// Set before the lane is committed: it was not sent all that was kept, because it has
+	// failed, so it must not be sent what comes later either.
+	dead bool
+
 	// Guarded by Stream.mu.
 	live   bool // It was sent all that is kept, or takes no more.
 	passed bool // It has failed, and the stream continues without it.
@@ -170,10 +174,14 @@ func (s *Stream) commitLocked(l *Lane) {
 
 // settleLocked drops what is kept when nobody needs it any more. Caller must hold s.mu.
 func (s *Stream) settleLocked() {
-	if s.final && (s.cur.live || s.cur.passed || s.ended) {
-		s.committed.CompareAndSwap(nil, s.cur)
-		s.dropLocked()
+	if !s.final || !s.cur.live && !s.cur.passed && !s.ended {
+		return
 	}
+	if s.committed.Load() == nil {
+		s.cur.dead = s.cur.dead || !s.cur.live || s.cur.passed
+		s.committed.Store(s.cur)
+	}
+	s.dropLocked()
 }
 
 // dropLocked drops what is kept. Caller must hold s.mu.
@@ -533,6 +541,9 @@ func (s *Stream) SendMsg(m any) error {
 
 // send sends to the last attempt.
 func (s *Stream) send(l *Lane, m any) error {
+	if l.dead {
+		return io.EOF
+	}
 	err := l.SendMsg(m)
 	if err != nil && err != io.EOF {
 		l.cancel() // As in RecvMsg, which the caller need not call any more.
@@ -559,8 +570,8 @@ func (s *Stream) keep(m any, data mem.BufferSlice, known bool) (l *Lane, direct 
 		return l, true
 	}
 	// Do not wait for a replay while the message fits: it may itself wait for the caller
-	// to receive.
-	if known && !s.closed && s.fitsLocked(m, data.Len()) { // After CloseSend gRPC has an error for it.
+	// to receive. After CloseSend gRPC refuses the message.
+	if known && !s.closed && s.fitsLocked(m, data.Len()) {
 		s.sent.add(data)
 		s.signalLocked()
 		if s.cur.live && !s.cur.passed {
@@ -594,10 +605,10 @@ func (s *Stream) CloseSend() error {
 		return nil
 	}
 	s.closed = true
-	l, live := s.cur, s.cur.live && !s.cur.passed
+	l, live := s.cur, s.cur.live && !s.cur.passed && !s.cur.dead
 	s.signalLocked()
 	s.mu.Unlock()
-	if !live && s.committed.Load() != l {
+	if !live {
 		return nil
 	}
 	return l.CloseSend()
@@ -715,6 +726,9 @@ func (s *Stream) feedFrom(l *Lane, from, to int) {
 		}
 		if l.SendMsg(m) != nil { // RecvMsg returns how it has ended.
 			s.mu.Lock()
+			if s.committed.Load() == nil {
+				l.dead = true
+			}
 			s.caughtUpLocked(l)
 			s.mu.Unlock()
 			return
@@ -739,9 +753,9 @@ func (s *Stream) next(l *Lane, from int) (data []byte, after int, ok bool) {
 			return data, after, true
 		case s.closed:
 			s.mu.Unlock()
-			l.CloseSend()
+			l.CloseSend() // Before anybody may send to it directly.
 			s.mu.Lock()
-			s.caughtUpLocked(l) // Not before, because then the caller may use l.
+			s.caughtUpLocked(l)
 			s.mu.Unlock()
 			return nil, 0, false
 		case s.cur == l:

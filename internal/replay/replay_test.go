@@ -142,6 +142,39 @@ func TestMessagesAreUsedAgain(t *testing.T) {
 	}
 }
 
+// A message that is sent after CloseSend is refused as by gRPC, also while the stream is
+// repeated: no attempt gets it.
+func TestSendAfterCloseSend(t *testing.T) {
+	each(t, failFirst(1, unavailable), func(t *testing.T, c testingv1.TestServiceClient, n *atomic.Int64) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		s, err := c.Bidi(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Send(&testingv1.BidiRequest{Payload: []byte("a")}); err != nil {
+			t.Fatal(err)
+		}
+		s.CloseSend()
+		received := make(chan string)
+		go func() {
+			defer close(received)
+			for r, err := s.Recv(); err == nil; r, err = s.Recv() {
+				received <- string(r.Payload)
+			}
+		}()
+		synctest.Wait() // A retry waits to repeat it, and a hedge has.
+		if err := s.Send(&testingv1.BidiRequest{Payload: []byte("b")}); status.Code(err) != codes.Internal {
+			t.Errorf("SendMsg after CloseSend: %v, want INTERNAL", err)
+		}
+		for m := range received {
+			if m != "a" {
+				t.Errorf("the server got %q", m)
+			}
+		}
+	})
+}
+
 // asJSON is a codec that is not gRPC's own.
 type asJSON struct{}
 

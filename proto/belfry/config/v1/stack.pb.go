@@ -83,6 +83,7 @@ const (
 	Concurrency_DISCIPLINE_FIFO        Concurrency_Discipline = 1
 	Concurrency_DISCIPLINE_LIFO        Concurrency_Discipline = 2
 	Concurrency_DISCIPLINE_CODEL       Concurrency_Discipline = 3
+	Concurrency_DISCIPLINE_ADAPTIVE    Concurrency_Discipline = 4
 )
 
 // Enum value maps for Concurrency_Discipline.
@@ -92,12 +93,14 @@ var (
 		1: "DISCIPLINE_FIFO",
 		2: "DISCIPLINE_LIFO",
 		3: "DISCIPLINE_CODEL",
+		4: "DISCIPLINE_ADAPTIVE",
 	}
 	Concurrency_Discipline_value = map[string]int32{
 		"DISCIPLINE_UNSPECIFIED": 0,
 		"DISCIPLINE_FIFO":        1,
 		"DISCIPLINE_LIFO":        2,
 		"DISCIPLINE_CODEL":       3,
+		"DISCIPLINE_ADAPTIVE":    4,
 	}
 )
 
@@ -181,7 +184,7 @@ func (x Backoff_Jitter) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Backoff_Jitter.Descriptor instead.
 func (Backoff_Jitter) EnumDescriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{18, 0}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{19, 0}
 }
 
 // Stack configures the layers around the calls of a client, by method, for example
@@ -1037,12 +1040,13 @@ func (*RateLimit_PriorityFunc) isRateLimit_Priority() {}
 // Concurrency is interceptor/concurrency.Config.
 type Concurrency struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Required. When it changes, permits in use stay in use; another algorithm starts at
-	// the current limit.
+	// auto if unset. When it changes, permits in use stay in use; another algorithm starts
+	// at the current limit.
 	//
 	// Types that are valid to be assigned to Bound:
 	//
 	//	*Concurrency_Limit
+	//	*Concurrency_Auto
 	//	*Concurrency_Aimd
 	//	*Concurrency_Gradient2
 	//	*Concurrency_Vegas
@@ -1120,6 +1124,15 @@ func (x *Concurrency) GetLimit() int64 {
 		}
 	}
 	return 0
+}
+
+func (x *Concurrency) GetAuto() *Auto {
+	if x != nil {
+		if x, ok := x.Bound.(*Concurrency_Auto); ok {
+			return x.Auto
+		}
+	}
+	return nil
 }
 
 func (x *Concurrency) GetAimd() *Aimd {
@@ -1279,6 +1292,10 @@ type Concurrency_Limit struct {
 	Limit int64 `protobuf:"varint,1,opt,name=limit,proto3,oneof"`
 }
 
+type Concurrency_Auto struct {
+	Auto *Auto `protobuf:"bytes,19,opt,name=auto,proto3,oneof"`
+}
+
 type Concurrency_Aimd struct {
 	Aimd *Aimd `protobuf:"bytes,2,opt,name=aimd,proto3,oneof"`
 }
@@ -1292,6 +1309,8 @@ type Concurrency_Vegas struct {
 }
 
 func (*Concurrency_Limit) isConcurrency_Bound() {}
+
+func (*Concurrency_Auto) isConcurrency_Bound() {}
 
 func (*Concurrency_Aimd) isConcurrency_Bound() {}
 
@@ -1340,6 +1359,75 @@ func (*Concurrency_PerMetadata) isConcurrency_Key() {}
 
 func (*Concurrency_KeyFunc) isConcurrency_Key() {}
 
+// Auto is interceptor/concurrency.AutoConfig.
+type Auto struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Initial       int64                  `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
+	Min           int64                  `protobuf:"varint,2,opt,name=min,proto3" json:"min,omitempty"`
+	Max           int64                  `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`
+	NoDrains      bool                   `protobuf:"varint,4,opt,name=no_drains,json=noDrains,proto3" json:"no_drains,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Auto) Reset() {
+	*x = Auto{}
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Auto) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Auto) ProtoMessage() {}
+
+func (x *Auto) ProtoReflect() protoreflect.Message {
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Auto.ProtoReflect.Descriptor instead.
+func (*Auto) Descriptor() ([]byte, []int) {
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Auto) GetInitial() int64 {
+	if x != nil {
+		return x.Initial
+	}
+	return 0
+}
+
+func (x *Auto) GetMin() int64 {
+	if x != nil {
+		return x.Min
+	}
+	return 0
+}
+
+func (x *Auto) GetMax() int64 {
+	if x != nil {
+		return x.Max
+	}
+	return 0
+}
+
+func (x *Auto) GetNoDrains() bool {
+	if x != nil {
+		return x.NoDrains
+	}
+	return false
+}
+
 // Aimd is interceptor/concurrency.AIMDConfig.
 type Aimd struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1355,7 +1443,7 @@ type Aimd struct {
 
 func (x *Aimd) Reset() {
 	*x = Aimd{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[8]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1367,7 +1455,7 @@ func (x *Aimd) String() string {
 func (*Aimd) ProtoMessage() {}
 
 func (x *Aimd) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[8]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1380,7 +1468,7 @@ func (x *Aimd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Aimd.ProtoReflect.Descriptor instead.
 func (*Aimd) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{8}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Aimd) GetInitial() int64 {
@@ -1444,7 +1532,7 @@ type Gradient2 struct {
 
 func (x *Gradient2) Reset() {
 	*x = Gradient2{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[9]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1456,7 +1544,7 @@ func (x *Gradient2) String() string {
 func (*Gradient2) ProtoMessage() {}
 
 func (x *Gradient2) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[9]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1469,7 +1557,7 @@ func (x *Gradient2) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gradient2.ProtoReflect.Descriptor instead.
 func (*Gradient2) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{9}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Gradient2) GetInitial() int64 {
@@ -1558,7 +1646,7 @@ type Vegas struct {
 
 func (x *Vegas) Reset() {
 	*x = Vegas{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[10]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1570,7 +1658,7 @@ func (x *Vegas) String() string {
 func (*Vegas) ProtoMessage() {}
 
 func (x *Vegas) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[10]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1583,7 +1671,7 @@ func (x *Vegas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Vegas.ProtoReflect.Descriptor instead.
 func (*Vegas) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{10}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Vegas) GetInitial() int64 {
@@ -1653,7 +1741,7 @@ type Buffer struct {
 
 func (x *Buffer) Reset() {
 	*x = Buffer{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[11]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1665,7 +1753,7 @@ func (x *Buffer) String() string {
 func (*Buffer) ProtoMessage() {}
 
 func (x *Buffer) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[11]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1678,7 +1766,7 @@ func (x *Buffer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Buffer.ProtoReflect.Descriptor instead.
 func (*Buffer) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{11}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Buffer) GetSize() int64 {
@@ -1747,7 +1835,7 @@ type LoadShed struct {
 
 func (x *LoadShed) Reset() {
 	*x = LoadShed{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[12]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1759,7 +1847,7 @@ func (x *LoadShed) String() string {
 func (*LoadShed) ProtoMessage() {}
 
 func (x *LoadShed) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[12]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1772,7 +1860,7 @@ func (x *LoadShed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadShed.ProtoReflect.Descriptor instead.
 func (*LoadShed) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{12}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{13}
 }
 
 // FailFast is interceptor/failfast.Config.
@@ -1785,7 +1873,7 @@ type FailFast struct {
 
 func (x *FailFast) Reset() {
 	*x = FailFast{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[13]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1797,7 +1885,7 @@ func (x *FailFast) String() string {
 func (*FailFast) ProtoMessage() {}
 
 func (x *FailFast) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[13]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1810,7 +1898,7 @@ func (x *FailFast) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FailFast.ProtoReflect.Descriptor instead.
 func (*FailFast) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{13}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *FailFast) GetAfter() *durationpb.Duration {
@@ -1845,7 +1933,7 @@ type Throttle struct {
 
 func (x *Throttle) Reset() {
 	*x = Throttle{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[14]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1857,7 +1945,7 @@ func (x *Throttle) String() string {
 func (*Throttle) ProtoMessage() {}
 
 func (x *Throttle) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[14]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1870,7 +1958,7 @@ func (x *Throttle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Throttle.ProtoReflect.Descriptor instead.
 func (*Throttle) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{14}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Throttle) GetK() float64 {
@@ -2019,7 +2107,7 @@ type Breaker struct {
 
 func (x *Breaker) Reset() {
 	*x = Breaker{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[15]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2031,7 +2119,7 @@ func (x *Breaker) String() string {
 func (*Breaker) ProtoMessage() {}
 
 func (x *Breaker) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[15]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2044,7 +2132,7 @@ func (x *Breaker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Breaker.ProtoReflect.Descriptor instead.
 func (*Breaker) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{15}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Breaker) GetConsecutiveFailures() int64 {
@@ -2224,7 +2312,7 @@ type Budget struct {
 
 func (x *Budget) Reset() {
 	*x = Budget{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[16]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2236,7 +2324,7 @@ func (x *Budget) String() string {
 func (*Budget) ProtoMessage() {}
 
 func (x *Budget) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[16]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2249,7 +2337,7 @@ func (x *Budget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Budget.ProtoReflect.Descriptor instead.
 func (*Budget) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{16}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Budget) GetTtl() *durationpb.Duration {
@@ -2307,7 +2395,7 @@ type Retry struct {
 
 func (x *Retry) Reset() {
 	*x = Retry{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[17]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2319,7 +2407,7 @@ func (x *Retry) String() string {
 func (*Retry) ProtoMessage() {}
 
 func (x *Retry) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[17]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2332,7 +2420,7 @@ func (x *Retry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retry.ProtoReflect.Descriptor instead.
 func (*Retry) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{17}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Retry) GetMaxAttempts() int64 {
@@ -2425,7 +2513,7 @@ type Backoff struct {
 
 func (x *Backoff) Reset() {
 	*x = Backoff{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[18]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2437,7 +2525,7 @@ func (x *Backoff) String() string {
 func (*Backoff) ProtoMessage() {}
 
 func (x *Backoff) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[18]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2450,7 +2538,7 @@ func (x *Backoff) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Backoff.ProtoReflect.Descriptor instead.
 func (*Backoff) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{18}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Backoff) GetInitial() *durationpb.Duration {
@@ -2502,7 +2590,9 @@ type Hedge struct {
 	Budget string `protobuf:"bytes,11,opt,name=budget,proto3" json:"budget,omitempty"`
 	// hedge.WithIdempotent: the name that the program gave to
 	// stackconfig.WithIdempotentFunc.
-	IdempotentFunc string               `protobuf:"bytes,12,opt,name=idempotent_func,json=idempotentFunc,proto3" json:"idempotent_func,omitempty"`
+	IdempotentFunc string `protobuf:"bytes,12,opt,name=idempotent_func,json=idempotentFunc,proto3" json:"idempotent_func,omitempty"`
+	// hedge.WithPolicy: the name that the program gave to stackconfig.WithHedgePolicy.
+	Policy         string               `protobuf:"bytes,15,opt,name=policy,proto3" json:"policy,omitempty"`
 	MaxServerDelay *durationpb.Duration `protobuf:"bytes,13,opt,name=max_server_delay,json=maxServerDelay,proto3" json:"max_server_delay,omitempty"`
 	// Methods that may be carried out more than once, beside those that are declared
 	// idempotent: "/pkg.Service/Method", or "/pkg.Service/" for all of a service.
@@ -2513,7 +2603,7 @@ type Hedge struct {
 
 func (x *Hedge) Reset() {
 	*x = Hedge{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[19]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2525,7 +2615,7 @@ func (x *Hedge) String() string {
 func (*Hedge) ProtoMessage() {}
 
 func (x *Hedge) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[19]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2538,7 +2628,7 @@ func (x *Hedge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hedge.ProtoReflect.Descriptor instead.
 func (*Hedge) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{19}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Hedge) GetMaxExtraLoad() float64 {
@@ -2632,6 +2722,13 @@ func (x *Hedge) GetIdempotentFunc() string {
 	return ""
 }
 
+func (x *Hedge) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
 func (x *Hedge) GetMaxServerDelay() *durationpb.Duration {
 	if x != nil {
 		return x.MaxServerDelay
@@ -2721,9 +2818,10 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\x10ALGORITHM_WINDOW\x10\x02B\x05\n" +
 	"\x03keyB\n" +
 	"\n" +
-	"\bpriority\"\x9f\a\n" +
+	"\bpriority\"\xe7\a\n" +
 	"\vConcurrency\x12\x16\n" +
 	"\x05limit\x18\x01 \x01(\x03H\x00R\x05limit\x12,\n" +
+	"\x04auto\x18\x13 \x01(\v2\x16.belfry.config.v1.AutoH\x00R\x04auto\x12,\n" +
 	"\x04aimd\x18\x02 \x01(\v2\x16.belfry.config.v1.AimdH\x00R\x04aimd\x12;\n" +
 	"\tgradient2\x18\x03 \x01(\v2\x1b.belfry.config.v1.Gradient2H\x00R\tgradient2\x12/\n" +
 	"\x05vegas\x18\x04 \x01(\v2\x17.belfry.config.v1.VegasH\x00R\x05vegas\x12H\n" +
@@ -2746,17 +2844,23 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"per_method\x18\x0f \x01(\bH\x02R\tperMethod\x12#\n" +
 	"\fper_metadata\x18\x10 \x01(\tH\x02R\vperMetadata\x12\x1b\n" +
 	"\bkey_func\x18\x11 \x01(\tH\x02R\akeyFunc\x12\x19\n" +
-	"\bmax_keys\x18\x12 \x01(\x03R\amaxKeys\"h\n" +
+	"\bmax_keys\x18\x12 \x01(\x03R\amaxKeys\"\x81\x01\n" +
 	"\n" +
 	"Discipline\x12\x1a\n" +
 	"\x16DISCIPLINE_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fDISCIPLINE_FIFO\x10\x01\x12\x13\n" +
 	"\x0fDISCIPLINE_LIFO\x10\x02\x12\x14\n" +
-	"\x10DISCIPLINE_CODEL\x10\x03B\a\n" +
+	"\x10DISCIPLINE_CODEL\x10\x03\x12\x17\n" +
+	"\x13DISCIPLINE_ADAPTIVE\x10\x04B\a\n" +
 	"\x05boundB\n" +
 	"\n" +
 	"\bpriorityB\x05\n" +
-	"\x03key\"\xba\x01\n" +
+	"\x03key\"a\n" +
+	"\x04Auto\x12\x18\n" +
+	"\ainitial\x18\x01 \x01(\x03R\ainitial\x12\x10\n" +
+	"\x03min\x18\x02 \x01(\x03R\x03min\x12\x10\n" +
+	"\x03max\x18\x03 \x01(\x03R\x03max\x12\x1b\n" +
+	"\tno_drains\x18\x04 \x01(\bR\bnoDrains\"\xba\x01\n" +
 	"\x04Aimd\x12\x18\n" +
 	"\ainitial\x18\x01 \x01(\x03R\ainitial\x12\x10\n" +
 	"\x03min\x18\x02 \x01(\x03R\x03min\x12\x10\n" +
@@ -2871,7 +2975,7 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\vJITTER_FULL\x10\x01\x12\x10\n" +
 	"\fJITTER_EQUAL\x10\x02\x12\x17\n" +
 	"\x13JITTER_DECORRELATED\x10\x03\x12\x0f\n" +
-	"\vJITTER_NONE\x10\x04\"\xf2\x04\n" +
+	"\vJITTER_NONE\x10\x04\"\x8a\x05\n" +
 	"\x05Hedge\x12$\n" +
 	"\x0emax_extra_load\x18\x01 \x01(\x01R\fmaxExtraLoad\x124\n" +
 	"\x05delay\x18\x02 \x01(\v2\x19.google.protobuf.DurationH\x00R\x05delay\x88\x01\x01\x12\x1e\n" +
@@ -2889,7 +2993,8 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	" \x01(\x03R\vbufferBytes\x12,\n" +
 	"\x12total_buffer_bytes\x18\x10 \x01(\x03R\x10totalBufferBytes\x12\x16\n" +
 	"\x06budget\x18\v \x01(\tR\x06budget\x12'\n" +
-	"\x0fidempotent_func\x18\f \x01(\tR\x0eidempotentFunc\x12C\n" +
+	"\x0fidempotent_func\x18\f \x01(\tR\x0eidempotentFunc\x12\x16\n" +
+	"\x06policy\x18\x0f \x01(\tR\x06policy\x12C\n" +
 	"\x10max_server_delay\x18\r \x01(\v2\x19.google.protobuf.DurationR\x0emaxServerDelay\x12\x18\n" +
 	"\amethods\x18\x0e \x03(\tR\amethodsB\b\n" +
 	"\x06_delayB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
@@ -2907,7 +3012,7 @@ func file_belfry_config_v1_stack_proto_rawDescGZIP() []byte {
 }
 
 var file_belfry_config_v1_stack_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_belfry_config_v1_stack_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_belfry_config_v1_stack_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_belfry_config_v1_stack_proto_goTypes = []any{
 	(RateLimit_Algorithm)(0),    // 0: belfry.config.v1.RateLimit.Algorithm
 	(Concurrency_Discipline)(0), // 1: belfry.config.v1.Concurrency.Discipline
@@ -2920,85 +3025,87 @@ var file_belfry_config_v1_stack_proto_goTypes = []any{
 	(*AdaptiveTimeout)(nil),     // 8: belfry.config.v1.AdaptiveTimeout
 	(*RateLimit)(nil),           // 9: belfry.config.v1.RateLimit
 	(*Concurrency)(nil),         // 10: belfry.config.v1.Concurrency
-	(*Aimd)(nil),                // 11: belfry.config.v1.Aimd
-	(*Gradient2)(nil),           // 12: belfry.config.v1.Gradient2
-	(*Vegas)(nil),               // 13: belfry.config.v1.Vegas
-	(*Buffer)(nil),              // 14: belfry.config.v1.Buffer
-	(*LoadShed)(nil),            // 15: belfry.config.v1.LoadShed
-	(*FailFast)(nil),            // 16: belfry.config.v1.FailFast
-	(*Throttle)(nil),            // 17: belfry.config.v1.Throttle
-	(*Breaker)(nil),             // 18: belfry.config.v1.Breaker
-	(*Budget)(nil),              // 19: belfry.config.v1.Budget
-	(*Retry)(nil),               // 20: belfry.config.v1.Retry
-	(*Backoff)(nil),             // 21: belfry.config.v1.Backoff
-	(*Hedge)(nil),               // 22: belfry.config.v1.Hedge
-	nil,                         // 23: belfry.config.v1.Stack.SharedLayersEntry
-	nil,                         // 24: belfry.config.v1.Stack.BudgetsEntry
-	(*durationpb.Duration)(nil), // 25: google.protobuf.Duration
+	(*Auto)(nil),                // 11: belfry.config.v1.Auto
+	(*Aimd)(nil),                // 12: belfry.config.v1.Aimd
+	(*Gradient2)(nil),           // 13: belfry.config.v1.Gradient2
+	(*Vegas)(nil),               // 14: belfry.config.v1.Vegas
+	(*Buffer)(nil),              // 15: belfry.config.v1.Buffer
+	(*LoadShed)(nil),            // 16: belfry.config.v1.LoadShed
+	(*FailFast)(nil),            // 17: belfry.config.v1.FailFast
+	(*Throttle)(nil),            // 18: belfry.config.v1.Throttle
+	(*Breaker)(nil),             // 19: belfry.config.v1.Breaker
+	(*Budget)(nil),              // 20: belfry.config.v1.Budget
+	(*Retry)(nil),               // 21: belfry.config.v1.Retry
+	(*Backoff)(nil),             // 22: belfry.config.v1.Backoff
+	(*Hedge)(nil),               // 23: belfry.config.v1.Hedge
+	nil,                         // 24: belfry.config.v1.Stack.SharedLayersEntry
+	nil,                         // 25: belfry.config.v1.Stack.BudgetsEntry
+	(*durationpb.Duration)(nil), // 26: google.protobuf.Duration
 }
 var file_belfry_config_v1_stack_proto_depIdxs = []int32{
 	4,  // 0: belfry.config.v1.Stack.method_config:type_name -> belfry.config.v1.MethodConfig
-	23, // 1: belfry.config.v1.Stack.shared_layers:type_name -> belfry.config.v1.Stack.SharedLayersEntry
-	19, // 2: belfry.config.v1.Stack.budget:type_name -> belfry.config.v1.Budget
-	24, // 3: belfry.config.v1.Stack.budgets:type_name -> belfry.config.v1.Stack.BudgetsEntry
+	24, // 1: belfry.config.v1.Stack.shared_layers:type_name -> belfry.config.v1.Stack.SharedLayersEntry
+	20, // 2: belfry.config.v1.Stack.budget:type_name -> belfry.config.v1.Budget
+	25, // 3: belfry.config.v1.Stack.budgets:type_name -> belfry.config.v1.Stack.BudgetsEntry
 	5,  // 4: belfry.config.v1.MethodConfig.name:type_name -> belfry.config.v1.MethodName
 	6,  // 5: belfry.config.v1.MethodConfig.layers:type_name -> belfry.config.v1.Layer
 	7,  // 6: belfry.config.v1.Layer.timeout:type_name -> belfry.config.v1.Timeout
 	9,  // 7: belfry.config.v1.Layer.rate_limit:type_name -> belfry.config.v1.RateLimit
 	10, // 8: belfry.config.v1.Layer.concurrency:type_name -> belfry.config.v1.Concurrency
-	14, // 9: belfry.config.v1.Layer.buffer:type_name -> belfry.config.v1.Buffer
-	15, // 10: belfry.config.v1.Layer.load_shed:type_name -> belfry.config.v1.LoadShed
-	16, // 11: belfry.config.v1.Layer.fail_fast:type_name -> belfry.config.v1.FailFast
-	17, // 12: belfry.config.v1.Layer.throttle:type_name -> belfry.config.v1.Throttle
-	18, // 13: belfry.config.v1.Layer.breaker:type_name -> belfry.config.v1.Breaker
-	20, // 14: belfry.config.v1.Layer.retry:type_name -> belfry.config.v1.Retry
-	22, // 15: belfry.config.v1.Layer.hedge:type_name -> belfry.config.v1.Hedge
-	25, // 16: belfry.config.v1.Timeout.call:type_name -> google.protobuf.Duration
+	15, // 9: belfry.config.v1.Layer.buffer:type_name -> belfry.config.v1.Buffer
+	16, // 10: belfry.config.v1.Layer.load_shed:type_name -> belfry.config.v1.LoadShed
+	17, // 11: belfry.config.v1.Layer.fail_fast:type_name -> belfry.config.v1.FailFast
+	18, // 12: belfry.config.v1.Layer.throttle:type_name -> belfry.config.v1.Throttle
+	19, // 13: belfry.config.v1.Layer.breaker:type_name -> belfry.config.v1.Breaker
+	21, // 14: belfry.config.v1.Layer.retry:type_name -> belfry.config.v1.Retry
+	23, // 15: belfry.config.v1.Layer.hedge:type_name -> belfry.config.v1.Hedge
+	26, // 16: belfry.config.v1.Timeout.call:type_name -> google.protobuf.Duration
 	8,  // 17: belfry.config.v1.Timeout.adaptive:type_name -> belfry.config.v1.AdaptiveTimeout
-	25, // 18: belfry.config.v1.Timeout.lifetime:type_name -> google.protobuf.Duration
-	25, // 19: belfry.config.v1.Timeout.first_response:type_name -> google.protobuf.Duration
-	25, // 20: belfry.config.v1.Timeout.message:type_name -> google.protobuf.Duration
-	25, // 21: belfry.config.v1.Timeout.idle:type_name -> google.protobuf.Duration
-	25, // 22: belfry.config.v1.AdaptiveTimeout.min:type_name -> google.protobuf.Duration
-	25, // 23: belfry.config.v1.AdaptiveTimeout.window:type_name -> google.protobuf.Duration
-	25, // 24: belfry.config.v1.RateLimit.per:type_name -> google.protobuf.Duration
+	26, // 18: belfry.config.v1.Timeout.lifetime:type_name -> google.protobuf.Duration
+	26, // 19: belfry.config.v1.Timeout.first_response:type_name -> google.protobuf.Duration
+	26, // 20: belfry.config.v1.Timeout.message:type_name -> google.protobuf.Duration
+	26, // 21: belfry.config.v1.Timeout.idle:type_name -> google.protobuf.Duration
+	26, // 22: belfry.config.v1.AdaptiveTimeout.min:type_name -> google.protobuf.Duration
+	26, // 23: belfry.config.v1.AdaptiveTimeout.window:type_name -> google.protobuf.Duration
+	26, // 24: belfry.config.v1.RateLimit.per:type_name -> google.protobuf.Duration
 	0,  // 25: belfry.config.v1.RateLimit.algorithm:type_name -> belfry.config.v1.RateLimit.Algorithm
-	11, // 26: belfry.config.v1.Concurrency.aimd:type_name -> belfry.config.v1.Aimd
-	12, // 27: belfry.config.v1.Concurrency.gradient2:type_name -> belfry.config.v1.Gradient2
-	13, // 28: belfry.config.v1.Concurrency.vegas:type_name -> belfry.config.v1.Vegas
-	1,  // 29: belfry.config.v1.Concurrency.discipline:type_name -> belfry.config.v1.Concurrency.Discipline
-	25, // 30: belfry.config.v1.Concurrency.max_wait:type_name -> google.protobuf.Duration
-	25, // 31: belfry.config.v1.Concurrency.codel_target:type_name -> google.protobuf.Duration
-	25, // 32: belfry.config.v1.Concurrency.codel_interval:type_name -> google.protobuf.Duration
-	25, // 33: belfry.config.v1.Aimd.timeout:type_name -> google.protobuf.Duration
-	25, // 34: belfry.config.v1.Gradient2.window:type_name -> google.protobuf.Duration
-	25, // 35: belfry.config.v1.Vegas.window:type_name -> google.protobuf.Duration
-	25, // 36: belfry.config.v1.Buffer.max_wait:type_name -> google.protobuf.Duration
-	25, // 37: belfry.config.v1.FailFast.after:type_name -> google.protobuf.Duration
-	25, // 38: belfry.config.v1.Throttle.window:type_name -> google.protobuf.Duration
-	25, // 39: belfry.config.v1.Throttle.key_idle:type_name -> google.protobuf.Duration
-	25, // 40: belfry.config.v1.Breaker.slow_call:type_name -> google.protobuf.Duration
-	25, // 41: belfry.config.v1.Breaker.window:type_name -> google.protobuf.Duration
-	25, // 42: belfry.config.v1.Breaker.open_for:type_name -> google.protobuf.Duration
-	25, // 43: belfry.config.v1.Breaker.max_open_for:type_name -> google.protobuf.Duration
-	25, // 44: belfry.config.v1.Breaker.key_idle:type_name -> google.protobuf.Duration
-	25, // 45: belfry.config.v1.Budget.ttl:type_name -> google.protobuf.Duration
-	21, // 46: belfry.config.v1.Retry.backoff:type_name -> belfry.config.v1.Backoff
-	25, // 47: belfry.config.v1.Retry.max_server_delay:type_name -> google.protobuf.Duration
-	25, // 48: belfry.config.v1.Backoff.initial:type_name -> google.protobuf.Duration
-	25, // 49: belfry.config.v1.Backoff.max:type_name -> google.protobuf.Duration
-	2,  // 50: belfry.config.v1.Backoff.jitter:type_name -> belfry.config.v1.Backoff.Jitter
-	25, // 51: belfry.config.v1.Hedge.delay:type_name -> google.protobuf.Duration
-	25, // 52: belfry.config.v1.Hedge.min_delay:type_name -> google.protobuf.Duration
-	25, // 53: belfry.config.v1.Hedge.window:type_name -> google.protobuf.Duration
-	25, // 54: belfry.config.v1.Hedge.max_server_delay:type_name -> google.protobuf.Duration
-	6,  // 55: belfry.config.v1.Stack.SharedLayersEntry.value:type_name -> belfry.config.v1.Layer
-	19, // 56: belfry.config.v1.Stack.BudgetsEntry.value:type_name -> belfry.config.v1.Budget
-	57, // [57:57] is the sub-list for method output_type
-	57, // [57:57] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	11, // 26: belfry.config.v1.Concurrency.auto:type_name -> belfry.config.v1.Auto
+	12, // 27: belfry.config.v1.Concurrency.aimd:type_name -> belfry.config.v1.Aimd
+	13, // 28: belfry.config.v1.Concurrency.gradient2:type_name -> belfry.config.v1.Gradient2
+	14, // 29: belfry.config.v1.Concurrency.vegas:type_name -> belfry.config.v1.Vegas
+	1,  // 30: belfry.config.v1.Concurrency.discipline:type_name -> belfry.config.v1.Concurrency.Discipline
+	26, // 31: belfry.config.v1.Concurrency.max_wait:type_name -> google.protobuf.Duration
+	26, // 32: belfry.config.v1.Concurrency.codel_target:type_name -> google.protobuf.Duration
+	26, // 33: belfry.config.v1.Concurrency.codel_interval:type_name -> google.protobuf.Duration
+	26, // 34: belfry.config.v1.Aimd.timeout:type_name -> google.protobuf.Duration
+	26, // 35: belfry.config.v1.Gradient2.window:type_name -> google.protobuf.Duration
+	26, // 36: belfry.config.v1.Vegas.window:type_name -> google.protobuf.Duration
+	26, // 37: belfry.config.v1.Buffer.max_wait:type_name -> google.protobuf.Duration
+	26, // 38: belfry.config.v1.FailFast.after:type_name -> google.protobuf.Duration
+	26, // 39: belfry.config.v1.Throttle.window:type_name -> google.protobuf.Duration
+	26, // 40: belfry.config.v1.Throttle.key_idle:type_name -> google.protobuf.Duration
+	26, // 41: belfry.config.v1.Breaker.slow_call:type_name -> google.protobuf.Duration
+	26, // 42: belfry.config.v1.Breaker.window:type_name -> google.protobuf.Duration
+	26, // 43: belfry.config.v1.Breaker.open_for:type_name -> google.protobuf.Duration
+	26, // 44: belfry.config.v1.Breaker.max_open_for:type_name -> google.protobuf.Duration
+	26, // 45: belfry.config.v1.Breaker.key_idle:type_name -> google.protobuf.Duration
+	26, // 46: belfry.config.v1.Budget.ttl:type_name -> google.protobuf.Duration
+	22, // 47: belfry.config.v1.Retry.backoff:type_name -> belfry.config.v1.Backoff
+	26, // 48: belfry.config.v1.Retry.max_server_delay:type_name -> google.protobuf.Duration
+	26, // 49: belfry.config.v1.Backoff.initial:type_name -> google.protobuf.Duration
+	26, // 50: belfry.config.v1.Backoff.max:type_name -> google.protobuf.Duration
+	2,  // 51: belfry.config.v1.Backoff.jitter:type_name -> belfry.config.v1.Backoff.Jitter
+	26, // 52: belfry.config.v1.Hedge.delay:type_name -> google.protobuf.Duration
+	26, // 53: belfry.config.v1.Hedge.min_delay:type_name -> google.protobuf.Duration
+	26, // 54: belfry.config.v1.Hedge.window:type_name -> google.protobuf.Duration
+	26, // 55: belfry.config.v1.Hedge.max_server_delay:type_name -> google.protobuf.Duration
+	6,  // 56: belfry.config.v1.Stack.SharedLayersEntry.value:type_name -> belfry.config.v1.Layer
+	20, // 57: belfry.config.v1.Stack.BudgetsEntry.value:type_name -> belfry.config.v1.Budget
+	58, // [58:58] is the sub-list for method output_type
+	58, // [58:58] is the sub-list for method input_type
+	58, // [58:58] is the sub-list for extension type_name
+	58, // [58:58] is the sub-list for extension extendee
+	0,  // [0:58] is the sub-list for field type_name
 }
 
 func init() { file_belfry_config_v1_stack_proto_init() }
@@ -3029,6 +3136,7 @@ func file_belfry_config_v1_stack_proto_init() {
 	}
 	file_belfry_config_v1_stack_proto_msgTypes[7].OneofWrappers = []any{
 		(*Concurrency_Limit)(nil),
+		(*Concurrency_Auto)(nil),
 		(*Concurrency_Aimd)(nil),
 		(*Concurrency_Gradient2)(nil),
 		(*Concurrency_Vegas)(nil),
@@ -3038,29 +3146,29 @@ func file_belfry_config_v1_stack_proto_init() {
 		(*Concurrency_PerMetadata)(nil),
 		(*Concurrency_KeyFunc)(nil),
 	}
-	file_belfry_config_v1_stack_proto_msgTypes[11].OneofWrappers = []any{
+	file_belfry_config_v1_stack_proto_msgTypes[12].OneofWrappers = []any{
 		(*Buffer_PriorityMetadata)(nil),
 		(*Buffer_PriorityFunc)(nil),
 	}
-	file_belfry_config_v1_stack_proto_msgTypes[14].OneofWrappers = []any{
+	file_belfry_config_v1_stack_proto_msgTypes[15].OneofWrappers = []any{
 		(*Throttle_PerMethod)(nil),
 		(*Throttle_PerMetadata)(nil),
 		(*Throttle_KeyFunc)(nil),
 	}
-	file_belfry_config_v1_stack_proto_msgTypes[15].OneofWrappers = []any{
+	file_belfry_config_v1_stack_proto_msgTypes[16].OneofWrappers = []any{
 		(*Breaker_PerMethod)(nil),
 		(*Breaker_PerMetadata)(nil),
 		(*Breaker_KeyFunc)(nil),
 	}
-	file_belfry_config_v1_stack_proto_msgTypes[16].OneofWrappers = []any{}
-	file_belfry_config_v1_stack_proto_msgTypes[19].OneofWrappers = []any{}
+	file_belfry_config_v1_stack_proto_msgTypes[17].OneofWrappers = []any{}
+	file_belfry_config_v1_stack_proto_msgTypes[20].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_belfry_config_v1_stack_proto_rawDesc), len(file_belfry_config_v1_stack_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   22,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
