@@ -18,7 +18,8 @@
 // delivered even if the deadline passes meanwhile.
 //
 // Timeout does not apply to streams, because most are meant to last. They have their own
-// bounds, each of which may be set:
+// bounds, each of which may be set. A response that arrives as a bound passes is not
+// delivered, so that a retry can repeat the stream:
 //
 //	Lifetime       the whole stream, waiting for admission included; goes to the server
 //	FirstResponse  until the first response message
