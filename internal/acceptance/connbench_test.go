@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/grpc"
 
+	"github.com/belfry-go/belfry"
 	"github.com/belfry-go/belfry/balancer/p2c"
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/breaker"
@@ -82,7 +83,11 @@ func (c connCase) dial(t testing.TB) (unary, bidi func()) {
 		opts = append(opts, p2c.DialOptions()...)
 		opts = append(opts, grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`))
 	}
-	client := testingv1.NewTestServiceClient(testserver.Dial(t, testserver.New(t), opts...))
+	conn := testserver.Dial(t, testserver.New(t), opts...)
+	if err := belfry.WaitReady(testContext(t), conn); err != nil { // For a load shed.
+		t.Fatal(err)
+	}
+	client := testingv1.NewTestServiceClient(conn)
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	t.Cleanup(cancel)
 	unary = func() {
