@@ -78,8 +78,9 @@ type callState struct {
 	trying   bool // Admission.Try is asking,
 	later    Wait // and how long further attempts may wait meanwhile.
 	now      Instant
-	wait     Wait // What the innermost gate was allowed.
-	timed    bool // Somebody wants to know sentAt.
+	wait     Wait    // What the innermost gate was allowed.
+	unready  Instant // When it began to wait for its connection, if it has.
+	timed    bool    // Somebody wants to know sentAt.
 
 	// The call path.
 	entered     int // The innermost boundary that was entered.

@@ -551,10 +551,10 @@ func (c *Call) invoke(ctx context.Context, method string, req, reply any, opts [
 
 func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
 	p := c.prog
-	ctx = c.withMethodConfig(ctx)
+	ctx = c.withMethodConfig(ctx, 0)
 	defer p.stack.leave(callOne)
-	defer c.over(ctx)
-	defer c.settleAll(ctx, 0)
+	defer func() { c.over(ctx) }()
+	defer func() { c.settleAll(ctx, 0) }()
 	w, err := c.prepare(opts)
 	if p.obs != nil {
 		p.obs.InFlight(1)
@@ -563,6 +563,7 @@ func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
 		err = p.admit(ctx, c, w)
 	}
 	if err == nil {
+		ctx = c.withLateMethodConfig(ctx)
 		err = p.next(ctx, c)
 	}
 	c.err = c.told(ctx, err)

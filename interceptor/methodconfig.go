@@ -22,9 +22,10 @@ var overdue = &Refusal{
 }
 
 // withMethodConfig gives the call the timeout that gRPC's own service config has for its
-// method. gRPC alone would apply it to each attempt, from when that is sent. The method's
-// waitForReady is heeded by readyGate, and its retryPolicy is told of in Stack.Advice.
-func (c *Call) withMethodConfig(ctx context.Context) context.Context {
+// method, from the given moment or, if that is zero, from now. gRPC alone would apply it to
+// each attempt, from when that is sent. The method's waitForReady is heeded by readyGate,
+// and its retryPolicy is told of in Stack.Advice.
+func (c *Call) withMethodConfig(ctx context.Context, since Instant) context.Context {
 	if c.grpcConn == nil {
 		return ctx
 	}
@@ -36,13 +37,25 @@ func (c *Call) withMethodConfig(ctx context.Context) context.Context {
 	if d == nil || *d < 0 {
 		return ctx
 	}
-	deadline := time.Now().Add(*d)
+	if since == 0 {
+		since = Now()
+	}
+	deadline := since.Add(*d).Time()
 	if own, ok := ctx.Deadline(); ok && !deadline.Before(own) {
 		return ctx
 	}
 	c.timeout = *d
 	ctx, c.cancel = context.WithDeadlineCause(ctx, deadline, overdue)
 	return ctx
+}
+
+// withLateMethodConfig is withMethodConfig for an admitted call that has waited for its
+// connection: a channel does not know its service config before it has endpoints.
+func (c *Call) withLateMethodConfig(ctx context.Context) context.Context {
+	if c.unready == 0 || c.cancel != nil {
+		return ctx
+	}
+	return c.withMethodConfig(ctx, c.unready)
 }
 
 // adviseRetryPolicy adds to the advice of the stack, once, that a method has a retryPolicy.

@@ -75,7 +75,7 @@ func TestMethodTimeout(t *testing.T) {
 		}
 		return invoker(ctx, method, req, reply, cc, opts...)
 	}, nil)
-	run := func(t *testing.T, f func(t *testing.T, c testingv1.TestServiceClient), specs ...interceptor.Spec) {
+	runFresh := func(t *testing.T, f func(t *testing.T, c testingv1.TestServiceClient), specs ...interceptor.Spec) {
 		t.Helper()
 		synctest.Test(t, func(t *testing.T) {
 			srv, err := testserver.Start(testserver.InMemory())
@@ -89,15 +89,20 @@ func TestMethodTimeout(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer cc.Close()
-			c := testingv1.NewTestServiceClient(cc)
-			if _, err := c.Unary(t.Context(), &testingv1.UnaryRequest{}); err != nil { // It has its config by now.
-				t.Fatal(err)
-			}
-			f(t, c)
+			f(t, testingv1.NewTestServiceClient(cc))
 			if err := stack.Drain(t.Context()); err != nil {
 				t.Error(err)
 			}
 		})
+	}
+	run := func(t *testing.T, f func(t *testing.T, c testingv1.TestServiceClient), specs ...interceptor.Spec) {
+		t.Helper()
+		runFresh(t, func(t *testing.T, c testingv1.TestServiceClient) {
+			if _, err := c.Unary(t.Context(), &testingv1.UnaryRequest{}); err != nil { // It has its config by now.
+				t.Fatal(err)
+			}
+			f(t, c)
+		}, specs...)
 	}
 	takes := func(d time.Duration, code codes.Code) *testingv1.UnaryRequest {
 		return &testingv1.UnaryRequest{Behaviour: &testingv1.Behaviour{
@@ -123,6 +128,22 @@ func TestMethodTimeout(t *testing.T) {
 				t.Errorf("outside the call ended as %v, %v, want failed, DEADLINE_EXCEEDED", e.Outcome, e.Err)
 			}
 		}, ended, again)
+	})
+	t.Run("bounds_the_first_call_of_a_channel", func(t *testing.T) {
+		runFresh(t, func(t *testing.T, c testingv1.TestServiceClient) {
+			begin := time.Now()
+			_, err := c.Unary(t.Context(), takes(120*time.Millisecond, codes.Unavailable))
+			wantEnded(t, begin, err)
+		}, again)
+		runFresh(t, func(t *testing.T, c testingv1.TestServiceClient) {
+			begin := time.Now()
+			s, err := c.Bidi(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = s.Recv()
+			wantEnded(t, begin, err)
+		})
 	})
 	t.Run("bounds_waiting", func(t *testing.T) {
 		run(t, func(t *testing.T, c testingv1.TestServiceClient) {

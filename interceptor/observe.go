@@ -45,10 +45,13 @@ type Observer interface {
 
 // A FurtherAttempt is what a layer makes after, or beside, other attempts of a call.
 type FurtherAttempt struct {
-	Attempt int           // its number: 1 is the first further attempt of the call
-	Reason  string        // why: the name of a status code, "SLOW" for a hedge's, or what a retry's policy says
-	Delay   time.Duration // the back-off before it
-	After   error         // what the attempt before it failed with; nil if it did not fail
+	Attempt int // its number: 1 is the first further attempt of the call
+	// Reason is the status code that the attempt before it ended with, such as
+	// "Unavailable", or what a retry's policy says. It is "SLOW" for an attempt of a hedge
+	// that follows none.
+	Reason string
+	Delay  time.Duration // the back-off before it
+	After  error         // what the attempt before it failed with; nil if it did not fail
 }
 
 // NopObserver observes nothing. It is what a stack without [Observe] has.

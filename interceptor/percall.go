@@ -12,7 +12,9 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/attempt"
 )
@@ -82,9 +84,9 @@ func (c *Call) sendAs(ctx context.Context, p *attempt.PerCall) (err error) {
 // is the stream.
 type ownAttempt struct {
 	grpc.ClientStream
-	cut    *Refusal        // What the attempt ends with when its timeout passes; nil if it has none.
-	ctx    context.Context // Of a stream with a timeout,
-	cancel context.CancelCauseFunc
+	cut    *Refusal                // What the attempt ends with when its timeout passes; nil if it has none.
+	ctx    context.Context         // Of a stream.
+	cancel context.CancelCauseFunc // Of a stream with a timeout.
 	timer  *time.Timer
 	entry  *attempt.Entry // In the report; nil if there is none.
 	single bool           // The server sends one message.
@@ -119,7 +121,6 @@ func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration
 func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) error {
 	if a.cut != nil {
 		ctx, a.cancel = context.WithCancelCause(ctx)
-		a.ctx = ctx
 		end := StreamEnd{c.scope}
 		a.timer = time.AfterFunc(timeout, func() {
 			if a.early.CompareAndSwap(false, true) {
@@ -129,6 +130,7 @@ func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) e
 		})
 		c.AddOptions(grpc.OnFinish(func(error) { a.timer.Stop(); a.cancel(nil) }))
 	}
+	a.ctx = ctx
 	err := c.send(ctx)
 	if err == nil {
 		a.ClientStream = c.stream
@@ -189,6 +191,10 @@ func (a *ownAttempt) ended(err error) {
 		err = nil
 	}
 	if a.entry != nil {
+		// If a layer has cut the stream short, gRPC knows only that it was cancelled.
+		if r, ok := AsRefusal(context.Cause(a.ctx)); ok && status.Code(err) == codes.Canceled {
+			err = r.Because(err, true)
+		}
 		a.entry.End(err)
 	}
 	if a.cancel != nil {

@@ -52,6 +52,7 @@ func (g *readyGate) wait(ctx context.Context, a *Admission, w Wait) error {
 			return closed
 		case s == connectivity.Ready, s == connectivity.Shutdown, s == connectivity.TransientFailure && !(*Call)(a).waitsForReady():
 			if waited {
+				a.unready = since
 				a.Waited(notReady.Layer, since)
 			}
 			return nil

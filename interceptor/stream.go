@@ -65,7 +65,9 @@ type scope struct {
 	// it.
 	mu       sync.Mutex
 	opened   bool  // The stream is open, or could not be opened.
-	over     bool  // The first end was handled, and results were copied.
+	over     bool  // The first end was handled.
+	copied   bool  // Results were copied.
+	shown    bool  // An operation has told of the end, so results are not copied any more.
 	how      error // The end that was the first.
 	early    error // The end, if it came before open,
 	isEarly  bool
@@ -102,7 +104,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 	c.init(p)
 	c.desc = desc
 	c.kind, c.method, c.target = kindOf(desc), method, *t
-	ctx = c.withMethodConfig(ctx)
+	ctx = c.withMethodConfig(ctx, 0)
 	w, err := c.prepare(opts)
 	sc.scope.root = sc
 	c.scope = &sc.scope
@@ -123,6 +125,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		err = p.admit(ctx, c, w)
 	}
 	if err == nil {
+		ctx = c.withLateMethodConfig(ctx)
 		sc.scope.begin(ctx, c, 0)
 		if err = p.next(ctx, c); err == nil && c.stream == nil {
 			err = errNoStream
@@ -276,11 +279,7 @@ func (s *scope) end(err error, superseded bool) error {
 	}
 	s.over, s.how = true, err
 	s.cut.Store(err != nil && err != io.EOF)
-	// Now, because whoever finds that s is over may be the caller on its way back.
-	if v := s.chosen.Load(); v.Written() {
-		v.Copy()
-		s.around.SetWritten()
-	}
+	s.copyLocked()
 	children, stop := s.children, s.stop
 	s.children = nil
 	s.mu.Unlock()
@@ -301,13 +300,23 @@ func (s *scope) end(err error, superseded bool) error {
 
 // firstEnd returns how a stream has ended that has ended with first, and of which an
 // operation then says later. A layer, or the end of a context, may end it while an answer
-// arrives, and the holders of tickets were told of that end, so a success comes too late. A
-// failure says more: it is what a server had answered before.
+// arrives. It is not a success then, because the holders of tickets and the observer were
+// told of that end; a failure of an attempt is kept, because it says more.
 func firstEnd(first, later error) error {
-	if first == nil || first == io.EOF || later != nil && later != io.EOF {
-		return later
+	if first != nil && first != io.EOF && (later == nil || later == io.EOF) {
+		return first
 	}
-	return first
+	return later
+}
+
+// copyLocked copies the results of the attempt that counts, once, if gRPC has written
+// them. Caller must hold s.mu.
+func (s *scope) copyLocked() {
+	if v := s.chosen.Load(); !s.copied && !s.shown && v.Written() {
+		s.copied = true
+		v.Copy()
+		s.around.SetWritten()
+	}
 }
 
 // endOf returns how the stream ended with err. superseded says that it did not end by
@@ -411,7 +420,12 @@ func (s *scope) stopped(err error) error {
 	if s.innermost() {
 		s.vars.SetWritten()
 	}
-	return s.end(err, false)
+	err = s.end(err, false)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.copyLocked() // If a layer, or the end of a context, has ended the stream before.
+	s.shown = true
+	return err
 }
 
 func (s *scope) Header() (md metadata.MD, err error) {

@@ -61,8 +61,9 @@ type Report struct {
 
 // An Attempt is one attempt of a call.
 type Attempt struct {
-	// Layer made the attempt, and Reason says why: the name of a status code, "SLOW" for a
-	// hedge's, or what a policy said. Both are empty for the first.
+	// Layer made the attempt, and Reason says why: the status code that the attempt before
+	// it ended with, "SLOW" for an attempt of a hedge that follows none, or what a retry's
+	// policy said. Both are empty for the first.
 	Layer, Reason string
 	Delay         time.Duration // the back-off before it
 	Start         time.Duration // when it was handed to the connection, since the call began

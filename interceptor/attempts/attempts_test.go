@@ -28,6 +28,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -107,6 +108,23 @@ func TestMaxHedge(t *testing.T) {
 	}
 }
 
+// An error that was not repeated says what forbade it, and what would allow it.
+func TestIdempotent_error(t *testing.T) {
+	for _, tc := range []struct {
+		all  bool
+		opts []grpc.CallOption
+		want string
+	}{
+		{all: false, want: "attempts.Idempotent(true)"},
+		{all: true, opts: []grpc.CallOption{attempts.Idempotent(false)}, want: "the call says attempts.Idempotent(false)"},
+	} {
+		_, err := client(t, fails(1), quickRetry(tc.all)).Unary(t.Context(), new(testingv1.UnaryRequest), tc.opts...)
+		if err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("AllMethods %v: error %v, want %q in it", tc.all, err, tc.want)
+		}
+	}
+}
+
 func TestIdempotent(t *testing.T) {
 	for _, tc := range []struct{ all, yes bool }{{true, false}, {false, true}} {
 		var r attempts.Report
@@ -170,6 +188,23 @@ func TestTimeout(t *testing.T) {
 	_, err = c.Unary(ctx, new(testingv1.UnaryRequest), attempts.Timeout(time.Hour))
 	if _, ok := interceptor.AsRefusal(err); ok || status.Code(err) != codes.DeadlineExceeded {
 		t.Errorf("got %v, want the call's own DEADLINE_EXCEEDED", err)
+	}
+}
+
+// The report says of a stream's attempt that a layer has cut it short, not that it was
+// cancelled, which is what gRPC knows.
+func TestInto_cutShort(t *testing.T) {
+	c := client(t, stalls(1), quickRetry(true), timeout.Config{FirstResponse: 100 * time.Millisecond})
+	var r attempts.Report
+	s, err := c.ServerStream(t.Context(), new(testingv1.ServerStreamRequest), attempts.MaxRetry(50), attempts.Into(&r))
+	for err == nil {
+		_, err = s.Recv()
+	}
+	if err != io.EOF || len(r.Attempts) < 2 {
+		t.Fatalf("%d attempts, %v; want the first to be cut short and io.EOF", len(r.Attempts), err)
+	}
+	if refusal, ok := interceptor.AsRefusal(r.Attempts[0].Err); !ok || refusal.Layer != "timeout" || status.Code(refusal) != codes.DeadlineExceeded {
+		t.Errorf("the first attempt ended with %v, want the refusal of the timeout", r.Attempts[0].Err)
 	}
 }
 
@@ -241,12 +276,13 @@ func (s *lateStream) RecvMsg(any) error {
 }
 
 // The first message of an attempt that was cut short is not delivered: others would not
-// follow, and the call could not be repeated any more. A single response is complete.
+// follow, and the call could not be repeated any more. Neither is
+// a single response: the observer and the limits were told of the deadline.
 func TestTimeout_withFirstMessage(t *testing.T) {
 	for _, tc := range []struct {
 		desc grpc.StreamDesc
 		want codes.Code
-	}{{grpc.StreamDesc{ServerStreams: true}, codes.DeadlineExceeded}, {grpc.StreamDesc{ClientStreams: true}, codes.OK}} {
+	}{{grpc.StreamDesc{ServerStreams: true}, codes.DeadlineExceeded}, {grpc.StreamDesc{ClientStreams: true}, codes.DeadlineExceeded}} {
 		synctest.Test(t, func(t *testing.T) {
 			open := func(ctx context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
 				return &lateStream{ctx: ctx}, nil

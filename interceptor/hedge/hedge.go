@@ -360,8 +360,8 @@ func (l *Layer) mayHedge(set *settings, c *interceptor.Call) bool {
 }
 
 // attempts returns the most attempts of a call.
-func (s *settings) attempts(c *interceptor.Call) int {
-	return cmp.Or(c.Internals().PerCall().MaxHedge, s.max)
+func (set *settings) attempts(c *interceptor.Call) int {
+	return cmp.Or(c.Internals().PerCall().MaxHedge, set.max)
 }
 
 // String returns the layer's name.

@@ -852,3 +852,18 @@ func benchmark(b *testing.B, c hedge.Config) {
 func BenchmarkNotHedged(b *testing.B)          { benchmark(b, hedge.Config{MaxAttempts: 1}) }
 func BenchmarkHedgeNotFired(b *testing.B)      { benchmark(b, hedge.Config{}) }
 func BenchmarkHedgeNotFiredFixed(b *testing.B) { benchmark(b, hedge.Config{Delay: time.Second}) }
+
+// On a connection the first attempt has a goroutine of its own. What that costs with all
+// of gRPC, see BenchmarkConnection of package acceptance.
+func BenchmarkHedgeNotFiredApart(b *testing.B) {
+	conn := calltest.Stack(b, mustNew(b, hedge.Config{Delay: time.Second})).Wrap(nothing{})
+	b.ReportAllocs()
+	for b.Loop() {
+		conn.Invoke(b.Context(), method, nil, nil)
+	}
+}
+
+// nothing is a connection whose calls are over at once.
+type nothing struct{ grpc.ClientConnInterface }
+
+func (nothing) Invoke(context.Context, string, any, any, ...grpc.CallOption) error { return nil }

@@ -287,7 +287,11 @@ func (r *race) another(v verdict, follows bool) verdict {
 	defer r.unwind(t)
 	// It may wait for the layers inside, ahead of first attempts, until another attempt
 	// answers.
-	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, After: v.err, Run: func(ctx context.Context, c *interceptor.Call) error {
+	reason := "SLOW"
+	if follows {
+		reason = status.Code(v.err).String()
+	}
+	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, After: v.err, Reason: reason, Run: func(ctx context.Context, c *interceptor.Call) error {
 		if !r.start(t, c) {
 			return interceptor.Ended(ctx, r.layer.maker.Name)
 		}

@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/further"
@@ -161,7 +162,7 @@ func (s *stream) Repeat(_ *replay.Lane, err error) (*replay.Lane, error) {
 	r.extra = append(r.extra, &failed) // It counts.
 	var t try
 	t.ctx, t.cancel = context.WithCancel(r.ctx)
-	a, refused := r.Make(t.ctx, further.Plan{Delay: after, After: err, Run: func(ctx context.Context, c *interceptor.Call) error {
+	a, refused := r.Make(t.ctx, further.Plan{Delay: after, After: err, Reason: status.Code(err).String(), Run: func(ctx context.Context, c *interceptor.Call) error {
 		r.HedgeFired()
 		return r.next(ctx, c)
 	}})
@@ -171,7 +172,7 @@ func (s *stream) Repeat(_ *replay.Lane, err error) (*replay.Lane, error) {
 		return nil, r.Refused(r.ctx, refused, err)
 	case a.Err != nil:
 		t.cancel()
-		if !a.Sent { // It says less than the server has said.
+		if !a.Outcome.Sent() { // It says less than the server has said.
 			return nil, err
 		}
 		return nil, a.Err

@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/grpclog"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
@@ -18,6 +19,8 @@ import (
 	"github.com/belfry-go/belfry/internal/isnil"
 	"github.com/belfry-go/belfry/internal/waitlist"
 )
+
+var logger = grpclog.Component("belfry")
 
 // An entry is a key that has a connection, or whose calls wait for one. It can have both:
 // calls wait for their turn while the connection yields.
@@ -322,7 +325,9 @@ func (m *Maker) makeLocked(asked context.Context, e *entry) {
 func (m *Maker) call(ctx context.Context, key string) (conn Conn, err error) {
 	defer func() {
 		if v := recover(); v != nil {
-			err = status.Errorf(codes.Internal, "make panicked: %v\n\n%s", v, debug.Stack())
+			// The stack is for who runs this program, and the error may go further than that.
+			logger.Errorf("maker: make panicked for key %q: %v\n%s", key, v, debug.Stack())
+			err = status.Errorf(codes.Internal, "make panicked: %v", v)
 		}
 	}()
 	conn, err = m.make(ctx, key)

@@ -94,7 +94,7 @@ type KeyFunc func(ctx context.Context, method string, args any) (key string, err
 // callers give up, the next one finds it made. ctx ends after Config.MakeTimeout and when
 // the Maker is closed, and the MakeFunc must then return. It is called concurrently for
 // different keys. A panic, and a nil connection without an error, become an error with
-// code INTERNAL.
+// code INTERNAL; the stack of a panic is logged.
 type MakeFunc func(ctx context.Context, key string) (Conn, error)
 
 // An Observer sees what becomes of the connections of a Maker. Its methods are called

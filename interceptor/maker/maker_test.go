@@ -997,6 +997,9 @@ func TestMakeFuncFaults(t *testing.T) {
 			if status.Code(err) != codes.Internal || !strings.Contains(err.Error(), name) {
 				t.Errorf("call: %v, want INTERNAL that says %q", err, name)
 			}
+			if strings.Contains(err.Error(), "\n") {
+				t.Errorf("the error is %q, want one line", err)
+			}
 			stats(t, m, Stats{})
 		})
 	}

@@ -30,7 +30,7 @@ func ExamplePolicy() {
 		}
 		limited := a.Trailer.Get("x-ratelimit-reset")
 		switch {
-		case !a.Sent:
+		case a.Outcome == interceptor.NotConnected:
 			return retry.Decision{Repeat: true, Reason: "connect-failure"}
 		case strings.Contains(a.Err.Error(), "REFUSED_STREAM"): // So it was not carried out.
 			return retry.Decision{Repeat: true, Safe: true, Reason: "refused-stream"}

@@ -183,7 +183,7 @@ func TestAttemptSeen(t *testing.T) {
 		}
 		for i, a := range seen {
 			h, tr := a.Header.Get("k"), a.Trailer.Get("k")
-			if a.N != i+1 || a.Kind != kind || !a.Sent || a.Elapsed <= 0 || !a.Default.Repeat || !slices.Equal(h, []string{"header"}) || !slices.Equal(tr, []string{"trailer"}) {
+			if a.N != i+1 || a.Kind != kind || a.Outcome != interceptor.Failed || a.Elapsed <= 0 || !a.Default.Repeat || !slices.Equal(h, []string{"header"}) || !slices.Equal(tr, []string{"trailer"}) {
 				t.Errorf("%v: attempt %d was seen as %+v, want it sent, with header and trailer", kind, i+1, a)
 			}
 		}
@@ -201,8 +201,16 @@ func TestAttemptSeen(t *testing.T) {
 	check(interceptor.ServerStream)
 
 	err = conn.Invoke(t.Context(), testingv1.TestService_Unary_FullMethodName, wrapperspb.Bytes(make([]byte, 100)), new(testingv1.UnaryResponse), grpc.MaxCallSendMsgSize(10))
-	if len(seen) != 3 || seen[0].Sent || len(seen[0].Header)+len(seen[0].Trailer) != 0 || seen[0].Default.Repeat {
+	if len(seen) != 3 || seen[0].Outcome != interceptor.NotSent || len(seen[0].Header)+len(seen[0].Trailer) != 0 || seen[0].Default.Repeat {
 		t.Errorf("an attempt that gRPC could not send was seen as %+v with error %v, want it not sent and not repeated by default", seen, err)
+	}
+	seen = nil
+	srv.Stop()
+	for range 10 { // The connection may not know yet.
+		client.Unary(t.Context(), &testingv1.UnaryRequest{})
+	}
+	if n := len(seen); n == 0 || seen[n-1].Outcome != interceptor.NotConnected || !seen[n-1].Default.Repeat {
+		t.Errorf("attempts without a connection were seen as %+v, want them not connected and repeated by default", seen)
 	}
 }
 

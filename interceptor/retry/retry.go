@@ -113,8 +113,11 @@ type Attempt struct {
 	Kind    interceptor.Kind
 	N       int           // how many attempts this layer has made of the call, this one included
 	Elapsed time.Duration // since the call was admitted
-	Sent    bool          // whether gRPC made a stream for it; if not, the server knows nothing of it
 	Err     error         // nil if the attempt succeeded; the policy may replace it, see [Policy]
+	// Outcome is what became of the attempt. If there was no connection it is NotConnected,
+	// and NotSent if the client could not send the request, for example because it is too
+	// large. In neither case the server knows of it (Outcome.Sent).
+	Outcome interceptor.Outcome
 	// Header and Trailer are what the server sent. Both are empty if it did not answer: the
 	// attempt was not sent, or the connection or the stream was reset first.
 	Header, Trailer metadata.MD
@@ -334,12 +337,11 @@ type failure struct {
 // could be opened.
 func (s *series) first(ctx context.Context, err error) failure {
 	c := s.Call.Call
-	sent := c.Internals().Outcome(ctx, err).Sent()
-	return s.count(further.Attempt{Call: c, Err: err, Sent: sent})
+	return s.count(further.Attempt{Call: c, Err: err, Outcome: c.Internals().Outcome(ctx, err)})
 }
 
 func (s *series) count(a further.Attempt) failure {
-	if a.Sent {
+	if a.Outcome.Sent() {
 		s.made++
 	} else {
 		s.unsent++
@@ -425,7 +427,7 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	switch {
 	case !d.Repeat || spent || d.After > set.longest:
 		return stop
-	case last.Sent && !d.Safe && !s.Maker.May(&set.methods, s.Call.Call):
+	case last.Outcome.Sent() && !d.Safe && !s.Maker.May(&set.methods, s.Call.Call):
 		return verdict{err: s.NotIdempotent(last.Err)}
 	case d.Exact:
 		s.delays.reset()
@@ -437,7 +439,7 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 // ask asks the policy about an attempt, whose error it may replace.
 func (s *series) ask(ctx context.Context, last *failure, def Decision) Decision {
 	a := &Attempt{
-		Method: s.Method(), Kind: s.Kind(), N: s.made + s.unsent, Sent: last.Sent,
+		Method: s.Method(), Kind: s.Kind(), N: s.made + s.unsent, Outcome: last.Outcome,
 		Elapsed: interceptor.Now().Sub(s.Internals().AdmittedAt()),
 		Err:     last.Err, Header: last.header, Trailer: last.trailer, Request: s.request, Default: def,
 	}

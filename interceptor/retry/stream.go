@@ -64,7 +64,7 @@ func (s *stream) lane(c *interceptor.Call) *replay.Lane {
 func (s *stream) Repeat(l *replay.Lane, err error) (*replay.Lane, error) {
 	ctx, cancel := context.WithCancel(s.ctx)
 	s.cancel = cancel
-	last := &failure{Attempt: further.Attempt{Call: l.Call, Err: err, Sent: true}, trailer: l.Trailer()}
+	last := &failure{Attempt: further.Attempt{Call: l.Call, Err: err, Outcome: interceptor.Failed}, trailer: l.Trailer()}
 	if s.series.layer.policy != nil {
 		last.header, _ = l.Header() // There already, if there is one.
 	}

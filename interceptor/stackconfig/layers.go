@@ -45,7 +45,7 @@ var kinds = map[string]kind{
 	"retry": kindOf(retry.New, retry.WithName, spends(true, retry.WithBudget),
 		supplied("idempotentFunc", "WithIdempotentFunc", retry.WithIdempotent), supplied("policy", "WithRetryPolicy", retry.WithPolicy)),
 	"hedge": kindOf(hedge.New, hedge.WithName, spends(false, hedge.WithBudget),
-		supplied("idempotentFunc", "WithIdempotentFunc", hedge.WithIdempotent)),
+		supplied("idempotentFunc", "WithIdempotentFunc", hedge.WithIdempotent), supplied("policy", "WithHedgePolicy", hedge.WithPolicy)),
 }
 
 // lift admits the calls that wait in a layer that is in no list any more, by raising its

@@ -34,10 +34,10 @@ func patternOf(n *configv1.MethodName, path string) (string, error) {
 	switch {
 	case service == "" && method != "":
 		return "", wrong(path+".service", `"", must be set beside method, %q`, method)
-	case strings.Contains(service, "/"):
-		return "", wrong(path+".service", `%q, must be the full name of a service without "/"`, service)
-	case strings.Contains(method, "/"):
-		return "", wrong(path+".method", `%q, must be the name of a method without "/"`, method)
+	case strings.ContainsAny(service, "/* "): // A pattern would match nothing.
+		return "", wrong(path+".service", `%q, must be the full name of a service without "/" and "*"`, service)
+	case strings.ContainsAny(method, "/* "):
+		return "", wrong(path+".method", `%q, must be the name of a method without "/" and "*", or unset for all methods of the service`, method)
 	case service == "":
 		return "", nil
 	}

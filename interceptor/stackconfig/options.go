@@ -9,6 +9,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/breaker"
+	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/isnil"
@@ -72,7 +73,7 @@ func WithCostFunc(name string, f func(ctx context.Context, a *interceptor.Admiss
 }
 
 // WithPriorityFunc supplies a function that buffers and concurrency and rate limits
-// refer to with "priorityFunc"; see WithPriority of packages buffer and concurrency.
+// refer to with "priorityFunc"; see WithPriority of their packages.
 func WithPriorityFunc(name string, f interceptor.PriorityFunc) Option {
 	return supplies("WithPriorityFunc", name, f)
 }
@@ -87,6 +88,12 @@ func WithIdempotentFunc(name string, f func(method string) bool) Option {
 // [retry.WithPolicy].
 func WithRetryPolicy(name string, p retry.Policy) Option {
 	return supplies("WithRetryPolicy", name, p)
+}
+
+// WithHedgePolicy supplies a policy that hedges refer to with "policy"; see
+// [hedge.WithPolicy].
+func WithHedgePolicy(name string, p hedge.Policy) Option {
+	return supplies("WithHedgePolicy", name, p)
 }
 
 // WithBreakerChange calls f at each change of a breaker's state, with the name of the

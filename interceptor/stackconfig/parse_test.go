@@ -43,6 +43,9 @@ var bad = []struct{ js, field string }{
 	{`{"methodConfig": [{"name": [{"method": "M"}]}]}`, `methodConfig[0].name[0].service`},
 	{`{"methodConfig": [{"name": [{"service": "/s.S"}]}]}`, `methodConfig[0].name[0].service`},
 	{`{"methodConfig": [{"name": [{"service": "s.S", "method": "a/b"}]}]}`, `methodConfig[0].name[0].method`},
+	{`{"methodConfig": [{"name": [{"service": "s.*"}]}]}`, `methodConfig[0].name[0].service`},
+	{`{"methodConfig": [{"name": [{"service": "s.S", "method": "*"}]}]}`, `methodConfig[0].name[0].method`},
+	{`{"methodConfig": [{"name": [{}], "layers": [{"retry": {"methods": ["/s.S/*"]}}]}]}`, `methodConfig[0].layers[0].retry.methods[0]`},
 	{`{"methodConfig": [{"name": [{}]}, {"name": [{"service": "s.S"}, {}]}]}`, `methodConfig[1].name[1]`},
 	{`{"methodConfig": [{"name": [{"service": "s.S", "method": "M"}, {"service": "s.S", "method": "M"}]}]}`, `methodConfig[0].name[1]`},
 
@@ -151,6 +154,7 @@ var bad = []struct{ js, field string }{
 	{all(`{"retry": {"backoff": {"jitter": 9}}}`), `methodConfig[0].layers[0].retry.backoff.jitter`},
 	{all(`{"retry": {"idempotentFunc": "f"}}`), `methodConfig[0].layers[0].retry.idempotentFunc`},
 	{all(`{"retry": {"policy": "p"}}`), `methodConfig[0].layers[0].retry.policy`},
+	{all(`{"hedge": {"policy": "p"}}`), `methodConfig[0].layers[0].hedge.policy`},
 	{`{"methodConfig": [{"name": [{}]}, {"name": [{"service": "s.S"}], "layers": [{"loadShed": {}}, {"failFast": {}}, {"concurrency": {"limit": -3}}]}]}`,
 		`methodConfig[1].layers[2].concurrency.limit`},
 }

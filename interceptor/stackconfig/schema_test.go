@@ -51,7 +51,7 @@ var schema = []struct {
 	{budget.Config{}, &configv1.Budget{}, ""},
 	{retry.Config{}, &configv1.Retry{}, "budget idempotent_func policy"},
 	{retry.Backoff{}, &configv1.Backoff{}, ""},
-	{hedge.Config{}, &configv1.Hedge{}, "budget idempotent_func"},
+	{hedge.Config{}, &configv1.Hedge{}, "budget idempotent_func policy"},
 }
 
 // Each field of a Config is read from a field of the schema, and each field of the

@@ -621,6 +621,7 @@ func TestOptions(t *testing.T) {
 				{"name": [{"service": "c.C"}], "layers": [{"loadShed": {}}, {"name": "c", "concurrency": {"limit": 3, "costFunc": "c", "priorityFunc": "p"}}]},
 				{"name": [{"service": "r.R"}], "layers": [{"retry": {"idempotentFunc": "i", "backoff": {"max": "0.06s"}}}]},
 				{"name": [{"service": "p.P"}], "layers": [{"retry": {"policy": "p", "methods": ["/p.P/"]}}]},
+				{"name": [{"service": "h.H"}], "layers": [{"hedge": {"policy": "p", "delay": "3600s", "methods": ["/h.H/"]}}]},
 				{"name": [{"service": "l.L"}], "layers": [{"provided": "l"}]}]}`,
 			WithObserver(obs),
 			WithKeyFunc("k", func(_ context.Context, c *interceptor.Admission) string { return c.Method() }),
@@ -628,6 +629,7 @@ func TestOptions(t *testing.T) {
 			WithPriorityFunc("p", func(context.Context, *interceptor.Admission) int { return 2 }),
 			WithIdempotentFunc("i", func(m string) bool { return m == "/r.R/Yes" }),
 			WithRetryPolicy("p", never),
+			WithHedgePolicy("p", func(context.Context, *hedge.Attempt) hedge.Verdict { return hedge.Answer }),
 			WithLayer("l", mapping.Error(func(context.Context, string, error) error { provided++; return nil })),
 		)
 		server := &fake{}
@@ -644,7 +646,7 @@ func TestOptions(t *testing.T) {
 		if got := s.Layer("m").(*breaker.Layer).States(); len(got) != 1 {
 			t.Errorf("a breaker per metadata has circuits %v, want one", got)
 		}
-		for m, want := range map[string]int{"/r.R/Yes": 3, "/r.R/No": 1, "/p.P/M": 1} {
+		for m, want := range map[string]int{"/r.R/Yes": 3, "/r.R/No": 1, "/p.P/M": 1, "/h.H/M": 1} {
 			before := obs.attempts()
 			invoke(m)
 			if got := obs.attempts() - before; got != want {

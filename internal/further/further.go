@@ -13,8 +13,6 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc/status"
-
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/internal/attempt"
@@ -65,8 +63,9 @@ func CheckMethods(errs *check.Errors, all bool, methods []string) Methods {
 	m := Methods{all: all, named: make(map[string]struct{}, len(methods))}
 	for i, name := range methods {
 		service, method, ok := strings.Cut(strings.TrimPrefix(name, "/"), "/")
-		errs.Require(ok && name[0] == '/' && service != "" && !strings.Contains(method, "/"), fmt.Sprintf("Methods[%d]", i), name,
-			`must be a method, "/pkg.Service/Method", or a service, "/pkg.Service/"`)
+		ok = ok && name[0] == '/' && service != "" && !strings.Contains(method, "/")
+		ok = ok && !strings.ContainsAny(name, "* ") // A pattern would match nothing.
+		errs.Require(ok, fmt.Sprintf("Methods[%d]", i), name, `must be a method, "/pkg.Service/Method", or a service, "/pkg.Service/"`)
 		m.named[name] = struct{}{}
 	}
 	return m
@@ -86,7 +85,7 @@ func (m *Methods) has(method string) bool {
 // A Maker is the part of a layer that makes further attempts.
 type Maker struct {
 	Options
-	exhausted, crowded, cancelled, notIdempotent *interceptor.Refusal // Made once.
+	exhausted, crowded, cancelled, undeclared, unsafe *interceptor.Refusal // Made once.
 	// declared says of methods whose file is linked in whether they are declared
 	// idempotent. It spares a call the lock of protobuf's registry.
 	declared sync.Map // Of string to bool.
@@ -95,11 +94,13 @@ type Maker struct {
 // NewMaker returns a Maker with a budget made of own, unless o has one.
 func NewMaker(o Options, own budget.Config) (*Maker, error) {
 	m := &Maker{
-		Options:       o,
-		exhausted:     interceptor.Refuse(o.Name, interceptor.ReasonBudget, "the budget for further attempts is spent"),
-		crowded:       interceptor.Refuse(o.Name, interceptor.ReasonBudget, "there are as many further attempts at once as the budget's MaxConcurrent allows"),
-		cancelled:     interceptor.Refuse(o.Name, interceptor.ReasonCancelled, "the caller gave up before the next attempt"),
-		notIdempotent: interceptor.Refuse(o.Name, interceptor.ReasonNotIdempotent, "not repeated, because nothing says that the method is idempotent (see Config.Methods)"),
+		Options:   o,
+		exhausted: interceptor.Refuse(o.Name, interceptor.ReasonBudget, "the budget for further attempts is spent"),
+		crowded:   interceptor.Refuse(o.Name, interceptor.ReasonBudget, "there are as many further attempts at once as the budget's MaxConcurrent allows"),
+		cancelled: interceptor.Refuse(o.Name, interceptor.ReasonCancelled, "the caller gave up before the next attempt"),
+		undeclared: interceptor.Refuse(o.Name, interceptor.ReasonNotIdempotent,
+			"not repeated, because nothing says that the method is idempotent: if it is, name it in Methods, declare it in its .proto file, or say attempts.Idempotent(true) of the call"),
+		unsafe: interceptor.Refuse(o.Name, interceptor.ReasonNotIdempotent, "not repeated, because the call says attempts.Idempotent(false)"),
 	}
 	if !o.Shared {
 		var err error
@@ -165,7 +166,7 @@ type Call struct {
 type Plan struct {
 	Delay  time.Duration // How long to wait before it.
 	After  error         // What the attempt before it failed with; nil if it did not.
-	Reason string        // Why it is made; empty means the code of After, or that it is slow.
+	Reason string        // Why it is made.
 	// Run carries it out. ctx is that of the attempt.
 	Run func(ctx context.Context, a *interceptor.Call) error
 }
@@ -173,9 +174,9 @@ type Plan struct {
 // An Attempt is a further attempt that was admitted and has ended, or for a stream is
 // open.
 type Attempt struct {
-	Call *interceptor.Call
-	Err  error
-	Sent bool // gRPC made a stream for it. If it did not, it costs nothing.
+	Call    *interceptor.Call
+	Err     error
+	Outcome interceptor.Outcome // If it was not sent, it costs nothing.
 }
 
 // Make makes a further attempt. If none was made, because the budget is spent, the wait
@@ -211,14 +212,14 @@ func (c *Call) Make(ctx context.Context, p Plan) (a Attempt, err error) {
 	f.Internals().WantTrailer()
 	c.announce(ctx, f, p)
 	err = p.Run(ctx, f)
-	sent := f.Internals().Outcome(ctx, err).Sent()
+	outcome := f.Internals().Outcome(ctx, err)
 	if r, ok := interceptor.AsRefusal(err); ok && r.NotSent() {
 		if ctx.Err() != context.Canceled { // Otherwise nobody wants the attempt any more.
 			c.Internals().ReportRefusal(err)
 		}
 		return Attempt{}, err
 	}
-	return Attempt{Call: f, Err: err, Sent: sent}, nil
+	return Attempt{Call: f, Err: err, Outcome: outcome}, nil
 }
 
 // announce tells the observer and the call's report why f is made. If the observer panics
@@ -230,12 +231,6 @@ func (c *Call) announce(ctx context.Context, f *interceptor.Call, p Plan) {
 			f.GiveUp()
 		}
 	}()
-	if p.Reason == "" {
-		p.Reason = reasonSlow
-		if p.After != nil {
-			p.Reason = status.Code(p.After).String()
-		}
-	}
 	f.Internals().SetWhy(attempt.Why{Layer: c.Maker.Name, Reason: p.Reason, Delay: p.Delay})
 	if ctx.Err() == nil { // Otherwise nobody wants the attempt any more.
 		c.Observer().Further(c.Method(), c.Maker.Name, interceptor.FurtherAttempt{Attempt: f.Attempt(), Reason: p.Reason, Delay: p.Delay, After: p.After})
@@ -273,9 +268,6 @@ func (p *payment) end(sent bool) {
 
 // Release ends the attempt.
 func (p *payment) Release(_ int64, e interceptor.End) { p.end(e.Outcome.Sent()) }
-
-// reasonSlow is why a hedge makes an attempt while the others run.
-const reasonSlow = "SLOW"
 
 // HedgeFired tells the observer and the call's report of an extra attempt.
 func (c *Call) HedgeFired() {
@@ -316,18 +308,25 @@ func (c *Call) Refused(ctx context.Context, refused, last error) error {
 }
 
 // Forbidden tells the observer that c gets no further attempt because it may not be
-// carried out more than once.
-func (m *Maker) Forbidden(c *interceptor.Call) { c.Internals().ReportRefusal(m.notIdempotent) }
+// carried out more than once, and returns the refusal.
+func (m *Maker) Forbidden(c *interceptor.Call) *interceptor.Refusal {
+	why := m.undeclared
+	if c.Internals().PerCall().Unsafe {
+		why = m.unsafe
+	}
+	c.Internals().ReportRefusal(why)
+	return why
+}
 
 // NotIdempotent returns the error of a call whose attempt ended with last, and is not
 // repeated because it was sent and its method may not be carried out again. It is nil if
 // last is. It tells the observer.
 func (c *Call) NotIdempotent(last error) error {
-	c.Maker.Forbidden(c.Call)
+	why := c.Maker.Forbidden(c.Call)
 	if last == nil {
 		return nil
 	}
-	return interceptor.RefusedAgain(c.Maker.notIdempotent, last)
+	return interceptor.RefusedAgain(why, last)
 }
 
 func reason(err error) interceptor.Reason {

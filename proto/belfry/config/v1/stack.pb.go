@@ -2590,7 +2590,9 @@ type Hedge struct {
 	Budget string `protobuf:"bytes,11,opt,name=budget,proto3" json:"budget,omitempty"`
 	// hedge.WithIdempotent: the name that the program gave to
 	// stackconfig.WithIdempotentFunc.
-	IdempotentFunc string               `protobuf:"bytes,12,opt,name=idempotent_func,json=idempotentFunc,proto3" json:"idempotent_func,omitempty"`
+	IdempotentFunc string `protobuf:"bytes,12,opt,name=idempotent_func,json=idempotentFunc,proto3" json:"idempotent_func,omitempty"`
+	// hedge.WithPolicy: the name that the program gave to stackconfig.WithHedgePolicy.
+	Policy         string               `protobuf:"bytes,15,opt,name=policy,proto3" json:"policy,omitempty"`
 	MaxServerDelay *durationpb.Duration `protobuf:"bytes,13,opt,name=max_server_delay,json=maxServerDelay,proto3" json:"max_server_delay,omitempty"`
 	// Methods that may be carried out more than once, beside those that are declared
 	// idempotent: "/pkg.Service/Method", or "/pkg.Service/" for all of a service.
@@ -2716,6 +2718,13 @@ func (x *Hedge) GetBudget() string {
 func (x *Hedge) GetIdempotentFunc() string {
 	if x != nil {
 		return x.IdempotentFunc
+	}
+	return ""
+}
+
+func (x *Hedge) GetPolicy() string {
+	if x != nil {
+		return x.Policy
 	}
 	return ""
 }
@@ -2966,7 +2975,7 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\vJITTER_FULL\x10\x01\x12\x10\n" +
 	"\fJITTER_EQUAL\x10\x02\x12\x17\n" +
 	"\x13JITTER_DECORRELATED\x10\x03\x12\x0f\n" +
-	"\vJITTER_NONE\x10\x04\"\xf2\x04\n" +
+	"\vJITTER_NONE\x10\x04\"\x8a\x05\n" +
 	"\x05Hedge\x12$\n" +
 	"\x0emax_extra_load\x18\x01 \x01(\x01R\fmaxExtraLoad\x124\n" +
 	"\x05delay\x18\x02 \x01(\v2\x19.google.protobuf.DurationH\x00R\x05delay\x88\x01\x01\x12\x1e\n" +
@@ -2984,7 +2993,8 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	" \x01(\x03R\vbufferBytes\x12,\n" +
 	"\x12total_buffer_bytes\x18\x10 \x01(\x03R\x10totalBufferBytes\x12\x16\n" +
 	"\x06budget\x18\v \x01(\tR\x06budget\x12'\n" +
-	"\x0fidempotent_func\x18\f \x01(\tR\x0eidempotentFunc\x12C\n" +
+	"\x0fidempotent_func\x18\f \x01(\tR\x0eidempotentFunc\x12\x16\n" +
+	"\x06policy\x18\x0f \x01(\tR\x06policy\x12C\n" +
 	"\x10max_server_delay\x18\r \x01(\v2\x19.google.protobuf.DurationR\x0emaxServerDelay\x12\x18\n" +
 	"\amethods\x18\x0e \x03(\tR\amethodsB\b\n" +
 	"\x06_delayB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
