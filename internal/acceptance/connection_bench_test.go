@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/grpc"
 
+	"github.com/belfry-go/belfry"
 	"github.com/belfry-go/belfry/balancer/p2c"
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/breaker"
@@ -65,6 +66,7 @@ func connCases() []connCase {
 		{name: "retry_of_no_method", specs: []interceptor.Spec{retry.Config{}}},
 		{name: "hedge", specs: []interceptor.Spec{hedges}},
 		{name: "hedge_of_no_method", specs: []interceptor.Spec{hedge.Config{Delay: time.Hour}}},
+		{name: "hedge_retry", specs: []interceptor.Spec{hedges, repeats}},
 		{name: "p2c", bare: true, p2c: true},
 		{name: "retry_p2c", p2c: true, specs: []interceptor.Spec{repeats}},
 		{name: "hedge_retry_p2c", p2c: true, specs: []interceptor.Spec{hedges, repeats}},
@@ -82,7 +84,11 @@ func (c connCase) dial(t testing.TB) (unary, bidi func()) {
 		opts = append(opts, p2c.DialOptions()...)
 		opts = append(opts, grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`))
 	}
-	client := testingv1.NewTestServiceClient(testserver.Dial(t, testserver.New(t), opts...))
+	conn := testserver.Dial(t, testserver.New(t), opts...)
+	if err := belfry.WaitReady(testContext(t), conn); err != nil { // For a load shed.
+		t.Fatal(err)
+	}
+	client := testingv1.NewTestServiceClient(conn)
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	t.Cleanup(cancel)
 	unary = func() {
