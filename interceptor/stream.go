@@ -91,6 +91,16 @@ type streamCall struct {
 	scope scope
 	room  [2]scope       // For the outermost boundaries.
 	told  sync.WaitGroup // Until the caller's functions were told of the end.
+
+	results sync.Mutex // Guards shown and, until that is set, the caller's variables for results.
+	shown   bool       // The caller knows that the stream has ended, and may read them.
+}
+
+// show keeps results from being copied to the caller's variables from now on.
+func (sc *streamCall) show() {
+	sc.results.Lock()
+	defer sc.results.Unlock()
+	sc.shown = true
 }
 
 func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, t *target, opts []grpc.CallOption) (_ grpc.ClientStream, err error) {
@@ -312,10 +322,24 @@ func firstEnd(first, later error) error {
 // copyLocked copies the results of the attempt that counts, once, if gRPC has written
 // them. Caller must hold s.mu.
 func (s *scope) copyLocked() {
-	if v := s.chosen.Load(); !s.copied && !s.shown && v.Written() {
-		s.copied = true
+	v := s.chosen.Load()
+	if s.copied || s.shown || !v.Written() {
+		return
+	}
+	s.copied = true
+	if s.around != nil {
 		v.Copy()
 		s.around.SetWritten()
+		return
+	}
+	root := s
+	for root.parent != nil {
+		root = root.parent
+	}
+	root.root.results.Lock()
+	defer root.root.results.Unlock()
+	if !root.root.shown {
+		v.Copy()
 	}
 }
 
@@ -490,6 +514,7 @@ func (s *scope) RecvMsg(m any) error {
 func (s *scope) told(err error) error {
 	if s.root != nil {
 		s.root.told.Wait() // Another goroutine may be about to.
+		s.root.show()
 		return s.call.told(s.ctx, err)
 	}
 	return err
