@@ -185,20 +185,19 @@ func (b *boundary) open(ctx context.Context, c *Call) (err error) {
 // newScope returns the scope inside boundary id.
 func (c *Call) newScope(id int) *scope {
 	if c.parent == nil {
-		if sc := c.outermost().root; id <= len(sc.room) {
+		if sc := c.scope.outermost(); id <= len(sc.room) {
 			return &sc.room[id-1]
 		}
 	}
 	return new(scope)
 }
 
-// outermost is the root scope.
-func (c *Call) outermost() *scope {
-	s := c.scope
+// outermost is the stream that the caller gets.
+func (s *scope) outermost() *streamCall {
 	for s.parent != nil {
 		s = s.parent
 	}
-	return s
+	return s.root
 }
 
 // abort ends a stream that could not be opened.
@@ -332,13 +331,10 @@ func (s *scope) copyLocked() {
 		s.around.SetWritten()
 		return
 	}
-	root := s
-	for root.parent != nil {
-		root = root.parent
-	}
-	root.root.results.Lock()
-	defer root.root.results.Unlock()
-	if !root.root.shown {
+	root := s.outermost()
+	root.results.Lock()
+	defer root.results.Unlock()
+	if !root.shown {
 		v.Copy()
 	}
 }
