@@ -372,7 +372,9 @@ func TestEveryChannelWatchesForItselfAndAgainAfterIdle(t *testing.T) {
 
 func TestCloseStopsAWatchThatIsBlocked(t *testing.T) {
 	bridged(t, nil, func(t *testing.T, src *script, cc *fakeConn, r resolver.Resolver) {
-		src.send(ins("a", "1"), discover.Synced(), ins("b", "2")) // one to be published still
+		src.send(ins("a", "1"), discover.Synced())
+		synctest.Wait()
+		src.send(ins("b", "2")) // to be published still
 		before := time.Now()
 		r.Close()
 		if took := time.Since(before); took != 0 {
