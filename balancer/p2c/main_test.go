@@ -13,10 +13,10 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/serviceconfig"
 
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 	// things that tests ask for: which policies were built for a target, and what
 	// they told their meters.
 	balancer.Register(observedBuilder{})
-	goleak.VerifyTestMain(m)
+	leaktest.Main(m)
 }
 
 var seedFlag = flag.Uint64("seed", 0, "seed of the randomised tests; 0 draws one")
