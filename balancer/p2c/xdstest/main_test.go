@@ -141,10 +141,11 @@ func dial(t *testing.T, servers []*testserver.Server, scheme, target string, opt
 	return &channel{t, servers, conn, testingv1.NewTestServiceClient(conn), target, reader}
 }
 
-// testContext returns a context that ends long after a test should have.
+// testContext returns a context that ends long after a test should have, even on a
+// busy machine.
 func testContext(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
