@@ -189,7 +189,7 @@ func readyConn(t testing.TB, opts ...grpc.DialOption) *grpc.ClientConn {
 // awaitState connects cc and waits until it is in a state.
 func awaitState(t testing.TB, cc *grpc.ClientConn, want connectivity.State) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	cc.Connect()
 	for s := cc.GetState(); s != want; s = cc.GetState() {

@@ -20,7 +20,7 @@ import (
 func TestMain(m *testing.M) { leaktest.Main(m) }
 
 func testContext(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -63,7 +63,7 @@ func dial(t testing.TB, s *stackconfig.Stack, endpoints []resolver.Endpoint, opt
 		if err := conn.Close(); err != nil {
 			t.Errorf("closing the channel: %v", err)
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 		defer cancel()
 		if err := s.Drain(ctx); err != nil {
 			t.Errorf("the stack is not at rest: %v", err)
