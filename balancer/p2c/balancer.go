@@ -208,7 +208,7 @@ func (b *policy) updateEndpoints(state resolver.State) error {
 		}
 		ep, ok := b.endpoints.Get(e)
 		if !ok {
-			ep = b.newEndpoint()
+			ep = b.newEndpoint(e)
 		}
 		listed.Set(e, ep)
 		all = append(all, ep)
