@@ -5,6 +5,7 @@ package concurrency
 
 import (
 	"context"
+	"math"
 	"slices"
 	"strconv"
 	"sync"
@@ -17,6 +18,8 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/keyed"
+	"github.com/belfry-go/belfry/internal/layercheck"
+	"github.com/belfry-go/belfry/limit"
 )
 
 // Discipline is the order in which waiting calls of the same priority are
@@ -63,10 +66,10 @@ type Config struct {
 	// Limit is a fixed number of permits, from 1 to 2147483647.
 	Limit int64
 	// Auto, AIMD, Gradient2 and Vegas let an algorithm find the limit.
-	Auto      *AutoConfig
-	AIMD      *AIMDConfig
-	Gradient2 *Gradient2Config
-	Vegas     *VegasConfig
+	Auto      *limit.AutoConfig
+	AIMD      *limit.AIMDConfig
+	Gradient2 *limit.Gradient2Config
+	Vegas     *limit.VegasConfig
 
 	// Discipline is the order in which waiting calls are admitted; FIFO if zero.
 	Discipline Discipline
@@ -109,7 +112,9 @@ const (
 
 	defaultMaxKeys = 1000
 	mostKeys       = 1_000_000
-	keepLearnt     = time.Minute
+	// maxLimit bounds what may be configured, so that sums of permits do not overflow.
+	maxLimit   = math.MaxInt32
+	keepLearnt = time.Minute
 )
 
 // Others is the key of the limit that keys beyond [Config.MaxKeys] share.
@@ -132,7 +137,7 @@ type options struct {
 	name     string
 	cost     func(ctx context.Context, a *interceptor.Admission) int64
 	priority interceptor.PriorityFunc
-	custom   Limit
+	custom   limit.Algorithm
 }
 
 // WithName names the layer in refusals, metrics and the stack's String. The
@@ -180,7 +185,7 @@ func WithPriority(priority interceptor.PriorityFunc) Option {
 
 // WithAlgorithm lets your own algorithm find the limit. Then none of the five in Config
 // may be set, nor KeyBy. The algorithm cannot be shared between Layers.
-func WithAlgorithm(a Limit) Option {
+func WithAlgorithm(a limit.Algorithm) Option {
 	return func(o *options) {
 		o.errs.NotNil(a == nil, "WithAlgorithm", "an algorithm")
 		o.custom = a
@@ -199,7 +204,7 @@ type Layer struct {
 	name     string
 	cost     func(context.Context, *interceptor.Admission) int64 // Nil: 1.
 	priority interceptor.PriorityFunc
-	custom   Limit
+	custom   limit.Algorithm
 
 	settings atomic.Pointer[settings]
 
@@ -332,7 +337,7 @@ func (l *Layer) check(cfg Config, errs *check.Errors) (*settings, error) {
 	check.Default(errs, "CoDelTarget", &set.target, check.Positive, defaultCoDelTarget)
 	check.Default(errs, "CoDelInterval", &set.interval, check.Positive, defaultCoDelInterval)
 	check.Default(errs, "MaxKeys", &set.maxKeys, check.From(1, mostKeys), defaultMaxKeys)
-	errs.KeyBy("KeyBy", cfg.KeyBy)
+	layercheck.KeyBy(errs, "KeyBy", cfg.KeyBy)
 	errs.Require(l.custom == nil || !cfg.KeyBy.IsSet(), "KeyBy", cfg.KeyBy, "must not be set if WithAlgorithm is used")
 	set.drops = check.Codes(errs, "DropCodes", cfg.DropCodes, codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded)
 	return set, errs.Err()
@@ -357,10 +362,10 @@ func (l *Layer) checkBound(cfg *Config, errs *check.Errors) {
 		}
 	}
 	source("Limit", cfg.Limit != 0, cfg.Limit, func() { check.Required(errs, "Limit", cfg.Limit, check.From[int64](1, maxLimit)) })
-	source("Auto", cfg.Auto != nil, cfg.Auto, func() { cfg.Auto.withDefaults(errs.In("Auto")) })
-	source("AIMD", cfg.AIMD != nil, cfg.AIMD, func() { cfg.AIMD.withDefaults(errs.In("AIMD")) })
-	source("Gradient2", cfg.Gradient2 != nil, cfg.Gradient2, func() { cfg.Gradient2.withDefaults(errs.In("Gradient2")) })
-	source("Vegas", cfg.Vegas != nil, cfg.Vegas, func() { cfg.Vegas.withDefaults(errs.In("Vegas")) })
+	source("Auto", cfg.Auto != nil, cfg.Auto, func() { _, err := limit.NewAuto(*cfg.Auto); errs.Nested("", err) })
+	source("AIMD", cfg.AIMD != nil, cfg.AIMD, func() { _, err := limit.NewAIMD(*cfg.AIMD); errs.Nested("", err) })
+	source("Gradient2", cfg.Gradient2 != nil, cfg.Gradient2, func() { _, err := limit.NewGradient2(*cfg.Gradient2); errs.Nested("", err) })
+	source("Vegas", cfg.Vegas != nil, cfg.Vegas, func() { _, err := limit.NewVegas(*cfg.Vegas); errs.Nested("", err) })
 }
 
 // SetLimit changes a fixed limit while calls run; with [Config.KeyBy] that of each key. A
@@ -409,16 +414,13 @@ func (l *Layer) String() string { return l.name }
 // Traits says that calls may wait for permits.
 func (l *Layer) Traits() interceptor.Traits { return interceptor.Waits }
 
-// Stats are the figures of one limit, and what its algorithm thinks. Baseline, Latency and
-// Lowered are zero for a fixed limit, AIMD and [WithAlgorithm].
+// Stats are the figures of one limit, and what its algorithm thinks.
 type Stats struct {
 	Limit   int64 // how many permits there are
 	InUse   int64 // how many of them calls hold; see [Layer.InUse]
 	Waiting int   // how many calls wait for permits
 
-	Baseline time.Duration // the latency that Latency is compared with; 0 before it is known
-	Latency  time.Duration // the mean latency of calls now; 0 before it is known
-	Lowered  string        // why the limit went down the last time: "latency", "drop" or "drain"; empty if it did not
+	limit.State // what the algorithm thinks; zero if it is no [limit.Explainer]
 }
 
 func (lim *limiter) stats() (s Stats) {
@@ -431,15 +433,10 @@ func (lim *limiter) allStats() Stats {
 	lim.mu.Lock()
 	defer lim.mu.Unlock()
 	s := lim.stats()
-	if t, ok := lim.algorithm.(thinker); ok {
-		s.Baseline, s.Latency, s.Lowered = t.thinks()
+	if e, ok := lim.algorithm.(limit.Explainer); ok {
+		s.State = e.Explain()
 	}
 	return s
-}
-
-// A thinker is an algorithm that can say why the limit is what it is.
-type thinker interface {
-	thinks() (base, latency time.Duration, lowered string)
 }
 
 // Stats returns the figures of the limit of a key; zero if there is none for it. Without

@@ -35,7 +35,7 @@ func (t tally) lost() float64 { return 100 * float64(t.calls-t.ok) / float64(t.c
 // took.
 func overload(t *testing.T, seed uint64, n int, perSecond float64, service func(*rand.Rand) time.Duration, classes ...class) ([]tally, time.Duration) {
 	t.Helper()
-	l := limit(t, concurrency.Config{Limit: 10}, concurrency.WithCost(costOf))
+	l := newLayer(t, concurrency.Config{Limit: 10}, concurrency.WithCost(costOf))
 	s := calltest.Stack(t, loadshed.Config{}, l)
 	rng := rand.New(rand.NewPCG(seed, 2))
 	tallies := make([]tally, len(classes))
@@ -120,7 +120,7 @@ func TestReserveInOverload(t *testing.T) {
 // Callers that try again until they are served, a millisecond after each refusal.
 func TestReserveClosedLoop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 10})
+		l := newLayer(t, concurrency.Config{Limit: 10})
 		c := calltest.Stack(t, loadshed.Config{}, l).Wrap(calltest.Takes(10 * time.Millisecond))
 		var mu sync.Mutex
 		var tallies [2]tally
@@ -168,7 +168,7 @@ func TestReserveClosedLoop(t *testing.T) {
 // What was kept goes back when calls of high priority stop.
 func TestReserveFades(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 10})
+		l := newLayer(t, concurrency.Config{Limit: 10})
 		c := calltest.Stack(t, loadshed.Config{}, l).Wrap(calltest.Takes(10 * time.Millisecond))
 		ok := 0
 		var mu sync.Mutex
@@ -212,7 +212,7 @@ func TestReserveFades(t *testing.T) {
 // nothing is kept for them.
 func TestReserveIgnoresCallsThatMayWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 2})
+		l := newLayer(t, concurrency.Config{Limit: 2})
 		bg := context.Background()
 		high := interceptor.ContextWithPriority(bg, 1)
 		buffered := calltest.Stack(t, buffer.Config{Size: 100}, l).Wrap(calltest.Takes(10 * time.Millisecond))
@@ -231,7 +231,7 @@ func TestReserveIgnoresCallsThatMayWait(t *testing.T) {
 // Calls that may wait are not held back by what is kept for those that may not.
 func TestReserveIsNotForWaiters(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 2})
+		l := newLayer(t, concurrency.Config{Limit: 2})
 		bg := context.Background()
 		high := interceptor.ContextWithPriority(bg, 1)
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))

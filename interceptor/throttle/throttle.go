@@ -17,6 +17,7 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/keyed"
+	"github.com/belfry-go/belfry/internal/layercheck"
 	"github.com/belfry-go/belfry/internal/rolling"
 )
 
@@ -82,8 +83,8 @@ const (
 	DefaultWindow      = 30 * time.Second
 	DefaultMaxRefused  = 0.9
 	DefaultMinRequests = 10
-	DefaultMaxKeys     = check.DefaultMaxKeys
-	DefaultKeyIdle     = check.DefaultKeyIdle
+	DefaultMaxKeys     = layercheck.DefaultMaxKeys
+	DefaultKeyIdle     = layercheck.DefaultKeyIdle
 )
 
 // settings are a valid Config with its defaults filled in.
@@ -107,7 +108,7 @@ func (c Config) settings(errs *check.Errors, old *settings) *settings {
 	if old != nil {
 		oldKeyBy = &old.KeyBy
 	}
-	check.Keys(errs, c.KeyBy, oldKeyBy, &c.MaxKeys, &c.KeyIdle)
+	layercheck.Keys(errs, c.KeyBy, oldKeyBy, &c.MaxKeys, &c.KeyIdle)
 	return &settings{Config: c, given: given, reject: reject}
 }
 

@@ -1,7 +1,7 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package concurrency
+package limit
 
 import (
 	"time"
@@ -67,7 +67,7 @@ func NewAIMD(cfg AIMDConfig) (*AIMD, error) {
 // Update changes the configuration and keeps the limit, within the new bounds.
 // On an error nothing has changed.
 func (a *AIMD) Update(cfg AIMDConfig) error {
-	errs := check.Of("concurrency")
+	errs := check.Of("limit")
 	cfg, b := cfg.withDefaults(errs.In("AIMD"))
 	if err := errs.Err(); err != nil {
 		return err
@@ -80,7 +80,8 @@ func (a *AIMD) Update(cfg AIMDConfig) error {
 // Limit returns the current limit.
 func (a *AIMD) Limit() int64 { return int64(a.limit) }
 
-func (a *AIMD) start(limit float64) { a.limit = a.clamp(limit) }
+// SetLimit moves the limit to n, or to the nearest bound.
+func (a *AIMD) SetLimit(n int64) { a.limit = a.clamp(float64(n)) }
 
 // OnSample applies the formulas above.
 func (a *AIMD) OnSample(s Sample) {
