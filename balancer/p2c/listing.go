@@ -227,7 +227,7 @@ func (b *policy) match(endpoints []resolver.Endpoint, d *difference) (removed []
 func (b *policy) newListing(e resolver.Endpoint, d *difference) listing {
 	ep, ok := b.endpoints.Get(e)
 	if !ok {
-		ep = b.newEndpoint()
+		ep = b.newEndpoint(e)
 		b.endpoints.Set(e, ep)
 		d.members = true
 	}
