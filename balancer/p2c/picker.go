@@ -141,6 +141,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	} else {
 		k = b.picks.Get().(*pick)
 		h = &k.handle
+		if k.uses++; k.uses&(k.uses-1) == 0 { // seldom, as it may take a while
+			b.untracked(info.FullMethodName)
+		}
 	}
 	k.picker, k.candidate, k.ctx, k.tried, k.inner = p, c, info.Ctx, tried, result.Done
 	k.ticket = c.meter.Start(load.Attempt{Query: c.query(now), Method: info.FullMethodName, Stream: track != nil && track.stream})
@@ -435,6 +438,7 @@ type pick struct {
 	ctx       context.Context
 	tried     *attempt.Tried
 	inner     func(balancer.DoneInfo) // the child's Done
+	uses      uint32                  // how many attempts without a tracker it was
 
 	// Of a pick with a tracker.
 	track  *tracker
