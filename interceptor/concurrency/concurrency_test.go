@@ -674,17 +674,19 @@ func TestCoDelQueueEmptiedByCancellation(t *testing.T) {
 		slow := s.Wrap(calltest.Takes(20 * time.Millisecond))
 		ends := calltest.Begin(slow, 2) // The second waits for longer than the target,
 		ctx, cancel := context.WithCancel(context.Background())
-		third := invoke(ctx, slow) // and at its grant another one waits,
+		third, fourth := invoke(ctx, slow), invoke(ctx, slow) // and at its grant two others wait,
 		time.Sleep(25 * time.Millisecond)
-		cancel() // which gives up.
-		if err := <-third; calltest.Reason(err) != interceptor.ReasonCancelled {
-			t.Errorf("got %v, want CANCELLED", err)
+		cancel() // which give up.
+		for _, gone := range []<-chan error{third, fourth} {
+			if err := <-gone; calltest.Reason(err) != interceptor.ReasonCancelled {
+				t.Errorf("got %v, want CANCELLED", err)
+			}
 		}
 		ends()
 		time.Sleep(time.Hour)
 		// No queue has been standing for 100 ms.
-		calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(6*time.Millisecond)), 3),
-			calltest.OK(6*time.Millisecond), calltest.OK(12*time.Millisecond), calltest.OK(18*time.Millisecond))
+		calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(6*time.Millisecond)), 4),
+			calltest.OK(6*time.Millisecond), calltest.OK(12*time.Millisecond), calltest.OK(18*time.Millisecond), calltest.OK(24*time.Millisecond))
 		checkRest(t, l)
 	})
 }

@@ -23,6 +23,7 @@ type limiter struct {
 
 	permits  permits
 	reserve  reserve
+	heavy    heavy
 	refusals atomic.Pointer[refusals]
 	observed atomic.Int64                  // The limit that an observer was last told.
 	limited  atomic.Bool                   // A call was refused, or had to wait, for want of a permit since the last sample.
@@ -165,7 +166,7 @@ func (lim *limiter) acquire(ctx context.Context, a *interceptor.Admission, w int
 	p, in := &lim.permits, a.Internals()
 	slot := in.Slot()
 	final := w == interceptor.None && !in.Trying()
-	if final && lim.reserve.active.Load() {
+	if final && (lim.reserve.active.Load() || lim.heavy.active.Load()) {
 		return lim.acquireReserving(ctx, a, cost, slot)
 	}
 	inUse, ok := int64(0), false
@@ -182,7 +183,11 @@ func (lim *limiter) acquire(ctx context.Context, a *interceptor.Admission, w int
 	}
 	lim.holdBack()
 	if final {
-		lim.reserve.refused(lim.layer.priority(ctx, a), inUse, p.limit.Load(), a.Now)
+		priority := lim.layer.priority(ctx, a)
+		lim.reserve.refused(priority, inUse, p.limit.Load(), a.Now)
+		if cost > 1 {
+			lim.heavy.arrived(cost, priority, false, a.Now())
+		}
 	}
 	return 0, lim.refuse(noneFree)
 }
@@ -195,24 +200,40 @@ func (lim *limiter) holdBack() {
 }
 
 // acquireReserving takes permits for a call that may not wait, where some are kept
-// for higher priorities.
+// for higher priorities or for heavier calls.
 func (lim *limiter) acquireReserving(ctx context.Context, a *interceptor.Admission, cost int64, slot interceptor.Slot) (level int64, err error) {
 	p, rank := &lim.permits, lim.layer.rank(ctx, a)
-	n := p.limit.Load()
-	keep := min(lim.reserve.against(rank.Priority, a.Now()), n-1)
-	ok, inUse := false, p.inUse()
-	if slot == nil {
-		inUse, ok = p.take(cost, keep)
+	n, now := p.limit.Load(), a.Now()
+	keep, owed, weighs := int64(0), int64(0), lim.heavy.active.Load()
+	if lim.reserve.active.Load() {
+		keep = min(lim.reserve.against(rank.Priority, now), n-1)
 	}
-	if ok || p.fits(cost, keep, inUse) && p.takeLocked(cost, keep, rank, slot) {
-		return lim.reserve.admitted(rank.Priority, cost, a.Now()), nil
+	if weighs {
+		owed = lim.heavy.against(cost, rank.Priority, now)
+	}
+	ok, inUse := false, p.inUse()
+	if owed < n { // Otherwise a heavy call waits until nothing else runs.
+		keep := max(keep, owed)
+		if slot == nil {
+			inUse, ok = p.take(cost, keep)
+		}
+		ok = ok || p.fits(cost, keep, inUse) && p.takeLocked(cost, keep, rank, slot)
+	}
+	if weighs {
+		lim.heavy.arrived(cost, rank.Priority, ok, now)
+	}
+	if ok {
+		return lim.reserve.admitted(rank.Priority, cost, now), nil
 	}
 	lim.holdBack()
 	lim.reserve.refused(rank.Priority, inUse, n, a.Now)
-	if p.fits(cost, 0, inUse) {
-		return 0, lim.refuse(reserved)
+	switch {
+	case !p.fits(cost, 0, inUse):
+		return 0, lim.refuse(noneFree)
+	case p.fits(cost, keep, inUse):
+		return 0, lim.refuse(owedToHeavy)
 	}
-	return 0, lim.refuse(noneFree)
+	return 0, lim.refuse(reserved)
 }
 
 // wait waits for permits.
@@ -298,6 +319,8 @@ func (rs *refusals) text(why refused) string {
 		text = "no permit is free"
 	case reserved:
 		text = "the free permits are kept for higher priorities"
+	case owedToHeavy:
+		text = "the free permits are kept for a call that costs more"
 	}
 	if rs.limit >= 0 {
 		if detail != "" {
