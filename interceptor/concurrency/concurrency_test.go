@@ -628,7 +628,7 @@ func (o *observer) add(format string, args ...any) {
 	defer o.mu.Unlock()
 	o.events = append(o.events, fmt.Sprintf(format, args...))
 }
-func (o *observer) Limit(layer string, n float64) { o.add("limit %s %v", layer, n) }
+func (o *observer) Limit(l interceptor.LimitState) { o.add("limit %s%s %v", l.Layer, l.Key, l.Limit) }
 func (o *observer) Waited(_, layer string, d time.Duration) {
 	o.add("waited %s %v", layer, d)
 }
@@ -763,7 +763,7 @@ func TestKeys(t *testing.T) {
 			c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 			a1, a2, b := invoke(tenant("a"), c), invoke(tenant("a"), c), invoke(tenant("b"), c)
 			synctest.Wait()
-			if got, want := l.Stats("a"), (concurrency.Stats{Limit: 1, InUse: 1, Waiting: 1}); got != want {
+			if got, want := l.Stats("a"), (interceptor.LimitState{Layer: "concurrency", Key: "a", Limit: 1, InUse: 1, Waiting: 1}); got != want {
 				t.Errorf("stats of a: %+v, want %+v", got, want)
 			}
 			if l.InUse() != 2 || l.Waiting() != 1 || l.Limit() != 1 {
@@ -803,7 +803,7 @@ func TestKeys(t *testing.T) {
 			// Those that have no call make room.
 			e, f := invoke(tenant("e"), c), invoke(tenant("f"), c)
 			synctest.Wait()
-			if l.Stats("e").InUse != 1 || l.Stats("f").InUse != 1 || l.Stats("a") != (concurrency.Stats{}) {
+			if l.Stats("e").InUse != 1 || l.Stats("f").InUse != 1 || l.Stats("a") != (interceptor.LimitState{}) {
 				t.Errorf("stats of e %+v, f %+v, a %+v; want limits of their own, and none", l.Stats("e"), l.Stats("f"), l.Stats("a"))
 			}
 			<-e

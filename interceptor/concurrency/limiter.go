@@ -33,6 +33,7 @@ type limiter struct {
 	// permits.mu is taken under it.
 	mu        sync.Mutex
 	algorithm limit.Algorithm // Nil for a fixed limit.
+	last      limit.Sample    // What it learnt last.
 }
 
 // refusals are the refusals of one configuration. Each is made when it is first needed.
@@ -402,6 +403,7 @@ func (lim *limiter) sample(token int64, e interceptor.End) {
 	}
 	s.InFlight = lim.permits.inUse()
 	lim.algorithm.OnSample(s)
+	lim.last = s
 	if n := limitOf(lim.algorithm); n != lim.permits.limit.Load() {
 		lim.permits.setLimit(n)
 	}
@@ -410,13 +412,28 @@ func (lim *limiter) sample(token int64, e interceptor.End) {
 // limitOf returns a's limit, within what the layer can enforce.
 func limitOf(a limit.Algorithm) int64 { return min(max(a.Limit(), 1), maxLimit) }
 
+// state returns what the limit does and thinks.
+func (lim *limiter) state() interceptor.LimitState {
+	lim.mu.Lock()
+	defer lim.mu.Unlock()
+	l := lim.layer
+	st := interceptor.LimitState{Layer: l.name, Key: lim.key, ByMethod: l.settings.Load().config.KeyBy.Method, Last: lim.last}
+	st.Limit, st.InUse, st.Waiting = lim.permits.read()
+	if e, ok := lim.algorithm.(limit.Explainer); ok {
+		st.State = e.Explain()
+	}
+	return st
+}
+
 // observe reports a changed limit to the observer of a call. Limits change at the end of
-// calls, where there is no observer, so the next call reports it. The limits of keys are
-// not reported, because an observer knows one limit per layer.
+// calls, where there is no observer, so the next call reports it.
 func (lim *limiter) observe(a *interceptor.Admission) {
+	if !a.Internals().Observed() {
+		return
+	}
 	n := lim.permits.limit.Load()
-	if was := lim.observed.Load(); was != n && lim.layer.keys == nil && lim.observed.CompareAndSwap(was, n) {
-		a.Observer().Limit(lim.layer.name, float64(n))
+	if was := lim.observed.Load(); was != n && lim.observed.CompareAndSwap(was, n) {
+		a.Observer().Limit(lim.state())
 	}
 }
 
