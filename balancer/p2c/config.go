@@ -112,6 +112,7 @@ type (
 	peakEWMA        struct{ load.PeakEWMAConfig }
 	pendingRequests struct{}
 	constant        struct{ load float64 }
+	custom          struct{ name, config string }
 )
 
 func (c expectedLatency) build() (load.Metric, error) {
@@ -139,8 +140,41 @@ func (pendingRequests) adopt(m load.Metric) bool {
 
 func (c constant) build() (load.Metric, error) { return load.NewConstant(c.load) }
 
-// A constant keeps nothing, so a new one loses nothing.
-func (constant) adopt(load.Metric) bool { return false }
+func (c constant) adopt(m load.Metric) bool {
+	old, ok := m.(*load.Constant)
+	fresh, err := load.NewConstant(c.load)
+	return ok && err == nil && *old == *fresh
+}
+
+// customMetric remembers what a metric was made from.
+type customMetric struct {
+	load.Metric
+	from custom
+}
+
+func (c custom) build() (load.Metric, error) {
+	m, err := load.New(c.name, json.RawMessage(c.config))
+	if err != nil {
+		return nil, err
+	}
+	return &customMetric{m, c}, nil
+}
+
+// adopt keeps a metric whose config is the same. What another would change is
+// not known.
+func (c custom) adopt(m load.Metric) bool {
+	old, ok := m.(*customMetric)
+	return ok && old.from == c
+}
+
+func newCustom(m *configv1.Custom) (custom, error) {
+	// The keys of the JSON are in order, so that equal configs have equal texts.
+	config, err := json.Marshal(m.GetConfig().AsMap())
+	if m.GetConfig() == nil {
+		config = []byte("{}")
+	}
+	return custom{m.GetName(), string(config)}, err
+}
 
 // newMetricConfig checks the parameters of the metric by building one.
 func newMetricConfig(m *configv1.Load) (metricConfig, error) {
@@ -157,6 +191,12 @@ func newMetricConfig(m *configv1.Load) (metricConfig, error) {
 			v = metric.Constant.GetLoad()
 		}
 		field, c = "constant", constant{v}
+	case *configv1.Load_Custom:
+		field = "custom"
+		var err error
+		if c, err = newCustom(metric.Custom); err != nil {
+			return nil, fmt.Errorf("%s: load.custom.config: %w", Name, err)
+		}
 	default:
 		field, c = "expectedLatency", newExpectedLatency(m.GetExpectedLatency())
 	}

@@ -265,9 +265,48 @@ func FuzzParseConfig(f *testing.F) {
 		if err != nil {
 			t.Fatalf("the metric of an accepted config: %v", err)
 		}
-		if l := m.NewMeter().Load(0); !(l >= 0 && l <= math.MaxFloat64) {
+		if l := m.NewMeter(load.Endpoint{}).Load(load.Query{Weight: 1}).Cost; !(l >= 0 && l <= math.MaxFloat64) {
 			t.Errorf("load of a new endpoint is %v, want finite and at least 0", l)
 		}
 		checkRoundTrip(t, string(js), c)
 	})
+}
+
+func init() {
+	load.Register("test", func(config json.RawMessage) (load.Metric, error) {
+		var c struct{ Load float64 }
+		if err := json.Unmarshal(config, &c); err != nil {
+			return nil, err
+		}
+		return load.NewConstant(c.Load)
+	})
+}
+
+func TestConfigOfARegisteredMetric(t *testing.T) {
+	c, err := parseConfig([]byte(`{"load":{"custom":{"name":"test","config":{"load":7,"x":[1]}}}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := must(c.metric.build())
+	if got := m.NewMeter(load.Endpoint{}).Load(load.Query{Weight: 1}).Cost; got != 7 {
+		t.Errorf("load of an endpoint is %v, want 7 as configured", got)
+	}
+	same := must(parseConfig([]byte(`{"load":{"custom":{"config":{"x":[1],"load":7e0},"name":"test"}}}`)))
+	if !same.metric.adopt(m) {
+		t.Error("the metric was not kept under the same config")
+	}
+	for _, js := range []string{`{"load":{"custom":{"name":"test"}}}`, `{"load":{"constant":{"load":7}}}`} {
+		if must(parseConfig([]byte(js))).metric.adopt(m) {
+			t.Errorf("the metric was kept under %s", js)
+		}
+	}
+	for js, want := range map[string]string{
+		`{"load":{"custom":{"name":"tset"}}}`:                        `load.custom.name: tset, must be a registered metric, of which there are ["test"]`,
+		`{"load":{"custom":{"name":"test","config":{"load":-1}}}}`:   "load.custom.load: -1, must be finite and at least 0",
+		`{"load":{"custom":{"name":"test","config":{"load":"one"}}}}`: "load.custom: ",
+	} {
+		if _, err := parseConfig([]byte(js)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error for %s is %v, want it to contain %q", js, err, want)
+		}
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/balancer/base"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/resolver"
 
 	"github.com/belfry-go/belfry/load"
 )
@@ -25,7 +26,16 @@ type endpoint struct {
 
 	policy *policy
 	id     uint64
+	addr   string // the first of its addresses
 	child  balancer.Balancer
+
+	// Used only by the methods of balancer.Balancer of the policy. See listing.
+	state    resolver.Endpoint // what the child has; none if it is to be called again
+	first    resolver.Endpoint // the first of its listings, if the update touched it
+	listings int
+	capacity uint64 // the sum of the weights of the listings
+	at       int    // the place of one of them in policy.list
+	touched  bool   // by the update that is running
 
 	// childMu serializes the calls to the child and guards closed. See policy.mu
 	// for the order.
@@ -35,6 +45,9 @@ type endpoint struct {
 	// reported is the child's last report. Never nil.
 	reported atomic.Pointer[balancer.State]
 
+	// tally outlives meters: a change of the metric keeps what is in flight.
+	tally tally
+
 	// Guarded by policy.mu.
 	meter     load.Meter
 	weight    load.Weight
@@ -42,15 +55,15 @@ type endpoint struct {
 	gone      bool       // the resolver lists it no more; reports are ignored
 }
 
-func (b *policy) newEndpoint() *endpoint {
-	ep := &endpoint{ClientConn: b.cc, policy: b, id: identities.Add(1)}
+func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
+	ep := &endpoint{ClientConn: b.cc, policy: b, id: identities.Add(1), addr: e.Addresses[0].Addr}
 	ep.reported.Store(&balancer.State{
 		ConnectivityState: connectivity.Connecting,
 		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
 	})
 	b.mu.Lock()
 	b.count[connectivity.Connecting]++
-	ep.meter = b.metric.NewMeter()
+	ep.meter = b.metric.NewMeter(load.Endpoint{Address: ep.addr})
 	b.mu.Unlock()
 	b.metrics.moved(connectivity.Shutdown, connectivity.Connecting)
 	ep.child = b.children.Build(ep, b.opts)
@@ -62,7 +75,7 @@ func (b *policy) newEndpoint() *endpoint {
 // on.
 func (ep *endpoint) remeasureLocked(m load.Metric) {
 	ep.meter.Close()
-	ep.meter = m.NewMeter()
+	ep.meter = m.NewMeter(load.Endpoint{Address: ep.addr})
 	if ep.candidate != nil {
 		ep.candidate = newCandidate(ep)
 		ep.policy.picker.ready.add(ep.candidate)

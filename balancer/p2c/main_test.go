@@ -209,49 +209,37 @@ type observedMetric struct {
 	observer *observer
 }
 
-func (m *observedMetric) NewMeter() load.Meter {
-	return &observedMeter{m.Metric.NewMeter(), m.observer, sync.Mutex{}, nil}
+func (m *observedMetric) NewMeter(e load.Endpoint) load.Meter {
+	return &observedMeter{m.Metric.NewMeter(e), m.observer}
 }
 
 type observedMeter struct {
 	load.Meter
 	observer *observer
-	mu       sync.Mutex // guards starts
-	starts   map[load.Ticket][]load.Instant
 }
 
-func (m *observedMeter) Load(now load.Instant) float64 {
+func (m *observedMeter) Load(q load.Query) load.Estimate {
 	if m.observer.onLoad != nil {
 		m.observer.onLoad()
 	}
-	return m.Meter.Load(now)
+	return m.Meter.Load(q)
 }
 
-func (m *observedMeter) Start(now load.Instant) load.Ticket {
+func (m *observedMeter) Start(a load.Attempt) load.Ticket {
 	m.observer.note(func() { m.observer.started++ })
-	t := m.Meter.Start(now)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.starts == nil {
-		m.starts = make(map[load.Ticket][]load.Instant)
-	}
-	m.starts[t] = append(m.starts[t], now)
+	t := m.Meter.Start(a)
+	t.Started = a.Now
 	return t
 }
 
-func (m *observedMeter) Respond(now load.Instant, t load.Ticket) {
+func (m *observedMeter) Respond(r load.Response) {
 	m.observer.note(func() { m.observer.responds++ })
-	m.Meter.Respond(now, t)
+	m.Meter.Respond(r)
 }
 
-func (m *observedMeter) Finish(now load.Instant, s load.Sample) {
-	m.mu.Lock()
-	started := m.starts[s.Ticket]
-	took := now - started[0]
-	m.starts[s.Ticket] = started[1:]
-	m.mu.Unlock()
-	m.Meter.Finish(now, s)
+func (m *observedMeter) Finish(s load.Sample) {
+	m.Meter.Finish(s)
 	m.observer.note(func() {
-		m.observer.finished = append(m.observer.finished, finished{s.Outcome, s.Responded, took})
+		m.observer.finished = append(m.observer.finished, finished{s.Outcome, s.Responded, s.Now - s.Ticket.Started})
 	})
 }

@@ -109,7 +109,7 @@ func TestChoicesAreDistinct(t *testing.T) {
 				a := w.list[i].Addresses[0].Addr
 				busy[a] = true
 				for range 100 {
-					w.endpoint(a).meter.Start(0)
+					w.endpoint(a).busy(1)
 				}
 			}
 			for range 2000 {
@@ -159,7 +159,7 @@ func TestSamplesAreUniform(t *testing.T) {
 				a := e.Addresses[0].Addr
 				rank[a] = i
 				for range i * 10 {
-					w.endpoint(a).meter.Start(0)
+					w.endpoint(a).busy(1)
 				}
 			}
 			got := make([]int, test.n)
@@ -233,7 +233,7 @@ func TestMemoryKeepsTheBestOfTheLastPick(t *testing.T) {
 			idle := w.list[42].Addresses[0].Addr
 			for i, e := range w.list {
 				if i != 42 {
-					w.endpoint(e.Addresses[0].Addr).meter.Start(0)
+					w.endpoint(e.Addresses[0].Addr).busy(1)
 				}
 			}
 			got := w.counts(picks)[idle]
@@ -259,7 +259,7 @@ func TestMemoryIsCarriedOverToANewConfig(t *testing.T) {
 		idle := w.list[42].Addresses[0].Addr
 		for i, e := range w.list {
 			if i != 42 {
-				w.endpoint(e.Addresses[0].Addr).meter.Start(0)
+				w.endpoint(e.Addresses[0].Addr).busy(1)
 			}
 		}
 		for { // until it is found; 10,000 picks miss it with a probability of 1e-88
@@ -298,7 +298,7 @@ func TestMemoryFollowsAnEndpointThatChanges(t *testing.T) {
 			idle := w.list[42].Addresses[0].Addr
 			for i, e := range w.list {
 				if i != 42 {
-					w.endpoint(e.Addresses[0].Addr).meter.Start(0)
+					w.endpoint(e.Addresses[0].Addr).busy(1)
 				}
 			}
 			for { // until it is found; 10,000 picks miss it with a probability of 1e-88
@@ -434,7 +434,7 @@ func TestATriedEndpointIsPassedOverWhileAnotherIsReady(t *testing.T) {
 				}
 				last := w.endpoint(w.list[n-1].Addresses[0].Addr)
 				for range 8 {
-					last.meter.Start(0)
+					last.busy(1)
 				}
 				for range 100 {
 					a, done, err := w.pickWith(tried(before...))
@@ -467,7 +467,7 @@ func TestATriedEndpointIsPickedWhereTheOthersAreMuchBusier(t *testing.T) {
 							flying = 15 * (busy + 1)
 						}
 						for range flying {
-							ep.meter.Start(0)
+							ep.busy(1)
 						}
 					}
 					for range 20 {

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/load"
@@ -18,6 +19,7 @@ import (
 type tracker struct {
 	attempt attempt.Context // what grpc gets; inside is the caller's, which grpc does not cancel when the call is over
 	tried   attempt.Tried
+	stream  bool
 	used    atomic.Bool          // first is taken
 	first   pick                 // the first attempt's, to save an allocation
 	current atomic.Pointer[pick] // the last attempt's
@@ -99,6 +101,7 @@ func trackUnary(ctx context.Context, method string, req, reply any, cc *grpc.Cli
 
 func trackStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	t := newTracker(ctx, method, cc)
+	t.stream = true
 	// OnFinish is called once, with the true status, also for a stream that nobody
 	// reads any more. The caller's options are not ours to append to.
 	opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(t.end))
@@ -110,23 +113,38 @@ func trackStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn
 	return &trackedStream{ClientStream: s, track: t}, nil
 }
 
-// trackedStream sees the first response message.
+// trackedStream sees the first response: the headers, if the application asks for
+// them, or a message.
 type trackedStream struct {
 	grpc.ClientStream
 	track     *tracker
-	responded bool // of the one goroutine that may call RecvMsg
+	responded atomic.Bool
 }
 
 // Context returns the context of the stream without what is for its attempt alone.
 func (s *trackedStream) Context() context.Context { return attempt.Hide(s.ClientStream.Context()) }
 
+func (s *trackedStream) Header() (metadata.MD, error) {
+	md, err := s.ClientStream.Header()
+	if err == nil && md != nil { // there are none if the stream ended without
+		s.respond()
+	}
+	return md, err
+}
+
 func (s *trackedStream) RecvMsg(m any) error {
 	err := s.ClientStream.RecvMsg(m)
-	if err == nil && !s.responded {
-		s.responded = true
-		if k := s.track.current.Load(); k != nil {
-			k.respond()
-		}
+	if err == nil {
+		s.respond()
 	}
 	return err
+}
+
+func (s *trackedStream) respond() {
+	if s.responded.Load() || s.responded.Swap(true) {
+		return
+	}
+	if k := s.track.current.Load(); k != nil {
+		k.respond()
+	}
 }
