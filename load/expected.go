@@ -115,6 +115,7 @@ func (c ExpectedLatencyConfig) validate() error {
 // L is the posterior mean of an exponential law under a conjugate prior, with
 // right-censored observations. The formula and its constants are belfry's own.
 type ExpectedLatency struct {
+	MetricBase
 	params atomic.Pointer[expectedParams]
 	_      [56]byte // params are read at every pick, fleet is written at every finish
 	fleet  fleet
@@ -156,16 +157,16 @@ const weightOne = 1 << 12
 // lasts for 70 years of weighted age before it could overflow.
 const ageUnitBits = 10
 
-// weight returns (pending+1)^-theta in fixed point, at least one unit.
-func (p *expectedParams) weight(pending uint32) uint32 {
-	if int(pending) < len(p.weightsAt) {
-		return p.weightsAt[pending]
+// weight returns (queue+1)^-theta in fixed point, at least one unit.
+func (p *expectedParams) weight(queue float64) uint32 {
+	if i := int(queue); i < len(p.weightsAt) && float64(i) == queue {
+		return p.weightsAt[i]
 	}
-	return weightFor(pending, p.exponent)
+	return weightFor(queue, p.exponent)
 }
 
-func weightFor(pending uint32, exponent float64) uint32 {
-	return uint32(max(math.Round(weightOne*math.Pow(float64(pending)+1, -exponent)), 1))
+func weightFor(queue, exponent float64) uint32 {
+	return uint32(max(math.Round(weightOne*math.Pow(queue+1, -exponent)), 1))
 }
 
 // NewExpectedLatency returns the Metric, or an error that names the field, its
@@ -194,7 +195,7 @@ func (e *ExpectedLatency) Reconfigure(c ExpectedLatencyConfig) error {
 		exponent: c.QueueExponent,
 	}
 	for q := range p.weightsAt {
-		p.weightsAt[q] = weightFor(uint32(q), c.QueueExponent)
+		p.weightsAt[q] = weightFor(float64(q), c.QueueExponent)
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -211,7 +212,7 @@ func (e *ExpectedLatency) resizeLocked(d int) {
 }
 
 // NewMeter returns the Meter of one more endpoint.
-func (e *ExpectedLatency) NewMeter() Meter {
+func (e *ExpectedLatency) NewMeter(Endpoint) Meter {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.resizeLocked(1)
@@ -223,31 +224,37 @@ func (e *ExpectedLatency) NewMeter() Meter {
 // expectedMeter is the state of one endpoint. It fills one cache line, for with
 // many endpoints a pick spends its time on fetching these.
 //
-// flight is exact: it is zero when nothing is in flight. The rest may lose an
+// waiting is exact: it is zero when nothing is in flight. The rest may lose an
 // update to a race, which costs one sample or misjudges one pick, and is
 // overwritten soon.
 type expectedMeter struct {
+	MeterBase
 	metric *ExpectedLatency
-	// flight holds q, the attempts in flight, in its upper bits, and in its lower
-	// the sum of the weights of those that have no response yet. Two numbers in
-	// one word cost one atomic addition.
-	flight atomic.Int64
+	// waiting is the sum of the weights of the attempts in flight.
+	waiting atomic.Int64
 	mean   atomic.Uint64 // S and N, two float32
 	heard  atomic.Uint64 // the last sample: when, in heardUnitBits, and which of the channel's, 32 bits each
 	ages   ages
 }
-
-const (
-	pendingBit = 40 // flight counts attempts in units of 1<<pendingBit
-	weightMask = 1<<pendingBit - 1
-)
 
 // Times of samples are kept in units of about a millisecond. They wrap: after 26
 // days without a sample an endpoint's last one counts as new.
 const heardUnitBits = 20
 
 // Load implements [Meter].
-func (m *expectedMeter) Load(now Instant) float64 {
+func (m *expectedMeter) Load(q Query) Estimate {
+	sum, number := m.latency(q.Now)
+	return Estimate{Cost: sum / number * (q.queue() + 1)}
+}
+
+// Inspect implements [Meter].
+func (m *expectedMeter) Inspect(q Query) Details {
+	sum, number := m.latency(q.Now)
+	return Details{Latency: time.Duration(sum / number), Samples: number - m.metric.params.Load().prior}
+}
+
+// latency returns L as a sum of times and a number of samples.
+func (m *expectedMeter) latency(now Instant) (sum, number float64) {
 	p := m.metric.params.Load()
 	g := m.metric.fleet.mean()
 	// Before the first sample of the channel the prior is one nanosecond: every
@@ -255,18 +262,17 @@ func (m *expectedMeter) Load(now Instant) float64 {
 	if g < 1 {
 		g = 1
 	}
-	sum, number := p.prior*g, p.prior
+	sum, number = p.prior*g, p.prior
 	if w := m.mean.Load(); w != 0 {
 		s, n := floats32(w)
 		f := expNeg(m.metric.unheard(p.rate, now, m.heard.Load()))
 		sum += s * f
 		number += n * f
 	}
-	flight := m.flight.Load()
-	if w := flight & weightMask; w > 0 {
+	if w := m.waiting.Load(); w > 0 {
 		sum += m.ages.sum(now, w, m.metric.maxAge(p))
 	}
-	return sum / number * float64(flight>>pendingBit+1)
+	return sum, number
 }
 
 // maxAge returns the age up to which an attempt in flight counts, in
@@ -292,29 +298,41 @@ func (e *ExpectedLatency) unheard(rate float64, now Instant, heard uint64) float
 func since32(a, b uint32) float64 { return float64(max(int32(a-b), 0)) }
 
 // Start implements [Meter].
-func (m *expectedMeter) Start(now Instant) Ticket {
+func (m *expectedMeter) Start(a Attempt) Ticket {
 	p := m.metric.params.Load()
-	t := Ticket{started: now, pending: uint32(m.flight.Load() >> pendingBit)}
-	t.weight = p.weight(t.pending)
-	t.epoch = m.ages.add(t, m.metric.maxAge(p))
-	m.flight.Add(1<<pendingBit + int64(t.weight))
-	return t
+	queue := a.queue()
+	weight := p.weight(queue)
+	epoch := m.ages.add(weight, a.Now, m.metric.maxAge(p))
+	m.waiting.Add(int64(weight))
+	return Ticket{a.Now, uint64(math.Float32bits(float32(queue)))<<32 | uint64(weight), uint64(epoch)}
 }
 
+// queue returns the attempts in flight when the attempt was sent.
+func (t Ticket) queue() float64 { return float64(math.Float32frombits(uint32(t.A >> 32))) }
+
+// weight returns what the latency is multiplied by, in fixed point, see weightOne.
+func (t Ticket) weight() uint32 { return uint32(t.A) }
+
+// epoch returns the generation of ages that the attempt was counted in.
+func (t Ticket) epoch() uint32 { return uint32(t.B) }
+
 // Respond implements [Meter].
-func (m *expectedMeter) Respond(now Instant, t Ticket) {
+func (m *expectedMeter) Respond(r Response) {
+	m.forget(r.Ticket)
+	m.completed(r.Now, r.Ticket)
+}
+
+// forget ends the age of an attempt.
+func (m *expectedMeter) forget(t Ticket) {
 	m.ages.remove(t)
-	m.flight.Add(-int64(t.weight))
-	m.completed(now, t)
+	m.waiting.Add(-int64(t.weight()))
 }
 
 // Finish implements [Meter].
-func (m *expectedMeter) Finish(now Instant, s Sample) {
-	if s.Responded {
-		m.flight.Add(-1 << pendingBit)
-	} else {
-		m.ages.remove(s.Ticket)
-		m.flight.Add(-1<<pendingBit - int64(s.Ticket.weight))
+func (m *expectedMeter) Finish(s Sample) {
+	now := s.Now
+	if !s.Responded {
+		m.forget(s.Ticket)
 	}
 	switch {
 	case s.Outcome == Failed:
@@ -325,7 +343,7 @@ func (m *expectedMeter) Finish(now Instant, s Sample) {
 		m.sample(now, latency)
 	case s.Outcome == Completed && !s.Responded:
 		m.completed(now, s.Ticket)
-	case s.Outcome == Cancelled && !s.Responded:
+	case (s.Outcome == Cancelled || s.Outcome == Expired) && !s.Responded:
 		m.cancelled(now, s.Ticket)
 	}
 }
@@ -340,7 +358,7 @@ func (m *expectedMeter) Close() {
 func (m *expectedMeter) completed(now Instant, t Ticket) {
 	latency := t.latency(now)
 	divided := latency * t.discount()
-	share := m.metric.fleet.observe(divided, t.pending)
+	share := m.metric.fleet.observe(divided, t.queue())
 	count := m.sample(now, divided)
 	// The undivided mean only bounds ages. Once it covers its window, one sample in
 	// undividedEvery, taken for so many, is enough for it.
@@ -377,7 +395,7 @@ func (e *ExpectedLatency) cost() float64 {
 }
 
 // discount returns the weight of the latency as a number.
-func (t Ticket) discount() float64 { return float64(t.weight) / weightOne }
+func (t Ticket) discount() float64 { return float64(t.weight()) / weightOne }
 
 const undividedEvery = 8
 
@@ -423,8 +441,8 @@ type ages struct {
 const epochUnitBits = 16
 
 // add counts an attempt and returns its generation.
-func (a *ages) add(t Ticket, limit float64) uint32 {
-	began, now := a.began.Load(), uint32(uint64(t.started)>>epochUnitBits)
+func (a *ages) add(weight uint32, started Instant, limit float64) uint32 {
+	began, now := a.began.Load(), uint32(uint64(started)>>epochUnitBits)
 	const little = 1 << 16 // A start that was read a little before began is not past it.
 	if d := now - began; d < math.MaxUint32-little && float64(d)*(1<<epochUnitBits) > limit && a.began.CompareAndSwap(began, now) {
 		next := a.epoch.Load() + 1
@@ -435,18 +453,19 @@ func (a *ages) add(t Ticket, limit float64) uint32 {
 	epoch := a.epoch.Load()
 	// In this order, and in remove in the other, an attempt half counted has a
 	// negative age, which counts as none, and not an enormous one.
-	a.starts[epoch&1].Add(int64(t.weight) * (int64(t.started) >> ageUnitBits))
-	a.weights[epoch&1].Add(int32(t.weight))
+	a.starts[epoch&1].Add(int64(weight) * (int64(started) >> ageUnitBits))
+	a.weights[epoch&1].Add(int32(weight))
 	return epoch
 }
 
 // remove takes an attempt out again.
 func (a *ages) remove(t Ticket) {
-	if a.epoch.Load()-t.epoch > 1 {
+	epoch, weight := t.epoch(), t.weight()
+	if a.epoch.Load()-epoch > 1 {
 		return // its generation is gone
 	}
-	a.weights[t.epoch&1].Add(-int32(t.weight))
-	a.starts[t.epoch&1].Add(-int64(t.weight) * (int64(t.started) >> ageUnitBits))
+	a.weights[epoch&1].Add(-int32(weight))
+	a.starts[epoch&1].Add(-int64(weight) * (int64(t.Started) >> ageUnitBits))
 }
 
 // sum returns the weighted ages in nanoseconds of attempts that weigh total.

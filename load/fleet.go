@@ -28,14 +28,14 @@ const fleetCountMask = 0xff
 
 // observe adds the latency of a completed attempt to the means, and returns its
 // share in them.
-func (f *fleet) observe(latency float64, pending uint32) (share float64) {
+func (f *fleet) observe(latency, pending float64) (share float64) {
 	for {
 		old := f.means.Load()
 		mean, queue := fleetMeans(old)
 		count := min(old&fleetCountMask+1, fleetWindow)
 		share = fleetShare[count]
 		mean += (latency - mean) * share
-		queue += (float64(pending) - queue) * share
+		queue += (pending - queue) * share
 		if f.means.CompareAndSwap(old, bits32(mean, queue)&^fleetCountMask|count) {
 			return share
 		}

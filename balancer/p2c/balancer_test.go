@@ -505,7 +505,7 @@ func TestMetersSurviveNewParametersOfTheirMetric(t *testing.T) {
 	})
 }
 
-func TestMetersAreReplacedWhenTheMetricChanges(t *testing.T) {
+func TestAChangeOfTheMetricKeepsWhatIsInFlight(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		w.start(pendingConfig, some("a", "b")...)
 		var dones []func(balancer.DoneInfo)
@@ -516,8 +516,8 @@ func TestMetersAreReplacedWhenTheMetricChanges(t *testing.T) {
 		old, _ := w.cc.State()
 		w.start(constantConfig, some("a", "b")...)
 		w.start(pendingConfig, some("a", "b")...)
-		if got := w.p.totalLoad(); got != 0 {
-			t.Errorf("%v attempts in flight on new meters, want 0", got)
+		if got := w.p.totalLoad(); got != 4 {
+			t.Errorf("%v attempts in flight on new meters, want the 4 from before", got)
 		}
 		for _, done := range dones {
 			done(success)
@@ -598,14 +598,17 @@ func TestEveryMeterIsClosedWhenItsEndpointOrItsMetricIsGone(t *testing.T) {
 }
 
 // openMeters is a metric that counts its meters.
-type openMeters struct{ open int }
+type openMeters struct {
+	load.MetricBase
+	open int
+}
 
 func (m *openMeters) build() (load.Metric, error) { return m, nil }
 func (m *openMeters) adopt(old load.Metric) bool  { return old == m }
 
-func (m *openMeters) NewMeter() load.Meter {
+func (m *openMeters) NewMeter(e load.Endpoint) load.Meter {
 	m.open++
-	return countedMeter{load.NewPendingRequests().NewMeter(), m}
+	return countedMeter{load.NewPendingRequests().NewMeter(e), m}
 }
 
 type countedMeter struct {
@@ -622,12 +625,11 @@ func TestEndpointsConnectInAnOrderThatBeginsAnywhere(t *testing.T) {
 		first := make(map[string]int)
 		es := endpoints(5)
 		for range 500 {
-			w.start(`{}`, es...)
-			for _, e := range es {
-				if a := e.Addresses[0].Addr; (*w.p.all.Load())[0] == w.endpoint(a) {
-					first[a]++
-				}
-			}
+			other := newWorld(t)
+			other.start(`{}`, es...)
+			first[other.cc.first]++
+			other.b.Close()
+			other.settle()
 		}
 		checkUniform(t, "which endpoint is first", first, len(es))
 	})

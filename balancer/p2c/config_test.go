@@ -148,15 +148,47 @@ func TestConfigIgnoresUnknownFields(t *testing.T) {
 	}
 }
 
-// A metric of a later version is not silently another one: within "load" an
-// unknown name leaves none, and that is the documented default.
-func TestConfigOfAnUnknownMetricIsTheDefault(t *testing.T) {
-	c, err := parseConfig(json.RawMessage(`{"load":{"clairvoyance":{}}}`))
-	if err != nil {
-		t.Fatal(err)
+// A metric that is not known is not silently another one.
+func TestConfigOfAnUnknownMetricListsTheKnownOnes(t *testing.T) {
+	for _, js := range []string{`{"load":{"clairvoyance":{}}}`, `{"load":{"clairvoyance":{},"peakEwma":null}}`, `{"load":{"peakewma":{"decay":"1s"}}}`} {
+		_, err := parseConfig(json.RawMessage(js))
+		if err == nil || !strings.Contains(err.Error(), "expectedLatency, peakEwma, pendingRequests, constant") {
+			t.Errorf("%s: error is %v, want one that lists the metrics", js, err)
+		}
 	}
-	if _, ok := c.metric.(expectedLatency); !ok {
-		t.Errorf("metric is %T, want expectedLatency", c.metric)
+}
+
+func TestConfigExplainsWhatDoesNotFit(t *testing.T) {
+	for _, test := range []struct{ json, want string }{
+		{`{"load":{"peakEwma":{"decay":10}}}`, `load.peakEwma.decay: 10, must be a duration in seconds, such as "1.5s"`},
+		{`{"load":{"peakEwma":{"decay":"500ms"}}}`, `load.peakEwma.decay: "500ms", must be a duration in seconds, such as "1.5s"`},
+		{`{"load":"peakEwma"}`, `load: "peakEwma", must be an object`},
+		{`{"choiceCount":"two"}`, `choiceCount: "two", must be an integer of at least 0`},
+		{`{"failureCodes":[14]}`, `failureCodes[0]: 14, must be a string`},
+		{`{"load":{"peakEwma":{},"constant":{}}}`, `load.peakEwma: set beside constant, must be set alone`},
+		{`{"load":{"custom":{"name":"x","config":1}}}`, `load.custom.config: 1, must be an object`},
+		{`{"choiceCount":3,}`, `at byte 18`},
+		{`[]`, `[], must be an object`},
+	} {
+		_, err := parseConfig(json.RawMessage(test.json))
+		if err == nil || !strings.HasPrefix(err.Error(), "belfry.p2c: ") || !strings.HasSuffix(err.Error(), test.want) {
+			t.Errorf("%s: error is %v, want %s", test.json, err, test.want)
+		}
+	}
+}
+
+func TestConfigLogsAnUnknownFieldOnce(t *testing.T) {
+	for range 2 {
+		for _, js := range []string{`{"logged1":1,"load":{"peakEwma":{"logged2":2}}}`, `{"load":{"peakEwma":{"logged2":3,"decay":"1s"},"logged3":{}}}`} {
+			if _, err := parseConfig(json.RawMessage(js)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, path := range []string{" logged1 ", " load.peakEwma.logged2 ", " load.logged3 "} {
+		if got := logs.with(path); len(got) != 1 {
+			t.Errorf("field %s was logged as %q, want once", path, got)
+		}
 	}
 }
 
@@ -265,9 +297,48 @@ func FuzzParseConfig(f *testing.F) {
 		if err != nil {
 			t.Fatalf("the metric of an accepted config: %v", err)
 		}
-		if l := m.NewMeter().Load(0); !(l >= 0 && l <= math.MaxFloat64) {
+		if l := m.NewMeter(load.Endpoint{}).Load(load.Query{Weight: 1}).Cost; !(l >= 0 && l <= math.MaxFloat64) {
 			t.Errorf("load of a new endpoint is %v, want finite and at least 0", l)
 		}
 		checkRoundTrip(t, string(js), c)
 	})
+}
+
+func init() {
+	load.Register("test", func(config json.RawMessage) (load.Metric, error) {
+		var c struct{ Load float64 }
+		if err := json.Unmarshal(config, &c); err != nil {
+			return nil, err
+		}
+		return load.NewConstant(c.Load)
+	})
+}
+
+func TestConfigOfARegisteredMetric(t *testing.T) {
+	c, err := parseConfig([]byte(`{"load":{"custom":{"name":"test","config":{"load":7,"x":[1]}}}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := must(c.metric.build())
+	if got := m.NewMeter(load.Endpoint{}).Load(load.Query{Weight: 1}).Cost; got != 7 {
+		t.Errorf("load of an endpoint is %v, want 7 as configured", got)
+	}
+	same := must(parseConfig([]byte(`{"load":{"custom":{"config":{"x":[1],"load":7e0},"name":"test"}}}`)))
+	if !same.metric.adopt(m) {
+		t.Error("the metric was not kept under the same config")
+	}
+	for _, js := range []string{`{"load":{"custom":{"name":"test"}}}`, `{"load":{"constant":{"load":7}}}`} {
+		if must(parseConfig([]byte(js))).metric.adopt(m) {
+			t.Errorf("the metric was kept under %s", js)
+		}
+	}
+	for js, want := range map[string]string{
+		`{"load":{"custom":{"name":"tset"}}}`:                         `load.custom.name: tset, must be a registered metric, of which there are ["test"]`,
+		`{"load":{"custom":{"name":"test","config":{"load":-1}}}}`:    "load.custom.load: -1, must be finite and at least 0",
+		`{"load":{"custom":{"name":"test","config":{"load":"one"}}}}`: "load.custom: ",
+	} {
+		if _, err := parseConfig([]byte(js)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error for %s is %v, want it to contain %q", js, err, want)
+		}
+	}
 }

@@ -25,18 +25,47 @@ import (
 type candidate struct {
 	meter  load.Meter
 	child  balancer.Picker
+	tally  *tally       // the endpoint's
 	id     uint64       // the endpoint's
 	weight load.Weight  // at least 1
 	slot   atomic.Int32 // in the READY set, or notReady
-	_      [16]byte
+	_      [8]byte
 }
 
 // newCandidate makes the candidate of a READY endpoint. The caller holds
 // policy.mu.
 func newCandidate(ep *endpoint) *candidate {
-	c := &candidate{meter: ep.meter, child: ep.reported.Load().Picker, id: ep.id, weight: max(ep.weight, 1)}
+	c := &candidate{meter: ep.meter, child: ep.reported.Load().Picker, tally: &ep.tally, id: ep.id, weight: max(ep.weight, 1)}
 	c.slot.Store(notReady)
 	return c
+}
+
+// load returns what the meter says of the endpoint now.
+func (c *candidate) load(now load.Instant) load.Estimate { return c.meter.Load(c.query(now)) }
+
+func (c *candidate) query(now load.Instant) load.Query {
+	attempts, streams := c.tally.read()
+	return load.Query{Now: now, InFlight: attempts, Streams: streams, Weight: 1}
+}
+
+// tally counts what is in flight to an endpoint, exactly: the attempts, and by
+// themselves the open streams, which have had a response.
+type tally struct{ word atomic.Int64 }
+
+const (
+	oneAttempt = 1
+	oneStream  = 1 << 32
+)
+
+func (t *tally) add(n int64) { t.word.Add(n) }
+
+// read returns the attempts in flight and the open streams.
+func (t *tally) read() (attempts, streams int) {
+	// Between the response and the end of a stream that both come at this moment,
+	// one of the counts may be below zero.
+	w := t.word.Load()
+	attempts = int(int32(w))
+	return max(attempts, 0), max(int((w-int64(attempts))>>32), 0)
 }
 
 // picker picks the least loaded of a few READY endpoints: config.choices of them
@@ -112,9 +141,13 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	} else {
 		k = b.picks.Get().(*pick)
 		h = &k.handle
+		if k.uses++; k.uses&(k.uses-1) == 0 { // seldom, as it may take a while
+			b.untracked(info.FullMethodName)
+		}
 	}
 	k.picker, k.candidate, k.ctx, k.tried, k.inner = p, c, info.Ctx, tried, result.Done
-	k.ticket = c.meter.Start(now)
+	k.ticket = c.meter.Start(load.Attempt{Query: c.query(now), Method: info.FullMethodName, Stream: track != nil && track.stream})
+	c.tally.add(oneAttempt)
 	if track != nil {
 		track.begin(k)
 	}
@@ -203,7 +236,7 @@ func (p *picker) chooseOfTwo(now load.Instant) *candidate {
 	}
 	// Both are fetched before the first is measured: see selection.
 	wa, wb := a.weight, b.weight
-	la, lb := a.meter.Load(now), b.meter.Load(now)
+	la, lb := a.load(now).Cost, b.load(now).Cost
 	if wa != wb {
 		la, lb = wa.Divide(la), wb.Divide(lb)
 	}
@@ -274,7 +307,7 @@ const dearer = 10
 // price returns the load of a candidate times a factor. By pendingRequests an idle endpoint
 // counts as one with an attempt in flight, because it would cost nothing however dear.
 func (p *picker) price(c *candidate, now load.Instant, factor float64) float64 {
-	l := c.meter.Load(now)
+	l := c.load(now).Cost
 	if p.config.counts {
 		l = max(l, 1)
 	}
@@ -329,7 +362,7 @@ func (s *selection) looksAt(c *candidate) bool {
 // weight, never by the order in which they were added.
 func (s *selection) least(now load.Instant) *candidate {
 	for i, c := range s.seen[:s.count] {
-		l := c.meter.Load(now)
+		l := c.load(now).Cost
 		if c.weight != 1 {
 			l = c.weight.Divide(l)
 		}
@@ -405,6 +438,7 @@ type pick struct {
 	ctx       context.Context
 	tried     *attempt.Tried
 	inner     func(balancer.DoneInfo) // the child's Done
+	uses      uint32                  // how many attempts without a tracker it was
 
 	// Of a pick with a tracker.
 	track  *tracker
@@ -464,10 +498,11 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	}
 }
 
-// respond says that the first message of a stream has arrived.
+// respond says that the first response of a stream has arrived.
 func (k *pick) respond() {
 	if k.state.CompareAndSwap(0, pickResponded) {
-		k.candidate.meter.Respond(k.picker.now(), k.ticket)
+		k.candidate.tally.add(oneStream - oneAttempt)
+		k.candidate.meter.Respond(load.Response{Now: k.picker.now(), Ticket: k.ticket})
 	}
 }
 
@@ -484,7 +519,12 @@ func (k *pick) finish(now load.Instant, o load.Outcome) {
 	if !responded && (o == load.Cancelled || o == load.NotSent) {
 		k.picker.policy.metrics.sampleDropped(o)
 	}
-	k.candidate.meter.Finish(now, load.Sample{Ticket: k.ticket, Outcome: o, Responded: responded})
+	if responded {
+		k.candidate.tally.add(-oneStream)
+	} else {
+		k.candidate.tally.add(-oneAttempt)
+	}
+	k.candidate.meter.Finish(load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded})
 	if k.track == nil {
 		k.picker, k.candidate, k.ctx, k.tried, k.inner = nil, nil, nil, nil, nil
 		k.pool.Put(k)

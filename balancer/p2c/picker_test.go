@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"runtime"
 	"sync"
@@ -109,7 +110,7 @@ func TestChoicesAreDistinct(t *testing.T) {
 				a := w.list[i].Addresses[0].Addr
 				busy[a] = true
 				for range 100 {
-					w.endpoint(a).meter.Start(0)
+					w.endpoint(a).busy(1)
 				}
 			}
 			for range 2000 {
@@ -159,7 +160,7 @@ func TestSamplesAreUniform(t *testing.T) {
 				a := e.Addresses[0].Addr
 				rank[a] = i
 				for range i * 10 {
-					w.endpoint(a).meter.Start(0)
+					w.endpoint(a).busy(1)
 				}
 			}
 			got := make([]int, test.n)
@@ -233,7 +234,7 @@ func TestMemoryKeepsTheBestOfTheLastPick(t *testing.T) {
 			idle := w.list[42].Addresses[0].Addr
 			for i, e := range w.list {
 				if i != 42 {
-					w.endpoint(e.Addresses[0].Addr).meter.Start(0)
+					w.endpoint(e.Addresses[0].Addr).busy(1)
 				}
 			}
 			got := w.counts(picks)[idle]
@@ -259,7 +260,7 @@ func TestMemoryIsCarriedOverToANewConfig(t *testing.T) {
 		idle := w.list[42].Addresses[0].Addr
 		for i, e := range w.list {
 			if i != 42 {
-				w.endpoint(e.Addresses[0].Addr).meter.Start(0)
+				w.endpoint(e.Addresses[0].Addr).busy(1)
 			}
 		}
 		for { // until it is found; 10,000 picks miss it with a probability of 1e-88
@@ -298,7 +299,7 @@ func TestMemoryFollowsAnEndpointThatChanges(t *testing.T) {
 			idle := w.list[42].Addresses[0].Addr
 			for i, e := range w.list {
 				if i != 42 {
-					w.endpoint(e.Addresses[0].Addr).meter.Start(0)
+					w.endpoint(e.Addresses[0].Addr).busy(1)
 				}
 			}
 			for { // until it is found; 10,000 picks miss it with a probability of 1e-88
@@ -434,7 +435,7 @@ func TestATriedEndpointIsPassedOverWhileAnotherIsReady(t *testing.T) {
 				}
 				last := w.endpoint(w.list[n-1].Addresses[0].Addr)
 				for range 8 {
-					last.meter.Start(0)
+					last.busy(1)
 				}
 				for range 100 {
 					a, done, err := w.pickWith(tried(before...))
@@ -467,7 +468,7 @@ func TestATriedEndpointIsPickedWhereTheOthersAreMuchBusier(t *testing.T) {
 							flying = 15 * (busy + 1)
 						}
 						for range flying {
-							ep.meter.Start(0)
+							ep.busy(1)
 						}
 					}
 					for range 20 {
@@ -978,13 +979,13 @@ func TestAttemptsSideBySideLeaveNothingInFlight(t *testing.T) {
 // DialOptions below a layer that repeats calls.
 func TestWhatAnOuterLayerTriedIsPassedOverToo(t *testing.T) {
 	ctx := new(attempt.Series).Context(t.Context(), "/s/m", "")
-	err := trackUnary(ctx, "/s/m", nil, nil, nil, func(inner context.Context, _ string, _, _ any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
+	err := new(interceptors).unary(ctx, "/s/m", nil, nil, nil, func(inner context.Context, _ string, _, _ any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
 		if got := attempt.FromContext(inner, "/s/m", "", 0).Tried; got != ctx.Info.Tried {
 			t.Errorf("the endpoints tried are %p, want the outer layer's %p", got, ctx.Info.Tried)
 		}
-		return nil
+		return io.EOF
 	})
-	if err != nil {
+	if err != io.EOF {
 		t.Error(err)
 	}
 }

@@ -82,11 +82,12 @@ func newWire(t *testing.T, servers []*testserver.Server, c wireConfig) *wire {
 	opts := append([]grpc.DialOption{
 		grpc.WithResolvers(w.r),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultServiceConfig(fmt.Sprintf(c.service, fmt.Sprintf(`{"belfry.p2c":{%s}}`, recorder))),
 	}, c.opts...)
 	if !c.untracked {
 		opts = append(opts, DialOptions()...)
 	}
+	// The last one counts.
+	opts = append(opts, grpc.WithDefaultServiceConfig(fmt.Sprintf(c.service, fmt.Sprintf(`{"belfry.p2c":{%s}}`, recorder))))
 	conn, err := grpc.NewClient("belfrytest:///"+w.target, opts...)
 	if err != nil {
 		t.Fatal(err)
@@ -466,7 +467,7 @@ func TestWireEarlyRejectionsAreFailures(t *testing.T) {
 	})
 }
 
-func TestWireAStreamsLatencyEndsAtItsFirstResponseAndItIsPendingToItsEnd(t *testing.T) {
+func TestWireAStreamIsAnAttemptInFlightUntilItsFirstResponse(t *testing.T) {
 	t.Parallel()
 	w := newWire(t, newServers(t, 1), wireConfig{policy: `"load":{"pendingRequests":{}}`})
 	s, err := w.client.Bidi(testContext(t))
@@ -482,8 +483,8 @@ func TestWireAStreamsLatencyEndsAtItsFirstResponseAndItIsPendingToItsEnd(t *test
 		}
 	}
 	p := policiesOf(w.target)[0]
-	if got := p.totalLoad(); got != 1 {
-		t.Errorf("%v attempts in flight while the stream goes on, want 1", got)
+	if attempts, streams := p.inFlight(); attempts != 0 || streams != 1 {
+		t.Errorf("%d attempts in flight and %d open streams while the stream goes on, want 0 and 1", attempts, streams)
 	}
 	if err := s.CloseSend(); err != nil {
 		t.Fatal(err)

@@ -61,7 +61,8 @@ func (o *panicky) Further(string, string, interceptor.FurtherAttempt)         { 
 func (o *panicky) HedgeFired(string, string)                                  { o.panic("HedgeFired") }
 func (o *panicky) HedgeWon(string, string)                                    { o.panic("HedgeWon") }
 func (o *panicky) Budget(string, float64)                                     { o.panic("Budget") }
-func (o *panicky) Limit(string, float64)                                      { o.panic("Limit") }
+func (o *panicky) Limit(interceptor.LimitState)                               { o.panic("Limit") }
+func (o *panicky) Observes(*interceptor.Stack)                                {}
 
 // flaky fails one call of three, and takes its time for one of four.
 type flaky struct{}

@@ -60,7 +60,7 @@ type bridge struct {
 	faults     int       // how many there were
 
 	published  bool                       // there was a first set
-	endpoints  []resolver.Endpoint        // as last published
+	endpoints  []resolver.Endpoint        // as last published; nobody else's slice
 	parsed     *serviceconfig.ParseResult // as last published
 	configJSON string                     // parsed last, with the result in config, good or bad
 	config     *serviceconfig.ParseResult
@@ -253,13 +253,28 @@ func (b *bridge) flush(now time.Time) {
 	parsed, badConfig := b.parse(set.serviceConfig)
 	// A set that was rejected is offered again: by the time the source has
 	// something to say the policy, or its config, may be another.
-	if !b.published || b.rejections > 0 || parsed != b.parsed || !slices.EqualFunc(endpoints, b.endpoints, equalEndpoints) {
+	if changed := b.take(endpoints); changed || !b.published || b.rejections > 0 || parsed != b.parsed {
 		b.publish(endpoints, parsed, now)
 	}
 	if badConfig != nil {
 		b.report(badConfig)
 	}
 	b.reportFaults()
+}
+
+// take makes the endpoints those that were published last, and reports whether they differ
+// from the ones before. It writes only what differs.
+func (b *bridge) take(endpoints []resolver.Endpoint) (changed bool) {
+	if len(endpoints) != len(b.endpoints) {
+		b.endpoints = slices.Clone(endpoints)
+		return true
+	}
+	for i := range endpoints {
+		if !equalEndpoints(endpoints[i], b.endpoints[i]) {
+			b.endpoints[i], changed = endpoints[i], true
+		}
+	}
+	return changed
 }
 
 func (b *bridge) publish(endpoints []resolver.Endpoint, parsed *serviceconfig.ParseResult, now time.Time) {
@@ -271,7 +286,7 @@ func (b *bridge) publish(endpoints []resolver.Endpoint, parsed *serviceconfig.Pa
 	if b.cfg.addresses {
 		state.Addresses = addressesOf(endpoints)
 	}
-	b.published, b.endpoints, b.parsed = true, endpoints, parsed
+	b.published, b.parsed = true, parsed
 	err := b.cc.UpdateState(state)
 	if err == nil {
 		b.rejections, b.nudgeAt = 0, time.Time{}

@@ -237,6 +237,9 @@ func keyed(endpoints []resolver.Endpoint) (map[string]resolver.Endpoint, error) 
 // equalEndpoints reports whether two endpoints would be the same to a
 // balancing policy and to the connections below it.
 func equalEndpoints(a, b resolver.Endpoint) (equal bool) {
+	if len(a.Addresses) == len(b.Addresses) && len(a.Addresses) > 0 && &a.Addresses[0] == &b.Addresses[0] && a.Attributes == b.Attributes {
+		return true
+	}
 	// Attributes without an Equal are compared with ==, which panics on maps,
 	// slices and functions. What cannot be compared counts as changed.
 	defer func() {

@@ -9,11 +9,9 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
-	"slices"
 	"time"
 
 	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/resolver"
 )
 
 // watchEnv is what the resolver tells the sources below it, nested ones
@@ -147,43 +145,6 @@ func watchOnce(ctx context.Context, src Source, emit func(watchEvent) bool) (syn
 	return synced, ended && !stopped
 }
 
-// An entry is an endpoint as it will be published.
-type entry struct {
-	endpoint resolver.Endpoint // with its key
-	id       string            // addressID
-}
-
-// A snapshot is what one watch has said so far.
-type snapshot struct {
-	entries       map[string]entry
-	serviceConfig string
-}
-
-func newSnapshot() *snapshot {
-	return &snapshot{entries: make(map[string]entry)}
-}
-
-// endpoints returns the set as it is published: in the order of the keys, each
-// set of addresses once.
-func (s *snapshot) endpoints() []resolver.Endpoint {
-	keys := make([]string, 0, len(s.entries))
-	for k := range s.entries {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	endpoints := make([]resolver.Endpoint, 0, len(keys))
-	seen := make(map[string]struct{}, len(keys))
-	for _, k := range keys {
-		e := s.entries[k]
-		if _, ok := seen[e.id]; ok {
-			continue
-		}
-		seen[e.id] = struct{}{}
-		endpoints = append(endpoints, e.endpoint)
-	}
-	return endpoints
-}
-
 // A tracker knows the state of one supervised source: the last complete set,
 // and the set that the running watch is still putting together. It has no lock
 // and no clock; its owner, one goroutine, has them.
@@ -225,10 +186,9 @@ func (t *tracker) apply(c Change) (live bool, err error) {
 		if err := checkEndpoint(c.Endpoint); err != nil {
 			return false, fmt.Errorf("ignored %v(%q): %w", c.Op, c.Key, err)
 		}
-		ep := SetKey(c.Endpoint, c.Key)
-		set.entries[c.Key] = entry{endpoint: ep, id: addressID(ep)}
+		set.insert(c.Key, c.Endpoint)
 	case OpRemove:
-		delete(set.entries, c.Key)
+		set.remove(c.Key)
 	case OpServiceConfig:
 		set.serviceConfig = c.ServiceConfig
 	default:

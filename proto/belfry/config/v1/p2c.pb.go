@@ -17,6 +17,7 @@ import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	durationpb "google.golang.org/protobuf/types/known/durationpb"
+	structpb "google.golang.org/protobuf/types/known/structpb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -140,6 +141,7 @@ type Load struct {
 	//	*Load_PeakEwma
 	//	*Load_PendingRequests
 	//	*Load_Constant
+	//	*Load_Custom
 	Metric        isLoad_Metric `protobuf_oneof:"metric"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -218,6 +220,15 @@ func (x *Load) GetConstant() *Constant {
 	return nil
 }
 
+func (x *Load) GetCustom() *Custom {
+	if x != nil {
+		if x, ok := x.Metric.(*Load_Custom); ok {
+			return x.Custom
+		}
+	}
+	return nil
+}
+
 type isLoad_Metric interface {
 	isLoad_Metric()
 }
@@ -243,6 +254,12 @@ type Load_Constant struct {
 	Constant *Constant `protobuf:"bytes,4,opt,name=constant,proto3,oneof"`
 }
 
+type Load_Custom struct {
+	// A metric of the program's own, which it has registered in Go with
+	// load.Register.
+	Custom *Custom `protobuf:"bytes,5,opt,name=custom,proto3,oneof"`
+}
+
 func (*Load_ExpectedLatency) isLoad_Metric() {}
 
 func (*Load_PeakEwma) isLoad_Metric() {}
@@ -250,6 +267,8 @@ func (*Load_PeakEwma) isLoad_Metric() {}
 func (*Load_PendingRequests) isLoad_Metric() {}
 
 func (*Load_Constant) isLoad_Metric() {}
+
+func (*Load_Custom) isLoad_Metric() {}
 
 // ExpectedLatency estimates what one more call to an endpoint will take:
 //
@@ -471,7 +490,7 @@ func (x *PeakEwma) GetFailurePenalty() float64 {
 }
 
 // PendingRequests is the number of calls in flight: a call weighs one from when
-// it is sent to its end, which is the end of the stream for a streaming call.
+// it is sent to its end, a stream to its first response.
 type PendingRequests struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -557,23 +576,80 @@ func (x *Constant) GetLoad() float64 {
 	return 0
 }
 
+// Custom is a metric that the program has registered.
+type Custom struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name under which it is registered.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What the metric is configured with, in a form of its own. Unset: an empty
+	// object.
+	Config        *structpb.Struct `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Custom) Reset() {
+	*x = Custom{}
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Custom) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Custom) ProtoMessage() {}
+
+func (x *Custom) ProtoReflect() protoreflect.Message {
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Custom.ProtoReflect.Descriptor instead.
+func (*Custom) Descriptor() ([]byte, []int) {
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Custom) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Custom) GetConfig() *structpb.Struct {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
 var File_belfry_config_v1_p2c_proto protoreflect.FileDescriptor
 
 const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\n" +
-	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1egoogle/protobuf/duration.proto\"\xb7\x01\n" +
+	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xb7\x01\n" +
 	"\x03P2C\x12&\n" +
 	"\fchoice_count\x18\x01 \x01(\rH\x00R\vchoiceCount\x88\x01\x01\x12\x1b\n" +
 	"\x06memory\x18\x02 \x01(\rH\x01R\x06memory\x88\x01\x01\x12*\n" +
 	"\x04load\x18\x03 \x01(\v2\x16.belfry.config.v1.LoadR\x04load\x12#\n" +
 	"\rfailure_codes\x18\x04 \x03(\tR\ffailureCodesB\x0f\n" +
 	"\r_choice_countB\t\n" +
-	"\a_memory\"\xa5\x02\n" +
+	"\a_memory\"\xd9\x02\n" +
 	"\x04Load\x12N\n" +
 	"\x10expected_latency\x18\x01 \x01(\v2!.belfry.config.v1.ExpectedLatencyH\x00R\x0fexpectedLatency\x129\n" +
 	"\tpeak_ewma\x18\x02 \x01(\v2\x1a.belfry.config.v1.PeakEwmaH\x00R\bpeakEwma\x12N\n" +
 	"\x10pending_requests\x18\x03 \x01(\v2!.belfry.config.v1.PendingRequestsH\x00R\x0fpendingRequests\x128\n" +
-	"\bconstant\x18\x04 \x01(\v2\x1a.belfry.config.v1.ConstantH\x00R\bconstantB\b\n" +
+	"\bconstant\x18\x04 \x01(\v2\x1a.belfry.config.v1.ConstantH\x00R\bconstant\x122\n" +
+	"\x06custom\x18\x05 \x01(\v2\x18.belfry.config.v1.CustomH\x00R\x06customB\b\n" +
 	"\x06metric\"\xb1\x03\n" +
 	"\x0fExpectedLatency\x12(\n" +
 	"\rprior_samples\x18\x01 \x01(\x01H\x00R\fpriorSamples\x88\x01\x01\x12*\n" +
@@ -599,7 +675,10 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\x0fPendingRequests\",\n" +
 	"\bConstant\x12\x17\n" +
 	"\x04load\x18\x01 \x01(\x01H\x00R\x04load\x88\x01\x01B\a\n" +
-	"\x05_loadB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
+	"\x05_load\"M\n" +
+	"\x06Custom\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
+	"\x06config\x18\x02 \x01(\v2\x17.google.protobuf.StructR\x06configB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
 
 var (
 	file_belfry_config_v1_p2c_proto_rawDescOnce sync.Once
@@ -613,7 +692,7 @@ func file_belfry_config_v1_p2c_proto_rawDescGZIP() []byte {
 	return file_belfry_config_v1_p2c_proto_rawDescData
 }
 
-var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_belfry_config_v1_p2c_proto_goTypes = []any{
 	(*P2C)(nil),                 // 0: belfry.config.v1.P2C
 	(*Load)(nil),                // 1: belfry.config.v1.Load
@@ -621,22 +700,26 @@ var file_belfry_config_v1_p2c_proto_goTypes = []any{
 	(*PeakEwma)(nil),            // 3: belfry.config.v1.PeakEwma
 	(*PendingRequests)(nil),     // 4: belfry.config.v1.PendingRequests
 	(*Constant)(nil),            // 5: belfry.config.v1.Constant
-	(*durationpb.Duration)(nil), // 6: google.protobuf.Duration
+	(*Custom)(nil),              // 6: belfry.config.v1.Custom
+	(*durationpb.Duration)(nil), // 7: google.protobuf.Duration
+	(*structpb.Struct)(nil),     // 8: google.protobuf.Struct
 }
 var file_belfry_config_v1_p2c_proto_depIdxs = []int32{
-	1, // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
-	2, // 1: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
-	3, // 2: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
-	4, // 3: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
-	5, // 4: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
-	6, // 5: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
-	6, // 6: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
-	6, // 7: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	1,  // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
+	2,  // 1: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
+	3,  // 2: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
+	4,  // 3: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
+	5,  // 4: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
+	6,  // 5: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
+	7,  // 6: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
+	7,  // 7: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
+	7,  // 8: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
+	8,  // 9: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
+	10, // [10:10] is the sub-list for method output_type
+	10, // [10:10] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_belfry_config_v1_p2c_proto_init() }
@@ -650,6 +733,7 @@ func file_belfry_config_v1_p2c_proto_init() {
 		(*Load_PeakEwma)(nil),
 		(*Load_PendingRequests)(nil),
 		(*Load_Constant)(nil),
+		(*Load_Custom)(nil),
 	}
 	file_belfry_config_v1_p2c_proto_msgTypes[2].OneofWrappers = []any{}
 	file_belfry_config_v1_p2c_proto_msgTypes[3].OneofWrappers = []any{}
@@ -660,7 +744,7 @@ func file_belfry_config_v1_p2c_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_belfry_config_v1_p2c_proto_rawDesc), len(file_belfry_config_v1_p2c_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
