@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/adapt"
@@ -202,7 +203,10 @@ func awaitState(t testing.TB, cc *grpc.ClientConn, want connectivity.State) {
 // eofStream has ended.
 type eofStream struct{ grpc.ClientStream }
 
-func (eofStream) RecvMsg(any) error { return io.EOF }
+func (eofStream) RecvMsg(any) error            { return io.EOF }
+func (eofStream) Header() (metadata.MD, error) { return eofHeader, nil }
+
+var eofHeader = metadata.Pairs("content-type", "application/grpc")
 
 func openEOF(t testing.TB, stream grpc.StreamClientInterceptor) func() {
 	cc := readyConn(t)

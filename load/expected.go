@@ -232,9 +232,9 @@ type expectedMeter struct {
 	metric *ExpectedLatency
 	// waiting is the sum of the weights of the attempts in flight.
 	waiting atomic.Int64
-	mean   atomic.Uint64 // S and N, two float32
-	heard  atomic.Uint64 // the last sample: when, in heardUnitBits, and which of the channel's, 32 bits each
-	ages   ages
+	mean    atomic.Uint64 // S and N, two float32
+	heard   atomic.Uint64 // the last sample: when, in heardUnitBits, and which of the channel's, 32 bits each
+	ages    ages
 }
 
 // Times of samples are kept in units of about a millisecond. They wrap: after 26
