@@ -42,6 +42,7 @@ type AIMD struct {
 	bounds
 	cfg   AIMDConfig
 	limit float64
+	why   string // Why the limit went down last.
 	recovery
 }
 
@@ -83,12 +84,19 @@ func (a *AIMD) Limit() int64 { return int64(a.limit) }
 // SetLimit moves the limit to n, or to the nearest bound.
 func (a *AIMD) SetLimit(n int64) { a.limit = a.clamp(float64(n)) }
 
+// Explain says why the limit went down. AIMD compares no latencies.
+func (a *AIMD) Explain() State { return State{Lowered: a.why} }
+
 // OnSample applies the formulas above.
 func (a *AIMD) OnSample(s Sample) {
 	switch {
 	case s.Result == Dropped || s.Result != Void && a.cfg.Timeout > 0 && s.RTT > a.cfg.Timeout:
 		if a.counts(s) {
 			a.limit = a.clamp(a.limit * a.cfg.BackoffRatio)
+			a.why = becauseDrop
+			if s.Result != Dropped {
+				a.why = becauseLatency
+			}
 		}
 	case s.Result == Succeeded && float64(s.InFlight)*2 >= float64(a.Limit()):
 		a.limit = a.clamp(a.limit + a.cfg.Increase/a.limit)

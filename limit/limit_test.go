@@ -96,6 +96,9 @@ func TestAIMDTimeout(t *testing.T) {
 	f := newFeed(must[*limit.AIMD](t)(limit.NewAIMD(limit.AIMDConfig{Initial: 30, Timeout: 50 * ms})))
 	f.round(0, 51*ms, 0)
 	check(t, "successes over the timeout", f.Limit(), 27, 27)
+	if got := f.Algorithm.(limit.Explainer).Explain(); got != (limit.State{Lowered: "latency"}) {
+		t.Errorf("the algorithm thinks %+v, want only that the latency lowered the limit", got)
+	}
 	f.round(0, 50*ms, 0)
 	check(t, "successes at the timeout", f.Limit(), 27, 28)
 	f.OnSample(limit.Sample{Start: f.now, RTT: 49 * ms, InFlight: 28, Result: limit.GivenUp})

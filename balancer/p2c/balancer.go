@@ -8,16 +8,15 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/grpc/attributes"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/balancer/base"
 	"google.golang.org/grpc/balancer/pickfirst"
 	"google.golang.org/grpc/connectivity"
-	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/grpclog"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
@@ -99,9 +98,13 @@ type policy struct {
 	handles  sync.Pool // of *handle, for trackers
 
 	// Used only by the methods of balancer.Balancer, whose calls are serialized.
-	endpoints *resolver.EndpointMap[*endpoint]
-	metric    load.Metric
-	updated   bool // an update was received
+	endpoints  *resolver.EndpointMap[*endpoint]
+	list       []listing              // of the last update
+	refused    []*endpoint            // whose children returned an error in the last update
+	received   *attributes.Attributes // of the last update
+	attributes *attributes.Attributes // what the children got of them; nil before the first
+	metric     load.Metric
+	updated    bool // an update was received
 
 	// Set by the first update, before there is an endpoint or a picker.
 	now     func() int64
@@ -190,58 +193,6 @@ func (b *policy) configure(cfg *config) error {
 		}
 	}
 	return nil
-}
-
-// updateEndpoints makes, updates and closes children so that there is one for
-// each endpoint of the state. It returns the first error of a child.
-func (b *policy) updateEndpoints(state resolver.State) error {
-	listed := resolver.NewEndpointMap[*endpoint]()
-	all := make([]*endpoint, 0, len(state.Endpoints))
-	attributes := pickfirst.EnableHealthListener(state).Attributes
-	var firstErr error
-	// Starting at a random endpoint keeps a fleet of clients from opening all its
-	// first connections to the same server.
-	for _, e := range rotate(state.Endpoints, b.random()) {
-		if len(e.Addresses) == 0 {
-			continue // its child would stay CONNECTING for ever
-		}
-		if _, ok := listed.Get(e); ok {
-			continue // the same addresses under another key
-		}
-		ep, ok := b.endpoints.Get(e)
-		if !ok {
-			ep = b.newEndpoint(e)
-		}
-		listed.Set(e, ep)
-		all = append(all, ep)
-		ep.setWeight(load.Weight(weight.FromEndpoint(e).Weight))
-		err := ep.update(balancer.ClientConnState{ResolverState: resolver.State{
-			Endpoints:  []resolver.Endpoint{e},
-			Attributes: attributes,
-		}})
-		if err != nil && firstErr == nil {
-			firstErr = err
-		}
-	}
-	for e, ep := range b.endpoints.All() {
-		if _, ok := listed.Get(e); !ok {
-			ep.close()
-		}
-	}
-	b.endpoints = listed
-	b.all.Store(&all)
-	if len(all) == 0 {
-		return balancer.ErrBadResolverState
-	}
-	return firstErr
-}
-
-func rotate(es []resolver.Endpoint, r uint64) []resolver.Endpoint {
-	if len(es) == 0 {
-		return es
-	}
-	k := int(r % uint64(len(es)))
-	return slices.Concat(es[k:], es[:k])
 }
 
 // ResolverError implements balancer.Balancer. Children that have addresses and

@@ -29,6 +29,14 @@ type endpoint struct {
 	addr   string // the first of its addresses
 	child  balancer.Balancer
 
+	// Used only by the methods of balancer.Balancer of the policy. See listing.
+	state    resolver.Endpoint // what the child has; none if it is to be called again
+	first    resolver.Endpoint // the first of its listings, if the update touched it
+	listings int
+	capacity uint64 // the sum of the weights of the listings
+	at       int    // the place of one of them in policy.list
+	touched  bool   // by the update that is running
+
 	// childMu serializes the calls to the child and guards closed. See policy.mu
 	// for the order.
 	childMu sync.Mutex

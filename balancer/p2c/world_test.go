@@ -39,6 +39,7 @@ type world struct {
 type channel struct {
 	lbtest.Channel
 	shutdown sync.Map // address → true
+	first    string   // the address of the first SubConn
 }
 
 func (c *channel) NewSubConn(addrs []resolver.Address, opts balancer.NewSubConnOptions) (balancer.SubConn, error) {
@@ -48,6 +49,9 @@ func (c *channel) NewSubConn(addrs []resolver.Address, opts balancer.NewSubConnO
 			c.shutdown.Store(addrs[0].Addr, true)
 		}
 		listener(s)
+	}
+	if c.first == "" {
+		c.first = addrs[0].Addr
 	}
 	c.shutdown.Delete(addrs[0].Addr)
 	return c.Channel.NewSubConn(addrs, opts)

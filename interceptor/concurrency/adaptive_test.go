@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -59,6 +60,46 @@ func TestUpdateAlgorithm(t *testing.T) {
 	})
 }
 
+// An observer is told of changed limits, with their keys and the reason.
+func TestObserverOfKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		obs := &limitObserver{}
+		l := newLayer(t, concurrency.Config{AIMD: &limit.AIMDConfig{}, KeyBy: interceptor.KeyBy{Method: true}})
+		stack := calltest.Stack(t, interceptor.Observe(obs), l)
+		c := stack.Wrap(calltest.Server(func(context.Context) error {
+			time.Sleep(20 * ms)
+			return status.Error(codes.Unavailable, "overloaded")
+		}))
+		for _, method := range []string{"/s/a", "/s/b", "/s/a", "/s/a"} {
+			c.Invoke(t.Context(), method, nil, nil)
+		}
+		want := []string{"/s/a: 20 ", "/s/b: 20 ", "/s/a: 18 drop 20ms", "/s/a: 16 drop 20ms"}
+		if got := obs.told; !slices.Equal(got, want) {
+			t.Errorf("the observer was told %q, want %q", got, want)
+		}
+		if len(obs.stacks) != 1 || obs.stacks[0] != stack {
+			t.Errorf("the observer knows %d stacks, want the one that it observes", len(obs.stacks))
+		}
+	})
+}
+
+// limitObserver takes notes of limits.
+type limitObserver struct {
+	interceptor.NopObserver
+	told   []string
+	stacks []*interceptor.Stack
+}
+
+func (o *limitObserver) Observes(s *interceptor.Stack) { o.stacks = append(o.stacks, s) }
+
+func (o *limitObserver) Limit(l interceptor.LimitState) {
+	text := fmt.Sprintf("%s: %d %s", l.Key, l.Limit, l.Lowered)
+	if l.Last.RTT > 0 {
+		text += fmt.Sprint(" ", l.Last.RTT)
+	}
+	o.told = append(o.told, text)
+}
+
 // Stats say what an algorithm thinks.
 func TestStatsOfAlgorithms(t *testing.T) {
 	for name, cfg := range map[string]concurrency.Config{
@@ -90,7 +131,7 @@ func TestStatsOfAlgorithms(t *testing.T) {
 				}
 				err = status.Error(codes.Unavailable, "overloaded")
 				calltest.Burst(c, 1)
-				if s := l.Stats(""); s.Lowered != "drop" {
+				if s := l.Stats(""); s.Lowered != "drop" || s.Last.Result != limit.Dropped || s.Last.RTT != takes {
 					t.Errorf("after a drop: %+v", s)
 				}
 			})

@@ -5,6 +5,7 @@ package concurrency
 
 import (
 	"context"
+	"iter"
 	"math"
 	"slices"
 	"strconv"
@@ -151,9 +152,13 @@ func WithName(name string) Option { return func(o *options) { o.name = name } }
 // even if there are permits for them: those are kept for the heavy call, unless the light
 // ones have a higher priority.
 //
-// Where calls may not wait, as inside a load shed, overload refuses nearly all heavy
-// calls, because light ones take each permit as it comes back. Give heavy calls a
-// higher priority there: permits are then kept for them, see [WithPriority].
+// Where calls may not wait, as inside a load shed, light calls would take each permit as
+// it comes back. So permits are kept for heavy calls there: of all costs about the same
+// share of the calls is admitted, if a heavy call comes every second or more often. Permits
+// are idle while they gather. With a limit of 10, every twentieth call of cost 5, and three
+// times the load, 26 % of the light and of the heavy calls are admitted, instead of 39 and
+// 0.3 %, and 78 % of the permits are in use, instead of 94 %. With a buffer between the
+// load shed and the limit they are not idle for want of a heavy call.
 func WithCost(cost func(ctx context.Context, a *interceptor.Admission) int64) Option {
 	return func(o *options) {
 		o.errs.NotNil(cost == nil, "WithCost", "a function")
@@ -414,51 +419,41 @@ func (l *Layer) String() string { return l.name }
 // Traits says that calls may wait for permits.
 func (l *Layer) Traits() interceptor.Traits { return interceptor.Waits }
 
-// Stats are the figures of one limit, and what its algorithm thinks.
-type Stats struct {
-	Limit   int64 // how many permits there are
-	InUse   int64 // how many of them calls hold; see [Layer.InUse]
-	Waiting int   // how many calls wait for permits
-
-	limit.State // what the algorithm thinks; zero if it is no [limit.Explainer]
-}
-
-func (lim *limiter) stats() (s Stats) {
-	s.Limit, s.InUse, s.Waiting = lim.permits.read()
-	return s
-}
-
-// allStats returns the stats with what the algorithm thinks.
-func (lim *limiter) allStats() Stats {
-	lim.mu.Lock()
-	defer lim.mu.Unlock()
-	s := lim.stats()
-	if e, ok := lim.algorithm.(limit.Explainer); ok {
-		s.State = e.Explain()
-	}
-	return s
-}
-
-// Stats returns the figures of the limit of a key; zero if there is none for it. Without
+// Stats returns the state of the limit of a key; zero if there is none for it. Without
 // [Config.KeyBy] there is one limit, whatever the key.
-func (l *Layer) Stats(key string) Stats {
+func (l *Layer) Stats(key string) interceptor.LimitState {
 	if l.keys == nil {
-		return l.one.allStats()
+		return l.one.state()
 	}
 	if lim, ok := l.keys.Peek(key); ok {
-		return lim.allStats()
+		return lim.state()
 	}
-	return Stats{}
+	return interceptor.LimitState{}
+}
+
+// Limits yields the states of all limits, in no order.
+func (l *Layer) Limits() iter.Seq[interceptor.LimitState] {
+	return func(yield func(interceptor.LimitState) bool) {
+		if l.keys == nil {
+			yield(l.one.state())
+			return
+		}
+		for _, lim := range l.keys.All() {
+			if !yield(lim.state()) {
+				return
+			}
+		}
+	}
 }
 
 // total adds up the figures of all limits, and takes the greatest of them as the limit.
-func (l *Layer) total() (t Stats) {
+func (l *Layer) total() (limit, inUse int64, waiting int) {
 	l.limiters(func(lim *limiter) error {
-		s := lim.stats()
-		t.Limit, t.InUse, t.Waiting = max(t.Limit, s.Limit), t.InUse+s.InUse, t.Waiting+s.Waiting
+		n, used, waits := lim.permits.read()
+		limit, inUse, waiting = max(limit, n), inUse+used, waiting+waits
 		return nil
 	})
-	return t
+	return limit, inUse, waiting
 }
 
 // Limit returns how many permits there are. With [Config.KeyBy] it is the number for
@@ -467,16 +462,23 @@ func (l *Layer) Limit() int64 {
 	if set := l.settings.Load(); !set.adaptive {
 		return set.limit
 	}
-	return l.total().Limit
+	n, _, _ := l.total()
+	return n
 }
 
 // InUse returns how many permits are held by calls, with [Config.KeyBy] those of all
 // keys. It exceeds Limit for a while after the limit has shrunk, and while a call runs
 // that costs more than the limit.
-func (l *Layer) InUse() int64 { return l.total().InUse }
+func (l *Layer) InUse() int64 {
+	_, n, _ := l.total()
+	return n
+}
 
 // Waiting returns how many calls wait for permits, with [Config.KeyBy] those of all keys.
-func (l *Layer) Waiting() int { return l.total().Waiting }
+func (l *Layer) Waiting() int {
+	_, _, n := l.total()
+	return n
+}
 
 // WrapGate returns the gate.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {

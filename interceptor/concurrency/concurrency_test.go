@@ -628,7 +628,7 @@ func (o *observer) add(format string, args ...any) {
 	defer o.mu.Unlock()
 	o.events = append(o.events, fmt.Sprintf(format, args...))
 }
-func (o *observer) Limit(layer string, n float64) { o.add("limit %s %v", layer, n) }
+func (o *observer) Limit(l interceptor.LimitState) { o.add("limit %s%s %v", l.Layer, l.Key, l.Limit) }
 func (o *observer) Waited(_, layer string, d time.Duration) {
 	o.add("waited %s %v", layer, d)
 }
@@ -674,17 +674,19 @@ func TestCoDelQueueEmptiedByCancellation(t *testing.T) {
 		slow := s.Wrap(calltest.Takes(20 * time.Millisecond))
 		ends := calltest.Begin(slow, 2) // The second waits for longer than the target,
 		ctx, cancel := context.WithCancel(context.Background())
-		third := invoke(ctx, slow) // and at its grant another one waits,
+		third, fourth := invoke(ctx, slow), invoke(ctx, slow) // and at its grant two others wait,
 		time.Sleep(25 * time.Millisecond)
-		cancel() // which gives up.
-		if err := <-third; calltest.Reason(err) != interceptor.ReasonCancelled {
-			t.Errorf("got %v, want CANCELLED", err)
+		cancel() // which give up.
+		for _, gone := range []<-chan error{third, fourth} {
+			if err := <-gone; calltest.Reason(err) != interceptor.ReasonCancelled {
+				t.Errorf("got %v, want CANCELLED", err)
+			}
 		}
 		ends()
 		time.Sleep(time.Hour)
 		// No queue has been standing for 100 ms.
-		calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(6*time.Millisecond)), 3),
-			calltest.OK(6*time.Millisecond), calltest.OK(12*time.Millisecond), calltest.OK(18*time.Millisecond))
+		calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(6*time.Millisecond)), 4),
+			calltest.OK(6*time.Millisecond), calltest.OK(12*time.Millisecond), calltest.OK(18*time.Millisecond), calltest.OK(24*time.Millisecond))
 		checkRest(t, l)
 	})
 }
@@ -761,7 +763,7 @@ func TestKeys(t *testing.T) {
 			c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 			a1, a2, b := invoke(tenant("a"), c), invoke(tenant("a"), c), invoke(tenant("b"), c)
 			synctest.Wait()
-			if got, want := l.Stats("a"), (concurrency.Stats{Limit: 1, InUse: 1, Waiting: 1}); got != want {
+			if got, want := l.Stats("a"), (interceptor.LimitState{Layer: "concurrency", Key: "a", Limit: 1, InUse: 1, Waiting: 1}); got != want {
 				t.Errorf("stats of a: %+v, want %+v", got, want)
 			}
 			if l.InUse() != 2 || l.Waiting() != 1 || l.Limit() != 1 {
@@ -801,7 +803,7 @@ func TestKeys(t *testing.T) {
 			// Those that have no call make room.
 			e, f := invoke(tenant("e"), c), invoke(tenant("f"), c)
 			synctest.Wait()
-			if l.Stats("e").InUse != 1 || l.Stats("f").InUse != 1 || l.Stats("a") != (concurrency.Stats{}) {
+			if l.Stats("e").InUse != 1 || l.Stats("f").InUse != 1 || l.Stats("a") != (interceptor.LimitState{}) {
 				t.Errorf("stats of e %+v, f %+v, a %+v; want limits of their own, and none", l.Stats("e"), l.Stats("f"), l.Stats("a"))
 			}
 			<-e

@@ -23,6 +23,7 @@ type limiter struct {
 
 	permits  permits
 	reserve  reserve
+	heavy    heavy
 	refusals atomic.Pointer[refusals]
 	observed atomic.Int64                  // The limit that an observer was last told.
 	limited  atomic.Bool                   // A call was refused, or had to wait, for want of a permit since the last sample.
@@ -32,6 +33,7 @@ type limiter struct {
 	// permits.mu is taken under it.
 	mu        sync.Mutex
 	algorithm limit.Algorithm // Nil for a fixed limit.
+	last      limit.Sample    // What it learnt last.
 }
 
 // refusals are the refusals of one configuration. Each is made when it is first needed.
@@ -165,7 +167,7 @@ func (lim *limiter) acquire(ctx context.Context, a *interceptor.Admission, w int
 	p, in := &lim.permits, a.Internals()
 	slot := in.Slot()
 	final := w == interceptor.None && !in.Trying()
-	if final && lim.reserve.active.Load() {
+	if final && (lim.reserve.active.Load() || lim.heavy.active.Load()) {
 		return lim.acquireReserving(ctx, a, cost, slot)
 	}
 	inUse, ok := int64(0), false
@@ -182,7 +184,11 @@ func (lim *limiter) acquire(ctx context.Context, a *interceptor.Admission, w int
 	}
 	lim.holdBack()
 	if final {
-		lim.reserve.refused(lim.layer.priority(ctx, a), inUse, p.limit.Load(), a.Now)
+		priority := lim.layer.priority(ctx, a)
+		lim.reserve.refused(priority, inUse, p.limit.Load(), a.Now)
+		if cost > 1 {
+			lim.heavy.arrived(cost, priority, false, a.Now())
+		}
 	}
 	return 0, lim.refuse(noneFree)
 }
@@ -195,24 +201,40 @@ func (lim *limiter) holdBack() {
 }
 
 // acquireReserving takes permits for a call that may not wait, where some are kept
-// for higher priorities.
+// for higher priorities or for heavier calls.
 func (lim *limiter) acquireReserving(ctx context.Context, a *interceptor.Admission, cost int64, slot interceptor.Slot) (level int64, err error) {
 	p, rank := &lim.permits, lim.layer.rank(ctx, a)
-	n := p.limit.Load()
-	keep := min(lim.reserve.against(rank.Priority, a.Now()), n-1)
-	ok, inUse := false, p.inUse()
-	if slot == nil {
-		inUse, ok = p.take(cost, keep)
+	n, now := p.limit.Load(), a.Now()
+	keep, owed, weighs := int64(0), int64(0), lim.heavy.active.Load()
+	if lim.reserve.active.Load() {
+		keep = min(lim.reserve.against(rank.Priority, now), n-1)
 	}
-	if ok || p.fits(cost, keep, inUse) && p.takeLocked(cost, keep, rank, slot) {
-		return lim.reserve.admitted(rank.Priority, cost, a.Now()), nil
+	if weighs {
+		owed = lim.heavy.against(cost, rank.Priority, now)
+	}
+	ok, inUse := false, p.inUse()
+	if owed < n { // Otherwise a heavy call waits until nothing else runs.
+		keep := max(keep, owed)
+		if slot == nil {
+			inUse, ok = p.take(cost, keep)
+		}
+		ok = ok || p.fits(cost, keep, inUse) && p.takeLocked(cost, keep, rank, slot)
+	}
+	if weighs {
+		lim.heavy.arrived(cost, rank.Priority, ok, now)
+	}
+	if ok {
+		return lim.reserve.admitted(rank.Priority, cost, now), nil
 	}
 	lim.holdBack()
 	lim.reserve.refused(rank.Priority, inUse, n, a.Now)
-	if p.fits(cost, 0, inUse) {
-		return 0, lim.refuse(reserved)
+	switch {
+	case !p.fits(cost, 0, inUse):
+		return 0, lim.refuse(noneFree)
+	case p.fits(cost, keep, inUse):
+		return 0, lim.refuse(owedToHeavy)
 	}
-	return 0, lim.refuse(noneFree)
+	return 0, lim.refuse(reserved)
 }
 
 // wait waits for permits.
@@ -298,6 +320,8 @@ func (rs *refusals) text(why refused) string {
 		text = "no permit is free"
 	case reserved:
 		text = "the free permits are kept for higher priorities"
+	case owedToHeavy:
+		text = "the free permits are kept for a call that costs more"
 	}
 	if rs.limit >= 0 {
 		if detail != "" {
@@ -379,6 +403,7 @@ func (lim *limiter) sample(token int64, e interceptor.End) {
 	}
 	s.InFlight = lim.permits.inUse()
 	lim.algorithm.OnSample(s)
+	lim.last = s
 	if n := limitOf(lim.algorithm); n != lim.permits.limit.Load() {
 		lim.permits.setLimit(n)
 	}
@@ -387,13 +412,28 @@ func (lim *limiter) sample(token int64, e interceptor.End) {
 // limitOf returns a's limit, within what the layer can enforce.
 func limitOf(a limit.Algorithm) int64 { return min(max(a.Limit(), 1), maxLimit) }
 
+// state returns what the limit does and thinks.
+func (lim *limiter) state() interceptor.LimitState {
+	lim.mu.Lock()
+	defer lim.mu.Unlock()
+	l := lim.layer
+	st := interceptor.LimitState{Layer: l.name, Key: lim.key, ByMethod: l.settings.Load().config.KeyBy.Method, Last: lim.last}
+	st.Limit, st.InUse, st.Waiting = lim.permits.read()
+	if e, ok := lim.algorithm.(limit.Explainer); ok {
+		st.State = e.Explain()
+	}
+	return st
+}
+
 // observe reports a changed limit to the observer of a call. Limits change at the end of
-// calls, where there is no observer, so the next call reports it. The limits of keys are
-// not reported, because an observer knows one limit per layer.
+// calls, where there is no observer, so the next call reports it.
 func (lim *limiter) observe(a *interceptor.Admission) {
+	if !a.Internals().Observed() {
+		return
+	}
 	n := lim.permits.limit.Load()
-	if was := lim.observed.Load(); was != n && lim.layer.keys == nil && lim.observed.CompareAndSwap(was, n) {
-		a.Observer().Limit(lim.layer.name, float64(n))
+	if was := lim.observed.Load(); was != n && lim.observed.CompareAndSwap(was, n) {
+		a.Observer().Limit(lim.state())
 	}
 }
 

@@ -60,7 +60,8 @@ func (o *panicky) Further(string, string, interceptor.FurtherAttempt)         { 
 func (o *panicky) HedgeFired(string, string)                                  { o.panic("HedgeFired") }
 func (o *panicky) HedgeWon(string, string)                                    { o.panic("HedgeWon") }
 func (o *panicky) Budget(string, float64)                                     { o.panic("Budget") }
-func (o *panicky) Limit(string, float64)                                      { o.panic("Limit") }
+func (o *panicky) Limit(interceptor.LimitState)                               { o.panic("Limit") }
+func (o *panicky) Observes(*interceptor.Stack)                                {}
 
 // flaky fails every third call, and takes its time for every second one.
 type flaky struct{ n atomic.Int64 }
