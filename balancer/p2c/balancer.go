@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
 
+	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/simenv"
 	"github.com/belfry-go/belfry/internal/slab"
 	"github.com/belfry-go/belfry/load"
@@ -110,6 +111,8 @@ type policy struct {
 	now     func() int64
 	random  func() uint64
 	metrics *metrics
+
+	warned atomic.Bool // of streams without a tracker
 
 	// all is the endpoints of the last update, for the picker of a channel that
 	// has none READY. The slice is not changed.
@@ -232,6 +235,14 @@ func (b *policy) Close() {
 	b.mu.Unlock()
 	for _, ep := range b.endpoints.All() {
 		ep.close()
+	}
+}
+
+// untracked is told of some of the calls without a tracker, and logs the first that is a
+// stream.
+func (b *policy) untracked(method string) {
+	if !b.warned.Load() && attempt.Streams(method) && !b.warned.Swap(true) {
+		logger.Warningf("%s: %s is a stream, and the channel has no p2c.DialOptions: all its life counts as its latency", b.opts.Target.String(), method)
 	}
 }
 

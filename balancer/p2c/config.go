@@ -7,12 +7,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/serviceconfig"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
+	"github.com/belfry-go/belfry/internal/jsonfault"
 	"github.com/belfry-go/belfry/load"
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
@@ -70,11 +73,19 @@ type config struct {
 func (c *config) MarshalJSON() ([]byte, error) { return protojson.Marshal(c.message) }
 
 // parseConfig parses the proto3 JSON form of belfry.config.v1.P2C. Unknown
-// fields are ignored, as the service config demands (gRFC A21).
+// fields are ignored, as the service config demands (gRFC A21), and logged, but for a
+// metric: none that is known would be what was meant.
 func parseConfig(js json.RawMessage) (*config, error) {
 	m := &configv1.P2C{}
 	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(js, m); err != nil {
+		ignore := func(string, protoreflect.MessageDescriptor) error { return nil }
+		if f := jsonfault.Find(js, m.ProtoReflect().Descriptor(), ignore); f != nil {
+			return nil, fmt.Errorf("%s: %s%w", Name, prefix(f.Path), f.Err)
+		}
 		return nil, fmt.Errorf("%s: cannot parse config %s: %w", Name, js, err)
+	}
+	if err := checkUnknown(js, m); err != nil {
+		return nil, err
 	}
 	c := &config{
 		message:        m,
@@ -144,6 +155,55 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		}
 	}
 	return c, nil
+}
+
+func prefix(path string) string {
+	if path == "" {
+		return ""
+	}
+	return path + ": "
+}
+
+// checkUnknown returns an error if load names no metric that is known, and logs the other
+// fields that are not known, each once.
+func checkUnknown(js json.RawMessage, m *configv1.P2C) error {
+	f := jsonfault.Find(js, m.ProtoReflect().Descriptor(), func(path string, in protoreflect.MessageDescriptor) error {
+		metrics := in.Oneofs().ByName("metric")
+		if metrics != nil && m.GetLoad().GetMetric() == nil {
+			return fmt.Errorf("unknown metric, must be one of %s", jsonfault.Names(metrics.Fields()))
+		}
+		if ignored.first(path) {
+			logger.Warningf("ignored the unknown field %s of a config, which may have %s", path, jsonfault.Names(in.Fields()))
+		}
+		return nil
+	})
+	if f != nil {
+		return fmt.Errorf("%s: %s%w", Name, prefix(f.Path), f.Err)
+	}
+	return nil
+}
+
+// ignored is the paths of the unknown fields that were logged.
+var ignored firsts
+
+// firsts tells what is seen for the first time. It remembers 1,000 things, and takes what
+// comes after them for seen.
+type firsts struct {
+	mu   sync.Mutex // guards seen
+	seen map[string]bool
+}
+
+func (f *firsts) first(what string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.seen[what] || len(f.seen) >= 1000 {
+		return false
+	}
+	if f.seen == nil {
+		f.seen = make(map[string]bool)
+	}
+	f.seen[what] = true
+	return true
 }
 
 func configError(field string, value any, rule string) error {

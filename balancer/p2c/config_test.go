@@ -160,15 +160,47 @@ func TestConfigIgnoresUnknownFields(t *testing.T) {
 	}
 }
 
-// A metric of a later version is not silently another one: within "load" an
-// unknown name leaves none, and that is the documented default.
-func TestConfigOfAnUnknownMetricIsTheDefault(t *testing.T) {
-	c, err := parseConfig(json.RawMessage(`{"load":{"clairvoyance":{}}}`))
-	if err != nil {
-		t.Fatal(err)
+// A metric that is not known is not silently another one.
+func TestConfigOfAnUnknownMetricListsTheKnownOnes(t *testing.T) {
+	for _, js := range []string{`{"load":{"clairvoyance":{}}}`, `{"load":{"clairvoyance":{},"peakEwma":null}}`, `{"load":{"peakewma":{"decay":"1s"}}}`} {
+		_, err := parseConfig(json.RawMessage(js))
+		if err == nil || !strings.Contains(err.Error(), "expectedLatency, peakEwma, pendingRequests, constant") {
+			t.Errorf("%s: error is %v, want one that lists the metrics", js, err)
+		}
 	}
-	if _, ok := c.metric.(expectedLatency); !ok {
-		t.Errorf("metric is %T, want expectedLatency", c.metric)
+}
+
+func TestConfigExplainsWhatDoesNotFit(t *testing.T) {
+	for _, test := range []struct{ json, want string }{
+		{`{"load":{"peakEwma":{"decay":10}}}`, `load.peakEwma.decay: 10, must be a duration in seconds, such as "1.5s"`},
+		{`{"load":{"peakEwma":{"decay":"500ms"}}}`, `load.peakEwma.decay: "500ms", must be a duration in seconds, such as "1.5s"`},
+		{`{"load":"peakEwma"}`, `load: "peakEwma", must be an object`},
+		{`{"choiceCount":"two"}`, `choiceCount: "two", must be an integer of at least 0`},
+		{`{"failureCodes":[14]}`, `failureCodes[0]: 14, must be a string`},
+		{`{"load":{"peakEwma":{},"constant":{}}}`, `load.peakEwma: set beside constant, must be set alone`},
+		{`{"load":{"custom":{"name":"x","config":1}}}`, `load.custom.config: 1, must be an object`},
+		{`{"choiceCount":3,}`, `at byte 18`},
+		{`[]`, `[], must be an object`},
+	} {
+		_, err := parseConfig(json.RawMessage(test.json))
+		if err == nil || !strings.HasPrefix(err.Error(), "belfry.p2c: ") || !strings.HasSuffix(err.Error(), test.want) {
+			t.Errorf("%s: error is %v, want %s", test.json, err, test.want)
+		}
+	}
+}
+
+func TestConfigLogsAnUnknownFieldOnce(t *testing.T) {
+	for range 2 {
+		for _, js := range []string{`{"logged1":1,"load":{"peakEwma":{"logged2":2}}}`, `{"load":{"peakEwma":{"logged2":3,"decay":"1s"},"logged3":{}}}`} {
+			if _, err := parseConfig(json.RawMessage(js)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, path := range []string{" logged1 ", " load.peakEwma.logged2 ", " load.logged3 "} {
+		if got := logs.with(path); len(got) != 1 {
+			t.Errorf("field %s was logged as %q, want once", path, got)
+		}
 	}
 }
 

@@ -11,22 +11,25 @@
 // round_robin or least_request would be used, and above all where servers are not
 // equally fast, slow down at times, or fail.
 //
-// Choose it in the service config, and give its DialOptions to the channel:
+// DialOptions choose it, and let it see what a picker does not:
 //
 //	conn, err := grpc.NewClient("example:///orders", append(p2c.DialOptions(),
-//		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`),
 //		grpc.WithTransportCredentials(insecure.NewCredentials()),
 //		grpc.WithResolvers(discovery),
 //	)...)
 //
-// A program that does not use DialOptions must import the package all the same,
-// for the policy registers itself:
+// To configure it, name it in the service config, which the resolver delivers or which
+// comes after DialOptions:
+//
+//	grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{"choiceCount":4}}]}`)
+//
+// A program that does not use DialOptions must import the package, because the policy
+// registers itself:
 //
 //	import _ "github.com/belfry-go/belfry/balancer/p2c"
 //
-// Without that import grpc fails on a loadBalancingConfig that lists no other
-// policy, and takes pick_first without a word for the old loadBalancingPolicy
-// field.
+// Without that import gRPC fails on a loadBalancingConfig that lists no other
+// policy, and silently takes pick_first for the old loadBalancingPolicy field.
 //
 // # Config
 //
@@ -42,7 +45,8 @@
 // for the other metrics, as in Tower. Without failureCodes they are UNKNOWN,
 // DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE and
 // DATA_LOSS. A value out of its range is an error that names field, value and
-// rule; unknown fields are ignored. A new config takes effect at once, and the
+// rule, and so is a load that names no known metric; other unknown fields are ignored and
+// logged. A new config takes effect at once, and the
 // meters keep what they know unless the kind of metric changes.
 //
 // The weight of an endpoint (google.golang.org/grpc/experimental/balancer/weight)

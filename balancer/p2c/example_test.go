@@ -21,8 +21,8 @@ import (
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
-// The policy is chosen in the service config. DialOptions let it see the true end
-// of calls and the first response of streams.
+// DialOptions choose the policy, and let it see the true end of calls and the first
+// response of streams.
 func Example() {
 	// Three servers, one of which is a hundred times slower than the others.
 	servers, err := testserver.StartCluster(3, func(i int) []testserver.Option {
@@ -36,7 +36,6 @@ func Example() {
 	discovery.InitialState(resolver.State{Endpoints: servers.Endpoints()})
 
 	conn, err := grpc.NewClient("example:///orders", append(p2c.DialOptions(),
-		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithResolvers(discovery),
 	)...)

@@ -7,14 +7,19 @@ import (
 	"context"
 	"encoding/json"
 	"flag"
+	"fmt"
+	"io"
 	"math/rand/v2"
+	"os"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/grpclog"
 	"google.golang.org/grpc/serviceconfig"
 
 	"github.com/belfry-go/belfry/load"
@@ -25,7 +30,35 @@ func TestMain(m *testing.M) {
 	// things that tests ask for: which policies were built for a target, and what
 	// they told their meters.
 	balancer.Register(observedBuilder{})
+	grpclog.SetLoggerV2(&logs)
 	goleak.VerifyTestMain(m)
+}
+
+// logs notes the warnings of the policy, and drops the rest but for errors.
+var logs = logNotes{LoggerV2: grpclog.NewLoggerV2(io.Discard, io.Discard, os.Stderr)}
+
+type logNotes struct {
+	grpclog.LoggerV2
+	mu    sync.Mutex // guards notes
+	notes []string
+}
+
+func (l *logNotes) Warningln(args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.notes = append(l.notes, fmt.Sprint(args...))
+}
+
+// with returns the warnings that have all the texts.
+func (l *logNotes) with(texts ...string) (notes []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, n := range l.notes {
+		if !slices.ContainsFunc(texts, func(t string) bool { return !strings.Contains(n, t) }) {
+			notes = append(notes, n)
+		}
+	}
+	return notes
 }
 
 var seedFlag = flag.Uint64("seed", 0, "seed of the randomised tests; 0 draws one")

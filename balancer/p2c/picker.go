@@ -229,6 +229,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	} else {
 		k = b.picks.Get().(*pick)
 		h = &k.handle
+		if k.uses++; k.uses&(k.uses-1) == 0 { // seldom, as it may take a while
+			b.untracked(info.FullMethodName)
+		}
 	}
 	k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner = p, c, c.meter.Load(), info.Ctx, tried, result.Done
 	if p.config.timeless && !k.meter.timeless { // the metric has just changed
@@ -667,6 +670,7 @@ type pick struct {
 	ctx       context.Context
 	tried     *attempt.Tried
 	inner     func(balancer.DoneInfo) // the child's Done
+	uses      uint32                  // how many attempts without a tracker it was
 
 	// Of a pick with a tracker.
 	track  *tracker

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"runtime"
 	"sync"
@@ -987,13 +988,13 @@ func TestAttemptsSideBySideLeaveNothingInFlight(t *testing.T) {
 // DialOptions below a layer that repeats calls.
 func TestWhatAnOuterLayerTriedIsPassedOverToo(t *testing.T) {
 	ctx := new(attempt.Series).Context(t.Context(), "/s/m", "")
-	err := trackUnary(ctx, "/s/m", nil, nil, nil, func(inner context.Context, _ string, _, _ any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
+	err := new(interceptors).unary(ctx, "/s/m", nil, nil, nil, func(inner context.Context, _ string, _, _ any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
 		if got := attempt.FromContext(inner, "/s/m", "", 0).Tried; got != ctx.Info.Tried {
 			t.Errorf("the endpoints tried are %p, want the outer layer's %p", got, ctx.Info.Tried)
 		}
-		return nil
+		return io.EOF
 	})
-	if err != nil {
+	if err != io.EOF {
 		t.Error(err)
 	}
 }

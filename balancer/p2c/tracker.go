@@ -93,13 +93,28 @@ func (t *tracker) end(err error) {
 	}
 }
 
-func trackUnary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) (err error) {
-	t := newTracker(ctx, method, cc)
-	defer func() { t.end(err) }()
-	return invoker(&t.attempt, method, req, reply, cc, opts...)
+// interceptors are those of a channel.
+type interceptors struct {
+	warned atomic.Bool // that another policy balances its calls
 }
 
-func trackStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+// check warns, once, if a call was answered that the policy has not picked for.
+func (i *interceptors) check(t *tracker, cc *grpc.ClientConn) {
+	if t.current.Load() == nil && !i.warned.Load() && !i.warned.Swap(true) {
+		logger.Warningf("%s: calls have p2c.DialOptions, but another policy balances them: the service config in use does not name %s in its loadBalancingConfig", cc.CanonicalTarget(), Name)
+	}
+}
+
+func (i *interceptors) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) (err error) {
+	t := newTracker(ctx, method, cc)
+	defer func() { t.end(err) }()
+	if err = invoker(&t.attempt, method, req, reply, cc, opts...); err == nil {
+		i.check(t, cc)
+	}
+	return err
+}
+
+func (i *interceptors) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	t := newTracker(ctx, method, cc)
 	t.stream = true
 	// OnFinish is called once, with the true status, also for a stream that nobody
@@ -110,6 +125,7 @@ func trackStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn
 		t.end(err)
 		return nil, err
 	}
+	i.check(t, cc)
 	return &trackedStream{ClientStream: s, track: t}, nil
 }
 

@@ -81,11 +81,12 @@ func newWire(t *testing.T, servers []*testserver.Server, c wireConfig) *wire {
 	opts := append([]grpc.DialOption{
 		grpc.WithResolvers(w.r),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultServiceConfig(fmt.Sprintf(c.service, fmt.Sprintf(`{"belfry.p2c":{%s}}`, recorder))),
 	}, c.opts...)
 	if !c.untracked {
 		opts = append(opts, DialOptions()...)
 	}
+	// The last one counts.
+	opts = append(opts, grpc.WithDefaultServiceConfig(fmt.Sprintf(c.service, fmt.Sprintf(`{"belfry.p2c":{%s}}`, recorder))))
 	conn, err := grpc.NewClient("belfrytest:///"+w.target, opts...)
 	if err != nil {
 		t.Fatal(err)
