@@ -73,7 +73,9 @@ func (m *counted) query(now Instant) Query {
 
 func (m *counted) Load(now Instant) float64 { return m.Meter.Load(m.query(now)).Cost }
 
-func (m *counted) Start(now Instant) Ticket { return m.start(Attempt{Query: m.query(now), Method: "/test/Call"}) }
+func (m *counted) Start(now Instant) Ticket {
+	return m.start(Attempt{Query: m.query(now), Method: "/test/Call"})
+}
 
 func (m *counted) start(a Attempt) Ticket {
 	t := m.Meter.Start(a)

@@ -23,6 +23,7 @@ import (
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/simenv"
+	"github.com/belfry-go/belfry/internal/slab"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -126,12 +127,14 @@ type policy struct {
 	// An update from above sets inhibit, lets go of mu, goes through the children
 	// one by one, and at the end publishes once. Meanwhile children report to
 	// their endpoint and to the READY set, but nothing is published.
-	mu        sync.Mutex
-	inhibit   bool
-	closed    bool
-	picker    *picker // the current config's
-	count     [connectivity.Shutdown + 1]int
-	published connectivity.State // what cc was told last; SHUTDOWN before
+	mu         sync.Mutex
+	inhibit    bool
+	closed     bool
+	picker     *picker // the current config's
+	ready      readySet
+	candidates slab.Slab[candidate]
+	count      [connectivity.Shutdown + 1]int
+	published  connectivity.State // what cc was told last; SHUTDOWN before
 }
 
 // UpdateClientConnState implements balancer.Balancer.
@@ -183,15 +186,14 @@ func (b *policy) configure(cfg *config) error {
 	defer b.mu.Unlock()
 	b.inhibit = true
 	old := b.picker
-	b.picker = &picker{policy: b, config: cfg}
-	if old != nil && !fresh {
-		b.picker.ready = old.ready
+	b.picker = &picker{policy: b, config: cfg, metric: b.metric, ready: &b.ready}
+	if old != nil {
 		b.picker.remember(old)
-		return nil
 	}
-	b.picker.ready = &readySet{}
-	for _, ep := range b.endpoints.All() {
-		ep.remeasureLocked(b.metric)
+	if fresh {
+		for _, ep := range b.endpoints.All() {
+			ep.measureLocked(b.picker, b.metric)
+		}
 	}
 	return nil
 }

@@ -876,5 +876,5 @@ func (w *wire) meterOf(s *testserver.Server) load.Meter {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return ep.meter
+	return ep.candidate.meter.Load().Meter
 }
