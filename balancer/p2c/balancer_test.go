@@ -759,6 +759,9 @@ func TestEveryMetricIsRecordedWithItsLabels(t *testing.T) {
 		r.want(t, "two READY, one failed", map[string]int64{
 			"endpoints READY": 2, "endpoints TRANSIENT_FAILURE": 1, "endpoints CONNECTING": 0,
 		})
+		for _, a := range []string{"a", "b"} { // the failure below must not be all that is known
+			w.endpoint(a).candidate.meter.Load().note(everAnswered)
+		}
 		for _, info := range []balancer.DoneInfo{
 			success,
 			{BytesSent: true, Err: errors.New("broken")},
