@@ -345,22 +345,6 @@ func TestAuthorityOnTheWire(t *testing.T) {
 	}
 }
 
-func TestWithSourceThatCannotWorkFailsCallsWithTheReason(t *testing.T) {
-	for _, tt := range []struct {
-		opt  grpc.DialOption
-		want string
-	}{
-		{discover.WithSource(nil), "the source is nil"},
-		{discover.WithSource(must(discover.List()), discover.WithSyncTimeout(-1)), "WithSyncTimeout: -1ns: must be positive"},
-	} {
-		_, err := call(testContext(t), dialTarget(t, "belfry:///orders", tt.opt))
-		if status.Code(err) != codes.Unavailable {
-			t.Errorf("code = %v, want Unavailable", status.Code(err))
-		}
-		wantError(t, err, tt.want)
-	}
-}
-
 func TestRegisteredSchemeOpensTheSourceOfTheTarget(t *testing.T) {
 	s := startServer(t)
 	scheme := fmt.Sprint("belfry-test-", time.Now().UnixNano()) // there is no way to unregister one
