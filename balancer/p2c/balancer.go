@@ -105,9 +105,11 @@ type policy struct {
 	received   *attributes.Attributes // of the last update
 	attributes *attributes.Attributes // what the children got of them; nil before the first
 	metric     load.Metric
-	updated    bool // an update was received
+	updated    bool                // an update was received
+	met        bool                // an endpoint was listed
+	recalled   map[string]*measure // kept from an earlier policy, until the first endpoints are there
 
-	// Set by the first update, before there is an endpoint or a picker.
+	// Set before there is an endpoint.
 	now     func() int64
 	random  func() uint64
 	metrics *metrics
@@ -149,10 +151,12 @@ func (b *policy) UpdateClientConnState(ccs balancer.ClientConnState) error {
 	if !b.updated {
 		b.firstUpdate(ccs.ResolverState)
 	}
+	b.recallMeters(cfg, ccs.ResolverState.Endpoints)
 	if err := b.configure(cfg); err != nil {
 		return err
 	}
 	err := b.updateEndpoints(ccs.ResolverState)
+	b.forgetRecalled()
 
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -233,8 +237,9 @@ func (b *policy) Close() {
 	b.mu.Lock()
 	b.inhibit, b.closed = true, true
 	b.mu.Unlock()
+	b.keepMeters()
 	for _, ep := range b.endpoints.All() {
-		ep.close()
+		ep.close(b.opts.ChannelzParent != nil)
 	}
 }
 
