@@ -273,7 +273,7 @@ func TestWaitReadyWithRealConnection(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	if err := belfry.WaitReady(ctx, conn); err != nil {
 		t.Errorf("WaitReady = %v, want nil", err)

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/attributes"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/balancer/base"
@@ -105,14 +106,24 @@ type policy struct {
 	received   *attributes.Attributes // of the last update
 	attributes *attributes.Attributes // what the children got of them; nil before the first
 	metric     load.Metric
-	updated    bool // an update was received
+	updated    bool                // an update was received
+	met        bool                // an endpoint was listed
+	recalled   map[string]*measure // kept from an earlier policy, until the first endpoints are there
 
-	// Set by the first update, before there is an endpoint or a picker.
+	// Set before there is an endpoint.
 	now     func() int64
 	random  func() uint64
 	metrics *metrics
 
 	warned atomic.Bool // of streams without a tracker
+
+	// conn is the channel, once a call with a tracker has been picked for.
+	conn atomic.Pointer[grpc.ClientConn]
+
+	// countMu guards rotated and the counts of all endpoints, for snapshots. Nothing is
+	// locked under it.
+	countMu sync.Mutex
+	rotated time.Time // when shares began to be counted
 
 	// all is the endpoints of the last update, for the picker of a channel that
 	// has none READY. The slice is not changed.
@@ -149,10 +160,12 @@ func (b *policy) UpdateClientConnState(ccs balancer.ClientConnState) error {
 	if !b.updated {
 		b.firstUpdate(ccs.ResolverState)
 	}
+	b.recallMeters(cfg, ccs.ResolverState.Endpoints)
 	if err := b.configure(cfg); err != nil {
 		return err
 	}
 	err := b.updateEndpoints(ccs.ResolverState)
+	b.forgetRecalled()
 
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -168,6 +181,7 @@ func (b *policy) firstUpdate(state resolver.State) {
 	if e := simenv.From(state.Attributes); e != nil {
 		b.now, b.random = e.Now, e.Uint64
 	}
+	live.Store(b, nil)
 }
 
 // configure applies a config to the endpoints that are there, and inhibits
@@ -233,8 +247,10 @@ func (b *policy) Close() {
 	b.mu.Lock()
 	b.inhibit, b.closed = true, true
 	b.mu.Unlock()
+	live.Delete(b)
+	b.keepMeters()
 	for _, ep := range b.endpoints.All() {
-		ep.close()
+		ep.close(b.opts.ChannelzParent != nil)
 	}
 }
 

@@ -49,12 +49,18 @@ type endpoint struct {
 	// keeps what is in flight.
 	candidate *candidate
 
+	addresses []string
+	counts    counts // guarded by policy.countMu
+
 	// Guarded by policy.mu.
 	gone bool // the resolver lists it no more; reports are ignored
 }
 
 func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep := &endpoint{ClientConn: b.cc, policy: b, id: identities.Add(1), addr: e.Addresses[0].Addr}
+	for _, a := range e.Addresses {
+		ep.addresses = append(ep.addresses, a.Addr)
+	}
 	ep.reported.Store(&balancer.State{
 		ConnectivityState: connectivity.Connecting,
 		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
@@ -65,7 +71,11 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep.candidate.id = ep.id
 	ep.candidate.slot.Store(notReady)
 	ep.candidate.weight.Store(1)
-	ep.measureLocked(b.picker, b.metric)
+	if m := b.recallLocked(e); m != nil {
+		ep.candidate.meter.Store(m)
+	} else {
+		ep.measureLocked(b.picker, b.metric)
+	}
 	b.mu.Unlock()
 	b.metrics.moved(connectivity.Shutdown, connectivity.Connecting)
 	ep.child = b.children.Build(ep, b.opts)
@@ -147,8 +157,9 @@ func (ep *endpoint) update(ccs balancer.ClientConnState) error {
 	return ep.child.UpdateClientConnState(ccs)
 }
 
-// close takes the endpoint out of the policy and closes the child.
-func (ep *endpoint) close() {
+// close takes the endpoint out of the policy and closes the child. The meter is closed
+// unless it is kept.
+func (ep *endpoint) close(keep bool) {
 	b := ep.policy
 	b.mu.Lock()
 	from := ep.moveLocked(balancer.State{
@@ -156,7 +167,9 @@ func (ep *endpoint) close() {
 		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
 	})
 	ep.gone = true
-	ep.candidate.meter.Load().Close()
+	if !keep {
+		ep.candidate.meter.Load().Close()
+	}
 	b.mu.Unlock()
 	b.metrics.moved(from, connectivity.Shutdown)
 
