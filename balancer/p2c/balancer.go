@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/attributes"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/balancer/base"
@@ -116,6 +117,14 @@ type policy struct {
 
 	warned atomic.Bool // of streams without a tracker
 
+	// conn is the channel, once a call with a tracker has been picked for.
+	conn atomic.Pointer[grpc.ClientConn]
+
+	// countMu guards rotated and the counts of all endpoints, for snapshots. Nothing is
+	// locked under it.
+	countMu sync.Mutex
+	rotated time.Time // when shares began to be counted
+
 	// all is the endpoints of the last update, for the picker of a channel that
 	// has none READY. The slice is not changed.
 	all atomic.Pointer[[]*endpoint]
@@ -172,6 +181,7 @@ func (b *policy) firstUpdate(state resolver.State) {
 	if e := simenv.From(state.Attributes); e != nil {
 		b.now, b.random = e.Now, e.Uint64
 	}
+	live.Store(b, nil)
 }
 
 // configure applies a config to the endpoints that are there, and inhibits
@@ -237,6 +247,7 @@ func (b *policy) Close() {
 	b.mu.Lock()
 	b.inhibit, b.closed = true, true
 	b.mu.Unlock()
+	live.Delete(b)
 	b.keepMeters()
 	for _, ep := range b.endpoints.All() {
 		ep.close(b.opts.ChannelzParent != nil)

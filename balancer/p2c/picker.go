@@ -37,7 +37,7 @@ type candidate struct {
 	heard  atomic.Uint32                  // when the endpoint was heard of last, in heardBits
 	weight atomic.Uint32                  // at least 1
 	slot   atomic.Int32                   // in the READY set, or notReady
-	_      [4]byte
+	picks  atomic.Uint32                  // written with tally
 }
 
 // measure is a meter and what the policy has to know besides.
@@ -46,12 +46,32 @@ type measure struct {
 	timeless bool // it has no use for the time
 	// health is what the attempts so far were, of everAnswered and everFailed.
 	health atomic.Uint32
+
+	failures atomic.Uint64
+	failure  atomic.Pointer[failure]
 }
 
 const (
 	everAnswered = 1 << iota
 	everFailed
 )
+
+// A failure is how an attempt failed.
+type failure struct {
+	at  load.Instant
+	err error
+}
+
+// failed counts a failure, and notes one in 100 ms at most, because that allocates.
+func (m *measure) failed(now load.Instant, err error) {
+	m.note(everFailed)
+	m.failures.Add(1)
+	if f := m.failure.Load(); f == nil || time.Duration(now-f.at) >= noteAfter {
+		m.failure.Store(&failure{now, err})
+	}
+}
+
+const noteAfter = 100 * time.Millisecond
 
 // note notes that an attempt was answered, or failed.
 func (m *measure) note(what uint32) {
@@ -239,9 +259,13 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	}
 	k.ticket = k.meter.Start(load.Attempt{Query: c.query(p, now, call.class), Method: info.FullMethodName, Stream: call.stream})
 	c.tally.add(oneAttempt)
+	c.picks.Add(1)
 	c.changed()
 	if track != nil {
 		track.begin(k)
+		if b.conn.Load() == nil && track.conn != nil {
+			b.conn.Store(track.conn)
+		}
 	}
 	b.metrics.picked()
 	if tried != nil {
@@ -711,13 +735,13 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	now := k.now()
 	switch {
 	case info.Err == nil && info.BytesSent && k.track == nil: // as classify would say
-		k.finish(now, load.Completed)
+		k.finish(now, load.Completed, nil)
 	case !info.BytesSent:
 		outcome := classifyUnsent(k.ctx, info, k.picker.config.failures)
 		if outcome == load.NotSent && k.tried != nil {
 			k.tried.Remove(k.candidate.id)
 		}
-		k.finish(now, outcome)
+		k.finish(now, outcome, info.Err)
 	case info.Err == nil && k.track != nil:
 		k.doneAt = now
 		k.track.await(k)
@@ -726,7 +750,7 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 		if outcome == load.NotSent && k.tried != nil {
 			k.tried.Remove(k.candidate.id)
 		}
-		k.finish(now, outcome)
+		k.finish(now, outcome, info.Err)
 	}
 }
 
@@ -748,8 +772,8 @@ func (k *pick) respond() {
 	}
 }
 
-// finish tells the meter, once.
-func (k *pick) finish(now load.Instant, o load.Outcome) {
+// finish tells the meter, once. err is for people to look at.
+func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	responded := false
 	if k.track != nil {
 		old := k.state.Or(pickFinished)
@@ -762,7 +786,7 @@ func (k *pick) finish(now load.Instant, o load.Outcome) {
 	case o == load.Completed:
 		k.meter.note(everAnswered)
 	case o == load.Failed:
-		k.meter.note(everFailed)
+		k.meter.failed(load.Instant(k.picker.policy.now()), err)
 	case (o == load.Cancelled || o == load.NotSent) && !responded:
 		k.picker.policy.metrics.sampleDropped(o)
 	}
