@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,6 +24,7 @@ import (
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/simenv"
+	"github.com/belfry-go/belfry/limit"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -96,6 +98,7 @@ type policy struct {
 	children balancer.Builder
 	picks    sync.Pool // of *pick
 	handles  sync.Pool // of *handle, for trackers
+	queue    queue     // of calls that wait for an endpoint with room
 
 	// Used only by the methods of balancer.Balancer, whose calls are serialized.
 	endpoints  *resolver.EndpointMap[*endpoint]
@@ -107,9 +110,10 @@ type policy struct {
 	updated    bool // an update was received
 
 	// Set by the first update, before there is an endpoint or a picker.
-	now     func() int64
-	random  func() uint64
-	metrics *metrics
+	now       func() int64
+	random    func() uint64
+	wallClock func(limit.Instant) time.Time // nil for the machine's
+	metrics   *metrics
 
 	warned atomic.Bool // of streams without a tracker
 
@@ -164,6 +168,7 @@ func (b *policy) firstUpdate(state resolver.State) {
 	b.metrics = newMetrics(b.cc.MetricsRecorder(), b.opts.Target.String(), state)
 	if e := simenv.From(state.Attributes); e != nil {
 		b.now, b.random = e.Now, e.Uint64
+		b.wallClock = func(at limit.Instant) time.Time { return time.Unix(0, int64(at)) }
 	}
 }
 
@@ -187,11 +192,18 @@ func (b *policy) configure(cfg *config) error {
 	if old != nil && !fresh {
 		b.picker.ready = old.ready
 		b.picker.remember(old)
-		return nil
+	} else {
+		b.picker.ready = &readySet{}
+		for _, ep := range b.endpoints.All() {
+			ep.remeasureLocked(b.metric)
+		}
 	}
-	b.picker.ready = &readySet{}
-	for _, ep := range b.endpoints.All() {
-		ep.remeasureLocked(b.metric)
+	b.queue.ready.Store(b.picker.ready)
+	if old == nil || !reflect.DeepEqual(old.config.limit, cfg.limit) {
+		for _, ep := range b.endpoints.All() {
+			ep.setLimit(cfg.limit)
+		}
+		b.queue.dismiss(false)
 	}
 	return nil
 }
@@ -231,6 +243,7 @@ func (b *policy) Close() {
 	b.mu.Lock()
 	b.inhibit, b.closed = true, true
 	b.mu.Unlock()
+	b.queue.dismiss(true)
 	for _, ep := range b.endpoints.All() {
 		ep.close()
 	}
@@ -286,6 +299,9 @@ func (b *policy) publishLocked() {
 	}
 	b.published = state
 	b.cc.UpdateState(s)
+	if state != connectivity.Ready {
+		b.queue.dismiss(false)
+	}
 }
 
 // reportLocked publishes after a child's report if the channel has to know: its

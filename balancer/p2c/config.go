@@ -47,8 +47,9 @@ type config struct {
 	memory   int
 	failures codeSet
 	metric   metricConfig
-	timeless bool // the metric has no use for the time
-	counts   bool // a load is the number of attempts in flight
+	timeless bool         // the metric has no use for the time
+	counts   bool         // a load is the number of attempts in flight
+	limit    *limitConfig // nil if endpoints have none
 }
 
 // MarshalJSON returns the config as it was given. Some parents, such as
@@ -84,6 +85,12 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		c.timeless, c.counts = true, true
 	case constant:
 		c.timeless = true
+	}
+	if c.limit, err = newLimitConfig(m.GetEndpointLimit()); err != nil {
+		return nil, err
+	}
+	if c.limit != nil && c.limit.fixed == 0 {
+		c.timeless = false // The algorithm needs it.
 	}
 	if m.ChoiceCount != nil {
 		if v := m.GetChoiceCount(); v < minChoices || v > maxChoices {

@@ -64,6 +64,7 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	b.mu.Lock()
 	b.count[connectivity.Connecting]++
 	ep.meter = b.metric.NewMeter(load.Endpoint{Address: ep.addr})
+	ep.setLimit(b.picker.config.limit)
 	b.mu.Unlock()
 	b.metrics.moved(connectivity.Shutdown, connectivity.Connecting)
 	ep.child = b.children.Build(ep, b.opts)
@@ -118,6 +119,7 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 	case to == connectivity.Ready:
 		ep.candidate = newCandidate(ep)
 		b.picker.ready.add(ep.candidate)
+		b.queue.admit(ep.candidate)
 	case from == connectivity.Ready:
 		b.picker.ready.remove(ep.candidate)
 		b.picker.remind(ep.candidate, nil)

@@ -50,7 +50,13 @@ func (c *candidate) query(now load.Instant) load.Query {
 
 // tally counts what is in flight to an endpoint, exactly: the attempts, and by
 // themselves the open streams, which have had a response.
-type tally struct{ word atomic.Int64 }
+//
+// It also holds the limit of the endpoint, see limit.go.
+type tally struct {
+	word  atomic.Int64
+	most  atomic.Int64               // how many may be in flight together
+	found atomic.Pointer[foundLimit] // the algorithm that finds most; nil if none does
+}
 
 const (
 	oneAttempt = 1
@@ -125,8 +131,19 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		// picker, and then it picks again.
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
+	limited := p.config.limit != nil
+	if limited {
+		var err error
+		if c, now, err = p.hold(c, now, info.Ctx, track, tried); err != nil {
+			return balancer.PickResult{}, err
+		}
+	}
 	result, err := c.child.Pick(info)
 	if err != nil {
+		if limited {
+			c.tally.add(-oneAttempt)
+			b.queue.admit(c)
+		}
 		return result, err
 	}
 
@@ -146,8 +163,14 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		}
 	}
 	k.picker, k.candidate, k.ctx, k.tried, k.inner = p, c, info.Ctx, tried, result.Done
-	k.ticket = c.meter.Start(load.Attempt{Query: c.query(now), Method: info.FullMethodName, Stream: track != nil && track.stream})
-	c.tally.add(oneAttempt)
+	query := c.query(now)
+	if limited {
+		query.InFlight = max(query.InFlight-1, 0) // Its own is counted.
+		k.begin(now)
+	} else {
+		c.tally.add(oneAttempt)
+	}
+	k.ticket = c.meter.Start(load.Attempt{Query: query, Method: info.FullMethodName, Stream: track != nil && track.stream})
 	if track != nil {
 		track.begin(k)
 	}
@@ -440,6 +463,11 @@ type pick struct {
 	inner     func(balancer.DoneInfo) // the child's Done
 	uses      uint32                  // how many attempts without a tracker it was
 
+	// Of a pick that is a sample for the limit of its endpoint.
+	limit *foundLimit // nil if it is none
+	began load.Instant
+	mark  uint8
+
 	// Of a pick with a tracker.
 	track  *tracker
 	state  atomic.Uint32
@@ -479,13 +507,13 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	now := k.picker.now()
 	switch {
 	case info.Err == nil && info.BytesSent && k.track == nil: // as classify would say
-		k.finish(now, load.Completed)
+		k.finish(now, load.Completed, nil)
 	case !info.BytesSent:
 		outcome := classifyUnsent(k.ctx, info, k.picker.config.failures)
 		if outcome == load.NotSent && k.tried != nil {
 			k.tried.Remove(k.candidate.id)
 		}
-		k.finish(now, outcome)
+		k.finish(now, outcome, info.Err)
 	case info.Err == nil && k.track != nil:
 		k.doneAt = now
 		k.track.await(k)
@@ -494,7 +522,7 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 		if outcome == load.NotSent && k.tried != nil {
 			k.tried.Remove(k.candidate.id)
 		}
-		k.finish(now, outcome)
+		k.finish(now, outcome, info.Err)
 	}
 }
 
@@ -506,8 +534,8 @@ func (k *pick) respond() {
 	}
 }
 
-// finish tells the meter, once.
-func (k *pick) finish(now load.Instant, o load.Outcome) {
+// finish tells the meter, once, how an attempt ended with err.
+func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	responded := false
 	if k.track != nil {
 		old := k.state.Or(pickFinished)
@@ -519,14 +547,18 @@ func (k *pick) finish(now load.Instant, o load.Outcome) {
 	if !responded && (o == load.Cancelled || o == load.NotSent) {
 		k.picker.policy.metrics.sampleDropped(o)
 	}
+	if k.limit != nil {
+		k.limit.end(k, now, o, err)
+	}
 	if responded {
 		k.candidate.tally.add(-oneStream)
 	} else {
 		k.candidate.tally.add(-oneAttempt)
 	}
 	k.candidate.meter.Finish(load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded})
+	k.picker.policy.queue.admit(k.candidate)
 	if k.track == nil {
-		k.picker, k.candidate, k.ctx, k.tried, k.inner = nil, nil, nil, nil, nil
+		k.picker, k.candidate, k.ctx, k.tried, k.inner, k.limit = nil, nil, nil, nil, nil, nil
 		k.pool.Put(k)
 	}
 }

@@ -20,6 +20,7 @@ type tracker struct {
 	attempt attempt.Context // what grpc gets; inside is the caller's, which grpc does not cancel when the call is over
 	tried   attempt.Tried
 	stream  bool
+	room    attempt.RoomOption   // how long the call may wait for an endpoint with room; nil if its context says
 	used    atomic.Bool          // first is taken
 	first   pick                 // the first attempt's, to save an allocation
 	current atomic.Pointer[pick] // the last attempt's
@@ -56,7 +57,7 @@ func (t *tracker) pick() *pick {
 // true end, grpc has retried it, so it failed.
 func (t *tracker) begin(k *pick) {
 	if last := t.current.Swap(k); last != nil && last.state.Load()&pickAwaiting != 0 {
-		last.finish(last.doneAt, load.Failed)
+		last.finish(last.doneAt, load.Failed, nil)
 	}
 }
 
@@ -71,11 +72,11 @@ func (t *tracker) begin(k *pick) {
 func (t *tracker) await(k *pick) {
 	k.state.Or(pickAwaiting)
 	if t.current.Load() != k {
-		k.finish(k.doneAt, load.Completed)
+		k.finish(k.doneAt, load.Completed, nil)
 		return
 	}
 	if t.ended.Load() {
-		k.finish(k.doneAt, classify(t.attempt.Context, t.err, k.picker.config.failures))
+		k.finish(k.doneAt, classify(t.attempt.Context, t.err, k.picker.config.failures), t.err)
 	}
 }
 
@@ -89,7 +90,7 @@ func (t *tracker) end(err error) {
 	t.err = err
 	t.ended.Store(true)
 	if k := t.current.Load(); k != nil && k.state.Load()&pickAwaiting != 0 {
-		k.finish(k.doneAt, classify(t.attempt.Context, err, k.picker.config.failures))
+		k.finish(k.doneAt, classify(t.attempt.Context, err, k.picker.config.failures), err)
 	}
 }
 
@@ -107,6 +108,7 @@ func (i *interceptors) check(t *tracker, cc *grpc.ClientConn) {
 
 func (i *interceptors) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) (err error) {
 	t := newTracker(ctx, method, cc)
+	t.room = attempt.RoomOptionOf(opts)
 	defer func() { t.end(err) }()
 	if err = invoker(&t.attempt, method, req, reply, cc, opts...); err == nil {
 		i.check(t, cc)
@@ -116,7 +118,7 @@ func (i *interceptors) unary(ctx context.Context, method string, req, reply any,
 
 func (i *interceptors) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	t := newTracker(ctx, method, cc)
-	t.stream = true
+	t.stream, t.room = true, attempt.RoomOptionOf(opts)
 	// OnFinish is called once, with the true status, also for a stream that nobody
 	// reads any more. The caller's options are not ours to append to.
 	opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(t.end))

@@ -1,0 +1,373 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"context"
+	"errors"
+	"math"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/check"
+	"github.com/belfry-go/belfry/internal/waitlist"
+	"github.com/belfry-go/belfry/limit"
+	"github.com/belfry-go/belfry/load"
+	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
+)
+
+// This file is what the field endpointLimit does: an endpoint has at most so many
+// attempts in flight, and a call that finds all of them full waits in a queue.
+//
+// A call waits in Pick, on the goroutine that makes it. The other way, which gRPC
+// documents, is to return ErrNoSubConnAvailable and to publish a picker whenever an
+// attempt ends; but each new picker wakes all calls that wait, so that with W of them
+// each end of an attempt costs W picks, and their order is lost. gRPC calls Pick without
+// a lock, and so do the policies that can be parents of this one, but for rls, below
+// which calls should not wait (maxWaiting 0).
+
+// defaultMaxWaiting is how many calls may wait.
+const defaultMaxWaiting = 1000
+
+// limitConfig is the parsed form of belfry.config.v1.EndpointLimit. Immutable.
+type limitConfig struct {
+	fixed      int64 // 0 if an algorithm finds the limit
+	auto       limit.AutoConfig
+	maxWaiting int
+}
+
+// newLimitConfig returns nil without an error if there is no limit.
+func newLimitConfig(m *configv1.EndpointLimit) (*limitConfig, error) {
+	if m == nil {
+		return nil, nil
+	}
+	c := &limitConfig{maxWaiting: defaultMaxWaiting}
+	if m.MaxWaiting != nil {
+		c.maxWaiting = int(m.GetMaxWaiting())
+	}
+	switch l := m.GetLimit().(type) {
+	case *configv1.EndpointLimit_Fixed:
+		if l.Fixed < 1 || l.Fixed > math.MaxInt32 {
+			return nil, configError("endpointLimit.fixed", l.Fixed, "between 1 and 2147483647")
+		}
+		c.fixed = int64(l.Fixed)
+		return c, nil
+	case *configv1.EndpointLimit_Auto:
+		c.auto = limit.AutoConfig{Initial: l.Auto.GetInitial(), Min: l.Auto.GetMin(), Max: l.Auto.GetMax(), NoDrains: l.Auto.GetNoDrains()}
+	}
+	if _, err := limit.NewAuto(c.auto); err != nil {
+		if e := (*check.Error)(nil); errors.As(err, &e) {
+			_, field, _ := strings.Cut(e.Field, ".")
+			return nil, configError("endpointLimit.auto."+strings.ToLower(field), e.Value, strings.TrimPrefix(e.Rule, "must be "))
+		}
+		return nil, err
+	}
+	return c, nil
+}
+
+// setLimit gives the endpoint the limit of a config, none if that is nil. What an
+// algorithm has learnt is kept. The caller holds policy.mu.
+func (ep *endpoint) setLimit(cfg *limitConfig) {
+	t := &ep.tally
+	switch {
+	case cfg == nil:
+		t.found.Store(nil)
+		t.most.Store(math.MaxInt64)
+	case cfg.fixed > 0:
+		t.found.Store(nil)
+		t.most.Store(cfg.fixed)
+	default:
+		f := t.found.Load()
+		if f == nil {
+			f = &foundLimit{}
+		}
+		if f.configure(cfg.auto, ep.policy.wallClock) == nil { // The config was checked.
+			t.most.Store(f.limit())
+			t.found.Store(f)
+		}
+	}
+}
+
+// foundLimit is the limit of an endpoint that an algorithm finds.
+type foundLimit struct {
+	limited atomic.Bool // the limit has held a call back since the last sample
+
+	mu   sync.Mutex  // guards auto; nothing is locked under it
+	auto *limit.Auto // OnStart needs no lock
+}
+
+func (f *foundLimit) configure(cfg limit.AutoConfig, wall func(limit.Instant) time.Time) (err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.auto != nil {
+		return f.auto.Update(cfg)
+	}
+	if f.auto, err = limit.NewAuto(cfg); err == nil && wall != nil {
+		f.auto.SetWallClock(wall)
+	}
+	return err
+}
+
+func (f *foundLimit) limit() int64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return max(f.auto.Limit(), 1)
+}
+
+// begin makes a pick a sample of its endpoint's limit, if an algorithm finds that.
+// Streams are none: how long one lives says nothing about the server, and neither does
+// the time to a first response that may have to wait for an event.
+func (k *pick) begin(now load.Instant) {
+	if f := k.candidate.tally.found.Load(); f != nil && (k.track == nil || !k.track.stream) {
+		k.limit, k.began, k.mark = f, now, f.auto.OnStart()
+	}
+}
+
+// end gives the end of a pick to the algorithm.
+func (f *foundLimit) end(k *pick, now load.Instant, o load.Outcome, err error) {
+	s := limit.Sample{Start: limit.Instant(k.began), RTT: max(time.Duration(now-k.began), 1), Result: limit.Void, Mark: k.mark}
+	switch {
+	case o == load.Completed:
+		s.Result = limit.Succeeded
+	case o == load.Cancelled:
+		s.Result = limit.GivenUp
+	case o == load.NotSent:
+		s.Start, s.RTT = 0, 0
+	case overloaded(err):
+		s.Result = limit.Dropped
+	}
+	if s.Result == limit.Void && s.Mark == 0 {
+		return
+	}
+	t := k.candidate.tally
+	s.Limited = f.limited.Load() && f.limited.Swap(false)
+	attempts, streams := t.read()
+	s.InFlight = int64(attempts + streams)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.auto.OnSample(s)
+	if n := max(f.auto.Limit(), 1); n != t.most.Load() && t.found.Load() == f {
+		t.most.Store(n)
+	}
+}
+
+// overloaded reports whether an error is a sign of overload, as in package
+// interceptor/concurrency.
+func overloaded(err error) bool {
+	switch status.Code(err) {
+	case codes.Unavailable, codes.ResourceExhausted, codes.DeadlineExceeded:
+		return true
+	}
+	return false
+}
+
+// queue is the calls of a channel that wait for an endpoint with room. An attempt that
+// ends gives its room to the first of them, so none overtakes another, and each end wakes
+// one.
+type queue struct {
+	waiting atomic.Int32             // how many there are; changes under mu
+	ready   atomic.Pointer[readySet] // the READY set of the current picker
+
+	mu     sync.Mutex // guards what follows; nothing is locked under it
+	calls  waitlist.List[chan *candidate]
+	closed bool
+}
+
+// hold counts the attempt to an endpoint that has room for it: c, or the least loaded of
+// others, or the first that gets room. It returns the time, which passes meanwhile.
+func (p *picker) hold(c *candidate, now load.Instant, ctx context.Context, track *tracker, tried *attempt.Tried) (*candidate, load.Instant, error) {
+	q := &p.policy.queue
+	if q.waiting.Load() == 0 {
+		if c.tally.take() {
+			return c, now, nil
+		}
+		if other := p.takeOther(now, tried); other != nil {
+			return other, now, nil
+		}
+	}
+	c, err := q.wait(ctx, p.config.limit.maxWaiting, track)
+	p.policy.metrics.full(err == errFull)
+	return c, p.now(), err
+}
+
+// takeOther takes room at the least loaded of the first endpoints that have any, from a
+// random one on; at one that the call has tried only if no other has.
+func (p *picker) takeOther(now load.Instant, tried *attempt.Tried) *candidate {
+	slots := p.ready.view()
+	n := len(slots)
+	if n == 0 {
+		return nil
+	}
+	s := selection{random: random(p.policy.random())}
+	var again *candidate
+	first := int(s.random.below(uint32(n)))
+	for i := 0; i < n && s.count < p.config.choices; i++ {
+		switch c := slots[(first+i)%n].Load(); {
+		case c == nil || !c.tally.hasRoom():
+		case tried != nil && tried.Has(c.id):
+			again = c
+		default:
+			s.look(c)
+		}
+	}
+	if c := s.least(now); c != nil && c.tally.take() {
+		return c
+	}
+	if again != nil && s.count == 0 && again.tally.take() {
+		return again
+	}
+	return takeAny(slots) // Another call was faster.
+}
+
+func takeAny(slots []atomic.Pointer[candidate]) *candidate {
+	for i := range slots {
+		if c := slots[i].Load(); c != nil && c.tally.take() {
+			return c
+		}
+	}
+	return nil
+}
+
+var errFull = status.Error(codes.Unavailable, Name+": every endpoint has as many attempts in flight as endpointLimit allows")
+
+// wait waits until an endpoint has room, as long as the call may. An error of
+// ErrNoSubConnAvailable lets gRPC ask the next picker, or end the call with its context.
+func (q *queue) wait(ctx context.Context, most int, track *tracker) (*candidate, error) {
+	var room attempt.RoomOption
+	var end <-chan time.Time
+	if track != nil {
+		room = track.room
+	}
+	mayWait := true
+	if room != nil {
+		if t, bounded := room.WaitEnd(); bounded {
+			left := time.Until(t)
+			if mayWait = left > 0; mayWait {
+				timer := time.NewTimer(left)
+				defer timer.Stop()
+				end = timer.C
+			}
+		}
+	}
+	w := &waitlist.Node[chan *candidate]{Value: make(chan *candidate, 1)}
+	q.mu.Lock()
+	switch {
+	case q.closed:
+		q.mu.Unlock()
+		return nil, balancer.ErrNoSubConnAvailable
+	case !mayWait || q.calls.Len() >= most:
+		q.mu.Unlock()
+		return nil, full(room)
+	}
+	q.calls.Push(w, waitlist.Rank{})
+	q.waiting.Add(1)
+	q.admitLocked(nil) // There may be room since the call has looked, and then nobody tells it.
+	q.mu.Unlock()
+
+	var err error
+	select {
+	case c := <-w.Value:
+		return admitted(c)
+	case <-ctx.Done():
+		err = balancer.ErrNoSubConnAvailable
+	case <-end:
+		err = full(room)
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.calls.Remove(w) {
+		return admitted(<-w.Value)
+	}
+	q.waiting.Add(-1)
+	return nil, err
+}
+
+func full(room attempt.RoomOption) error {
+	if room != nil {
+		room.NoRoom()
+	}
+	return errFull
+}
+
+func admitted(c *candidate) (*candidate, error) {
+	if c == nil {
+		return nil, balancer.ErrNoSubConnAvailable
+	}
+	return c, nil
+}
+
+// admit gives room to those who wait: at c, which has just got some, or at any endpoint if
+// c is nil or has left the READY set.
+func (q *queue) admit(c *candidate) {
+	if q.waiting.Load() == 0 {
+		return
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.admitLocked(c)
+}
+
+func (q *queue) admitLocked(c *candidate) {
+	for first := q.calls.First(false); first != nil; first = q.calls.First(false) {
+		got := c
+		if c != nil && c.slot.Load() != notReady {
+			if f := c.tally.found.Load(); f != nil {
+				f.limited.Store(true)
+			}
+			if !c.tally.take() {
+				return
+			}
+		} else if ready := q.ready.Load(); ready != nil {
+			got = takeAny(ready.view())
+		}
+		if got == nil {
+			return
+		}
+		q.calls.Remove(first)
+		q.waiting.Add(-1)
+		first.Value <- got
+	}
+}
+
+// dismiss lets all calls that wait ask the next picker.
+func (q *queue) dismiss(closed bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.closed = q.closed || closed
+	for first := q.calls.First(false); first != nil; first = q.calls.First(false) {
+		q.calls.Remove(first)
+		q.waiting.Add(-1)
+		first.Value <- nil
+	}
+}
+
+// hasRoom reports whether one more attempt may be in flight to the endpoint.
+func (t *tally) hasRoom() bool {
+	attempts, streams := t.read()
+	return int64(attempts+streams) < t.most.Load()
+}
+
+// take counts an attempt if there is room for it.
+func (t *tally) take() bool {
+	for {
+		w := t.word.Load()
+		attempts := int64(int32(w))
+		if attempts+(w-attempts)>>32 >= t.most.Load() {
+			if f := t.found.Load(); f != nil && !f.limited.Load() {
+				f.limited.Store(true)
+			}
+			return false
+		}
+		if t.word.CompareAndSwap(w, w+oneAttempt) {
+			return true
+		}
+	}
+}
