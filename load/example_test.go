@@ -81,7 +81,7 @@ func ExampleExpectedLatency() {
 	// a, which took 10ms: 10ms
 	// b, of which nothing is known: 10ms
 	// b, with an attempt in flight: 20ms
-	// b, silent for 90ms: 200ms
+	// b, silent for 90ms: 180ms
 }
 
 func ExampleNewPeakEWMA_badConfig() {

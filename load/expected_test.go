@@ -97,7 +97,12 @@ func (r *reference) completed(e *referenceEndpoint, now Instant, a *referenceAtt
 	r.undivided += (whole - r.undivided) / r.covered
 	r.mean += (latency - r.mean) / r.covered
 	r.queue += (float64(a.pending) - r.queue) / r.covered
-	r.sample(e, now, latency)
+	r.sample(e, now, r.bounded(latency))
+}
+
+// bounded returns a latency up to the limit of one sample.
+func (r *reference) bounded(latency float64) float64 {
+	return min(latency, r.c.SampleLimit*r.mean)
 }
 
 func (r *reference) finish(e *referenceEndpoint, now Instant, id int, o Outcome) {
@@ -109,7 +114,7 @@ func (r *reference) finish(e *referenceEndpoint, now Instant, id int, o Outcome)
 		average := r.mean * (r.queue + 1) * (1 + r.queue/2/(r.c.KeepSamples+1))
 		latency := r.c.FailurePenalty * average
 		if !a.responded {
-			latency = max(latency, max(float64(now-a.started), 1)*r.weight(a))
+			latency = max(latency, r.bounded(max(float64(now-a.started), 1)*r.weight(a)))
 		}
 		r.sample(e, now, latency)
 	case o == Completed && !a.responded:
@@ -125,7 +130,7 @@ func (r *reference) finish(e *referenceEndpoint, now Instant, id int, o Outcome)
 // exceed to count.
 func (r *reference) cancelled(e *referenceEndpoint, now Instant, a *referenceAttempt) (age, expected float64) {
 	f := r.forgetting(e, now)
-	age = min(max(float64(now-a.started), 1), r.c.AgeLimit*r.undivided) * r.weight(a)
+	age = r.bounded(min(max(float64(now-a.started), 1), r.c.AgeLimit*r.undivided) * r.weight(a))
 	return age, (e.s*f + r.c.PriorSamples*r.mean) / (e.n*f + r.c.PriorSamples)
 }
 
@@ -159,7 +164,7 @@ func compare(t *testing.T, r *rand.Rand, c ExpectedLatencyConfig, attempt func()
 	}
 	var flying []*planned
 	for step := range 3000 {
-		now += interval(r, 10*time.Microsecond, 20*time.Millisecond)
+		now += interval(r, 50*time.Microsecond, 20*time.Millisecond)
 		for i := 0; i < len(flying); {
 			f := flying[i]
 			if f.end > now {
@@ -214,6 +219,7 @@ func compare(t *testing.T, r *rand.Rand, c ExpectedLatencyConfig, attempt func()
 func TestExpectedLatencyIsTheFormula(t *testing.T) {
 	r := newRand(t)
 	for range 20 {
+		// A variance is not in the reference.
 		c := ExpectedLatencyConfig{
 			PriorSamples:   float64(interval(r, 1, 100)) / 10,
 			QueueExponent:  r.Float64(),
@@ -222,6 +228,9 @@ func TestExpectedLatencyIsTheFormula(t *testing.T) {
 			ForgetAfter:    time.Duration(interval(r, time.Second, time.Hour)),
 			FailurePenalty: float64(interval(r, 10, 1000)) / 10,
 			AgeLimit:       1e6, // no age in this test is as old
+			FirstFailure:   time.Second,
+			SampleLimit:    float64(interval(r, 10, 1000)) / 10,
+			SlowMethod:     64,
 		}
 		compare(t, r, c, func() (Instant, Outcome) {
 			o := Completed
@@ -243,7 +252,7 @@ func TestExpectedLatencyBoundsAgesByGeneration(t *testing.T) {
 	for _, limit := range []float64{1, 3, 20} {
 		for _, theta := range []float64{0, 0.5} {
 			c := DefaultExpectedLatencyConfig()
-			c.AgeLimit, c.QueueExponent = limit, theta
+			c.AgeLimit, c.QueueExponent, c.SpreadPrior = limit, theta, 0
 			compare(t, r, c, func() (Instant, Outcome) {
 				if r.IntN(3) > 0 {
 					return 10 * ms, Completed
@@ -258,6 +267,7 @@ func TestExpectedLatencyBoundsAgesByGeneration(t *testing.T) {
 func known(t *testing.T, n int, change func(*ExpectedLatencyConfig)) (*ExpectedLatency, []*counted) {
 	t.Helper()
 	c := DefaultExpectedLatencyConfig()
+	c.SpreadPrior, c.SampleLimit = 0, 1e6 // they have tests of their own
 	change(&c)
 	e, err := NewExpectedLatency(c)
 	if err != nil {
@@ -341,8 +351,8 @@ func TestForgetRoundsDriftsBackToTheAverageByTheSamplesOfOthers(t *testing.T) {
 	for _, rounds := range []float64{1, 8} {
 		const n = 4
 		_, m := known(t, n, func(c *ExpectedLatencyConfig) { c.ForgetAfter, c.ForgetRounds = math.MaxInt64, rounds })
-		for range int(rounds) * n {
-			run(m[1], 10*ms, 30*time.Millisecond, Completed)
+		for i := range Instant(rounds) * n {
+			run(m[1], 10*ms+i*ms, 30*time.Millisecond, Completed)
 		}
 		k := rounds * n
 		g, f := (10e6+k*30e6)/(k+1), math.Exp(-1)

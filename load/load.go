@@ -23,11 +23,22 @@ type Metric interface {
 	// NewMeter returns the Meter of one more endpoint.
 	NewMeter(Endpoint) Meter
 
+	// Class returns the class of a call. The policy keeps an Estimate for calls of
+	// class 0, and asks for the others each time.
+	Class(method string, stream bool) Class
+
 	metricBase()
 }
 
-// MetricBase is embedded by every Metric.
+// A Class tells kinds of calls apart for which an endpoint has different costs. A
+// Metric says what its classes are.
+type Class uint8
+
+// MetricBase is embedded by every Metric. Its Class is 0 for all calls.
 type MetricBase struct{}
+
+// Class returns 0.
+func (MetricBase) Class(string, bool) Class { return 0 }
 
 func (MetricBase) metricBase() {}
 
@@ -108,6 +119,8 @@ type Query struct {
 	// their weights already; what is left for a Metric is to count InFlight/Weight
 	// where it counts attempts in flight.
 	Weight float64
+	// Class is that of the call to be sent, as the Metric named it.
+	Class Class
 }
 
 // queue returns the attempts in flight per unit of weight.
@@ -129,6 +142,10 @@ type Estimate struct {
 	// Error is the standard error of Cost as a part of it, 0 if it is exact. The
 	// policy takes costs for equal that differ by less.
 	Error float64
+	// Queue is the number of attempts in flight that count for Cost, per weight.
+	// Of endpoints whose costs are equal within their Error, the policy takes the
+	// one with the least, and while it is 0 for all, any of them.
+	Queue float64
 	// Heard is when the endpoint last answered or failed, or 0 if that does not
 	// matter. The policy now and then tries one that was not heard of for long.
 	Heard Instant

@@ -179,15 +179,18 @@ func TestAtRestNothingIsInFlightAfterAnyInterleaving(t *testing.T) {
 			if !ok {
 				continue
 			}
-			if got := e.waiting.Load(); got != 0 {
-				t.Errorf("meter %d: weight in flight is %d at rest, want 0", i, got)
+			for kind := range e.ages {
+				if got := e.ages[kind].total.Load(); got != 0 {
+					t.Errorf("meter %d: weight and number in flight are %#x at rest, want 0", i, got)
+				}
 			}
 			// What a race may have left in the sums of ages must not show.
-			p, g := e.metric.params.Load(), e.metric.fleet.mean()
+			p := e.metric.params.Load()
+			prior := p.prior * (1 + p.spreadPrior*e.metric.v(p))
 			now := 100 * sec
 			s, n := floats32(e.mean.Load())
 			f := expNeg(e.metric.unheard(p.rate, now, e.heard.Load()))
-			near(t, "load at rest, with no age", m.Load(now), (s*f+p.prior*g)/(n*f+p.prior), 1e-9)
+			near(t, "load at rest, with no age", m.Load(now), (s*f+prior*e.metric.g())/(n*f+prior), 1e-9)
 		}
 	})
 }
@@ -239,7 +242,7 @@ func TestWhatAnAttemptLeavesBehind(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			e := must(NewExpectedLatency(DefaultExpectedLatencyConfig()))
 			m := newMeter(e)
-			waiting := &m.Meter.(*expectedMeter).waiting
+			waiting := &m.Meter.(*expectedMeter).ages[usual].total
 			ticket := m.Start(0)
 			if test.respond {
 				m.Respond(10*ms, ticket)
@@ -437,9 +440,10 @@ func TestDeadlineExceededCountsAtLeastTheTimeWaited(t *testing.T) {
 			run(m, i*ms, time.Millisecond, Completed)
 		}
 		before := m.Load(100 * ms)
-		run(m, 100*ms, 30*time.Second, Failed)
-		if got, least := m.Load(100*ms+30*sec), before+float64(30*sec)/40; got < least {
-			t.Errorf("%T: load after waiting 30s in vain is %v, want at least %v", metric, time.Duration(got), time.Duration(least))
+		// ExpectedLatency counts one attempt up to 20 times the mean.
+		run(m, 100*ms, 15*time.Millisecond, Failed)
+		if got, least := m.Load(115*ms), before+float64(15*ms)/40; got < least {
+			t.Errorf("%T: load after waiting 15ms in vain is %v, want at least %v", metric, time.Duration(got), time.Duration(least))
 		}
 	}
 }
@@ -475,6 +479,7 @@ func TestBadParametersAreErrorsThatNameFieldValueAndRule(t *testing.T) {
 	for value, v := range map[string]time.Duration{"0s": 0, "-1s": -time.Second} {
 		add("decay", value, "above 0s", peak(func(c *PeakEWMAConfig) { c.Decay = v }))
 		add("defaultRtt", value, "above 0s", peak(func(c *PeakEWMAConfig) { c.DefaultRTT = v }))
+		add("firstFailure", value, "above 0s", expected(func(c *ExpectedLatencyConfig) { c.FirstFailure = v }))
 		add("forgetAfter", value, "above 0s", expected(func(c *ExpectedLatencyConfig) { c.ForgetAfter = v }))
 	}
 	nan := map[string]float64{"NaN": math.NaN(), "+Inf": math.Inf(1), "-Inf": math.Inf(-1), "-1": -1}
@@ -489,10 +494,19 @@ func TestBadParametersAreErrorsThatNameFieldValueAndRule(t *testing.T) {
 		add("failurePenalty", value, "between 1 and 1e+06", peak(func(c *PeakEWMAConfig) { c.FailurePenalty = v }))
 		add("failurePenalty", value, "between 1 and 1e+06", expected(func(c *ExpectedLatencyConfig) { c.FailurePenalty = v }))
 		add("ageLimit", value, "between 1 and 1e+06", expected(func(c *ExpectedLatencyConfig) { c.AgeLimit = v }))
+		add("sampleLimit", value, "between 1 and 1e+06", expected(func(c *ExpectedLatencyConfig) { c.SampleLimit = v }))
+		add("slowMethod", value, "between 1 and 1e+06", expected(func(c *ExpectedLatencyConfig) { c.SlowMethod = v }))
 		add("keepSamples", value, "between 1 and 1e+06", expected(func(c *ExpectedLatencyConfig) { c.KeepSamples = v }))
 	}
 	for value, v := range with("1.01", 1.01) {
 		add("queueExponent", value, "between 0 and 1", expected(func(c *ExpectedLatencyConfig) { c.QueueExponent = v }))
+	}
+	for value, v := range with("101", 101) {
+		add("spreadPrior", value, "between 0 and 100", expected(func(c *ExpectedLatencyConfig) { c.SpreadPrior = v }))
+		add("minSpread", value, "between 0 and 100", expected(func(c *ExpectedLatencyConfig) { c.MinSpread = v }))
+	}
+	for value, v := range map[string]int{"-1": -1, "10001": 10001} {
+		add("maxMethods", value, "between 0 and 10000", expected(func(c *ExpectedLatencyConfig) { c.MaxMethods = v }))
 	}
 	for value, v := range with("0", 0) {
 		add("priorSamples", value, "above 0 and at most 1000", expected(func(c *ExpectedLatencyConfig) { c.PriorSamples = v }))
@@ -527,8 +541,9 @@ func TestBoundsOfParametersAreAllowed(t *testing.T) {
 		}
 	}
 	for _, c := range []ExpectedLatencyConfig{
-		{PriorSamples: 1e-9, QueueExponent: 0, KeepSamples: 1, ForgetRounds: 1e-9, ForgetAfter: 1, FailurePenalty: 1, AgeLimit: 1},
-		{PriorSamples: 1000, QueueExponent: 1, KeepSamples: 1e6, ForgetRounds: 1e6, ForgetAfter: math.MaxInt64, FailurePenalty: 1e6, AgeLimit: 1e6},
+		{PriorSamples: 1e-9, QueueExponent: 0, KeepSamples: 1, ForgetRounds: 1e-9, ForgetAfter: 1, FailurePenalty: 1, FirstFailure: 1, SampleLimit: 1, AgeLimit: 1, SlowMethod: 1},
+		{PriorSamples: 1000, QueueExponent: 1, KeepSamples: 1e6, ForgetRounds: 1e6, ForgetAfter: math.MaxInt64, FailurePenalty: 1e6,
+			FirstFailure: math.MaxInt64, SampleLimit: 1e6, AgeLimit: 1e6, StreamAgeLimit: 1e6, SlowMethod: 1e6, SpreadPrior: 100, MinSpread: 100, MaxMethods: 10_000},
 	} {
 		e, err := NewExpectedLatency(c)
 		if err != nil {

@@ -11,10 +11,10 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 var seedFlag = flag.Uint64("seed", 0, "seed of the randomised tests; 0 draws one")
 
@@ -73,7 +73,9 @@ func (m *counted) query(now Instant) Query {
 
 func (m *counted) Load(now Instant) float64 { return m.Meter.Load(m.query(now)).Cost }
 
-func (m *counted) Start(now Instant) Ticket { return m.start(Attempt{Query: m.query(now), Method: "/test/Call"}) }
+func (m *counted) Start(now Instant) Ticket {
+	return m.start(Attempt{Query: m.query(now), Method: "/test/Call"})
+}
 
 func (m *counted) start(a Attempt) Ticket {
 	t := m.Meter.Start(a)

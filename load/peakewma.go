@@ -92,6 +92,7 @@ func (p *PeakEWMA) Reconfigure(c PeakEWMAConfig) error {
 		rate:       1 / float64(c.Decay),
 		defaultRTT: float64(c.DefaultRTT),
 		penalty:    c.FailurePenalty,
+		good:       c.Decay >> goodBits,
 	})
 	return nil
 }
@@ -102,7 +103,12 @@ type peakParams struct {
 	rate       float64 // 1/decay, per nanosecond
 	defaultRTT float64 // nanoseconds
 	penalty    float64
+	good       time.Duration
 }
+
+// An estimate loses one part in 16,000 while it is not read again, which is less
+// than anyone could tell.
+const goodBits = 14
 
 // NewMeter returns the Meter of one more endpoint.
 func (p *PeakEWMA) NewMeter(Endpoint) Meter {
@@ -183,7 +189,8 @@ func (m *peakMeter) write(word uint64, value float64, now Instant) bool {
 
 func (m *peakMeter) Load(q Query) Estimate {
 	now := q.Now
-	rate := m.metric.params.Load().rate
+	p := m.metric.params.Load()
+	rate := p.rate
 	word, value, age := m.current(now)
 	switch {
 	case age > 0:
@@ -194,7 +201,8 @@ func (m *peakMeter) Load(q Query) Estimate {
 	if float64(int64(now)-m.read.Load())*rate >= 1.0/(1<<stillBits) {
 		m.read.Store(int64(now))
 	}
-	return Estimate{Cost: value * (q.queue() + 1)}
+	queue := q.queue()
+	return Estimate{Cost: value * (queue + 1), Queue: queue, Good: p.good}
 }
 
 func (m *peakMeter) Start(a Attempt) Ticket {
@@ -264,7 +272,7 @@ func (m *peakMeter) sample(now Instant, latency float64, t Ticket, failed bool) 
 				penalized = failed
 				m.penalized.Store(failed)
 			}
-			if !failed && m.metric.learns(now) {
+			if !failed && m.metric.fleet.turn(now) > 0 {
 				if penalized {
 					next = latency
 				}
@@ -273,14 +281,6 @@ func (m *peakMeter) sample(now Instant, latency float64, t Ticket, failed bool) 
 			return
 		}
 	}
-}
-
-// learns reports whether a sample goes into the means of the fleet. They serve
-// failures alone, so a part of the samples is enough for them: about one in four,
-// which is which by a hash of the time (Knuth, "The art of computer programming",
-// 6.4).
-func (p *PeakEWMA) learns(now Instant) bool {
-	return uint64(now)*0x9e3779b97f4a7c15>>62 == 0 || p.fleet.means.Load() == 0
 }
 
 // expSmall returns exp(-x) for x >= 0. Between two readings of an endpoint in use

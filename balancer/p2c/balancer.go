@@ -24,6 +24,7 @@ import (
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/simenv"
+	"github.com/belfry-go/belfry/internal/slab"
 	"github.com/belfry-go/belfry/limit"
 	"github.com/belfry-go/belfry/load"
 )
@@ -56,6 +57,7 @@ func (builder) Build(cc balancer.ClientConn, opts balancer.BuildOptions) balance
 		now:       func() int64 { return int64(time.Since(start)) },
 		random:    rand.Uint64,
 	}
+	b.queue.ready = &b.ready
 	b.picks.New = func() any {
 		k := &pick{pool: &b.picks}
 		k.handle.pick, k.handle.done = k, k.handle.onDone
@@ -107,9 +109,11 @@ type policy struct {
 	received   *attributes.Attributes // of the last update
 	attributes *attributes.Attributes // what the children got of them; nil before the first
 	metric     load.Metric
-	updated    bool // an update was received
+	updated    bool                // an update was received
+	met        bool                // an endpoint was listed
+	recalled   map[string]*measure // kept from an earlier policy, until the first endpoints are there
 
-	// Set by the first update, before there is an endpoint or a picker.
+	// Set before there is an endpoint.
 	now       func() int64
 	random    func() uint64
 	wallClock func(limit.Instant) time.Time // nil for the machine's
@@ -130,12 +134,14 @@ type policy struct {
 	// An update from above sets inhibit, lets go of mu, goes through the children
 	// one by one, and at the end publishes once. Meanwhile children report to
 	// their endpoint and to the READY set, but nothing is published.
-	mu        sync.Mutex
-	inhibit   bool
-	closed    bool
-	picker    *picker // the current config's
-	count     [connectivity.Shutdown + 1]int
-	published connectivity.State // what cc was told last; SHUTDOWN before
+	mu         sync.Mutex
+	inhibit    bool
+	closed     bool
+	picker     *picker // the current config's
+	ready      readySet
+	candidates slab.Slab[candidate]
+	count      [connectivity.Shutdown + 1]int
+	published  connectivity.State // what cc was told last; SHUTDOWN before
 }
 
 // UpdateClientConnState implements balancer.Balancer.
@@ -150,10 +156,12 @@ func (b *policy) UpdateClientConnState(ccs balancer.ClientConnState) error {
 	if !b.updated {
 		b.firstUpdate(ccs.ResolverState)
 	}
+	b.recallMeters(cfg, ccs.ResolverState.Endpoints)
 	if err := b.configure(cfg); err != nil {
 		return err
 	}
 	err := b.updateEndpoints(ccs.ResolverState)
+	b.forgetRecalled()
 
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -188,20 +196,18 @@ func (b *policy) configure(cfg *config) error {
 	defer b.mu.Unlock()
 	b.inhibit = true
 	old := b.picker
-	b.picker = &picker{policy: b, config: cfg}
-	if old != nil && !fresh {
-		b.picker.ready = old.ready
+	b.picker = &picker{policy: b, config: cfg, metric: b.metric, ready: &b.ready}
+	if old != nil {
 		b.picker.remember(old)
-	} else {
-		b.picker.ready = &readySet{}
+	}
+	if fresh {
 		for _, ep := range b.endpoints.All() {
-			ep.remeasureLocked(b.metric)
+			ep.measureLocked(b.picker, b.metric)
 		}
 	}
-	b.queue.ready.Store(b.picker.ready)
 	if old == nil || !reflect.DeepEqual(old.config.limit, cfg.limit) {
 		for _, ep := range b.endpoints.All() {
-			ep.setLimit(cfg.limit)
+			ep.limitLocked(cfg.limit)
 		}
 		b.queue.dismiss(false)
 	}
@@ -244,8 +250,9 @@ func (b *policy) Close() {
 	b.inhibit, b.closed = true, true
 	b.mu.Unlock()
 	b.queue.dismiss(true)
+	b.keepMeters()
 	for _, ep := range b.endpoints.All() {
-		ep.close()
+		ep.close(b.opts.ChannelzParent != nil)
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/balancer/base"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/experimental/balancer/weight"
@@ -711,26 +712,27 @@ func TestAPickOfAnEndpointThatHasJustFailedWaits(t *testing.T) {
 	})
 }
 
-// The same for an endpoint whose child reports READY anew, with another
-// connection perhaps: the call must not go to the last one.
-func TestAPickOfAnEndpointThatReportsAnewWaits(t *testing.T) {
+// The same for an endpoint whose child reports READY again, with another
+// connection perhaps: the call goes to the new one.
+func TestAPickUsesTheLastReportOfAnEndpoint(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		o, recorder := newObserver(t)
 		w.start(`{`+recorder+`,"load":{"pendingRequests":{}}}`, some("a", "b")...)
 		busy, _ := w.mustPick()
 		idle := map[string]string{"a": "b", "b": "a"}[busy]
 		var once sync.Once
-		o.onLoad = func() { once.Do(func() { ep := w.endpoint(idle); ep.UpdateState(*ep.reported.Load()) }) }
+		fresh := errors.New("the new picker")
+		o.onLoad = func() {
+			once.Do(func() {
+				w.endpoint(idle).UpdateState(balancer.State{ConnectivityState: connectivity.Ready, Picker: base.NewErrPicker(fresh)})
+			})
+		}
 		before := w.updates()
-		addr, _, err := w.pick()
-		if err != balancer.ErrNoSubConnAvailable {
-			t.Errorf("picking an endpoint that reports anew meanwhile: got %q, %v, want ErrNoSubConnAvailable", addr, err)
+		if addr, _, err := w.pick(); err != fresh {
+			t.Errorf("picking an endpoint that reports again meanwhile: got %q, %v, want what the new picker says", addr, err)
 		}
 		if got := w.updates() - before; got != 1 {
-			t.Errorf("the channel was told %d times, want once: a call waits for it", got)
-		}
-		if addr, _ := w.mustPick(); addr != idle {
-			t.Errorf("the next pick got %s, want %s", addr, idle)
+			t.Errorf("the channel was told %d times, want once: a call may wait for it", got)
 		}
 	})
 }
@@ -757,6 +759,9 @@ func TestEveryMetricIsRecordedWithItsLabels(t *testing.T) {
 		r.want(t, "two READY, one failed", map[string]int64{
 			"endpoints READY": 2, "endpoints TRANSIENT_FAILURE": 1, "endpoints CONNECTING": 0,
 		})
+		for _, a := range []string{"a", "b"} { // the failure below must not be all that is known
+			w.endpoint(a).candidate.meter.Load().note(everAnswered)
+		}
 		for _, info := range []balancer.DoneInfo{
 			success,
 			{BytesSent: true, Err: errors.New("broken")},

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/serviceconfig"
@@ -36,20 +37,35 @@ const (
 	// memory", FOCS 2002.
 	defaultChoicesExpectedLatency = 8
 	defaultMemoryExpectedLatency  = 2
+
+	defaultEqualAtRest    = 0.5
+	defaultEqualUnderLoad = 0.2
+	maxEqual              = 10
+	defaultExploreEvery   = 200
+	maxExploreEvery       = 1_000_000
+	defaultExploreAfter   = 10 * time.Second
+	maxExploreAfter       = 10 * 24 * time.Hour // what 32 bits of milliseconds can tell
 )
 
 // config is the parsed form of belfry.config.v1.P2C. Immutable.
 type config struct {
 	serviceconfig.LoadBalancingConfig
 
-	message  *configv1.P2C // as it was given
-	choices  int
-	memory   int
-	failures codeSet
-	metric   metricConfig
-	timeless bool         // the metric has no use for the time
-	counts   bool         // a load is the number of attempts in flight
-	limit    *limitConfig // nil if endpoints have none
+	message   *configv1.P2C // as it was given
+	choices   int
+	memory    int
+	failures  codeSet
+	metric    metricConfig
+	limit     *limitConfig // nil if endpoints have none
+	timeless  bool         // the metric has no use for the time
+	counts    bool         // a load is the number of attempts in flight
+	exact     bool         // loads have no errors
+	classless bool         // all calls are of one class
+
+	equalAtRest    float32
+	equalUnderLoad float32
+	exploreEvery   uint32 // 0 is never
+	exploreAfter   time.Duration
 }
 
 // MarshalJSON returns the config as it was given. Some parents, such as
@@ -72,7 +88,16 @@ func parseConfig(js json.RawMessage) (*config, error) {
 	if err := checkUnknown(js, m); err != nil {
 		return nil, err
 	}
-	c := &config{message: m, choices: defaultChoices, memory: defaultMemory, failures: defaultFailures}
+	c := &config{
+		message:        m,
+		choices:        defaultChoices,
+		memory:         defaultMemory,
+		failures:       defaultFailures,
+		equalAtRest:    defaultEqualAtRest,
+		equalUnderLoad: defaultEqualUnderLoad,
+		exploreEvery:   defaultExploreEvery,
+		exploreAfter:   defaultExploreAfter,
+	}
 
 	var err error
 	if c.metric, err = newMetricConfig(m.GetLoad()); err != nil {
@@ -81,16 +106,15 @@ func parseConfig(js json.RawMessage) (*config, error) {
 	switch c.metric.(type) {
 	case expectedLatency:
 		c.choices, c.memory = defaultChoicesExpectedLatency, defaultMemoryExpectedLatency
+	case peakEWMA:
+		c.exact, c.classless = true, true
 	case pendingRequests:
-		c.timeless, c.counts = true, true
+		c.exact, c.classless, c.timeless, c.counts = true, true, true, true
 	case constant:
-		c.timeless = true
+		c.exact, c.classless, c.timeless = true, true, true
 	}
 	if c.limit, err = newLimitConfig(m.GetEndpointLimit()); err != nil {
 		return nil, err
-	}
-	if c.limit != nil && c.limit.fixed == 0 {
-		c.timeless = false // The algorithm needs it.
 	}
 	if m.ChoiceCount != nil {
 		if v := m.GetChoiceCount(); v < minChoices || v > maxChoices {
@@ -103,6 +127,31 @@ func parseConfig(js json.RawMessage) (*config, error) {
 			return nil, configError("memory", v, fmt.Sprintf("between 0 and %d", maxMemory))
 		}
 		c.memory = int(m.GetMemory())
+	}
+	for _, f := range []struct {
+		name  string
+		value *float64
+		to    *float32
+	}{{"equalAtRest", m.EqualAtRest, &c.equalAtRest}, {"equalUnderLoad", m.EqualUnderLoad, &c.equalUnderLoad}} {
+		if f.value == nil {
+			continue
+		}
+		if !(*f.value >= 0 && *f.value <= maxEqual) {
+			return nil, configError(f.name, *f.value, fmt.Sprintf("between 0 and %d", maxEqual))
+		}
+		*f.to = float32(*f.value)
+	}
+	if m.ExploreEvery != nil {
+		if v := m.GetExploreEvery(); v > maxExploreEvery {
+			return nil, configError("exploreEvery", v, fmt.Sprintf("between 0 and %d", maxExploreEvery))
+		}
+		c.exploreEvery = m.GetExploreEvery()
+	}
+	if m.ExploreAfter != nil {
+		if c.exploreAfter = m.GetExploreAfter().AsDuration(); c.exploreAfter <= 0 {
+			return nil, configError("exploreAfter", c.exploreAfter, "above 0s")
+		}
+		c.exploreAfter = min(c.exploreAfter, maxExploreAfter)
 	}
 	if names := m.GetFailureCodes(); len(names) > 0 {
 		if c.failures, err = parseCodes(names); err != nil {
@@ -302,6 +351,17 @@ func newExpectedLatency(m *configv1.ExpectedLatency) expectedLatency {
 	}
 	set(&c.FailurePenalty, m.GetFailurePenalty(), m.FailurePenalty != nil)
 	set(&c.AgeLimit, m.GetAgeLimit(), m.AgeLimit != nil)
+	set(&c.SpreadPrior, m.GetSpreadPrior(), m.SpreadPrior != nil)
+	set(&c.MinSpread, m.GetMinSpread(), m.MinSpread != nil)
+	set(&c.SampleLimit, m.GetSampleLimit(), m.SampleLimit != nil)
+	set(&c.StreamAgeLimit, m.GetStreamAgeLimit(), m.StreamAgeLimit != nil)
+	set(&c.SlowMethod, m.GetSlowMethod(), m.SlowMethod != nil)
+	if m.GetFirstFailure() != nil {
+		c.FirstFailure = m.GetFirstFailure().AsDuration()
+	}
+	if m.MaxMethods != nil {
+		c.MaxMethods = int(m.GetMaxMethods())
+	}
 	return expectedLatency{c}
 }
 

@@ -55,21 +55,27 @@ func TestConfigSetsEveryField(t *testing.T) {
 		json string
 		want metricConfig
 	}{
-		{`{"expectedLatency":{"priorSamples":0.5,"queueExponent":0,"keepSamples":7,"forgetRounds":9.5,"forgetAfter":"1.5s","failurePenalty":2,"ageLimit":3}}`,
-			expectedLatency{load.ExpectedLatencyConfig{PriorSamples: 0.5, QueueExponent: 0, KeepSamples: 7, ForgetRounds: 9.5,
-				ForgetAfter: 1500 * time.Millisecond, FailurePenalty: 2, AgeLimit: 3}}},
+		{`{"expectedLatency":{"priorSamples":0.5,"queueExponent":0,"keepSamples":7,"forgetRounds":9.5,"forgetAfter":"1.5s","failurePenalty":2,"ageLimit":3,
+			"spreadPrior":0,"minSpread":0.125,"firstFailure":"0.25s","sampleLimit":4,"streamAgeLimit":0,"slowMethod":8,"maxMethods":0}}`,
+			expectedLatency{load.ExpectedLatencyConfig{PriorSamples: 0.5, MinSpread: 0.125, QueueExponent: 0, KeepSamples: 7, ForgetRounds: 9.5,
+				ForgetAfter: 1500 * time.Millisecond, FailurePenalty: 2, FirstFailure: 250 * time.Millisecond, SampleLimit: 4,
+				AgeLimit: 3, SlowMethod: 8}}},
 		{`{"peakEwma":{"decay":"0.000000001s","defaultRtt":"3600s","failurePenalty":1}}`,
 			peakEWMA{load.PeakEWMAConfig{Decay: 1, DefaultRTT: time.Hour, FailurePenalty: 1}}},
 		{`{"constant":{"load":0}}`, constant{0}},
 		{`{"constant":{"load":2.5}}`, constant{2.5}},
 	} {
-		c, err := parseConfig(json.RawMessage(`{"choiceCount":3,"memory":1,"failureCodes":["ABORTED","UNAVAILABLE"],"load":` + test.json + `}`))
+		c, err := parseConfig(json.RawMessage(`{"choiceCount":3,"memory":1,"failureCodes":["ABORTED","UNAVAILABLE"],
+			"equalAtRest":0,"equalUnderLoad":1.5,"exploreEvery":7,"exploreAfter":"2s","load":` + test.json + `}`))
 		if err != nil {
 			t.Errorf("%s: %v", test.json, err)
 			continue
 		}
 		if c.choices != 3 || c.memory != 1 {
 			t.Errorf("%s: %d choices and memory %d, want 3 and 1", test.json, c.choices, c.memory)
+		}
+		if c.equalAtRest != 0 || c.equalUnderLoad != 1.5 || c.exploreEvery != 7 || c.exploreAfter != 2*time.Second {
+			t.Errorf("%s: got %v, %v, %v and %v, want 0, 1.5, 7 and 2s", test.json, c.equalAtRest, c.equalUnderLoad, c.exploreEvery, c.exploreAfter)
 		}
 		if want := setOf(codes.Aborted, codes.Unavailable); c.failures != want {
 			t.Errorf("%s: failure codes are %b, want %b", test.json, c.failures, want)
@@ -105,6 +111,12 @@ func TestConfigRejectsWithFieldValueAndRule(t *testing.T) {
 		{`{"load":{"expectedLatency":{"forgetRounds":-2}}}`, "load.expectedLatency.forgetRounds", "-2", "above 0"},
 		{`{"load":{"expectedLatency":{"forgetAfter":"0s"}}}`, "load.expectedLatency.forgetAfter", "0s", "above 0s"},
 		{`{"load":{"expectedLatency":{"failurePenalty":0.5}}}`, "load.expectedLatency.failurePenalty", "0.5", "between 1 and 1e+06"},
+		{`{"equalAtRest":-0.1}`, "equalAtRest", "-0.1", "between 0 and 10"},
+		{`{"equalUnderLoad":"NaN"}`, "equalUnderLoad", "NaN", "between 0 and 10"},
+		{`{"exploreEvery":1000001}`, "exploreEvery", "1000001", "between 0 and 1000000"},
+		{`{"exploreAfter":"0s"}`, "exploreAfter", "0s", "above 0s"},
+		{`{"load":{"expectedLatency":{"slowMethod":0}}}`, "load.expectedLatency.slowMethod", "0", "between 1 and 1e+06"},
+		{`{"load":{"expectedLatency":{"maxMethods":10001}}}`, "load.expectedLatency.maxMethods", "10001", "between 0 and 10000"},
 		{`{"load":{"expectedLatency":{"ageLimit":0}}}`, "load.expectedLatency.ageLimit", "0", "between 1 and 1e+06"},
 	} {
 		t.Run(test.json, func(t *testing.T) {

@@ -45,14 +45,12 @@ type endpoint struct {
 	// reported is the child's last report. Never nil.
 	reported atomic.Pointer[balancer.State]
 
-	// tally outlives meters: a change of the metric keeps what is in flight.
-	tally tally
+	// candidate is what picks see of it. It outlives meters: a change of the metric
+	// keeps what is in flight.
+	candidate *candidate
 
 	// Guarded by policy.mu.
-	meter     load.Meter
-	weight    load.Weight
-	candidate *candidate // in the READY set; nil while not READY
-	gone      bool       // the resolver lists it no more; reports are ignored
+	gone bool // the resolver lists it no more; reports are ignored
 }
 
 func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
@@ -63,24 +61,32 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	})
 	b.mu.Lock()
 	b.count[connectivity.Connecting]++
-	ep.meter = b.metric.NewMeter(load.Endpoint{Address: ep.addr})
-	ep.setLimit(b.picker.config.limit)
+	ep.candidate = b.candidates.New()
+	ep.candidate.id = ep.id
+	ep.candidate.slot.Store(notReady)
+	ep.candidate.weight.Store(1)
+	if m := b.recallLocked(e); m != nil {
+		ep.candidate.meter.Store(m)
+	} else {
+		ep.measureLocked(b.picker, b.metric)
+	}
+	ep.limitLocked(b.picker.config.limit)
 	b.mu.Unlock()
 	b.metrics.moved(connectivity.Shutdown, connectivity.Connecting)
 	ep.child = b.children.Build(ep, b.opts)
 	return ep
 }
 
-// remeasureLocked gives the endpoint a meter of a new metric, and puts it into
-// the new READY set. Attempts in flight finish on the meter that they started
-// on.
-func (ep *endpoint) remeasureLocked(m load.Metric) {
-	ep.meter.Close()
-	ep.meter = m.NewMeter(load.Endpoint{Address: ep.addr})
-	if ep.candidate != nil {
-		ep.candidate = newCandidate(ep)
-		ep.policy.picker.ready.add(ep.candidate)
+// measureLocked gives the endpoint a meter of a metric. Attempts in flight finish
+// on the meter that they started on.
+func (ep *endpoint) measureLocked(p *picker, m load.Metric) {
+	r := &room{}
+	if old := ep.candidate.meter.Load(); old != nil {
+		r = old.room
+		old.Close()
 	}
+	ep.candidate.meter.Store(&measure{Meter: m.NewMeter(load.Endpoint{Address: ep.addr}), timeless: p.config.timeless, room: r})
+	ep.candidate.changed()
 }
 
 // UpdateState receives the reports of the child. It may be called from any
@@ -111,19 +117,17 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 	b := ep.policy
 	from, to := ep.reported.Load().ConnectivityState, s.ConnectivityState
 	ep.reported.Store(&s)
+	ep.candidate.child.Store(&s)
 	b.count[from]--
 	b.count[to]++
 	switch {
-	case to == connectivity.Ready && from == connectivity.Ready:
-		ep.replaceLocked()
+	case to == from:
 	case to == connectivity.Ready:
-		ep.candidate = newCandidate(ep)
 		b.picker.ready.add(ep.candidate)
 		b.queue.admit(ep.candidate)
 	case from == connectivity.Ready:
 		b.picker.ready.remove(ep.candidate)
-		b.picker.remind(ep.candidate, nil)
-		ep.candidate = nil
+		b.picker.forget(ep.candidate)
 	}
 	return from
 }
@@ -132,22 +136,8 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 func (ep *endpoint) setWeight(w load.Weight) {
 	ep.policy.mu.Lock()
 	defer ep.policy.mu.Unlock()
-	if ep.weight == w {
-		return
-	}
-	ep.weight = w
-	if ep.candidate != nil {
-		ep.replaceLocked()
-	}
-}
-
-// replaceLocked puts a candidate with what is known now in the place of the
-// endpoint's last one.
-func (ep *endpoint) replaceLocked() {
-	old := ep.candidate
-	ep.candidate = newCandidate(ep)
-	ep.policy.picker.ready.replace(old, ep.candidate)
-	ep.policy.picker.remind(old, ep.candidate)
+	ep.policy.picker.ready.reweigh(ep.candidate, uint32(max(w, 1)))
+	ep.candidate.changed()
 }
 
 // call calls the child, unless it is closed.
@@ -165,8 +155,9 @@ func (ep *endpoint) update(ccs balancer.ClientConnState) error {
 	return ep.child.UpdateClientConnState(ccs)
 }
 
-// close takes the endpoint out of the policy and closes the child.
-func (ep *endpoint) close() {
+// close takes the endpoint out of the policy and closes the child. The meter is closed
+// unless it is kept.
+func (ep *endpoint) close(keep bool) {
 	b := ep.policy
 	b.mu.Lock()
 	from := ep.moveLocked(balancer.State{
@@ -174,7 +165,9 @@ func (ep *endpoint) close() {
 		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
 	})
 	ep.gone = true
-	ep.meter.Close()
+	if !keep {
+		ep.candidate.meter.Load().Close()
+	}
 	b.mu.Unlock()
 	b.metrics.moved(from, connectivity.Shutdown)
 

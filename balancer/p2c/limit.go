@@ -73,10 +73,16 @@ func newLimitConfig(m *configv1.EndpointLimit) (*limitConfig, error) {
 	return c, nil
 }
 
-// setLimit gives the endpoint the limit of a config, none if that is nil. What an
+// room is the limit of an endpoint. It lives as long as what is known of the endpoint.
+type room struct {
+	most  atomic.Int64               // how many attempts and streams may be in flight
+	found atomic.Pointer[foundLimit] // the algorithm that finds most; nil if none does
+}
+
+// limitLocked gives the endpoint the limit of a config, none if that is nil. What an
 // algorithm has learnt is kept. The caller holds policy.mu.
-func (ep *endpoint) setLimit(cfg *limitConfig) {
-	t := &ep.tally
+func (ep *endpoint) limitLocked(cfg *limitConfig) {
+	t := ep.candidate.meter.Load().room
 	switch {
 	case cfg == nil:
 		t.found.Store(nil)
@@ -125,14 +131,15 @@ func (f *foundLimit) limit() int64 {
 // begin makes a pick a sample of its endpoint's limit, if an algorithm finds that.
 // Streams are none: how long one lives says nothing about the server, and neither does
 // the time to a first response that may have to wait for an event.
-func (k *pick) begin(now load.Instant) {
-	if f := k.candidate.tally.found.Load(); f != nil && (k.track == nil || !k.track.stream) {
-		k.limit, k.began, k.mark = f, now, f.auto.OnStart()
+func (k *pick) begin() {
+	if f := k.meter.room.found.Load(); f != nil && (k.track == nil || !k.track.stream) {
+		k.limit, k.began, k.mark = f, load.Instant(k.picker.policy.now()), f.auto.OnStart()
 	}
 }
 
 // end gives the end of a pick to the algorithm.
-func (f *foundLimit) end(k *pick, now load.Instant, o load.Outcome, err error) {
+func (f *foundLimit) end(k *pick, o load.Outcome, err error) {
+	now := load.Instant(k.picker.policy.now())
 	s := limit.Sample{Start: limit.Instant(k.began), RTT: max(time.Duration(now-k.began), 1), Result: limit.Void, Mark: k.mark}
 	switch {
 	case o == load.Completed:
@@ -147,15 +154,15 @@ func (f *foundLimit) end(k *pick, now load.Instant, o load.Outcome, err error) {
 	if s.Result == limit.Void && s.Mark == 0 {
 		return
 	}
-	t := k.candidate.tally
+	r := k.meter.room
 	s.Limited = f.limited.Load() && f.limited.Swap(false)
-	attempts, streams := t.read()
+	attempts, streams := k.candidate.tally.read()
 	s.InFlight = int64(attempts + streams)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.auto.OnSample(s)
-	if n := max(f.auto.Limit(), 1); n != t.most.Load() && t.found.Load() == f {
-		t.most.Store(n)
+	if n := max(f.auto.Limit(), 1); n != r.most.Load() && r.found.Load() == f {
+		r.most.Store(n)
 	}
 }
 
@@ -173,8 +180,8 @@ func overloaded(err error) bool {
 // ends gives its room to the first of them, so none overtakes another, and each end wakes
 // one.
 type queue struct {
-	waiting atomic.Int32             // how many there are; changes under mu
-	ready   atomic.Pointer[readySet] // the READY set of the current picker
+	ready   *readySet    // immutable
+	waiting atomic.Int32 // how many there are; changes under mu
 
 	mu     sync.Mutex // guards what follows; nothing is locked under it
 	calls  waitlist.List[chan *candidate]
@@ -186,7 +193,7 @@ type queue struct {
 func (p *picker) hold(c *candidate, now load.Instant, ctx context.Context, track *tracker, tried *attempt.Tried) (*candidate, load.Instant, error) {
 	q := &p.policy.queue
 	if q.waiting.Load() == 0 {
-		if c.tally.take() {
+		if c.take() {
 			return c, now, nil
 		}
 		if other := p.takeOther(now, tried); other != nil {
@@ -198,38 +205,48 @@ func (p *picker) hold(c *candidate, now load.Instant, ctx context.Context, track
 	return c, p.now(), err
 }
 
-// takeOther takes room at the least loaded of the first endpoints that have any, from a
-// random one on; at one that the call has tried only if no other has.
+// takeOther takes room at the cheapest of the first endpoints that have any, from a random
+// one on; at one that the call has tried only if no other has.
 func (p *picker) takeOther(now load.Instant, tried *attempt.Tried) *candidate {
-	slots := p.ready.view()
+	slots := p.ready.view().slots
 	n := len(slots)
 	if n == 0 {
 		return nil
 	}
-	s := selection{random: random(p.policy.random())}
-	var again *candidate
-	first := int(s.random.below(uint32(n)))
-	for i := 0; i < n && s.count < p.config.choices; i++ {
-		switch c := slots[(first+i)%n].Load(); {
-		case c == nil || !c.tally.hasRoom():
+	var best, again *candidate
+	var least float32
+	seen := 0
+	r := random(p.policy.random())
+	first := int(r.below(uint32(n)))
+	for i := 0; i < n && seen < p.config.choices; i++ {
+		c := slots[(first+i)%n].Load()
+		switch {
+		case c == nil || !c.hasRoom():
 		case tried != nil && tried.Has(c.id):
 			again = c
 		default:
-			s.look(c)
+			if cost := c.look(p, now); best == nil || cost < least {
+				best, least = c, cost
+			}
+			seen++
 		}
 	}
-	if c := s.least(now); c != nil && c.tally.take() {
-		return c
+	if best == nil {
+		best = again
 	}
-	if again != nil && s.count == 0 && again.tally.take() {
-		return again
+	if best == nil {
+		return nil
+	}
+	if best.take() {
+		return best
 	}
 	return takeAny(slots) // Another call was faster.
 }
 
+// takeAny takes room at any endpoint, nil if all are full.
 func takeAny(slots []atomic.Pointer[candidate]) *candidate {
 	for i := range slots {
-		if c := slots[i].Load(); c != nil && c.tally.take() {
+		if c := slots[i].Load(); c != nil && c.take() {
 			return c
 		}
 	}
@@ -269,7 +286,7 @@ func (q *queue) wait(ctx context.Context, most int, track *tracker) (*candidate,
 	}
 	q.calls.Push(w, waitlist.Rank{})
 	q.waiting.Add(1)
-	q.admitLocked(nil) // There may be room since the call has looked, and then nobody tells it.
+	q.admitAnyLocked() // There may be room since the call has looked, and then nobody tells it.
 	q.mu.Unlock()
 
 	var err error
@@ -304,37 +321,48 @@ func admitted(c *candidate) (*candidate, error) {
 	return c, nil
 }
 
-// admit gives room to those who wait: at c, which has just got some, or at any endpoint if
-// c is nil or has left the READY set.
+// admit gives the room that an endpoint has to those who wait.
 func (q *queue) admit(c *candidate) {
 	if q.waiting.Load() == 0 {
 		return
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.admitLocked(c)
-}
-
-func (q *queue) admitLocked(c *candidate) {
-	for first := q.calls.First(false); first != nil; first = q.calls.First(false) {
-		got := c
-		if c != nil && c.slot.Load() != notReady {
-			if f := c.tally.found.Load(); f != nil {
-				f.limited.Store(true)
-			}
-			if !c.tally.take() {
-				return
-			}
-		} else if ready := q.ready.Load(); ready != nil {
-			got = takeAny(ready.view())
-		}
-		if got == nil {
+	if f := c.meter.Load().room.found.Load(); f != nil {
+		f.limited.Store(true)
+	}
+	for c.slot.Load() != notReady {
+		if first := q.calls.First(false); first == nil || !q.giveLocked(first, c) {
 			return
 		}
-		q.calls.Remove(first)
-		q.waiting.Add(-1)
-		first.Value <- got
 	}
+}
+
+// admitAnyLocked gives the room that any endpoint has to those who wait.
+func (q *queue) admitAnyLocked() {
+	for first := q.calls.First(false); first != nil; first = q.calls.First(false) {
+		c := takeAny(q.ready.view().slots)
+		if c == nil {
+			return
+		}
+		q.endLocked(first, c)
+	}
+}
+
+// giveLocked gives a call the room that an endpoint has, if it has any.
+func (q *queue) giveLocked(w *waitlist.Node[chan *candidate], c *candidate) bool {
+	if !c.take() {
+		return false
+	}
+	q.endLocked(w, c)
+	return true
+}
+
+// endLocked ends the wait of a call. c is nil if the call is to ask the next picker.
+func (q *queue) endLocked(w *waitlist.Node[chan *candidate], c *candidate) {
+	q.calls.Remove(w)
+	q.waiting.Add(-1)
+	w.Value <- c
 }
 
 // dismiss lets all calls that wait ask the next picker.
@@ -343,30 +371,29 @@ func (q *queue) dismiss(closed bool) {
 	defer q.mu.Unlock()
 	q.closed = q.closed || closed
 	for first := q.calls.First(false); first != nil; first = q.calls.First(false) {
-		q.calls.Remove(first)
-		q.waiting.Add(-1)
-		first.Value <- nil
+		q.endLocked(first, nil)
 	}
 }
 
 // hasRoom reports whether one more attempt may be in flight to the endpoint.
-func (t *tally) hasRoom() bool {
-	attempts, streams := t.read()
-	return int64(attempts+streams) < t.most.Load()
+func (c *candidate) hasRoom() bool {
+	attempts, streams := c.tally.read()
+	return int64(attempts+streams) < c.meter.Load().room.most.Load()
 }
 
 // take counts an attempt if there is room for it.
-func (t *tally) take() bool {
+func (c *candidate) take() bool {
+	r := c.meter.Load().room
 	for {
-		w := t.word.Load()
+		w := c.tally.word.Load()
 		attempts := int64(int32(w))
-		if attempts+(w-attempts)>>32 >= t.most.Load() {
-			if f := t.found.Load(); f != nil && !f.limited.Load() {
+		if attempts+(w-attempts)>>32 >= r.most.Load() {
+			if f := r.found.Load(); f != nil && !f.limited.Load() {
 				f.limited.Store(true)
 			}
 			return false
 		}
-		if t.word.CompareAndSwap(w, w+oneAttempt) {
+		if c.tally.word.CompareAndSwap(w, w+oneAttempt) {
 			return true
 		}
 	}

@@ -238,7 +238,7 @@ func TestLimit(t *testing.T) {
 func TestLimitAuto(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		w.start(`{"endpointLimit":{"auto":{"initial":10}},"load":{"constant":{}}}`, some("fast", "slow")...)
-		most := func(addr string) int64 { return w.endpoint(addr).tally.most.Load() }
+		most := func(addr string) int64 { return w.endpoint(addr).candidate.meter.Load().room.most.Load() }
 		takes := map[string]time.Duration{"fast": 10 * time.Millisecond, "slow": 10 * time.Millisecond}
 		run := func(d time.Duration) {
 			var wg sync.WaitGroup
@@ -306,7 +306,7 @@ func TestLimitRandom(t *testing.T) {
 							return
 						}
 						for _, ep := range eps {
-							if attempts, streams := ep.tally.read(); attempts+streams > most {
+							if attempts, streams := ep.candidate.tally.read(); attempts+streams > most {
 								t.Errorf("%d in flight to %s, want at most %d", attempts+streams, ep.addr, most)
 							}
 						}
@@ -393,11 +393,6 @@ func TestLimitConfig(t *testing.T) {
 		c, err := parseConfig(json.RawMessage(js))
 		if err != nil || (c.limit == nil) != (want == nil) || want != nil && *c.limit != *want {
 			t.Errorf("%s: %+v, %v; want %+v", js, c, err, want)
-		}
-	}
-	for js, timeless := range map[string]bool{pendingConfig: true, limitedTo1: true, limitedByAuto: false} {
-		if c, err := parseConfig(json.RawMessage(js)); err != nil || c.timeless != timeless {
-			t.Errorf("%s: %+v, %v; want timeless %t", js, c, err, timeless)
 		}
 	}
 }

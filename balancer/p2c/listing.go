@@ -66,7 +66,7 @@ func (b *policy) updateEndpoints(state resolver.State) error {
 	for _, ep := range d.touched {
 		if ep.listings == 0 {
 			b.endpoints.Delete(ep.first)
-			ep.close()
+			ep.close(false)
 			d.members = true
 		}
 	}

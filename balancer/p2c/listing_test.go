@@ -104,7 +104,7 @@ func TestUpdate(t *testing.T) {
 				t.Fatalf("%d endpoints in all, %d in the map, want %d", got, w.p.endpoints.Len(), len(names))
 			}
 			for _, a := range names {
-				if got := uint32(w.endpoint(a).weight); got != sum[a] {
+				if got := uint32(w.endpoint(a).candidate.weight.Load()); got != sum[a] {
 					t.Fatalf("%s has weight %d, want the sum of its weights, %d: %v", a, got, sum[a], list)
 				}
 				if got := children.live[a].state.Endpoints[0]; !sameEndpoint(got, first[a]) {
@@ -163,7 +163,7 @@ func TestUpdate(t *testing.T) {
 		if err := w.update(`{}`, one("a")); err != nil || children.updates != 2 {
 			t.Errorf("error %v after %d calls, want none and a second call", err, children.updates)
 		}
-		if got := w.endpoint("a").weight; got != 1 {
+		if got := w.endpoint("a").candidate.weight.Load(); got != 1 {
 			t.Errorf("weight %d, want 1", got)
 		}
 	})
@@ -173,7 +173,7 @@ func TestUpdate(t *testing.T) {
 		defer w.b.Close()
 		for range 20 { // the order in which children are called is random
 			must(0, w.update(`{}`, weighted("a", 1), one("b"), weighted("a", 100), weighted("b", math.MaxUint32)))
-			if a, b := w.endpoint("a").weight, w.endpoint("b").weight; a != 101 || b != math.MaxUint32 {
+			if a, b := w.endpoint("a").candidate.weight.Load(), w.endpoint("b").candidate.weight.Load(); a != 101 || b != math.MaxUint32 {
 				t.Fatalf("weights %d and %d, want 101 and %d", a, b, uint32(math.MaxUint32))
 			}
 		}

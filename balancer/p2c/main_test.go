@@ -17,11 +17,11 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/grpclog"
 	"google.golang.org/grpc/serviceconfig"
 
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 	// they told their meters.
 	balancer.Register(observedBuilder{})
 	grpclog.SetLoggerV2(&logs)
-	goleak.VerifyTestMain(m)
+	leaktest.Main(m)
 }
 
 // logs notes the warnings of the policy, and drops the rest but for errors.
@@ -75,10 +75,11 @@ func newRand(t *testing.T) *rand.Rand {
 	return rand.New(rand.NewPCG(seed, 0))
 }
 
-// testContext returns a context that ends long after a test should have.
+// testContext returns a context that ends long after a test should have, even on a
+// busy machine.
 func testContext(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

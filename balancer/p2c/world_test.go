@@ -255,23 +255,32 @@ func (w *world) load(addrs ...string) float64 {
 	return w.endpoint(addrs...).load()
 }
 
+// load returns what the meter of the endpoint says now.
 func (ep *endpoint) load() float64 {
 	ep.policy.mu.Lock()
 	defer ep.policy.mu.Unlock()
-	attempts, streams := ep.tally.read()
-	q := load.Query{Now: load.Instant(ep.policy.now()), InFlight: attempts, Streams: streams, Weight: 1}
-	return max(ep.weight, 1).Divide(ep.meter.Load(q).Cost)
+	c := ep.candidate
+	return c.meter.Load().Load(c.query(ep.policy.picker, load.Instant(ep.policy.now()), 0)).Cost
+}
+
+// inFlight returns the number of attempts in flight to an endpoint.
+func (w *world) inFlight(addr string) int {
+	attempts, _ := w.endpoint(addr).candidate.tally.read()
+	return attempts
 }
 
 // busy makes the endpoint look as if n attempts more were in flight.
-func (ep *endpoint) busy(n int) { ep.tally.add(int64(n) * oneAttempt) }
+func (ep *endpoint) busy(n int) {
+	ep.candidate.tally.add(int64(n) * oneAttempt)
+	ep.candidate.changed()
+}
 
 // inFlight returns the number of attempts in flight and of open streams to all
 // endpoints of the policy.
 func (b *policy) inFlight() (attempts, streams int) {
 	if all := b.all.Load(); all != nil {
 		for _, ep := range *all {
-			a, s := ep.tally.read()
+			a, s := ep.candidate.tally.read()
 			attempts, streams = attempts+a, streams+s
 		}
 	}

@@ -200,7 +200,7 @@ func TestEndpointLimitOfOneSlowEndpoint(t *testing.T) {
 			var took []time.Duration
 			var offered int
 			var wg sync.WaitGroup
-			const slowFrom, countFrom, lasts = 2 * time.Second, 4 * time.Second, 8 * time.Second
+			const slowFrom, countFrom, lasts = time.Second, 2500 * time.Millisecond, 5 * time.Second
 			start := time.Now()
 			for time.Since(start) < lasts {
 				if time.Since(start) > slowFrom && c.Server(0).SetSpeed(0.05) != nil {

@@ -67,9 +67,33 @@ type P2C struct {
 	// UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL,
 	// UNAVAILABLE and DATA_LOSS.
 	FailureCodes []string `protobuf:"bytes,4,rep,name=failure_codes,json=failureCodes,proto3" json:"failure_codes,omitempty"`
+	// Costs that the samples cannot tell apart are equal: those that exceed the
+	// least by no more than their standard error, up to this part of it. This one
+	// holds while none of the endpoints that a pick looks at has an attempt in
+	// flight; then one of its random draws is taken at random. 0 takes the least.
+	// Only expected_latency has errors.
+	//
+	// From 0 to 10. Default 0.5.
+	EqualAtRest *float64 `protobuf:"fixed64,5,opt,name=equal_at_rest,json=equalAtRest,proto3,oneof" json:"equal_at_rest,omitempty"`
+	// The same while some have attempts in flight: then the endpoint with the
+	// fewest of them is taken, and of those the cheapest.
+	//
+	// From 0 to 10. Default 0.2.
+	EqualUnderLoad *float64 `protobuf:"fixed64,6,opt,name=equal_under_load,json=equalUnderLoad,proto3,oneof" json:"equal_under_load,omitempty"`
+	// One pick in so many explores: of the endpoints that it looks at and that were
+	// not heard of for explore_after and have nothing in flight, it takes the one
+	// not heard of for the longest. An endpoint that was slow or failed is tried
+	// again so, however few calls there are.
+	//
+	// From 0 (none explores) to 1,000,000. Default 200.
+	ExploreEvery *uint32 `protobuf:"varint,7,opt,name=explore_every,json=exploreEvery,proto3,oneof" json:"explore_every,omitempty"`
+	// After how long without an answer or a failure an endpoint may be explored.
+	//
+	// Above 0, at most 10 days. Default 10s.
+	ExploreAfter *durationpb.Duration `protobuf:"bytes,8,opt,name=explore_after,json=exploreAfter,proto3" json:"explore_after,omitempty"`
 	// How many attempts may be in flight to an endpoint at a time. Unset: no limit,
 	// which costs nothing.
-	EndpointLimit *EndpointLimit `protobuf:"bytes,5,opt,name=endpoint_limit,json=endpointLimit,proto3" json:"endpoint_limit,omitempty"`
+	EndpointLimit *EndpointLimit `protobuf:"bytes,9,opt,name=endpoint_limit,json=endpointLimit,proto3" json:"endpoint_limit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -128,6 +152,34 @@ func (x *P2C) GetLoad() *Load {
 func (x *P2C) GetFailureCodes() []string {
 	if x != nil {
 		return x.FailureCodes
+	}
+	return nil
+}
+
+func (x *P2C) GetEqualAtRest() float64 {
+	if x != nil && x.EqualAtRest != nil {
+		return *x.EqualAtRest
+	}
+	return 0
+}
+
+func (x *P2C) GetEqualUnderLoad() float64 {
+	if x != nil && x.EqualUnderLoad != nil {
+		return *x.EqualUnderLoad
+	}
+	return 0
+}
+
+func (x *P2C) GetExploreEvery() uint32 {
+	if x != nil && x.ExploreEvery != nil {
+		return *x.ExploreEvery
+	}
+	return 0
+}
+
+func (x *P2C) GetExploreAfter() *durationpb.Duration {
+	if x != nil {
+		return x.ExploreAfter
 	}
 	return nil
 }
@@ -447,7 +499,41 @@ type ExpectedLatency struct {
 	// server that no longer answers.
 	//
 	// From 1 to 1e6. Default 20.
-	AgeLimit      *float64 `protobuf:"fixed64,7,opt,name=age_limit,json=ageLimit,proto3,oneof" json:"age_limit,omitempty"`
+	AgeLimit *float64 `protobuf:"fixed64,7,opt,name=age_limit,json=ageLimit,proto3,oneof" json:"age_limit,omitempty"`
+	// How much more the prior counts where latencies vary: n0 times
+	// 1 + spread_prior * v, where v is the variance of the latencies in units of
+	// their mean squared.
+	//
+	// From 0 to 100. Default 0.5.
+	SpreadPrior *float64 `protobuf:"fixed64,8,opt,name=spread_prior,json=spreadPrior,proto3,oneof" json:"spread_prior,omitempty"`
+	// The least v that is believed. The standard error of an endpoint's L is
+	// sqrt(v / (N*f + n)), as a part of it.
+	//
+	// From 0 to 100. Default 0.25.
+	MinSpread *float64 `protobuf:"fixed64,9,opt,name=min_spread,json=minSpread,proto3,oneof" json:"min_spread,omitempty"`
+	// What a failed attempt counts as at least while no latency is known yet.
+	//
+	// Above 0. Default 1s.
+	FirstFailure *durationpb.Duration `protobuf:"bytes,10,opt,name=first_failure,json=firstFailure,proto3" json:"first_failure,omitempty"`
+	// The latency of one attempt counts up to this many times the average, so that
+	// one answer after an hour is forgotten in minutes.
+	//
+	// From 1 to 1e6. Default 20.
+	SampleLimit *float64 `protobuf:"fixed64,11,opt,name=sample_limit,json=sampleLimit,proto3,oneof" json:"sample_limit,omitempty"`
+	// The age of a stream that has no response yet counts up to this many times
+	// the mean time to a first response: a stream may have nothing to say.
+	//
+	// From 0 to 1e6. Default 1.
+	StreamAgeLimit *float64 `protobuf:"fixed64,12,opt,name=stream_age_limit,json=streamAgeLimit,proto3,oneof" json:"stream_age_limit,omitempty"`
+	// How many times the average latency a method takes whose calls in flight do
+	// not count for the calls of other methods.
+	//
+	// From 1 to 1e6. Default 64.
+	SlowMethod *float64 `protobuf:"fixed64,13,opt,name=slow_method,json=slowMethod,proto3,oneof" json:"slow_method,omitempty"`
+	// The number of methods that have a mean of their own. All others share one.
+	//
+	// From 0 to 10,000. Default 100.
+	MaxMethods    *uint32 `protobuf:"varint,14,opt,name=max_methods,json=maxMethods,proto3,oneof" json:"max_methods,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -527,6 +613,55 @@ func (x *ExpectedLatency) GetFailurePenalty() float64 {
 func (x *ExpectedLatency) GetAgeLimit() float64 {
 	if x != nil && x.AgeLimit != nil {
 		return *x.AgeLimit
+	}
+	return 0
+}
+
+func (x *ExpectedLatency) GetSpreadPrior() float64 {
+	if x != nil && x.SpreadPrior != nil {
+		return *x.SpreadPrior
+	}
+	return 0
+}
+
+func (x *ExpectedLatency) GetMinSpread() float64 {
+	if x != nil && x.MinSpread != nil {
+		return *x.MinSpread
+	}
+	return 0
+}
+
+func (x *ExpectedLatency) GetFirstFailure() *durationpb.Duration {
+	if x != nil {
+		return x.FirstFailure
+	}
+	return nil
+}
+
+func (x *ExpectedLatency) GetSampleLimit() float64 {
+	if x != nil && x.SampleLimit != nil {
+		return *x.SampleLimit
+	}
+	return 0
+}
+
+func (x *ExpectedLatency) GetStreamAgeLimit() float64 {
+	if x != nil && x.StreamAgeLimit != nil {
+		return *x.StreamAgeLimit
+	}
+	return 0
+}
+
+func (x *ExpectedLatency) GetSlowMethod() float64 {
+	if x != nil && x.SlowMethod != nil {
+		return *x.SlowMethod
+	}
+	return 0
+}
+
+func (x *ExpectedLatency) GetMaxMethods() uint32 {
+	if x != nil && x.MaxMethods != nil {
+		return *x.MaxMethods
 	}
 	return 0
 }
@@ -755,15 +890,22 @@ var File_belfry_config_v1_p2c_proto protoreflect.FileDescriptor
 
 const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\n" +
-	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1cbelfry/config/v1/stack.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xff\x01\n" +
+	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1cbelfry/config/v1/stack.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xfa\x03\n" +
 	"\x03P2C\x12&\n" +
 	"\fchoice_count\x18\x01 \x01(\rH\x00R\vchoiceCount\x88\x01\x01\x12\x1b\n" +
 	"\x06memory\x18\x02 \x01(\rH\x01R\x06memory\x88\x01\x01\x12*\n" +
 	"\x04load\x18\x03 \x01(\v2\x16.belfry.config.v1.LoadR\x04load\x12#\n" +
-	"\rfailure_codes\x18\x04 \x03(\tR\ffailureCodes\x12F\n" +
-	"\x0eendpoint_limit\x18\x05 \x01(\v2\x1f.belfry.config.v1.EndpointLimitR\rendpointLimitB\x0f\n" +
+	"\rfailure_codes\x18\x04 \x03(\tR\ffailureCodes\x12'\n" +
+	"\requal_at_rest\x18\x05 \x01(\x01H\x02R\vequalAtRest\x88\x01\x01\x12-\n" +
+	"\x10equal_under_load\x18\x06 \x01(\x01H\x03R\x0eequalUnderLoad\x88\x01\x01\x12(\n" +
+	"\rexplore_every\x18\a \x01(\rH\x04R\fexploreEvery\x88\x01\x01\x12>\n" +
+	"\rexplore_after\x18\b \x01(\v2\x19.google.protobuf.DurationR\fexploreAfter\x12F\n" +
+	"\x0eendpoint_limit\x18\t \x01(\v2\x1f.belfry.config.v1.EndpointLimitR\rendpointLimitB\x0f\n" +
 	"\r_choice_countB\t\n" +
-	"\a_memory\"\x94\x01\n" +
+	"\a_memoryB\x10\n" +
+	"\x0e_equal_at_restB\x13\n" +
+	"\x11_equal_under_loadB\x10\n" +
+	"\x0e_explore_every\"\x94\x01\n" +
 	"\rEndpointLimit\x12\x16\n" +
 	"\x05fixed\x18\x01 \x01(\rH\x00R\x05fixed\x12,\n" +
 	"\x04auto\x18\x02 \x01(\v2\x16.belfry.config.v1.AutoH\x00R\x04auto\x12$\n" +
@@ -777,7 +919,7 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\x10pending_requests\x18\x03 \x01(\v2!.belfry.config.v1.PendingRequestsH\x00R\x0fpendingRequests\x128\n" +
 	"\bconstant\x18\x04 \x01(\v2\x1a.belfry.config.v1.ConstantH\x00R\bconstant\x122\n" +
 	"\x06custom\x18\x05 \x01(\v2\x18.belfry.config.v1.CustomH\x00R\x06customB\b\n" +
-	"\x06metric\"\xb1\x03\n" +
+	"\x06metric\"\xc6\x06\n" +
 	"\x0fExpectedLatency\x12(\n" +
 	"\rprior_samples\x18\x01 \x01(\x01H\x00R\fpriorSamples\x88\x01\x01\x12*\n" +
 	"\x0equeue_exponent\x18\x02 \x01(\x01H\x01R\rqueueExponent\x88\x01\x01\x12&\n" +
@@ -785,14 +927,32 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\rforget_rounds\x18\x04 \x01(\x01H\x03R\fforgetRounds\x88\x01\x01\x12<\n" +
 	"\fforget_after\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\vforgetAfter\x12,\n" +
 	"\x0ffailure_penalty\x18\x06 \x01(\x01H\x04R\x0efailurePenalty\x88\x01\x01\x12 \n" +
-	"\tage_limit\x18\a \x01(\x01H\x05R\bageLimit\x88\x01\x01B\x10\n" +
+	"\tage_limit\x18\a \x01(\x01H\x05R\bageLimit\x88\x01\x01\x12&\n" +
+	"\fspread_prior\x18\b \x01(\x01H\x06R\vspreadPrior\x88\x01\x01\x12\"\n" +
+	"\n" +
+	"min_spread\x18\t \x01(\x01H\aR\tminSpread\x88\x01\x01\x12>\n" +
+	"\rfirst_failure\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\ffirstFailure\x12&\n" +
+	"\fsample_limit\x18\v \x01(\x01H\bR\vsampleLimit\x88\x01\x01\x12-\n" +
+	"\x10stream_age_limit\x18\f \x01(\x01H\tR\x0estreamAgeLimit\x88\x01\x01\x12$\n" +
+	"\vslow_method\x18\r \x01(\x01H\n" +
+	"R\n" +
+	"slowMethod\x88\x01\x01\x12$\n" +
+	"\vmax_methods\x18\x0e \x01(\rH\vR\n" +
+	"maxMethods\x88\x01\x01B\x10\n" +
 	"\x0e_prior_samplesB\x11\n" +
 	"\x0f_queue_exponentB\x0f\n" +
 	"\r_keep_samplesB\x10\n" +
 	"\x0e_forget_roundsB\x12\n" +
 	"\x10_failure_penaltyB\f\n" +
 	"\n" +
-	"_age_limit\"\xb9\x01\n" +
+	"_age_limitB\x0f\n" +
+	"\r_spread_priorB\r\n" +
+	"\v_min_spreadB\x0f\n" +
+	"\r_sample_limitB\x13\n" +
+	"\x11_stream_age_limitB\x0e\n" +
+	"\f_slow_methodB\x0e\n" +
+	"\f_max_methods\"\xb9\x01\n" +
 	"\bPeakEwma\x12/\n" +
 	"\x05decay\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05decay\x12:\n" +
 	"\vdefault_rtt\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\n" +
@@ -829,28 +989,30 @@ var file_belfry_config_v1_p2c_proto_goTypes = []any{
 	(*PendingRequests)(nil),     // 5: belfry.config.v1.PendingRequests
 	(*Constant)(nil),            // 6: belfry.config.v1.Constant
 	(*Custom)(nil),              // 7: belfry.config.v1.Custom
-	(*Auto)(nil),                // 8: belfry.config.v1.Auto
-	(*durationpb.Duration)(nil), // 9: google.protobuf.Duration
+	(*durationpb.Duration)(nil), // 8: google.protobuf.Duration
+	(*Auto)(nil),                // 9: belfry.config.v1.Auto
 	(*structpb.Struct)(nil),     // 10: google.protobuf.Struct
 }
 var file_belfry_config_v1_p2c_proto_depIdxs = []int32{
 	2,  // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
-	1,  // 1: belfry.config.v1.P2C.endpoint_limit:type_name -> belfry.config.v1.EndpointLimit
-	8,  // 2: belfry.config.v1.EndpointLimit.auto:type_name -> belfry.config.v1.Auto
-	3,  // 3: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
-	4,  // 4: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
-	5,  // 5: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
-	6,  // 6: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
-	7,  // 7: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
-	9,  // 8: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
-	9,  // 9: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
-	9,  // 10: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
-	10, // 11: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
-	12, // [12:12] is the sub-list for method output_type
-	12, // [12:12] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	8,  // 1: belfry.config.v1.P2C.explore_after:type_name -> google.protobuf.Duration
+	1,  // 2: belfry.config.v1.P2C.endpoint_limit:type_name -> belfry.config.v1.EndpointLimit
+	9,  // 3: belfry.config.v1.EndpointLimit.auto:type_name -> belfry.config.v1.Auto
+	3,  // 4: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
+	4,  // 5: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
+	5,  // 6: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
+	6,  // 7: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
+	7,  // 8: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
+	8,  // 9: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
+	8,  // 10: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
+	8,  // 11: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
+	8,  // 12: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
+	10, // 13: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
+	14, // [14:14] is the sub-list for method output_type
+	14, // [14:14] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_belfry_config_v1_p2c_proto_init() }
