@@ -63,8 +63,8 @@
 // load shed refuses it with NOT_READY. A limit for each endpoint keeps a slow one from
 // collecting calls where the metric does not see that it is slow, and from using up a
 // limit that all endpoints share: of ten endpoints picked at random, one of which became
-// twenty times slower, 99 % of the calls succeeded with a limit for each, and 27 % with
-// one limit for all (TestEndpointLimitOfOneSlowEndpoint in internal/acceptance).
+// twenty times slower, 96 % of the calls succeeded with a limit for each, and less than
+// half with one limit for all (TestEndpointLimitOfOneSlowEndpoint in internal/acceptance).
 //
 // # Endpoints
 //

@@ -180,10 +180,10 @@ func TestEndpointLimit(t *testing.T) {
 // to any of them: a limit for each endpoint, and one limit for all of them.
 func TestEndpointLimitOfOneSlowEndpoint(t *testing.T) {
 	const (
-		work     = 20 * time.Millisecond
+		work     = 50 * time.Millisecond
 		workers  = 2
 		servers  = 10
-		capacity = (servers - 1) * workers / 0.02 // calls a second, of the fast servers
+		capacity = (servers - 1) * workers / 0.05 // calls a second, of the fast servers
 		load     = 0.8
 	)
 	run := func(lb string, specs ...interceptor.Spec) (succeed float64, median, high time.Duration) {
@@ -200,7 +200,7 @@ func TestEndpointLimitOfOneSlowEndpoint(t *testing.T) {
 			var took []time.Duration
 			var offered int
 			var wg sync.WaitGroup
-			const slowFrom, countFrom, lasts = time.Second, 2500 * time.Millisecond, 5 * time.Second
+			const slowFrom, countFrom, lasts = time.Second, 4 * time.Second, 7 * time.Second
 			start := time.Now()
 			for time.Since(start) < lasts {
 				if time.Since(start) > slowFrom && c.Server(0).SetSpeed(0.05) != nil {
@@ -236,7 +236,7 @@ func TestEndpointLimitOfOneSlowEndpoint(t *testing.T) {
 	t.Logf("a limit for each endpoint: %.1f %% of the calls succeed, median %v, p99 %v", 100*each, median, high)
 	all, median, high := run(`{"load":{"constant":{}}}`, concurrency.Config{})
 	t.Logf("one limit for all: %.1f %% of the calls succeed, median %v, p99 %v", 100*all, median, high)
-	// 98.6 % and 27 %: the calls at the slow endpoint use up the one limit, and lower it.
+	// About 96 % and 37 to 49 %: the calls at the slow endpoint use up the one limit, and lower it.
 	if each < 0.9 || all > 0.7 {
 		t.Errorf("%.1f %% and %.1f %% of the calls succeed, want at least 90 %% with a limit for each endpoint, and at most 70 %% with one for all", 100*each, 100*all)
 	}
