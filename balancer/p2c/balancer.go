@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/attributes"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/balancer/base"
@@ -121,6 +122,14 @@ type policy struct {
 
 	warned atomic.Bool // of streams without a tracker
 
+	// conn is the channel, once a call with a tracker has been picked for.
+	conn atomic.Pointer[grpc.ClientConn]
+
+	// countMu guards rotated and the counts of all endpoints, for snapshots. Nothing is
+	// locked under it.
+	countMu sync.Mutex
+	rotated time.Time // when shares began to be counted
+
 	// all is the endpoints of the last update, for the picker of a channel that
 	// has none READY. The slice is not changed.
 	all atomic.Pointer[[]*endpoint]
@@ -178,6 +187,7 @@ func (b *policy) firstUpdate(state resolver.State) {
 		b.now, b.random = e.Now, e.Uint64
 		b.wallClock = func(at limit.Instant) time.Time { return time.Unix(0, int64(at)) }
 	}
+	live.Store(b, nil)
 }
 
 // configure applies a config to the endpoints that are there, and inhibits
@@ -250,6 +260,7 @@ func (b *policy) Close() {
 	b.inhibit, b.closed = true, true
 	b.mu.Unlock()
 	b.queue.dismiss(true)
+	live.Delete(b)
 	b.keepMeters()
 	for _, ep := range b.endpoints.All() {
 		ep.close(b.opts.ChannelzParent != nil)

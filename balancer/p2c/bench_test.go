@@ -197,3 +197,17 @@ func BenchmarkUpdate(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkSnapshot is a snapshot of a policy with n endpoints.
+func BenchmarkSnapshot(b *testing.B) {
+	for _, n := range []int{100, 10000} {
+		b.Run(fmt.Sprintf("n=%d", n), func(b *testing.B) {
+			_, lb := subjects[0].start(b, n)
+			defer lb.Close()
+			b.ReportAllocs()
+			for b.Loop() {
+				lb.(*policy).snapshot()
+			}
+		})
+	}
+}

@@ -95,6 +95,11 @@
 // before it has read the request may count as a fast success; and grpc's own
 // retries may go to the endpoint that just failed.
 //
+// # Looking inside
+//
+// [SnapshotsOf] says what the policy of a channel knows of each endpoint, and why it is
+// passed over.
+//
 // # Metrics
 //
 // With a stats plugin, such as grpc's OpenTelemetry plugin, the policy records

@@ -49,12 +49,18 @@ type endpoint struct {
 	// keeps what is in flight.
 	candidate *candidate
 
+	addresses []string
+	counts    counts // guarded by policy.countMu
+
 	// Guarded by policy.mu.
 	gone bool // the resolver lists it no more; reports are ignored
 }
 
 func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep := &endpoint{ClientConn: b.cc, policy: b, id: identities.Add(1), addr: e.Addresses[0].Addr}
+	for _, a := range e.Addresses {
+		ep.addresses = append(ep.addresses, a.Addr)
+	}
 	ep.reported.Store(&balancer.State{
 		ConnectivityState: connectivity.Connecting,
 		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),

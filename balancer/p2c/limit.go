@@ -79,6 +79,19 @@ type room struct {
 	found atomic.Pointer[foundLimit] // the algorithm that finds most; nil if none does
 }
 
+// state returns the limit, 0 if there is none, and what its algorithm thinks.
+func (r *room) state() (most int64, s limit.State) {
+	if most = r.most.Load(); most == math.MaxInt64 {
+		return 0, s
+	}
+	if f := r.found.Load(); f != nil {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		s = f.auto.Explain()
+	}
+	return most, s
+}
+
 // limitLocked gives the endpoint the limit of a config, none if that is nil. What an
 // algorithm has learnt is kept. The caller holds policy.mu.
 func (ep *endpoint) limitLocked(cfg *limitConfig) {

@@ -341,6 +341,36 @@ func TestLimitRandom(t *testing.T) {
 	}
 }
 
+// A snapshot shows the limits, who is full and how many wait.
+func TestLimitSnapshot(t *testing.T) {
+	bubble(t, func(t *testing.T, w *world) {
+		w.start(limitedTo1, some("a")...)
+		_, done := w.mustPick()
+		end := w.waiting(context.Background())
+		s := w.p.snapshot()
+		if e := s.Endpoints[0]; s.Waiting != 1 || e.Limit != 1 || e.PassedOver != Full {
+			t.Errorf("snapshot %+v, want one call waiting, and an endpoint that is full with a limit of 1", s)
+		}
+		done(success)
+		got := <-end
+		got.done(success)
+		w.start(limitedByAuto, some("a")...)
+		for range 100 {
+			_, done := w.mustPick()
+			time.Sleep(10 * time.Millisecond)
+			done(success)
+		}
+		// The first calls are the algorithm's first cohort, of at least 40.
+		if e := w.p.snapshot().Endpoints[0]; e.Limit != 2 || e.Algorithm.Baseline != 10*time.Millisecond || e.PassedOver != "" {
+			t.Errorf("endpoint %+v, want a limit of 2, and a baseline of 10ms", e)
+		}
+		w.start(pendingConfig, some("a")...)
+		if e := w.p.snapshot().Endpoints[0]; e.Limit != 0 {
+			t.Errorf("limit %d without one, want 0", e.Limit)
+		}
+	})
+}
+
 // Picks that find all endpoints full are counted by what became of them.
 func TestLimitMetrics(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {

@@ -57,6 +57,7 @@ var (
 // are made once, so that recording on the pick path allocates nothing.
 type metrics struct {
 	recorder estats.MetricsRecorder
+	locality string
 	target   []string
 	waited   []string
 	refused  []string
@@ -68,6 +69,7 @@ func newMetrics(recorder estats.MetricsRecorder, target string, state resolver.S
 	locality := weightedtarget.LocalityFromResolverState(state)
 	m := &metrics{
 		recorder: recorder,
+		locality: locality,
 		target:   []string{target, locality},
 		waited:   []string{target, "waited", locality},
 		refused:  []string{target, "refused", locality},

@@ -37,7 +37,7 @@ type candidate struct {
 	heard  atomic.Uint32                  // when the endpoint was heard of last, in heardBits
 	weight atomic.Uint32                  // at least 1
 	slot   atomic.Int32                   // in the READY set, or notReady
-	_      [4]byte
+	picks  atomic.Uint32                  // written with tally
 }
 
 // measure is a meter and what the policy has to know besides.
@@ -47,12 +47,32 @@ type measure struct {
 	room     *room
 	// health is what the attempts so far were, of everAnswered and everFailed.
 	health atomic.Uint32
+
+	failures atomic.Uint64
+	failure  atomic.Pointer[failure]
 }
 
 const (
 	everAnswered = 1 << iota
 	everFailed
 )
+
+// A failure is how an attempt failed.
+type failure struct {
+	at  load.Instant
+	err error
+}
+
+// failed counts a failure, and notes one in 100 ms at most, because that allocates.
+func (m *measure) failed(now load.Instant, err error) {
+	m.note(everFailed)
+	m.failures.Add(1)
+	if f := m.failure.Load(); f == nil || time.Duration(now-f.at) >= noteAfter {
+		m.failure.Store(&failure{now, err})
+	}
+}
+
+const noteAfter = 100 * time.Millisecond
 
 // note notes that an attempt was answered, or failed.
 func (m *measure) note(what uint32) {
@@ -258,9 +278,13 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		c.tally.add(oneAttempt)
 	}
 	k.ticket = k.meter.Start(load.Attempt{Query: query, Method: info.FullMethodName, Stream: call.stream})
+	c.picks.Add(1)
 	c.changed()
 	if track != nil {
 		track.begin(k)
+		if b.conn.Load() == nil && track.conn != nil {
+			b.conn.Store(track.conn)
+		}
 	}
 	b.metrics.picked()
 	if tried != nil {
@@ -772,7 +796,8 @@ func (k *pick) respond() {
 	}
 }
 
-// finish tells the meter, once, how an attempt ended with err.
+// finish tells the meter, once, how an attempt ended. err is for people to look at, and for
+// the limit of the endpoint.
 func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	responded := false
 	if k.track != nil {
@@ -786,7 +811,7 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	case o == load.Completed:
 		k.meter.note(everAnswered)
 	case o == load.Failed:
-		k.meter.note(everFailed)
+		k.meter.failed(load.Instant(k.picker.policy.now()), err)
 	case (o == load.Cancelled || o == load.NotSent) && !responded:
 		k.picker.policy.metrics.sampleDropped(o)
 	}

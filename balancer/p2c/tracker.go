@@ -5,6 +5,7 @@ package p2c
 
 import (
 	"context"
+	"errors"
 	"sync/atomic"
 
 	"google.golang.org/grpc"
@@ -19,6 +20,7 @@ import (
 type tracker struct {
 	attempt attempt.Context // what grpc gets; inside is the caller's, which grpc does not cancel when the call is over
 	tried   attempt.Tried
+	conn    *grpc.ClientConn
 	stream  bool
 	room    attempt.RoomOption   // how long the call may wait for an endpoint with room; nil if its context says
 	used    atomic.Bool          // first is taken
@@ -33,7 +35,7 @@ func newTracker(ctx context.Context, method string, cc *grpc.ClientConn) *tracke
 	if cc != nil { // only in tests
 		target = cc.Target()
 	}
-	t := new(tracker)
+	t := &tracker{conn: cc}
 	t.attempt = attempt.Context{Context: ctx, Info: attempt.Info{Method: method, Target: target, Tried: &t.tried, Tracker: t}}
 	t.first.track = t
 	// A layer outside repeats the call, unless that is another call of the method, which
@@ -53,11 +55,14 @@ func (t *tracker) pick() *pick {
 	return k
 }
 
+// errRetried is how an attempt failed that gRPC says ended without an error, and repeats.
+var errRetried = errors.New("gRPC retried the attempt, and does not tell its error")
+
 // begin makes a pick the last attempt's. If the one before still waits for its
 // true end, grpc has retried it, so it failed.
 func (t *tracker) begin(k *pick) {
 	if last := t.current.Swap(k); last != nil && last.state.Load()&pickAwaiting != 0 {
-		last.finish(last.doneAt, load.Failed, nil)
+		last.finish(last.doneAt, load.Failed, errRetried)
 	}
 }
 
