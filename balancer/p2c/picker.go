@@ -44,6 +44,7 @@ type candidate struct {
 type measure struct {
 	load.Meter
 	timeless bool // it has no use for the time
+	room     *room
 	// health is what the attempts so far were, of everAnswered and everFailed.
 	health atomic.Uint32
 
@@ -233,8 +234,20 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		// It has just left. The channel gets a new picker, and then it picks again.
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
+	limited := p.config.limit != nil
+	if limited {
+		var err error
+		if c, now, err = p.hold(c, now, info.Ctx, track, tried); err != nil {
+			return balancer.PickResult{}, err
+		}
+		child = c.child.Load()
+	}
 	result, err := child.Picker.Pick(info)
 	if err != nil {
+		if limited {
+			c.tally.add(-oneAttempt)
+			b.queue.admit(c)
+		}
 		return result, err
 	}
 
@@ -257,8 +270,14 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	if p.config.timeless && !k.meter.timeless { // the metric has just changed
 		now = k.now()
 	}
-	k.ticket = k.meter.Start(load.Attempt{Query: c.query(p, now, call.class), Method: info.FullMethodName, Stream: call.stream})
-	c.tally.add(oneAttempt)
+	query := c.query(p, now, call.class)
+	if limited {
+		query.InFlight = max(query.InFlight-1, 0) // Its own is counted.
+		k.begin()
+	} else {
+		c.tally.add(oneAttempt)
+	}
+	k.ticket = k.meter.Start(load.Attempt{Query: query, Method: info.FullMethodName, Stream: call.stream})
 	c.picks.Add(1)
 	c.changed()
 	if track != nil {
@@ -696,6 +715,11 @@ type pick struct {
 	inner     func(balancer.DoneInfo) // the child's Done
 	uses      uint32                  // how many attempts without a tracker it was
 
+	// Of a pick that is a sample for the limit of its endpoint.
+	limit *foundLimit // nil if it is none
+	began load.Instant
+	mark  uint8
+
 	// Of a pick with a tracker.
 	track  *tracker
 	state  atomic.Uint32
@@ -772,7 +796,8 @@ func (k *pick) respond() {
 	}
 }
 
-// finish tells the meter, once. err is for people to look at.
+// finish tells the meter, once, how an attempt ended. err is for people to look at, and for
+// the limit of the endpoint.
 func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	responded := false
 	if k.track != nil {
@@ -791,14 +816,18 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 		k.picker.policy.metrics.sampleDropped(o)
 	}
 	k.meter.Finish(load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded})
+	if k.limit != nil {
+		k.limit.end(k, o, err)
+	}
 	if responded {
 		k.candidate.tally.add(-oneStream)
 	} else {
 		k.candidate.tally.add(-oneAttempt)
 	}
 	k.candidate.changed()
+	k.picker.policy.queue.admit(k.candidate)
 	if k.track == nil {
-		k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner = nil, nil, nil, nil, nil, nil
+		k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner, k.limit = nil, nil, nil, nil, nil, nil, nil
 		k.pool.Put(k)
 	}
 }
