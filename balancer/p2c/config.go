@@ -38,7 +38,7 @@ const (
 	defaultChoicesExpectedLatency = 8
 	defaultMemoryExpectedLatency  = 2
 
-	defaultEqualAtRest    = 0.5
+	defaultEqualAtRest    = 1
 	defaultEqualUnderLoad = 0.2
 	maxEqual              = 10
 	defaultExploreEvery   = 200

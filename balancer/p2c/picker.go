@@ -394,7 +394,7 @@ func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 	if max(la, lb) >= avoided && p.config.exploreEvery > 0 && r.below(p.config.exploreEvery) == 0 {
 		la, lb = lb, la
 	}
-	if call.stream && la == lb {
+	if call.stream && max(la, lb) <= min(la, lb)*(1+equalStreams) {
 		la, lb = float32(a.open()), float32(b.open())
 	}
 	switch {
@@ -525,12 +525,12 @@ func (s *selection) has(c *candidate) bool {
 
 // choose measures the candidates and returns the best, nil if there are none.
 //
-// Costs that differ by less than their error are equal, up to a limit. While none
-// of the candidates has anything in flight, the limit is wide and one of the random
-// draws is taken at random: only latencies could tell them apart, and these
-// latencies do not. Else the limit is narrow, and the one with the fewest attempts
-// in flight is taken, of those the cheapest. A stream goes where the fewest are
-// open.
+// Costs that differ by less than three of their errors are equal, up to a limit.
+// While none of the candidates has anything in flight, the limit is wide and one of
+// the random draws is taken at random: only latencies could tell them apart, and
+// these latencies do not. Else the limit is narrow, and the one with the fewest
+// attempts in flight is taken, of those the cheapest, or where weights differ any. A
+// stream goes where the fewest are open.
 func (s *selection) choose(now load.Instant) *candidate {
 	if s.count == 0 {
 		return nil
@@ -565,9 +565,16 @@ func (s *selection) choose(now load.Instant) *candidate {
 	}
 
 	rest := queue == 0
-	limit := p.config.equalUnderLoad
+	limit, errors := p.config.equalUnderLoad, float32(equalErrors)
 	if rest {
 		limit = p.config.equalAtRest
+	}
+	weighted := p.ready.unequal.Load()
+	if weighted {
+		limit, errors = max(limit, equalWeighted), math.MaxFloat32
+	}
+	if s.call.stream {
+		limit, errors = equalStreams, math.MaxFloat32
 	}
 	least := s.costs[best]
 	equals := 0
@@ -585,7 +592,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 		if s.call.class != 0 {
 			_, detail = c.ask(p, now, s.call.class)
 		}
-		if cost > least*(1+min(limit, math.Float32frombits(uint32(detail>>32)))) {
+		if cost > least*(1+min(limit, errors*math.Float32frombits(uint32(detail>>32)))) {
 			continue
 		}
 		q := math.Float32frombits(uint32(detail))
@@ -597,7 +604,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 		case equals == 0 || better < 0:
 			best, bestOpen, bestQueue, equals = i, open, q, 1
 		case better > 0:
-		case !rest && cost != s.costs[best]:
+		case !rest && !weighted && cost != s.costs[best]:
 			if cost < s.costs[best] {
 				best, equals = i, 1
 			}
@@ -610,6 +617,23 @@ func (s *selection) choose(now load.Instant) *candidate {
 	}
 	return s.seen[best]
 }
+
+const (
+	// equalErrors is how many standard errors of its cost make an endpoint equal to
+	// the cheapest. The cheapest of many is as a rule one or two below what it should
+	// be, and the other as much above.
+	equalErrors = 3
+
+	// Where weights differ, costs are equal up to so much at least, whatever their
+	// error: who gives weights wants shares. With few calls in flight an endpoint of
+	// weight 1 beside one of 2 has another number of them per weight, and its price is
+	// off by as much.
+	equalWeighted = 0.6
+
+	// A stream may last for hours, and its cost is that of its first response: how many
+	// there are matters more, unless an endpoint is much slower than others.
+	equalStreams = 2
+)
 
 // compare orders by the open streams, then by the queue.
 func compare(open, open2 float64, queue, queue2 float32) int {
@@ -631,7 +655,7 @@ func (s *selection) unheard(now load.Instant) *candidate {
 	var oldest *candidate
 	var longest int32
 	for i, c := range s.seen[:s.count] {
-		if attempts, _ := c.tally.read(); attempts > 0 {
+		if math.Float32frombits(uint32(c.detail.Load())) > 0 {
 			continue
 		}
 		heard := c.heard.Load()

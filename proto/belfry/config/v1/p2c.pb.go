@@ -68,12 +68,12 @@ type P2C struct {
 	// UNAVAILABLE and DATA_LOSS.
 	FailureCodes []string `protobuf:"bytes,4,rep,name=failure_codes,json=failureCodes,proto3" json:"failure_codes,omitempty"`
 	// Costs that the samples cannot tell apart are equal: those that exceed the
-	// least by no more than their standard error, up to this part of it. This one
-	// holds while none of the endpoints that a pick looks at has an attempt in
-	// flight; then one of its random draws is taken at random. 0 takes the least.
+	// least by no more than three of their standard errors, up to this part of it.
+	// This one holds while none of the endpoints that a pick looks at has an attempt
+	// in flight; then one of its random draws is taken at random. 0 takes the least.
 	// Only expected_latency has errors.
 	//
-	// From 0 to 10. Default 0.5.
+	// From 0 to 10. Default 1.
 	EqualAtRest *float64 `protobuf:"fixed64,5,opt,name=equal_at_rest,json=equalAtRest,proto3,oneof" json:"equal_at_rest,omitempty"`
 	// The same while some have attempts in flight: then the endpoint with the
 	// fewest of them is taken, and of those the cheapest.
