@@ -64,7 +64,7 @@ func request(name string) *testingv1.UnaryRequest {
 func Example() {
 	conn, stop := serve()
 	defer stop()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 
 	if err := belfry.WaitReady(ctx, conn); err != nil {
@@ -89,7 +89,7 @@ func ExampleWaitReady() {
 	conn, stop := serve()
 	defer stop()
 
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	fmt.Println(conn.GetState())
 	if err := belfry.WaitReady(ctx, conn); err != nil {

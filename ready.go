@@ -8,10 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
 )
 
 // ErrClosed is the error of [WaitReady] for a connection that was closed. It
@@ -39,7 +42,12 @@ var ErrClosed = errors.New("belfry: connection is closed")
 //
 // It returns [ErrClosed] if a connection is or gets closed. When ctx ends first,
 // the error wraps ctx.Err(), and its cause if it has one, names the last state
-// seen, and has the status code DEADLINE_EXCEEDED or CANCELLED.
+// seen, and why a *grpc.ClientConn was in TRANSIENT_FAILURE last: what its balancing
+// policy or its resolver says. Its status code is DEADLINE_EXCEEDED or CANCELLED.
+//
+// To learn the reason, WaitReady makes a call that cannot leave the client, of the
+// method /belfry.WaitReady/Reason, each time the connection fails. The connection's
+// interceptors see it.
 //
 // A READY connection may lose its server at any time: WaitReady tells that
 // calls can be made, not that they will succeed.
@@ -85,6 +93,7 @@ func each(conn grpc.ClientConnInterface, f func(connectable) error) error {
 }
 
 func waitReady(ctx context.Context, conn connectable) error {
+	reason := ""
 	for {
 		state := conn.GetState()
 		switch state {
@@ -94,12 +103,43 @@ func waitReady(ctx context.Context, conn connectable) error {
 			return ErrClosed
 		case connectivity.Idle:
 			conn.Connect()
+		case connectivity.TransientFailure:
+			if cc, ok := conn.(*grpc.ClientConn); ok {
+				if why := reasonOf(ctx, cc); why != "" {
+					reason = ": " + why
+				}
+			}
 		}
 		if !conn.WaitForStateChange(ctx, state) {
-			return newContextError(ctx, fmt.Sprintf("connection is not ready, its last state is %v", state))
+			return newContextError(ctx, fmt.Sprintf("connection is not ready, its last state is %v%s", state, reason))
 		}
 	}
 }
+
+// reasonOf returns why calls of conn fail without being sent, or "" if it cannot
+// tell. gRPC tells only a call, so it makes one, which its credentials keep from
+// being sent if conn has become READY.
+func reasonOf(ctx context.Context, conn *grpc.ClientConn) string {
+	ctx, cancel := context.WithTimeout(ctx, maxReasonWait)
+	defer cancel()
+	err := conn.Invoke(ctx, "/belfry.WaitReady/Reason", &emptypb.Empty{}, &emptypb.Empty{}, grpc.WaitForReady(false), grpc.PerRPCCredentials(unsendable{}))
+	if s := status.Convert(err); s.Code() == codes.Unavailable {
+		return s.Message()
+	}
+	return ""
+}
+
+// maxReasonWait bounds what interceptors may do about a call for the reason.
+const maxReasonWait = time.Second
+
+// unsendable is credentials that no call can have.
+type unsendable struct{}
+
+func (unsendable) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	return nil, status.Error(codes.FailedPrecondition, "belfry: WaitReady only asks why the connection is not ready")
+}
+
+func (unsendable) RequireTransportSecurity() bool { return false }
 
 // contextError says what the end of a context prevented.
 type contextError struct {

@@ -228,6 +228,34 @@ func TestWaitReadyNeedsAState(t *testing.T) {
 	}
 }
 
+// Nothing listens, so the error says why nobody answers.
+func TestWaitReadySaysWhyNothingIsReady(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	conn, err := grpc.NewClient("passthrough:///orders",
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return nil, errors.New("connection refused") }),
+		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			if method != "/belfry.WaitReady/Reason" {
+				t.Errorf("the call for the reason is of %s, want the documented method", method)
+			}
+			err := invoker(ctx, method, req, reply, cc, opts...)
+			cancel() // WaitReady knows enough.
+			return err
+		}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	err = belfry.WaitReady(ctx, conn)
+	if err == nil || !strings.Contains(err.Error(), "connection refused") {
+		t.Errorf("WaitReady = %v, want an error that says %q", err, "connection refused")
+	}
+	if got, want := status.Code(err), codes.Canceled; got != want {
+		t.Errorf("status code is %v, want %v", got, want)
+	}
+}
+
 func TestWaitReadyWithRealConnection(t *testing.T) {
 	lis := bufconn.Listen(1 << 16)
 	server := grpc.NewServer()
@@ -245,7 +273,7 @@ func TestWaitReadyWithRealConnection(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	if err := belfry.WaitReady(ctx, conn); err != nil {
 		t.Errorf("WaitReady = %v, want nil", err)

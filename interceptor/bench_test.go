@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/adapt"
@@ -189,7 +190,7 @@ func readyConn(t testing.TB, opts ...grpc.DialOption) *grpc.ClientConn {
 // awaitState connects cc and waits until it is in a state.
 func awaitState(t testing.TB, cc *grpc.ClientConn, want connectivity.State) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	cc.Connect()
 	for s := cc.GetState(); s != want; s = cc.GetState() {
@@ -202,7 +203,10 @@ func awaitState(t testing.TB, cc *grpc.ClientConn, want connectivity.State) {
 // eofStream has ended.
 type eofStream struct{ grpc.ClientStream }
 
-func (eofStream) RecvMsg(any) error { return io.EOF }
+func (eofStream) RecvMsg(any) error            { return io.EOF }
+func (eofStream) Header() (metadata.MD, error) { return eofHeader, nil }
+
+var eofHeader = metadata.Pairs("content-type", "application/grpc")
 
 func openEOF(t testing.TB, stream grpc.StreamClientInterceptor) func() {
 	cc := readyConn(t)

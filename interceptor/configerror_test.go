@@ -32,6 +32,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/limit"
 )
 
 // A configCase makes and updates the layer of one package.
@@ -63,17 +64,17 @@ func withOptions[C, L, O any](make func(C, ...O) (L, error)) func(C) (L, error) 
 }
 
 func configCases() []configCase {
-	limit := withOptions(concurrency.New)
+	bound := withOptions(concurrency.New)
 	return []configCase{
 		configCaseOf("breaker", breaker.Config{
 			Jitter: breaker.None, SlowCallRatio: 1, SlowCall: time.Second, FailureCodes: []codes.Code{},
 		}, withOptions(breaker.New)),
 		configCaseOf("budget", budget.Config{Ratio: budget.None}, budget.New),
 		configCaseOf("buffer", buffer.Config{Size: 1}, withOptions(buffer.New)),
-		configCaseOf("concurrency", concurrency.Config{Limit: 1, DropCodes: []codes.Code{}}, limit),
-		configCaseOf("concurrency", concurrency.Config{AIMD: &concurrency.AIMDConfig{}}, limit),
-		configCaseOf("concurrency", concurrency.Config{Gradient2: &concurrency.Gradient2Config{}}, limit),
-		configCaseOf("concurrency", concurrency.Config{Vegas: &concurrency.VegasConfig{}}, limit),
+		configCaseOf("concurrency", concurrency.Config{Limit: 1, DropCodes: []codes.Code{}}, bound),
+		configCaseOf("concurrency", concurrency.Config{AIMD: &limit.AIMDConfig{}}, bound),
+		configCaseOf("concurrency", concurrency.Config{Gradient2: &limit.Gradient2Config{}}, bound),
+		configCaseOf("concurrency", concurrency.Config{Vegas: &limit.VegasConfig{}}, bound),
 		configCaseOf("failfast", failfast.Config{}, withOptions(failfast.New)),
 		configCaseOf("filter", filter.Config{Code: codes.NotFound}, func(c filter.Config) (*filter.Filter, error) {
 			return filter.New(c, func(ctx context.Context, _ *interceptor.Call, _ any) (context.Context, error) { return ctx, nil })

@@ -23,9 +23,9 @@ import (
 func Foreign(name string, unary grpc.UnaryClientInterceptor, stream grpc.StreamClientInterceptor) Spec {
 	switch {
 	case name == "":
-		return failed{&ConfigError{"interceptor", "Foreign.name", name, "must not be empty"}}
+		return failed{&ConfigError{Layer: "interceptor", Field: "Foreign.name", Value: name, Rule: "must not be empty"}}
 	case unary == nil && stream == nil:
-		return failed{&ConfigError{"interceptor", "Foreign.unary", nil, "must be an interceptor, or stream must be"}}
+		return failed{&ConfigError{Layer: "interceptor", Field: "Foreign.unary", Rule: "must be an interceptor, or stream must be"}}
 	}
 	return &foreign{name: name, unary: unary, stream: stream}
 }

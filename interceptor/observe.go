@@ -39,8 +39,13 @@ type Observer interface {
 	HedgeWon(method, layer string)
 	// Budget is called by a layer when the balance of its budget has changed.
 	Budget(layer string, balance float64)
-	// Limit is called by a layer when its limit has changed.
-	Limit(layer string, limit float64)
+	// Limit is called when a limit has changed, or that of a key, with the next call that
+	// it admits.
+	Limit(l LimitState)
+	// Observes is called when s begins to use the observer, and again after
+	// [Stack.Replace]. The observer may read the limits of s at any time, see [Limits]; it
+	// should not keep s alive.
+	Observes(s *Stack)
 }
 
 // A FurtherAttempt is what a layer makes after, or beside, other attempts of a call.
@@ -88,7 +93,10 @@ func (NopObserver) HedgeWon(string, string) {}
 func (NopObserver) Budget(string, float64) {}
 
 // Limit does nothing.
-func (NopObserver) Limit(string, float64) {}
+func (NopObserver) Limit(LimitState) {}
+
+// Observes does nothing.
+func (NopObserver) Observes(*Stack) {}
 
 // Observe returns the Spec of a layer that lets o see its whole stack, at whatever
 // position. A stack may have one, and the same observer may serve many stacks.

@@ -80,8 +80,18 @@ func (s *Stack) Replace(specs ...Spec) error {
 	if err != nil {
 		return err
 	}
-	s.prog.Store(p)
+	s.use(p)
 	return nil
+}
+
+// use lets new calls go through p.
+func (s *Stack) use(p *program) {
+	s.prog.Store(p)
+	for _, q := range append(p.lists[:len(p.lists):len(p.lists)], p) {
+		if q.obs != nil {
+			q.obs.Observes(s)
+		}
+	}
 }
 
 func newLayers(specs []Spec) ([]Layer, error) {
@@ -139,7 +149,7 @@ func (s *Stack) PrepareByMethod(choose func(method string) int, lists ...[]Layer
 		p.layers = append(p.layers, q.layers...)
 		p.advice = append(p.advice, q.advice...)
 	}
-	return func() { s.prog.Store(p) }, nil
+	return func() { s.use(p) }, nil
 }
 
 // DialOptions returns the options for grpc.NewClient. Interceptors that are chained by

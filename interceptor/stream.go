@@ -623,10 +623,7 @@ func (s *scope) RecvMsg(m any) error {
 	defer s.ends(s.begins())
 	err := s.ClientStream.RecvMsg(m)
 	if err == io.EOF && s.innermost() && s.call.grpcConn != nil && !s.responded.Load() {
-		// If gRPC repeats a stream that no server has seen, and the second one fails while
-		// gRPC sends it what was sent before, it returns io.EOF instead of the status.
-		// Then it tells the status when asked again, and otherwise io.EOF again.
-		err = s.ClientStream.RecvMsg(m)
+		err = s.realEnd(m)
 	}
 	switch {
 	case err == nil && !s.single && s.cut.Load(): // The message comes too late.
@@ -641,6 +638,21 @@ func (s *scope) RecvMsg(m any) error {
 		s.call.addFate(attempt.Unreadable)
 	}
 	return s.told(s.stopped(err))
+}
+
+// realEnd returns how a stream has ended of which gRPC's RecvMsg says io.EOF before any
+// message. If gRPC repeats a stream that no server has seen, and the connection of the
+// second one breaks while gRPC sends it what was sent before, it says that too. Then it may
+// know no status, and RecvMsg would never return. If the server has ended the stream, which
+// shows in the content type at least, gRPC tells the status, or io.EOF again.
+func (s *scope) realEnd(m any) error {
+	if md, _ := s.ClientStream.Header(); len(md) > 0 || len(s.ClientStream.Trailer()) > 0 {
+		return s.ClientStream.RecvMsg(m)
+	}
+	if err := s.ctx.Err(); err != nil {
+		return status.FromContextError(err).Err()
+	}
+	return status.Error(codes.Unavailable, "belfry: the connection broke while gRPC repeated the stream on it")
 }
 
 // told is err as the layer outside, or the caller, gets it when the stream has ended.

@@ -14,6 +14,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
@@ -237,5 +238,65 @@ func (l *ownContext) WrapCall(next interceptor.Next, _ interceptor.Again) interc
 	return func(ctx context.Context, c *interceptor.Call) error {
 		ctx, l.cancel = context.WithCancel(ctx)
 		return next(ctx, c)
+	}
+}
+
+// lostStream is one of gRPC's that says io.EOF first. Asked again it tells err, or hangs if
+// the server has said nothing.
+type lostStream struct {
+	grpc.ClientStream
+	t               *testing.T
+	header, trailer metadata.MD
+	err             error
+	asked           int
+}
+
+func (s *lostStream) Header() (metadata.MD, error) { return s.header, nil }
+func (s *lostStream) Trailer() metadata.MD         { return s.trailer }
+
+func (s *lostStream) RecvMsg(any) error {
+	if s.asked++; s.asked == 1 {
+		return io.EOF
+	}
+	if s.header == nil && s.trailer == nil {
+		s.t.Error("RecvMsg was called of a stream that has no status")
+	}
+	return s.err
+}
+
+// gRPC says io.EOF of a stream that it could not repeat.
+func TestStreamThatGRPCCouldNotRepeat(t *testing.T) {
+	md := metadata.Pairs("content-type", "application/grpc")
+	gone := status.Error(codes.NotFound, "gone")
+	for name, tc := range map[string]struct {
+		stream lostStream
+		cancel bool
+		want   codes.Code
+	}{
+		"connection_broke":      {lostStream{}, false, codes.Unavailable},
+		"context_ended":         {lostStream{}, true, codes.Canceled},
+		"status":                {lostStream{trailer: md, err: gone}, false, codes.NotFound},
+		"success":               {lostStream{trailer: md, err: io.EOF}, false, codes.OK},
+		"success_after_headers": {lostStream{header: md, err: io.EOF}, false, codes.OK},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			stream := tc.stream
+			stream.t = t
+			streamer := func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+				return &stream, nil
+			}
+			s, err := calltest.Stack(t, &passToy{}).StreamClientInterceptor()(ctx, descOf(interceptor.ServerStream), readyConn(t), calltest.Method, streamer)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if tc.cancel {
+				cancel()
+			}
+			if err := s.RecvMsg(nil); err != io.EOF && status.Code(err) != tc.want || (err == io.EOF) != (tc.want == codes.OK) {
+				t.Errorf("RecvMsg: %v, want %v", err, tc.want)
+			}
+		})
 	}
 }

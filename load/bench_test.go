@@ -16,10 +16,10 @@ func BenchmarkMeter(b *testing.B) {
 		b.Run(kind.name, func(b *testing.B) {
 			for _, op := range []struct {
 				name string
-				do   func(Meter, Instant) float64
+				do   func(*counted, Instant) float64
 			}{
-				{"Load", func(m Meter, now Instant) float64 { return m.Load(now) }},
-				{"Start+Finish", func(m Meter, now Instant) float64 {
+				{"Load", func(m *counted, now Instant) float64 { return m.Load(now) }},
+				{"Start+Finish", func(m *counted, now Instant) float64 {
 					m.Finish(now+1000, Sample{Ticket: m.Start(now)})
 					return 0
 				}},
@@ -28,7 +28,7 @@ func BenchmarkMeter(b *testing.B) {
 				if err != nil {
 					b.Fatal(err)
 				}
-				m := metric.NewMeter()
+				m := newMeter(metric)
 				for i := range Instant(1000) {
 					m.Load(i * 1000)
 					run(m, i*1000, 1000, Completed)

@@ -6,8 +6,11 @@ package load
 import "math"
 
 // Constant is the same load for every endpoint and for ever. With it a policy
-// that picks the least of a few chooses at random.
-type Constant struct{ load float64 }
+// that picks the least of a few chooses at random, in proportion to the weights.
+type Constant struct {
+	MetricBase
+	load float64
+}
 
 // NewConstant returns a Metric whose endpoints have the given load, which must
 // be finite and not negative.
@@ -19,19 +22,15 @@ func NewConstant(load float64) (*Constant, error) {
 }
 
 // NewMeter returns the Meter of one more endpoint.
-func (c *Constant) NewMeter() Meter { return c }
+func (c *Constant) NewMeter(Endpoint) Meter { return &constantMeter{load: c.load} }
 
-// Load returns the constant.
-func (c *Constant) Load(Instant) float64 { return c.load }
+type constantMeter struct {
+	MeterBase
+	load float64
+}
 
-// Start does nothing: a constant does not depend on what is in flight.
-func (c *Constant) Start(Instant) Ticket { return Ticket{} }
+func (c *constantMeter) Load(Query) Estimate { return Estimate{Cost: c.load, Good: forever} }
 
-// Respond does nothing.
-func (c *Constant) Respond(Instant, Ticket) {}
+func (*constantMeter) Start(Attempt) Ticket { return Ticket{} }
 
-// Finish does nothing.
-func (c *Constant) Finish(Instant, Sample) {}
-
-// Close does nothing.
-func (c *Constant) Close() {}
+func (*constantMeter) Finish(Sample) {}

@@ -10,21 +10,27 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-// A Meter is told when attempts start and end, and says how busy its endpoint is.
+// A Meter is told when attempts start and end, and says what one more would cost.
+// What is in flight the policy counts.
 func Example() {
 	metric := load.NewPendingRequests()
-	meter := metric.NewMeter()
+	meter := metric.NewMeter(load.Endpoint{Address: "10.0.0.1:443"})
 
-	start := time.Now()
-	now := func() load.Instant { return load.Instant(time.Since(start)) }
-
-	ticket := meter.Start(now())
-	fmt.Println("in flight:", meter.Load(now()))
-	meter.Finish(now(), load.Sample{Ticket: ticket, Outcome: load.Completed})
-	fmt.Println("at rest:", meter.Load(now()))
+	query := load.Query{InFlight: 0, Weight: 1}
+	ticket := meter.Start(load.Attempt{Query: query, Method: "/shop.Orders/Get"})
+	query.InFlight++
+	fmt.Println("in flight:", meter.Load(query).Cost)
+	query.InFlight--
+	meter.Finish(load.Sample{Ticket: ticket, Outcome: load.Completed})
+	fmt.Println("at rest:", meter.Load(query).Cost)
 	// Output:
 	// in flight: 1
 	// at rest: 0
+}
+
+// at returns the Query of an endpoint of average weight.
+func at(d time.Duration, inFlight int) load.Query {
+	return load.Query{Now: load.Instant(d), InFlight: inFlight, Weight: 1}
 }
 
 // A latency above the estimate replaces it at once; a lower one does so over the
@@ -35,16 +41,16 @@ func ExamplePeakEWMA() {
 		fmt.Println(err)
 		return
 	}
-	meter := metric.NewMeter()
-	at := func(d time.Duration) load.Instant { return load.Instant(d) }
+	meter := metric.NewMeter(load.Endpoint{})
+	cost := func(q load.Query) time.Duration { return time.Duration(meter.Load(q).Cost) }
 
-	fmt.Println("before the first sample:", time.Duration(meter.Load(at(0))))
-	ticket := meter.Start(at(0))
-	meter.Finish(at(3*time.Second), load.Sample{Ticket: ticket})
-	fmt.Println("after a peak of 3s:", time.Duration(meter.Load(at(3*time.Second))))
-	meter.Start(at(3 * time.Second))
-	fmt.Println("with an attempt in flight:", time.Duration(meter.Load(at(3*time.Second))))
-	fmt.Println("10s later:", time.Duration(meter.Load(at(13*time.Second))).Round(time.Millisecond))
+	fmt.Println("before the first sample:", cost(at(0, 0)))
+	ticket := meter.Start(load.Attempt{Query: at(0, 0)})
+	meter.Finish(load.Sample{Now: load.Instant(3 * time.Second), Ticket: ticket})
+	fmt.Println("after a peak of 3s:", cost(at(3*time.Second, 0)))
+	meter.Start(load.Attempt{Query: at(3*time.Second, 0)})
+	fmt.Println("with an attempt in flight:", cost(at(3*time.Second, 1)))
+	fmt.Println("10s later:", cost(at(13*time.Second, 1)).Round(time.Millisecond))
 	// Output:
 	// before the first sample: 1s
 	// after a peak of 3s: 3s
@@ -60,22 +66,22 @@ func ExampleExpectedLatency() {
 		fmt.Println(err)
 		return
 	}
-	a, b := metric.NewMeter(), metric.NewMeter()
-	at := func(d time.Duration) load.Instant { return load.Instant(d) }
-	print := func(what string, l float64) { fmt.Println(what, time.Duration(l).Round(time.Millisecond)) }
+	a, b := metric.NewMeter(load.Endpoint{}), metric.NewMeter(load.Endpoint{})
+	const ms = time.Millisecond
+	print := func(what string, e load.Estimate) { fmt.Println(what, time.Duration(e.Cost).Round(ms)) }
 
-	ticket := a.Start(at(0))
-	a.Finish(at(10*time.Millisecond), load.Sample{Ticket: ticket})
-	print("a, which took 10ms:", a.Load(at(10*time.Millisecond)))
-	print("b, of which nothing is known:", b.Load(at(10*time.Millisecond)))
-	b.Start(at(10 * time.Millisecond))
-	print("b, with an attempt in flight:", b.Load(at(10*time.Millisecond)))
-	print("b, silent for 90ms:", b.Load(at(100*time.Millisecond)))
+	ticket := a.Start(load.Attempt{Query: at(0, 0)})
+	a.Finish(load.Sample{Now: load.Instant(10 * ms), Ticket: ticket})
+	print("a, which took 10ms:", a.Load(at(10*ms, 0)))
+	print("b, of which nothing is known:", b.Load(at(10*ms, 0)))
+	b.Start(load.Attempt{Query: at(10*ms, 0)})
+	print("b, with an attempt in flight:", b.Load(at(10*ms, 1)))
+	print("b, silent for 90ms:", b.Load(at(100*ms, 1)))
 	// Output:
 	// a, which took 10ms: 10ms
 	// b, of which nothing is known: 10ms
 	// b, with an attempt in flight: 20ms
-	// b, silent for 90ms: 200ms
+	// b, silent for 90ms: 180ms
 }
 
 func ExampleNewPeakEWMA_badConfig() {

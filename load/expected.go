@@ -4,7 +4,9 @@
 package load
 
 import (
+	"cmp"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,8 +18,15 @@ import (
 // [DefaultExpectedLatencyConfig].
 type ExpectedLatencyConfig struct {
 	// PriorSamples (n0) is how many samples the mean of all endpoints counts as
-	// beside an endpoint's own. Default 1, above 0, at most 1000.
+	// beside an endpoint's own, where latencies do not vary. Default 1, above 0, at
+	// most 1000.
 	PriorSamples float64
+	// SpreadPrior is how much more the prior counts where latencies vary: n0 times
+	// 1 + SpreadPrior*v, with v their variance in units of their mean squared.
+	// Default 0.5, from 0 to 100.
+	SpreadPrior float64
+	// MinSpread is the least v that is believed. Default 0.25, from 0 to 100.
+	MinSpread float64
 	// QueueExponent (theta) says how much of a latency is owed to the attempts that
 	// were in flight when it began: it is divided by (pending+1)^theta, so that
 	// queueing is not counted twice. Default 0.5, from 0 (none) to 1 (all).
@@ -37,141 +46,193 @@ type ExpectedLatencyConfig struct {
 	// failed, as a multiple of what an average endpoint costs. Default 10, from 1
 	// to 1e6.
 	FailurePenalty float64
+	// FirstFailure is what a failed attempt counts as at least while no latency is
+	// known yet. Default 1 s, must be above 0.
+	FirstFailure time.Duration
+	// SampleLimit bounds the latency of one attempt, as a multiple of the average,
+	// so that one answer after an hour is forgotten in minutes. Default 20, from 1
+	// to 1e6.
+	SampleLimit float64
 	// AgeLimit (old) bounds the age at which an attempt in flight counts, as a
-	// multiple of the mean latency, so that a stream that says nothing for an
-	// hour does not make its server look dead. Default 20, from 1 to 1e6.
+	// multiple of the mean latency. Default 20, from 1 to 1e6.
 	AgeLimit float64
+	// StreamAgeLimit bounds it for streams that have no response yet: a stream may
+	// have nothing to say. Default 1, from 0 to 1e6. A stream that is older than
+	// AgeLimit counts as one that is open.
+	StreamAgeLimit float64
+	// SlowMethod is how many times the average latency a method takes whose attempts
+	// in flight do not count for others: an upload of ten seconds does not make a
+	// server busy for lookups of a millisecond. Default 64, from 1 to 1e6.
+	SlowMethod float64
+	// MaxMethods is the number of methods that have a mean of their own. All others
+	// share one. Default 100, from 0 to 10,000.
+	MaxMethods int
 }
 
 // DefaultExpectedLatencyConfig returns the defaults. They were chosen by
-// simulation over some thirty kinds of clusters and faults.
+// simulation over some forty kinds of clusters and faults.
 func DefaultExpectedLatencyConfig() ExpectedLatencyConfig {
 	return ExpectedLatencyConfig{
 		PriorSamples:   1,
+		SpreadPrior:    0.5,
+		MinSpread:      0.25,
 		QueueExponent:  0.5,
 		KeepSamples:    32,
 		ForgetRounds:   32,
 		ForgetAfter:    time.Minute,
 		FailurePenalty: defaultFailurePenalty,
+		FirstFailure:   time.Second,
+		SampleLimit:    20,
 		AgeLimit:       20,
+		StreamAgeLimit: 1,
+		SlowMethod:     64,
+		MaxMethods:     100,
 	}
 }
 
 func (c ExpectedLatencyConfig) validate() error {
-	if err := checkPositive("priorSamples", c.PriorSamples, 1000); err != nil {
-		return err
-	}
-	if err := checkRange("queueExponent", c.QueueExponent, 0, 1); err != nil {
-		return err
-	}
-	if err := checkRange("keepSamples", c.KeepSamples, 1, 1e6); err != nil {
-		return err
-	}
-	if err := checkPositive("forgetRounds", c.ForgetRounds, 1e6); err != nil {
-		return err
-	}
-	if err := checkDuration("forgetAfter", c.ForgetAfter); err != nil {
-		return err
-	}
-	if err := checkFailurePenalty(c.FailurePenalty); err != nil {
-		return err
-	}
-	return checkRange("ageLimit", c.AgeLimit, 1, 1e6)
+	return cmp.Or(
+		checkPositive("priorSamples", c.PriorSamples, 1000),
+		checkRange("spreadPrior", c.SpreadPrior, 0, 100),
+		checkRange("minSpread", c.MinSpread, 0, 100),
+		checkRange("queueExponent", c.QueueExponent, 0, 1),
+		checkRange("keepSamples", c.KeepSamples, 1, 1e6),
+		checkPositive("forgetRounds", c.ForgetRounds, 1e6),
+		checkDuration("forgetAfter", c.ForgetAfter),
+		checkFailurePenalty(c.FailurePenalty),
+		checkDuration("firstFailure", c.FirstFailure),
+		checkRange("sampleLimit", c.SampleLimit, 1, 1e6),
+		checkRange("ageLimit", c.AgeLimit, 1, 1e6),
+		checkRange("streamAgeLimit", c.StreamAgeLimit, 0, 1e6),
+		checkRange("slowMethod", c.SlowMethod, 1, 1e6),
+		checkRange("maxMethods", float64(c.MaxMethods), 0, 10_000),
+	)
 }
 
 // ExpectedLatency is what one more attempt to an endpoint is expected to take:
 //
 //	load = L * (q + 1)
-//	L    = (S*f + A + n0*G) / (N*f + n0)
+//	L    = (S*f + A + n*G) / (N*f + n)
 //
 // Per endpoint:
 //
-//   - q is the number of attempts in flight to the endpoint.
+//   - q is the number of attempts in flight to the endpoint, divided by its weight.
 //   - S and N are the sum and the number of its latencies. Each latency is
-//     divided by (pending+1)^theta, the attempts in flight when it began: the
-//     price of a latency per attempt in flight.
-//   - A is the sum of the ages of its attempts in flight, each divided alike.
-//     They have no latency yet, but they took that long already, so an endpoint
-//     that answers nothing costs more by the moment; nothing has to time out
-//     first. An age counts up to old times the mean latency, the undivided one.
-//   - G is the mean of the divided latencies over all endpoints of the channel,
-//     a moving mean of at most 200 samples. A newcomer costs what the average
+//     divided by (q+1)^theta, with the attempts in flight when it began: the
+//     price of a latency per attempt in flight. And it is multiplied by G/g, with g
+//     the mean of such divided latencies of its method: a slow method does not make
+//     its endpoint look slow. It counts up to SampleLimit times G.
+//   - A is the sum of the ages of its attempts in flight, each divided and
+//     multiplied alike. They have no latency yet, but they took that long already,
+//     so an endpoint that answers nothing costs more by the moment; nothing has to
+//     time out first. An age counts up to old times the mean latency, the undivided
+//     one.
+//   - G is the latency of the average call of the channel: the geometric mean of
+//     the methods' means g, each weighed by how often the method is called. They are
+//     moving means of at most 200 samples. A newcomer costs what the average
 //     endpoint does, so it is neither flooded nor starved.
+//   - n = n0*(1 + SpreadPrior*v), with v the variance of latency/g: where single
+//     latencies say little, the prior counts more.
 //   - f forgets: exp(-t/tau - c/(ticks*n)), t after and c samples of the whole
 //     channel after the endpoint's last sample, with n endpoints. At each sample
 //     S and N are multiplied by f*(1-1/keep). An endpoint that is not heard of
 //     drifts back to the average and is tried again.
 //
+// The standard error of L, as a part of it, is sqrt(v/(N*f + n)). Costs that differ
+// by less are equal, see [Estimate].
+//
 // A failure counts as a latency of at least fail times what an average endpoint
 // costs, its attempts in flight included. An attempt never sent counts as none.
 //
-// Of an attempt cancelled by its caller only the age is known. It counts as a
-// latency, up to the same limit as the ages in flight, if it is above the L that
-// the samples alone make, and as none otherwise: to be cancelled early says
-// nothing, and to be cancelled late must not undo what the age said a moment
-// before. Where calls are hedged, the attempts at a server that stalls end no
-// other way.
+// Of an attempt cancelled by its caller, or whose caller's deadline passed, only
+// the age is known. It counts as a latency, up to the same limit as the ages in
+// flight, if it is above the L that the samples alone make, and as none otherwise:
+// to be given up early says nothing, and to be given up late must not undo what
+// the age said a moment before. Where calls are hedged, the attempts at a server
+// that stalls end no other way.
+//
+// A stream is an attempt in flight until its first response, and that is its
+// latency. Until then its age counts up to StreamAgeLimit; when it has waited for
+// longer than AgeLimit it says nothing any more.
+//
+// Attempts of a method that takes more than SlowMethod times G do not count in the
+// q of others. For such a method itself, the class 1, all attempts count.
 //
 // L is the posterior mean of an exponential law under a conjugate prior, with
 // right-censored observations. The formula and its constants are belfry's own.
 type ExpectedLatency struct {
-	params atomic.Pointer[expectedParams]
-	_      [56]byte // params are read at every pick, fleet is written at every finish
-	fleet  fleet
-	// undivided is the mean of the latencies as they are, as float64 bits; fleet
-	// has that of the divided ones.
-	undivided atomic.Uint64
+	MetricBase
+
+	// These are read at every pick, and written now and then.
+	params    atomic.Pointer[expectedParams]
+	methods   atomic.Pointer[methods]
+	anySlow   atomic.Bool
+	unit      atomic.Uint64        // G as float64 bits, 0 before the first latency
+	spread    atomic.Uint64        // v, and the number of samples that it covers, two float32
+	queue     fleet                // its second mean is that of the attempts in flight
+	undivided [kinds]atomic.Uint64 // the mean latencies as they are, as float64 bits
 	// samples counts the samples of the channel.
 	samples atomic.Uint64
-	_       [40]byte
 	// perSample is 1/(ticks*n) as float64 bits: what one sample of the channel
 	// takes from the memory of each endpoint.
 	perSample atomic.Uint64
 
-	// mu guards meters, and setting params and perSample by size, which belong
-	// together.
+	// mu guards meters, setting params and perSample by size, which belong
+	// together, and replacing methods.
 	mu     sync.Mutex
 	size   int // endpoints of the channel
 	meters slab.Slab[expectedMeter]
 }
 
+// Kinds of attempts, by how their ages are bounded.
+const (
+	usual   = iota
+	slow    // of a slow method
+	streams // streams without a response
+	kinds
+)
+
+// slowClass is the class of calls of a slow method.
+const slowClass Class = 1
+
 // expectedParams are the parameters in the form in which the hot path needs
 // them. Immutable.
 type expectedParams struct {
-	prior     float64 // n0
-	keep      float64 // 1 - 1/keep
-	rate      float64 // 1/tau, per unit of heard
-	rounds    float64 // 1/ticks
-	penalty   float64 // fail
-	ageLimit  float64 // old
-	exponent  float64 // theta
-	weightsAt [256]uint32
+	prior        float64 // n0
+	spreadPrior  float64
+	minSpread    float64
+	keep         float64 // 1 - 1/keep
+	rate         float64 // 1/tau, per unit of heard
+	rounds       float64 // 1/ticks
+	penalty      float64 // fail
+	firstFailure float64
+	sampleLimit  float64
+	ageLimit     float64 // old
+	streamLimit  float64
+	slowMethod   float64
+	methods      int     // and the one of all others
+	exponent     float64 // theta
+	discounts    [256]float32
 }
 
-// weightOne is the weight of 1 in fixed point. What is added to the sum of ages
-// at the start of an attempt is subtracted at its end, so both must be integers.
-const weightOne = 1 << 12
-
-// Ages are summed in units of 1024 ns: the sum of weight times start time then
-// lasts for 70 years of weighted age before it could overflow.
-const ageUnitBits = 10
-
-// weight returns (pending+1)^-theta in fixed point, at least one unit.
-func (p *expectedParams) weight(pending uint32) uint32 {
-	if int(pending) < len(p.weightsAt) {
-		return p.weightsAt[pending]
+// discount returns (queue+1)^-theta.
+func (p *expectedParams) discount(queue float64) float64 {
+	i := int(queue)
+	if i >= len(p.discounts)-1 {
+		return math.Pow(queue+1, -p.exponent)
 	}
-	return weightFor(pending, p.exponent)
-}
-
-func weightFor(pending uint32, exponent float64) uint32 {
-	return uint32(max(math.Round(weightOne*math.Pow(float64(pending)+1, -exponent)), 1))
+	d := float64(p.discounts[i])
+	if f := queue - float64(i); f != 0 {
+		d += (float64(p.discounts[i+1]) - d) * f
+	}
+	return d
 }
 
 // NewExpectedLatency returns the Metric, or an error that names the field, its
 // value and the rule it breaks.
 func NewExpectedLatency(c ExpectedLatencyConfig) (*ExpectedLatency, error) {
 	e := &ExpectedLatency{}
+	e.methods.Store(&methods{all: []*method{{}}})
 	if err := e.Reconfigure(c); err != nil {
 		return nil, err
 	}
@@ -179,22 +240,30 @@ func NewExpectedLatency(c ExpectedLatencyConfig) (*ExpectedLatency, error) {
 }
 
 // Reconfigure changes the parameters while attempts run. The Meters keep what
-// they know. On error nothing changes.
+// they know. On error nothing changes. Methods that have a mean of their own keep
+// it.
 func (e *ExpectedLatency) Reconfigure(c ExpectedLatencyConfig) error {
 	if err := c.validate(); err != nil {
 		return err
 	}
 	p := &expectedParams{
-		prior:    c.PriorSamples,
-		keep:     1 - 1/c.KeepSamples,
-		rate:     (1 << heardUnitBits) / float64(c.ForgetAfter),
-		rounds:   1 / c.ForgetRounds,
-		penalty:  c.FailurePenalty,
-		ageLimit: c.AgeLimit,
-		exponent: c.QueueExponent,
+		prior:        c.PriorSamples,
+		spreadPrior:  c.SpreadPrior,
+		minSpread:    c.MinSpread,
+		keep:         1 - 1/c.KeepSamples,
+		rate:         (1 << heardUnitBits) / float64(c.ForgetAfter),
+		rounds:       1 / c.ForgetRounds,
+		penalty:      c.FailurePenalty,
+		firstFailure: float64(c.FirstFailure),
+		sampleLimit:  c.SampleLimit,
+		ageLimit:     c.AgeLimit,
+		streamLimit:  c.StreamAgeLimit,
+		slowMethod:   c.SlowMethod,
+		methods:      c.MaxMethods + 1,
+		exponent:     c.QueueExponent,
 	}
-	for q := range p.weightsAt {
-		p.weightsAt[q] = weightFor(uint32(q), c.QueueExponent)
+	for q := range p.discounts {
+		p.discounts[q] = float32(math.Pow(float64(q)+1, -c.QueueExponent))
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -211,7 +280,7 @@ func (e *ExpectedLatency) resizeLocked(d int) {
 }
 
 // NewMeter returns the Meter of one more endpoint.
-func (e *ExpectedLatency) NewMeter() Meter {
+func (e *ExpectedLatency) NewMeter(Endpoint) Meter {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.resizeLocked(1)
@@ -220,113 +289,198 @@ func (e *ExpectedLatency) NewMeter() Meter {
 	return m
 }
 
-// expectedMeter is the state of one endpoint. It fills one cache line, for with
-// many endpoints a pick spends its time on fetching these.
-//
-// flight is exact: it is zero when nothing is in flight. The rest may lose an
-// update to a race, which costs one sample or misjudges one pick, and is
-// overwritten soon.
-type expectedMeter struct {
-	metric *ExpectedLatency
-	// flight holds q, the attempts in flight, in its upper bits, and in its lower
-	// the sum of the weights of those that have no response yet. Two numbers in
-	// one word cost one atomic addition.
-	flight atomic.Int64
-	mean   atomic.Uint64 // S and N, two float32
-	heard  atomic.Uint64 // the last sample: when, in heardUnitBits, and which of the channel's, 32 bits each
-	ages   ages
+// Class returns 1 for a method that is slow, see ExpectedLatency, and else 0.
+func (e *ExpectedLatency) Class(name string, stream bool) Class {
+	if !stream && e.anySlow.Load() && e.slow(e.method(name)) {
+		return slowClass
+	}
+	return 0
 }
 
-const (
-	pendingBit = 40 // flight counts attempts in units of 1<<pendingBit
-	weightMask = 1<<pendingBit - 1
-)
+func (e *ExpectedLatency) slow(m *method) bool {
+	return m.fleet.mean() > e.params.Load().slowMethod*math.Float64frombits(e.unit.Load())
+}
+
+// g returns G, at least 1: before the first latency the prior is one nanosecond,
+// so that every endpoint costs as many as it has attempts in flight.
+func (e *ExpectedLatency) g() float64 { return max(math.Float64frombits(e.unit.Load()), 1) }
+
+// v returns the variance of latencies in units of their mean squared.
+func (e *ExpectedLatency) v(p *expectedParams) float64 {
+	v, _ := floats32(e.spread.Load())
+	return max(v, p.minSpread)
+}
+
+// scale returns G/g: what the latencies of a method are multiplied by.
+func (e *ExpectedLatency) scale(m *method) float64 {
+	mean := m.fleet.mean()
+	unit := math.Float64frombits(e.unit.Load())
+	if mean <= 0 || unit <= 0 {
+		return 1
+	}
+	return unit / mean
+}
+
+// expectedMeter is the state of one endpoint.
+//
+// What is in flight is counted exactly: it is zero when nothing is. The rest may
+// lose an update to a race, which costs one sample or misjudges one pick, and is
+// overwritten soon.
+type expectedMeter struct {
+	MeterBase
+	metric *ExpectedLatency
+	mean   atomic.Uint64 // S and N, two float32
+	heard  atomic.Uint64 // the last sample: when, in heardUnitBits, and which of the channel's, 32 bits each
+	ages   [kinds]ages
+}
 
 // Times of samples are kept in units of about a millisecond. They wrap: after 26
 // days without a sample an endpoint's last one counts as new.
 const heardUnitBits = 20
 
 // Load implements [Meter].
-func (m *expectedMeter) Load(now Instant) float64 {
-	p := m.metric.params.Load()
-	g := m.metric.fleet.mean()
-	// Before the first sample of the channel the prior is one nanosecond: every
-	// endpoint then costs as many as it has attempts in flight.
-	if g < 1 {
-		g = 1
+func (m *expectedMeter) Load(q Query) Estimate {
+	e := m.metric
+	p := e.params.Load()
+	sum, number, waiting, old := m.latency(p, q.Now)
+	if q.Class != slowClass {
+		old += int(m.ages[slow].total.Load() & countMask)
 	}
-	sum, number := p.prior*g, p.prior
+	queue := perWeight(max(q.InFlight-old, 0), q.Weight)
+	estimate := Estimate{
+		Cost:  sum / number * (queue + 1),
+		Error: math.Sqrt(e.v(p) / number),
+		Queue: queue,
+		Heard: Instant(m.heard.Load() >> 32 << heardUnitBits),
+		Good:  restGood,
+	}
+	if waiting > 0 {
+		// Ages add up to a fiftieth of the cost in this time.
+		estimate.Good = min(max(time.Duration(sum/(50*waiting)), 1<<tickBits), restGood)
+	}
+	return estimate
+}
+
+// restGood is how long an Estimate is good with nothing in flight. Then it changes
+// by what others do, and by what is forgotten.
+const restGood = 4 * time.Millisecond
+
+// Inspect implements [Meter].
+func (m *expectedMeter) Inspect(q Query) Details {
+	p := m.metric.params.Load()
+	sum, number, _, _ := m.latency(p, q.Now)
+	_, n := floats32(m.mean.Load())
+	n *= expNeg(m.metric.unheard(p.rate, q.Now, m.heard.Load()))
+	if number == 0 || m.metric.unit.Load() == 0 {
+		return Details{Samples: n}
+	}
+	return Details{Latency: time.Duration(sum / number), Samples: n}
+}
+
+// latency returns L as a sum of times and a number of samples, the weight of the
+// attempts whose ages are in it, and the number of streams in flight that are too
+// old to count.
+func (m *expectedMeter) latency(p *expectedParams, now Instant) (sum, number, waiting float64, old int) {
+	e := m.metric
+	prior := p.prior * (1 + p.spreadPrior*e.v(p))
+	sum, number = prior*e.g(), prior
 	if w := m.mean.Load(); w != 0 {
 		s, n := floats32(w)
-		f := expNeg(m.metric.unheard(p.rate, now, m.heard.Load()))
+		f := expNeg(e.unheard(p.rate, now, m.heard.Load()))
 		sum += s * f
 		number += n * f
 	}
-	flight := m.flight.Load()
-	if w := flight & weightMask; w > 0 {
-		sum += m.ages.sum(now, w, m.metric.maxAge(p))
+	for kind := range streams {
+		if a := &m.ages[kind]; a.total.Load() != 0 {
+			s, w := a.sum(now, e.maxAge(p, kind))
+			sum += s
+			waiting += w
+		}
 	}
-	return sum / number * float64(flight>>pendingBit+1)
+	if a := &m.ages[streams]; a.total.Load() != 0 {
+		var s, w float64
+		mean := math.Float64frombits(e.undivided[streams].Load())
+		s, w, old = a.young(now, p.streamLimit*mean, e.maxAge(p, streams))
+		sum += s
+		waiting += w
+	}
+	return sum, number, waiting, old
 }
 
 // maxAge returns the age up to which an attempt in flight counts, in
 // nanoseconds. While no latency is known there is no limit.
-func (e *ExpectedLatency) maxAge(p *expectedParams) float64 {
-	if mean := math.Float64frombits(e.undivided.Load()); mean > 0 {
+func (e *ExpectedLatency) maxAge(p *expectedParams, kind int) float64 {
+	if mean := math.Float64frombits(e.undivided[kind].Load()); mean > 0 {
 		return p.ageLimit * mean
 	}
 	return math.MaxInt64
 }
 
 // unheard returns how much is gone of the memory of an endpoint that was heard of
-// last at heard, for then f = exp(-unheard). The two are apart so that each can be
-// inlined.
+// last at heard, because then f = exp(-unheard). The two are apart so that each can
+// be inlined.
 func (e *ExpectedLatency) unheard(rate float64, now Instant, heard uint64) float64 {
 	t := since32(uint32(now>>heardUnitBits), uint32(heard>>32))
 	c := since32(uint32(e.samples.Load()), uint32(heard))
 	return t*rate + c*math.Float64frombits(e.perSample.Load())
 }
 
-// since32 returns a-b modulo 2^32 if that is below 2^31, and otherwise 0, for then a
-// was read a little before b.
+// since32 returns a-b modulo 2^32 if that is below 2^31, and otherwise 0, because
+// then a was read a little before b.
 func since32(a, b uint32) float64 { return float64(max(int32(a-b), 0)) }
 
 // Start implements [Meter].
-func (m *expectedMeter) Start(now Instant) Ticket {
-	p := m.metric.params.Load()
-	t := Ticket{started: now, pending: uint32(m.flight.Load() >> pendingBit)}
-	t.weight = p.weight(t.pending)
-	t.epoch = m.ages.add(t, m.metric.maxAge(p))
-	m.flight.Add(1<<pendingBit + int64(t.weight))
-	return t
+func (m *expectedMeter) Start(a Attempt) Ticket {
+	e := m.metric
+	p := e.params.Load()
+	queue := a.queue()
+	method := e.method(a.Method)
+	kind := usual
+	switch {
+	case a.Stream:
+		kind = streams
+	case a.Class == slowClass:
+		kind = slow
+	}
+	weight := uint32(min(max(math.Round(weightOne*p.discount(queue)*e.scale(method)), 1), maxWeight))
+	epoch := m.ages[kind].add(weight, a.Now, e.maxAge(p, kind))
+	return Ticket{
+		Started: a.Now,
+		A:       uint64(math.Float32bits(float32(queue)))<<32 | uint64(weight),
+		B:       uint64(epoch)<<32 | uint64(method.index)<<2 | uint64(kind),
+	}
+}
+
+// What Start put into a Ticket.
+func (t Ticket) queue() float64 { return float64(math.Float32frombits(uint32(t.A >> 32))) }
+func (t Ticket) weight() uint32 { return uint32(t.A) }
+func (t Ticket) epoch() uint32  { return uint32(t.B >> 32) }
+func (t Ticket) method() int    { return int(uint32(t.B) >> 2) }
+func (t Ticket) kind() int      { return int(t.B & 3) }
+
+// answered ends the age of an attempt.
+func (m *expectedMeter) answered(t Ticket) {
+	m.ages[t.kind()].remove(t.epoch(), t.weight(), t.Started)
 }
 
 // Respond implements [Meter].
-func (m *expectedMeter) Respond(now Instant, t Ticket) {
-	m.ages.remove(t)
-	m.flight.Add(-int64(t.weight))
-	m.completed(now, t)
+func (m *expectedMeter) Respond(r Response) {
+	m.answered(r.Ticket)
+	m.completed(r.Now, r.Ticket)
 }
 
 // Finish implements [Meter].
-func (m *expectedMeter) Finish(now Instant, s Sample) {
-	if s.Responded {
-		m.flight.Add(-1 << pendingBit)
-	} else {
-		m.ages.remove(s.Ticket)
-		m.flight.Add(-1<<pendingBit - int64(s.Ticket.weight))
+func (m *expectedMeter) Finish(s Sample) {
+	if !s.Responded {
+		m.answered(s.Ticket)
 	}
 	switch {
 	case s.Outcome == Failed:
-		latency := m.metric.params.Load().penalty * m.metric.cost()
-		if !s.Responded { // the life of a stream after its first response is no latency
-			latency = max(latency, s.Ticket.latency(now)*s.Ticket.discount())
-		}
-		m.sample(now, latency)
+		m.failed(s)
 	case s.Outcome == Completed && !s.Responded:
-		m.completed(now, s.Ticket)
-	case s.Outcome == Cancelled && !s.Responded:
-		m.cancelled(now, s.Ticket)
+		m.completed(s.Now, s.Ticket)
+	case (s.Outcome == Cancelled || s.Outcome == Expired) && !s.Responded:
+		m.givenUp(s.Now, s.Ticket)
 	}
 }
 
@@ -338,32 +492,81 @@ func (m *expectedMeter) Close() {
 }
 
 func (m *expectedMeter) completed(now Instant, t Ticket) {
+	e := m.metric
+	p := e.params.Load()
+	method := e.methods.Load().all[t.method()]
 	latency := t.latency(now)
-	divided := latency * t.discount()
-	share := m.metric.fleet.observe(divided, t.pending)
-	count := m.sample(now, divided)
-	// The undivided mean only bounds ages. Once it covers its window, one sample in
-	// undividedEvery, taken for so many, is enough for it.
-	if share > 1.0/fleetWindow || count%undividedEvery == 0 {
-		if share == 1.0/fleetWindow {
-			share *= undividedEvery
-		}
-		mean := math.Float64frombits(m.metric.undivided.Load())
-		m.metric.undivided.Store(math.Float64bits(mean + (latency-mean)*share))
+	divided := latency * p.discount(t.queue())
+	n := method.fleet.turn(now)
+	if n > 0 {
+		e.learn(p, method, t, latency, divided, n)
+	}
+	m.sample(p, now, min(divided*e.scale(method), p.sampleLimit*e.g()), n)
+}
+
+// learn takes a latency, which stands for n, into what all endpoints share.
+func (e *ExpectedLatency) learn(p *expectedParams, method *method, t Ticket, latency, divided float64, n int) {
+	share := method.fleet.observe(divided, t.queue())
+	all := e.methods.Load()
+	all.called(method, n)
+	e.unit.Store(math.Float64bits(all.unit()))
+	if mean := method.fleet.mean(); mean > 0 {
+		r := min(divided/mean, spreadLimit)
+		v, covered := floats32(e.spread.Load())
+		covered = min(covered+1, fleetWindow)
+		e.spread.Store(bits32(v+(r*r-1-v)/covered, covered))
+	}
+	share = e.queue.observe(divided, t.queue())
+	u := &e.undivided[t.kind()]
+	mean := math.Float64frombits(u.Load())
+	if mean == 0 {
+		share = 1
+	}
+	u.Store(math.Float64bits(mean + (latency-mean)*share))
+	if e.slow(method) != e.anySlow.Load() {
+		e.anySlow.Store(slices.ContainsFunc(all.all, e.slow))
 	}
 }
 
-func (m *expectedMeter) cancelled(now Instant, t Ticket) {
-	p := m.metric.params.Load()
-	g := m.metric.fleet.mean()
+// A latency counts up to so many times its mean in the variance of all.
+const spreadLimit = 20
+
+func (m *expectedMeter) failed(s Sample) {
+	e := m.metric
+	p := e.params.Load()
+	latency := p.penalty * e.cost()
+	if latency == 0 {
+		latency = p.firstFailure
+	}
+	method := e.methods.Load().all[s.Ticket.method()]
+	if !s.Responded { // the life of a stream after its first response is no latency
+		waited := s.Ticket.latency(s.Now) * p.discount(s.Ticket.queue()) * e.scale(method)
+		if g := math.Float64frombits(e.unit.Load()); g > 0 {
+			waited = min(waited, p.sampleLimit*g)
+		}
+		latency = max(latency, waited)
+	}
+	m.sample(p, s.Now, latency, method.fleet.turn(s.Now))
+}
+
+func (m *expectedMeter) givenUp(now Instant, t Ticket) {
+	e := m.metric
+	p := e.params.Load()
+	g := math.Float64frombits(e.unit.Load())
 	if g == 0 {
 		return // no latency is known yet, so none is late
 	}
-	age := min(t.latency(now), m.metric.maxAge(p)) * t.discount()
+	method := e.methods.Load().all[t.method()]
+	limit := e.maxAge(p, t.kind())
+	if t.kind() == streams {
+		limit = p.streamLimit / p.ageLimit * limit
+	}
+	age := min(min(t.latency(now), limit)*p.discount(t.queue())*e.scale(method), p.sampleLimit*g)
 	s, n := floats32(m.mean.Load())
-	f := expNeg(m.metric.unheard(p.rate, now, m.heard.Load()))
-	if age*(n*f+p.prior) > s*f+p.prior*g {
-		m.sample(now, age)
+	f := expNeg(e.unheard(p.rate, now, m.heard.Load()))
+	prior := p.prior * (1 + p.spreadPrior*e.v(p))
+	if age*(n*f+prior) > s*f+prior*g {
+		m.sample(p, now, age, method.fleet.turn(now))
 	}
 }
 
@@ -371,19 +574,13 @@ func (m *expectedMeter) cancelled(now Instant, t Ticket) {
 // average, half a latency old, and with many of them their ages outweigh the
 // samples that it has, of which it keeps 1/(1-keep).
 func (e *ExpectedLatency) cost() float64 {
-	mean, queue := fleetMeans(e.fleet.means.Load())
+	_, queue := fleetMeans(e.queue.means.Load())
 	samples := 1/(1-e.params.Load().keep) + 1
-	return mean * (queue + 1) * (1 + queue/2/samples)
+	return math.Float64frombits(e.unit.Load()) * (queue + 1) * (1 + queue/2/samples)
 }
 
-// discount returns the weight of the latency as a number.
-func (t Ticket) discount() float64 { return float64(t.weight) / weightOne }
-
-const undividedEvery = 8
-
-// sample takes in a latency and returns the number of samples of the channel.
-func (m *expectedMeter) sample(now Instant, latency float64) uint64 {
-	p := m.metric.params.Load()
+// sample takes in a latency of the endpoint, which stands for n of the channel.
+func (m *expectedMeter) sample(p *expectedParams, now Instant, latency float64, n int) {
 	f := expNeg(m.metric.unheard(p.rate, now, m.heard.Load())) * p.keep
 	for {
 		old := m.mean.Load()
@@ -392,78 +589,11 @@ func (m *expectedMeter) sample(now Instant, latency float64) uint64 {
 			break
 		}
 	}
-	count := m.metric.samples.Add(1)
+	count := m.metric.samples.Load()
+	if n > 0 {
+		count = m.metric.samples.Add(uint64(n))
+	}
 	m.heard.Store(uint64(now)>>heardUnitBits<<32 | uint64(uint32(count)))
-	return count
-}
-
-// ages sums how long the attempts in flight have taken so far, each up to a
-// limit, without a list of them.
-//
-// For attempts of weight w_i that started at s_i the sum of the weighted ages at
-// time t is t*W - T with W the sum of w_i and T the sum of w_i*s_i. To bound
-// single ages, the attempts are kept in two such sums by generation: the current
-// one and the one before. When the current generation is as old as the limit, a
-// new one begins in the place of the older. The attempts that were in it are not
-// moved anywhere: they are the ones that the total weight knows and the two sums
-// do not, and each counts as the limit.
-//
-// A race between a new generation and the start or end of an attempt may leave
-// a sum a little off. It counts wrong by at most one limit, and is cleared when
-// its generation is reused.
-type ages struct {
-	starts  [2]atomic.Int64 // weight times start, in age units
-	weights [2]atomic.Int32
-	epoch   atomic.Uint32 // number of the current generation
-	began   atomic.Uint32 // when it began, in epochUnitBits
-}
-
-// The beginning of a generation is kept in units of 65 microseconds. They wrap
-// after 78 hours, and what comes of that is one generation that ends too late.
-const epochUnitBits = 16
-
-// add counts an attempt and returns its generation.
-func (a *ages) add(t Ticket, limit float64) uint32 {
-	began, now := a.began.Load(), uint32(uint64(t.started)>>epochUnitBits)
-	const little = 1 << 16 // A start that was read a little before began is not past it.
-	if d := now - began; d < math.MaxUint32-little && float64(d)*(1<<epochUnitBits) > limit && a.began.CompareAndSwap(began, now) {
-		next := a.epoch.Load() + 1
-		a.weights[next&1].Store(0)
-		a.starts[next&1].Store(0)
-		a.epoch.Store(next)
-	}
-	epoch := a.epoch.Load()
-	// In this order, and in remove in the other, an attempt half counted has a
-	// negative age, which counts as none, and not an enormous one.
-	a.starts[epoch&1].Add(int64(t.weight) * (int64(t.started) >> ageUnitBits))
-	a.weights[epoch&1].Add(int32(t.weight))
-	return epoch
-}
-
-// remove takes an attempt out again.
-func (a *ages) remove(t Ticket) {
-	if a.epoch.Load()-t.epoch > 1 {
-		return // its generation is gone
-	}
-	a.weights[t.epoch&1].Add(-int32(t.weight))
-	a.starts[t.epoch&1].Add(-int64(t.weight) * (int64(t.started) >> ageUnitBits))
-}
-
-// sum returns the weighted ages in nanoseconds of attempts that weigh total.
-func (a *ages) sum(now Instant, total int64, limit float64) float64 {
-	const unit = float64(1<<ageUnitBits) / weightOne
-	t := int64(now) >> ageUnitBits
-	var sum float64
-	for i := range a.weights {
-		w := int64(a.weights[i].Load())
-		if w <= 0 {
-			continue
-		}
-		total -= w
-		age := float64(t*w-a.starts[i].Load()) * unit
-		sum += min(max(age, 0), limit*float64(w)/weightOne)
-	}
-	return sum + max(float64(total), 0)*limit/weightOne
 }
 
 // expNeg returns exp(-x) for x >= 0 within 0.02 %: 2^y with the integer part of

@@ -22,20 +22,58 @@ type fleet struct {
 	// as a float32 without its last 8 bits, and in their place the number of
 	// samples that the means cover.
 	means atomic.Uint64
+
+	every  atomic.Uint32 // it learns from one sample in 1<<every
+	learnt atomic.Uint32 // in which tick it last did, and above that how often in that tick
+}
+
+// Numbers that all endpoints share are written a few times in a tick of 131 us at
+// most, or each core would wait for the others at each call.
+const (
+	tickBits = 17
+	inTick   = 8
+	maxEvery = 10
+
+	learntBits = 24
+	learntMask = 1<<learntBits - 1
+)
+
+// turn returns how many samples the one of now stands for: 0 if nothing is learnt
+// from it. Which one is learnt from is decided by a hash of the time (Knuth, "The
+// art of computer programming", 6.4).
+func (f *fleet) turn(now Instant) int {
+	every := f.every.Load()
+	if every > 0 && uint64(now)*0x9e3779b97f4a7c15>>(64-every) != 0 {
+		return 0
+	}
+	tick, learnt := uint32(uint64(now)>>tickBits)&learntMask, f.learnt.Load()
+	switch d := (tick - learnt) & learntMask; {
+	case d == 0 && learnt>>learntBits < inTick-1:
+		f.learnt.Store(learnt + 1<<learntBits)
+	case d == 0:
+		f.every.Store(min(every+1, maxEvery))
+		f.learnt.Store(tick)
+	default:
+		if d > 1 && every > 0 && learnt>>learntBits < inTick/4 {
+			f.every.Store(every - 1)
+		}
+		f.learnt.Store(tick)
+	}
+	return 1 << every
 }
 
 const fleetCountMask = 0xff
 
 // observe adds the latency of a completed attempt to the means, and returns its
 // share in them.
-func (f *fleet) observe(latency float64, pending uint32) (share float64) {
+func (f *fleet) observe(latency, pending float64) (share float64) {
 	for {
 		old := f.means.Load()
 		mean, queue := fleetMeans(old)
 		count := min(old&fleetCountMask+1, fleetWindow)
 		share = fleetShare[count]
 		mean += (latency - mean) * share
-		queue += (float64(pending) - queue) * share
+		queue += (pending - queue) * share
 		if f.means.CompareAndSwap(old, bits32(mean, queue)&^fleetCountMask|count) {
 			return share
 		}

@@ -20,7 +20,7 @@ func TestConstantIsTheSameForEverWhateverHappens(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m := c.NewMeter()
+		m := newMeter(c)
 		check := func(when string) {
 			t.Helper()
 			if got := m.Load(sec); got != want {
@@ -39,7 +39,7 @@ func TestConstantIsTheSameForEverWhateverHappens(t *testing.T) {
 }
 
 func TestPendingRequestsCountsAttemptsFromStartToFinish(t *testing.T) {
-	m := NewPendingRequests().NewMeter()
+	m := newMeter(NewPendingRequests())
 	check := func(when string, want float64) {
 		t.Helper()
 		if got := m.Load(0); got != want {
@@ -57,29 +57,24 @@ func TestPendingRequestsCountsAttemptsFromStartToFinish(t *testing.T) {
 	check("both ended", 0)
 }
 
-// Tower's "with_completion": what holds the handle keeps the count after the
-// response. Here it is a stream that goes on.
-func TestPendingRequestsCountsAStreamAfterItsFirstResponse(t *testing.T) {
-	m := NewPendingRequests().NewMeter()
+// A stream that was answered waits for nothing, so it says nothing of how busy the
+// server is.
+func TestPendingRequestsCountsAStreamUntilItsFirstResponse(t *testing.T) {
+	m := newMeter(NewPendingRequests())
 	a, b := m.Start(0), m.Start(0)
 	m.Respond(ms, a)
+	if got := m.Load(ms); got != 1 {
+		t.Errorf("one of two streams has a response: load is %v, want 1", got)
+	}
 	m.Respond(ms, b)
-	if got := m.Load(ms); got != 2 {
-		t.Errorf("both streams have a response: load is %v, want 2", got)
-	}
-	m.Finish(2*ms, Sample{Ticket: a, Responded: true})
-	if got := m.Load(2 * ms); got != 1 {
-		t.Errorf("one stream has ended: load is %v, want 1", got)
-	}
-	m.Finish(2*ms, Sample{Ticket: b, Responded: true})
-	if got := m.Load(2 * ms); got != 0 {
-		t.Errorf("both streams have ended: load is %v, want 0", got)
+	if got := m.Load(ms); got != 0 {
+		t.Errorf("both streams have a response: load is %v, want 0", got)
 	}
 }
 
 func TestPendingRequestsIsBlindToOutcomes(t *testing.T) {
-	for _, o := range []Outcome{Completed, Failed, Cancelled, NotSent} {
-		m := NewPendingRequests().NewMeter()
+	for _, o := range []Outcome{Completed, Failed, Cancelled, NotSent, Expired} {
+		m := newMeter(NewPendingRequests())
 		run(m, 0, time.Second, o)
 		if got := m.Load(sec); got != 0 {
 			t.Errorf("load after an attempt that was %v is %v, want 0", o, got)
@@ -90,7 +85,7 @@ func TestPendingRequestsIsBlindToOutcomes(t *testing.T) {
 func TestLoadIsFiniteAndNeverNegative(t *testing.T) {
 	forEachMetric(t, func(t *testing.T, metric Metric) {
 		r := newRand(t)
-		m := metric.NewMeter()
+		m := newMeter(metric)
 		var now Instant
 		var flying []Ticket
 		for i := range 20_000 {
@@ -120,7 +115,7 @@ func TestMetersOfAMetricAreIndependentInPending(t *testing.T) {
 		if _, ok := metric.(*Constant); ok {
 			t.Skip("a constant depends on nothing")
 		}
-		a, b := metric.NewMeter(), metric.NewMeter()
+		a, b := newMeter(metric), newMeter(metric)
 		before := b.Load(0)
 		a.Start(0)
 		a.Start(0)
@@ -138,9 +133,9 @@ func TestMetersOfAMetricAreIndependentInPending(t *testing.T) {
 func TestAtRestNothingIsInFlightAfterAnyInterleaving(t *testing.T) {
 	forEachMetric(t, func(t *testing.T, metric Metric) {
 		const meters, goroutines, rounds = 3, 8, 3000
-		ms := make([]Meter, meters)
+		ms := make([]*counted, meters)
 		for i := range ms {
-			ms[i] = metric.NewMeter()
+			ms[i] = newMeter(metric)
 		}
 		r := newRand(t)
 		var wg sync.WaitGroup
@@ -180,29 +175,29 @@ func TestAtRestNothingIsInFlightAfterAnyInterleaving(t *testing.T) {
 		}
 		wg.Wait()
 		for i, m := range ms {
-			if got := inFlight(m); got != 0 {
-				t.Errorf("meter %d: %d attempts in flight at rest, want 0", i, got)
-			}
-			e, ok := m.(*expectedMeter)
+			e, ok := m.Meter.(*expectedMeter)
 			if !ok {
 				continue
 			}
-			if got := e.flight.Load(); got != 0 {
-				t.Errorf("meter %d: attempts and weights in flight are %#x at rest, want 0", i, got)
+			for kind := range e.ages {
+				if got := e.ages[kind].total.Load(); got != 0 {
+					t.Errorf("meter %d: weight and number in flight are %#x at rest, want 0", i, got)
+				}
 			}
 			// What a race may have left in the sums of ages must not show.
-			p, g := e.metric.params.Load(), e.metric.fleet.mean()
+			p := e.metric.params.Load()
+			prior := p.prior * (1 + p.spreadPrior*e.metric.v(p))
 			now := 100 * sec
 			s, n := floats32(e.mean.Load())
 			f := expNeg(e.metric.unheard(p.rate, now, e.heard.Load()))
-			near(t, "load at rest, with no age", m.Load(now), (s*f+p.prior*g)/(n*f+p.prior), 1e-9)
+			near(t, "load at rest, with no age", m.Load(now), (s*f+prior*e.metric.g())/(n*f+prior), 1e-9)
 		}
 	})
 }
 
 // flight is an attempt in flight.
 type flight struct {
-	meter     Meter
+	meter     *counted
 	ticket    Ticket
 	responded bool
 }
@@ -211,22 +206,9 @@ func (f *flight) finish(now Instant, o Outcome) {
 	f.meter.Finish(now, Sample{Ticket: f.ticket, Outcome: o, Responded: f.responded})
 }
 
-// inFlight returns the number of attempts in flight to an endpoint.
-func inFlight(m Meter) int64 {
-	switch m := m.(type) {
-	case *pendingMeter:
-		return m.pending.Load()
-	case *peakMeter:
-		return m.pending.Load()
-	case *expectedMeter:
-		return m.flight.Load() >> pendingBit
-	}
-	return 0
-}
-
 func TestFinishAfterCloseIsHarmless(t *testing.T) {
 	forEachMetric(t, func(t *testing.T, metric Metric) {
-		m, other := metric.NewMeter(), metric.NewMeter()
+		m, other := newMeter(metric), newMeter(metric)
 		run(other, 0, 10*time.Millisecond, Completed)
 		tickets := []Ticket{m.Start(0), m.Start(0), m.Start(0)}
 		m.Respond(ms, tickets[1])
@@ -234,9 +216,6 @@ func TestFinishAfterCloseIsHarmless(t *testing.T) {
 		m.Finish(20*ms, Sample{Ticket: tickets[0]})
 		m.Finish(20*ms, Sample{Ticket: tickets[1], Responded: true, Outcome: Cancelled})
 		m.Finish(20*ms, Sample{Ticket: tickets[2], Outcome: Failed})
-		if got := inFlight(m); got != 0 {
-			t.Errorf("%d attempts in flight after the last has ended, want 0", got)
-		}
 		if l := m.Load(30 * ms); !(l >= 0 && l <= math.MaxFloat64) {
 			t.Errorf("load after Close is %v, want finite and at least 0", l)
 		}
@@ -262,20 +241,18 @@ func TestWhatAnAttemptLeavesBehind(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			e := must(NewExpectedLatency(DefaultExpectedLatencyConfig()))
-			m := e.NewMeter().(*expectedMeter)
+			m := newMeter(e)
+			waiting := &m.Meter.(*expectedMeter).ages[usual].total
 			ticket := m.Start(0)
 			if test.respond {
 				m.Respond(10*ms, ticket)
-				if got := inFlight(m); got != 1 {
-					t.Errorf("%d attempts in flight after the first response, want 1", got)
-				}
-				if got := m.flight.Load() & weightMask; got != 0 {
+				if got := waiting.Load(); got != 0 {
 					t.Errorf("the age still counts after the first response, with weight %d", got)
 				}
 			}
 			m.Finish(20*ms, Sample{Ticket: ticket, Outcome: test.outcome, Responded: test.respond})
-			if got := inFlight(m); got != 0 {
-				t.Errorf("%d attempts in flight at the end, want 0", got)
+			if got := waiting.Load(); got != 0 {
+				t.Errorf("the age still counts at the end, with weight %d", got)
 			}
 			if got := int(e.samples.Load()); got != test.wantCounts {
 				t.Errorf("%d latencies counted, want %d", got, test.wantCounts)
@@ -296,10 +273,10 @@ func TestLatencyOfAStreamIsTheTimeToItsFirstResponse(t *testing.T) {
 		must(NewPeakEWMA(PeakEWMAConfig{Decay: time.Second, DefaultRTT: time.Nanosecond, FailurePenalty: 10})),
 		must(NewExpectedLatency(DefaultExpectedLatencyConfig())),
 	} {
-		m := metric.NewMeter()
+		m := newMeter(metric)
 		ticket := m.Start(0)
 		m.Respond(10*ms, ticket)
-		near(t, "load of a stream that goes on: latency times two", m.Load(10*ms), 2*10e6, 1e-3)
+		near(t, "load of a stream that goes on", m.Load(10*ms), 10e6, 1e-3)
 		m.Finish(10*ms, Sample{Ticket: ticket, Responded: true})
 		near(t, "load after its end", m.Load(10*ms), 10e6, 1e-3)
 	}
@@ -312,7 +289,7 @@ func TestAStreamThatFailsLateIsNotChargedItsWholeLife(t *testing.T) {
 		must(NewPeakEWMA(PeakEWMAConfig{Decay: 10 * time.Second, DefaultRTT: 1, FailurePenalty: 10})),
 		must(NewExpectedLatency(DefaultExpectedLatencyConfig())),
 	} {
-		m := metric.NewMeter()
+		m := newMeter(metric)
 		ticket := m.Start(0)
 		m.Respond(10*ms, ticket)
 		end := 2 * Instant(time.Hour)
@@ -326,8 +303,8 @@ func TestAStreamThatFailsLateIsNotChargedItsWholeLife(t *testing.T) {
 func TestCancelledEarlyIsNeitherPraiseNorBlame(t *testing.T) {
 	for _, cancelledAfter := range []time.Duration{time.Nanosecond, 9 * time.Millisecond} {
 		forEachMetric(t, func(t *testing.T, metric Metric) {
-			m, same := metric.NewMeter(), metric.NewMeter()
-			for _, m := range []Meter{m, same} {
+			m, same := newMeter(metric), newMeter(metric)
+			for _, m := range []*counted{m, same} {
 				m.Load(0)
 				run(m, 0, 10*time.Millisecond, Completed)
 			}
@@ -340,9 +317,9 @@ func TestCancelledEarlyIsNeitherPraiseNorBlame(t *testing.T) {
 
 // Where calls are hedged the attempts at a slow endpoint end no other way.
 func TestCancelledAgainAndAgainIsSlow(t *testing.T) {
-	peak := must(NewPeakEWMA(DefaultPeakEWMAConfig())).NewMeter()
-	pending := NewPendingRequests().NewMeter()
-	for _, m := range []Meter{peak, pending} {
+	peak := newMeter(must(NewPeakEWMA(DefaultPeakEWMAConfig())))
+	pending := newMeter(NewPendingRequests())
+	for _, m := range []*counted{peak, pending} {
 		m.Load(0)
 	}
 	for range 200 { // The first estimate is gone.
@@ -351,7 +328,7 @@ func TestCancelledAgainAndAgainIsSlow(t *testing.T) {
 	}
 	now := Instant(1000 * time.Second)
 	for i := range 4 {
-		for _, m := range []Meter{peak, pending} {
+		for _, m := range []*counted{peak, pending} {
 			run(m, now, 12*time.Millisecond, Cancelled)
 		}
 		now += 12 * ms
@@ -370,7 +347,7 @@ func TestCancelledAgainAndAgainIsSlow(t *testing.T) {
 	if got := pending.Load(now); got != 1 {
 		t.Errorf("load of pendingRequests after two more = %v, want 1", got)
 	}
-	for _, m := range []Meter{peak, pending} {
+	for _, m := range []*counted{peak, pending} {
 		run(m, now, time.Millisecond, Completed)
 		run(m, now+ms, 2*time.Millisecond, Cancelled)
 	}
@@ -384,7 +361,7 @@ func TestCancelledAgainAndAgainIsSlow(t *testing.T) {
 
 func TestNotSentUndoesTheStart(t *testing.T) {
 	forEachMetric(t, func(t *testing.T, metric Metric) {
-		m := metric.NewMeter()
+		m := newMeter(metric)
 		m.Load(0)
 		run(m, 0, 10*time.Millisecond, Completed)
 		before := m.Load(10 * ms)
@@ -403,7 +380,7 @@ func TestFailingAtOnceNeverLooksFast(t *testing.T) {
 			must(NewPeakEWMA(PeakEWMAConfig{Decay: 10 * time.Second, DefaultRTT: 1, FailurePenalty: 10})),
 			must(NewExpectedLatency(DefaultExpectedLatencyConfig())),
 		} {
-			healthy, failing := metric.NewMeter(), metric.NewMeter()
+			healthy, failing := newMeter(metric), newMeter(metric)
 			var flying []Ticket
 			var now Instant
 			for range busy {
@@ -438,7 +415,7 @@ func TestChargesForFailuresDoNotFeedOnThemselves(t *testing.T) {
 		must(NewPeakEWMA(PeakEWMAConfig{Decay: 10 * time.Second, DefaultRTT: 1, FailurePenalty: 10})),
 		must(NewExpectedLatency(DefaultExpectedLatencyConfig())),
 	} {
-		m := metric.NewMeter()
+		m := newMeter(metric)
 		var now Instant
 		for range 300 {
 			run(m, now, 10*time.Millisecond, Completed)
@@ -457,15 +434,16 @@ func TestDeadlineExceededCountsAtLeastTheTimeWaited(t *testing.T) {
 		must(NewPeakEWMA(DefaultPeakEWMAConfig())),
 		must(NewExpectedLatency(DefaultExpectedLatencyConfig())),
 	} {
-		m, other := metric.NewMeter(), metric.NewMeter()
+		m, other := newMeter(metric), newMeter(metric)
 		for i := range Instant(100) {
 			run(other, i*ms, time.Millisecond, Completed)
 			run(m, i*ms, time.Millisecond, Completed)
 		}
 		before := m.Load(100 * ms)
-		run(m, 100*ms, 30*time.Second, Failed)
-		if got, least := m.Load(100*ms+30*sec), before+float64(30*sec)/40; got < least {
-			t.Errorf("%T: load after waiting 30s in vain is %v, want at least %v", metric, time.Duration(got), time.Duration(least))
+		// ExpectedLatency counts one attempt up to 20 times the mean.
+		run(m, 100*ms, 15*time.Millisecond, Failed)
+		if got, least := m.Load(115*ms), before+float64(15*ms)/40; got < least {
+			t.Errorf("%T: load after waiting 15ms in vain is %v, want at least %v", metric, time.Duration(got), time.Duration(least))
 		}
 	}
 }
@@ -501,6 +479,7 @@ func TestBadParametersAreErrorsThatNameFieldValueAndRule(t *testing.T) {
 	for value, v := range map[string]time.Duration{"0s": 0, "-1s": -time.Second} {
 		add("decay", value, "above 0s", peak(func(c *PeakEWMAConfig) { c.Decay = v }))
 		add("defaultRtt", value, "above 0s", peak(func(c *PeakEWMAConfig) { c.DefaultRTT = v }))
+		add("firstFailure", value, "above 0s", expected(func(c *ExpectedLatencyConfig) { c.FirstFailure = v }))
 		add("forgetAfter", value, "above 0s", expected(func(c *ExpectedLatencyConfig) { c.ForgetAfter = v }))
 	}
 	nan := map[string]float64{"NaN": math.NaN(), "+Inf": math.Inf(1), "-Inf": math.Inf(-1), "-1": -1}
@@ -515,10 +494,19 @@ func TestBadParametersAreErrorsThatNameFieldValueAndRule(t *testing.T) {
 		add("failurePenalty", value, "between 1 and 1e+06", peak(func(c *PeakEWMAConfig) { c.FailurePenalty = v }))
 		add("failurePenalty", value, "between 1 and 1e+06", expected(func(c *ExpectedLatencyConfig) { c.FailurePenalty = v }))
 		add("ageLimit", value, "between 1 and 1e+06", expected(func(c *ExpectedLatencyConfig) { c.AgeLimit = v }))
+		add("sampleLimit", value, "between 1 and 1e+06", expected(func(c *ExpectedLatencyConfig) { c.SampleLimit = v }))
+		add("slowMethod", value, "between 1 and 1e+06", expected(func(c *ExpectedLatencyConfig) { c.SlowMethod = v }))
 		add("keepSamples", value, "between 1 and 1e+06", expected(func(c *ExpectedLatencyConfig) { c.KeepSamples = v }))
 	}
 	for value, v := range with("1.01", 1.01) {
 		add("queueExponent", value, "between 0 and 1", expected(func(c *ExpectedLatencyConfig) { c.QueueExponent = v }))
+	}
+	for value, v := range with("101", 101) {
+		add("spreadPrior", value, "between 0 and 100", expected(func(c *ExpectedLatencyConfig) { c.SpreadPrior = v }))
+		add("minSpread", value, "between 0 and 100", expected(func(c *ExpectedLatencyConfig) { c.MinSpread = v }))
+	}
+	for value, v := range map[string]int{"-1": -1, "10001": 10001} {
+		add("maxMethods", value, "between 0 and 10000", expected(func(c *ExpectedLatencyConfig) { c.MaxMethods = v }))
 	}
 	for value, v := range with("0", 0) {
 		add("priorSamples", value, "above 0 and at most 1000", expected(func(c *ExpectedLatencyConfig) { c.PriorSamples = v }))
@@ -553,15 +541,16 @@ func TestBoundsOfParametersAreAllowed(t *testing.T) {
 		}
 	}
 	for _, c := range []ExpectedLatencyConfig{
-		{PriorSamples: 1e-9, QueueExponent: 0, KeepSamples: 1, ForgetRounds: 1e-9, ForgetAfter: 1, FailurePenalty: 1, AgeLimit: 1},
-		{PriorSamples: 1000, QueueExponent: 1, KeepSamples: 1e6, ForgetRounds: 1e6, ForgetAfter: math.MaxInt64, FailurePenalty: 1e6, AgeLimit: 1e6},
+		{PriorSamples: 1e-9, QueueExponent: 0, KeepSamples: 1, ForgetRounds: 1e-9, ForgetAfter: 1, FailurePenalty: 1, FirstFailure: 1, SampleLimit: 1, AgeLimit: 1, SlowMethod: 1},
+		{PriorSamples: 1000, QueueExponent: 1, KeepSamples: 1e6, ForgetRounds: 1e6, ForgetAfter: math.MaxInt64, FailurePenalty: 1e6,
+			FirstFailure: math.MaxInt64, SampleLimit: 1e6, AgeLimit: 1e6, StreamAgeLimit: 1e6, SlowMethod: 1e6, SpreadPrior: 100, MinSpread: 100, MaxMethods: 10_000},
 	} {
 		e, err := NewExpectedLatency(c)
 		if err != nil {
 			t.Errorf("%+v: %v", c, err)
 			continue
 		}
-		m := e.NewMeter()
+		m := newMeter(e)
 		for i := range Instant(1000) {
 			run(m, i*ms, time.Duration(i), Outcome(i%4))
 			if l := m.Load((i + 2) * ms); !(l >= 0 && l <= math.MaxFloat64) {
@@ -592,7 +581,7 @@ func TestReconfigureWithABadValueChangesNothing(t *testing.T) {
 
 func TestOutcomesHaveNames(t *testing.T) {
 	for o, want := range map[Outcome]string{
-		Completed: "completed", Failed: "failed", Cancelled: "cancelled", NotSent: "not_sent", 9: "outcome(9)",
+		Completed: "completed", Failed: "failed", Cancelled: "cancelled", NotSent: "not_sent", Expired: "expired", 9: "outcome(9)",
 	} {
 		if got := o.String(); got != want {
 			t.Errorf("Outcome(%d).String() is %q, want %q", uint8(o), got, want)
@@ -616,7 +605,7 @@ func TestHotPathAllocatesNothing(t *testing.T) {
 		t.Skip("the race detector allocates")
 	}
 	forEachMetric(t, func(t *testing.T, metric Metric) {
-		m := metric.NewMeter()
+		m := newMeter(metric)
 		var now Instant
 		var sum float64
 		got := testing.AllocsPerRun(1000, func() {

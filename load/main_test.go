@@ -7,13 +7,14 @@ import (
 	"flag"
 	"math"
 	"math/rand/v2"
+	"sync/atomic"
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 var seedFlag = flag.Uint64("seed", 0, "seed of the randomised tests; 0 draws one")
 
@@ -56,8 +57,50 @@ func near(t *testing.T, what string, got, want, tolerance float64) {
 	}
 }
 
+// counted is a Meter and what the policy counts for it. Its methods are the
+// Meter's for a test that has no use for the rest.
+type counted struct {
+	Meter
+	inFlight, streams atomic.Int64
+	weight            float64
+}
+
+func newMeter(m Metric) *counted { return &counted{Meter: m.NewMeter(Endpoint{}), weight: 1} }
+
+func (m *counted) query(now Instant) Query {
+	return Query{Now: now, InFlight: int(m.inFlight.Load()), Streams: int(m.streams.Load()), Weight: m.weight}
+}
+
+func (m *counted) Load(now Instant) float64 { return m.Meter.Load(m.query(now)).Cost }
+
+func (m *counted) Start(now Instant) Ticket {
+	return m.start(Attempt{Query: m.query(now), Method: "/test/Call"})
+}
+
+func (m *counted) start(a Attempt) Ticket {
+	t := m.Meter.Start(a)
+	m.inFlight.Add(1)
+	return t
+}
+
+func (m *counted) Respond(now Instant, t Ticket) {
+	m.inFlight.Add(-1)
+	m.streams.Add(1)
+	m.Meter.Respond(Response{now, t})
+}
+
+func (m *counted) Finish(now Instant, s Sample) {
+	if s.Responded {
+		m.streams.Add(-1)
+	} else {
+		m.inFlight.Add(-1)
+	}
+	s.Now = now
+	m.Meter.Finish(s)
+}
+
 // run is an attempt that takes d and ends with an outcome.
-func run(m Meter, start Instant, d time.Duration, o Outcome) {
+func run(m *counted, start Instant, d time.Duration, o Outcome) {
 	ticket := m.Start(start)
 	m.Finish(start+Instant(d), Sample{Ticket: ticket, Outcome: o})
 }

@@ -43,9 +43,9 @@ func (c PeakEWMAConfig) validate() error {
 }
 
 // PeakEWMA is the peak-sensitive, exponentially weighted moving average of the
-// latency, times the attempts in flight and one more:
+// latency, times the attempts in flight, in proportion to the weight, and one more:
 //
-//	load = estimate * (pending + 1)
+//	load = estimate * (pending/weight + 1)
 //
 // A latency above the estimate replaces it at once. Any other is averaged in by
 // the time since the estimate was last read or updated:
@@ -63,6 +63,7 @@ func (c PeakEWMAConfig) validate() error {
 // until an attempt is answered, and their sum counts as a latency if it is above
 // the estimate. Without failures and cancellations the two agree.
 type PeakEWMA struct {
+	MetricBase
 	params atomic.Pointer[peakParams]
 	_      [56]byte // params are read at every pick, fleet is written at every finish
 	fleet  fleet
@@ -91,6 +92,7 @@ func (p *PeakEWMA) Reconfigure(c PeakEWMAConfig) error {
 		rate:       1 / float64(c.Decay),
 		defaultRTT: float64(c.DefaultRTT),
 		penalty:    c.FailurePenalty,
+		good:       c.Decay >> goodBits,
 	})
 	return nil
 }
@@ -101,10 +103,15 @@ type peakParams struct {
 	rate       float64 // 1/decay, per nanosecond
 	defaultRTT float64 // nanoseconds
 	penalty    float64
+	good       time.Duration
 }
 
+// An estimate loses one part in 16,000 while it is not read again, which is less
+// than anyone could tell.
+const goodBits = 14
+
 // NewMeter returns the Meter of one more endpoint.
-func (p *PeakEWMA) NewMeter() Meter {
+func (p *PeakEWMA) NewMeter(Endpoint) Meter {
 	p.mu.Lock()
 	m := p.meters.New()
 	p.mu.Unlock()
@@ -136,8 +143,8 @@ const stillBits = 20
 // after two readings is what is left after the time of both, so here the estimate
 // stays as the last sample left it, and a reading notes its time alone.
 type peakMeter struct {
+	MeterBase
 	metric   *PeakEWMA
-	pending  atomic.Int64
 	estimate atomic.Uint64 // nanoseconds as float64 bits, tag in the low bits
 	stamp    atomic.Uint64 // Instant << tagBits | tag: when estimate was written; 0 before
 	read     atomic.Int64  // Instant of the last reading
@@ -150,7 +157,7 @@ type peakMeter struct {
 	// unanswered is how long, in nanoseconds, cancelled attempts have waited together
 	// since an attempt was last answered.
 	unanswered atomic.Int64
-	_          [8]byte
+	_          [16]byte
 }
 
 // current returns the estimate word and, in nanoseconds, its value and its age.
@@ -180,8 +187,10 @@ func (m *peakMeter) write(word uint64, value float64, now Instant) bool {
 	return true
 }
 
-func (m *peakMeter) Load(now Instant) float64 {
-	rate := m.metric.params.Load().rate
+func (m *peakMeter) Load(q Query) Estimate {
+	now := q.Now
+	p := m.metric.params.Load()
+	rate := p.rate
 	word, value, age := m.current(now)
 	switch {
 	case age > 0:
@@ -192,17 +201,23 @@ func (m *peakMeter) Load(now Instant) float64 {
 	if float64(int64(now)-m.read.Load())*rate >= 1.0/(1<<stillBits) {
 		m.read.Store(int64(now))
 	}
-	return value * float64(m.pending.Load()+1)
+	queue := q.queue()
+	return Estimate{Cost: value * (queue + 1), Queue: queue, Good: p.good}
 }
 
-func (m *peakMeter) Start(now Instant) Ticket {
-	return Ticket{started: now, pending: uint32(m.pending.Add(1) - 1)}
+func (m *peakMeter) Start(a Attempt) Ticket {
+	return Ticket{Started: a.Now, A: math.Float64bits(a.queue())}
 }
 
-func (m *peakMeter) Respond(now Instant, t Ticket) { m.completed(now, t) }
+func (m *peakMeter) Respond(r Response) { m.completed(r.Now, r.Ticket) }
 
-func (m *peakMeter) Finish(now Instant, s Sample) {
-	m.pending.Add(-1)
+func (m *peakMeter) Inspect(q Query) Details {
+	_, value, age := m.current(q.Now)
+	return Details{Latency: time.Duration(value * expSmall(age*m.metric.params.Load().rate))}
+}
+
+func (m *peakMeter) Finish(s Sample) {
+	now := s.Now
 	switch {
 	case s.Outcome == Completed && !s.Responded:
 		m.completed(now, s.Ticket)
@@ -211,8 +226,8 @@ func (m *peakMeter) Finish(now Instant, s Sample) {
 		if !s.Responded { // the life of a stream after its first response is no latency
 			latency = max(latency, s.Ticket.latency(now))
 		}
-		m.sample(now, latency, s.Ticket.pending, true)
-	case s.Outcome == Cancelled && !s.Responded:
+		m.sample(now, latency, s.Ticket, true)
+	case (s.Outcome == Cancelled || s.Outcome == Expired) && !s.Responded:
 		m.cancelled(now, s.Ticket)
 	}
 }
@@ -222,9 +237,9 @@ func (m *peakMeter) Finish(now Instant, s Sample) {
 // over the number of those that ended, so each cancelled attempt adds its time until one
 // is answered.
 func (m *peakMeter) cancelled(now Instant, t Ticket) {
-	waited := float64(m.unanswered.Add(max(int64(now-t.started), 1)))
+	waited := float64(m.unanswered.Add(max(int64(now-t.Started), 1)))
 	if _, value, age := m.current(now); waited > value*expSmall(age*m.metric.params.Load().rate) {
-		m.sample(now, waited, t.pending, false)
+		m.sample(now, waited, t, false)
 	}
 }
 
@@ -232,11 +247,11 @@ func (m *peakMeter) completed(now Instant, t Ticket) {
 	if m.unanswered.Load() != 0 {
 		m.unanswered.Store(0)
 	}
-	m.sample(now, t.latency(now), t.pending, false)
+	m.sample(now, t.latency(now), t, false)
 }
 
 // sample adds a latency to the estimate.
-func (m *peakMeter) sample(now Instant, latency float64, pending uint32, failed bool) {
+func (m *peakMeter) sample(now Instant, latency float64, t Ticket, failed bool) {
 	rate := m.metric.params.Load().rate
 	for {
 		word, value, age := m.current(now)
@@ -257,26 +272,16 @@ func (m *peakMeter) sample(now Instant, latency float64, pending uint32, failed 
 				penalized = failed
 				m.penalized.Store(failed)
 			}
-			if !failed && m.metric.learns(now) {
+			if !failed && m.metric.fleet.turn(now) > 0 {
 				if penalized {
 					next = latency
 				}
-				m.metric.fleet.observe(next, pending)
+				m.metric.fleet.observe(next, math.Float64frombits(t.A))
 			}
 			return
 		}
 	}
 }
-
-// learns reports whether a sample goes into the means of the fleet. They serve
-// failures alone, so a part of the samples is enough for them: about one in four,
-// which is which by a hash of the time (Knuth, "The art of computer programming",
-// 6.4).
-func (p *PeakEWMA) learns(now Instant) bool {
-	return uint64(now)*0x9e3779b97f4a7c15>>62 == 0 || p.fleet.means.Load() == 0
-}
-
-func (m *peakMeter) Close() {}
 
 // expSmall returns exp(-x) for x >= 0. Between two readings of an endpoint in use
 // x is small, and the first terms of the series are exact to nine digits, faster,

@@ -9,13 +9,13 @@ import (
 	"time"
 )
 
-func newPeak(t *testing.T, rtt, decay time.Duration) *peakMeter {
+func newPeak(t *testing.T, rtt, decay time.Duration) *counted {
 	t.Helper()
 	p, err := NewPeakEWMA(PeakEWMAConfig{Decay: decay, DefaultRTT: rtt, FailurePenalty: 10})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return p.NewMeter().(*peakMeter)
+	return newMeter(p)
 }
 
 // Tower's test default_decay.
@@ -113,7 +113,7 @@ func TestPeakEWMAReadingDecaysTowardsZeroAndMovesTheTime(t *testing.T) {
 
 func TestPeakEWMAFailureCountsAsAMultipleOfTheAverageCost(t *testing.T) {
 	p := must(NewPeakEWMA(PeakEWMAConfig{Decay: time.Second, DefaultRTT: 1, FailurePenalty: 7}))
-	other, m := p.NewMeter(), p.NewMeter()
+	other, m := newMeter(p), newMeter(p)
 	other.Load(0)
 	m.Load(0)
 	// Each sent beside two others: the mean cost is 10 ms times (2 + 1).
@@ -195,7 +195,7 @@ func TestPeakEWMAIsTowersToTheNumber(t *testing.T) {
 
 func TestPeakEWMAKeepsItsEstimateWhenReconfigured(t *testing.T) {
 	p := must(NewPeakEWMA(DefaultPeakEWMAConfig()))
-	m := p.NewMeter()
+	m := newMeter(p)
 	m.Load(0)
 	run(m, 0, 3*time.Second, Completed)
 	if err := p.Reconfigure(PeakEWMAConfig{Decay: 2 * time.Second, DefaultRTT: time.Millisecond, FailurePenalty: 1}); err != nil {
@@ -205,7 +205,7 @@ func TestPeakEWMAKeepsItsEstimateWhenReconfigured(t *testing.T) {
 		t.Errorf("load after a new config is %v, want 3e9 as before", got)
 	}
 	near(t, "load 2s later, with a decay of 2s", m.Load(5*sec), 3e9*math.Exp(-1), 1e-9)
-	if got := p.NewMeter().Load(0); got != 1e6 {
+	if got := newMeter(p).Load(0); got != 1e6 {
 		t.Errorf("load of a newcomer is %v, want the new default of 1e6", got)
 	}
 }
@@ -216,9 +216,10 @@ func TestPeakEWMADecaysAfterTwoWritersOvertookEachOther(t *testing.T) {
 	m := newPeak(t, time.Millisecond, time.Second)
 	m.Load(0)
 	run(m, 0, 100*time.Millisecond, Completed)
-	late := m.stamp.Load()
+	stamp := &m.Meter.(*peakMeter).stamp
+	late := stamp.Load()
 	run(m, 0, 200*time.Millisecond, Completed)
-	m.stamp.Store(late)
+	stamp.Store(late)
 	if got := m.Load(200 * ms); got != 200e6 {
 		t.Errorf("load is %v, want exactly 200e6", got)
 	}

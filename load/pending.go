@@ -5,10 +5,11 @@ package load
 
 import "sync/atomic"
 
-// PendingRequests is the number of attempts in flight, also known as least
-// request. A stream counts until it ends. It needs no latencies, so it knows
-// nothing of a server that is fast or slow until calls pile up there, and a
-// server that fails at once looks idle to it.
+// PendingRequests is the number of attempts in flight, in proportion to the
+// endpoint's weight. It is also known as least request. A stream counts until
+// its first response. The metric needs no latencies, so it knows nothing of a
+// server that is fast or slow until calls pile up there, and a server that fails
+// at once looks idle to it.
 //
 // Calls do not pile up at a slow server whose attempts are cancelled, such as the
 // losers of hedges: it would look idle, and get several times as many calls. So if
@@ -17,13 +18,13 @@ import "sync/atomic"
 // its load is asked for, and twice as many times after each further one, up to
 // 1,024. Times and not a duration, because then it costs no reading of the clock,
 // and an endpoint is tried again after as many calls at any rate.
-type PendingRequests struct{}
+type PendingRequests struct{ MetricBase }
 
 // NewPendingRequests returns the Metric.
 func NewPendingRequests() *PendingRequests { return &PendingRequests{} }
 
 // NewMeter returns the Meter of one more endpoint.
-func (*PendingRequests) NewMeter() Meter { return &pendingMeter{} }
+func (*PendingRequests) NewMeter(Endpoint) Meter { return &pendingMeter{} }
 
 const (
 	leastShunned = 16
@@ -31,30 +32,25 @@ const (
 )
 
 type pendingMeter struct {
-	pending    atomic.Int64
+	MeterBase
 	unanswered atomic.Int64 // Cancelled attempts since one was last answered.
 	shunned    atomic.Int64 // How many more times one more counts as in flight.
-	_          [40]byte     // a cache line of its own: neighbours are written by other cores
 }
 
-func (m *pendingMeter) Load(Instant) float64 {
-	n := m.pending.Load()
+func (m *pendingMeter) Load(q Query) Estimate {
 	if m.shunned.Load() > 0 {
 		m.shunned.Add(-1)
-		n++
+		q.InFlight++
+		return Estimate{Cost: q.queue()}
 	}
-	return float64(n)
+	return Estimate{Cost: q.queue()}
 }
 
-func (m *pendingMeter) Start(Instant) Ticket {
-	m.pending.Add(1)
-	return Ticket{}
-}
+func (m *pendingMeter) Start(Attempt) Ticket { return Ticket{} }
 
-func (m *pendingMeter) Respond(Instant, Ticket) { m.answered() }
+func (m *pendingMeter) Respond(Response) { m.answered() }
 
-func (m *pendingMeter) Finish(_ Instant, s Sample) {
-	m.pending.Add(-1)
+func (m *pendingMeter) Finish(s Sample) {
 	switch {
 	case s.Outcome == Completed:
 		m.answered()
@@ -71,5 +67,3 @@ func (m *pendingMeter) answered() {
 		m.shunned.Store(0)
 	}
 }
-
-func (m *pendingMeter) Close() {}

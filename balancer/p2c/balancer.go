@@ -8,21 +8,23 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/attributes"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/balancer/base"
 	"google.golang.org/grpc/balancer/pickfirst"
 	"google.golang.org/grpc/connectivity"
-	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/grpclog"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
 
+	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/simenv"
+	"github.com/belfry-go/belfry/internal/slab"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -98,14 +100,30 @@ type policy struct {
 	handles  sync.Pool // of *handle, for trackers
 
 	// Used only by the methods of balancer.Balancer, whose calls are serialized.
-	endpoints *resolver.EndpointMap[*endpoint]
-	metric    load.Metric
-	updated   bool // an update was received
+	endpoints  *resolver.EndpointMap[*endpoint]
+	list       []listing              // of the last update
+	refused    []*endpoint            // whose children returned an error in the last update
+	received   *attributes.Attributes // of the last update
+	attributes *attributes.Attributes // what the children got of them; nil before the first
+	metric     load.Metric
+	updated    bool                // an update was received
+	met        bool                // an endpoint was listed
+	recalled   map[string]*measure // kept from an earlier policy, until the first endpoints are there
 
-	// Set by the first update, before there is an endpoint or a picker.
+	// Set before there is an endpoint.
 	now     func() int64
 	random  func() uint64
 	metrics *metrics
+
+	warned atomic.Bool // of streams without a tracker
+
+	// conn is the channel, once a call with a tracker has been picked for.
+	conn atomic.Pointer[grpc.ClientConn]
+
+	// countMu guards rotated and the counts of all endpoints, for snapshots. Nothing is
+	// locked under it.
+	countMu sync.Mutex
+	rotated time.Time // when shares began to be counted
 
 	// all is the endpoints of the last update, for the picker of a channel that
 	// has none READY. The slice is not changed.
@@ -120,12 +138,14 @@ type policy struct {
 	// An update from above sets inhibit, lets go of mu, goes through the children
 	// one by one, and at the end publishes once. Meanwhile children report to
 	// their endpoint and to the READY set, but nothing is published.
-	mu        sync.Mutex
-	inhibit   bool
-	closed    bool
-	picker    *picker // the current config's
-	count     [connectivity.Shutdown + 1]int
-	published connectivity.State // what cc was told last; SHUTDOWN before
+	mu         sync.Mutex
+	inhibit    bool
+	closed     bool
+	picker     *picker // the current config's
+	ready      readySet
+	candidates slab.Slab[candidate]
+	count      [connectivity.Shutdown + 1]int
+	published  connectivity.State // what cc was told last; SHUTDOWN before
 }
 
 // UpdateClientConnState implements balancer.Balancer.
@@ -140,10 +160,12 @@ func (b *policy) UpdateClientConnState(ccs balancer.ClientConnState) error {
 	if !b.updated {
 		b.firstUpdate(ccs.ResolverState)
 	}
+	b.recallMeters(cfg, ccs.ResolverState.Endpoints)
 	if err := b.configure(cfg); err != nil {
 		return err
 	}
 	err := b.updateEndpoints(ccs.ResolverState)
+	b.forgetRecalled()
 
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -159,6 +181,7 @@ func (b *policy) firstUpdate(state resolver.State) {
 	if e := simenv.From(state.Attributes); e != nil {
 		b.now, b.random = e.Now, e.Uint64
 	}
+	live.Store(b, nil)
 }
 
 // configure applies a config to the endpoints that are there, and inhibits
@@ -177,69 +200,16 @@ func (b *policy) configure(cfg *config) error {
 	defer b.mu.Unlock()
 	b.inhibit = true
 	old := b.picker
-	b.picker = &picker{policy: b, config: cfg}
-	if old != nil && !fresh {
-		b.picker.ready = old.ready
+	b.picker = &picker{policy: b, config: cfg, metric: b.metric, ready: &b.ready}
+	if old != nil {
 		b.picker.remember(old)
-		return nil
 	}
-	b.picker.ready = &readySet{}
-	for _, ep := range b.endpoints.All() {
-		ep.remeasureLocked(b.metric)
+	if fresh {
+		for _, ep := range b.endpoints.All() {
+			ep.measureLocked(b.picker, b.metric)
+		}
 	}
 	return nil
-}
-
-// updateEndpoints makes, updates and closes children so that there is one for
-// each endpoint of the state. It returns the first error of a child.
-func (b *policy) updateEndpoints(state resolver.State) error {
-	listed := resolver.NewEndpointMap[*endpoint]()
-	all := make([]*endpoint, 0, len(state.Endpoints))
-	attributes := pickfirst.EnableHealthListener(state).Attributes
-	var firstErr error
-	// Starting at a random endpoint keeps a fleet of clients from opening all its
-	// first connections to the same server.
-	for _, e := range rotate(state.Endpoints, b.random()) {
-		if len(e.Addresses) == 0 {
-			continue // its child would stay CONNECTING for ever
-		}
-		if _, ok := listed.Get(e); ok {
-			continue // the same addresses under another key
-		}
-		ep, ok := b.endpoints.Get(e)
-		if !ok {
-			ep = b.newEndpoint()
-		}
-		listed.Set(e, ep)
-		all = append(all, ep)
-		ep.setWeight(load.Weight(weight.FromEndpoint(e).Weight))
-		err := ep.update(balancer.ClientConnState{ResolverState: resolver.State{
-			Endpoints:  []resolver.Endpoint{e},
-			Attributes: attributes,
-		}})
-		if err != nil && firstErr == nil {
-			firstErr = err
-		}
-	}
-	for e, ep := range b.endpoints.All() {
-		if _, ok := listed.Get(e); !ok {
-			ep.close()
-		}
-	}
-	b.endpoints = listed
-	b.all.Store(&all)
-	if len(all) == 0 {
-		return balancer.ErrBadResolverState
-	}
-	return firstErr
-}
-
-func rotate(es []resolver.Endpoint, r uint64) []resolver.Endpoint {
-	if len(es) == 0 {
-		return es
-	}
-	k := int(r % uint64(len(es)))
-	return slices.Concat(es[k:], es[:k])
 }
 
 // ResolverError implements balancer.Balancer. Children that have addresses and
@@ -277,8 +247,18 @@ func (b *policy) Close() {
 	b.mu.Lock()
 	b.inhibit, b.closed = true, true
 	b.mu.Unlock()
+	live.Delete(b)
+	b.keepMeters()
 	for _, ep := range b.endpoints.All() {
-		ep.close()
+		ep.close(b.opts.ChannelzParent != nil)
+	}
+}
+
+// untracked is told of some of the calls without a tracker, and logs the first that is a
+// stream.
+func (b *policy) untracked(method string) {
+	if !b.warned.Load() && attempt.Streams(method) && !b.warned.Swap(true) {
+		logger.Warningf("%s: %s is a stream, and the channel has no p2c.DialOptions: all its life counts as its latency", b.opts.Target.String(), method)
 	}
 }
 
@@ -332,161 +312,6 @@ func (b *policy) reportLocked(wake bool) {
 	if !b.inhibit && (wake || b.stateLocked() != b.published) {
 		b.publishLocked()
 	}
-}
-
-// identities numbers the policies and endpoints of all channels. An identity is part of a
-// call's memory of the endpoints it tried, which may outlive a channel.
-var identities atomic.Uint64
-
-// endpoint is one endpoint that the resolver lists and the child that connects
-// to it. It embeds the ClientConn that it is for the child.
-type endpoint struct {
-	balancer.ClientConn // the channel's; UpdateState is intercepted
-
-	policy *policy
-	id     uint64
-	child  balancer.Balancer
-
-	// childMu serializes the calls to the child and guards closed. See policy.mu
-	// for the order.
-	childMu sync.Mutex
-	closed  bool
-
-	// reported is the child's last report. Never nil.
-	reported atomic.Pointer[balancer.State]
-
-	// Guarded by policy.mu.
-	meter     load.Meter
-	weight    load.Weight
-	candidate *candidate // in the READY set; nil while not READY
-	gone      bool       // the resolver lists it no more; reports are ignored
-}
-
-func (b *policy) newEndpoint() *endpoint {
-	ep := &endpoint{ClientConn: b.cc, policy: b, id: identities.Add(1)}
-	ep.reported.Store(&balancer.State{
-		ConnectivityState: connectivity.Connecting,
-		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
-	})
-	b.mu.Lock()
-	b.count[connectivity.Connecting]++
-	ep.meter = b.metric.NewMeter()
-	b.mu.Unlock()
-	b.metrics.moved(connectivity.Shutdown, connectivity.Connecting)
-	ep.child = b.children.Build(ep, b.opts)
-	return ep
-}
-
-// remeasureLocked gives the endpoint a meter of a new metric, and puts it into
-// the new READY set. Attempts in flight finish on the meter that they started
-// on.
-func (ep *endpoint) remeasureLocked(m load.Metric) {
-	ep.meter.Close()
-	ep.meter = m.NewMeter()
-	if ep.candidate != nil {
-		ep.candidate = newCandidate(ep)
-		ep.policy.picker.ready.add(ep.candidate)
-	}
-}
-
-// UpdateState receives the reports of the child. It may be called from any
-// goroutine: pick_first leaves IDLE on the goroutine of a call.
-func (ep *endpoint) UpdateState(s balancer.State) {
-	b := ep.policy
-	b.mu.Lock()
-	if ep.gone {
-		b.mu.Unlock()
-		return
-	}
-	from := ep.moveLocked(s)
-	// A picker that was READY may have failed a pick, or its SubConn may be
-	// another now. One that has become READY wakes no call that is not woken by
-	// the state of the channel.
-	b.reportLocked(from == connectivity.Ready)
-	b.mu.Unlock()
-
-	b.metrics.moved(from, s.ConnectivityState)
-	if s.ConnectivityState == connectivity.Idle {
-		// Endpoints connect eagerly. The child holds its lock here.
-		go ep.call(ep.child.ExitIdle)
-	}
-}
-
-// moveLocked takes over a report and returns the state before it.
-func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
-	b := ep.policy
-	from, to := ep.reported.Load().ConnectivityState, s.ConnectivityState
-	ep.reported.Store(&s)
-	b.count[from]--
-	b.count[to]++
-	switch {
-	case to == connectivity.Ready && from == connectivity.Ready:
-		ep.replaceLocked()
-	case to == connectivity.Ready:
-		ep.candidate = newCandidate(ep)
-		b.picker.ready.add(ep.candidate)
-	case from == connectivity.Ready:
-		b.picker.ready.remove(ep.candidate)
-		b.picker.remind(ep.candidate, nil)
-		ep.candidate = nil
-	}
-	return from
-}
-
-// setWeight sets the endpoint's relative capacity.
-func (ep *endpoint) setWeight(w load.Weight) {
-	ep.policy.mu.Lock()
-	defer ep.policy.mu.Unlock()
-	if ep.weight == w {
-		return
-	}
-	ep.weight = w
-	if ep.candidate != nil {
-		ep.replaceLocked()
-	}
-}
-
-// replaceLocked puts a candidate with what is known now in the place of the
-// endpoint's last one.
-func (ep *endpoint) replaceLocked() {
-	old := ep.candidate
-	ep.candidate = newCandidate(ep)
-	ep.policy.picker.ready.replace(old, ep.candidate)
-	ep.policy.picker.remind(old, ep.candidate)
-}
-
-// call calls the child, unless it is closed.
-func (ep *endpoint) call(f func()) {
-	ep.childMu.Lock()
-	defer ep.childMu.Unlock()
-	if !ep.closed {
-		f()
-	}
-}
-
-func (ep *endpoint) update(ccs balancer.ClientConnState) error {
-	ep.childMu.Lock()
-	defer ep.childMu.Unlock()
-	return ep.child.UpdateClientConnState(ccs)
-}
-
-// close takes the endpoint out of the policy and closes the child.
-func (ep *endpoint) close() {
-	b := ep.policy
-	b.mu.Lock()
-	from := ep.moveLocked(balancer.State{
-		ConnectivityState: connectivity.Shutdown,
-		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
-	})
-	ep.gone = true
-	ep.meter.Close()
-	b.mu.Unlock()
-	b.metrics.moved(from, connectivity.Shutdown)
-
-	ep.childMu.Lock()
-	defer ep.childMu.Unlock()
-	ep.closed = true
-	ep.child.Close()
 }
 
 // fallbackPicker is the picker of a channel that has no READY endpoint. It asks

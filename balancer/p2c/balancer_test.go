@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/balancer/base"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/experimental/balancer/weight"
@@ -505,7 +506,7 @@ func TestMetersSurviveNewParametersOfTheirMetric(t *testing.T) {
 	})
 }
 
-func TestMetersAreReplacedWhenTheMetricChanges(t *testing.T) {
+func TestAChangeOfTheMetricKeepsWhatIsInFlight(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		w.start(pendingConfig, some("a", "b")...)
 		var dones []func(balancer.DoneInfo)
@@ -516,8 +517,8 @@ func TestMetersAreReplacedWhenTheMetricChanges(t *testing.T) {
 		old, _ := w.cc.State()
 		w.start(constantConfig, some("a", "b")...)
 		w.start(pendingConfig, some("a", "b")...)
-		if got := w.p.totalLoad(); got != 0 {
-			t.Errorf("%v attempts in flight on new meters, want 0", got)
+		if got := w.p.totalLoad(); got != 4 {
+			t.Errorf("%v attempts in flight on new meters, want the 4 from before", got)
 		}
 		for _, done := range dones {
 			done(success)
@@ -598,14 +599,17 @@ func TestEveryMeterIsClosedWhenItsEndpointOrItsMetricIsGone(t *testing.T) {
 }
 
 // openMeters is a metric that counts its meters.
-type openMeters struct{ open int }
+type openMeters struct {
+	load.MetricBase
+	open int
+}
 
 func (m *openMeters) build() (load.Metric, error) { return m, nil }
 func (m *openMeters) adopt(old load.Metric) bool  { return old == m }
 
-func (m *openMeters) NewMeter() load.Meter {
+func (m *openMeters) NewMeter(e load.Endpoint) load.Meter {
 	m.open++
-	return countedMeter{load.NewPendingRequests().NewMeter(), m}
+	return countedMeter{load.NewPendingRequests().NewMeter(e), m}
 }
 
 type countedMeter struct {
@@ -622,12 +626,11 @@ func TestEndpointsConnectInAnOrderThatBeginsAnywhere(t *testing.T) {
 		first := make(map[string]int)
 		es := endpoints(5)
 		for range 500 {
-			w.start(`{}`, es...)
-			for _, e := range es {
-				if a := e.Addresses[0].Addr; (*w.p.all.Load())[0] == w.endpoint(a) {
-					first[a]++
-				}
-			}
+			other := newWorld(t)
+			other.start(`{}`, es...)
+			first[other.cc.first]++
+			other.b.Close()
+			other.settle()
 		}
 		checkUniform(t, "which endpoint is first", first, len(es))
 	})
@@ -709,26 +712,27 @@ func TestAPickOfAnEndpointThatHasJustFailedWaits(t *testing.T) {
 	})
 }
 
-// The same for an endpoint whose child reports READY anew, with another
-// connection perhaps: the call must not go to the last one.
-func TestAPickOfAnEndpointThatReportsAnewWaits(t *testing.T) {
+// The same for an endpoint whose child reports READY again, with another
+// connection perhaps: the call goes to the new one.
+func TestAPickUsesTheLastReportOfAnEndpoint(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		o, recorder := newObserver(t)
 		w.start(`{`+recorder+`,"load":{"pendingRequests":{}}}`, some("a", "b")...)
 		busy, _ := w.mustPick()
 		idle := map[string]string{"a": "b", "b": "a"}[busy]
 		var once sync.Once
-		o.onLoad = func() { once.Do(func() { ep := w.endpoint(idle); ep.UpdateState(*ep.reported.Load()) }) }
+		fresh := errors.New("the new picker")
+		o.onLoad = func() {
+			once.Do(func() {
+				w.endpoint(idle).UpdateState(balancer.State{ConnectivityState: connectivity.Ready, Picker: base.NewErrPicker(fresh)})
+			})
+		}
 		before := w.updates()
-		addr, _, err := w.pick()
-		if err != balancer.ErrNoSubConnAvailable {
-			t.Errorf("picking an endpoint that reports anew meanwhile: got %q, %v, want ErrNoSubConnAvailable", addr, err)
+		if addr, _, err := w.pick(); err != fresh {
+			t.Errorf("picking an endpoint that reports again meanwhile: got %q, %v, want what the new picker says", addr, err)
 		}
 		if got := w.updates() - before; got != 1 {
-			t.Errorf("the channel was told %d times, want once: a call waits for it", got)
-		}
-		if addr, _ := w.mustPick(); addr != idle {
-			t.Errorf("the next pick got %s, want %s", addr, idle)
+			t.Errorf("the channel was told %d times, want once: a call may wait for it", got)
 		}
 	})
 }
@@ -755,6 +759,9 @@ func TestEveryMetricIsRecordedWithItsLabels(t *testing.T) {
 		r.want(t, "two READY, one failed", map[string]int64{
 			"endpoints READY": 2, "endpoints TRANSIENT_FAILURE": 1, "endpoints CONNECTING": 0,
 		})
+		for _, a := range []string{"a", "b"} { // the failure below must not be all that is known
+			w.endpoint(a).candidate.meter.Load().note(everAnswered)
+		}
 		for _, info := range []balancer.DoneInfo{
 			success,
 			{BytesSent: true, Err: errors.New("broken")},

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
@@ -169,5 +170,44 @@ func BenchmarkReady(b *testing.B) {
 				}
 			})
 		}
+	}
+}
+
+// BenchmarkUpdate is a resolver update in which the weight of one endpoint of n is another,
+// by a resolver that keeps the rest of its list, as package discover does, and by one that
+// makes all of it anew.
+func BenchmarkUpdate(b *testing.B) {
+	for _, n := range []int{100, 1000, 10000} {
+		kept, anew := endpoints(n), endpoints(n)
+		for name, other := range map[string][]resolver.Endpoint{"kept": slices.Clone(kept), "anew": anew} {
+			b.Run(fmt.Sprintf("%s/n=%d", name, n), func(b *testing.B) {
+				s := subjects[0]
+				_, lb := s.start(b, n)
+				defer lb.Close()
+				config := must(parseConfig(json.RawMessage(s.config)))
+				other[n/2] = weighted(other[n/2].Addresses[0].Addr, 2)
+				lists := [][]resolver.Endpoint{kept, other}
+				b.ReportAllocs()
+				for i := 0; b.Loop(); i++ {
+					must(0, lb.UpdateClientConnState(balancer.ClientConnState{
+						ResolverState: resolver.State{Endpoints: lists[i%2]}, BalancerConfig: config,
+					}))
+				}
+			})
+		}
+	}
+}
+
+// BenchmarkSnapshot is a snapshot of a policy with n endpoints.
+func BenchmarkSnapshot(b *testing.B) {
+	for _, n := range []int{100, 10000} {
+		b.Run(fmt.Sprintf("n=%d", n), func(b *testing.B) {
+			_, lb := subjects[0].start(b, n)
+			defer lb.Close()
+			b.ReportAllocs()
+			for b.Loop() {
+				lb.(*policy).snapshot()
+			}
+		})
 	}
 }

@@ -7,11 +7,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"sync"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/serviceconfig"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
+	"github.com/belfry-go/belfry/internal/jsonfault"
 	"github.com/belfry-go/belfry/load"
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
@@ -33,19 +37,34 @@ const (
 	// memory", FOCS 2002.
 	defaultChoicesExpectedLatency = 8
 	defaultMemoryExpectedLatency  = 2
+
+	defaultEqualAtRest    = 0.5
+	defaultEqualUnderLoad = 0.2
+	maxEqual              = 10
+	defaultExploreEvery   = 200
+	maxExploreEvery       = 1_000_000
+	defaultExploreAfter   = 10 * time.Second
+	maxExploreAfter       = 10 * 24 * time.Hour // what 32 bits of milliseconds can tell
 )
 
 // config is the parsed form of belfry.config.v1.P2C. Immutable.
 type config struct {
 	serviceconfig.LoadBalancingConfig
 
-	message  *configv1.P2C // as it was given
-	choices  int
-	memory   int
-	failures codeSet
-	metric   metricConfig
-	timeless bool // the metric has no use for the time
-	counts   bool // a load is the number of attempts in flight
+	message   *configv1.P2C // as it was given
+	choices   int
+	memory    int
+	failures  codeSet
+	metric    metricConfig
+	timeless  bool // the metric has no use for the time
+	counts    bool // a load is the number of attempts in flight
+	exact     bool // loads have no errors
+	classless bool // all calls are of one class
+
+	equalAtRest    float32
+	equalUnderLoad float32
+	exploreEvery   uint32 // 0 is never
+	exploreAfter   time.Duration
 }
 
 // MarshalJSON returns the config as it was given. Some parents, such as
@@ -54,13 +73,30 @@ type config struct {
 func (c *config) MarshalJSON() ([]byte, error) { return protojson.Marshal(c.message) }
 
 // parseConfig parses the proto3 JSON form of belfry.config.v1.P2C. Unknown
-// fields are ignored, as the service config demands (gRFC A21).
+// fields are ignored, as the service config demands (gRFC A21), and logged, but for a
+// metric: none that is known would be what was meant.
 func parseConfig(js json.RawMessage) (*config, error) {
 	m := &configv1.P2C{}
 	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(js, m); err != nil {
+		ignore := func(string, protoreflect.MessageDescriptor) error { return nil }
+		if f := jsonfault.Find(js, m.ProtoReflect().Descriptor(), ignore); f != nil {
+			return nil, fmt.Errorf("%s: %s%w", Name, prefix(f.Path), f.Err)
+		}
 		return nil, fmt.Errorf("%s: cannot parse config %s: %w", Name, js, err)
 	}
-	c := &config{message: m, choices: defaultChoices, memory: defaultMemory, failures: defaultFailures}
+	if err := checkUnknown(js, m); err != nil {
+		return nil, err
+	}
+	c := &config{
+		message:        m,
+		choices:        defaultChoices,
+		memory:         defaultMemory,
+		failures:       defaultFailures,
+		equalAtRest:    defaultEqualAtRest,
+		equalUnderLoad: defaultEqualUnderLoad,
+		exploreEvery:   defaultExploreEvery,
+		exploreAfter:   defaultExploreAfter,
+	}
 
 	var err error
 	if c.metric, err = newMetricConfig(m.GetLoad()); err != nil {
@@ -69,10 +105,12 @@ func parseConfig(js json.RawMessage) (*config, error) {
 	switch c.metric.(type) {
 	case expectedLatency:
 		c.choices, c.memory = defaultChoicesExpectedLatency, defaultMemoryExpectedLatency
+	case peakEWMA:
+		c.exact, c.classless = true, true
 	case pendingRequests:
-		c.timeless, c.counts = true, true
+		c.exact, c.classless, c.timeless, c.counts = true, true, true, true
 	case constant:
-		c.timeless = true
+		c.exact, c.classless, c.timeless = true, true, true
 	}
 	if m.ChoiceCount != nil {
 		if v := m.GetChoiceCount(); v < minChoices || v > maxChoices {
@@ -86,12 +124,86 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		}
 		c.memory = int(m.GetMemory())
 	}
+	for _, f := range []struct {
+		name  string
+		value *float64
+		to    *float32
+	}{{"equalAtRest", m.EqualAtRest, &c.equalAtRest}, {"equalUnderLoad", m.EqualUnderLoad, &c.equalUnderLoad}} {
+		if f.value == nil {
+			continue
+		}
+		if !(*f.value >= 0 && *f.value <= maxEqual) {
+			return nil, configError(f.name, *f.value, fmt.Sprintf("between 0 and %d", maxEqual))
+		}
+		*f.to = float32(*f.value)
+	}
+	if m.ExploreEvery != nil {
+		if v := m.GetExploreEvery(); v > maxExploreEvery {
+			return nil, configError("exploreEvery", v, fmt.Sprintf("between 0 and %d", maxExploreEvery))
+		}
+		c.exploreEvery = m.GetExploreEvery()
+	}
+	if m.ExploreAfter != nil {
+		if c.exploreAfter = m.GetExploreAfter().AsDuration(); c.exploreAfter <= 0 {
+			return nil, configError("exploreAfter", c.exploreAfter, "above 0s")
+		}
+		c.exploreAfter = min(c.exploreAfter, maxExploreAfter)
+	}
 	if names := m.GetFailureCodes(); len(names) > 0 {
 		if c.failures, err = parseCodes(names); err != nil {
 			return nil, err
 		}
 	}
 	return c, nil
+}
+
+func prefix(path string) string {
+	if path == "" {
+		return ""
+	}
+	return path + ": "
+}
+
+// checkUnknown returns an error if load names no metric that is known, and logs the other
+// fields that are not known, each once.
+func checkUnknown(js json.RawMessage, m *configv1.P2C) error {
+	f := jsonfault.Find(js, m.ProtoReflect().Descriptor(), func(path string, in protoreflect.MessageDescriptor) error {
+		metrics := in.Oneofs().ByName("metric")
+		if metrics != nil && m.GetLoad().GetMetric() == nil {
+			return fmt.Errorf("unknown metric, must be one of %s", jsonfault.Names(metrics.Fields()))
+		}
+		if ignored.first(path) {
+			logger.Warningf("ignored the unknown field %s of a config, which may have %s", path, jsonfault.Names(in.Fields()))
+		}
+		return nil
+	})
+	if f != nil {
+		return fmt.Errorf("%s: %s%w", Name, prefix(f.Path), f.Err)
+	}
+	return nil
+}
+
+// ignored is the paths of the unknown fields that were logged.
+var ignored firsts
+
+// firsts tells what is seen for the first time. It remembers 1,000 things, and takes what
+// comes after them for seen.
+type firsts struct {
+	mu   sync.Mutex // guards seen
+	seen map[string]bool
+}
+
+func (f *firsts) first(what string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.seen[what] || len(f.seen) >= 1000 {
+		return false
+	}
+	if f.seen == nil {
+		f.seen = make(map[string]bool)
+	}
+	f.seen[what] = true
+	return true
 }
 
 func configError(field string, value any, rule string) error {
@@ -112,6 +224,7 @@ type (
 	peakEWMA        struct{ load.PeakEWMAConfig }
 	pendingRequests struct{}
 	constant        struct{ load float64 }
+	custom          struct{ name, config string }
 )
 
 func (c expectedLatency) build() (load.Metric, error) {
@@ -139,8 +252,41 @@ func (pendingRequests) adopt(m load.Metric) bool {
 
 func (c constant) build() (load.Metric, error) { return load.NewConstant(c.load) }
 
-// A constant keeps nothing, so a new one loses nothing.
-func (constant) adopt(load.Metric) bool { return false }
+func (c constant) adopt(m load.Metric) bool {
+	old, ok := m.(*load.Constant)
+	fresh, err := load.NewConstant(c.load)
+	return ok && err == nil && *old == *fresh
+}
+
+// customMetric remembers what a metric was made from.
+type customMetric struct {
+	load.Metric
+	from custom
+}
+
+func (c custom) build() (load.Metric, error) {
+	m, err := load.New(c.name, json.RawMessage(c.config))
+	if err != nil {
+		return nil, err
+	}
+	return &customMetric{m, c}, nil
+}
+
+// adopt keeps a metric whose config is the same. What another would change is
+// not known.
+func (c custom) adopt(m load.Metric) bool {
+	old, ok := m.(*customMetric)
+	return ok && old.from == c
+}
+
+func newCustom(m *configv1.Custom) (custom, error) {
+	// The keys of the JSON are in order, so that equal configs have equal texts.
+	config, err := json.Marshal(m.GetConfig().AsMap())
+	if m.GetConfig() == nil {
+		config = []byte("{}")
+	}
+	return custom{m.GetName(), string(config)}, err
+}
 
 // newMetricConfig checks the parameters of the metric by building one.
 func newMetricConfig(m *configv1.Load) (metricConfig, error) {
@@ -157,6 +303,12 @@ func newMetricConfig(m *configv1.Load) (metricConfig, error) {
 			v = metric.Constant.GetLoad()
 		}
 		field, c = "constant", constant{v}
+	case *configv1.Load_Custom:
+		field = "custom"
+		var err error
+		if c, err = newCustom(metric.Custom); err != nil {
+			return nil, fmt.Errorf("%s: load.custom.config: %w", Name, err)
+		}
 	default:
 		field, c = "expectedLatency", newExpectedLatency(m.GetExpectedLatency())
 	}
@@ -195,6 +347,17 @@ func newExpectedLatency(m *configv1.ExpectedLatency) expectedLatency {
 	}
 	set(&c.FailurePenalty, m.GetFailurePenalty(), m.FailurePenalty != nil)
 	set(&c.AgeLimit, m.GetAgeLimit(), m.AgeLimit != nil)
+	set(&c.SpreadPrior, m.GetSpreadPrior(), m.SpreadPrior != nil)
+	set(&c.MinSpread, m.GetMinSpread(), m.MinSpread != nil)
+	set(&c.SampleLimit, m.GetSampleLimit(), m.SampleLimit != nil)
+	set(&c.StreamAgeLimit, m.GetStreamAgeLimit(), m.StreamAgeLimit != nil)
+	set(&c.SlowMethod, m.GetSlowMethod(), m.SlowMethod != nil)
+	if m.GetFirstFailure() != nil {
+		c.FirstFailure = m.GetFirstFailure().AsDuration()
+	}
+	if m.MaxMethods != nil {
+		c.MaxMethods = int(m.GetMaxMethods())
+	}
 	return expectedLatency{c}
 }
 

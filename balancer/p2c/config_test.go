@@ -55,21 +55,27 @@ func TestConfigSetsEveryField(t *testing.T) {
 		json string
 		want metricConfig
 	}{
-		{`{"expectedLatency":{"priorSamples":0.5,"queueExponent":0,"keepSamples":7,"forgetRounds":9.5,"forgetAfter":"1.5s","failurePenalty":2,"ageLimit":3}}`,
-			expectedLatency{load.ExpectedLatencyConfig{PriorSamples: 0.5, QueueExponent: 0, KeepSamples: 7, ForgetRounds: 9.5,
-				ForgetAfter: 1500 * time.Millisecond, FailurePenalty: 2, AgeLimit: 3}}},
+		{`{"expectedLatency":{"priorSamples":0.5,"queueExponent":0,"keepSamples":7,"forgetRounds":9.5,"forgetAfter":"1.5s","failurePenalty":2,"ageLimit":3,
+			"spreadPrior":0,"minSpread":0.125,"firstFailure":"0.25s","sampleLimit":4,"streamAgeLimit":0,"slowMethod":8,"maxMethods":0}}`,
+			expectedLatency{load.ExpectedLatencyConfig{PriorSamples: 0.5, MinSpread: 0.125, QueueExponent: 0, KeepSamples: 7, ForgetRounds: 9.5,
+				ForgetAfter: 1500 * time.Millisecond, FailurePenalty: 2, FirstFailure: 250 * time.Millisecond, SampleLimit: 4,
+				AgeLimit: 3, SlowMethod: 8}}},
 		{`{"peakEwma":{"decay":"0.000000001s","defaultRtt":"3600s","failurePenalty":1}}`,
 			peakEWMA{load.PeakEWMAConfig{Decay: 1, DefaultRTT: time.Hour, FailurePenalty: 1}}},
 		{`{"constant":{"load":0}}`, constant{0}},
 		{`{"constant":{"load":2.5}}`, constant{2.5}},
 	} {
-		c, err := parseConfig(json.RawMessage(`{"choiceCount":3,"memory":1,"failureCodes":["ABORTED","UNAVAILABLE"],"load":` + test.json + `}`))
+		c, err := parseConfig(json.RawMessage(`{"choiceCount":3,"memory":1,"failureCodes":["ABORTED","UNAVAILABLE"],
+			"equalAtRest":0,"equalUnderLoad":1.5,"exploreEvery":7,"exploreAfter":"2s","load":` + test.json + `}`))
 		if err != nil {
 			t.Errorf("%s: %v", test.json, err)
 			continue
 		}
 		if c.choices != 3 || c.memory != 1 {
 			t.Errorf("%s: %d choices and memory %d, want 3 and 1", test.json, c.choices, c.memory)
+		}
+		if c.equalAtRest != 0 || c.equalUnderLoad != 1.5 || c.exploreEvery != 7 || c.exploreAfter != 2*time.Second {
+			t.Errorf("%s: got %v, %v, %v and %v, want 0, 1.5, 7 and 2s", test.json, c.equalAtRest, c.equalUnderLoad, c.exploreEvery, c.exploreAfter)
 		}
 		if want := setOf(codes.Aborted, codes.Unavailable); c.failures != want {
 			t.Errorf("%s: failure codes are %b, want %b", test.json, c.failures, want)
@@ -105,6 +111,12 @@ func TestConfigRejectsWithFieldValueAndRule(t *testing.T) {
 		{`{"load":{"expectedLatency":{"forgetRounds":-2}}}`, "load.expectedLatency.forgetRounds", "-2", "above 0"},
 		{`{"load":{"expectedLatency":{"forgetAfter":"0s"}}}`, "load.expectedLatency.forgetAfter", "0s", "above 0s"},
 		{`{"load":{"expectedLatency":{"failurePenalty":0.5}}}`, "load.expectedLatency.failurePenalty", "0.5", "between 1 and 1e+06"},
+		{`{"equalAtRest":-0.1}`, "equalAtRest", "-0.1", "between 0 and 10"},
+		{`{"equalUnderLoad":"NaN"}`, "equalUnderLoad", "NaN", "between 0 and 10"},
+		{`{"exploreEvery":1000001}`, "exploreEvery", "1000001", "between 0 and 1000000"},
+		{`{"exploreAfter":"0s"}`, "exploreAfter", "0s", "above 0s"},
+		{`{"load":{"expectedLatency":{"slowMethod":0}}}`, "load.expectedLatency.slowMethod", "0", "between 1 and 1e+06"},
+		{`{"load":{"expectedLatency":{"maxMethods":10001}}}`, "load.expectedLatency.maxMethods", "10001", "between 0 and 10000"},
 		{`{"load":{"expectedLatency":{"ageLimit":0}}}`, "load.expectedLatency.ageLimit", "0", "between 1 and 1e+06"},
 	} {
 		t.Run(test.json, func(t *testing.T) {
@@ -148,15 +160,47 @@ func TestConfigIgnoresUnknownFields(t *testing.T) {
 	}
 }
 
-// A metric of a later version is not silently another one: within "load" an
-// unknown name leaves none, and that is the documented default.
-func TestConfigOfAnUnknownMetricIsTheDefault(t *testing.T) {
-	c, err := parseConfig(json.RawMessage(`{"load":{"clairvoyance":{}}}`))
-	if err != nil {
-		t.Fatal(err)
+// A metric that is not known is not silently another one.
+func TestConfigOfAnUnknownMetricListsTheKnownOnes(t *testing.T) {
+	for _, js := range []string{`{"load":{"clairvoyance":{}}}`, `{"load":{"clairvoyance":{},"peakEwma":null}}`, `{"load":{"peakewma":{"decay":"1s"}}}`} {
+		_, err := parseConfig(json.RawMessage(js))
+		if err == nil || !strings.Contains(err.Error(), "expectedLatency, peakEwma, pendingRequests, constant") {
+			t.Errorf("%s: error is %v, want one that lists the metrics", js, err)
+		}
 	}
-	if _, ok := c.metric.(expectedLatency); !ok {
-		t.Errorf("metric is %T, want expectedLatency", c.metric)
+}
+
+func TestConfigExplainsWhatDoesNotFit(t *testing.T) {
+	for _, test := range []struct{ json, want string }{
+		{`{"load":{"peakEwma":{"decay":10}}}`, `load.peakEwma.decay: 10, must be a duration in seconds, such as "1.5s"`},
+		{`{"load":{"peakEwma":{"decay":"500ms"}}}`, `load.peakEwma.decay: "500ms", must be a duration in seconds, such as "1.5s"`},
+		{`{"load":"peakEwma"}`, `load: "peakEwma", must be an object`},
+		{`{"choiceCount":"two"}`, `choiceCount: "two", must be an integer of at least 0`},
+		{`{"failureCodes":[14]}`, `failureCodes[0]: 14, must be a string`},
+		{`{"load":{"peakEwma":{},"constant":{}}}`, `load.peakEwma: set beside constant, must be set alone`},
+		{`{"load":{"custom":{"name":"x","config":1}}}`, `load.custom.config: 1, must be an object`},
+		{`{"choiceCount":3,}`, `at byte 18`},
+		{`[]`, `[], must be an object`},
+	} {
+		_, err := parseConfig(json.RawMessage(test.json))
+		if err == nil || !strings.HasPrefix(err.Error(), "belfry.p2c: ") || !strings.HasSuffix(err.Error(), test.want) {
+			t.Errorf("%s: error is %v, want %s", test.json, err, test.want)
+		}
+	}
+}
+
+func TestConfigLogsAnUnknownFieldOnce(t *testing.T) {
+	for range 2 {
+		for _, js := range []string{`{"logged1":1,"load":{"peakEwma":{"logged2":2}}}`, `{"load":{"peakEwma":{"logged2":3,"decay":"1s"},"logged3":{}}}`} {
+			if _, err := parseConfig(json.RawMessage(js)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, path := range []string{" logged1 ", " load.peakEwma.logged2 ", " load.logged3 "} {
+		if got := logs.with(path); len(got) != 1 {
+			t.Errorf("field %s was logged as %q, want once", path, got)
+		}
 	}
 }
 
@@ -265,9 +309,48 @@ func FuzzParseConfig(f *testing.F) {
 		if err != nil {
 			t.Fatalf("the metric of an accepted config: %v", err)
 		}
-		if l := m.NewMeter().Load(0); !(l >= 0 && l <= math.MaxFloat64) {
+		if l := m.NewMeter(load.Endpoint{}).Load(load.Query{Weight: 1}).Cost; !(l >= 0 && l <= math.MaxFloat64) {
 			t.Errorf("load of a new endpoint is %v, want finite and at least 0", l)
 		}
 		checkRoundTrip(t, string(js), c)
 	})
+}
+
+func init() {
+	load.Register("test", func(config json.RawMessage) (load.Metric, error) {
+		var c struct{ Load float64 }
+		if err := json.Unmarshal(config, &c); err != nil {
+			return nil, err
+		}
+		return load.NewConstant(c.Load)
+	})
+}
+
+func TestConfigOfARegisteredMetric(t *testing.T) {
+	c, err := parseConfig([]byte(`{"load":{"custom":{"name":"test","config":{"load":7,"x":[1]}}}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := must(c.metric.build())
+	if got := m.NewMeter(load.Endpoint{}).Load(load.Query{Weight: 1}).Cost; got != 7 {
+		t.Errorf("load of an endpoint is %v, want 7 as configured", got)
+	}
+	same := must(parseConfig([]byte(`{"load":{"custom":{"config":{"x":[1],"load":7e0},"name":"test"}}}`)))
+	if !same.metric.adopt(m) {
+		t.Error("the metric was not kept under the same config")
+	}
+	for _, js := range []string{`{"load":{"custom":{"name":"test"}}}`, `{"load":{"constant":{"load":7}}}`} {
+		if must(parseConfig([]byte(js))).metric.adopt(m) {
+			t.Errorf("the metric was kept under %s", js)
+		}
+	}
+	for js, want := range map[string]string{
+		`{"load":{"custom":{"name":"tset"}}}`:                         `load.custom.name: tset, must be a registered metric, of which there are ["test"]`,
+		`{"load":{"custom":{"name":"test","config":{"load":-1}}}}`:    "load.custom.load: -1, must be finite and at least 0",
+		`{"load":{"custom":{"name":"test","config":{"load":"one"}}}}`: "load.custom: ",
+	} {
+		if _, err := parseConfig([]byte(js)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error for %s is %v, want it to contain %q", js, err, want)
+		}
+	}
 }

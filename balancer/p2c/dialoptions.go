@@ -3,19 +3,20 @@
 
 package p2c
 
-import (
-	"context"
-	"sync/atomic"
+import "google.golang.org/grpc"
 
-	"google.golang.org/grpc"
-
-	"github.com/belfry-go/belfry/internal/attempt"
-	"github.com/belfry-go/belfry/load"
-)
-
-// DialOptions returns what lets the policy see what a picker does not: whether a
-// call is a stream, when its first response message arrives, and its true end.
-// The policy works without it, but then
+// DialOptions makes a channel balance by belfry.p2c, and lets the policy see what a picker
+// does not.
+//
+// The policy is chosen by a default service config, with the default config of the policy.
+// A service config that the resolver delivers replaces it, and so does a
+// [grpc.WithDefaultServiceConfig] that comes after these options, because gRPC takes the
+// last one. It replaces all of it: without a loadBalancingConfig gRPC takes pick_first, so
+// name the policy there too. A default service config that comes before these options is
+// lost. If calls are balanced by another policy the first of them is logged as a warning.
+//
+// What a picker does not see is whether a call is a stream, when its first response arrives,
+// and its true end. The policy works without it, but then
 //
 //   - the latency of a stream is its whole life, and a stream that goes on looks
 //     like one that is not answered;
@@ -23,131 +24,15 @@ import (
 //     a fast success, because grpc tells the balancer no error then;
 //   - a retry by grpc's own retryPolicy may go to the endpoint that just failed.
 //
-// The options are a pair of chained interceptors. Give them to grpc.NewClient
+// For that the options have a pair of chained interceptors. Give them to grpc.NewClient
 // after other interceptors, so that they see each attempt by itself where
 // another interceptor repeats calls. It costs a unary call one
 // allocation, and one more of grpc's if there is another interceptor.
 func DialOptions() []grpc.DialOption {
+	i := &interceptors{}
 	return []grpc.DialOption{
-		grpc.WithChainUnaryInterceptor(trackUnary),
-		grpc.WithChainStreamInterceptor(trackStream),
+		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"` + Name + `":{}}]}`),
+		grpc.WithChainUnaryInterceptor(i.unary),
+		grpc.WithChainStreamInterceptor(i.stream),
 	}
-}
-
-// tracker follows one call, or one attempt of it if an outer interceptor repeats
-// the call.
-type tracker struct {
-	attempt attempt.Context // what grpc gets; inside is the caller's, which grpc does not cancel when the call is over
-	tried   attempt.Tried
-	used    atomic.Bool          // first is taken
-	first   pick                 // the first attempt's, to save an allocation
-	current atomic.Pointer[pick] // the last attempt's
-	err     error                // the call's, set before ended
-	ended   atomic.Bool
-}
-
-func newTracker(ctx context.Context, method string, cc *grpc.ClientConn) *tracker {
-	target := ""
-	if cc != nil { // only in tests
-		target = cc.Target()
-	}
-	t := new(tracker)
-	t.attempt = attempt.Context{Context: ctx, Info: attempt.Info{Method: method, Target: target, Tried: &t.tried, Tracker: t}}
-	t.first.track = t
-	// A layer outside repeats the call, unless that is another call of the method, which
-	// has a tracker or was sent already, and in whose context this one is made.
-	if outer := attempt.FromContext(ctx, method, target, 0); outer != nil && outer.Tried != nil && outer.Tracker == nil {
-		t.attempt.Info.Tried = outer.Tried
-	}
-	return t
-}
-
-// pick returns the pick for a new attempt.
-func (t *tracker) pick() *pick {
-	k := &t.first
-	if !t.used.CompareAndSwap(false, true) {
-		k = &pick{track: t}
-	}
-	return k
-}
-
-// begin makes a pick the last attempt's. If the one before still waits for its
-// true end, grpc has retried it, so it failed.
-func (t *tracker) begin(k *pick) {
-	if last := t.current.Swap(k); last != nil && last.state.Load()&pickAwaiting != 0 {
-		last.finish(last.doneAt, load.Failed)
-	}
-}
-
-// await is called when grpc says of an attempt that it ended without an error.
-// That is not always so: an attempt that the server ends before it has read all
-// of the request ends with io.EOF inside grpc, which reports it as none. The true
-// status is what the call returns, a moment later for a unary call, and when the
-// application reads it for a stream.
-//
-// Of attempts that run side by side, because an interceptor hedges below this one,
-// the call's end is that of the last, and the others are taken at their word.
-func (t *tracker) await(k *pick) {
-	k.state.Or(pickAwaiting)
-	if t.current.Load() != k {
-		k.finish(k.doneAt, load.Completed)
-		return
-	}
-	if t.ended.Load() {
-		k.finish(k.doneAt, classify(t.attempt.Context, t.err, k.picker.config.failures))
-	}
-}
-
-// end is called when the call has ended, with its true status. Only its first
-// call counts: of a stream that could not be made both grpc and trackStream say
-// so.
-func (t *tracker) end(err error) {
-	if t.ended.Load() {
-		return
-	}
-	t.err = err
-	t.ended.Store(true)
-	if k := t.current.Load(); k != nil && k.state.Load()&pickAwaiting != 0 {
-		k.finish(k.doneAt, classify(t.attempt.Context, err, k.picker.config.failures))
-	}
-}
-
-func trackUnary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) (err error) {
-	t := newTracker(ctx, method, cc)
-	defer func() { t.end(err) }()
-	return invoker(&t.attempt, method, req, reply, cc, opts...)
-}
-
-func trackStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	t := newTracker(ctx, method, cc)
-	// OnFinish is called once, with the true status, also for a stream that nobody
-	// reads any more. The caller's options are not ours to append to.
-	opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(t.end))
-	s, err := streamer(&t.attempt, desc, cc, method, opts...)
-	if err != nil {
-		t.end(err)
-		return nil, err
-	}
-	return &trackedStream{ClientStream: s, track: t}, nil
-}
-
-// trackedStream sees the first response message.
-type trackedStream struct {
-	grpc.ClientStream
-	track     *tracker
-	responded bool // of the one goroutine that may call RecvMsg
-}
-
-// Context returns the context of the stream without what is for its attempt alone.
-func (s *trackedStream) Context() context.Context { return attempt.Hide(s.ClientStream.Context()) }
-
-func (s *trackedStream) RecvMsg(m any) error {
-	err := s.ClientStream.RecvMsg(m)
-	if err == nil && !s.responded {
-		s.responded = true
-		if k := s.track.current.Load(); k != nil {
-			k.respond()
-		}
-	}
-	return err
 }

@@ -11,22 +11,25 @@
 // round_robin or least_request would be used, and above all where servers are not
 // equally fast, slow down at times, or fail.
 //
-// Choose it in the service config, and give its DialOptions to the channel:
+// DialOptions choose it, and let it see what a picker does not:
 //
 //	conn, err := grpc.NewClient("example:///orders", append(p2c.DialOptions(),
-//		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`),
 //		grpc.WithTransportCredentials(insecure.NewCredentials()),
 //		grpc.WithResolvers(discovery),
 //	)...)
 //
-// A program that does not use DialOptions must import the package all the same,
-// for the policy registers itself:
+// To configure it, name it in the service config, which the resolver delivers or which
+// comes after DialOptions:
+//
+//	grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{"choiceCount":4}}]}`)
+//
+// A program that does not use DialOptions must import the package, because the policy
+// registers itself:
 //
 //	import _ "github.com/belfry-go/belfry/balancer/p2c"
 //
-// Without that import grpc fails on a loadBalancingConfig that lists no other
-// policy, and takes pick_first without a word for the old loadBalancingPolicy
-// field.
+// Without that import gRPC fails on a loadBalancingConfig that lists no other
+// policy, and silently takes pick_first for the old loadBalancingPolicy field.
 //
 // # Config
 //
@@ -42,7 +45,8 @@
 // for the other metrics, as in Tower. Without failureCodes they are UNKNOWN,
 // DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE and
 // DATA_LOSS. A value out of its range is an error that names field, value and
-// rule; unknown fields are ignored. A new config takes effect at once, and the
+// rule, and so is a load that names no known metric; other unknown fields are ignored and
+// logged. A new config takes effect at once, and the
 // meters keep what they know unless the kind of metric changes.
 //
 // The weight of an endpoint (google.golang.org/grpc/experimental/balancer/weight)
@@ -59,9 +63,9 @@
 // of its name (gRFC A52).
 //
 // An endpoint is the set of its addresses. What its meter knows lives as long as
-// the resolver lists it, through reconnects, ejections and updates. It is lost
-// when the channel goes idle, by default after 30 minutes without a call, for grpc
-// then closes the policy; grpc.WithIdleTimeout(0) keeps it.
+// the resolver lists it, through reconnects, ejections and updates. gRPC closes the policy
+// when the channel goes idle, by default after 30 minutes without a call; what the meters
+// know is kept for ten minutes more, for up to 100,000 endpoints of all channels.
 //
 // A call that is repeated, by grpc's own retryPolicy or by a layer of belfry, goes
 // elsewhere: the endpoints that it was sent to before cost 10 times as much. So it goes
@@ -77,6 +81,11 @@
 // but the latency of a stream is its whole life; a call that the server rejects
 // before it has read the request may count as a fast success; and grpc's own
 // retries may go to the endpoint that just failed.
+//
+// # Looking inside
+//
+// [SnapshotsOf] says what the policy of a channel knows of each endpoint, and why it is
+// passed over.
 //
 // # Metrics
 //

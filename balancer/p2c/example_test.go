@@ -21,8 +21,44 @@ import (
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
-// The policy is chosen in the service config. DialOptions let it see the true end
-// of calls and the first response of streams.
+// A snapshot says what the policy knows of each endpoint, and why calls go elsewhere.
+func ExampleSnapshotsOf() {
+	servers, err := testserver.StartCluster(2, func(i int) []testserver.Option {
+		return []testserver.Option{testserver.ServiceTime(testserver.Fixed([]time.Duration{1, 100}[i] * time.Millisecond))}
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer servers.Close()
+	discovery := manual.NewBuilderWithScheme("example")
+	discovery.InitialState(resolver.State{Endpoints: servers.Endpoints()})
+	conn, err := grpc.NewClient("example:///orders", append(p2c.DialOptions(),
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithResolvers(discovery),
+	)...)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer conn.Close()
+
+	client := testingv1.NewTestServiceClient(conn)
+	var snapshot p2c.Snapshot
+	for snapshot.Picks == 0 || snapshot.Endpoints[0].Samples == 0 || snapshot.Endpoints[1].Samples == 0 {
+		if _, err := client.Unary(context.Background(), &testingv1.UnaryRequest{}); err != nil {
+			log.Fatal(err)
+		}
+		snapshot = p2c.SnapshotsOf(conn)[0]
+	}
+	slow := snapshot.Endpoints[1]
+	fmt.Println(snapshot.Target, snapshot.State)
+	fmt.Println(slow.State, slow.Latency > 10*time.Millisecond, slow.PassedOver)
+	// Output:
+	// example:///orders READY
+	// READY true costs more
+}
+
+// DialOptions choose the policy, and let it see the true end of calls and the first
+// response of streams.
 func Example() {
 	// Three servers, one of which is a hundred times slower than the others.
 	servers, err := testserver.StartCluster(3, func(i int) []testserver.Option {
@@ -36,7 +72,6 @@ func Example() {
 	discovery.InitialState(resolver.State{Endpoints: servers.Endpoints()})
 
 	conn, err := grpc.NewClient("example:///orders", append(p2c.DialOptions(),
-		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithResolvers(discovery),
 	)...)

@@ -7,16 +7,21 @@ import (
 	"context"
 	"encoding/json"
 	"flag"
+	"fmt"
+	"io"
 	"math/rand/v2"
+	"os"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/grpclog"
 	"google.golang.org/grpc/serviceconfig"
 
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -25,7 +30,35 @@ func TestMain(m *testing.M) {
 	// things that tests ask for: which policies were built for a target, and what
 	// they told their meters.
 	balancer.Register(observedBuilder{})
-	goleak.VerifyTestMain(m)
+	grpclog.SetLoggerV2(&logs)
+	leaktest.Main(m)
+}
+
+// logs notes the warnings of the policy, and drops the rest but for errors.
+var logs = logNotes{LoggerV2: grpclog.NewLoggerV2(io.Discard, io.Discard, os.Stderr)}
+
+type logNotes struct {
+	grpclog.LoggerV2
+	mu    sync.Mutex // guards notes
+	notes []string
+}
+
+func (l *logNotes) Warningln(args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.notes = append(l.notes, fmt.Sprint(args...))
+}
+
+// with returns the warnings that have all the texts.
+func (l *logNotes) with(texts ...string) (notes []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, n := range l.notes {
+		if !slices.ContainsFunc(texts, func(t string) bool { return !strings.Contains(n, t) }) {
+			notes = append(notes, n)
+		}
+	}
+	return notes
 }
 
 var seedFlag = flag.Uint64("seed", 0, "seed of the randomised tests; 0 draws one")
@@ -42,10 +75,11 @@ func newRand(t *testing.T) *rand.Rand {
 	return rand.New(rand.NewPCG(seed, 0))
 }
 
-// testContext returns a context that ends long after a test should have.
+// testContext returns a context that ends long after a test should have, even on a
+// busy machine.
 func testContext(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -209,49 +243,37 @@ type observedMetric struct {
 	observer *observer
 }
 
-func (m *observedMetric) NewMeter() load.Meter {
-	return &observedMeter{m.Metric.NewMeter(), m.observer, sync.Mutex{}, nil}
+func (m *observedMetric) NewMeter(e load.Endpoint) load.Meter {
+	return &observedMeter{m.Metric.NewMeter(e), m.observer}
 }
 
 type observedMeter struct {
 	load.Meter
 	observer *observer
-	mu       sync.Mutex // guards starts
-	starts   map[load.Ticket][]load.Instant
 }
 
-func (m *observedMeter) Load(now load.Instant) float64 {
+func (m *observedMeter) Load(q load.Query) load.Estimate {
 	if m.observer.onLoad != nil {
 		m.observer.onLoad()
 	}
-	return m.Meter.Load(now)
+	return m.Meter.Load(q)
 }
 
-func (m *observedMeter) Start(now load.Instant) load.Ticket {
+func (m *observedMeter) Start(a load.Attempt) load.Ticket {
 	m.observer.note(func() { m.observer.started++ })
-	t := m.Meter.Start(now)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.starts == nil {
-		m.starts = make(map[load.Ticket][]load.Instant)
-	}
-	m.starts[t] = append(m.starts[t], now)
+	t := m.Meter.Start(a)
+	t.Started = a.Now
 	return t
 }
 
-func (m *observedMeter) Respond(now load.Instant, t load.Ticket) {
+func (m *observedMeter) Respond(r load.Response) {
 	m.observer.note(func() { m.observer.responds++ })
-	m.Meter.Respond(now, t)
+	m.Meter.Respond(r)
 }
 
-func (m *observedMeter) Finish(now load.Instant, s load.Sample) {
-	m.mu.Lock()
-	started := m.starts[s.Ticket]
-	took := now - started[0]
-	m.starts[s.Ticket] = started[1:]
-	m.mu.Unlock()
-	m.Meter.Finish(now, s)
+func (m *observedMeter) Finish(s load.Sample) {
+	m.Meter.Finish(s)
 	m.observer.note(func() {
-		m.observer.finished = append(m.observer.finished, finished{s.Outcome, s.Responded, took})
+		m.observer.finished = append(m.observer.finished, finished{s.Outcome, s.Responded, s.Now - s.Ticket.Started})
 	})
 }

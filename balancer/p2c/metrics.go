@@ -50,6 +50,7 @@ var (
 // are made once, so that recording on the pick path allocates nothing.
 type metrics struct {
 	recorder estats.MetricsRecorder
+	locality string
 	target   []string
 	states   map[connectivity.State][]string
 	dropped  map[load.Outcome][]string
@@ -59,6 +60,7 @@ func newMetrics(recorder estats.MetricsRecorder, target string, state resolver.S
 	locality := weightedtarget.LocalityFromResolverState(state)
 	m := &metrics{
 		recorder: recorder,
+		locality: locality,
 		target:   []string{target, locality},
 		states:   make(map[connectivity.State][]string),
 		dropped:  make(map[load.Outcome][]string),

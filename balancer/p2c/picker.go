@@ -4,13 +4,16 @@
 package p2c
 
 import (
+	"cmp"
 	"context"
 	"math"
 	"math/bits"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/connectivity"
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/load"
@@ -19,24 +22,153 @@ import (
 // This file is the hot path: Pick, and Done. It takes no lock, and allocates
 // nothing.
 
-// candidate is what a pick needs of a READY endpoint, together in one cache line.
-// It is immutable but for slot: when the endpoint's weight changes, or its child
-// reports anew, another takes its place.
+// candidate is what a pick needs of an endpoint, together in one cache line. It
+// lives as long as its endpoint. With many endpoints a pick spends its time on
+// fetching these lines, so what the meter said is kept in them for a while.
 type candidate struct {
-	meter  load.Meter
-	child  balancer.Picker
-	id     uint64       // the endpoint's
-	weight load.Weight  // at least 1
-	slot   atomic.Int32 // in the READY set, or notReady
-	_      [16]byte
+	// cost is what the meter said, as a float32, and until which tick it is good, in
+	// the lower half. It is 0 if the meter must be asked.
+	cost   atomic.Uint64
+	detail atomic.Uint64 // the error of the cost and the queue, two float32
+	tally  tally
+	meter  atomic.Pointer[measure]
+	child  atomic.Pointer[balancer.State] // the last report of the endpoint's child
+	id     uint64                         // the endpoint's
+	heard  atomic.Uint32                  // when the endpoint was heard of last, in heardBits
+	weight atomic.Uint32                  // at least 1
+	slot   atomic.Int32                   // in the READY set, or notReady
+	picks  atomic.Uint32                  // written with tally
 }
 
-// newCandidate makes the candidate of a READY endpoint. The caller holds
-// policy.mu.
-func newCandidate(ep *endpoint) *candidate {
-	c := &candidate{meter: ep.meter, child: ep.reported.Load().Picker, id: ep.id, weight: max(ep.weight, 1)}
-	c.slot.Store(notReady)
-	return c
+// measure is a meter and what the policy has to know besides.
+type measure struct {
+	load.Meter
+	timeless bool // it has no use for the time
+	// health is what the attempts so far were, of everAnswered and everFailed.
+	health atomic.Uint32
+
+	failures atomic.Uint64
+	failure  atomic.Pointer[failure]
+}
+
+const (
+	everAnswered = 1 << iota
+	everFailed
+)
+
+// A failure is how an attempt failed.
+type failure struct {
+	at  load.Instant
+	err error
+}
+
+// failed counts a failure, and notes one in 100 ms at most, because that allocates.
+func (m *measure) failed(now load.Instant, err error) {
+	m.note(everFailed)
+	m.failures.Add(1)
+	if f := m.failure.Load(); f == nil || time.Duration(now-f.at) >= noteAfter {
+		m.failure.Store(&failure{now, err})
+	}
+}
+
+const noteAfter = 100 * time.Millisecond
+
+// note notes that an attempt was answered, or failed.
+func (m *measure) note(what uint32) {
+	if h := m.health.Load(); h&everAnswered == 0 && h&what == 0 {
+		m.health.Or(what)
+	}
+}
+
+const (
+	// Estimates are good for whole ticks of 131 us, and for a second at most:
+	// whoever asks the meter while an attempt starts may keep what was right before.
+	tickBits = 17
+	mostGood = time.Second
+
+	heardBits = 20
+
+	// An endpoint that has only failed so far costs so many times as much, which is
+	// more than any other that has not.
+	avoided = 1 << 60
+	maxCost = 1e18
+)
+
+// tickOf returns the time in ticks. It wraps after six days.
+func tickOf(now load.Instant) uint32 { return uint32(uint64(now) >> tickBits) }
+
+func (c *candidate) query(p *picker, now load.Instant, class load.Class) load.Query {
+	attempts, streams := c.tally.read()
+	return load.Query{Now: now, InFlight: attempts, Streams: streams, Weight: p.ready.relative(c), Class: class}
+}
+
+// look returns what one more attempt at the endpoint costs.
+func (c *candidate) look(p *picker, now load.Instant) float32 {
+	if w := c.cost.Load(); w != 0 && int32(uint32(w)-tickOf(now)) > 0 {
+		return math.Float32frombits(uint32(w >> 32))
+	}
+	cost, _ := c.ask(p, now, 0)
+	return cost
+}
+
+// ask asks the meter, and keeps what it says for calls of class 0.
+func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost float32, detail uint64) {
+	m := c.meter.Load()
+	e := m.Load(c.query(p, now, class))
+	cost = float32(min(e.Cost, maxCost))
+	if m.health.Load() == everFailed {
+		cost = max(cost, 1e-9) * avoided
+	}
+	detail = uint64(math.Float32bits(float32(e.Error)))<<32 | uint64(math.Float32bits(float32(e.Queue)))
+	if class != 0 {
+		return cost, detail
+	}
+	// What did not change is not written: the line is read by all cores.
+	if c.detail.Load() != detail {
+		c.detail.Store(detail)
+	}
+	if heard := uint32(uint64(e.Heard) >> heardBits); c.heard.Load() != heard {
+		c.heard.Store(heard)
+	}
+	if e.Good >= 1<<tickBits {
+		good := tickOf(now) + uint32(min(e.Good, mostGood)>>tickBits)
+		c.cost.Store(uint64(math.Float32bits(cost))<<32 | uint64(good))
+	}
+	return cost, detail
+}
+
+// changed makes the next pick ask the meter.
+func (c *candidate) changed() {
+	if c.cost.Load() != 0 {
+		c.cost.Store(0)
+	}
+}
+
+// open returns the open streams and those that wait for their first response or
+// any other attempt, per weight.
+func (c *candidate) open() float64 {
+	attempts, streams := c.tally.read()
+	return float64(attempts+streams) / float64(c.weight.Load())
+}
+
+// tally counts what is in flight to an endpoint, exactly: the attempts, and by
+// themselves the open streams, which have had a response.
+type tally struct{ word atomic.Int64 }
+
+const (
+	oneAttempt = 1
+	oneStream  = 1 << 32
+)
+
+func (t *tally) add(n int64) { t.word.Add(n) }
+
+// read returns the attempts in flight and the open streams.
+func (t *tally) read() (attempts, streams int) {
+	// Between the response and the end of a stream that both come at this moment,
+	// one of the counts may be below zero.
+	w := t.word.Load()
+	attempts = int(int32(w))
+	return max(attempts, 0), max(int((w-int64(attempts))>>32), 0)
 }
 
 // picker picks the least loaded of a few READY endpoints: config.choices of them
@@ -47,6 +179,7 @@ func newCandidate(ep *endpoint) *candidate {
 type picker struct {
 	policy *policy
 	config *config
+	metric load.Metric
 	ready  *readySet
 
 	// remembered holds the least loaded of the last pick, config.memory of them.
@@ -76,27 +209,31 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		track, _ = a.Tracker.(*tracker)
 	}
 	now := p.now()
+	call := call{stream: track != nil && track.stream}
+	if !p.config.classless {
+		call.class = p.metric.Class(info.FullMethodName, call.stream)
+	}
 	var c *candidate
 	if tried != nil && !tried.Empty() {
-		c = p.chooseAgain(now, tried)
+		c = p.chooseAgain(now, call, tried)
 	}
 	switch {
 	case c != nil:
-	case p.config.choices == 2 && p.config.memory == 0:
-		c = p.chooseOfTwo(now)
+	case p.config.choices == 2 && p.config.memory == 0 && p.config.exact && !p.ready.unequal.Load():
+		c = p.chooseOfTwo(now, call)
 	default:
-		c = p.chooseAny(now)
+		c = p.chooseAny(now, call)
 	}
 	if c == nil {
 		// The last one has just left; the channel hears of it next.
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
-	if c.slot.Load() == notReady {
-		// It has just left, or another stands in its place. The channel gets a new
-		// picker, and then it picks again.
+	child := c.child.Load()
+	if child.ConnectivityState != connectivity.Ready {
+		// It has just left. The channel gets a new picker, and then it picks again.
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
-	result, err := c.child.Pick(info)
+	result, err := child.Picker.Pick(info)
 	if err != nil {
 		return result, err
 	}
@@ -112,11 +249,23 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	} else {
 		k = b.picks.Get().(*pick)
 		h = &k.handle
+		if k.uses++; k.uses&(k.uses-1) == 0 { // seldom, as it may take a while
+			b.untracked(info.FullMethodName)
+		}
 	}
-	k.picker, k.candidate, k.ctx, k.tried, k.inner = p, c, info.Ctx, tried, result.Done
-	k.ticket = c.meter.Start(now)
+	k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner = p, c, c.meter.Load(), info.Ctx, tried, result.Done
+	if p.config.timeless && !k.meter.timeless { // the metric has just changed
+		now = k.now()
+	}
+	k.ticket = k.meter.Start(load.Attempt{Query: c.query(p, now, call.class), Method: info.FullMethodName, Stream: call.stream})
+	c.tally.add(oneAttempt)
+	c.picks.Add(1)
+	c.changed()
 	if track != nil {
 		track.begin(k)
+		if b.conn.Load() == nil && track.conn != nil {
+			b.conn.Store(track.conn)
+		}
 	}
 	b.metrics.picked()
 	if tried != nil {
@@ -129,57 +278,77 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	return result, nil
 }
 
-// chooseAny returns the candidate to pick, nil if no endpoint is READY.
-func (p *picker) chooseAny(now load.Instant) *candidate {
-	slots := p.ready.view()
-	n, d, m := len(slots), p.config.choices, p.config.memory
-	if n == 1 {
-		return slots[0].Load()
-	}
-	s := selection{random: random(p.policy.random())}
-	if n <= d {
-		for i := range slots {
-			s.look(slots[i].Load())
-		}
-		return s.least(now)
-	}
+// call is what the choice of an endpoint depends on besides the endpoints.
+type call struct {
+	class  load.Class
+	stream bool
+}
 
-	// d distinct indexes by Floyd's algorithm (Bentley, "Programming Pearls: a
-	// sample of brilliance", CACM 1987): d random numbers, whatever n.
-	var index [maxChoices]uint32
-	for i := range d {
-		last := uint32(n - d + i)
-		k := s.random.below(last + 1)
-		for _, earlier := range index[:i] {
-			if earlier == k {
-				k = last
-				break
+// chooseAny returns the candidate to pick, nil if no endpoint is READY.
+func (p *picker) chooseAny(now load.Instant, call call) *candidate {
+	v := p.ready.view()
+	n, d, m := len(v.slots), p.config.choices, p.config.memory
+	switch n {
+	case 0:
+		return nil
+	case 1:
+		return v.slots[0].Load()
+	}
+	s := selection{picker: p, call: call, random: random(p.policy.random())}
+	switch {
+	case p.ready.unequal.Load():
+		for range d {
+			s.add(v.slots[v.draw(&s.random)].Load())
+		}
+	case n <= d:
+		for i := range v.slots {
+			s.add(v.slots[i].Load())
+		}
+		s.drawn = s.count
+		m = 0 // it has seen them all
+	default:
+		// d distinct indexes by Floyd's algorithm (Bentley, "Programming Pearls: a
+		// sample of brilliance", CACM 1987): d random numbers, whatever n.
+		var index [maxChoices]uint32
+		for i := range d {
+			last := uint32(n - d + i)
+			k := s.random.below(last + 1)
+			for _, earlier := range index[:i] {
+				if earlier == k {
+					k = last
+					break
+				}
 			}
+			index[i] = k
+			s.add(v.slots[k].Load())
 		}
-		index[i] = k
-		s.look(slots[k].Load())
 	}
-	if m == 0 {
-		return s.least(now)
-	}
+	s.drawn = s.count
 	for i := range m {
-		if c := p.remembered[i].Load(); c != nil && c.slot.Load() != notReady && !s.looksAt(c) {
-			s.look(c)
+		if c := p.remembered[i].Load(); c != nil && c.slot.Load() != notReady && !s.has(c) {
+			s.add(c)
 		}
 	}
-	best := s.least(now)
-	for i, c := range s.leastOf(m) {
-		if p.remembered[i].Load() != c {
-			p.remembered[i].Store(c)
-		}
+	best := s.choose(now)
+	if m > 0 {
+		p.keep(s.leastOf(m))
 	}
 	return best
 }
 
-// chooseOfTwo is the power of two choices: chooseAny without what more choices
-// and memory need.
-func (p *picker) chooseOfTwo(now load.Instant) *candidate {
-	slots := p.ready.view()
+// keep remembers the candidates for the next pick.
+func (p *picker) keep(least []*candidate) {
+	for i, c := range least {
+		if p.remembered[i].Load() != c {
+			p.remembered[i].Store(c)
+		}
+	}
+}
+
+// chooseOfTwo is the power of two choices among endpoints of one weight, by costs
+// without an error: chooseAny without what more needs.
+func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
+	slots := p.ready.view().slots
 	switch len(slots) {
 	case 0:
 		return nil
@@ -201,20 +370,21 @@ func (p *picker) chooseOfTwo(now load.Instant) *candidate {
 		}
 		return a
 	}
-	// Both are fetched before the first is measured: see selection.
-	wa, wb := a.weight, b.weight
-	la, lb := a.meter.Load(now), b.meter.Load(now)
-	if wa != wb {
-		la, lb = wa.Divide(la), wb.Divide(lb)
+	r := random(u)
+	la, lb := a.look(p, now), b.look(p, now)
+	if max(la, lb) >= avoided && p.config.exploreEvery > 0 && r.below(p.config.exploreEvery) == 0 {
+		la, lb = lb, la
 	}
-	if la != lb {
-		if la < lb {
-			return a
-		}
+	if call.stream && la == lb {
+		la, lb = float32(a.open()), float32(b.open())
+	}
+	switch {
+	case la < lb:
+		return a
+	case lb < la:
 		return b
 	}
-	r := random(u)
-	if r.float()*(float64(wa)+float64(wb)) < float64(wa) {
+	if r.next()&1 == 0 {
 		return a
 	}
 	return b
@@ -225,21 +395,21 @@ func (p *picker) chooseOfTwo(now load.Instant) *candidate {
 // these is chosen if it still is the least loaded at dearer times its load, and the call
 // has not returned to it before: an endpoint that hangs may look cheap for long beside one
 // whose streams last, and all attempts would go to it.
-func (p *picker) chooseAgain(now load.Instant, tried *attempt.Tried) *candidate {
-	slots := p.ready.view()
-	n, d := len(slots), p.config.choices
+func (p *picker) chooseAgain(now load.Instant, call call, tried *attempt.Tried) *candidate {
+	v := p.ready.view()
+	n, d := len(v.slots), p.config.choices
 	if n == 0 {
 		return nil
 	}
 	r := random(p.policy.random())
-	others, before := selection{random: r}, selection{random: r}
+	others, before := selection{picker: p, call: call, random: r}, selection{picker: p, call: call, random: r}
 	look := func(c *candidate) {
 		s := &others
 		if c != nil && tried.Has(c.id) {
 			s = &before
 		}
-		if s.count < d && !s.looksAt(c) {
-			s.look(c)
+		if s.count < d && !s.has(c) {
+			s.add(c)
 		}
 	}
 	// Few endpoints are tried, so a few draws more than d find d others. Where
@@ -247,14 +417,21 @@ func (p *picker) chooseAgain(now load.Instant, tried *attempt.Tried) *candidate 
 	few := n <= 2*d
 	if !few {
 		for i := 0; i < 2*d && others.count < d; i++ {
-			look(slots[others.random.below(uint32(n))].Load())
+			k := 0
+			if p.ready.unequal.Load() {
+				k = v.draw(&others.random)
+			} else {
+				k = int(others.random.below(uint32(n)))
+			}
+			look(v.slots[k].Load())
 		}
 	}
 	first := int(others.random.below(uint32(n)))
 	for i := 0; i < n && (few || others.count < d); i++ {
-		look(slots[(first+i)%n].Load())
+		look(v.slots[(first+i)%n].Load())
 	}
-	c, back := others.least(now), before.least(now)
+	others.drawn, before.drawn = others.count, before.count
+	c, back := others.choose(now), before.choose(now)
 	if c == nil || back != nil && tried.Times(back.id) == 1 && p.price(back, now, dearer) < p.price(c, now, 1) {
 		return back
 	}
@@ -273,12 +450,12 @@ const dearer = 10
 
 // price returns the load of a candidate times a factor. By pendingRequests an idle endpoint
 // counts as one with an attempt in flight, because it would cost nothing however dear.
-func (p *picker) price(c *candidate, now load.Instant, factor float64) float64 {
-	l := c.meter.Load(now)
+func (p *picker) price(c *candidate, now load.Instant, factor float32) float32 {
+	l := c.look(p, now)
 	if p.config.counts {
 		l = max(l, 1)
 	}
-	return c.weight.Divide(l) * factor
+	return l * factor
 }
 
 // remember takes over what another picker of the same READY set remembers.
@@ -288,34 +465,37 @@ func (p *picker) remember(old *picker) {
 	}
 }
 
-// remind remembers another candidate, or none, in the place of old.
-func (p *picker) remind(old, c *candidate) {
+// forget no longer remembers a candidate.
+func (p *picker) forget(c *candidate) {
 	for i := range p.remembered {
-		p.remembered[i].CompareAndSwap(old, c)
+		p.remembered[i].CompareAndSwap(c, nil)
 	}
 }
 
-// selection is the candidates that one pick looks at, and finds the least loaded
-// of them. It works in passes, first gathering, then measuring, then comparing:
-// with many endpoints each is a miss in the cache, and so the processor fetches
-// them side by side, where a comparison after each would make it wait.
+// selection is the candidates that one pick looks at, and finds the best of them.
+// It works in passes, first gathering, then measuring, then comparing: with many
+// endpoints each is a miss in the cache, and so the processor fetches them side by
+// side, where a comparison after each would make it wait.
 type selection struct {
+	picker *picker
+	call   call
 	random random
 	count  int
+	drawn  int // the first so many are random draws, the others remembered
 	seen   [maxChoices + maxMemory]*candidate
-	loads  [maxChoices + maxMemory]float64
+	costs  [maxChoices + maxMemory]float32
 }
 
-// look adds a candidate, unless it is nil.
-func (s *selection) look(c *candidate) {
+// add adds a candidate, unless it is nil.
+func (s *selection) add(c *candidate) {
 	if c != nil {
 		s.seen[s.count] = c
 		s.count++
 	}
 }
 
-// looksAt reports whether the candidate was added.
-func (s *selection) looksAt(c *candidate) bool {
+// has reports whether the candidate was added.
+func (s *selection) has(c *candidate) bool {
 	for _, other := range s.seen[:s.count] {
 		if other == c {
 			return true
@@ -324,51 +504,159 @@ func (s *selection) looksAt(c *candidate) bool {
 	return false
 }
 
-// least measures the candidates and returns the least loaded, nil if there are
-// none. Of equal ones each is chosen with a probability in proportion to its
-// weight, never by the order in which they were added.
-func (s *selection) least(now load.Instant) *candidate {
-	for i, c := range s.seen[:s.count] {
-		l := c.meter.Load(now)
-		if c.weight != 1 {
-			l = c.weight.Divide(l)
-		}
-		s.loads[i] = l
+// choose measures the candidates and returns the best, nil if there are none.
+//
+// Costs that differ by less than their error are equal, up to a limit. While none
+// of the candidates has anything in flight, the limit is wide and one of the random
+// draws is taken at random: only latencies could tell them apart, and these
+// latencies do not. Else the limit is narrow, and the one with the fewest attempts
+// in flight is taken, of those the cheapest. A stream goes where the fewest are
+// open.
+func (s *selection) choose(now load.Instant) *candidate {
+	if s.count == 0 {
+		return nil
 	}
-	var best *candidate
-	var bestLoad, equals float64 // equals is the sum of the weights of the equal ones
-	for i, c := range s.seen[:s.count] {
-		switch l := s.loads[i]; {
-		case best == nil || l < bestLoad:
-			best, bestLoad, equals = c, l, 0
-		case l == bestLoad:
-			if equals == 0 {
-				equals = float64(best.weight)
-			}
-			w := float64(c.weight)
-			equals += w
-			if s.random.float()*equals < w {
-				best = c
+	p := s.picker
+	var queue float32
+	best := 0
+	if s.call.class == 0 {
+		for i, c := range s.seen[:s.count] {
+			s.costs[i] = c.look(p, now)
+		}
+		for i, c := range s.seen[:s.count] {
+			queue += math.Float32frombits(uint32(c.detail.Load()))
+			if s.costs[i] < s.costs[best] {
+				best = i
 			}
 		}
+	} else {
+		for i, c := range s.seen[:s.count] {
+			var detail uint64
+			s.costs[i], detail = c.ask(p, now, s.call.class)
+			queue += math.Float32frombits(uint32(detail))
+			if s.costs[i] < s.costs[best] {
+				best = i
+			}
+		}
 	}
-	return best
+	if every := p.config.exploreEvery; every > 0 && s.random.below(every) == 0 {
+		if c := s.unheard(now); c != nil {
+			return c
+		}
+	}
+
+	rest := queue == 0
+	limit := p.config.equalUnderLoad
+	if rest {
+		limit = p.config.equalAtRest
+	}
+	least := s.costs[best]
+	equals := 0
+	var bestQueue float32
+	var bestOpen float64
+	for i, c := range s.seen[:s.count] {
+		if rest && i >= s.drawn {
+			break
+		}
+		cost := s.costs[i]
+		if cost > least*(1+limit) {
+			continue
+		}
+		detail := c.detail.Load()
+		if s.call.class != 0 {
+			_, detail = c.ask(p, now, s.call.class)
+		}
+		if cost > least*(1+min(limit, math.Float32frombits(uint32(detail>>32)))) {
+			continue
+		}
+		q := math.Float32frombits(uint32(detail))
+		open := 0.0
+		if s.call.stream {
+			open = c.open()
+		}
+		switch better := compare(open, bestOpen, q, bestQueue); {
+		case equals == 0 || better < 0:
+			best, bestOpen, bestQueue, equals = i, open, q, 1
+		case better > 0:
+		case !rest && cost != s.costs[best]:
+			if cost < s.costs[best] {
+				best, equals = i, 1
+			}
+		default:
+			equals++
+			if s.random.below(uint32(equals)) == 0 {
+				best = i
+			}
+		}
+	}
+	return s.seen[best]
 }
 
-// leastOf returns the m least loaded of the measured candidates, nil where there
-// are fewer. It reorders the selection.
+// compare orders by the open streams, then by the queue.
+func compare(open, open2 float64, queue, queue2 float32) int {
+	switch {
+	case open != open2:
+		return cmp.Compare(open, open2)
+	case queue != queue2:
+		return cmp.Compare(queue, queue2)
+	}
+	return 0
+}
+
+// unheard returns the candidate that was not heard of for the longest, of those
+// with nothing in flight that were not heard of for config.exploreAfter. One that
+// has only failed so far is tried again too.
+func (s *selection) unheard(now load.Instant) *candidate {
+	after := uint32(s.picker.config.exploreAfter >> heardBits)
+	tick := uint32(uint64(now) >> heardBits)
+	var oldest *candidate
+	var longest int32
+	for i, c := range s.seen[:s.count] {
+		if attempts, _ := c.tally.read(); attempts > 0 {
+			continue
+		}
+		heard := c.heard.Load()
+		silent := int32(tick - heard)
+		if heard == 0 && s.costs[i] < avoided || heard != 0 && silent < int32(after) {
+			continue
+		}
+		if oldest == nil || silent > longest {
+			oldest, longest = c, silent
+		}
+	}
+	return oldest
+}
+
+// leastOf returns the m cheapest of the measured candidates, nil where there are
+// fewer. It reorders the selection.
 func (s *selection) leastOf(m int) []*candidate {
+	if s.picker.ready.unequal.Load() {
+		s.distinct()
+	}
 	for i := range min(m, s.count) {
 		k := i
 		for j := i + 1; j < s.count; j++ {
-			if s.loads[j] < s.loads[k] {
+			if s.costs[j] < s.costs[k] {
 				k = j
 			}
 		}
 		s.seen[i], s.seen[k] = s.seen[k], s.seen[i]
-		s.loads[i], s.loads[k] = s.loads[k], s.loads[i]
+		s.costs[i], s.costs[k] = s.costs[k], s.costs[i]
 	}
 	return s.seen[:m]
+}
+
+// distinct leaves out what was drawn twice.
+func (s *selection) distinct() {
+	n := s.count
+	s.count = 0
+	for i, c := range s.seen[:n] {
+		s.seen[i] = nil
+		if !s.has(c) {
+			s.costs[s.count] = s.costs[i]
+			s.add(c)
+		}
+	}
 }
 
 // random is a generator for one pick: SplitMix64 (Steele, Lea, Flood, "Fast
@@ -401,10 +689,12 @@ type pick struct {
 
 	picker    *picker
 	candidate *candidate
+	meter     *measure // that was told of the start
 	ticket    load.Ticket
 	ctx       context.Context
 	tried     *attempt.Tried
 	inner     func(balancer.DoneInfo) // the child's Done
+	uses      uint32                  // how many attempts without a tracker it was
 
 	// Of a pick with a tracker.
 	track  *tracker
@@ -442,16 +732,16 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	if k.inner != nil {
 		k.inner(info)
 	}
-	now := k.picker.now()
+	now := k.now()
 	switch {
 	case info.Err == nil && info.BytesSent && k.track == nil: // as classify would say
-		k.finish(now, load.Completed)
+		k.finish(now, load.Completed, nil)
 	case !info.BytesSent:
 		outcome := classifyUnsent(k.ctx, info, k.picker.config.failures)
 		if outcome == load.NotSent && k.tried != nil {
 			k.tried.Remove(k.candidate.id)
 		}
-		k.finish(now, outcome)
+		k.finish(now, outcome, info.Err)
 	case info.Err == nil && k.track != nil:
 		k.doneAt = now
 		k.track.await(k)
@@ -460,19 +750,30 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 		if outcome == load.NotSent && k.tried != nil {
 			k.tried.Remove(k.candidate.id)
 		}
-		k.finish(now, outcome)
+		k.finish(now, outcome, info.Err)
 	}
 }
 
-// respond says that the first message of a stream has arrived.
+// now reads the clock, if the meter has use for the time.
+func (k *pick) now() load.Instant {
+	if k.meter.timeless {
+		return 0
+	}
+	return load.Instant(k.picker.policy.now())
+}
+
+// respond says that the first response of a stream has arrived.
 func (k *pick) respond() {
 	if k.state.CompareAndSwap(0, pickResponded) {
-		k.candidate.meter.Respond(k.picker.now(), k.ticket)
+		k.meter.note(everAnswered)
+		k.meter.Respond(load.Response{Now: k.now(), Ticket: k.ticket})
+		k.candidate.tally.add(oneStream - oneAttempt)
+		k.candidate.changed()
 	}
 }
 
-// finish tells the meter, once.
-func (k *pick) finish(now load.Instant, o load.Outcome) {
+// finish tells the meter, once. err is for people to look at.
+func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	responded := false
 	if k.track != nil {
 		old := k.state.Or(pickFinished)
@@ -481,12 +782,23 @@ func (k *pick) finish(now load.Instant, o load.Outcome) {
 		}
 		responded = old&pickResponded != 0
 	}
-	if !responded && (o == load.Cancelled || o == load.NotSent) {
+	switch {
+	case o == load.Completed:
+		k.meter.note(everAnswered)
+	case o == load.Failed:
+		k.meter.failed(load.Instant(k.picker.policy.now()), err)
+	case (o == load.Cancelled || o == load.NotSent) && !responded:
 		k.picker.policy.metrics.sampleDropped(o)
 	}
-	k.candidate.meter.Finish(now, load.Sample{Ticket: k.ticket, Outcome: o, Responded: responded})
+	k.meter.Finish(load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded})
+	if responded {
+		k.candidate.tally.add(-oneStream)
+	} else {
+		k.candidate.tally.add(-oneAttempt)
+	}
+	k.candidate.changed()
 	if k.track == nil {
-		k.picker, k.candidate, k.ctx, k.tried, k.inner = nil, nil, nil, nil, nil
+		k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner = nil, nil, nil, nil, nil, nil
 		k.pool.Put(k)
 	}
 }

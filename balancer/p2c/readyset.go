@@ -3,68 +3,143 @@
 
 package p2c
 
-import "sync/atomic"
+import (
+	"math/bits"
+	"sync/atomic"
+)
 
 // readySet is the endpoints that are READY. Pickers read it without a lock while
-// it changes: a reader takes a view, which is a slice and a length, and loads
-// entries from it. An entry is a candidate, whichever stands there at that
-// moment, or nil where one was just removed; a reader holds the candidate from
-// then on and never an index.
+// it changes: a reader takes a view, and loads entries from it. An entry is a
+// candidate, whichever stands there at that moment, or nil where one was just
+// removed; a reader holds the candidate from then on and never an index.
 //
-// add, remove and replace take constant time, add amortized. The caller holds policy.mu.
+// add, remove and reweigh take logarithmic time, add amortized. The caller holds
+// policy.mu.
 type readySet struct {
-	slots atomic.Pointer[[]atomic.Pointer[candidate]]
-	size  atomic.Int32
+	seats   atomic.Pointer[seats]
+	size    atomic.Int32
+	unequal atomic.Bool    // not all weights are the same
+	weights map[uint32]int // how many endpoints have which
 }
 
-// view returns the entries. Each may be nil.
-func (s *readySet) view() []atomic.Pointer[candidate] {
+// seats are the places in a set, some of them empty.
+type seats struct {
+	slots []atomic.Pointer[candidate]
+	// tree holds sums of weights (Fenwick, "A new data structure for cumulative
+	// frequency tables", 1994): tree[i] those of the i&-i slots before slot i. A
+	// reader may see a sum before or after its neighbour changes, and then draws
+	// what it would have drawn a moment sooner or later.
+	tree  []atomic.Int64
+	total atomic.Int64
+}
+
+// view is what a pick reads of the set.
+type view struct {
+	slots []atomic.Pointer[candidate] // each may be nil
+	seats *seats
+}
+
+func (s *readySet) view() view {
 	size := int(s.size.Load())
-	slots := s.slots.Load()
-	if slots == nil {
-		return nil
+	seats := s.seats.Load()
+	if seats == nil {
+		return view{}
 	}
-	return (*slots)[:min(size, len(*slots))]
+	return view{seats.slots[:min(size, len(seats.slots))], seats}
+}
+
+// relative returns the weight of a candidate in relation to the mean of the set.
+func (s *readySet) relative(c *candidate) float64 {
+	if !s.unequal.Load() {
+		return 1
+	}
+	total := s.seats.Load().total.Load()
+	return max(float64(c.weight.Load())*float64(s.size.Load())/float64(max(total, 1)), 1e-9)
+}
+
+// draw returns the index of a slot, with a probability in proportion to its
+// weight.
+func (v view) draw(r *random) int {
+	hi, _ := bits.Mul64(r.next(), uint64(max(v.seats.total.Load(), 0)))
+	left, i := int64(hi), 0
+	for step := 1 << (bits.Len(uint(len(v.seats.slots))) - 1); step > 0; step >>= 1 {
+		if k := i + step; k < len(v.seats.tree) {
+			if sum := v.seats.tree[k].Load(); sum <= left {
+				i, left = k, left-sum
+			}
+		}
+	}
+	return min(i, len(v.slots)-1)
+}
+
+// weigh adds w to the weight of slot i.
+func (s *seats) weigh(i int, w int64) {
+	for k := i + 1; k < len(s.tree); k += k & -k {
+		s.tree[k].Add(w)
+	}
+	s.total.Add(w)
 }
 
 func (s *readySet) add(c *candidate) {
 	n := int(s.size.Load())
-	var slots []atomic.Pointer[candidate]
-	if p := s.slots.Load(); p != nil {
-		slots = *p
-	}
-	if n == len(slots) {
-		grown := make([]atomic.Pointer[candidate], max(2*n, 8))
-		for i := range slots {
-			grown[i].Store(slots[i].Load())
+	old := s.seats.Load()
+	if old == nil || n == len(old.slots) {
+		size := max(2*n, 8)
+		grown := &seats{slots: make([]atomic.Pointer[candidate], size), tree: make([]atomic.Int64, size+1)}
+		for i := range n {
+			c := old.slots[i].Load()
+			grown.slots[i].Store(c)
+			grown.weigh(i, int64(c.weight.Load()))
 		}
-		s.slots.Store(&grown)
-		slots = grown
+		s.seats.Store(grown)
+		old = grown
 	}
-	slots[n].Store(c)
+	old.slots[n].Store(c)
+	old.weigh(n, int64(c.weight.Load()))
+	s.count(c.weight.Load(), 1)
 	c.slot.Store(int32(n))
 	s.size.Store(int32(n + 1))
 }
 
 // remove moves the last entry into the place of c.
 func (s *readySet) remove(c *candidate) {
-	slots := *s.slots.Load()
+	seats := s.seats.Load()
 	last := int(s.size.Load()) - 1
-	i := c.slot.Load()
-	moved := slots[last].Load()
-	slots[i].Store(moved)
-	moved.slot.Store(i)
+	i := int(c.slot.Load())
+	moved := seats.slots[last].Load()
+	seats.slots[i].Store(moved)
+	moved.slot.Store(int32(i))
 	c.slot.Store(notReady)
 	s.size.Store(int32(last))
-	slots[last].Store(nil)
+	seats.slots[last].Store(nil)
+	seats.weigh(i, int64(moved.weight.Load())-int64(c.weight.Load()))
+	seats.weigh(last, -int64(moved.weight.Load()))
+	s.count(c.weight.Load(), -1)
 }
 
-// replace puts c into the place of old.
-func (s *readySet) replace(old, c *candidate) {
-	i := old.slot.Load()
-	c.slot.Store(i)
-	(*s.slots.Load())[i].Store(c)
-	old.slot.Store(notReady)
+// reweigh gives a candidate another weight. It need not be in the set.
+func (s *readySet) reweigh(c *candidate, w uint32) {
+	old := c.weight.Swap(w)
+	i := int(c.slot.Load())
+	if i == notReady || old == w {
+		return
+	}
+	s.seats.Load().weigh(i, int64(w)-int64(old))
+	s.count(old, -1)
+	s.count(w, 1)
+}
+
+// count counts n more endpoints of a weight.
+func (s *readySet) count(w uint32, n int) {
+	if s.weights == nil {
+		s.weights = make(map[uint32]int)
+	}
+	if s.weights[w] += n; s.weights[w] == 0 {
+		delete(s.weights, w)
+	}
+	if unequal := len(s.weights) > 1; unequal != s.unequal.Load() {
+		s.unequal.Store(unequal)
+	}
 }
 
 // notReady is the slot of a candidate that is not in the set.

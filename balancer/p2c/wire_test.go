@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
@@ -81,11 +82,12 @@ func newWire(t *testing.T, servers []*testserver.Server, c wireConfig) *wire {
 	opts := append([]grpc.DialOption{
 		grpc.WithResolvers(w.r),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultServiceConfig(fmt.Sprintf(c.service, fmt.Sprintf(`{"belfry.p2c":{%s}}`, recorder))),
 	}, c.opts...)
 	if !c.untracked {
 		opts = append(opts, DialOptions()...)
 	}
+	// The last one counts.
+	opts = append(opts, grpc.WithDefaultServiceConfig(fmt.Sprintf(c.service, fmt.Sprintf(`{"belfry.p2c":{%s}}`, recorder))))
 	conn, err := grpc.NewClient("belfrytest:///"+w.target, opts...)
 	if err != nil {
 		t.Fatal(err)
@@ -205,16 +207,33 @@ func delayed(d time.Duration) *testingv1.Behaviour {
 	return &testingv1.Behaviour{Delay: durationpb.New(d)}
 }
 
-// pastDeadline makes a call that does not end by itself, with a deadline that is
-// long enough for an attempt to start.
+// pastDeadline makes a call that does not end by itself. Its deadline passes once the
+// server has the call.
 func (w *wire) pastDeadline(ctx context.Context, call func(context.Context) error) error {
-	for d := 30 * time.Millisecond; ; d *= 2 {
-		ctx, cancel := context.WithTimeout(ctx, d)
-		err := call(ctx)
-		cancel()
-		if w.o.attempts() > 0 || status.Code(err) != codes.DeadlineExceeded {
-			return err
+	d := &deadline{ctx, make(chan struct{})}
+	go func() {
+		if err := w.servers[0].WaitInFlight(ctx, 1); err != nil {
+			w.t.Error(err)
 		}
+		close(d.passed)
+	}()
+	return call(d)
+}
+
+// deadline is a context whose deadline passes when passed is closed.
+type deadline struct {
+	context.Context
+	passed chan struct{}
+}
+
+func (d *deadline) Done() <-chan struct{} { return d.passed }
+
+func (d *deadline) Err() error {
+	select {
+	case <-d.passed:
+		return context.DeadlineExceeded
+	default:
+		return nil
 	}
 }
 
@@ -448,7 +467,7 @@ func TestWireEarlyRejectionsAreFailures(t *testing.T) {
 	})
 }
 
-func TestWireAStreamsLatencyEndsAtItsFirstResponseAndItIsPendingToItsEnd(t *testing.T) {
+func TestWireAStreamIsAnAttemptInFlightUntilItsFirstResponse(t *testing.T) {
 	t.Parallel()
 	w := newWire(t, newServers(t, 1), wireConfig{policy: `"load":{"pendingRequests":{}}`})
 	s, err := w.client.Bidi(testContext(t))
@@ -464,8 +483,8 @@ func TestWireAStreamsLatencyEndsAtItsFirstResponseAndItIsPendingToItsEnd(t *test
 		}
 	}
 	p := policiesOf(w.target)[0]
-	if got := p.totalLoad(); got != 1 {
-		t.Errorf("%v attempts in flight while the stream goes on, want 1", got)
+	if attempts, streams := p.inFlight(); attempts != 0 || streams != 1 {
+		t.Errorf("%d attempts in flight and %d open streams while the stream goes on, want 0 and 1", attempts, streams)
 	}
 	if err := s.CloseSend(); err != nil {
 		t.Fatal(err)
@@ -679,32 +698,35 @@ func TestWireEndpointsThatComeAndGoFailNoCall(t *testing.T) {
 // A server that accepts and never answers is found out by the age of what is in
 // flight to it, long before anything times out.
 func TestWireABlackHoleGetsAlmostNothing(t *testing.T) {
-	t.Parallel()
-	w := newWire(t, newServers(t, 3, testserver.ServiceTime(testserver.Fixed(2*time.Millisecond))), wireConfig{})
-	w.allReady()
-	w.servers[0].BlackHole()
-	before := w.servers[0].Stats().Started
-	const calls = 1500
-	var made atomic.Int64
-	var wg sync.WaitGroup
-	for range 10 { // callers
-		wg.Go(func() {
-			for made.Add(1) <= calls {
-				ctx, cancel := context.WithTimeout(t.Context(), 250*time.Millisecond)
-				w.call(ctx, nil) // fails where it is lost
-				cancel()
-			}
+	synctest.Test(t, func(t *testing.T) { // On a busy machine the others look slow too.
+		c := testserver.NewCluster(t, 3, func(int) []testserver.Option {
+			return []testserver.Option{testserver.InMemory(), testserver.ServiceTime(testserver.Fixed(2 * time.Millisecond))}
 		})
-	}
-	wg.Wait()
-	got := w.servers[0].Stats().Started - before
-	t.Logf("the black hole got %d of %d calls", got, calls)
-	// A fair share is 500. It gets 3 to 7 where the machine is quiet. On a busy one the
-	// others look slow too, and each 250 ms that the calls take let it have more.
-	if got > 250 {
-		t.Errorf("the black hole got %d of %d calls, want at most half its share of 500", got, calls)
-	}
-	w.wantRest(calls)
+		w := newWire(t, c.Servers(), wireConfig{opts: c.DialOptions()})
+		w.allReady()
+		w.servers[0].BlackHole()
+		before := w.servers[0].Stats().Started
+		const calls = 1500
+		var made atomic.Int64
+		var wg sync.WaitGroup
+		for range 10 { // callers
+			wg.Go(func() {
+				for made.Add(1) <= calls {
+					ctx, cancel := context.WithTimeout(t.Context(), 250*time.Millisecond)
+					w.call(ctx, nil) // fails where it is lost
+					cancel()
+				}
+			})
+		}
+		wg.Wait()
+		got := w.servers[0].Stats().Started - before
+		t.Logf("the black hole got %d of %d calls", got, calls)
+		// A fair share is 500. It gets 4 to 6.
+		if got > 50 {
+			t.Errorf("the black hole got %d of %d calls, want at most a tenth of its share of 500", got, calls)
+		}
+		w.wantRest(calls)
+	})
 }
 
 func TestWireACallWaitsForTheFirstResolverResult(t *testing.T) {
@@ -875,5 +897,5 @@ func (w *wire) meterOf(s *testserver.Server) load.Meter {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return ep.meter
+	return ep.candidate.meter.Load().Meter
 }

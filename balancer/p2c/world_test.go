@@ -39,6 +39,7 @@ type world struct {
 type channel struct {
 	lbtest.Channel
 	shutdown sync.Map // address → true
+	first    string   // the address of the first SubConn
 }
 
 func (c *channel) NewSubConn(addrs []resolver.Address, opts balancer.NewSubConnOptions) (balancer.SubConn, error) {
@@ -48,6 +49,9 @@ func (c *channel) NewSubConn(addrs []resolver.Address, opts balancer.NewSubConnO
 			c.shutdown.Store(addrs[0].Addr, true)
 		}
 		listener(s)
+	}
+	if c.first == "" {
+		c.first = addrs[0].Addr
 	}
 	c.shutdown.Delete(addrs[0].Addr)
 	return c.Channel.NewSubConn(addrs, opts)
@@ -251,22 +255,42 @@ func (w *world) load(addrs ...string) float64 {
 	return w.endpoint(addrs...).load()
 }
 
+// load returns what the meter of the endpoint says now.
 func (ep *endpoint) load() float64 {
 	ep.policy.mu.Lock()
 	defer ep.policy.mu.Unlock()
-	return max(ep.weight, 1).Divide(ep.meter.Load(load.Instant(ep.policy.now())))
+	c := ep.candidate
+	return c.meter.Load().Load(c.query(ep.policy.picker, load.Instant(ep.policy.now()), 0)).Cost
 }
 
-// totalLoad returns the sum over all endpoints of a policy that uses
-// pendingRequests: the number of attempts in flight.
-func (b *policy) totalLoad() float64 {
-	var sum float64
+// inFlight returns the number of attempts in flight to an endpoint.
+func (w *world) inFlight(addr string) int {
+	attempts, _ := w.endpoint(addr).candidate.tally.read()
+	return attempts
+}
+
+// busy makes the endpoint look as if n attempts more were in flight.
+func (ep *endpoint) busy(n int) {
+	ep.candidate.tally.add(int64(n) * oneAttempt)
+	ep.candidate.changed()
+}
+
+// inFlight returns the number of attempts in flight and of open streams to all
+// endpoints of the policy.
+func (b *policy) inFlight() (attempts, streams int) {
 	if all := b.all.Load(); all != nil {
 		for _, ep := range *all {
-			sum += ep.load()
+			a, s := ep.candidate.tally.read()
+			attempts, streams = attempts+a, streams+s
 		}
 	}
-	return sum
+	return attempts, streams
+}
+
+// totalLoad returns the sum of both.
+func (b *policy) totalLoad() int {
+	attempts, streams := b.inFlight()
+	return attempts + streams
 }
 
 // tried returns a context whose call has been sent to the endpoints before.

@@ -75,8 +75,7 @@ func dial(cluster *testserver.Cluster, extra float64) (*client, error) {
 	opts := append(stack.DialOptions(), p2c.DialOptions()...)
 	opts = append(opts, cluster.DialOptions()...) // Credentials.
 	c.conn, err = grpc.NewClient("belfry:///hedging", append(opts,
-		discover.WithSource(source),
-		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`))...)
+		discover.WithSource(source))...)
 	return c, err
 }
 

@@ -9,14 +9,13 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/internal/test/signaltest"
 )
 
 func TestMain(m *testing.M) {
 	signaltest.Main(main)
-	goleak.VerifyTestMain(m)
+	leaktest.Main(m)
 }
 
 func TestSignals(t *testing.T) { signaltest.Run(t, "servers, each stalls", "-for", "1h") }

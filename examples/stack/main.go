@@ -90,8 +90,7 @@ func dial(stack *interceptor.Stack, cluster *testserver.Cluster) (*grpc.ClientCo
 	opts := append(stack.DialOptions(), p2c.DialOptions()...)
 	opts = append(opts, cluster.DialOptions()...) // Credentials.
 	return grpc.NewClient("belfry:///stack", append(opts,
-		discover.WithSource(source),
-		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{}}]}`))...)
+		discover.WithSource(source))...)
 }
 
 // run is the program, with usual calls a second until ten times as many come. It

@@ -11,14 +11,13 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/internal/test/signaltest"
 )
 
 func TestMain(m *testing.M) {
 	signaltest.Main(main)
-	goleak.VerifyTestMain(m)
+	leaktest.Main(m)
 }
 
 func TestSignals(t *testing.T) { signaltest.Run(t, "[observe", "-phase", "1h") }

@@ -19,6 +19,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/isnil"
+	"github.com/belfry-go/belfry/internal/layercheck"
 )
 
 // Semaphore is what [FromSemaphore] makes a layer of, such as a
@@ -263,5 +264,5 @@ func arguments(function, name, parameter string, isNil bool, what string) interc
 	errs := check.Of("adapt").In(function)
 	errs.Require(name != "", "name", name, "must not be empty")
 	errs.NotNil(isNil, parameter, what)
-	return errs.Spec()
+	return layercheck.Spec(errs)
 }

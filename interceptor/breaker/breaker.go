@@ -17,6 +17,7 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/keyed"
+	"github.com/belfry-go/belfry/internal/layercheck"
 )
 
 // Config says when a circuit opens, for how long, and what closes it. The zero
@@ -104,8 +105,8 @@ const (
 	DefaultMaxOpenFor   = time.Minute
 	DefaultJitter       = 0.2
 	DefaultProbes       = 1
-	DefaultMaxKeys      = check.DefaultMaxKeys
-	DefaultKeyIdle      = check.DefaultKeyIdle
+	DefaultMaxKeys      = layercheck.DefaultMaxKeys
+	DefaultKeyIdle      = layercheck.DefaultKeyIdle
 )
 
 // None is a Jitter of zero, where zero is the default.
@@ -155,7 +156,7 @@ func (c Config) settings(errs *check.Errors, old *settings) *settings {
 	if old != nil {
 		oldKeyBy = &old.KeyBy
 	}
-	check.Keys(errs, c.KeyBy, oldKeyBy, &c.MaxKeys, &c.KeyIdle)
+	layercheck.Keys(errs, c.KeyBy, oldKeyBy, &c.MaxKeys, &c.KeyIdle)
 	return &settings{Config: c, given: given, failures: failures}
 }
 

@@ -190,8 +190,10 @@ func TestSlotIsFreeAtTheGrant(t *testing.T) {
 		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // The waiter does not run before this goroutine waits.
 		for range 100 {
 			b := slots(t, 1)
+			started := make(chan struct{})
 			c := calltest.Stack(t, b, interceptor.Only(nothing, limit(t, 1)), limit(t, 1)).Wrap(calltest.Server(func(ctx context.Context) error {
 				if ctx.Value(name{}) == "first" {
+					close(started) // It has the permit.
 					for b.Waiting() == 0 {
 						runtime.Gosched()
 					}
@@ -199,14 +201,10 @@ func TestSlotIsFreeAtTheGrant(t *testing.T) {
 				return nil
 			}))
 			second := make(chan error, 1)
-			started := make(chan struct{})
+			go func() { <-started; second <- c.Invoke(named("second"), calltest.Method, nil, nil) }()
 			atEnd := -1
-			err := func() error {
-				go func() { <-started; second <- c.Invoke(named("second"), calltest.Method, nil, nil) }()
-				close(started)
-				// The permit is released before the call's end is told.
-				return c.Invoke(named("first"), calltest.Method, nil, nil, grpc.OnFinish(func(error) { atEnd = b.Waiting() }))
-			}()
+			// The permit is released before the call's end is told.
+			err := c.Invoke(named("first"), calltest.Method, nil, nil, grpc.OnFinish(func(error) { atEnd = b.Waiting() }))
 			if err != nil {
 				t.Fatal(err)
 			}

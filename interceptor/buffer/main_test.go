@@ -6,7 +6,7 @@ package buffer_test
 import (
 	"testing"
 
-	"go.uber.org/goleak"
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }

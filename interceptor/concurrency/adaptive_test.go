@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -20,39 +21,10 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/limit"
 )
 
 const ms = time.Millisecond
-
-// feed gives a limit one round of samples after the other: as many as it allows,
-// or inFlight if that is not zero, all started and ended together.
-type feed struct {
-	limit concurrency.Limit
-	now   interceptor.Instant
-}
-
-func newFeed(l concurrency.Limit) *feed { return &feed{limit: l, now: interceptor.Instant(time.Hour)} }
-
-func (f *feed) round(n int64, rtt time.Duration, dropped int64) {
-	if n == 0 {
-		n = f.limit.Limit()
-	}
-	for i := range n {
-		s := concurrency.Sample{Start: f.now, RTT: rtt, InFlight: n}
-		if i < dropped {
-			s.Result = concurrency.Dropped
-		}
-		f.limit.OnSample(s)
-	}
-	f.now = f.now.Add(rtt + 1)
-}
-
-// queueing is a server that works on n calls at a time, base each.
-func queueing(n int64, base time.Duration) func(inFlight int64) time.Duration {
-	return func(inFlight int64) time.Duration {
-		return max(base, base*time.Duration(inFlight)/time.Duration(n))
-	}
-}
 
 func check(t *testing.T, what string, got, lo, hi int64) {
 	t.Helper()
@@ -61,178 +33,9 @@ func check(t *testing.T, what string, got, lo, hi int64) {
 	}
 }
 
-func must[T any](t testing.TB) func(T, error) T {
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
-func TestAIMD(t *testing.T) {
-	f := newFeed(must[*concurrency.AIMD](t)(concurrency.NewAIMD(concurrency.AIMDConfig{Initial: 30, Max: 40})))
-	for i := range int64(5) {
-		f.round(0, 10*ms, 0)
-		// A round of L samples adds 1/L each, to a limit that grows meanwhile.
-		check(t, "after a round of successes", f.limit.Limit(), 30+i, 31+i)
-	}
-	for range 20 {
-		f.round(0, 10*ms, 0)
-	}
-	check(t, "at the upper bound", f.limit.Limit(), 40, 40)
-	f.round(0, 10*ms, 40)
-	check(t, "after 40 drops of one round", f.limit.Limit(), 36, 36) // Netflix's ratio, 0.9.
-	f.round(0, 10*ms, 1)
-	check(t, "after a drop of the next round", f.limit.Limit(), 32, 33)
-	for range 100 {
-		f.round(0, 10*ms, 1)
-	}
-	check(t, "a drop in every round, where +1 and -10% balance", f.limit.Limit(), 8, 11)
-}
-
-func TestAIMDIdleClient(t *testing.T) {
-	f := newFeed(must[*concurrency.AIMD](t)(concurrency.NewAIMD(concurrency.AIMDConfig{Initial: 30})))
-	for range 100 {
-		f.round(14, 10*ms, 0)
-	}
-	check(t, "a client that uses 14 of 30", f.limit.Limit(), 30, 30)
-	for range 3 {
-		f.round(15, 10*ms, 0)
-	}
-	check(t, "a client that uses half", f.limit.Limit(), 31, 31)
-}
-
-func TestAIMDTimeout(t *testing.T) {
-	f := newFeed(must[*concurrency.AIMD](t)(concurrency.NewAIMD(concurrency.AIMDConfig{Initial: 30, Timeout: 50 * ms})))
-	f.round(0, 51*ms, 0)
-	check(t, "successes over the timeout", f.limit.Limit(), 27, 27)
-	f.round(0, 50*ms, 0)
-	check(t, "successes at the timeout", f.limit.Limit(), 27, 28)
-	f.limit.OnSample(concurrency.Sample{Start: f.now, RTT: 49 * ms, InFlight: 28, Result: concurrency.GivenUp})
-	check(t, "a call given up before the timeout", f.limit.Limit(), 27, 28)
-	f.limit.OnSample(concurrency.Sample{Start: f.now, RTT: 51 * ms, InFlight: 28, Result: concurrency.GivenUp})
-	check(t, "a call given up after the timeout", f.limit.Limit(), 25, 25)
-}
-
-func TestGradient2Formula(t *testing.T) {
-	// As published: it acts on each sample.
-	g := must[*concurrency.Gradient2](t)(concurrency.NewGradient2(concurrency.Gradient2Config{Initial: 50, Window: 1, WindowSamples: 1}))
-	at := interceptor.Instant(time.Hour)
-	limit := 50.0
-	sample := func(what string, rtt time.Duration) {
-		t.Helper()
-		at = at.Add(time.Second)
-		g.OnSample(concurrency.Sample{Start: at, RTT: rtt, InFlight: g.Limit()})
-		check(t, what, g.Limit(), int64(limit), int64(limit))
-	}
-	for range 10 {
-		limit = 0.8*limit + 0.2*(limit+4)
-		sample("no queueing: gradient 1", 10*ms)
-	}
-	long := 10 + 2.0/601*(40-10)
-	limit = 0.8*limit + 0.2*(0.5*limit+4)
-	sample("1.5·10.1/40 is below the least gradient, 0.5", 40*ms)
-	long += 2.0 / 601 * (20 - long)
-	limit = 0.8*limit + 0.2*(1.5*long/20*limit+4)
-	sample("1.5·10.13/20: gradient 0.76", 20*ms)
-	long += 2.0 / 601 * (4 - long)
-	limit += 0.8
-	sample("faster than ever", 4*ms)
-	long *= 0.95 // For it was more than twice as long.
-	long += 2.0 / 601 * (20 - long)
-	limit = 0.8*limit + 0.2*(1.5*long/20*limit+4)
-	sample("1.5·9.63/20: gradient 0.72", 20*ms)
-}
-
-func TestGradient2(t *testing.T) {
-	cfg := concurrency.Gradient2Config{Min: 1, Max: 1000, Window: 10 * ms}
-	newG := func() *feed { return newFeed(must[*concurrency.Gradient2](t)(concurrency.NewGradient2(cfg))) }
-
-	f := newG()
-	for range 200 {
-		f.round(0, 10*ms, 0)
-	}
-	up := f.limit.Limit()
-	check(t, "200 rounds without queueing", up, 80, 200)
-
-	// Four times the long-term latency: gradient 0.5, at first.
-	for range 10 {
-		f.round(0, 40*ms, 0)
-	}
-	check(t, "ten slow rounds", f.limit.Limit(), up/4, up*3/4)
-
-	f = newG()
-	for range 200 {
-		f.round(9, 10*ms, 0)
-	}
-	check(t, "a client that uses 9 of 20", f.limit.Limit(), 20, 20)
-
-	f = newG()
-	f.round(0, 10*ms, 20)
-	check(t, "a round of drops", f.limit.Limit(), 18, 18)
-
-	// A server of 40 workers, 10 ms each: what is in flight settles where the round
-	// trip is about Tolerance times the long-term one, so not below the workers
-	// and not at the upper bound.
-	f = newG()
-	rtt := queueing(40, 10*ms)
-	for range 300 {
-		f.round(0, rtt(f.limit.Limit()), 0)
-	}
-	check(t, "a server of 40 workers", f.limit.Limit(), 40, 200)
-}
-
-func TestVegas(t *testing.T) {
-	f := newFeed(must[*concurrency.Vegas](t)(concurrency.NewVegas(concurrency.VegasConfig{Window: 10 * ms})))
-	rtt := queueing(60, 10*ms)
-	for range 200 {
-		f.round(0, rtt(f.limit.Limit()), 0)
-	}
-	// With log10(limit) = 1, three to six calls queue.
-	check(t, "a server of 60 workers", f.limit.Limit(), 62, 67)
-
-	rtt = queueing(30, 10*ms) // The server loses half its workers.
-	for range 100 {
-		f.round(0, rtt(f.limit.Limit()), 0)
-	}
-	check(t, "the server at half its speed", f.limit.Limit(), 32, 37)
-
-	rtt = queueing(1_000_000, 10*ms)
-	for range 1000 {
-		f.round(0, rtt(f.limit.Limit()), 0)
-	}
-	check(t, "no queueing at all", f.limit.Limit(), 1000, 1000)
-	f.round(0, 10*ms, 1000)
-	check(t, "drops", f.limit.Limit(), 997, 997) // By log10(1000), once.
-}
-
-func TestVegasProbe(t *testing.T) {
-	f := newFeed(must[*concurrency.Vegas](t)(concurrency.NewVegas(concurrency.VegasConfig{Window: 10 * ms, ProbeWindows: 50})))
-	for range 60 {
-		f.round(10, 10*ms, 0)
-	}
-	check(t, "a client that uses 10 of 20, at first", f.limit.Limit(), 21, 26)
-	before := f.limit.Limit()
-	for range 45 { // The path has become longer; so far that looks like a queue.
-		f.round(before, 30*ms, 0)
-	}
-	if got := f.limit.Limit(); got >= before {
-		t.Errorf("limit %d after the round trip became longer, want less than %d", got, before)
-	}
-	low := f.limit.Limit()
-	for range 200 {
-		f.round(0, 30*ms, 0)
-	}
-	if got := f.limit.Limit(); got <= low {
-		t.Errorf("limit %d after the new round trip was found to be the best, want more than %d", got, low)
-	}
-}
-
 func TestUpdateAlgorithm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 40})
+		l := newLayer(t, concurrency.Config{Limit: 40})
 		update := func(cfg concurrency.Config, want int64) {
 			t.Helper()
 			if err := l.Update(cfg); err != nil {
@@ -242,31 +45,71 @@ func TestUpdateAlgorithm(t *testing.T) {
 				t.Errorf("limit %d after Update(%+v), want %d", got, cfg, want)
 			}
 		}
-		update(concurrency.Config{AIMD: &concurrency.AIMDConfig{}}, 40) // Begins where the fixed one was.
+		update(concurrency.Config{AIMD: &limit.AIMDConfig{}}, 40) // Begins where the fixed one was.
 		calltest.Burst(calltest.Stack(t, l).Wrap(calltest.Server(func(context.Context) error { return status.Error(codes.Unavailable, "") })), 1)
 		if got := l.Limit(); got != 36 {
 			t.Fatalf("limit %d after a drop, want 36", got)
 		}
-		update(concurrency.Config{AIMD: &concurrency.AIMDConfig{BackoffRatio: 0.5}}, 36)
-		update(concurrency.Config{AIMD: &concurrency.AIMDConfig{Initial: 5, Max: 30}}, 30)
+		update(concurrency.Config{AIMD: &limit.AIMDConfig{BackoffRatio: 0.5}}, 36)
+		update(concurrency.Config{AIMD: &limit.AIMDConfig{Initial: 5, Max: 30}}, 30)
 		update(concurrency.Config{}, 30)
-		update(concurrency.Config{Auto: &concurrency.AutoConfig{Max: 29}}, 29)
-		update(concurrency.Config{Vegas: &concurrency.VegasConfig{}}, 14) // It begins with a probe, at half the limit.
-		update(concurrency.Config{Gradient2: &concurrency.Gradient2Config{Min: 35}}, 35)
+		update(concurrency.Config{Auto: &limit.AutoConfig{Max: 29}}, 29)
+		update(concurrency.Config{Vegas: &limit.VegasConfig{}}, 14) // It begins with a probe, at half the limit.
+		update(concurrency.Config{Gradient2: &limit.Gradient2Config{Min: 35}}, 35)
 		update(concurrency.Config{Limit: 3}, 3)
 	})
+}
+
+// An observer is told of changed limits, with their keys and the reason.
+func TestObserverOfKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		obs := &limitObserver{}
+		l := newLayer(t, concurrency.Config{AIMD: &limit.AIMDConfig{}, KeyBy: interceptor.KeyBy{Method: true}})
+		stack := calltest.Stack(t, interceptor.Observe(obs), l)
+		c := stack.Wrap(calltest.Server(func(context.Context) error {
+			time.Sleep(20 * ms)
+			return status.Error(codes.Unavailable, "overloaded")
+		}))
+		for _, method := range []string{"/s/a", "/s/b", "/s/a", "/s/a"} {
+			c.Invoke(t.Context(), method, nil, nil)
+		}
+		want := []string{"/s/a: 20 ", "/s/b: 20 ", "/s/a: 18 drop 20ms", "/s/a: 16 drop 20ms"}
+		if got := obs.told; !slices.Equal(got, want) {
+			t.Errorf("the observer was told %q, want %q", got, want)
+		}
+		if len(obs.stacks) != 1 || obs.stacks[0] != stack {
+			t.Errorf("the observer knows %d stacks, want the one that it observes", len(obs.stacks))
+		}
+	})
+}
+
+// limitObserver takes notes of limits.
+type limitObserver struct {
+	interceptor.NopObserver
+	told   []string
+	stacks []*interceptor.Stack
+}
+
+func (o *limitObserver) Observes(s *interceptor.Stack) { o.stacks = append(o.stacks, s) }
+
+func (o *limitObserver) Limit(l interceptor.LimitState) {
+	text := fmt.Sprintf("%s: %d %s", l.Key, l.Limit, l.Lowered)
+	if l.Last.RTT > 0 {
+		text += fmt.Sprint(" ", l.Last.RTT)
+	}
+	o.told = append(o.told, text)
 }
 
 // Stats say what an algorithm thinks.
 func TestStatsOfAlgorithms(t *testing.T) {
 	for name, cfg := range map[string]concurrency.Config{
 		"auto":      {},
-		"gradient2": {Gradient2: &concurrency.Gradient2Config{}},
-		"vegas":     {Vegas: &concurrency.VegasConfig{}},
+		"gradient2": {Gradient2: &limit.Gradient2Config{}},
+		"vegas":     {Vegas: &limit.VegasConfig{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				l := limit(t, cfg)
+				l := newLayer(t, cfg)
 				takes := 10 * ms
 				var err error
 				c := calltest.Stack(t, l).Wrap(calltest.Server(func(context.Context) error {
@@ -288,7 +131,7 @@ func TestStatsOfAlgorithms(t *testing.T) {
 				}
 				err = status.Error(codes.Unavailable, "overloaded")
 				calltest.Burst(c, 1)
-				if s := l.Stats(""); s.Lowered != "drop" {
+				if s := l.Stats(""); s.Lowered != "drop" || s.Last.Result != limit.Dropped || s.Last.RTT != takes {
 					t.Errorf("after a drop: %+v", s)
 				}
 			})
@@ -299,11 +142,11 @@ func TestStatsOfAlgorithms(t *testing.T) {
 // recorder is an algorithm that only takes notes.
 type recorder struct {
 	n       int64
-	samples []concurrency.Sample
+	samples []limit.Sample
 }
 
-func (r *recorder) Limit() int64                  { return r.n }
-func (r *recorder) OnSample(s concurrency.Sample) { r.samples = append(r.samples, s) }
+func (r *recorder) Limit() int64            { return r.n }
+func (r *recorder) OnSample(s limit.Sample) { r.samples = append(r.samples, s) }
 
 func TestSamples(t *testing.T) {
 	unavailable, notFound := status.Error(codes.Unavailable, ""), status.Error(codes.NotFound, "")
@@ -328,37 +171,37 @@ func TestSamples(t *testing.T) {
 		name string
 		cfg  concurrency.Config
 		do   func(l *concurrency.Layer)
-		want []concurrency.Sample
+		want []limit.Sample
 	}{
-		{"success", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, nil) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1}}},
-		{"waiting further in is not part of the round trip", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, nil, &slow{50 * ms}) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1}}},
-		{"a sign of overload", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, unavailable) }, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Result: concurrency.Dropped}}},
+		{"success", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, nil) }, []limit.Sample{{RTT: 20 * ms, InFlight: 1}}},
+		{"waiting further in is not part of the round trip", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, nil, &slow{50 * ms}) }, []limit.Sample{{RTT: 20 * ms, InFlight: 1}}},
+		{"a sign of overload", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, unavailable) }, []limit.Sample{{RTT: 20 * ms, InFlight: 1, Result: limit.Dropped}}},
 		{"the caller's deadline", concurrency.Config{}, func(l *concurrency.Layer) { callFor(l, 10*ms) },
-			[]concurrency.Sample{{RTT: 10 * ms, InFlight: 1, Result: concurrency.GivenUp}}},
+			[]limit.Sample{{RTT: 10 * ms, InFlight: 1, Result: limit.GivenUp}}},
 		{"another failure", concurrency.Config{}, func(l *concurrency.Layer) { call(l, bg, notFound) }, nil},
 		{"a configured code", concurrency.Config{DropCodes: []codes.Code{codes.NotFound}}, func(l *concurrency.Layer) {
 			call(l, bg, notFound)
 			call(l, bg, unavailable)
-		}, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Result: concurrency.Dropped}}},
+		}, []limit.Sample{{RTT: 20 * ms, InFlight: 1, Result: limit.Dropped}}},
 		{"no codes", concurrency.Config{DropCodes: []codes.Code{}}, func(l *concurrency.Layer) { call(l, bg, unavailable) }, nil},
 		{"a cancelled call", concurrency.Config{}, func(l *concurrency.Layer) {
 			ctx, cancel := context.WithCancel(bg)
 			time.AfterFunc(10*ms, cancel)
 			call(l, ctx, nil)
-		}, []concurrency.Sample{{RTT: 10 * ms, InFlight: 1, Result: concurrency.GivenUp}}},
+		}, []limit.Sample{{RTT: 10 * ms, InFlight: 1, Result: limit.GivenUp}}},
 		{"a call that was refused further in", concurrency.Config{}, func(l *concurrency.Layer) {
 			call(l, bg, nil, &hold{err: interceptor.Refuse("x", interceptor.ReasonRateLimit, "")})
 		}, nil},
 		{"a deadline that a layer inside has set", concurrency.Config{}, func(l *concurrency.Layer) {
 			call(l, bg, interceptor.Refuse("timeout", interceptor.ReasonDeadline, "").Because(context.DeadlineExceeded, true))
-		}, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1, Result: concurrency.Dropped}}},
+		}, []limit.Sample{{RTT: 20 * ms, InFlight: 1, Result: limit.Dropped}}},
 		{"a stream", concurrency.Config{}, stream20, nil},
-		{"a stream that is to be sampled", concurrency.Config{SampleStreams: true}, stream20, []concurrency.Sample{{RTT: 20 * ms, InFlight: 1}}},
+		{"a stream that is to be sampled", concurrency.Config{SampleStreams: true}, stream20, []limit.Sample{{RTT: 20 * ms, InFlight: 1}}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := &recorder{n: 5}
-				l := limit(t, tc.cfg, concurrency.WithAlgorithm(r))
+				l := newLayer(t, tc.cfg, concurrency.WithAlgorithm(r))
 				tc.do(l)
 				if len(r.samples) != len(tc.want) {
 					t.Fatalf("%d samples %+v, want %d", len(r.samples), r.samples, len(tc.want))
@@ -412,7 +255,7 @@ func (s *slow) WrapGate(inner interceptor.Gate) interceptor.Gate {
 func TestAlgorithmBelowOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &recorder{n: -3}
-		l := limit(t, concurrency.Config{}, concurrency.WithAlgorithm(r))
+		l := newLayer(t, concurrency.Config{}, concurrency.WithAlgorithm(r))
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.OK(2*time.Second))
 		r.n = 2 // Takes effect with the next sample.
@@ -431,14 +274,14 @@ func TestAdaptiveFindsCapacity(t *testing.T) {
 		refuses int64 // In flight in the server when it answers UNAVAILABLE.
 		lo, hi  int64
 	}{
-		{"aimd", concurrency.Config{AIMD: &concurrency.AIMDConfig{}}, 25, 12, 26},
-		{"gradient2", concurrency.Config{Gradient2: &concurrency.Gradient2Config{}}, math.MaxInt64, 10, 80},
-		{"vegas", concurrency.Config{Vegas: &concurrency.VegasConfig{}}, math.MaxInt64, 7, 18},
+		{"aimd", concurrency.Config{AIMD: &limit.AIMDConfig{}}, 25, 12, 26},
+		{"gradient2", concurrency.Config{Gradient2: &limit.Gradient2Config{}}, math.MaxInt64, 10, 80},
+		{"vegas", concurrency.Config{Vegas: &limit.VegasConfig{}}, math.MaxInt64, 7, 18},
 		{"auto", concurrency.Config{}, math.MaxInt64, 3, 24}, // 7 in a drain, 3 in the first ones.
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				l := limit(t, tc.cfg)
+				l := newLayer(t, tc.cfg)
 				workers := semaphore.NewWeighted(10)
 				var served, inFlight int64 // Written by whoever runs; one at a time, see mu.
 				mu := make(chan struct{}, 1)

@@ -23,6 +23,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/limit"
 )
 
 // again makes a second attempt of calls that fail. It waits as long as the call.
@@ -63,14 +64,14 @@ func layer(t *testing.T, l interceptor.Layer, err error) interceptor.Layer {
 func TestSamplesOutsideAttempts(t *testing.T) {
 	one := func(t *testing.T, r *recorder, rtt time.Duration, dropped bool) {
 		t.Helper()
-		if len(r.samples) != 1 || (r.samples[0].Result == concurrency.Dropped) != dropped || r.samples[0].RTT != rtt {
+		if len(r.samples) != 1 || (r.samples[0].Result == limit.Dropped) != dropped || r.samples[0].RTT != rtt {
 			t.Errorf("samples %+v, want one of %v, dropped: %v", r.samples, rtt, dropped)
 		}
 	}
 	t.Run("retry", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r := &recorder{n: 10}
-			l := limit(t, concurrency.Config{}, concurrency.WithAlgorithm(r))
+			l := newLayer(t, concurrency.Config{}, concurrency.WithAlgorithm(r))
 			rl, err := retry.New(retry.Config{MaxAttempts: 2}, retry.WithIdempotent(idempotent))
 			n := 0
 			start, sent := time.Now(), time.Duration(0)
@@ -94,7 +95,7 @@ func TestSamplesOutsideAttempts(t *testing.T) {
 	t.Run("hedge", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r := &recorder{n: 10}
-			l := limit(t, concurrency.Config{}, concurrency.WithAlgorithm(r))
+			l := newLayer(t, concurrency.Config{}, concurrency.WithAlgorithm(r))
 			hl, err := hedge.New(hedge.Config{Delay: 10 * ms}, hedge.WithIdempotent(idempotent))
 			var n atomic.Int32
 			s := calltest.Stack(t, l, layer(t, hl, err))
@@ -117,12 +118,12 @@ func TestSamplesOutsideAttempts(t *testing.T) {
 	t.Run("inside_it_learns_from_each_attempt", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r := &recorder{n: 10}
-			l := limit(t, concurrency.Config{}, concurrency.WithAlgorithm(r))
+			l := newLayer(t, concurrency.Config{}, concurrency.WithAlgorithm(r))
 			err := calltest.Stack(t, &again{}, l).Wrap(calltest.Server(func(context.Context) error {
 				time.Sleep(10 * ms)
 				return status.Error(codes.Unavailable, "down")
 			})).Invoke(context.Background(), calltest.Method, nil, &struct{}{})
-			if status.Code(err) != codes.Unavailable || len(r.samples) != 2 || r.samples[0].Result != concurrency.Dropped || r.samples[1].Result != concurrency.Dropped {
+			if status.Code(err) != codes.Unavailable || len(r.samples) != 2 || r.samples[0].Result != limit.Dropped || r.samples[1].Result != limit.Dropped {
 				t.Errorf("got %v and samples %+v, want two drops", err, r.samples)
 			}
 			checkRest(t, l)
@@ -178,22 +179,22 @@ func TestSamplesStreams(t *testing.T) {
 		name   string
 		stream slowStream
 		read   func(s grpc.ClientStream)
-		want   []concurrency.Sample
+		want   []limit.Sample
 	}{
-		{"message", slowStream{first: 30 * ms, then: time.Hour, err: io.EOF}, drain, []concurrency.Sample{{RTT: 30 * ms, InFlight: 1}}},
+		{"message", slowStream{first: 30 * ms, then: time.Hour, err: io.EOF}, drain, []limit.Sample{{RTT: 30 * ms, InFlight: 1}}},
 		{"header", slowStream{first: 30 * ms, then: time.Hour, err: io.EOF}, func(s grpc.ClientStream) {
 			if _, err := s.Header(); err != nil {
 				panic(err)
 			}
 			drain(s)
-		}, []concurrency.Sample{{RTT: 30 * ms, InFlight: 1}}},
-		{"fails_later", slowStream{first: 30 * ms, then: time.Hour, err: status.Error(codes.Unavailable, "moved")}, drain, []concurrency.Sample{{RTT: 30 * ms, InFlight: 1}}},
-		{"fails_without_a_response", slowStream{then: 40 * ms, err: status.Error(codes.Unavailable, "down")}, drain, []concurrency.Sample{{RTT: 40 * ms, InFlight: 1, Result: concurrency.Dropped}}},
+		}, []limit.Sample{{RTT: 30 * ms, InFlight: 1}}},
+		{"fails_later", slowStream{first: 30 * ms, then: time.Hour, err: status.Error(codes.Unavailable, "moved")}, drain, []limit.Sample{{RTT: 30 * ms, InFlight: 1}}},
+		{"fails_without_a_response", slowStream{then: 40 * ms, err: status.Error(codes.Unavailable, "down")}, drain, []limit.Sample{{RTT: 40 * ms, InFlight: 1, Result: limit.Dropped}}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := &recorder{n: 5}
-				l := limit(t, concurrency.Config{SampleStreams: true}, concurrency.WithAlgorithm(r))
+				l := newLayer(t, concurrency.Config{SampleStreams: true}, concurrency.WithAlgorithm(r))
 				s, err := calltest.Stack(t, l).Wrap(&slowStreams{stream: tc.stream}).NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, calltest.Method)
 				if err != nil {
 					t.Fatal(err)
@@ -251,7 +252,7 @@ func TestQueueFurtherAttempts(t *testing.T) {
 // A call that may not wait passes a heavy one that waits only if it ranks higher.
 func TestCostIsOvertakenByPriority(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 4}, concurrency.WithCost(costOf))
+		l := newLayer(t, concurrency.Config{Limit: 4}, concurrency.WithCost(costOf))
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		none := interceptor.WithWait(interceptor.None)
 		running := invoke(costs(3), c)

@@ -12,6 +12,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/limit"
 )
 
 // admitAndRefuse are the rows of the benchmarks: a call, how to make it, and
@@ -31,13 +32,13 @@ func admitAndRefuse(tb testing.TB) map[string]func() error {
 	return map[string]func() error{
 		"empty_stack":      unary(),
 		"fixed":            unary(fixed(tb, 1024)),
-		"weighted":         unary(limit(tb, concurrency.Config{Limit: 1024}, concurrency.WithCost(func(context.Context, *interceptor.Admission) int64 { return 3 }))),
-		"auto":             unary(limit(tb, concurrency.Config{})),
-		"aimd":             unary(limit(tb, concurrency.Config{AIMD: &concurrency.AIMDConfig{}})),
-		"gradient2":        unary(limit(tb, concurrency.Config{Gradient2: &concurrency.Gradient2Config{}})),
-		"vegas":            unary(limit(tb, concurrency.Config{Vegas: &concurrency.VegasConfig{}})),
+		"weighted":         unary(newLayer(tb, concurrency.Config{Limit: 1024}, concurrency.WithCost(func(context.Context, *interceptor.Admission) int64 { return 3 }))),
+		"auto":             unary(newLayer(tb, concurrency.Config{})),
+		"aimd":             unary(newLayer(tb, concurrency.Config{AIMD: &limit.AIMDConfig{}})),
+		"gradient2":        unary(newLayer(tb, concurrency.Config{Gradient2: &limit.Gradient2Config{}})),
+		"vegas":            unary(newLayer(tb, concurrency.Config{Vegas: &limit.VegasConfig{}})),
 		"fixed_refusing":   unary(full),
-		"fixed_with_queue": unary(limit(tb, concurrency.Config{Limit: 1024, MaxWaiters: 10, Discipline: concurrency.CoDel})),
+		"fixed_with_queue": unary(newLayer(tb, concurrency.Config{Limit: 1024, MaxWaiters: 10, Discipline: concurrency.CoDel})),
 	}
 }
 

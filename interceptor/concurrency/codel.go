@@ -29,10 +29,11 @@ type codel struct {
 	last     float64             // What count was when dropping began.
 }
 
-// drop reports whether to refuse a call that has waited for sojourn. last says that no
-// other call waits: the last call of a queue is not refused, because it delays nobody.
-func (c *codel) drop(now interceptor.Instant, sojourn time.Duration, last bool) bool {
-	standing := c.standing(now, sojourn, last)
+// drop reports whether to refuse a call that has waited for sojourn, with behind others
+// that wait. A queue with one call or none left is not a standing one, as one with a
+// packet or less is not in RFC 8289.
+func (c *codel) drop(now interceptor.Instant, sojourn time.Duration, behind int) bool {
+	standing := c.standing(now, sojourn, behind)
 	switch {
 	case !standing:
 		c.dropping = false
@@ -61,9 +62,9 @@ func (c *codel) drop(now interceptor.Instant, sojourn time.Duration, last bool) 
 // resets first_above_time when the queue is empty.
 func (c *codel) empty() { c.above = 0 }
 
-func (c *codel) standing(now interceptor.Instant, sojourn time.Duration, last bool) bool {
+func (c *codel) standing(now interceptor.Instant, sojourn time.Duration, behind int) bool {
 	switch {
-	case sojourn < c.target || last:
+	case sojourn < c.target || behind <= 1:
 		c.above = 0
 	case c.above == 0:
 		c.above = now.Add(c.interval)

@@ -25,9 +25,10 @@ import (
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/limit"
 )
 
-func limit(t testing.TB, cfg concurrency.Config, opts ...concurrency.Option) *concurrency.Layer {
+func newLayer(t testing.TB, cfg concurrency.Config, opts ...concurrency.Option) *concurrency.Layer {
 	t.Helper()
 	l, err := concurrency.New(cfg, opts...)
 	if err != nil {
@@ -38,7 +39,7 @@ func limit(t testing.TB, cfg concurrency.Config, opts ...concurrency.Option) *co
 
 func fixed(t testing.TB, n int64) *concurrency.Layer {
 	t.Helper()
-	return limit(t, concurrency.Config{Limit: n})
+	return newLayer(t, concurrency.Config{Limit: n})
 }
 
 func atRest(l *concurrency.Layer) error {
@@ -235,7 +236,7 @@ func TestRefusalOfCallThatMayNotWait(t *testing.T) {
 
 func TestMaxWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 1, MaxWait: 300 * time.Millisecond})
+		l := newLayer(t, concurrency.Config{Limit: 1, MaxWait: 300 * time.Millisecond})
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		calltest.Expect(t, calltest.Burst(c, 2), calltest.OK(time.Second), calltest.Refused(300*time.Millisecond, interceptor.ReasonConcurrency))
 		calltest.Expect(t, calltest.Burst(c, 2, interceptor.WithWait(interceptor.For(100*time.Millisecond))),
@@ -297,7 +298,7 @@ func TestQueueOrder(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				tc.cfg.Limit = 1
-				if got := order(t, limit(t, tc.cfg, tc.opts...), tc.calls...); !slices.Equal(got, tc.want) {
+				if got := order(t, newLayer(t, tc.cfg, tc.opts...), tc.calls...); !slices.Equal(got, tc.want) {
 					t.Errorf("admitted %v, want %v", got, tc.want)
 				}
 			})
@@ -307,10 +308,10 @@ func TestQueueOrder(t *testing.T) {
 
 func TestQueueFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 1, MaxWaiters: 1})
+		l := newLayer(t, concurrency.Config{Limit: 1, MaxWaiters: 1})
 		calltest.Expect(t, calltest.Burst(calltest.Stack(t, l).Wrap(calltest.Takes(time.Second)), 3),
 			calltest.OK(time.Second), calltest.OK(2*time.Second), calltest.Refused(0, interceptor.ReasonQueueFull))
-		l = limit(t, concurrency.Config{Limit: 1, MaxWaiters: 1, Discipline: concurrency.LIFO})
+		l = newLayer(t, concurrency.Config{Limit: 1, MaxWaiters: 1, Discipline: concurrency.LIFO})
 		calltest.Expect(t, calltest.Burst(calltest.Stack(t, l).Wrap(calltest.Takes(time.Second)), 3),
 			calltest.OK(time.Second), calltest.Refused(0, interceptor.ReasonQueueFull), calltest.OK(2*time.Second))
 	})
@@ -321,7 +322,7 @@ func TestQueueFull(t *testing.T) {
 func TestCoDelStandingQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := concurrency.Config{Limit: 1, Discipline: concurrency.CoDel, CoDelTarget: 20 * time.Millisecond, CoDelInterval: 100 * time.Millisecond}
-		c := calltest.Stack(t, limit(t, cfg)).Wrap(calltest.Takes(10 * time.Millisecond))
+		c := calltest.Stack(t, newLayer(t, cfg)).Wrap(calltest.Takes(10 * time.Millisecond))
 		for i, e := range calltest.Burst(c, 10) { // A burst that is over within the interval.
 			if e.Reason != "" {
 				t.Errorf("call %d of a burst was refused: %v", i, e)
@@ -342,7 +343,7 @@ func TestCoDelStandingQueue(t *testing.T) {
 		}
 		fifo := cfg
 		fifo.Discipline = concurrency.FIFO
-		for i, e := range calltest.Burst(calltest.Stack(t, limit(t, fifo)).Wrap(calltest.Takes(10*time.Millisecond)), 200) {
+		for i, e := range calltest.Burst(calltest.Stack(t, newLayer(t, fifo)).Wrap(calltest.Takes(10*time.Millisecond)), 200) {
 			if want := calltest.OK(time.Duration(i+1) * 10 * time.Millisecond); e != want {
 				t.Errorf("call %d of a FIFO queue ended as %v, want %v", i, e, want)
 			}
@@ -361,7 +362,7 @@ func costs(n int64) context.Context { return context.WithValue(context.Backgroun
 
 func TestCostIsNotOvertaken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 4}, concurrency.WithCost(costOf))
+		l := newLayer(t, concurrency.Config{Limit: 4}, concurrency.WithCost(costOf))
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		start := time.Now()
 		at := func(done <-chan error) time.Duration {
@@ -392,7 +393,7 @@ func TestCostIsNotOvertaken(t *testing.T) {
 
 func TestCostAboveLimitRunsAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 2}, concurrency.WithCost(costOf))
+		l := newLayer(t, concurrency.Config{Limit: 2}, concurrency.WithCost(costOf))
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		start := time.Now()
 		small := invoke(costs(1), c)
@@ -412,7 +413,7 @@ func TestCostAboveLimitRunsAlone(t *testing.T) {
 
 func TestCostWaiterGivesUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 2}, concurrency.WithCost(costOf))
+		l := newLayer(t, concurrency.Config{Limit: 2}, concurrency.WithCost(costOf))
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		start := time.Now()
 		first := invoke(costs(1), c)
@@ -461,7 +462,7 @@ func TestSetLimitWhileCallsRun(t *testing.T) {
 func TestUpdate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := concurrency.Config{Limit: 1}
-		l := limit(t, cfg)
+		l := newLayer(t, cfg)
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 		ends := calltest.Begin(c, 4)
 		bad := concurrency.Config{Limit: 50, MaxWaiters: -1}
@@ -469,7 +470,7 @@ func TestUpdate(t *testing.T) {
 			t.Errorf("Update(%+v) = %v, and the layer has %+v with limit %d; want an error and no change", bad, err, l.Config(), l.Limit())
 		}
 		// An algorithm that is not valid, along with rules that are.
-		if err := l.Update(concurrency.Config{AIMD: &concurrency.AIMDConfig{Min: 9, Max: 3}, Discipline: concurrency.LIFO}); err == nil || l.Config().Discipline != concurrency.FIFO {
+		if err := l.Update(concurrency.Config{AIMD: &limit.AIMDConfig{Min: 9, Max: 3}, Discipline: concurrency.LIFO}); err == nil || l.Config().Discipline != concurrency.FIFO {
 			t.Errorf("Update with a bad algorithm = %v, Config() = %+v", err, l.Config())
 		}
 		if err := l.Update(concurrency.Config{Limit: 1, Discipline: concurrency.LIFO, MaxWaiters: 1}); err != nil {
@@ -561,14 +562,14 @@ func TestConfigErrors(t *testing.T) {
 		opts []concurrency.Option
 		want string
 	}{
-		{cfg{AIMD: &concurrency.AIMDConfig{}, Auto: &concurrency.AutoConfig{}}, nil, "AIMD is &{"},
-		{cfg{Auto: &concurrency.AutoConfig{Min: -1}}, nil, "Auto.Min is -1"},
-		{cfg{Auto: &concurrency.AutoConfig{Initial: 5, Max: 4}}, nil, "Auto.Initial is 5, must be from Min, 1, to Max, 4"},
-		{cfg{Limit: 1, Vegas: &concurrency.VegasConfig{}}, nil, "Vegas is &{"},
+		{cfg{AIMD: &limit.AIMDConfig{}, Auto: &limit.AutoConfig{}}, nil, "AIMD is &{"},
+		{cfg{Auto: &limit.AutoConfig{Min: -1}}, nil, "Auto.Min is -1"},
+		{cfg{Auto: &limit.AutoConfig{Initial: 5, Max: 4}}, nil, "Auto.Initial is 5, must be from Min, 1, to Max, 4"},
+		{cfg{Limit: 1, Vegas: &limit.VegasConfig{}}, nil, "Vegas is &{"},
 		{cfg{Limit: -1}, nil, "Limit is -1, must be from 1"},
 		{cfg{Limit: 1 << 40}, nil, "Limit is 1099511627776, must be from 1 to 2147483647"},
 		{cfg{Limit: 1}, []concurrency.Option{concurrency.WithName("")}, `WithName is ""`},
-		{cfg{Limit: 1}, []concurrency.Option{concurrency.WithAlgorithm(new(concurrency.AIMD))}, "Limit is 1, must not be set if WithAlgorithm"},
+		{cfg{Limit: 1}, []concurrency.Option{concurrency.WithAlgorithm(new(limit.AIMD))}, "Limit is 1, must not be set if WithAlgorithm"},
 		{cfg{Limit: 1, Discipline: 7}, nil, "Discipline is Discipline(7)"},
 		{cfg{Limit: 1, MaxWaiters: -2}, nil, "MaxWaiters is -2"},
 		{cfg{Limit: 1, MaxWait: -time.Second}, nil, "MaxWait is -1s"},
@@ -576,23 +577,23 @@ func TestConfigErrors(t *testing.T) {
 		{cfg{Limit: 1, CoDelInterval: -1}, nil, "CoDelInterval is -1ns"},
 		{cfg{Limit: 1, DropCodes: []codes.Code{codes.Internal, codes.OK}}, nil, "DropCodes[1] is OK"},
 		{cfg{Limit: 1, DropCodes: []codes.Code{77}}, nil, "DropCodes[0] is Code(77)"},
-		{cfg{AIMD: &concurrency.AIMDConfig{Min: -1}}, nil, "AIMD.Min is -1"},
-		{cfg{AIMD: &concurrency.AIMDConfig{Min: 5, Max: 4}}, nil, "AIMD.Max is 4, must be from Min, 5"},
-		{cfg{AIMD: &concurrency.AIMDConfig{Initial: 5000}}, nil, "AIMD.Initial is 5000, must be from Min, 1, to Max, 1000"},
-		{cfg{AIMD: &concurrency.AIMDConfig{BackoffRatio: 1}}, nil, "AIMD.BackoffRatio is 1, must be from 0.5 to 0.99"},
-		{cfg{AIMD: &concurrency.AIMDConfig{Increase: -1}}, nil, "AIMD.Increase is -1"},
-		{cfg{AIMD: &concurrency.AIMDConfig{Timeout: -1}}, nil, "AIMD.Timeout is -1ns"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{Smoothing: 2}}, nil, "Gradient2.Smoothing is 2"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{Tolerance: 0.5}}, nil, "Gradient2.Tolerance is 0.5"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{QueueSize: -1}}, nil, "Gradient2.QueueSize is -1"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{LongWindow: 3}}, nil, "Gradient2.LongWindow is 3"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{BackoffRatio: 0.1}}, nil, "Gradient2.BackoffRatio is 0.1"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{Window: -1}}, nil, "Gradient2.Window is -1ns"},
-		{cfg{Gradient2: &concurrency.Gradient2Config{Max: -7}}, nil, "Gradient2.Max is -7"},
-		{cfg{Vegas: &concurrency.VegasConfig{WindowSamples: -1}}, nil, "Vegas.WindowSamples is -1"},
-		{cfg{Vegas: &concurrency.VegasConfig{ProbeWindows: 1}}, nil, "Vegas.ProbeWindows is 1"},
-		{cfg{Vegas: &concurrency.VegasConfig{Smoothing: -0.1}}, nil, "Vegas.Smoothing is -0.1"},
-		{cfg{Vegas: &concurrency.VegasConfig{Initial: -3}}, nil, "Vegas.Initial is -3"},
+		{cfg{AIMD: &limit.AIMDConfig{Min: -1}}, nil, "AIMD.Min is -1"},
+		{cfg{AIMD: &limit.AIMDConfig{Min: 5, Max: 4}}, nil, "AIMD.Max is 4, must be from Min, 5"},
+		{cfg{AIMD: &limit.AIMDConfig{Initial: 5000}}, nil, "AIMD.Initial is 5000, must be from Min, 1, to Max, 1000"},
+		{cfg{AIMD: &limit.AIMDConfig{BackoffRatio: 1}}, nil, "AIMD.BackoffRatio is 1, must be from 0.5 to 0.99"},
+		{cfg{AIMD: &limit.AIMDConfig{Increase: -1}}, nil, "AIMD.Increase is -1"},
+		{cfg{AIMD: &limit.AIMDConfig{Timeout: -1}}, nil, "AIMD.Timeout is -1ns"},
+		{cfg{Gradient2: &limit.Gradient2Config{Smoothing: 2}}, nil, "Gradient2.Smoothing is 2"},
+		{cfg{Gradient2: &limit.Gradient2Config{Tolerance: 0.5}}, nil, "Gradient2.Tolerance is 0.5"},
+		{cfg{Gradient2: &limit.Gradient2Config{QueueSize: -1}}, nil, "Gradient2.QueueSize is -1"},
+		{cfg{Gradient2: &limit.Gradient2Config{LongWindow: 3}}, nil, "Gradient2.LongWindow is 3"},
+		{cfg{Gradient2: &limit.Gradient2Config{BackoffRatio: 0.1}}, nil, "Gradient2.BackoffRatio is 0.1"},
+		{cfg{Gradient2: &limit.Gradient2Config{Window: -1}}, nil, "Gradient2.Window is -1ns"},
+		{cfg{Gradient2: &limit.Gradient2Config{Max: -7}}, nil, "Gradient2.Max is -7"},
+		{cfg{Vegas: &limit.VegasConfig{WindowSamples: -1}}, nil, "Vegas.WindowSamples is -1"},
+		{cfg{Vegas: &limit.VegasConfig{ProbeWindows: 1}}, nil, "Vegas.ProbeWindows is 1"},
+		{cfg{Vegas: &limit.VegasConfig{Smoothing: -0.1}}, nil, "Vegas.Smoothing is -0.1"},
+		{cfg{Vegas: &limit.VegasConfig{Initial: -3}}, nil, "Vegas.Initial is -3"},
 	} {
 		_, err := concurrency.New(tc.cfg, tc.opts...)
 		if err == nil || !strings.HasPrefix(err.Error(), "concurrency: ") || !strings.Contains(err.Error(), tc.want) {
@@ -611,7 +612,7 @@ func TestConfigErrors(t *testing.T) {
 			t.Errorf("SetLimit(%d) = %v, limit %d; want an error and 5", n, err, l.Limit())
 		}
 	}
-	if err := limit(t, concurrency.Config{AIMD: &concurrency.AIMDConfig{}}).SetLimit(3); err == nil || !strings.Contains(err.Error(), "AIMD") {
+	if err := newLayer(t, concurrency.Config{AIMD: &limit.AIMDConfig{}}).SetLimit(3); err == nil || !strings.Contains(err.Error(), "AIMD") {
 		t.Errorf("SetLimit of an adaptive limit = %v, want an error that names the algorithm", err)
 	}
 }
@@ -627,7 +628,7 @@ func (o *observer) add(format string, args ...any) {
 	defer o.mu.Unlock()
 	o.events = append(o.events, fmt.Sprintf(format, args...))
 }
-func (o *observer) Limit(layer string, n float64) { o.add("limit %s %v", layer, n) }
+func (o *observer) Limit(l interceptor.LimitState) { o.add("limit %s%s %v", l.Layer, l.Key, l.Limit) }
 func (o *observer) Waited(_, layer string, d time.Duration) {
 	o.add("waited %s %v", layer, d)
 }
@@ -636,7 +637,7 @@ func (o *observer) Refused(_, layer string, r interceptor.Reason) { o.add("refus
 func TestObserver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		obs := &observer{}
-		l := limit(t, concurrency.Config{Limit: 1}, concurrency.WithName("orders"))
+		l := newLayer(t, concurrency.Config{Limit: 1}, concurrency.WithName("orders"))
 		c := calltest.Stack(t, interceptor.Observe(obs), l).Wrap(calltest.Takes(time.Second))
 		calltest.Burst(c, 2)
 		calltest.Burst(c, 2, interceptor.WithWait(interceptor.None))
@@ -668,22 +669,24 @@ func TestDrainWakesWaiters(t *testing.T) {
 // RFC 8289 forgets a standing queue when it is empty, however it became so.
 func TestCoDelQueueEmptiedByCancellation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 1, Discipline: concurrency.CoDel})
+		l := newLayer(t, concurrency.Config{Limit: 1, Discipline: concurrency.CoDel})
 		s := calltest.Stack(t, l)
 		slow := s.Wrap(calltest.Takes(20 * time.Millisecond))
 		ends := calltest.Begin(slow, 2) // The second waits for longer than the target,
 		ctx, cancel := context.WithCancel(context.Background())
-		third := invoke(ctx, slow) // and at its grant another one waits,
+		third, fourth := invoke(ctx, slow), invoke(ctx, slow) // and at its grant two others wait,
 		time.Sleep(25 * time.Millisecond)
-		cancel() // which gives up.
-		if err := <-third; calltest.Reason(err) != interceptor.ReasonCancelled {
-			t.Errorf("got %v, want CANCELLED", err)
+		cancel() // which give up.
+		for _, gone := range []<-chan error{third, fourth} {
+			if err := <-gone; calltest.Reason(err) != interceptor.ReasonCancelled {
+				t.Errorf("got %v, want CANCELLED", err)
+			}
 		}
 		ends()
 		time.Sleep(time.Hour)
 		// No queue has been standing for 100 ms.
-		calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(6*time.Millisecond)), 3),
-			calltest.OK(6*time.Millisecond), calltest.OK(12*time.Millisecond), calltest.OK(18*time.Millisecond))
+		calltest.Expect(t, calltest.Burst(s.Wrap(calltest.Takes(6*time.Millisecond)), 4),
+			calltest.OK(6*time.Millisecond), calltest.OK(12*time.Millisecond), calltest.OK(18*time.Millisecond), calltest.OK(24*time.Millisecond))
 		checkRest(t, l)
 	})
 }
@@ -701,7 +704,7 @@ func TestRefusalTexts(t *testing.T) {
 	}{
 		{"may_not_wait", concurrency.Config{Limit: 1}, none,
 			[]string{what + "CONCURRENCY: no permit is free (limit 1)", what + "CONCURRENCY: no permit is free (limit 1)", what + "CONCURRENCY: no permit is free (limit 1)"}},
-		{"adaptive", concurrency.Config{AIMD: &concurrency.AIMDConfig{Initial: 1}}, none,
+		{"adaptive", concurrency.Config{AIMD: &limit.AIMDConfig{Initial: 1}}, none,
 			[]string{what + "CONCURRENCY: no permit is free", what + "CONCURRENCY: no permit is free", what + "CONCURRENCY: no permit is free"}},
 		{"queue_full", concurrency.Config{Limit: 1, MaxWaiters: 1}, forever,
 			[]string{what + "QUEUE_FULL: evicted from the wait queue by a call that goes first (limit 1)", what + "QUEUE_FULL: wait queue is full (1 waiting, limit 1)"}},
@@ -712,7 +715,7 @@ func TestRefusalTexts(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				l := limit(t, tc.cfg, concurrency.WithName("orders"))
+				l := newLayer(t, tc.cfg, concurrency.WithName("orders"))
 				c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Hour))
 				var got []string
 				var mu sync.Mutex
@@ -756,11 +759,11 @@ func TestKeys(t *testing.T) {
 	none := interceptor.WithWait(interceptor.None)
 	t.Run("each_has_a_limit", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			l := limit(t, concurrency.Config{Limit: 1, KeyBy: keyBy})
+			l := newLayer(t, concurrency.Config{Limit: 1, KeyBy: keyBy})
 			c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 			a1, a2, b := invoke(tenant("a"), c), invoke(tenant("a"), c), invoke(tenant("b"), c)
 			synctest.Wait()
-			if got, want := l.Stats("a"), (concurrency.Stats{Limit: 1, InUse: 1, Waiting: 1}); got != want {
+			if got, want := l.Stats("a"), (interceptor.LimitState{Layer: "concurrency", Key: "a", Limit: 1, InUse: 1, Waiting: 1}); got != want {
 				t.Errorf("stats of a: %+v, want %+v", got, want)
 			}
 			if l.InUse() != 2 || l.Waiting() != 1 || l.Limit() != 1 {
@@ -780,7 +783,7 @@ func TestKeys(t *testing.T) {
 	})
 	t.Run("too_many_share_one", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			l := limit(t, concurrency.Config{Limit: 1, KeyBy: keyBy, MaxKeys: 2})
+			l := newLayer(t, concurrency.Config{Limit: 1, KeyBy: keyBy, MaxKeys: 2})
 			c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 			var dones []<-chan error
 			for _, name := range []string{"a", "b", "c"} {
@@ -800,7 +803,7 @@ func TestKeys(t *testing.T) {
 			// Those that have no call make room.
 			e, f := invoke(tenant("e"), c), invoke(tenant("f"), c)
 			synctest.Wait()
-			if l.Stats("e").InUse != 1 || l.Stats("f").InUse != 1 || l.Stats("a") != (concurrency.Stats{}) {
+			if l.Stats("e").InUse != 1 || l.Stats("f").InUse != 1 || l.Stats("a") != (interceptor.LimitState{}) {
 				t.Errorf("stats of e %+v, f %+v, a %+v; want limits of their own, and none", l.Stats("e"), l.Stats("f"), l.Stats("a"))
 			}
 			<-e
@@ -810,7 +813,7 @@ func TestKeys(t *testing.T) {
 	})
 	t.Run("set_limit_and_update_change_all", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			l := limit(t, concurrency.Config{Limit: 1, KeyBy: keyBy})
+			l := newLayer(t, concurrency.Config{Limit: 1, KeyBy: keyBy})
 			c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
 			all := func(n int) {
 				t.Helper()
@@ -837,7 +840,7 @@ func TestKeys(t *testing.T) {
 				t.Fatal(err)
 			}
 			all(2)
-			if err := l.Update(concurrency.Config{AIMD: &concurrency.AIMDConfig{}, KeyBy: keyBy}); err != nil {
+			if err := l.Update(concurrency.Config{AIMD: &limit.AIMDConfig{}, KeyBy: keyBy}); err != nil {
 				t.Fatal(err)
 			}
 			if got := l.Stats("a").Limit; got != 2 {
@@ -849,7 +852,7 @@ func TestKeys(t *testing.T) {
 	})
 	t.Run("what_an_algorithm_has_learnt_is_kept_for_a_minute", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			l := limit(t, concurrency.Config{AIMD: &concurrency.AIMDConfig{}, KeyBy: keyBy, MaxKeys: 1})
+			l := newLayer(t, concurrency.Config{AIMD: &limit.AIMDConfig{}, KeyBy: keyBy, MaxKeys: 1})
 			s := calltest.Stack(t, l)
 			down := s.Wrap(calltest.Server(func(context.Context) error { return status.Error(codes.Unavailable, "") }))
 			<-invoke(tenant("a"), down)
@@ -870,7 +873,7 @@ func TestKeys(t *testing.T) {
 		})
 	})
 	t.Run("concurrently", func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 2, KeyBy: keyBy, MaxKeys: 5})
+		l := newLayer(t, concurrency.Config{Limit: 2, KeyBy: keyBy, MaxKeys: 5})
 		c := calltest.Stack(t, l).Wrap(calltest.Takes(0))
 		var wg sync.WaitGroup
 		for i := range 8 {
@@ -893,11 +896,11 @@ func TestConformance(t *testing.T) {
 		"priority":  {Limit: 20, MaxWaiters: 100, Discipline: concurrency.LIFO},
 		"keys":      {Limit: 20, KeyBy: interceptor.KeyBy{Method: true}, MaxKeys: 3},
 		"codel":     {Limit: 20, MaxWait: time.Second, Discipline: concurrency.CoDel},
-		"gradient2": {Gradient2: &concurrency.Gradient2Config{WindowSamples: 1, Window: 1}, SampleStreams: true},
+		"gradient2": {Gradient2: &limit.Gradient2Config{WindowSamples: 1, Window: 1}, SampleStreams: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			layertest.Run(t, func() (interceptor.Spec, func() error) {
-				l := limit(t, cfg)
+				l := newLayer(t, cfg)
 				return l, func() error { return atRest(l) }
 			})
 		})
@@ -908,7 +911,7 @@ func TestConformance(t *testing.T) {
 // without a break, and then who came last, until nobody waits.
 func TestQueueAdaptive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := limit(t, concurrency.Config{Limit: 1, Discipline: concurrency.Adaptive, CoDelInterval: time.Second})
+		l := newLayer(t, concurrency.Config{Limit: 1, Discipline: concurrency.Adaptive, CoDelInterval: time.Second})
 		type name struct{}
 		var sent []int
 		c := calltest.Stack(t, l).Wrap(calltest.Server(func(ctx context.Context) error {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/waitlist"
+	"github.com/belfry-go/belfry/limit"
 )
 
 // limiter is one limit with its queue and its algorithm: a Layer has one, or one for
@@ -22,15 +23,17 @@ type limiter struct {
 
 	permits  permits
 	reserve  reserve
+	heavy    heavy
 	refusals atomic.Pointer[refusals]
-	observed atomic.Int64            // The limit that an observer was last told.
-	limited  atomic.Bool             // A call was refused, or had to wait, for want of a permit since the last sample.
-	starter  atomic.Pointer[Starter] // The algorithm, nil if it is no Starter.
+	observed atomic.Int64                  // The limit that an observer was last told.
+	limited  atomic.Bool                   // A call was refused, or had to wait, for want of a permit since the last sample.
+	starter  atomic.Pointer[limit.Starter] // The algorithm, nil if it is no Starter.
 
 	// mu guards algorithm and what it points to, and orders changes of the limit.
 	// permits.mu is taken under it.
 	mu        sync.Mutex
-	algorithm Limit // Nil for a fixed limit.
+	algorithm limit.Algorithm // Nil for a fixed limit.
+	last      limit.Sample    // What it learnt last.
 }
 
 // refusals are the refusals of one configuration. Each is made when it is first needed.
@@ -58,14 +61,14 @@ func (lim *limiter) configure(set *settings) error {
 	}
 	lim.algorithm = algorithm
 	lim.starter.Store(nil)
-	if s, ok := algorithm.(Starter); ok {
+	if s, ok := algorithm.(limit.Starter); ok {
 		lim.starter.Store(&s)
 	}
-	limit := set.limit
+	n := set.limit
 	if algorithm != nil {
-		limit = limitOf(algorithm)
+		n = limitOf(algorithm)
 	}
-	lim.permits.configure(limit, set.config.Discipline, set.config.MaxWaiters, set.target, set.interval)
+	lim.permits.configure(n, set.config.Discipline, set.config.MaxWaiters, set.target, set.interval)
 	lim.refusals.Store(set.refusals())
 	return nil
 }
@@ -73,47 +76,47 @@ func (lim *limiter) configure(set *settings) error {
 // choose returns the algorithm that cfg asks for, nil for a fixed limit. If the current
 // one is of the same kind it is reconfigured. A new one starts at the current limit, if
 // there is one.
-func (lim *limiter) choose(cfg Config) (Limit, error) {
+func (lim *limiter) choose(cfg Config) (limit.Algorithm, error) {
 	var next interface {
-		Limit
-		start(limit float64)
+		limit.Algorithm
+		SetLimit(n int64)
 	}
 	var err error
 	switch before := lim.algorithm; {
 	case lim.layer.custom != nil:
 		return lim.layer.custom, nil
 	case cfg.AIMD != nil:
-		if a, ok := before.(*AIMD); ok {
+		if a, ok := before.(*limit.AIMD); ok {
 			return a, a.Update(*cfg.AIMD)
 		}
-		next, err = NewAIMD(*cfg.AIMD)
+		next, err = limit.NewAIMD(*cfg.AIMD)
 	case cfg.Gradient2 != nil:
-		if g, ok := before.(*Gradient2); ok {
+		if g, ok := before.(*limit.Gradient2); ok {
 			return g, g.Update(*cfg.Gradient2)
 		}
-		next, err = NewGradient2(*cfg.Gradient2)
+		next, err = limit.NewGradient2(*cfg.Gradient2)
 	case cfg.Vegas != nil:
-		if v, ok := before.(*Vegas); ok {
+		if v, ok := before.(*limit.Vegas); ok {
 			return v, v.Update(*cfg.Vegas)
 		}
-		next, err = NewVegas(*cfg.Vegas)
+		next, err = limit.NewVegas(*cfg.Vegas)
 	case cfg.Limit > 0:
 		return nil, nil
 	default:
-		auto := AutoConfig{}
+		auto := limit.AutoConfig{}
 		if cfg.Auto != nil {
 			auto = *cfg.Auto
 		}
-		if a, ok := before.(*Auto); ok {
+		if a, ok := before.(*limit.Auto); ok {
 			return a, a.Update(auto)
 		}
-		next, err = NewAuto(auto)
+		next, err = limit.NewAuto(auto)
 	}
 	if err != nil {
 		return nil, err
 	}
 	if n := lim.permits.limit.Load(); n > 0 {
-		next.start(float64(n))
+		next.SetLimit(n)
 	}
 	return next, nil
 }
@@ -164,7 +167,7 @@ func (lim *limiter) acquire(ctx context.Context, a *interceptor.Admission, w int
 	p, in := &lim.permits, a.Internals()
 	slot := in.Slot()
 	final := w == interceptor.None && !in.Trying()
-	if final && lim.reserve.active.Load() {
+	if final && (lim.reserve.active.Load() || lim.heavy.active.Load()) {
 		return lim.acquireReserving(ctx, a, cost, slot)
 	}
 	inUse, ok := int64(0), false
@@ -181,7 +184,11 @@ func (lim *limiter) acquire(ctx context.Context, a *interceptor.Admission, w int
 	}
 	lim.holdBack()
 	if final {
-		lim.reserve.refused(lim.layer.priority(ctx, a), inUse, p.limit.Load(), a.Now)
+		priority := lim.layer.priority(ctx, a)
+		lim.reserve.refused(priority, inUse, p.limit.Load(), a.Now)
+		if cost > 1 {
+			lim.heavy.arrived(cost, priority, false, a.Now())
+		}
 	}
 	return 0, lim.refuse(noneFree)
 }
@@ -194,24 +201,40 @@ func (lim *limiter) holdBack() {
 }
 
 // acquireReserving takes permits for a call that may not wait, where some are kept
-// for higher priorities.
+// for higher priorities or for heavier calls.
 func (lim *limiter) acquireReserving(ctx context.Context, a *interceptor.Admission, cost int64, slot interceptor.Slot) (level int64, err error) {
 	p, rank := &lim.permits, lim.layer.rank(ctx, a)
-	limit := p.limit.Load()
-	keep := min(lim.reserve.against(rank.Priority, a.Now()), limit-1)
-	ok, inUse := false, p.inUse()
-	if slot == nil {
-		inUse, ok = p.take(cost, keep)
+	n, now := p.limit.Load(), a.Now()
+	keep, owed, weighs := int64(0), int64(0), lim.heavy.active.Load()
+	if lim.reserve.active.Load() {
+		keep = min(lim.reserve.against(rank.Priority, now), n-1)
 	}
-	if ok || p.fits(cost, keep, inUse) && p.takeLocked(cost, keep, rank, slot) {
-		return lim.reserve.admitted(rank.Priority, cost, a.Now()), nil
+	if weighs {
+		owed = lim.heavy.against(cost, rank.Priority, now)
+	}
+	ok, inUse := false, p.inUse()
+	if owed < n { // Otherwise a heavy call waits until nothing else runs.
+		keep := max(keep, owed)
+		if slot == nil {
+			inUse, ok = p.take(cost, keep)
+		}
+		ok = ok || p.fits(cost, keep, inUse) && p.takeLocked(cost, keep, rank, slot)
+	}
+	if weighs {
+		lim.heavy.arrived(cost, rank.Priority, ok, now)
+	}
+	if ok {
+		return lim.reserve.admitted(rank.Priority, cost, now), nil
 	}
 	lim.holdBack()
-	lim.reserve.refused(rank.Priority, inUse, limit, a.Now)
-	if p.fits(cost, 0, inUse) {
-		return 0, lim.refuse(reserved)
+	lim.reserve.refused(rank.Priority, inUse, n, a.Now)
+	switch {
+	case !p.fits(cost, 0, inUse):
+		return 0, lim.refuse(noneFree)
+	case p.fits(cost, keep, inUse):
+		return 0, lim.refuse(owedToHeavy)
 	}
-	return 0, lim.refuse(noneFree)
+	return 0, lim.refuse(reserved)
 }
 
 // wait waits for permits.
@@ -297,6 +320,8 @@ func (rs *refusals) text(why refused) string {
 		text = "no permit is free"
 	case reserved:
 		text = "the free permits are kept for higher priorities"
+	case owedToHeavy:
+		text = "the free permits are kept for a call that costs more"
 	}
 	if rs.limit >= 0 {
 		if detail != "" {
@@ -317,7 +342,7 @@ const (
 	levelBits  = 1
 	levelMask  = 7
 	markShift  = 4
-	tokenShift = markShift + markBits
+	tokenShift = markShift + 4 // limit.MaxMark has as many bits.
 )
 
 // hold leaves the permits on the call.
@@ -327,7 +352,7 @@ func (lim *limiter) hold(a *interceptor.Admission, cost, level int64, set *setti
 		a.Timed()
 		token |= sampled
 		if s := lim.starter.Load(); s != nil {
-			token |= int64((*s).OnStart()&maxMark) << markShift
+			token |= int64((*s).OnStart()&limit.MaxMark) << markShift
 		}
 	}
 	a.Hold(lim, token)
@@ -353,21 +378,21 @@ func (lim *limiter) Release(token int64, e interceptor.End) {
 
 // sample tells the algorithm how a call has ended.
 func (lim *limiter) sample(token int64, e interceptor.End) {
-	s := Sample{RTT: e.Took(), Result: Void, Mark: uint8(token >> markShift & maxMark)}
+	s := limit.Sample{RTT: e.Took(), Result: limit.Void, Mark: uint8(token >> markShift & limit.MaxMark)}
 	if s.RTT > 0 {
-		s.Start = e.SentAt()
+		s.Start = limit.Instant(e.SentAt())
 		switch e.Outcome {
 		case interceptor.OK:
-			s.Result = Succeeded
+			s.Result = limit.Succeeded
 		case interceptor.Ignored:
-			s.Result = GivenUp
+			s.Result = limit.GivenUp
 		case interceptor.Failed:
 			if lim.layer.settings.Load().drops.Has(e.Code()) {
-				s.Result = Dropped
+				s.Result = limit.Dropped
 			}
 		}
 	}
-	if s.Result == Void && s.Mark == 0 {
+	if s.Result == limit.Void && s.Mark == 0 {
 		return
 	}
 	s.Limited = lim.limited.Load() && lim.limited.Swap(false)
@@ -378,21 +403,37 @@ func (lim *limiter) sample(token int64, e interceptor.End) {
 	}
 	s.InFlight = lim.permits.inUse()
 	lim.algorithm.OnSample(s)
+	lim.last = s
 	if n := limitOf(lim.algorithm); n != lim.permits.limit.Load() {
 		lim.permits.setLimit(n)
 	}
 }
 
 // limitOf returns a's limit, within what the layer can enforce.
-func limitOf(a Limit) int64 { return min(max(a.Limit(), 1), maxLimit) }
+func limitOf(a limit.Algorithm) int64 { return min(max(a.Limit(), 1), maxLimit) }
+
+// state returns what the limit does and thinks.
+func (lim *limiter) state() interceptor.LimitState {
+	lim.mu.Lock()
+	defer lim.mu.Unlock()
+	l := lim.layer
+	st := interceptor.LimitState{Layer: l.name, Key: lim.key, ByMethod: l.settings.Load().config.KeyBy.Method, Last: lim.last}
+	st.Limit, st.InUse, st.Waiting = lim.permits.read()
+	if e, ok := lim.algorithm.(limit.Explainer); ok {
+		st.State = e.Explain()
+	}
+	return st
+}
 
 // observe reports a changed limit to the observer of a call. Limits change at the end of
-// calls, where there is no observer, so the next call reports it. The limits of keys are
-// not reported, because an observer knows one limit per layer.
+// calls, where there is no observer, so the next call reports it.
 func (lim *limiter) observe(a *interceptor.Admission) {
+	if !a.Internals().Observed() {
+		return
+	}
 	n := lim.permits.limit.Load()
-	if was := lim.observed.Load(); was != n && lim.layer.keys == nil && lim.observed.CompareAndSwap(was, n) {
-		a.Observer().Limit(lim.layer.name, float64(n))
+	if was := lim.observed.Load(); was != n && lim.observed.CompareAndSwap(was, n) {
+		a.Observer().Limit(lim.state())
 	}
 }
 

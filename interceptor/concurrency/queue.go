@@ -63,6 +63,7 @@ const (
 	maxWaitOver          // The layer's own MaxWait has ended.
 	noneFree             // The call may not wait.
 	reserved             // The call may not wait, and what is free is for higher priorities.
+	owedToHeavy          // The call may not wait, and what is free is for a heavier call.
 	refusedCount         // How many there are.
 )
 
@@ -226,7 +227,7 @@ func (p *permits) grantLocked() {
 			if now == 0 {
 				now = interceptor.Now()
 			}
-			if p.codel.drop(now, now.Sub(w.since), p.calls.Len() == 1) {
+			if p.codel.drop(now, now.Sub(w.since), p.calls.Len()-1) {
 				why = delayed
 			}
 		}

@@ -204,7 +204,7 @@ func TestCoDelsControlLaw(t *testing.T) {
 	c := codel{target: 5 * time.Millisecond, interval: 100 * time.Millisecond}
 	var drops []interceptor.Instant
 	for now := ms; now <= 400*ms; now += ms {
-		if c.drop(now, 6*time.Millisecond, false) {
+		if c.drop(now, 6*time.Millisecond, 2) {
 			drops = append(drops, now/ms)
 		}
 	}
@@ -219,11 +219,12 @@ func TestCoDelsControlLaw(t *testing.T) {
 			break
 		}
 	}
-	if c.drop(401*ms, 4*time.Millisecond, false) || c.dropping {
+	if c.drop(401*ms, 4*time.Millisecond, 2) || c.dropping {
 		t.Error("refusing goes on below the target")
 	}
-	if c.drop(402*ms, time.Second, true) {
-		t.Error("the last one of a queue was refused")
+	c.above = ms // It has been standing since before.
+	if c.drop(402*ms, time.Second, 1) || c.above != 0 {
+		t.Error("a call was refused that only one other waits behind")
 	}
 }
 

@@ -44,7 +44,7 @@ import (
 )
 
 // patience bounds every wait of the kit. It runs out only if a layer is broken.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 // kinds are the four kinds of call.
 var kinds = []interceptor.Kind{

@@ -18,7 +18,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -28,9 +27,10 @@ import (
 	"github.com/belfry-go/belfry/interceptor/adapt"
 	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 const method = "/s/m"
 
@@ -1228,7 +1228,7 @@ func TestConformance(t *testing.T) {
 			// The end of an abandoned stream is learnt by the stack and by the Maker
 			// each for itself, in no order.
 			var s Stats
-			for began := time.Now(); time.Since(began) < 10*time.Second; runtime.Gosched() {
+			for began := time.Now(); time.Since(began) < time.Minute; runtime.Gosched() {
 				if s = m.Stats(); s.Conns == s.Idle && s.Queued == 0 {
 					return nil
 				}

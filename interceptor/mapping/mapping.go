@@ -23,6 +23,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
+	"github.com/belfry-go/belfry/internal/layercheck"
 )
 
 // Request returns a layer that replaces requests of type M with what f returns: the
@@ -95,7 +96,7 @@ func (l *mapper) String() string                       { return l.name }
 func noFunc(name string) interceptor.Spec {
 	errs := check.Of("mapping")
 	errs.NotNil(true, name, "a function")
-	return errs.Spec()
+	return layercheck.Spec(errs)
 }
 
 func (l *mapper) WrapCall(next interceptor.Next, _ interceptor.Again) interceptor.Next {

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"weak"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
@@ -30,43 +31,48 @@ type Observer struct {
 	calls, admitted, refused, attempts, further, hedgesFired, hedgesWon metric.Int64Counter
 	inFlight                                                            metric.Int64UpDownCounter
 	wait                                                                metric.Float64Histogram
-	budget, limit                                                       metric.Float64Gauge
+	budget                                                              metric.Float64Gauge
+	limits                                                              limitGauges
 
-	// methods are the names that are reported, and known how many there are.
-	methods sync.Map // of string to struct{}
-	known   atomic.Int64
+	methods names // those that are reported
 	// sets has the attributes of each combination that has occurred. Their number
 	// is bounded as that of methods, layers and reasons is.
 	sets sync.Map // of key to *option
 }
 
-// MaxMethods is how many method names an Observer reports. Calls of further ones
-// have the method "other", because a program that passes calls on may be sent any
-// number of names, and each is kept for ever.
+// MaxMethods is how many method names, and as many keys of limits, an Observer reports.
+// Calls of further ones have the method "other", because a program that passes calls on
+// may be sent any number of names, and each is kept for ever.
 const MaxMethods = 1000
 
 // other is reported for methods beyond MaxMethods, as gRPC does for unknown ones.
 const other = "other"
 
-// reported is the name that is reported for a method.
-func (o *Observer) reported(method string) string {
-	if method == other {
+// names are the first MaxMethods names of their kind.
+type names struct {
+	known sync.Map // of string to struct{}
+	n     atomic.Int64
+}
+
+// reported returns what is reported for a name: the name, or other.
+func (ns *names) reported(name string) string {
+	if name == other {
 		return other
 	}
-	if _, ok := o.methods.Load(method); ok {
-		return method
+	if _, ok := ns.known.Load(name); ok {
+		return name
 	}
-	if o.known.Load() >= MaxMethods {
+	if ns.n.Load() >= MaxMethods {
 		return other
 	}
-	if o.known.Add(1) > MaxMethods {
-		o.known.Add(-1)
+	if ns.n.Add(1) > MaxMethods {
+		ns.n.Add(-1)
 		return other
 	}
-	if _, twice := o.methods.LoadOrStore(method, struct{}{}); twice {
-		o.known.Add(-1)
+	if _, twice := ns.known.LoadOrStore(name, struct{}{}); twice {
+		ns.n.Add(-1)
 	}
-	return method
+	return name
 }
 
 // key is one combination of attribute values.
@@ -127,9 +133,7 @@ func New(p metric.MeterProvider) (*Observer, error) {
 	o.budget, err = m.Float64Gauge("belfry.budget.balance", metric.WithUnit("{attempt}"),
 		metric.WithDescription("Further attempts that the budget allows now."))
 	errs = append(errs, err)
-	o.limit, err = m.Float64Gauge("belfry.limit", metric.WithUnit("{call}"),
-		metric.WithDescription("The limit in force."))
-	errs = append(errs, err)
+	errs = append(errs, o.limits.init(m, &o.methods))
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
@@ -142,7 +146,7 @@ func (o *Observer) with(k key) *option {
 		return v.(*option)
 	}
 	if k.method != "" {
-		if m := o.reported(k.method); m != k.method {
+		if m := o.methods.reported(k.method); m != k.method {
 			k.method = m
 			return o.with(k)
 		}
@@ -232,7 +236,5 @@ func (o *Observer) Budget(layer string, balance float64) {
 	o.budget.Record(context.Background(), balance, o.with(key{instrument: gauge, layer: layer}).record...)
 }
 
-// Limit records belfry.limit.
-func (o *Observer) Limit(layer string, limit float64) {
-	o.limit.Record(context.Background(), limit, o.with(key{instrument: gauge, layer: layer}).record...)
-}
+// Observes reports the limits of a stack as long as the stack is in use.
+func (o *Observer) Observes(s *interceptor.Stack) { o.limits.stacks.Store(weak.Make(s), struct{}{}) }

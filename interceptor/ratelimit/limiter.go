@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/layercheck"
 )
 
 // A Limiter decides elsewhere, such as in a store that many processes share. It
@@ -56,8 +57,8 @@ func FromLimiter(limiter Limiter, by interceptor.KeyBy, opts ...Option) intercep
 	o := optionsOf(opts)
 	isNil := limiter == nil || reflect.ValueOf(limiter).Kind() == reflect.Pointer && reflect.ValueOf(limiter).IsNil()
 	o.errs.NotNil(isNil, "FromLimiter.limiter", "a limiter")
-	o.errs.In("FromLimiter").KeyBy("by", by)
-	if wrong := o.errs.Spec(); wrong != nil {
+	layercheck.KeyBy(o.errs.In("FromLimiter"), "by", by)
+	if wrong := layercheck.Spec(o.errs); wrong != nil {
 		return wrong
 	}
 	failed := interceptor.Refuse(o.name, interceptor.ReasonRateLimit, "the limiter cannot decide")

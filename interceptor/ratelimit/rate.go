@@ -10,6 +10,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/internal/layercheck"
 )
 
 // FromRate returns a layer of a limiter of golang.org/x/time/rate, which may be used
@@ -25,7 +26,7 @@ func FromRate(limiter *rate.Limiter, opts ...Option) interceptor.Spec {
 	o := optionsOf(opts)
 	o.errs.NotNil(limiter == nil, "FromRate.limiter", "a limiter")
 	o.notOpen()
-	if wrong := o.errs.Spec(); wrong != nil {
+	if wrong := layercheck.Spec(o.errs); wrong != nil {
 		return wrong
 	}
 	return &rateLayer{queue: newQueue(o.name, "", rateSource{limiter}, o.priority, "no token")}

@@ -13,6 +13,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/keyed"
+	"github.com/belfry-go/belfry/internal/layercheck"
 )
 
 // Algorithm says how tokens come; see the package documentation.
@@ -112,7 +113,7 @@ func (cfg Config) params(errs *check.Errors, old *params) *params {
 		errs.Require(cfg.Algorithm == old.algorithm || cfg.Algorithm > Window, "Algorithm", cfg.Algorithm, "must stay %v: make a new layer", old.algorithm)
 		oldKeyBy = &old.keyBy
 	}
-	check.Keys(errs, cfg.KeyBy, oldKeyBy, &cfg.MaxKeys, nil)
+	layercheck.Keys(errs, cfg.KeyBy, oldKeyBy, &cfg.MaxKeys, nil)
 	p := &params{
 		given: given, limit: cfg.Limit, per: cfg.Per, burst: cfg.Burst, algorithm: cfg.Algorithm,
 		keyBy: cfg.KeyBy, maxKeys: cfg.MaxKeys,

@@ -18,7 +18,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/time/rate"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
@@ -30,10 +29,11 @@ import (
 	"github.com/belfry-go/belfry/interceptor/layertest"
 	"github.com/belfry-go/belfry/internal/retryafter"
 	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/internal/test/race"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 func TestRate(t *testing.T) {
 	t.Run("one_per_100_ms", testRateOnePer100Ms)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
+	"github.com/belfry-go/belfry/internal/jsonfault"
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
@@ -126,10 +127,10 @@ func (b *built) newLayer(m *configv1.Layer, path, name string, opts *options) (*
 	oneof := m.ProtoReflect().Descriptor().Oneofs().ByName("kind")
 	fd := m.ProtoReflect().WhichOneof(oneof)
 	if fd == nil {
-		return nil, wrong(path, "no kind, must be exactly one of %s", fieldNames(oneof.Fields()))
+		return nil, wrong(path, "no kind, must be exactly one of %s", jsonfault.Names(oneof.Fields()))
 	}
 	l := &layer{kind: fd.JSONName(), name: name, path: path}
-	src := source{opts: opts, budgets: b.budgets, name: name, path: join(path, l.kind)}
+	src := source{opts: opts, budgets: b.budgets, name: name, path: jsonfault.Join(path, l.kind)}
 	l.definition = kinds[l.kind](&src, m.ProtoReflect().Get(fd).Message())
 	if src.err != nil {
 		return nil, src.err

@@ -28,6 +28,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/check"
+	"github.com/belfry-go/belfry/internal/jsonfault"
 )
 
 // kinds are the kinds of layers, by the JSON names of their fields in Layer. A field of a
@@ -183,7 +184,7 @@ type source struct {
 
 func (s *source) fail(field, format string, args ...any) {
 	if s.err == nil {
-		s.err = wrong(join(s.path, field), format, args...)
+		s.err = wrong(jsonfault.Join(s.path, field), format, args...)
 	}
 }
 
@@ -219,7 +220,7 @@ func (s *source) read(m protoreflect.Message, config reflect.Value, path string)
 		}
 		fd := fieldOf(m.Descriptor(), config.Type().Field(i).Name)
 		if fd != nil && m.Has(fd) && !isReference(fd) {
-			s.set(v, fd, m.Get(fd), join(path, fd.JSONName()))
+			s.set(v, fd, m.Get(fd), jsonfault.Join(path, fd.JSONName()))
 		}
 	}
 }
@@ -238,7 +239,7 @@ func (s *source) set(to reflect.Value, fd protoreflect.FieldDescriptor, from pro
 		}
 	case fd.IsList():
 		to.Set(reflect.ValueOf(s.codes(field, from.List())))
-	case fd.Message() != nil && fd.Message().FullName() == durationName:
+	case fd.Message() != nil && fd.Message().FullName() == "google.protobuf.Duration":
 		d := s.duration(field, from.Message().Interface().(*durationpb.Duration))
 		if fd.HasOptionalKeyword() { // As with a double below.
 			if d == 0 {
@@ -257,7 +258,7 @@ func (s *source) set(to reflect.Value, fd protoreflect.FieldDescriptor, from pro
 	case fd.Enum() != nil:
 		// 0 means unset; the values of the package start at 0.
 		if fd.Enum().Values().ByNumber(from.Enum()) == nil {
-			s.fail(field, "%d, must be one of %s", from.Enum(), enumNames(fd.Enum()))
+			s.fail(field, "%d, must be one of %s", from.Enum(), jsonfault.EnumNames(fd.Enum()))
 		}
 		to.Set(reflect.ValueOf(int64(from.Enum()) - 1).Convert(to.Type()))
 	case fd.Kind() == protoreflect.DoubleKind:

@@ -8,13 +8,13 @@ import (
 	"sync"
 	"testing"
 
-	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 func parse(t testing.TB, js string) *configv1.Stack {
 	t.Helper()

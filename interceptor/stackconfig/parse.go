@@ -4,20 +4,17 @@
 package stackconfig
 
 import (
-	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/reflect/protoreflect"
-	"google.golang.org/protobuf/types/dynamicpb"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
+	"github.com/belfry-go/belfry/internal/jsonfault"
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
@@ -57,150 +54,19 @@ func Parse(js []byte) (*configv1.Stack, error) {
 	if err == nil {
 		return m, nil
 	}
-	if e := locate(js, m.ProtoReflect().Descriptor(), ""); e != nil {
-		return nil, e
+	if f := jsonfault.Find(js, m.ProtoReflect().Descriptor(), unknown); f != nil {
+		return nil, &Error{Field: f.Path, Err: f.Err}
 	}
 	return nil, &Error{Err: err}
 }
 
-// locate finds the first field of a JSON message that cannot be parsed, because protojson
-// says at which line and column but not in which entry. It returns nil if it finds none.
-func locate(js []byte, md protoreflect.MessageDescriptor, path string) *Error {
-	var fields map[string]json.RawMessage
-	if err := json.Unmarshal(js, &fields); err != nil {
-		if syntax := (*json.SyntaxError)(nil); errors.As(err, &syntax) {
-			return wrong(path, "%w at byte %d", err, syntax.Offset)
-		}
-		return wrong(path, "%s, must be an object", brief(js))
+// unknown returns the error of a field that the message does not have.
+func unknown(_ string, in protoreflect.MessageDescriptor) error {
+	hint := ""
+	if in.Name() == "MethodConfig" {
+		hint = " (a setting of gRPC's own service config, such as timeout, is a layer here or is set there)"
 	}
-	set := map[protoreflect.FullName]string{}
-	for _, key := range slices.Sorted(maps.Keys(fields)) {
-		value := fields[key]
-		field := join(path, key)
-		fd := md.Fields().ByJSONName(key)
-		if fd == nil {
-			fd = md.Fields().ByTextName(key)
-		}
-		if fd == nil {
-			hint := ""
-			if md.Name() == "MethodConfig" {
-				hint = " (a setting of gRPC's own service config, such as timeout, is a layer here or is set there)"
-			}
-			return wrong(field, "unknown field, must be one of %s%s", fieldNames(md.Fields()), hint)
-		}
-		if isNull(value) {
-			continue
-		}
-		if o := fd.ContainingOneof(); o != nil && !o.IsSynthetic() {
-			if other, ok := set[o.FullName()]; ok {
-				return wrong(field, "set beside %s, must be set alone", other)
-			}
-			set[o.FullName()] = key
-		}
-		if e := locateValue(value, fd, field); e != nil {
-			return e
-		}
-	}
-	return nil
-}
-
-func locateValue(js json.RawMessage, fd protoreflect.FieldDescriptor, field string) *Error {
-	switch {
-	case fd.IsMap():
-		var entries map[string]json.RawMessage
-		if json.Unmarshal(js, &entries) != nil {
-			return wrong(field, "%s, must be an object", brief(js))
-		}
-		for _, key := range slices.Sorted(maps.Keys(entries)) {
-			if e := locateOne(entries[key], fd.MapValue(), fmt.Sprintf("%s[%q]", field, key)); e != nil {
-				return e
-			}
-		}
-		return nil
-	case fd.IsList():
-		var entries []json.RawMessage
-		if json.Unmarshal(js, &entries) != nil {
-			return wrong(field, "%s, must be an array", brief(js))
-		}
-		for i, entry := range entries {
-			if e := locateOne(entry, fd, fmt.Sprintf("%s[%d]", field, i)); e != nil {
-				return e
-			}
-		}
-		return nil
-	}
-	return locateOne(js, fd, field)
-}
-
-const durationName = "google.protobuf.Duration"
-
-// locateOne looks at one value of a field, even if the field is a list.
-func locateOne(js json.RawMessage, fd protoreflect.FieldDescriptor, field string) *Error {
-	if m := fd.Message(); m != nil && m.FullName() != durationName {
-		if isNull(js) {
-			return wrong(field, "null, must be an object")
-		}
-		return locate(js, m, field)
-	}
-	value := []byte(js)
-	if fd.IsList() {
-		value = slices.Concat([]byte("["), js, []byte("]"))
-	}
-	object := slices.Concat([]byte(`{"`+fd.JSONName()+`":`), value, []byte("}"))
-	if protojson.Unmarshal(object, dynamicpb.NewMessage(fd.ContainingMessage())) != nil {
-		return wrong(field, "%s, must be %s", brief(js), describe(fd))
-	}
-	return nil
-}
-
-// describe returns what a value of the field looks like.
-func describe(fd protoreflect.FieldDescriptor) string {
-	switch fd.Kind() {
-	case protoreflect.BoolKind:
-		return "true or false"
-	case protoreflect.StringKind:
-		return "a string"
-	case protoreflect.DoubleKind:
-		return "a number"
-	case protoreflect.EnumKind:
-		return "one of " + enumNames(fd.Enum())
-	case protoreflect.MessageKind:
-		return `a duration in seconds, such as "1.5s"`
-	}
-	return "an integer"
-}
-
-func fieldNames(fields interface {
-	Len() int
-	Get(int) protoreflect.FieldDescriptor
-}) string {
-	var names []string
-	for i := range fields.Len() {
-		names = append(names, fields.Get(i).JSONName())
-	}
-	if names == nil {
-		return "none"
-	}
-	return strings.Join(names, ", ")
-}
-
-func isNull(js json.RawMessage) bool { return string(bytes.TrimSpace(js)) == "null" }
-
-// brief returns a piece of JSON, shortened for an error message.
-func brief(js []byte) string {
-	const most = 60
-	s := strings.ToValidUTF8(string(bytes.TrimSpace(js)), "?")
-	if len(s) > most {
-		s = strings.ToValidUTF8(s[:most], "") + "…"
-	}
-	return s
-}
-
-func join(path, field string) string {
-	if path == "" || field == "" {
-		return path + field
-	}
-	return path + "." + field
+	return fmt.Errorf("unknown field, must be one of %s%s", jsonfault.Names(in.Fields()), hint)
 }
 
 // inLayer translates an error of the package of a layer or a budget into the names of the
@@ -218,7 +84,7 @@ func inLayer(path string, md protoreflect.MessageDescriptor, err error) *Error {
 		if fd == nil {
 			break
 		}
-		path = join(path, fd.JSONName())
+		path = jsonfault.Join(path, fd.JSONName())
 		if index != "" {
 			path += "[" + index
 		}
@@ -270,7 +136,7 @@ func pathOf(md protoreflect.MessageDescriptor, name string) (path string) {
 		if fd == nil {
 			return ""
 		}
-		path, md = join(path, fd.JSONName()), fd.Message()
+		path, md = jsonfault.Join(path, fd.JSONName()), fd.Message()
 	}
 	return path
 }
@@ -296,12 +162,4 @@ func fieldOf(md protoreflect.MessageDescriptor, name string) protoreflect.FieldD
 		field = strings.ToLower(name[:1]) + name[1:]
 	}
 	return md.Fields().ByJSONName(field)
-}
-
-func enumNames(ed protoreflect.EnumDescriptor) string {
-	var names []string
-	for i := range ed.Values().Len() {
-		names = append(names, string(ed.Values().Get(i).Name()))
-	}
-	return strings.Join(names, ", ")
 }

@@ -26,6 +26,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
+	"github.com/belfry-go/belfry/limit"
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
@@ -39,10 +40,10 @@ var schema = []struct {
 	{timeout.Adaptive{}, &configv1.AdaptiveTimeout{}, ""},
 	{ratelimit.Config{}, &configv1.RateLimit{}, "priority_metadata priority_func"},
 	{concurrency.Config{}, &configv1.Concurrency{}, "priority_metadata priority_func cost_func"},
-	{concurrency.AutoConfig{}, &configv1.Auto{}, ""},
-	{concurrency.AIMDConfig{}, &configv1.Aimd{}, ""},
-	{concurrency.Gradient2Config{}, &configv1.Gradient2{}, ""},
-	{concurrency.VegasConfig{}, &configv1.Vegas{}, ""},
+	{limit.AutoConfig{}, &configv1.Auto{}, ""},
+	{limit.AIMDConfig{}, &configv1.Aimd{}, ""},
+	{limit.Gradient2Config{}, &configv1.Gradient2{}, ""},
+	{limit.VegasConfig{}, &configv1.Vegas{}, ""},
 	{buffer.Config{}, &configv1.Buffer{}, "priority_metadata priority_func"},
 	{loadshed.Config{}, &configv1.LoadShed{}, ""},
 	{failfast.Config{}, &configv1.FailFast{}, ""},

@@ -731,7 +731,7 @@ func TestUpdateUnderLoad(t *testing.T) {
 	}
 	wg.Wait()
 	update(t, s, configs[2])
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	if err := s.Drain(ctx); err != nil {
 		t.Fatalf("Drain: %v", err)

@@ -17,6 +17,7 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/keyed"
+	"github.com/belfry-go/belfry/internal/layercheck"
 	"github.com/belfry-go/belfry/internal/rolling"
 )
 
@@ -35,7 +36,10 @@ type Config struct {
 	// calls are refused for half a window. By then a twentieth of the window is accepted,
 	// and the probability falls below 0.9. From then on the accepted share doubles about
 	// every third of a window, and the last call is refused after one and three quarters
-	// of a window: 53 s. With the two minutes of the book it is three and a half minutes.
+	// of a window: 53 s.
+	//
+	// Other settings remember the outage no longer than twice the Window: once the server
+	// has rejected nothing for a Window, the probability falls to 0 over another one.
 	Window time.Duration
 
 	// MaxRefused is the greatest probability with which a call is refused, so that some
@@ -43,7 +47,8 @@ type Config struct {
 	// zero means 0.9. It trades the load on a server that rejects everything against how
 	// long calls are refused after its recovery: with 0.9 a tenth of the calls and one
 	// and three quarters of a window, with Finagle's 0.75 a quarter of the calls and one
-	// and a quarter windows. With 1 a client hardly recovers while calls keep coming.
+	// and a quarter windows. With 1 a client asks about once in a Window or two whether the
+	// server has recovered.
 	MaxRefused float64
 
 	// MinRequests is how many calls the window must hold before any is refused, because
@@ -82,8 +87,8 @@ const (
 	DefaultWindow      = 30 * time.Second
 	DefaultMaxRefused  = 0.9
 	DefaultMinRequests = 10
-	DefaultMaxKeys     = check.DefaultMaxKeys
-	DefaultKeyIdle     = check.DefaultKeyIdle
+	DefaultMaxKeys     = layercheck.DefaultMaxKeys
+	DefaultKeyIdle     = layercheck.DefaultKeyIdle
 )
 
 // settings are a valid Config with its defaults filled in.
@@ -107,7 +112,7 @@ func (c Config) settings(errs *check.Errors, old *settings) *settings {
 	if old != nil {
 		oldKeyBy = &old.KeyBy
 	}
-	check.Keys(errs, c.KeyBy, oldKeyBy, &c.MaxKeys, &c.KeyIdle)
+	layercheck.Keys(errs, c.KeyBy, oldKeyBy, &c.MaxKeys, &c.KeyIdle)
 	return &settings{Config: c, given: given, reject: reject}
 }
 
@@ -118,6 +123,12 @@ func (s *settings) probability(requests, accepts int64) float64 {
 	}
 	p := (float64(requests) - s.K*float64(accepts)) / (float64(requests) + 1)
 	return min(max(p, 0), s.MaxRefused)
+}
+
+// atMost is the greatest probability at a time after the last call that the server
+// rejected: 1 for a Window, and then falling to 0 in another one.
+func (s *settings) atMost(quiet time.Duration) float64 {
+	return max(0, 2-max(1, float64(quiet)/float64(s.Window)))
 }
 
 // A Layer is a throttle. It has one state for all stacks that use it. Its methods may be
@@ -217,9 +228,9 @@ func (t *Layer) Stats(key string) Stats {
 			return Stats{}
 		}
 	}
-	s := t.settings.Load()
-	requests, accepts := c.window(s).Sum(int64(interceptor.Now()))
-	return Stats{Requests: requests, Accepts: accepts, Probability: s.probability(requests, accepts)}
+	s, now := t.settings.Load(), interceptor.Now()
+	requests, accepts := c.window(s).Sum(int64(now))
+	return Stats{Requests: requests, Accepts: accepts, Probability: c.probability(s, now, requests, accepts)}
 }
 
 // String returns the layer's name.
@@ -240,13 +251,14 @@ type gate struct {
 
 func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w interceptor.Wait) error {
 	t := g.throttle
-	s, now, c := t.settings.Load(), int64(a.Now()), t.all
+	s, now, c := t.settings.Load(), a.Now(), t.all
 	if c == nil {
-		c = t.keys.Get(s.KeyBy.Key(ctx, a), now)
+		c = t.keys.Get(s.KeyBy.Key(ctx, a), int64(now))
 	}
 	window := c.window(s)
-	if p := s.probability(window.Sum(now)); p > 0 && t.random() < p {
-		window.Add(now, false)
+	requests, accepts := window.Sum(int64(now))
+	if p := c.probability(s, now, requests, accepts); p > 0 && t.random() < p {
+		window.Add(int64(now), false)
 		return c.refused
 	}
 	a.Hold(c, 0)
@@ -257,6 +269,7 @@ func (g *gate) Admit(ctx context.Context, a *interceptor.Admission, w intercepto
 type counts struct {
 	throttle *Layer
 	refused  *interceptor.Refusal
+	rejected atomic.Int64 // The Instant of the last call that the server did not accept.
 	win      atomic.Pointer[rolling.Window]
 	resize   sync.Mutex // Serialises changes of win; nothing is locked under it.
 }
@@ -308,5 +321,18 @@ func (c *counts) Release(_ int64, e interceptor.End) {
 }
 
 func (c *counts) add(s *settings, accepted bool) {
-	c.window(s).Add(int64(interceptor.Now()), accepted)
+	now := int64(interceptor.Now())
+	if !accepted {
+		c.rejected.Store(now)
+	}
+	c.window(s).Add(now, accepted)
+}
+
+// probability returns the share of calls to refuse now.
+func (c *counts) probability(s *settings, now interceptor.Instant, requests, accepts int64) float64 {
+	p := s.probability(requests, accepts)
+	if p == 0 {
+		return 0
+	}
+	return min(p, s.atMost(now.Sub(interceptor.Instant(c.rejected.Load()))))
 }

@@ -15,7 +15,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -28,16 +27,18 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/keyed"
 	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 func TestProbability(t *testing.T) {
 	t.Run("is_the_books_formula", testProbabilityIsTheBooksFormula)
 	t.Run("is_compared_with_a_random_number", testProbabilityIsComparedWithARandomNumber)
 	t.Run("spares_an_outage_and_recovers", testProbabilitySparesAnOutageAndRecovers)
+	t.Run("forgets_an_outage_in_two_windows", testProbabilityForgetsAnOutageInTwoWindows)
 	t.Run("lets_K_times_the_capacity_through", testProbabilityLetsKTimesTheCapacityThrough)
 	t.Run("is_drawn_for_once_inside_a_limit", testProbabilityIsDrawnForOnceInsideALimit)
 }
@@ -467,13 +468,63 @@ func testProbabilitySparesAnOutageAndRecovers(t *testing.T) {
 		if half < 25*time.Second || half > 55*time.Second {
 			t.Errorf("half of the calls pass after %v, want about 1.35 of a window, 40s", half)
 		}
-		if took < 38*time.Second || took > 68*time.Second {
-			t.Errorf("no call is refused any more after %v, want about one and three quarters of a window, 53s", took)
+		if took < 38*time.Second || took > 61*time.Second {
+			t.Errorf("no call is refused any more after %v, want about one and three quarters of a window, 53s, and at most two", took)
 		}
 		if got := run(time.Minute); got != 1 {
 			t.Errorf("recovered: %v of the calls reach the server, want all", got)
 		}
 	})
+}
+
+// After an outage of ten minutes, no call is refused two windows after the recovery,
+// whatever the settings and the rate of calls. During the outage a call reaches the
+// server in every two windows.
+func testProbabilityForgetsAnOutageInTwoWindows(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		config Config
+		every  time.Duration // Between calls.
+	}{
+		{"defaults", Config{}, 50 * time.Millisecond},
+		{"defaults_at_a_low_rate", Config{}, 2 * time.Second},
+		{"K_1.1", Config{K: 1.1}, 50 * time.Millisecond},
+		{"MaxRefused_1", Config{MaxRefused: 1}, 50 * time.Millisecond},
+		{"both_and_a_short_window", Config{K: 1.1, MaxRefused: 1, Window: 2 * time.Second}, 10 * time.Millisecond},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				seed := rand.Uint64()
+				t.Logf("seed %d", seed)
+				l := mustNew(t, tc.config)
+				l.random = rand.New(rand.NewPCG(seed, 0)).Float64
+				window := l.settings.Load().Window
+				down := true
+				var last time.Time // When a call reached the server.
+				srv := &server{answer: func(string) error {
+					if last = time.Now(); down {
+						return unavailable
+					}
+					return nil
+				}}
+				c := wrap(t, srv, l)
+				for start := time.Now(); time.Since(start) < 10*time.Minute; time.Sleep(tc.every) {
+					if call(c); time.Since(last) > 2*window {
+						t.Fatalf("no call has reached the server for %v", time.Since(last))
+					}
+				}
+				down = false
+				for start := time.Now(); time.Since(start) < 2*window; time.Sleep(tc.every) {
+					call(c)
+				}
+				for range 1000 {
+					if err := call(c); err != nil {
+						t.Fatalf("two windows after the recovery: %v, want no error", err)
+					}
+				}
+			})
+		})
+	}
 }
 
 // The server takes one call in ten. What reaches it settles at K times that

@@ -18,7 +18,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -38,12 +37,13 @@ import (
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	retrier "github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/internal/test/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 const ms = time.Millisecond
 

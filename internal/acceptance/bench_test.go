@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry"
 	"github.com/belfry-go/belfry/interceptor"
@@ -132,7 +133,10 @@ func invokerFrom(all []grpc.UnaryClientInterceptor, i int, last grpc.UnaryInvoke
 // over is a stream that has ended.
 type over struct{ grpc.ClientStream }
 
-func (over) RecvMsg(any) error { return io.EOF }
+func (over) RecvMsg(any) error            { return io.EOF }
+func (over) Header() (metadata.MD, error) { return overHeader, nil }
+
+var overHeader = metadata.Pairs("content-type", "application/grpc")
 
 // openAndEnd returns a function that runs a stream through a stack.
 func openAndEnd(t testing.TB, layers []interceptor.Spec) func() {

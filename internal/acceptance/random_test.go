@@ -50,6 +50,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/throttle"
 	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/testserver"
+	"github.com/belfry-go/belfry/limit"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 	"github.com/belfry-go/belfry/resolver/discover"
 )
@@ -700,11 +701,11 @@ func (w *world) limit() interceptor.Spec {
 	}
 	switch rng.IntN(6) {
 	case 0:
-		c.AIMD = &concurrency.AIMDConfig{Initial: 5, Min: 1, Max: 20}
+		c.AIMD = &limit.AIMDConfig{Initial: 5, Min: 1, Max: 20}
 	case 1:
-		c.Gradient2 = &concurrency.Gradient2Config{Initial: 5, Min: 1, Max: 20}
+		c.Gradient2 = &limit.Gradient2Config{Initial: 5, Min: 1, Max: 20}
 	case 2:
-		c.Vegas = &concurrency.VegasConfig{Initial: 5, Min: 1, Max: 20}
+		c.Vegas = &limit.VegasConfig{Initial: 5, Min: 1, Max: 20}
 	default:
 		c.Limit = 1 + rng.Int64N(10)
 	}

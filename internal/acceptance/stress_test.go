@@ -101,7 +101,7 @@ func TestStress(t *testing.T) {
 	callers.Wait()
 	close(stop)
 	chaos.Wait()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	if err := stack.Drain(ctx); err != nil {
 		t.Errorf("the stack is not at rest: %v", err)

@@ -298,7 +298,7 @@ func (w *whole) checkCircuit(t *testing.T, late int) {
 
 // atRest checks that nothing is left.
 func (w *whole) atRest(t *testing.T) {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	if err := w.stack.Drain(ctx); err != nil {
 		t.Error(err)

@@ -44,6 +44,13 @@ func Declared(method string) (yes, known bool) {
 	return ok && opts.GetIdempotencyLevel() != descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN, true
 }
 
+// Streams reports whether the method, such as "/pkg.Service/Method", is known to have a
+// stream of requests or responses.
+func Streams(method string) bool {
+	md := methodOf(method)
+	return md != nil && (md.IsStreamingClient() || md.IsStreamingServer())
+}
+
 // Reply returns a new response of the method, such as "/pkg.Service/Method". It is nil if
 // the generated code of the method is not linked in.
 func Reply(method string) proto.Message {

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package check checks the settings of belfry's layers. Each layer lists its
-// settings once, with their ranges and defaults, and gets an
-// [interceptor.ConfigError] for each that is wrong:
+// settings once, with their ranges and defaults, and gets an [Error] for each that is
+// wrong:
 //
 //	errs := check.Of("retry")
 //	errs.Name(o.name)
@@ -22,9 +22,35 @@ import (
 
 	"google.golang.org/grpc/codes"
 
-	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/codeset"
 )
+
+// An Error says which setting of which layer is wrong. Users know it as
+// [interceptor.ConfigError].
+//
+// [interceptor.ConfigError]: https://pkg.go.dev/github.com/belfry-go/belfry/interceptor#ConfigError
+type Error struct {
+	Layer string // the package of the layer, such as "retry"
+	Field string // the field's Go path, such as "Backoff.Max" or "Codes[2]"; of an option "WithName"
+	Value any    // what it is; nil for a function or a pointer that is nil
+	Rule  string // what it must be, such as "must be from 1 to 100, or 0 for 3"
+}
+
+// Error names the layer, the field, the value and the rule.
+func (e *Error) Error() string {
+	return e.Layer + ": " + e.Field + " is " + shown(e.Value) + ", " + e.Rule
+}
+
+// shown returns v as an error prints it.
+func shown(v any) string {
+	switch v := v.(type) {
+	case nil:
+		return "nil"
+	case string:
+		return fmt.Sprintf("%q", v)
+	}
+	return fmt.Sprintf("%+v", v)
+}
 
 // Errors collects what is wrong with the settings of one layer.
 type Errors struct {
@@ -41,25 +67,12 @@ func (e *Errors) In(field string) *Errors {
 	return &Errors{layer: e.layer, prefix: e.prefix + field + ".", list: e.list}
 }
 
-// Spec returns a Spec that cannot become a layer because of the errors. It is nil if there
-// are none.
-func (e *Errors) Spec() interceptor.Spec {
-	if err := e.Err(); err != nil {
-		return failed{err}
-	}
-	return nil
-}
-
-type failed struct{ err error }
-
-func (f failed) NewLayer() (interceptor.Layer, error) { return nil, f.err }
-
 // Add adds an error. The rule is a format if there are args.
 func (e *Errors) Add(field string, value any, rule string, args ...any) {
 	if len(args) > 0 {
 		rule = fmt.Sprintf(rule, args...)
 	}
-	*e.list = append(*e.list, &interceptor.ConfigError{Layer: e.layer, Field: e.prefix + field, Value: value, Rule: rule})
+	*e.list = append(*e.list, &Error{Layer: e.layer, Field: e.prefix + field, Value: value, Rule: rule})
 }
 
 // Require adds an error unless ok is true.
@@ -95,20 +108,16 @@ func Options[O any, F ~func(*O)](e *Errors, o *O, opts []F) {
 	}
 }
 
-// KeyBy adds an error if more than one field of a KeyBy is set.
-func (e *Errors) KeyBy(field string, by interceptor.KeyBy) {
-	var c *interceptor.ConfigError
-	if errors.As(by.Check(e.layer), &c) {
-		e.Add(field, c.Value, c.Rule)
-	}
-}
-
-// Nested adds the errors in err, which another package has found in a field.
+// Nested adds the errors in err, which another package has found in a field. If the field
+// is empty, their fields are those of e.
 func (e *Errors) Nested(field string, err error) {
 	switch err := err.(type) {
 	case nil:
-	case *interceptor.ConfigError:
-		e.Add(field+"."+err.Field, err.Value, err.Rule)
+	case *Error:
+		if field != "" {
+			field += "."
+		}
+		e.Add(field+err.Field, err.Value, err.Rule)
 	case interface{ Unwrap() []error }:
 		for _, err := range err.Unwrap() {
 			e.Nested(field, err)
@@ -242,27 +251,6 @@ func Codes(e *Errors, field string, list []codes.Code, def ...codes.Code) codese
 		e.Add(fmt.Sprintf("%s[%d]", field, bad), list[bad], codeset.Rule)
 	}
 	return s
-}
-
-// The defaults of layers that tell calls apart by key.
-const (
-	maxKeys        = 1_000_000
-	DefaultMaxKeys = 10_000
-	DefaultKeyIdle = 10 * time.Minute
-)
-
-// Keys checks the settings KeyBy, MaxKeys and KeyIdle of a layer that tells calls
-// apart; idle is nil if it has no KeyIdle. old is the KeyBy that the layer was made
-// with, which an update may not change; nil for a new layer.
-func Keys(e *Errors, by interceptor.KeyBy, old *interceptor.KeyBy, most *int, idle *time.Duration) {
-	e.KeyBy("KeyBy", by)
-	if old != nil && by.Check(e.layer) == nil {
-		e.Require(by.Same(*old), "KeyBy", by, "must stay %v: make a new layer", *old)
-	}
-	Default(e, "MaxKeys", most, From(1, maxKeys), DefaultMaxKeys)
-	if idle != nil {
-		Default(e, "KeyIdle", idle, AtLeast(time.Second), DefaultKeyIdle)
-	}
 }
 
 // text prints a limit for a rule: without an exponent, and 1h for 1h0m0s.

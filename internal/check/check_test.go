@@ -10,8 +10,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
-
-	"github.com/belfry-go/belfry/interceptor"
 )
 
 // checks calls check on a new Errors and returns the errors' text.
@@ -89,7 +87,7 @@ func TestZeroIsNone(t *testing.T) {
 	e := Of("x")
 	v := -2.0
 	DefaultOrNone(e, "V", &v, From(1.0, 2), 1, "none")
-	var c *interceptor.ConfigError
+	var c *Error
 	errors.As(e.Err(), &c)
 	if got, want := ZeroIsNone(c.Rule), "must be from 1 to 2, or 0 for none"; got != want {
 		t.Errorf("ZeroIsNone(%q) = %q, want %q", c.Rule, got, want)
@@ -113,33 +111,6 @@ func TestCodes(t *testing.T) {
 	want := "x: C[1] is OK, must be a code from Canceled to Unauthenticated"
 	if got := checks(func(e *Errors) { Codes(e, "C", []codes.Code{codes.Internal, codes.OK}) }); got != want {
 		t.Errorf("error %q, want %q", got, want)
-	}
-}
-
-func TestKeys(t *testing.T) {
-	method, tenant := interceptor.KeyBy{Method: true}, interceptor.KeyBy{Metadata: "tenant"}
-	for _, test := range []struct {
-		by   interceptor.KeyBy
-		old  *interceptor.KeyBy
-		most int
-		idle time.Duration
-		err  string
-	}{
-		{by: method},
-		{by: tenant, old: &tenant, most: 1, idle: time.Second},
-		{by: interceptor.KeyBy{Method: true, Metadata: "tenant"},
-			err: `x: KeyBy is Method and Metadata "tenant", must have at most one of Method, Metadata and Func`},
-		{by: method, old: &tenant, err: `x: KeyBy is Method, must stay Metadata "tenant": make a new layer`},
-		{most: -1, err: "x: MaxKeys is -1, must be from 1 to 1000000, or 0 for 10000"},
-		{idle: time.Millisecond, err: "x: KeyIdle is 1ms, must be at least 1s, or 0 for 10m"},
-	} {
-		err := checks(func(e *Errors) { Keys(e, test.by, test.old, &test.most, &test.idle) })
-		if err != test.err {
-			t.Errorf("KeyBy %v after %v: error %q, want %q", test.by, test.old, err, test.err)
-		}
-		if test.most < 1 || test.idle < time.Second {
-			t.Errorf("KeyBy %v: MaxKeys %d, KeyIdle %v, want the defaults", test.by, test.most, test.idle)
-		}
 	}
 }
 

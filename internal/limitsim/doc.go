@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package limitsim simulates clients with concurrency limits in front of one server, to
-// see what an algorithm of package concurrency makes of the server: how much of its
+// see what an algorithm of package limit makes of the server: how much of its
 // capacity is used, and how long the calls take that it serves.
 //
 // The algorithms are the real ones; only time and chance are not. A run depends on nothing

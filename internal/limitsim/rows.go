@@ -8,8 +8,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/belfry-go/belfry/interceptor"
-	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/limit"
 )
 
 // A Row is a scenario and what an algorithm must make of it. What is zero of the demands
@@ -39,7 +38,7 @@ func (row Row) Run(algorithm string, seed uint64) (Result, error) {
 		}
 		makers[i] = m
 	}
-	r := Run(row.Scenario, func(i int, wall func(interceptor.Instant) time.Time) concurrency.Limit {
+	r := Run(row.Scenario, func(i int, wall func(limit.Instant) time.Time) limit.Algorithm {
 		return makers[i%2](i, wall)
 	}, seed)
 	if row.Capacity > 0 {
@@ -58,7 +57,7 @@ type Static int64
 func (s Static) Limit() int64 { return int64(s) }
 
 // OnSample learns nothing.
-func (Static) OnSample(concurrency.Sample) {}
+func (Static) OnSample(limit.Sample) {}
 
 // Algorithms are the names of the algorithms.
 func Algorithms() []string {
@@ -66,43 +65,43 @@ func Algorithms() []string {
 }
 
 func (row Row) maker(name string) (Maker, error) {
-	plain := func(l concurrency.Limit, err error) concurrency.Limit {
+	plain := func(l limit.Algorithm, err error) limit.Algorithm {
 		if err != nil {
 			panic(err) // The configurations below are right.
 		}
 		return l
 	}
-	auto := func(cfg concurrency.AutoConfig) Maker {
-		return func(_ int, wall func(interceptor.Instant) time.Time) concurrency.Limit {
-			a, err := concurrency.NewAuto(cfg)
+	auto := func(cfg limit.AutoConfig) Maker {
+		return func(_ int, wall func(limit.Instant) time.Time) limit.Algorithm {
+			a, err := limit.NewAuto(cfg)
 			if err == nil {
 				a.SetWallClock(wall)
 			}
 			return plain(a, err)
 		}
 	}
-	var make func() concurrency.Limit
+	var make func() limit.Algorithm
 	switch name {
 	case "ideal":
-		make = func() concurrency.Limit { return Static(row.Ideal) }
+		make = func() limit.Algorithm { return Static(row.Ideal) }
 	case "auto":
-		return auto(concurrency.AutoConfig{}), nil
+		return auto(limit.AutoConfig{}), nil
 	case "auto-no-drains":
-		return auto(concurrency.AutoConfig{NoDrains: true}), nil
+		return auto(limit.AutoConfig{NoDrains: true}), nil
 	case "aimd":
-		make = func() concurrency.Limit { return plain(concurrency.NewAIMD(concurrency.AIMDConfig{})) }
+		make = func() limit.Algorithm { return plain(limit.NewAIMD(limit.AIMDConfig{})) }
 	case "aimd-50ms":
-		make = func() concurrency.Limit {
-			return plain(concurrency.NewAIMD(concurrency.AIMDConfig{Timeout: 50 * time.Millisecond}))
+		make = func() limit.Algorithm {
+			return plain(limit.NewAIMD(limit.AIMDConfig{Timeout: 50 * time.Millisecond}))
 		}
 	case "gradient2":
-		make = func() concurrency.Limit { return plain(concurrency.NewGradient2(concurrency.Gradient2Config{})) }
+		make = func() limit.Algorithm { return plain(limit.NewGradient2(limit.Gradient2Config{})) }
 	case "vegas":
-		make = func() concurrency.Limit { return plain(concurrency.NewVegas(concurrency.VegasConfig{})) }
+		make = func() limit.Algorithm { return plain(limit.NewVegas(limit.VegasConfig{})) }
 	default:
 		return nil, fmt.Errorf("%q, must be one of %s", name, strings.Join(Algorithms(), ", "))
 	}
-	return func(int, func(interceptor.Instant) time.Time) concurrency.Limit { return make() }, nil
+	return func(int, func(limit.Instant) time.Time) limit.Algorithm { return make() }, nil
 }
 
 // Broken returns which demands a result does not meet, empty if it meets all.

@@ -8,8 +8,7 @@ import (
 	"math/rand/v2"
 	"time"
 
-	"github.com/belfry-go/belfry/interceptor"
-	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/limit"
 )
 
 // A Law is a law of service times with mean 1.
@@ -66,7 +65,7 @@ type Change struct {
 }
 
 // A Maker makes the limit of client i.
-type Maker func(i int, wall func(interceptor.Instant) time.Time) concurrency.Limit
+type Maker func(i int, wall func(limit.Instant) time.Time) limit.Algorithm
 
 // A Result is what was measured.
 type Result struct {
@@ -99,8 +98,8 @@ type call struct {
 }
 
 type client struct {
-	limit    concurrency.Limit
-	starter  concurrency.Starter // May be nil.
+	limit    limit.Algorithm
+	starter  limit.Starter // May be nil.
 	inFlight int64
 	limited  bool
 	served   float64
@@ -142,8 +141,8 @@ func Run(sc Scenario, maker Maker, seed uint64) Result {
 	for i := range r.clients {
 		c := &r.clients[i]
 		off := time.Duration((2*r.rng.Float64() - 1) * float64(sc.ClockError))
-		c.limit = maker(i, func(at interceptor.Instant) time.Time { return time.Unix(0, int64(at)).Add(off) })
-		c.starter, _ = c.limit.(concurrency.Starter)
+		c.limit = maker(i, func(at limit.Instant) time.Time { return time.Unix(0, int64(at)).Add(off) })
+		c.starter, _ = c.limit.(limit.Starter)
 		c.again = func(uint64) { r.call(c) }
 		for range sc.Callers {
 			r.agenda.add(start+int64(r.rng.Float64()*r.mean), c.again)
@@ -209,7 +208,7 @@ func (r *run) expire(c *call) {
 		r.late++
 	}
 	c.over = true
-	r.end(c, concurrency.Dropped)
+	r.end(c, limit.Dropped)
 }
 
 func (r *run) measured() bool { return r.now >= r.from && r.now < r.to }
@@ -243,7 +242,7 @@ func (r *run) call(cl *client) {
 			r.rejected++
 		}
 		r.agenda.add(r.now+int64(rejection), func(uint64) {
-			r.end(c, concurrency.Dropped)
+			r.end(c, limit.Dropped)
 			r.free = append(r.free, c)
 		})
 		return
@@ -262,14 +261,14 @@ func (r *run) answered(c *call) {
 		r.latency += float64(r.now - c.sent)
 		c.client.served++
 	}
-	r.end(c, concurrency.Succeeded)
+	r.end(c, limit.Succeeded)
 }
 
 // end tells the client how a call has ended.
-func (r *run) end(c *call, result concurrency.Result) {
+func (r *run) end(c *call, result limit.Result) {
 	cl := c.client
-	cl.limit.OnSample(concurrency.Sample{
-		Start: interceptor.Instant(c.sent), RTT: max(time.Duration(r.now-c.sent), 1), InFlight: cl.inFlight,
+	cl.limit.OnSample(limit.Sample{
+		Start: limit.Instant(c.sent), RTT: max(time.Duration(r.now-c.sent), 1), InFlight: cl.inFlight,
 		Limited: cl.limited, Result: result, Mark: c.mark,
 	})
 	cl.inFlight--

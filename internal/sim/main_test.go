@@ -6,10 +6,10 @@ package sim
 import (
 	"testing"
 
-	"go.uber.org/goleak"
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 // policy returns the policy of the name.
 func policy(t *testing.T, name string) Policy {

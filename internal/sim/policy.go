@@ -31,6 +31,8 @@ type Policy struct {
 // seed but round_robin, which is grpc's own and begins at an endpoint of its
 // choice.
 //
+// first is the first version of the default.
+//
 // peakEwma-30ms differs from peakEwma in what it takes a newcomer for: a
 // latency of 1 s that is forgotten in 10 s keeps one of 10 ms starved for most of
 // a minute. Tower's metric has no default for it, and its example has 30 ms.
@@ -41,6 +43,7 @@ func Policies() []Policy {
 		{"peakEwma", p2c.Name, `{"load":{"peakEwma":{}}}`},
 		{"peakEwma-30ms", p2c.Name, `{"load":{"peakEwma":{"defaultRtt":"0.03s"}}}`},
 		{"pendingRequests", p2c.Name, `{"load":{"pendingRequests":{}}}`},
+		{"first", p2c.Name, first},
 		{"default-2-0", p2c.Name, `{"choiceCount":2,"memory":0}`},
 		{"default-2-1", p2c.Name, `{"choiceCount":2,"memory":1}`},
 		{"default-5-3", p2c.Name, `{"choiceCount":5,"memory":3}`},
@@ -48,6 +51,11 @@ func Policies() []Policy {
 		{"round_robin", "round_robin", `{}`},
 	}
 }
+
+// first is the first version of the default: strictly the least cost, one mean for
+// all methods, no bound on a sample, and no exploring.
+const first = `{"equalAtRest":0,"equalUnderLoad":0,"exploreEvery":0,
+	"load":{"expectedLatency":{"spreadPrior":0,"sampleLimit":1e6,"streamAgeLimit":20,"maxMethods":0}}}`
 
 // chooser is a policy at work in a client.
 type chooser interface {

@@ -27,9 +27,16 @@ const (
 	coalesceQuiet = 5 * time.Millisecond
 	coalesceMax   = 50 * time.Millisecond
 
-	// closeGrace is how long Close waits for a source that does not heed its
-	// context. gRPC waits for Close when a channel is closed or goes idle.
+	// reportEvery is the least time between two errors that the channel is told.
+	reportEvery = time.Second
+
+	// closeGrace is how long a source may take to heed its context before it is
+	// logged as left behind.
 	closeGrace = 5 * time.Second
+
+	// An address whose attributes have changed in so many updates in a row will
+	// be changed in every update.
+	restlessUpdates = 3
 )
 
 // bridge is the resolver of one channel, from one Build to the next: it watches
@@ -49,30 +56,43 @@ type bridge struct {
 	nudge           chan struct{} // capacity 1
 	events          chan watchEvent
 	watchDone       chan struct{}
-	loopDone        chan struct{}
 
 	// Owned by loop.
 
-	set        tracker
+	source     follower
 	dirtySince time.Time // of the first change not published yet; zero if there is none
 	flushAt    time.Time // when it will be; zero if dirtySince is
 	fault      error     // the first in the data since the last flush
 	faults     int       // how many there were
 
+	set        publishedSet
+	differs    bool                       // set differs from what was published
 	published  bool                       // there was a first set
-	endpoints  []resolver.Endpoint        // as last published
+	kept       []keyedEndpoint            // as published, if set is empty and that is not; or nil
 	parsed     *serviceconfig.ParseResult // as last published
+	flushed    string                     // the service config of the source at the last flush
 	configJSON string                     // parsed last, with the result in config, good or bad
 	config     *serviceconfig.ParseResult
+
+	reportAt time.Time // when the next error may be reported; zero: now
+	held     error     // the last that came before that
+	holding  int       // how many have
 
 	rejections int       // in a row, of published sets by the balancing policy
 	nudgeAt    time.Time // when to ask the source to look again after one; zero: not
 
-	proxied bool // gRPC puts proxies in the place of endpoints; not logged yet
+	proxied        bool           // gRPC puts proxies in the place of endpoints; not logged yet
+	namesTold      bool           // of endpoints that differ in the server name only
+	attributesTold bool           // of attributes that compare unequal again and again
+	restless       map[string]int // updates in a row that changed the attributes of a key's addresses
 }
 
 // newBridge starts to watch. It does not block.
 func newBridge(src Source, target resolver.Target, cc resolver.ClientConn, opts resolver.BuildOptions, cfg *config) *bridge {
+	check := checkDialable
+	if opts.Dialer != nil {
+		check = checkEndpoint // What an address means is the dialer's business.
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	b := &bridge{
 		name:            target.String(),
@@ -83,10 +103,11 @@ func newBridge(src Source, target resolver.Target, cc resolver.ClientConn, opts 
 		nudge:           make(chan struct{}, 1),
 		events:          make(chan watchEvent),
 		watchDone:       make(chan struct{}),
-		loopDone:        make(chan struct{}),
-		set:             tracker{syncTimeout: cfg.syncTimeout},
+		source:          follow(src, check, cfg.syncTimeout, 0),
+		set:             newPublishedSet(),
 		proxied:         isDelegating(cc),
 	}
+	context.AfterFunc(ctx, b.expectEnd)
 	go b.watch(ctx, src)
 	go b.loop(ctx)
 	return b
@@ -100,10 +121,12 @@ func (b *bridge) ResolveNow(resolver.ResolveNowOptions) {
 	}
 }
 
-// Close stops the watch and waits for it. Nothing is published afterwards.
-func (b *bridge) Close() {
-	b.cancel()
-	<-b.loopDone
+// Close stops the watch and waits for nothing: gRPC holds up the calls of the
+// channel meanwhile. An update in progress is ignored by the channel.
+func (b *bridge) Close() { b.cancel() }
+
+// expectEnd logs a source that does not end. It is called after Close.
+func (b *bridge) expectEnd() {
 	t := time.NewTimer(closeGrace)
 	defer t.Stop()
 	select {
@@ -127,11 +150,14 @@ func (b *bridge) watch(ctx context.Context, src Source) {
 }
 
 func (b *bridge) loop(ctx context.Context) {
-	defer close(b.loopDone)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		if at := earliest(b.flushAt, b.set.deadline(), b.nudgeAt); at.IsZero() {
+		at := earliest(b.flushAt, b.source.deadline(), b.nudgeAt)
+		if b.held != nil {
+			at = earliest(at, b.reportAt)
+		}
+		if at.IsZero() {
 			timer.Stop()
 		} else {
 			timer.Reset(time.Until(at))
@@ -141,7 +167,8 @@ func (b *bridge) loop(ctx context.Context) {
 			return
 		case ev := <-b.events:
 			if ctx.Err() == nil {
-				b.handle(ev, time.Now())
+				now := time.Now()
+				b.hear(b.source.handle(ev, now), now)
 			}
 		case <-timer.C:
 			if ctx.Err() == nil {
@@ -151,62 +178,38 @@ func (b *bridge) loop(ctx context.Context) {
 	}
 }
 
-// earliest returns the earliest of the times that are not zero.
-func earliest(times ...time.Time) (first time.Time) {
-	for _, t := range times {
-		if first.IsZero() || !t.IsZero() && t.Before(first) {
-			first = t
+// hear acts upon what the source has to tell.
+func (b *bridge) hear(n news, now time.Time) {
+	if n.err != nil {
+		b.report(n.err, now)
+	}
+	for _, f := range n.faults {
+		if b.faults++; b.fault == nil {
+			b.fault = f.err
 		}
 	}
-	return first
-}
-
-// due reports whether the time, if there is one, has come.
-func due(at, now time.Time) bool { return !at.IsZero() && !now.Before(at) }
-
-func (b *bridge) handle(ev watchEvent, now time.Time) {
-	switch ev.kind {
-	case eventStart:
-		b.set.start(now)
-	case eventChange:
-		if ev.change.Op == OpSynced {
-			b.set.promote()
-			b.flush(now)
-			return
-		}
-		live, err := b.set.apply(ev.change)
-		if err != nil {
-			b.faults++
-			if b.fault == nil {
-				b.fault = err
-			}
-		}
-		if live || err != nil && b.published {
-			if b.dirtySince.IsZero() {
-				b.dirtySince = now
-			}
-			b.flushAt = earliest(now.Add(coalesceQuiet), b.dirtySince.Add(coalesceMax))
-		}
-	case eventError:
-		b.report(ev.err)
-	case eventFailed:
-		b.set.fail()
-	case eventEnd:
-		b.set.promote()
+	switch set := b.source.set; {
+	case n.synced || n.err != nil && b.faults > 0 && set == nil:
 		b.flush(now)
+	case set != nil && (len(b.source.dirty) > 0 || b.faults > 0 || set.serviceConfig != b.flushed):
+		if b.dirtySince.IsZero() {
+			b.dirtySince = now
+		}
+		b.flushAt = earliest(now.Add(coalesceQuiet), b.dirtySince.Add(coalesceMax))
 	}
 }
 
 func (b *bridge) tick(now time.Time) {
-	if due(b.set.deadline(), now) {
-		promoted, err := b.set.expire(now)
-		if promoted {
-			logger.Warningf("%s: the source has not said Synced within %v; taking what it inserted for the set", b.name, b.set.syncTimeout)
-			b.flush(now)
-		} else if err != nil {
-			b.report(err)
-			b.reportFaults()
+	if b.held != nil && due(b.reportAt, now) {
+		err := b.held
+		if b.holding > 1 {
+			err = fmt.Errorf("%w (and %d more errors)", err, b.holding-1)
 		}
+		b.held, b.holding = nil, 0
+		b.report(err, now)
+	}
+	if due(b.source.deadline(), now) {
+		b.hear(b.source.expire(now), now)
 	}
 	if due(b.flushAt, now) {
 		b.flush(now)
@@ -217,9 +220,16 @@ func (b *bridge) tick(now time.Time) {
 	}
 }
 
-// report tells the channel of an error. It keeps its set if it has one;
-// otherwise calls begin to fail with the error instead of waiting.
-func (b *bridge) report(err error) {
+// report tells the channel of an error, or holds it until reportEvery has
+// passed since the last. The channel keeps its set if it has one; otherwise
+// calls begin to fail with the error instead of waiting.
+func (b *bridge) report(err error, now time.Time) {
+	if now.Before(b.reportAt) {
+		b.held = err
+		b.holding++
+		return
+	}
+	b.reportAt = now.Add(reportEvery)
 	err = fmt.Errorf("discover: watching %s: %w", b.name, err)
 	logger.Warning(err)
 	b.cc.ReportError(err)
@@ -227,12 +237,12 @@ func (b *bridge) report(err error) {
 
 // reportFaults tells the channel of faults in the data. It must not make calls
 // fail that the rest of the data would let pass, so it comes after a set.
-func (b *bridge) reportFaults() {
+func (b *bridge) reportFaults(now time.Time) {
 	switch {
 	case b.faults == 1:
-		b.report(b.fault)
+		b.report(b.fault, now)
 	case b.faults > 1:
-		b.report(fmt.Errorf("%w (and %d more faults)", b.fault, b.faults-1))
+		b.report(fmt.Errorf("%w (and %d more faults)", b.fault, b.faults-1), now)
 	}
 	b.fault, b.faults = nil, 0
 }
@@ -241,37 +251,64 @@ func (b *bridge) reportFaults() {
 // channel has already.
 func (b *bridge) flush(now time.Time) {
 	b.dirtySince, b.flushAt = time.Time{}, time.Time{}
-	set := b.set.current
-	if set == nil {
-		return
+	if set := b.source.set; set != nil {
+		before := b.set.items
+		changed, replaced := b.set.update(b.source.dirty, set.entries)
+		b.differs = b.differs || changed
+		b.warnOfNames(set)
+		b.warnOfAttributes(replaced)
+		b.source.clean()
+		b.flushed = set.serviceConfig
+		b.keep(set, before)
+		items := b.set.items
+		if b.kept != nil {
+			items = b.kept
+		}
+		parsed, badConfig := b.parse(set.serviceConfig)
+		first := !b.published && (len(items) > 0 || len(set.refused) == 0)
+		// A set that was rejected is offered again: by the time the source has
+		// something to say the policy, or its config, may be another.
+		if first || b.published && (b.differs || b.rejections > 0 || parsed != b.parsed) {
+			b.publish(items, parsed, now)
+		}
+		if badConfig != nil {
+			b.report(badConfig, now)
+		}
 	}
-	endpoints := set.endpoints()
-	if b.cfg.keepOnEmpty && len(endpoints) == 0 && len(b.endpoints) > 0 {
-		logger.Warningf("%s: the set of endpoints became empty; keeping the last one of %d", b.name, len(b.endpoints))
-		endpoints = b.endpoints
-	}
-	parsed, badConfig := b.parse(set.serviceConfig)
-	// A set that was rejected is offered again: by the time the source has
-	// something to say the policy, or its config, may be another.
-	if !b.published || b.rejections > 0 || parsed != b.parsed || !slices.EqualFunc(endpoints, b.endpoints, equalEndpoints) {
-		b.publish(endpoints, parsed, now)
-	}
-	if badConfig != nil {
-		b.report(badConfig)
-	}
-	b.reportFaults()
+	b.reportFaults(now)
 }
 
-func (b *bridge) publish(endpoints []resolver.Endpoint, parsed *serviceconfig.ParseResult, now time.Time) {
+// keep sets kept, and differs accordingly, if the set has become empty, or is
+// not so any more. It had the items before until now.
+func (b *bridge) keep(set *snapshot, before []keyedEndpoint) {
+	// Where endpoints were refused there are some, although they cannot be used.
+	keeps := len(b.set.items) == 0 && (b.cfg.keepOnEmpty || len(set.refused) > 0)
+	switch {
+	case keeps && b.kept == nil && len(before) > 0:
+		logger.Warningf("%s: the set of endpoints became empty; keeping the last one of %d", b.name, len(before))
+		b.kept = before
+	case !keeps && b.kept != nil:
+		b.differs = !slices.EqualFunc(b.set.items, b.kept, equalKeyed)
+		b.kept = nil
+	}
+	b.differs = b.differs && b.kept == nil
+}
+
+func (b *bridge) publish(items []keyedEndpoint, parsed *serviceconfig.ParseResult, now time.Time) {
+	// Not nil, even if it is empty: gRPC would look for Addresses.
+	endpoints := make([]resolver.Endpoint, len(items))
+	for i, it := range items {
+		endpoints[i] = it.endpoint
+	}
 	b.warnOfProxy(endpoints)
 	if logger.V(2) {
 		logger.Infof("%s: publishing %d endpoints", b.name, len(endpoints))
 	}
-	state := resolver.State{Endpoints: slices.Clone(endpoints), ServiceConfig: parsed}
+	state := resolver.State{Endpoints: endpoints, ServiceConfig: parsed}
 	if b.cfg.addresses {
 		state.Addresses = addressesOf(endpoints)
 	}
-	b.published, b.endpoints, b.parsed = true, endpoints, parsed
+	b.published, b.differs, b.parsed = true, false, parsed
 	err := b.cc.UpdateState(state)
 	if err == nil {
 		b.rejections, b.nudgeAt = 0, time.Time{}
@@ -281,8 +318,8 @@ func (b *bridge) publish(endpoints []resolver.Endpoint, parsed *serviceconfig.Pa
 	// that cannot tell by itself, is to look again.
 	b.rejections++
 	b.nudgeAt = now.Add(retryDelay(b.cfg.backoff, b.rejections))
-	if len(endpoints) > 0 {
-		logger.Warningf("%s: the channel rejected a set of %d endpoints: %v", b.name, len(endpoints), err)
+	if len(items) > 0 {
+		logger.Warningf("%s: the channel rejected a set of %d endpoints: %v", b.name, len(items), err)
 	}
 }
 
@@ -345,5 +382,44 @@ func (b *bridge) warnOfProxy(endpoints []resolver.Endpoint) {
 		}
 	}
 	b.proxied = false
-	logger.Warningf("%s: gRPC sends every endpoint through the proxy %s, which makes them one endpoint without attributes to the balancing policy; dial with grpc.WithNoProxy(), or list them in NO_PROXY", b.name, proxy.Redacted())
+	logger.Errorf("%s: gRPC sends every endpoint through the proxy %s, which makes them one endpoint without attributes to the balancing policy; dial with grpc.WithNoProxy(), or list them in NO_PROXY", b.name, proxy.Redacted())
+}
+
+// warnOfNames logs, once, that endpoints cannot be told apart.
+func (b *bridge) warnOfNames(set *snapshot) {
+	if b.namesTold {
+		return
+	}
+	if seen, unseen, ok := b.set.hidden(b.source.dirty, set.entries); ok {
+		b.namesTold = true
+		logger.Errorf("%s: endpoints %q and %q have the same address, %s, and differ in the server name only (%s, %s): gRPC takes them for one, and only the first is used; give each server name a connection of its own", b.name, KeyOf(seen), KeyOf(unseen), addressID(seen), serverNames(seen), serverNames(unseen))
+	}
+}
+
+// warnOfAttributes logs, once, that attributes make needless updates, or break
+// connections again and again.
+func (b *bridge) warnOfAttributes(replaced []replacement) {
+	if b.attributesTold || len(replaced) == 0 {
+		return
+	}
+	for _, r := range replaced[:min(len(replaced), 16)] {
+		if reflect.DeepEqual(r.before, r.after) {
+			b.attributesTold = true
+			logger.Errorf("%s: the attributes of endpoint %q compare as different although they hold the same, so that every set looks like a change, and breaks connections if they are an address's: give the type of the value a method Equal(any) bool, as google.golang.org/grpc/attributes says", b.name, KeyOf(r.after))
+			return
+		}
+	}
+	restless := make(map[string]int)
+	for _, r := range replaced {
+		if addressID(r.before) != addressID(r.after) || equalAddresses(r.before.Addresses, r.after.Addresses) {
+			continue
+		}
+		k := KeyOf(r.after)
+		if restless[k] = b.restless[k] + 1; restless[k] == restlessUpdates {
+			b.attributesTold, b.restless = true, nil
+			logger.Errorf("%s: %d updates in a row changed the attributes of the addresses of endpoint %q, and each time its connection is made anew: put what changes into the attributes of the endpoint, not of its addresses", b.name, restlessUpdates, k)
+			return
+		}
+	}
+	b.restless = restless
 }

@@ -201,18 +201,70 @@ func TestSourceThatNeverSaysSyncedIsPublishedAfterTheTimeout(t *testing.T) {
 	})
 }
 
-func TestEndOfSequenceIsSyncedAndKeepsTheSet(t *testing.T) {
+func TestFinalEndsTheSourceAndKeepsTheSet(t *testing.T) {
 	bridged(t, nil, func(t *testing.T, src *script, cc *fakeConn, r resolver.Resolver) {
-		src.send(ins("a", "1"))
-		src.end()
-		time.Sleep(time.Hour)
+		src.send(ins("a", "1"), discover.Final())
+		synctest.Wait()
+		wantSets(t, cc, "a=1")
+		if got := len(src.running()); got != 0 {
+			t.Errorf("%d watches run after Final, want 0", got)
+		}
 		r.ResolveNow(resolver.ResolveNowOptions{})
 		time.Sleep(time.Hour)
 		wantSets(t, cc, "a=1")
 		wantErrors(t, cc)
 		if got := len(src.started()); got != 1 {
-			t.Errorf("the source was watched %d times, want 1: it had ended", got)
+			t.Errorf("the source was watched %d times, want 1: it was final", got)
 		}
+	})
+}
+
+func TestEndWithoutFinalIsAFailure(t *testing.T) {
+	const ended = "ended without an error and without Final"
+	for _, tt := range []struct {
+		name  string
+		first []discover.Change
+		want  []string // the sets before and after the end
+	}{
+		{"at once", nil, nil},
+		{"before Synced", []discover.Change{ins("a", "1")}, nil},
+		{"after Synced", []discover.Change{ins("a", "1"), discover.Synced()}, []string{"a=1"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			bridged(t, nil, func(t *testing.T, src *script, cc *fakeConn, r resolver.Resolver) {
+				src.send(tt.first...)
+				src.end()
+				synctest.Wait()
+				wantSets(t, cc, tt.want...)
+				wantErrors(t, cc, ended)
+				time.Sleep(1100 * time.Millisecond) // watched again
+				src.end()
+				time.Sleep(time.Second)
+				wantErrors(t, cc, ended, ended)
+				time.Sleep(1100 * time.Millisecond)
+				src.send(ins("b", "2"))
+				time.Sleep(10 * time.Second)
+				wantSets(t, cc, tt.want...)
+				src.send(discover.Synced())
+				synctest.Wait()
+				wantSets(t, cc, append(tt.want, "b=2")...)
+			})
+		})
+	}
+}
+
+func TestSlowWatchAfterAFailureDoesNotReplaceTheLastGoodSet(t *testing.T) {
+	bridged(t, nil, func(t *testing.T, src *script, cc *fakeConn, r resolver.Resolver) {
+		src.send(ins("a", "1"), ins("b", "2"), ins("c", "3"), discover.Synced())
+		src.fail("down")
+		time.Sleep(1100 * time.Millisecond)
+		src.send(ins("a", "1"), ins("b", "9")) // and then nothing
+		time.Sleep(time.Hour)
+		wantSets(t, cc, "a=1 b=2 c=3")
+		wantErrors(t, cc, "down", "has not said Synced within 15s; the last set, of 3 endpoints, stays")
+		src.send(discover.Synced())
+		synctest.Wait()
+		wantSets(t, cc, "a=1 b=2 c=3", "a=1 b=9")
 	})
 }
 
@@ -263,13 +315,38 @@ func TestErrorThatIsNotTheLastThingYieldedDoesNotEndTheWatch(t *testing.T) {
 	bridged(t, nil, func(t *testing.T, src *script, cc *fakeConn, _ resolver.Resolver) {
 		src.send(ins("a", "1"), discover.Synced())
 		src.do(step{err: errors.New("hiccup")})
-		src.send(ins("b", "2"), discover.Synced())
-		src.end()
+		src.send(ins("b", "2"), discover.Final())
 		time.Sleep(time.Hour)
 		wantErrors(t, cc, "hiccup")
 		wantSets(t, cc, "a=1", "a=1 b=2")
 		if got := len(src.started()); got != 1 {
 			t.Errorf("the source was watched %d times, want 1", got)
+		}
+	})
+}
+
+func TestBackoffStartsOverAfterAWatchThatLasted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var starts, ends []time.Time
+		src := sourceFunc(func(_ context.Context, yield func(discover.Change, error) bool) {
+			starts = append(starts, time.Now())
+			yield(ins("a", "1"), nil) // and never Synced
+			if n := len(starts); n == 4 || n == 5 {
+				time.Sleep(time.Hour)
+			}
+			ends = append(ends, time.Now())
+			yield(discover.Change{}, errors.New("down"))
+		})
+		r := build(t, &fakeConn{}, src, exact())
+		time.Sleep(2*time.Hour + 30*time.Second)
+		r.Close()
+		synctest.Wait()
+		var delays []time.Duration
+		for i := 1; i < len(starts); i++ {
+			delays = append(delays, starts[i].Sub(ends[i-1])/time.Second)
+		}
+		if want := []time.Duration{1, 2, 4, 1, 1, 2, 4, 8}; !slices.Equal(delays, want) {
+			t.Errorf("seconds of backoff = %v, want %v", delays, want)
 		}
 	})
 }
@@ -288,6 +365,7 @@ func TestBackoffGrowsWithFailuresAndStartsOverAfterSynced(t *testing.T) {
 		r := build(t, cc, src, exact())
 		time.Sleep(40 * time.Second)
 		r.Close()
+		synctest.Wait()
 		var gaps []time.Duration
 		for i := 1; i < len(starts); i++ {
 			gaps = append(gaps, starts[i].Sub(starts[i-1])/time.Second)
@@ -355,6 +433,7 @@ func TestEveryChannelWatchesForItselfAndAgainAfterIdle(t *testing.T) {
 		wantSets(t, cc2, "a=1")
 
 		r1.Close() // what a channel does when it goes idle
+		synctest.Wait()
 		if got := len(src.running()); got != 1 {
 			t.Errorf("%d watches run after one of two resolvers was closed, want 1", got)
 		}
@@ -380,6 +459,7 @@ func TestCloseStopsAWatchThatIsBlocked(t *testing.T) {
 		if took := time.Since(before); took != 0 {
 			t.Errorf("Close took %v of a source that heeds its context, want no time", took)
 		}
+		synctest.Wait()
 		if got := len(src.running()); got != 0 {
 			t.Errorf("%d watches run after Close, want 0", got)
 		}
@@ -389,20 +469,34 @@ func TestCloseStopsAWatchThatIsBlocked(t *testing.T) {
 	})
 }
 
-func TestCloseWaitsForAnUpdateInProgress(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		cc, src := &fakeConn{}, &script{}
-		cc.onUpdate = func(resolver.State) error { time.Sleep(time.Second); return nil }
-		r := build(t, cc, src)
-		synctest.Wait()
-		src.send(discover.Synced())
-		synctest.Wait()
-		before := time.Now()
-		r.Close()
-		if took := time.Since(before); took != time.Second {
-			t.Errorf("Close took %v during an update of 1s, want that", took)
-		}
-	})
+func TestCloseWaitsForNothing(t *testing.T) {
+	const long = 10 * time.Second
+	for _, tt := range []struct {
+		name string
+		src  discover.Source
+		cc   *fakeConn
+	}{
+		{"an update", must(discover.List(ep("1"))), &fakeConn{onUpdate: func(resolver.State) error {
+			time.Sleep(long)
+			return nil
+		}}},
+		{"a source", sourceFunc(func(context.Context, func(discover.Change, error) bool) { time.Sleep(long) }), &fakeConn{}},
+		{"Watch", slowSource{}, &fakeConn{}},
+		{"a source in a source", must(discover.Merge(sourceFunc(func(context.Context, func(discover.Change, error) bool) { time.Sleep(long) }))), &fakeConn{}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := build(t, tt.cc, tt.src)
+				synctest.Wait()
+				before := time.Now()
+				r.Close()
+				if took := time.Since(before); took != 0 {
+					t.Errorf("Close took %v, want no time", took)
+				}
+				time.Sleep(2 * long)
+			})
+		})
+	}
 }
 
 func TestCloseDuringBackoff(t *testing.T) {
@@ -418,7 +512,7 @@ func TestCloseDuringBackoff(t *testing.T) {
 	})
 }
 
-func TestCloseLeavesASourceBehindThatIgnoresItsContext(t *testing.T) {
+func TestNothingIsPublishedAfterClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cc, release := &fakeConn{}, make(chan struct{})
 		src := sourceFunc(func(_ context.Context, yield func(discover.Change, error) bool) {
@@ -431,14 +525,73 @@ func TestCloseLeavesASourceBehindThatIgnoresItsContext(t *testing.T) {
 		})
 		r := build(t, cc, src)
 		synctest.Wait()
-		before := time.Now()
 		r.Close()
-		if took := time.Since(before); took != 5*time.Second {
-			t.Errorf("Close took %v, want the grace of 5s", took)
-		}
+		time.Sleep(time.Minute)
 		close(release)
 		settle()
 		wantSets(t, cc, "a=1")
+		wantErrors(t, cc)
+	})
+}
+
+func TestPanicOfASourceIsAFailure(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		wrap func(discover.Source) discover.Source
+	}{
+		{"alone", func(src discover.Source) discover.Source { return src }},
+		{"merged", func(src discover.Source) discover.Source { return must(discover.Merge(src)) }},
+		{"settled", func(src discover.Source) discover.Source { return must(discover.Settle(src, time.Hour)) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				cc, watches := &fakeConn{}, 0
+				src := sourceFunc(func(ctx context.Context, yield func(discover.Change, error) bool) {
+					if watches++; watches == 2 {
+						yield(ins("a", "1"), nil)
+						yield(discover.Synced(), nil)
+						<-ctx.Done()
+						return
+					}
+					yield(ins("half", "9"), nil)
+					panic("oops")
+				})
+				build(t, cc, tt.wrap(src), exact())
+				time.Sleep(time.Minute)
+				wantErrors(t, cc, "the source panicked: oops")
+				if got := show(cc.last()); !strings.HasSuffix(got, "a=1") {
+					t.Errorf("set = %q, want that of the next watch", got)
+				}
+			})
+		})
+	}
+}
+
+func TestErrorsAreReportedAtMostOnceASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cc := &fakeConn{}
+		build(t, cc, sourceFunc(func(ctx context.Context, yield func(discover.Change, error) bool) {
+			yield(ins("a", "1"), nil)
+			yield(discover.Synced(), nil)
+			for i := range 800 {
+				yield(discover.Change{}, fmt.Errorf("error %d", i))
+				time.Sleep(3 * time.Millisecond) // never at a full second
+			}
+			<-ctx.Done()
+		}))
+		time.Sleep(time.Minute)
+		wantErrors(t, cc, "error 0", "error 333 (and 332 more errors)", "error 666 (and 332 more errors)", "error 799 (and 132 more errors)")
+	})
+}
+
+func TestBatchIsOneElementAndOneUpdate(t *testing.T) {
+	bridged(t, nil, func(t *testing.T, src *script, cc *fakeConn, _ resolver.Resolver) {
+		src.send(discover.Batch(ins("a", "1"), discover.Batch(ins("b", "2"), discover.Remove("a")), discover.Synced()))
+		synctest.Wait()
+		wantSets(t, cc, "b=2")
+		src.send(discover.Batch(), discover.Batch(ins("c", "3"), discover.Remove("b"), discover.Synced()))
+		synctest.Wait()
+		wantSets(t, cc, "b=2", "c=3")
 		wantErrors(t, cc)
 	})
 }
@@ -592,7 +745,7 @@ func TestServiceConfigOfTheSourceIsParsedOnceAndPublished(t *testing.T) {
 func TestBadServiceConfigIsReportedAfterTheSetAndKeepsTheOneBefore(t *testing.T) {
 	bridged(t, nil, func(t *testing.T, src *script, cc *fakeConn, _ resolver.Resolver) {
 		src.send(discover.ServiceConfig(`oops`), ins("a", "1"), discover.Synced())
-		synctest.Wait()
+		time.Sleep(time.Second)
 		wantSets(t, cc, "a=1")
 		wantErrors(t, cc, "not an object: oops")
 		if !strings.HasPrefix(cc.calls()[1], "error") || cc.last().ServiceConfig != nil {
@@ -600,7 +753,7 @@ func TestBadServiceConfigIsReportedAfterTheSetAndKeepsTheOneBefore(t *testing.T)
 		}
 		src.send(discover.ServiceConfig(`{}`), discover.Synced())
 		src.send(discover.ServiceConfig(`bad`), ins("b", "2"), discover.Synced(), ins("c", "3"), discover.Synced())
-		synctest.Wait()
+		time.Sleep(time.Second)
 		wantSets(t, cc, "a=1", "a=1", "a=1 b=2", "a=1 b=2 c=3")
 		wantErrors(t, cc, "oops", "not an object: bad")
 		if sc := cc.last().ServiceConfig; sc == nil || sc.Err != nil {
@@ -614,7 +767,7 @@ func TestServiceConfigIsIgnoredWhereTheChannelDisablesIt(t *testing.T) {
 		cc, src := &fakeConn{}, &script{}
 		buildWith(t, cc, src, resolver.BuildOptions{DisableServiceConfig: true})
 		synctest.Wait()
-		src.send(discover.ServiceConfig("oops"), ins("a", "1"), discover.Synced())
+		src.send(discover.ServiceConfig("oops"), ins("a", "a:1"), discover.Synced())
 		synctest.Wait()
 		wantErrors(t, cc)
 		if cc.last().ServiceConfig != nil {
@@ -640,15 +793,18 @@ func TestKeepOnEmptyKeepsTheLastSetButPublishesAnEmptyFirstOne(t *testing.T) {
 func TestInvalidChangesAreReportedAfterTheSetAndIgnored(t *testing.T) {
 	bridged(t, nil, func(t *testing.T, src *script, cc *fakeConn, _ resolver.Resolver) {
 		src.send(ins("a", "1"), discover.Insert("b", resolver.Endpoint{}), discover.Change{}, discover.Synced())
-		synctest.Wait()
+		time.Sleep(time.Second)
 		wantSets(t, cc, "a=1")
 		wantErrors(t, cc, `ignored Insert("b"): it has no addresses (and 1 more faults)`)
 		if strings.HasPrefix(cc.calls()[0], "error") {
 			t.Errorf("calls = %q, want the set first", cc.calls())
 		}
 		src.send(discover.Insert("a", resolver.Endpoint{Addresses: make([]resolver.Address, 1)}))
-		settle()
+		time.Sleep(time.Second)
 		wantSets(t, cc, "a=1")
+		wantErrors(t, cc, "b", "address 0 is empty")
+		src.send(ins("c", "3"), discover.Synced())
+		time.Sleep(time.Minute)
 		wantErrors(t, cc, "b", "address 0 is empty")
 	})
 }

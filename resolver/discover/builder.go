@@ -6,6 +6,8 @@ package discover
 import (
 	"errors"
 	"fmt"
+	"reflect"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -13,6 +15,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/resolver"
+
+	"github.com/belfry-go/belfry/internal/isnil"
 )
 
 // Scheme is the URL scheme of the targets that [WithSource] serves.
@@ -53,8 +57,8 @@ func newConfig(opts []Option) (*config, error) {
 // WithBackoff sets how long to wait before a failed watch is started again:
 // BaseDelay after the first failure, times Multiplier after each further one,
 // up to MaxDelay, each delay varied by up to the fraction Jitter to both
-// sides. A watch that was synced before it failed starts over with BaseDelay.
-// The zero fields of c are taken as they stand, so begin with
+// sides. After a watch that was synced, or that lasted as long as MaxDelay, it
+// starts over with BaseDelay. The zero fields of c are taken as they stand, so begin with
 // backoff.DefaultConfig. It holds for the sources of a [Merge] too.
 //
 // By default it is gRPC's backoff for connections, backoff.DefaultConfig: 1 s,
@@ -77,14 +81,19 @@ func WithBackoff(c backoff.Config) Option {
 	})
 }
 
-// WithSyncTimeout sets how long a watch may take to say [Synced]. After that,
-// what it has inserted is taken for the set. If it has inserted nothing, and
-// there is no set of an earlier watch, an error is reported to the channel, so
-// that calls fail instead of hanging (those that wait for ready still wait),
-// and the source gets as long again.
+// WithSyncTimeout sets how long a watch may take to say [Synced].
 //
-// By default 15 s. It must be positive. A source that never says Synced is
-// better wrapped in [Settle].
+// As long as there is no set at all, what the watch has inserted after that time
+// is taken for the set. If it has inserted nothing, an error is reported to the
+// channel, so that calls fail instead of hanging (those that wait for ready still
+// wait), and the source gets as long again.
+//
+// Once there is a complete set, no timeout replaces it: a watch that was started
+// after a failure and is late is reported, and the set stays until it says
+// Synced.
+//
+// By default 15 s. It must be positive. A source that never says Synced must be
+// wrapped in [Settle].
 func WithSyncTimeout(d time.Duration) Option {
 	return option(func(cfg *config) error {
 		if d <= 0 {
@@ -148,20 +157,33 @@ func WithAuthority(f func(resolver.Target) string) Option {
 // there, by DNS as a rule. The option affects no other channel; it may be used
 // for several, each of which then watches src for itself.
 //
-// If src is nil or an option is bad, every call fails with UNAVAILABLE and a
-// message that says so; use [NewBuilder] to learn of it at once.
+// grpc.NewClient cannot refuse an option. If src is nil, an option is bad, a
+// channel is given two sources, or none for a target of this scheme, the channel
+// fails as soon as it connects: every call fails with UNAVAILABLE, and
+// belfry.WaitReady returns, with a message that says what to write. Use
+// [NewBuilder] to learn of bad options at once.
 func WithSource(src Source, opts ...Option) grpc.DialOption {
-	b, err := NewBuilder(Scheme, func(resolver.Target) (Source, error) { return src, nil }, opts...)
-	if err == nil && src == nil {
-		err = errNilSource
-	}
-	if err != nil {
-		b = &builder{scheme: Scheme, cfg: &config{authority: DefaultAuthority}, err: err}
+	b := &builder{scheme: Scheme, only: true, cfg: &config{authority: DefaultAuthority}}
+	cfg, err := newConfig(opts)
+	switch {
+	case err != nil:
+		b.err = err
+	case isnil.Value(src):
+		b.err = errors.New("discover: WithSource: the source is nil: give it what List, Poll, Channel or another constructor has returned, and check its error")
+	default:
+		b.cfg, b.open = cfg, func(resolver.Target) (Source, error) { return src, nil }
 	}
 	return grpc.WithResolvers(b)
 }
 
-var errNilSource = errors.New("discover: the source is nil")
+// init serves the targets of channels that were given no source.
+func init() {
+	resolver.Register(&builder{
+		scheme: Scheme,
+		cfg:    &config{authority: DefaultAuthority},
+		err:    errors.New("discover: no source for a target of the scheme \"belfry\": add discover.WithSource(src) to the options of grpc.NewClient"),
+	})
+}
 
 // NewBuilder returns a resolver builder for grpc.WithResolvers that serves
 // targets of the given scheme with the sources that open returns for them.
@@ -223,9 +245,10 @@ func checkScheme(scheme string) error {
 // builder is immutable.
 type builder struct {
 	scheme string
+	only   bool // a channel may have no other for the scheme
 	open   func(resolver.Target) (Source, error)
 	cfg    *config
-	err    error // of a WithSource that cannot work; open is nil
+	err    error // why it cannot work; open is nil then
 }
 
 var _ resolver.AuthorityOverrider = (*builder)(nil)
@@ -241,14 +264,50 @@ func (b *builder) Build(target resolver.Target, cc resolver.ClientConn, opts res
 	if b.err != nil {
 		return nil, b.err
 	}
-	src, err := b.open(target)
+	if n := builders(cc, b.scheme); b.only && n > 1 {
+		return nil, fmt.Errorf("discover: %s has %d sources: use WithSource once, and discover.Merge to combine sources", target, n)
+	}
+	src, err := b.openSafely(target)
 	if err != nil {
 		return nil, fmt.Errorf("discover: opening the source of %s: %w", target, err)
 	}
-	if src == nil {
-		return nil, fmt.Errorf("%w, for %s", errNilSource, target)
-	}
 	return newBridge(src, target, cc, opts, b.cfg), nil
+}
+
+func (b *builder) openSafely(target resolver.Target) (src Source, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			logger.Errorf("%s: opening the source panicked: %v\n%s", target, v, debug.Stack())
+			err = fmt.Errorf("panic: %v", v)
+		}
+	}()
+	if src, err = b.open(target); err == nil && isnil.Value(src) {
+		err = errors.New("the source is nil")
+	}
+	return src, err
+}
+
+// builders returns how many builders of this package a channel was given for a
+// scheme, or 0 if that cannot be seen. gRPC uses the first and says nothing of
+// the others, so this looks into the channel.
+func builders(cc resolver.ClientConn, scheme string) (n int) {
+	defer func() {
+		if recover() != nil { // The fields are others now.
+			n = 0
+		}
+	}()
+	v := reflect.ValueOf(cc)
+	if isDelegating(cc) {
+		v = v.Elem().FieldByName("parent").Elem().FieldByName("cc").Elem()
+	}
+	given := v.Elem().FieldByName("cc").Elem().FieldByName("dopts").FieldByName("resolvers")
+	for i := range given.Len() {
+		b := given.Index(i).Elem()
+		if b.Type() == reflect.TypeFor[*builder]() && b.Elem().FieldByName("scheme").String() == scheme {
+			n++
+		}
+	}
+	return n
 }
 
 // DefaultAuthority returns the authority of a target unless [WithAuthority]

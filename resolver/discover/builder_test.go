@@ -118,10 +118,10 @@ func TestRegisterRejectsWhatIsThereAlready(t *testing.T) {
 
 func TestOpString(t *testing.T) {
 	var got []string
-	for op := range discover.Op(6) {
+	for op := range discover.Op(8) {
 		got = append(got, op.String())
 	}
-	if got, want := strings.Join(got, " "), "Op(0) Insert Remove Synced ServiceConfig Op(5)"; got != want {
+	if got, want := strings.Join(got, " "), "Op(0) Insert Remove Synced Final ServiceConfig Batch Op(7)"; got != want {
 		t.Errorf("ops = %q, want %q", got, want)
 	}
 }

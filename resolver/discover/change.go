@@ -23,8 +23,12 @@ const (
 	OpRemove
 	// OpSynced says that the changes so far make a complete set.
 	OpSynced
+	// OpFinal says that the changes so far make a complete set, and the last one.
+	OpFinal
 	// OpServiceConfig sets the channel's service config.
 	OpServiceConfig
+	// OpBatch makes the changes in Changes, in their order.
+	OpBatch
 )
 
 // String returns the name of the constructor that makes a Change of this Op.
@@ -36,14 +40,18 @@ func (op Op) String() string {
 		return "Remove"
 	case OpSynced:
 		return "Synced"
+	case OpFinal:
+		return "Final"
 	case OpServiceConfig:
 		return "ServiceConfig"
+	case OpBatch:
+		return "Batch"
 	}
 	return fmt.Sprintf("Op(%d)", uint8(op))
 }
 
 // A Change is one step in what a [Source] knows. Make one with [Insert],
-// [Remove], [Synced] or [ServiceConfig].
+// [Remove], [Synced], [Final], [ServiceConfig] or [Batch].
 type Change struct {
 	// Op says what happens, and which of the other fields mean anything.
 	Op Op
@@ -54,6 +62,26 @@ type Change struct {
 	Endpoint resolver.Endpoint
 	// ServiceConfig is what OpServiceConfig sets, as JSON.
 	ServiceConfig string
+	// Changes are what OpBatch makes.
+	Changes []Change
+}
+
+// All returns the changes that c makes, in their order: those in a [Batch],
+// or else c alone. A batch may hold batches.
+func (c Change) All() iter.Seq[Change] {
+	return func(yield func(Change) bool) { c.each(yield) }
+}
+
+func (c Change) each(yield func(Change) bool) bool {
+	if c.Op != OpBatch {
+		return yield(c)
+	}
+	for _, inner := range c.Changes {
+		if !inner.each(yield) {
+			return false
+		}
+	}
+	return true
 }
 
 // Insert gives key the endpoint, in place of the one it has, if any.
@@ -68,9 +96,23 @@ func Remove(key string) Change {
 
 // Synced says that the changes so far make a complete set, which may be empty.
 // It is due once per [Source.Watch], at the end of the snapshot that the watch
-// starts with, and welcome again at the end of every later batch of changes.
+// starts with, and welcome again at the end of every later group of changes.
 func Synced() Change {
 	return Change{Op: OpSynced}
+}
+
+// Final says that the changes so far make a complete set, and that nothing will
+// change any more. It ends the watch: nothing after it is read, and the source
+// is not watched again.
+func Final() Change {
+	return Change{Op: OpFinal}
+}
+
+// Batch makes several changes in one element of the sequence, which costs less
+// than one element for each. They are published together. The slice must not
+// be modified afterwards.
+func Batch(changes ...Change) Change {
+	return Change{Op: OpBatch, Changes: changes}
 }
 
 // ServiceConfig sets the channel's service config to json, in the form of
@@ -88,32 +130,29 @@ func ServiceConfig(json string) Change {
 //
 // Watch returns a sequence that begins with the source's full set as it is now
 // (an [Insert] for each endpoint, in any order, then [Synced], also if there
-// are none) and goes on with what changes, until ctx is done or nothing can
-// change any more. The sequence is ranged over once, on a goroutine of the
-// caller's, so it may block between changes as long as it likes, and need not
-// be safe for concurrent use. Watch itself must not block.
+// are none) and continues with what changes, until ctx is done. The sequence is
+// ranged over once, on a goroutine of the caller's, so it may block between
+// changes as long as it likes, and need not be safe for concurrent use. Watch
+// itself must not block.
 //
 // Watch is called once for every channel, again each time a channel comes back
 // from idle, and again after a failure. Calls may overlap. Nothing carries
 // over from one sequence to the next: a key that is not inserted again before
 // Synced is gone.
 //
-// How a sequence ends:
+// A sequence that ends has failed, with or without an error: Watch is called
+// again, with backoff, and the last complete set stays in use until the new
+// sequence says Synced, however long that takes. Only [Final] ends a source for
+// good. A panic in Watch or in the sequence is a failure too.
 //
-//   - After an error it has failed: Watch will be called again, with backoff,
-//     and the set as it was stays in use until the new sequence is synced.
-//   - Without one it is over: the set stays as it is, for good. So a source
-//     whose connection was lost must not just return.
-//
-// An error, yielded with a zero Change, does not by itself end the sequence.
-// It is reported to the channel, and a source that can go on may go on; the
-// sequence has failed if the error was the last thing it yielded. A source
-// that goes on after errors paces itself.
+// An error, yielded with a zero Change, does not end the sequence. It is
+// reported to the channel, at most one a second, and a source that can continue
+// may do so.
 //
 // The sequence must end promptly when ctx is done and yield nothing more; an
-// error yielded then is dropped. Closing a channel (and going idle) waits for
-// it, for at most five seconds. A source that takes longer is logged as an
-// error and left behind, with the goroutine it holds.
+// error yielded then is dropped. Nothing waits for it when a channel is closed
+// or becomes idle. A source that has not stopped after five seconds is logged
+// as an error and left behind, with the goroutine it holds.
 //
 // Endpoints that were yielded are not modified, and may share data with one
 // another. A source fills Address.ServerName only from data as trustworthy as

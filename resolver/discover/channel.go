@@ -17,8 +17,9 @@ import (
 // set. Closing ch ends the source: the set stays as it is.
 //
 // The source remembers what it has received, so any number of gRPC channels may
-// use it at once, and each sees the same set, from the beginning. ch belongs to
-// the source: nothing else may receive from it.
+// use it at once, and each sees the same set, from the beginning. A change that
+// is not valid is ignored for all of them. ch belongs to the source: nothing
+// else may receive from it.
 //
 // Nothing is received while no gRPC channel watches, which is so before the
 // first call and whenever all are idle or closed, and then sends block once ch
@@ -50,6 +51,7 @@ type channelSource struct {
 	endpoints     map[string]resolver.Endpoint
 	serviceConfig string
 	synced        bool
+	final         bool
 	closed        bool
 	watchers      map[*channelWatcher]struct{}
 }
@@ -63,6 +65,7 @@ type channelWatcher struct {
 	queued        map[string]struct{}
 	serviceConfig bool
 	synced        bool
+	bad           *Change // one that was ignored
 }
 
 // Watch implements [Source].
@@ -78,13 +81,12 @@ func (s *channelSource) Watch(ctx context.Context) iter.Seq2[Change, error] {
 		default:
 		}
 		for {
-			changes, more := s.take(w)
-			for _, c := range changes {
-				if ctx.Err() != nil || !yield(c, nil) {
-					return
-				}
+			changes, closed := s.take(w)
+			if ctx.Err() != nil || len(changes) > 0 && !yield(Batch(changes...), nil) {
+				return
 			}
-			if !more {
+			if closed {
+				yield(Change{}, errClosed)
 				return
 			}
 			select {
@@ -101,6 +103,8 @@ func (s *channelSource) Watch(ctx context.Context) iter.Seq2[Change, error] {
 		}
 	}
 }
+
+var errClosed = errors.New("the Go channel was closed before Synced")
 
 // add adds a watcher that is to be told everything.
 func (s *channelSource) add() *channelWatcher {
@@ -133,8 +137,9 @@ func (w *channelWatcher) queue(key string) {
 	}
 }
 
-// take returns what w has yet to be told, and whether there may be more later.
-func (s *channelSource) take(w *channelWatcher) (changes []Change, more bool) {
+// take returns what w has yet to be told, and whether the Go channel was closed
+// before it said enough.
+func (s *channelSource) take(w *channelWatcher) (changes []Change, closed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, k := range w.keys {
@@ -147,12 +152,18 @@ func (s *channelSource) take(w *channelWatcher) (changes []Change, more bool) {
 	if w.serviceConfig {
 		changes = append(changes, ServiceConfig(s.serviceConfig))
 	}
-	if w.synced {
+	if w.bad != nil {
+		changes = append(changes, *w.bad)
+	}
+	switch {
+	case s.final:
+		changes = append(changes, Final())
+	case w.synced:
 		changes = append(changes, Synced())
 	}
-	w.keys, w.serviceConfig, w.synced = nil, false, false
+	w.keys, w.serviceConfig, w.synced, w.bad = nil, false, false, nil
 	clear(w.queued)
-	return changes, !s.closed
+	return changes, s.closed && !s.final
 }
 
 // receive waits for a change and applies it and those behind it. It reports
@@ -189,34 +200,49 @@ func (s *channelSource) receiveReady() {
 func (s *channelSource) apply(c Change, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	tell := func(w *channelWatcher) {}
-	switch {
-	case !ok:
+	if !ok {
 		s.closed = true
-	case c.Op == OpInsert:
-		s.endpoints[c.Key] = c.Endpoint
-		tell = func(w *channelWatcher) { w.queue(c.Key) }
-	case c.Op == OpRemove:
-		if _, known := s.endpoints[c.Key]; !known {
-			return
+		s.final = s.final || s.synced
+	}
+	for c := range c.All() {
+		if ok {
+			s.applyOneLocked(c)
 		}
-		delete(s.endpoints, c.Key)
-		tell = func(w *channelWatcher) { w.queue(c.Key) }
-	case c.Op == OpServiceConfig:
-		s.serviceConfig = c.ServiceConfig
-		tell = func(w *channelWatcher) { w.serviceConfig = true }
-	case c.Op == OpSynced:
-		s.synced = true
-		tell = func(w *channelWatcher) { w.synced = true }
-	default:
-		logger.Warningf("Channel: ignored a Change with unknown Op %d", c.Op)
-		return
 	}
 	for w := range s.watchers {
-		tell(w)
 		select {
 		case w.wake <- struct{}{}:
 		default:
 		}
+	}
+}
+
+// applyOneLocked applies a change that is no batch, and notes what the watchers
+// are to be told. Caller must hold s.mu.
+func (s *channelSource) applyOneLocked(c Change) {
+	tell := func(w *channelWatcher) { w.queue(c.Key) }
+	switch c.Op {
+	case OpInsert:
+		if checkEndpoint(c.Endpoint) != nil {
+			tell = func(w *channelWatcher) { w.bad = &c }
+			break
+		}
+		s.endpoints[c.Key] = c.Endpoint
+	case OpRemove:
+		if _, known := s.endpoints[c.Key]; !known {
+			return
+		}
+		delete(s.endpoints, c.Key)
+	case OpServiceConfig:
+		s.serviceConfig = c.ServiceConfig
+		tell = func(w *channelWatcher) { w.serviceConfig = true }
+	case OpSynced, OpFinal:
+		s.synced, s.final = true, s.final || c.Op == OpFinal
+		tell = func(w *channelWatcher) { w.synced = true }
+	default:
+		tell = func(w *channelWatcher) { w.bad = &c }
+	}
+	for w := range s.watchers {
+		tell(w)
 	}
 }

@@ -37,28 +37,41 @@
 // # What the channel sees, and when
 //
 //   - Nothing is published before the first [Synced]: a set that is half there
-//     would send the whole start-up burst to the first few endpoints. The end
-//     of the sequence counts as Synced. A source that says neither within
-//     [WithSyncTimeout] has what it inserted so far taken for the set, or, if
-//     that is nothing, an error reported, so that calls fail instead of
-//     hanging. A complete set that is empty is published as empty.
+//     would send the whole start-up burst to the first few endpoints. A source
+//     that does not say it within [WithSyncTimeout] has what it inserted so far
+//     taken for the set, or, if that is nothing, an error reported, so that calls
+//     fail instead of hanging. A complete set that is empty is published as empty.
 //   - After that, changes are published when the source has been quiet for
 //     5 ms, and at the latest 50 ms after the first of them. A further Synced
-//     publishes at once, so a source that receives its changes in batches ends
-//     each batch with it. A set equal to the published one, attributes
-//     included, is not published again.
+//     publishes at once, so a source that receives its changes in groups ends
+//     each group with it, and yields them as one [Batch]. A set equal to the
+//     published one, attributes included, is not published again.
 //   - Endpoints are ordered by key. Keys whose endpoints have the same set of
 //     addresses are published as one endpoint, that of the smallest key: gRPC
 //     tells endpoints apart by address alone. Removing one of the keys leaves
-//     the others in place.
+//     the others in place. If they differ in the server name, an error is logged.
 //   - A watch that fails is reported to the channel (calls fail with it only
-//     if there is no set yet) and started again with backoff. Until the new
-//     watch is synced the last good set stays, whole; then it is replaced, and
-//     keys that were not inserted again are gone.
-//   - A sequence that ends without an error leaves its set in place for good.
-//   - An endpoint without an address, or a service config that does not parse,
-//     is ignored, logged and reported to the channel, after the set, which it
-//     does not disturb.
+//     if there is no set yet) and started again with backoff. So is one that
+//     ends without [Final], and one that panics. The last complete set stays,
+//     whole, until the new watch says Synced, however long that takes; then it
+//     is replaced, and keys that were not inserted again are gone.
+//   - Errors are reported at most once a second, the last of them with the number
+//     of the others.
+//   - An endpoint that cannot be used is ignored, logged and reported to the
+//     channel, after the set, which it does not disturb: one without an address,
+//     and, unless the channel has a dialer of its own, with an address without a
+//     port, with a scheme, or with a port that cannot be. A set of which nothing
+//     else is left is not published. A service config that does not parse is
+//     treated in the same way.
+//
+// # Staleness
+//
+// How old the set can be that a channel uses:
+//
+//	List       never stale
+//	Channel    5 ms to 50 ms behind what was sent, nothing after Synced
+//	Poll       one interval and a tenth; less when connections fail
+//	any        while its watch fails or is slow: as old as the failure
 //
 // # Idle channels, and several channels
 //
@@ -75,12 +88,17 @@
 // is that of google.golang.org/grpc/experimental/balancer/weight, so that
 // policies read it without knowing this package.
 //
+// Values of attributes are compared with their Equal method. Without one, a value
+// that is made again for every set counts as changed every time, and attributes
+// of an address that change break its connection. Both are logged once, as
+// errors, with what to do.
+//
 // # Proxies
 //
 // If the environment names a proxy for the target (HTTPS_PROXY, NO_PROXY),
 // gRPC replaces the address of every endpoint by the proxy's and drops the
 // attributes, so that any number of endpoints become one, without weight or
-// zone. This package logs a warning when it sees that happen. Dial with
+// zone. This package logs an error when it sees that happen. Dial with
 // grpc.WithNoProxy, or list the endpoints in NO_PROXY.
 //
 // # Errors

@@ -6,6 +6,8 @@ package discover
 import (
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,7 +32,10 @@ func (o endpointOption) apply(ep *resolver.Endpoint) error { return o(ep) }
 // understands; gRPC connects to it as it stands and gives it no default port.
 //
 // It returns an error if an address is empty or contains white space, or if
-// an option's value is out of range.
+// an option's value is out of range. Whether the address can be dialled is
+// checked by the channel, which knows whether it has a dialer of its own: one
+// without a port, with a scheme, or with a port that cannot be is reported, and
+// the endpoint ignored.
 func Endpoint(address string, opts ...EndpointOption) (resolver.Endpoint, error) {
 	var ep resolver.Endpoint
 	if err := Address(address).apply(&ep); err != nil {
@@ -59,7 +64,7 @@ func MustEndpoint(address string, opts ...EndpointOption) resolver.Endpoint {
 
 // Address adds a further address of the same server, for example its IPv6
 // address. gRPC connects to one address of an endpoint at a time, and tries
-// them in the order given.
+// them in the order given. A [ServerName] given before holds for it too.
 func Address(address string) EndpointOption {
 	return endpointOption(func(ep *resolver.Endpoint) error {
 		if address == "" {
@@ -68,7 +73,30 @@ func Address(address string) EndpointOption {
 		if strings.ContainsAny(address, " \t\r\n") {
 			return fmt.Errorf("address %q contains white space", address)
 		}
-		ep.Addresses = append(ep.Addresses, resolver.Address{Addr: address})
+		a := resolver.Address{Addr: address}
+		if len(ep.Addresses) > 0 {
+			a.ServerName = ep.Addresses[0].ServerName
+		}
+		ep.Addresses = append(ep.Addresses, a)
+		return nil
+	})
+}
+
+// ServerName sets the name that the server's certificate must have, and the
+// ":authority" of calls to the endpoint, in place of those of the channel. It
+// holds for all addresses of the endpoint. The name must not be empty; it may
+// have a port. Take it only from data as trustworthy as the program itself.
+//
+// gRPC tells endpoints apart by their addresses alone: of two with the same
+// addresses and different server names only one is used.
+func ServerName(name string) EndpointOption {
+	return endpointOption(func(ep *resolver.Endpoint) error {
+		if name == "" {
+			return errors.New("server name is empty: must be a name; leave the option out to use the channel's")
+		}
+		for i := range ep.Addresses {
+			ep.Addresses[i].ServerName = name
+		}
 		return nil
 	})
 }
@@ -196,6 +224,74 @@ func checkEndpoint(ep resolver.Endpoint) error {
 	return nil
 }
 
+// checkDialable says why an endpoint cannot be used by a channel without a
+// dialer of its own, and what to write instead.
+func checkDialable(ep resolver.Endpoint) error {
+	if err := checkEndpoint(ep); err != nil {
+		return err
+	}
+	for _, a := range ep.Addresses {
+		// Resolvers of gRPC say with an attribute what kind of address it is.
+		if a.Attributes != nil || strings.HasPrefix(a.Addr, "unix:") {
+			continue
+		}
+		if err := checkDialAddress(a.Addr); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkDialAddress(address string) error {
+	if name, ok := strings.CutPrefix(address, "unix-abstract:"); ok {
+		return fmt.Errorf("address %q: write %q", address, "unix:@"+name)
+	}
+	if _, rest, ok := strings.Cut(address, "://"); ok {
+		// A target such as dns:///orders:80 has an authority before its name.
+		rest = rest[strings.LastIndexByte(rest, '/')+1:]
+		return fmt.Errorf("address %q has a scheme: write %q", address, rest)
+	}
+	bare := address
+	if strings.HasPrefix(bare, "[") && strings.HasSuffix(bare, "]") {
+		bare = bare[1 : len(bare)-1]
+	}
+	if ip, err := netip.ParseAddr(bare); err == nil {
+		return fmt.Errorf("address %q has no port: write %q", address, net.JoinHostPort(ip.String(), "443"))
+	}
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		if !strings.Contains(address, ":") {
+			return fmt.Errorf("address %q has no port: write %q", address, address+":443")
+		}
+		if i := strings.LastIndexByte(address, ':'); i >= 0 {
+			if ip, err := netip.ParseAddr(address[:i]); err == nil {
+				return fmt.Errorf("address %q: write an IPv6 address in brackets, %q", address, net.JoinHostPort(ip.String(), address[i+1:]))
+			}
+		}
+		return fmt.Errorf("address %q is not a host and port: write %q, or set a dialer that knows what it is", address, "host:443")
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); (err != nil || n == 0) && !isServiceName(port) {
+		return fmt.Errorf("address %q: port %q: must be from 1 to 65535: write %q", address, port, net.JoinHostPort(host, "443"))
+	}
+	return nil
+}
+
+// isServiceName reports whether a port can be the name of a service, such as
+// "https", which the dialer looks up (RFC 6335, section 5.1).
+func isServiceName(port string) bool {
+	letter := false
+	for _, c := range []byte(port) {
+		switch {
+		case 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z':
+			letter = true
+		case '0' <= c && c <= '9' || c == '-':
+		default:
+			return false
+		}
+	}
+	return letter
+}
+
 // addressID identifies an endpoint as gRPC's resolver.EndpointMap does: by the
 // unordered set of its addresses, attributes left aside.
 func addressID(ep resolver.Endpoint) string {
@@ -237,12 +333,25 @@ func keyed(endpoints []resolver.Endpoint) (map[string]resolver.Endpoint, error) 
 // equalEndpoints reports whether two endpoints would be the same to a
 // balancing policy and to the connections below it.
 func equalEndpoints(a, b resolver.Endpoint) (equal bool) {
-	// Attributes without an Equal are compared with ==, which panics on maps,
-	// slices and functions. What cannot be compared counts as changed.
-	defer func() {
-		if recover() != nil {
-			equal = false
-		}
-	}()
+	if len(a.Addresses) == len(b.Addresses) && len(a.Addresses) > 0 && &a.Addresses[0] == &b.Addresses[0] && a.Attributes == b.Attributes {
+		return true
+	}
+	defer notComparable(&equal)
 	return slices.EqualFunc(a.Addresses, b.Addresses, resolver.Address.Equal) && a.Attributes.Equal(b.Attributes)
+}
+
+// equalAddresses reports whether two lists of addresses would share their
+// connections.
+func equalAddresses(a, b []resolver.Address) (equal bool) {
+	defer notComparable(&equal)
+	return slices.EqualFunc(a, b, resolver.Address.Equal)
+}
+
+// notComparable is deferred where attributes are compared. Those without an
+// Equal are compared with ==, which panics on maps, slices and functions. What
+// cannot be compared counts as changed.
+func notComparable(equal *bool) {
+	if recover() != nil {
+		*equal = false
+	}
 }

@@ -105,14 +105,19 @@ func ExampleMerge() {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	inserts := map[string]string{}
-	for change, err := range src.Watch(ctx) {
+watch:
+	for element, err := range src.Watch(ctx) {
 		if err != nil {
 			panic(err)
 		}
-		if change.Op == discover.OpSynced {
-			break
+		for change := range element.All() {
+			switch change.Op {
+			case discover.OpInsert:
+				inserts[change.Key] = change.Endpoint.Addresses[0].Addr
+			case discover.OpSynced:
+				break watch
+			}
 		}
-		inserts[change.Key] = change.Endpoint.Addresses[0].Addr
 	}
 	fmt.Println(inserts)
 	// Output: map[0/pod-1:10.0.0.1:443 1/10.9.9.9:443:10.9.9.9:443]

@@ -8,21 +8,23 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"net"
 	"net/url"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/resolver/discover"
-	"go.uber.org/goleak"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 // fakeConn is the channel as the resolver sees it.
 type fakeConn struct {
@@ -159,6 +161,7 @@ type script struct {
 	watches []*scriptWatch // running
 	starts  []time.Time    // of all
 	atStart []step         // what a new watch yields first
+	inTurn  bool           // do waits until what it has done has had its effect
 }
 
 type step struct {
@@ -224,6 +227,9 @@ func (s *script) do(steps ...step) {
 			case w.steps <- st:
 			case <-w.done:
 			}
+			if s.inTurn {
+				synctest.Wait()
+			}
 		}
 	}
 }
@@ -265,10 +271,12 @@ func target(s string) resolver.Target {
 }
 
 // build makes the resolver of one channel on src and closes it when the test
-// ends. Call it inside the bubble.
+// ends. Call it inside the bubble. The channel has a dialer of its own, so that
+// addresses can be short.
 func build(t *testing.T, cc resolver.ClientConn, src discover.Source, opts ...discover.Option) resolver.Resolver {
 	t.Helper()
-	return buildWith(t, cc, src, resolver.BuildOptions{}, opts...)
+	dialer := func(context.Context, string) (net.Conn, error) { return nil, errors.New("not to be called") }
+	return buildWith(t, cc, src, resolver.BuildOptions{Dialer: dialer}, opts...)
 }
 
 func buildWith(t *testing.T, cc resolver.ClientConn, src discover.Source, bo resolver.BuildOptions, opts ...discover.Option) resolver.Resolver {

@@ -82,11 +82,19 @@ func playHistory(t *testing.T, ops []byte) {
 			src.fail(fmt.Sprintf("failure %d", i))
 			m.fail(fmt.Sprintf("failure %d", i))
 		case 6:
-			if arg > 3 { // ends are final: not too many
-				continue
+			if arg > 1 { // nothing comes after it: not too many
+				src.end()
+				m.end()
+				break
 			}
-			src.end()
-			m.end()
+			src.send(discover.Final())
+			m.final()
+		case 13:
+			key, addr := fmt.Sprint("k", arg%4), fmt.Sprint("a", arg%5)
+			src.send(discover.Batch(ins(key, addr, discover.Weight(1)), discover.Remove("k0"), ins("k1", "a1", discover.Weight(1))))
+			m.insert(key, addr, 1)
+			m.remove("k0")
+			m.insert("k1", "a1", 1)
 		case 8:
 			if arg > 7 {
 				continue
@@ -122,10 +130,14 @@ type model struct {
 	failures   int
 	restartAt  time.Duration
 	began      time.Duration
+	syncBy     time.Duration
+	dirty      bool
 	dirtySince time.Duration
 	flushAt    time.Duration
 	published  bool
 	last       string
+	reportAt   time.Duration // no error is reported before
+	held       []string
 }
 
 const never = time.Duration(1<<63 - 1)
@@ -138,10 +150,11 @@ func newModel() *model {
 
 func (m *model) start() {
 	m.running, m.lastErr, m.synced, m.restartAt = true, false, false, never
-	m.next, m.began = map[string]resolver.Endpoint{}, m.now
+	m.next, m.began, m.syncBy = map[string]resolver.Endpoint{}, m.now, m.now+15*time.Second
 }
 
-func (m *model) change(f func(set map[string]resolver.Endpoint)) {
+// change applies f, which reports whether it has changed the set.
+func (m *model) change(f func(set map[string]resolver.Endpoint) bool) {
 	if !m.running {
 		return
 	}
@@ -150,7 +163,15 @@ func (m *model) change(f func(set map[string]resolver.Endpoint)) {
 		f(m.next)
 		return
 	}
-	f(m.current)
+	m.dirty = f(m.current) || m.dirty
+	m.notQuiet()
+}
+
+// notQuiet puts off the next update.
+func (m *model) notQuiet() {
+	if !m.dirty {
+		return
+	}
 	if m.flushAt == never {
 		m.dirtySince = m.now
 	}
@@ -158,13 +179,19 @@ func (m *model) change(f func(set map[string]resolver.Endpoint)) {
 }
 
 func (m *model) insert(key, addr string, weight uint32) {
-	m.change(func(set map[string]resolver.Endpoint) {
+	m.change(func(set map[string]resolver.Endpoint) bool {
+		old, known := set[key]
 		set[key] = discover.SetKey(ep(addr, discover.Weight(weight)), key)
+		return !known || old.Addresses[0].Addr != addr || discover.WeightOf(old) != weight
 	})
 }
 
 func (m *model) remove(key string) {
-	m.change(func(set map[string]resolver.Endpoint) { delete(set, key) })
+	m.change(func(set map[string]resolver.Endpoint) bool {
+		_, known := set[key]
+		delete(set, key)
+		return known
+	})
 }
 
 func (m *model) promote() {
@@ -181,14 +208,25 @@ func (m *model) sync() {
 	}
 }
 
+func (m *model) final() {
+	m.sync()
+	m.running = false
+}
+
 func (m *model) err(msg string) {
 	if m.running {
 		m.lastErr = true
 		m.report(msg)
+		m.notQuiet()
 	}
 }
 
 func (m *model) report(msg string) {
+	if m.now < m.reportAt {
+		m.held = append(m.held, msg)
+		return
+	}
+	m.reportAt = m.now + time.Second
 	m.log = append(m.log, "error: discover: watching belfry:///orders: "+msg)
 }
 
@@ -201,13 +239,11 @@ func (m *model) end() {
 	if !m.running {
 		return
 	}
-	m.running = false
 	if !m.lastErr {
-		m.promote()
-		return
+		m.err("the source ended without an error and without Final; watching it again")
 	}
-	m.next = nil
-	if m.synced {
+	m.running, m.next = false, nil
+	if m.synced || m.now-m.began >= 8*time.Second {
 		m.failures = 0
 	}
 	m.restartAt = m.now + min(time.Second<<m.failures, 8*time.Second)
@@ -215,7 +251,7 @@ func (m *model) end() {
 }
 
 func (m *model) flush() {
-	m.flushAt = never
+	m.flushAt, m.dirty = never, false
 	if m.current == nil {
 		return
 	}
@@ -240,28 +276,40 @@ func (m *model) flush() {
 
 func (m *model) sleep(d time.Duration) {
 	for end := m.now + d; ; {
-		deadline := never
+		deadline, reportAt := never, never
 		if m.next != nil {
-			deadline = m.began + 15*time.Second
+			deadline = m.syncBy
 		}
-		at := min(m.restartAt, m.flushAt, deadline)
+		if len(m.held) > 0 {
+			reportAt = m.reportAt
+		}
+		at := min(m.restartAt, m.flushAt, deadline, reportAt)
 		if at > end {
 			m.now = end
 			return
 		}
 		m.now = at
 		switch at {
+		case reportAt:
+			msg := m.held[len(m.held)-1]
+			if n := len(m.held) - 1; n > 0 {
+				msg += fmt.Sprintf(" (and %d more errors)", n)
+			}
+			m.held = nil
+			m.report(msg)
 		case m.flushAt:
 			m.flush()
 		case m.restartAt:
 			m.start()
 		default:
-			if len(m.next) > 0 {
+			switch {
+			case m.current != nil:
+				m.report(fmt.Sprintf("the source has failed, and its new watch has not said Synced within 15s; the last set, of %d endpoints, stays (a source that never says Synced is to be wrapped in Settle)", len(m.current)))
+				m.syncBy = never
+			case len(m.next) > 0:
 				m.promote()
-				continue
-			}
-			m.began = at
-			if m.current == nil {
+			default:
+				m.syncBy = at + 15*time.Second
 				m.report("the source has delivered no endpoints within 15s")
 			}
 		}

@@ -33,19 +33,13 @@ func List(endpoints ...resolver.Endpoint) (Source, error) {
 	for _, k := range slices.Sorted(maps.Keys(set)) {
 		changes = append(changes, Insert(k, set[k]))
 	}
-	return list(append(changes, Synced())), nil
+	return list{Batch(append(changes, Final())...)}, nil
 }
 
 // list is immutable.
-type list []Change
+type list struct{ all Change }
 
 // Watch implements [Source].
 func (l list) Watch(context.Context) iter.Seq2[Change, error] {
-	return func(yield func(Change, error) bool) {
-		for _, c := range l {
-			if !yield(c, nil) {
-				return
-			}
-		}
-	}
+	return func(yield func(Change, error) bool) { yield(l.all, nil) }
 }

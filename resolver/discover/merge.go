@@ -8,12 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"slices"
 	"strconv"
 	"sync"
 	"time"
 
-	"google.golang.org/grpc/resolver"
+	"github.com/belfry-go/belfry/internal/isnil"
 )
 
 // Merge returns a source of the endpoints of all the sources together. Keys
@@ -23,12 +24,12 @@ import (
 // included. Of several service configs the one of the first source that has one
 // holds.
 //
-// The set is complete when all the sources' are, each by its own [Synced]. A
+// The set is complete when all the sources' are, each as it would be alone. A
 // source that fails is reported, and watched again with the backoff of
-// [WithBackoff], while its last set stays and the others go on. One that has no
-// set yet, and fails or takes longer than [WithSyncTimeout], does not hold back
-// the first set of the others, unless that would be empty. The merged source
-// ends when all of them have ended.
+// [WithBackoff], while its last set stays and the others continue. One that has
+// no set yet, and fails or takes longer than [WithSyncTimeout], does not hold
+// back the first set of the others, unless that would be empty. The merged set
+// is final when all the sets are.
 //
 // It returns an error if there are no sources or one is nil. It may be used by
 // as many channels as the sources may.
@@ -37,38 +38,48 @@ func Merge(sources ...Source) (Source, error) {
 		return nil, errors.New("discover: Merge: no sources")
 	}
 	for i, src := range sources {
-		if src == nil {
+		if isnil.Value(src) {
 			return nil, fmt.Errorf("discover: Merge: source %d is nil", i)
 		}
 	}
-	return merged(slices.Clone(sources)), nil
+	m := make(merged, len(sources))
+	digits := len(strconv.Itoa(len(m) - 1)) // The order of the keys is that of the sources.
+	for i, src := range sources {
+		m[i] = part{src: src, prefix: fmt.Sprintf("%0*d/", digits, i), name: fmt.Sprintf("source %d of %d: ", i, len(m))}
+	}
+	return m, nil
 }
 
-// merged is immutable.
-type merged []Source
+// merged is immutable. Its sources are supervised one by one.
+type merged []part
+
+type part struct {
+	src    Source
+	prefix string        // of its keys
+	name   string        // for its errors
+	quiet  time.Duration // see Settle; 0: not settled
+}
 
 // Watch implements [Source].
 func (m merged) Watch(ctx context.Context) iter.Seq2[Change, error] {
 	return func(yield func(Change, error) bool) {
 		ctx, cancel := context.WithCancel(ctx)
 		env := watchEnvOf(ctx)
-		w := mergeWatch{ctx: ctx, yield: yield, sources: make([]mergeSource, len(m)), running: len(m)}
+		w := mergeWatch{yield: yield, parts: make([]partWatch, len(m))}
 		events := make(chan mergeEvent)
 		nudges := make([]chan struct{}, len(m))
-		digits := len(strconv.Itoa(len(m) - 1)) // the order of the keys is that of the sources
 		var wg sync.WaitGroup
 		defer wg.Wait()
 		defer cancel()
-		for i, src := range m {
-			w.sources[i].prefix = fmt.Sprintf("%0*d/", digits, i)
-			w.sources[i].set.syncTimeout = env.syncTimeout
+		for i, p := range m {
+			w.parts[i] = partWatch{part: p, follower: follow(p.src, checkEndpoint, env.syncTimeout, p.quiet)}
 			nudges[i] = make(chan struct{}, 1)
 			below := env
 			below.nudge = nudges[i]
 			wg.Go(func() {
-				supervise(below.context(ctx), src, env.backoff, func(ev watchEvent) bool {
+				supervise(below.context(ctx), p.src, env.backoff, func(ev watchEvent) bool {
 					select {
-					case events <- mergeEvent{source: i, watchEvent: ev}:
+					case events <- mergeEvent{part: i, watchEvent: ev}:
 						return true
 					case <-ctx.Done():
 						return false
@@ -79,7 +90,7 @@ func (m merged) Watch(ctx context.Context) iter.Seq2[Change, error] {
 		if env.nudge != nil {
 			wg.Go(func() { spread(ctx, env.nudge, nudges) })
 		}
-		w.run(events)
+		w.run(ctx, events)
 	}
 }
 
@@ -101,184 +112,132 @@ func spread(ctx context.Context, nudge <-chan struct{}, all []chan struct{}) {
 }
 
 type mergeEvent struct {
-	source int
+	part int
 	watchEvent
 }
 
-// mergeWatch is one watch of a merged source. Its methods report false when the
-// consumer wants no more.
+// mergeWatch is one watch of a merged source.
 type mergeWatch struct {
-	ctx     context.Context
-	yield   func(Change, error) bool
-	sources []mergeSource
-	running int // sources that have not ended
-	synced  bool
+	yield  func(Change, error) bool
+	parts  []partWatch
+	synced bool
 
 	serviceConfig string // as last yielded
 }
 
-// mergeSource is the state of one of the sources.
-type mergeSource struct {
-	prefix  string // of its keys
-	set     tracker
-	told    map[string]resolver.Endpoint // what has been yielded of the current set, under its own keys
-	failing bool                         // it has failed, or was late, before its first set
+type partWatch struct {
+	part
+	follower
+	final   bool
+	failing bool // it has failed, or was late, before its first set
 }
 
-func (w *mergeWatch) run(events <-chan mergeEvent) {
+// run ends when all parts are final, ctx is done or yield wants no more.
+func (w *mergeWatch) run(ctx context.Context, events <-chan mergeEvent) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	for w.running > 0 {
+	for {
 		var at time.Time
-		for i := range w.sources {
-			at = earliest(at, w.sources[i].set.deadline())
+		for i := range w.parts {
+			at = earliest(at, w.parts[i].deadline())
 		}
 		if at.IsZero() {
 			timer.Stop()
 		} else {
 			timer.Reset(time.Until(at))
 		}
-		ok := true
+		more := true
 		select {
-		case <-w.ctx.Done():
+		case <-ctx.Done():
 			return
 		case ev := <-events:
-			ok = w.handle(ev, time.Now())
+			p := &w.parts[ev.part]
+			more = w.tell(p, p.handle(ev.watchEvent, time.Now()))
 		case <-timer.C:
-			ok = w.tick(time.Now())
+			now := time.Now()
+			for i := range w.parts {
+				if p := &w.parts[i]; more && due(p.deadline(), now) {
+					more = w.tell(p, p.expire(now))
+				}
+			}
 		}
-		if !ok || w.ctx.Err() != nil {
+		if !more || ctx.Err() != nil {
 			return
 		}
 	}
 }
 
-func (w *mergeWatch) handle(ev mergeEvent, now time.Time) bool {
-	s := &w.sources[ev.source]
-	switch ev.kind {
-	case eventStart:
-		s.set.start(now)
-	case eventChange:
-		if ev.change.Op == OpSynced {
-			s.set.promote()
-			return w.settle(ev.source)
-		}
-		live, err := s.set.apply(ev.change)
-		if err != nil {
-			// Whoever watches us will find the same fault, and knows better when
-			// it is time to speak of it.
-			ev.change.Key = s.prefix + ev.change.Key
-			return w.yield(ev.change, nil)
-		}
-		if live {
-			return w.pass(ev.source, ev.change)
-		}
-	case eventError:
-		return w.fail(ev.source, ev.err)
-	case eventFailed:
-		s.set.fail()
-	case eventEnd:
-		s.set.promote()
-		w.running--
-		return w.settle(ev.source)
-	}
-	return true
-}
-
-func (w *mergeWatch) tick(now time.Time) bool {
-	for i := range w.sources {
-		s := &w.sources[i]
-		if !due(s.set.deadline(), now) {
-			continue
-		}
-		promoted, err := s.set.expire(now)
-		if promoted && !w.settle(i) || err != nil && !w.fail(i, err) {
+// tell yields what a part has to tell, as one element if it is no error. It
+// reports false when there is nothing more to tell.
+func (w *mergeWatch) tell(p *partWatch, n news) bool {
+	p.final = p.final || n.final
+	if n.err != nil {
+		p.failing = true
+		if !w.yield(Change{}, fmt.Errorf("%s%w", p.name, n.err)) {
 			return false
 		}
 	}
-	return true
-}
-
-// fail yields the error of a source, and stops waiting for its first set.
-func (w *mergeWatch) fail(source int, err error) bool {
-	if !w.yield(Change{}, fmt.Errorf("source %d of %d: %w", source, len(w.sources), err)) {
-		return false
+	var changes []Change
+	// Whoever watches us will find the same faults, and knows better when it is
+	// time to speak of them.
+	for _, f := range n.faults {
+		f.change.Key = p.prefix + f.change.Key
+		changes = append(changes, f.change)
 	}
-	w.sources[source].failing = true
-	return w.synced || w.complete()
-}
-
-// pass yields a change of a source's current set.
-func (w *mergeWatch) pass(source int, c Change) bool {
-	s := &w.sources[source]
-	switch c.Op {
-	case OpInsert:
-		s.told[c.Key] = s.set.current.entries[c.Key].endpoint
-	case OpRemove:
-		if _, ok := s.told[c.Key]; !ok {
-			return true
-		}
-		delete(s.told, c.Key)
-	case OpServiceConfig:
-		return w.configure()
-	}
-	c.Key = s.prefix + c.Key
-	return w.yield(c, nil)
-}
-
-// configure yields the service config if it is another now.
-func (w *mergeWatch) configure() bool {
-	config := ""
-	for i := range w.sources {
-		if current := w.sources[i].set.current; current != nil && current.serviceConfig != "" {
-			config = current.serviceConfig
-			break
+	for _, k := range slices.Sorted(maps.Keys(p.dirty)) {
+		if e, ok := p.set.entries[k]; ok {
+			changes = append(changes, Insert(p.prefix+k, e.endpoint))
+		} else {
+			changes = append(changes, Remove(p.prefix+k))
 		}
 	}
-	if config == w.serviceConfig {
+	p.clean()
+	if config := w.config(); config != w.serviceConfig {
+		w.serviceConfig = config
+		changes = append(changes, ServiceConfig(config))
+	}
+	complete, final := w.complete()
+	switch {
+	case final:
+		changes = append(changes, Final())
+	case complete && (n.synced || !w.synced):
+		changes = append(changes, Synced())
+	}
+	w.synced = w.synced || complete
+	switch len(changes) {
+	case 0:
 		return true
+	case 1:
+		return w.yield(changes[0], nil) && !final
 	}
-	w.serviceConfig = config
-	return w.yield(ServiceConfig(config), nil)
+	return w.yield(Batch(changes...), nil) && !final
 }
 
-// settle yields what the newly completed set of a source changes, and Synced if
-// the merged set is complete with it.
-func (w *mergeWatch) settle(source int) bool {
-	s := &w.sources[source]
-	set := make(map[string]resolver.Endpoint, len(s.set.current.entries))
-	for k, e := range s.set.current.entries {
-		set[k] = e.endpoint
+// config returns the service config of the first part that has one.
+func (w *mergeWatch) config() string {
+	for i := range w.parts {
+		if set := w.parts[i].set; set != nil && set.serviceConfig != "" {
+			return set.serviceConfig
+		}
 	}
-	ok := diff(s.told, set, func(c Change, err error) bool {
-		c.Key = s.prefix + c.Key
-		return w.yield(c, err)
-	})
-	s.told = set
-	if !ok || !w.configure() {
-		return false
-	}
-	return w.complete()
+	return ""
 }
 
-// complete yields Synced if the merged set is complete.
-func (w *mergeWatch) complete() bool {
-	if !w.synced {
-		endpoints, missing := 0, false
-		for i := range w.sources {
-			switch s := &w.sources[i]; {
-			case s.set.current != nil:
-				endpoints += len(s.told)
-			case s.failing:
-				missing = true
-			default:
-				return true
-			}
+// complete reports whether the merged set is complete, and whether it is final.
+func (w *mergeWatch) complete() (complete, final bool) {
+	endpoints, missing := 0, 0
+	final = true
+	for i := range w.parts {
+		p := &w.parts[i]
+		final = final && p.final
+		switch {
+		case p.set != nil:
+			endpoints += len(p.set.entries)
+		case p.failing:
+			missing++
+		default:
+			return w.synced, false
 		}
-		if missing && endpoints == 0 {
-			return true
-		}
-		w.synced = true
 	}
-	return w.yield(Synced(), nil)
+	return w.synced || missing == 0 || endpoints > 0, final
 }

@@ -53,7 +53,7 @@ func (watch fullSets) Watch(ctx context.Context) iter.Seq2[Change, error] {
 				}
 				continue
 			}
-			if !diff(prev, set, yield) || !yield(Synced(), nil) {
+			if !yield(Batch(append(diff(prev, set), Synced())...), nil) {
 				return
 			}
 			prev = set
@@ -61,23 +61,19 @@ func (watch fullSets) Watch(ctx context.Context) iter.Seq2[Change, error] {
 	}
 }
 
-// diff yields the changes that lead from prev to next. It reports whether yield
-// took them all.
-func diff(prev, next map[string]resolver.Endpoint, yield func(Change, error) bool) bool {
+// diff returns the changes that lead from prev to next.
+func diff(prev, next map[string]resolver.Endpoint) (changes []Change) {
 	for k, ep := range next {
-		if old, ok := prev[k]; ok && equalEndpoints(old, ep) {
-			continue
-		}
-		if !yield(Insert(k, ep), nil) {
-			return false
+		if old, ok := prev[k]; !ok || !equalEndpoints(old, ep) {
+			changes = append(changes, Insert(k, ep))
 		}
 	}
 	for k := range prev {
-		if _, ok := next[k]; !ok && !yield(Remove(k), nil) {
-			return false
+		if _, ok := next[k]; !ok {
+			changes = append(changes, Remove(k))
 		}
 	}
-	return true
+	return changes
 }
 
 const (

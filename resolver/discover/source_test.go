@@ -185,6 +185,7 @@ func TestChannelCatchesUpBeforeItPublishesAfterIdle(t *testing.T) {
 		r := build(t, &fakeConn{}, src)
 		synctest.Wait()
 		r.Close()
+		synctest.Wait() // The old watch has ended.
 		ch <- discover.Remove("a")
 		ch <- ins("b", "2")
 		cc := &fakeConn{}
@@ -194,7 +195,7 @@ func TestChannelCatchesUpBeforeItPublishesAfterIdle(t *testing.T) {
 	})
 }
 
-func TestChannelThatNeverSyncsEndsSyncedWhenClosed(t *testing.T) {
+func TestChannelClosedBeforeSyncedIsAnError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ch := make(chan discover.Change, 10)
 		cc := &fakeConn{}
@@ -204,7 +205,8 @@ func TestChannelThatNeverSyncsEndsSyncedWhenClosed(t *testing.T) {
 		wantSets(t, cc)
 		close(ch)
 		synctest.Wait()
-		wantSets(t, cc, "a=1")
+		wantSets(t, cc)
+		wantErrors(t, cc, "the Go channel was closed before Synced")
 	})
 	_, err := discover.Channel(nil)
 	wantError(t, err, "nil")
@@ -225,7 +227,9 @@ func TestChannelTellsASlowWatcherOnlyTheLastOfEachKey(t *testing.T) {
 				if err != nil {
 					t.Errorf("error %v", err)
 				}
-				got = append(got, fmt.Sprint(c.Op, " ", c.Key))
+				for c := range c.All() {
+					got = append(got, fmt.Sprint(c.Op, " ", c.Key))
+				}
 				<-release
 			}
 		}()
@@ -247,6 +251,28 @@ func TestChannelTellsASlowWatcherOnlyTheLastOfEachKey(t *testing.T) {
 		if want := []string{"Insert a", "Insert b", "Remove c", "Synced "}; !slices.Equal(got, want) {
 			t.Errorf("the slow watcher got %q, want %q", got, want)
 		}
+	})
+}
+
+// One bad change must not part two channels on one source.
+func TestChannelIgnoresBadChangesForAllWatchers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ch := make(chan discover.Change)
+		src := must(discover.Channel(ch))
+		cc := &fakeConn{}
+		build(t, cc, src)
+		ch <- discover.Batch(ins("a", "1"), ins("b", "2"), discover.Synced())
+		ch <- discover.Insert("a", resolver.Endpoint{})
+		settle()
+		wantErrors(t, cc, `ignored Insert("a"): it has no addresses`)
+		later := &fakeConn{}
+		build(t, later, src)
+		settle()
+		wantSets(t, cc, "a=1 b=2")
+		wantSets(t, later, "a=1 b=2")
+		ch <- discover.Final()
+		settle()
+		wantErrors(t, later)
 	})
 }
 
@@ -281,7 +307,9 @@ func TestFullSetsBecomeChanges(t *testing.T) {
 					got = append(got, err.Error())
 					continue
 				}
-				got = append(got, strings.TrimSpace(fmt.Sprint(c.Op, " ", c.Key)))
+				for c := range c.All() {
+					got = append(got, strings.TrimSpace(fmt.Sprint(c.Op, " ", c.Key)))
+				}
 			}
 		}()
 		reused := []resolver.Endpoint{ep("1")}
@@ -495,7 +523,7 @@ func TestPollRejectsBadValues(t *testing.T) {
 // mergedScripts runs f on a merge of two scripts.
 func mergedScripts(t *testing.T, f func(t *testing.T, a, b *script, cc *fakeConn, r resolver.Resolver)) {
 	synctest.Test(t, func(t *testing.T) {
-		a, b, cc := &script{}, &script{}, &fakeConn{}
+		a, b, cc := &script{inTurn: true}, &script{inTurn: true}, &fakeConn{}
 		r := build(t, cc, must(discover.Merge(a, b)), exact())
 		synctest.Wait()
 		f(t, a, b, cc, r)
@@ -600,22 +628,118 @@ func TestMergeWaitsForASilentSourceNoLongerThanTheTimeout(t *testing.T) {
 	})
 }
 
-func TestMergeTakesARestartedWatchThatNeverSyncsForSyncedAfterTheTimeout(t *testing.T) {
+func TestMergeKeepsTheLastSetOfASourceWhoseNewWatchIsSlow(t *testing.T) {
 	mergedScripts(t, func(t *testing.T, a, b *script, cc *fakeConn, _ resolver.Resolver) {
 		a.send(ins("a", "1"), discover.Synced())
-		b.end()
+		b.send(discover.Final())
 		synctest.Wait()
 		a.fail("down")
 		time.Sleep(1100 * time.Millisecond)
 		a.send(ins("b", "2"))
-		time.Sleep(15 * time.Second)
-		wantSets(t, cc, "0/a=1", "0/b=2")
+		time.Sleep(time.Hour)
+		wantSets(t, cc, "0/a=1")
+		wantErrors(t, cc, "source 0 of 2: down", "source 0 of 2: the source has failed, and its new watch has not said Synced within 15s")
 	})
+}
+
+// A source behaves inside a Merge as it does alone, down to the moment when the
+// channel is told something.
+func TestMergeOfOneSourceTellsTheChannelWhatTheSourceAloneDoes(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		play func(src *script)
+	}{
+		{"never synced", func(src *script) {
+			src.send(ins("a", "1"))
+			time.Sleep(time.Minute)
+			src.send(ins("b", "2"))
+		}},
+		{"silent", func(src *script) {
+			time.Sleep(20 * time.Second)
+			src.send(ins("a", "1"))
+		}},
+		{"failing", func(src *script) {
+			src.send(ins("a", "1"))
+			src.fail("down")
+			time.Sleep(3 * time.Second)
+			src.send(ins("a", "1"), discover.Synced())
+			src.fail("down")
+			time.Sleep(time.Minute)
+			src.send(ins("b", "2"))
+			src.end()
+		}},
+		{"final", func(src *script) {
+			src.send(ins("a", "1"), discover.Insert("b", resolver.Endpoint{}), discover.Final())
+		}},
+		{"live", func(src *script) {
+			src.send(discover.Synced(), ins("a", "1"), ins("b", "2"))
+			time.Sleep(time.Second)
+			src.send(discover.Batch(discover.Remove("a"), ins("c", "3"), discover.ServiceConfig("{}")))
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			told := func(wrap func(discover.Source) discover.Source) (log []string) {
+				synctest.Test(t, func(t *testing.T) {
+					src, cc := &script{}, &fakeConn{}
+					build(t, cc, wrap(src), exact())
+					synctest.Wait()
+					start := time.Now()
+					done := make(chan struct{})
+					go func() {
+						defer close(done)
+						tt.play(src)
+					}()
+					for seen := 0; time.Since(start) < 3*time.Minute; time.Sleep(10 * time.Millisecond) {
+						synctest.Wait()
+						for ; seen < len(cc.calls()); seen++ {
+							log = append(log, fmt.Sprint(time.Since(start).Round(20*time.Millisecond), " ", cc.calls()[seen]))
+						}
+					}
+					<-done
+				})
+				return log
+			}
+			alone := told(func(src discover.Source) discover.Source { return src })
+			for name, wrap := range map[string]func(discover.Source) discover.Source{
+				"merged":       func(src discover.Source) discover.Source { return must(discover.Merge(src)) },
+				"merged twice": func(src discover.Source) discover.Source { return must(discover.Merge(must(discover.Merge(src)))) },
+			} {
+				got := told(wrap)
+				for i := range got {
+					got[i] = strings.NewReplacer("0/0/", "", "0/", "", "source 0 of 1: ", "").Replace(got[i])
+				}
+				if !slices.Equal(got, alone) {
+					t.Errorf("%s: the channel was told\n%q, alone\n%q", name, got, alone)
+				}
+			}
+			if len(alone) == 0 {
+				t.Error("the channel was told nothing")
+			}
+		})
+	}
+}
+
+func TestMergeDoesNotHoldBackAnInsertThatCompletesTheSet(t *testing.T) {
+	for _, failing := range []bool{true, false} {
+		mergedScripts(t, func(t *testing.T, a, b *script, cc *fakeConn, _ resolver.Resolver) {
+			if failing {
+				a.fail("down")
+			} else {
+				time.Sleep(15*time.Second + 1) // silent
+			}
+			b.send(discover.Synced())
+			settle()
+			wantSets(t, cc)
+			b.send(ins("b", "1"))
+			settle()
+			wantSets(t, cc, "1/b=1")
+		})
+	}
 }
 
 func TestMergePartsOfAFailedFirstWatchGoWhenTheNextIsSynced(t *testing.T) {
 	mergedScripts(t, func(t *testing.T, a, b *script, cc *fakeConn, _ resolver.Resolver) {
-		b.end()
+		b.send(discover.Final())
 		a.send(ins("a", "1"), ins("b", "2"))
 		a.fail("down")
 		time.Sleep(1100 * time.Millisecond)
@@ -686,8 +810,10 @@ func TestMergeEndsWhenAllHaveEnded(t *testing.T) {
 			if err != nil {
 				t.Errorf("error %v", err)
 			}
-			if c.Op == discover.OpInsert {
-				n++
+			for c := range c.All() {
+				if c.Op == discover.OpInsert {
+					n++
+				}
 			}
 		}
 		if n != 2 {
@@ -748,26 +874,44 @@ func TestSettleSyncsWhenTheSourceHasBeenQuiet(t *testing.T) {
 	})
 }
 
-func TestSettleDoesNotSyncAnEmptySetNorAfterAnError(t *testing.T) {
+func TestSettleDoesNotSyncAnEmptySet(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		src, cc := &script{}, &fakeConn{}
 		build(t, cc, must(discover.Settle(src, time.Second)), exact())
 		time.Sleep(10 * time.Second)
 		wantSets(t, cc)
-		src.send(ins("a", "1"))
-		src.do(step{err: errors.New("down")})
+		src.send(ins("a", "1"), discover.Remove("a"))
 		time.Sleep(3 * time.Second)
-		src.end()
-		time.Sleep(1100 * time.Millisecond)
 		wantSets(t, cc)
-		if got := len(src.started()); got != 2 {
-			t.Errorf("the source was watched %d times, want 2: it failed once", got)
-		}
+		wantErrors(t, cc)
+		time.Sleep(3 * time.Second)
+		wantErrors(t, cc, "discover: watching belfry:///orders: the source has delivered no endpoints within 15s")
+		src.send(ins("b", "2"))
+		time.Sleep(1100 * time.Millisecond)
+		wantSets(t, cc, "b=2")
 	})
 	_, err := discover.Settle(nil, time.Second)
 	wantError(t, err, "nil")
+	_, err = discover.Settle((*script)(nil), time.Second)
+	wantError(t, err, "nil")
 	_, err = discover.Settle(&script{}, -time.Second)
 	wantError(t, err, "quiet -1s: must be positive")
+}
+
+// An error says nothing of whether the set is complete.
+func TestSettleIsNotDelayedByAnError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src, cc := &script{}, &fakeConn{}
+		build(t, cc, must(discover.Settle(src, time.Second)), exact())
+		synctest.Wait()
+		src.send(ins("a", "1"))
+		src.do(step{err: errors.New("a malformed entry")})
+		time.Sleep(1100 * time.Millisecond)
+		wantSets(t, cc, "a=1")
+		src.fail("down")
+		time.Sleep(time.Minute) // The next watch inserts nothing.
+		wantSets(t, cc, "a=1")
+	})
 }
 
 func TestSettleLeavesASourceAloneThatSyncsByItself(t *testing.T) {
@@ -778,8 +922,7 @@ func TestSettleLeavesASourceAloneThatSyncsByItself(t *testing.T) {
 		src.send(discover.Synced())
 		synctest.Wait()
 		wantSets(t, cc, "-")
-		src.send(ins("a", "1"))
-		src.end()
+		src.send(ins("a", "1"), discover.Final())
 		time.Sleep(time.Minute)
 		wantSets(t, cc, "-", "a=1")
 		if got := len(src.started()); got != 1 {

@@ -9,7 +9,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
-	"slices"
+	"runtime/debug"
 	"time"
 
 	"google.golang.org/grpc/backoff"
@@ -74,7 +74,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 type watchEvent struct {
 	kind   eventKind
 	change Change // of eventChange
-	err    error  // of eventError
+	err    error  // of eventError; of eventFailed, nil if it was told before
 }
 
 type eventKind uint8
@@ -83,49 +83,61 @@ const (
 	eventStart  eventKind = iota // a watch begins
 	eventChange                  // it yielded a change
 	eventError                   // it yielded an error
-	eventFailed                  // its sequence ended after an error; another begins after the backoff
-	eventEnd                     // its sequence ended for good; the last event
+	eventFailed                  // it is over; another begins after the backoff
 )
 
-// supervise watches src, again after every failure, until it ends or ctx is
+// supervise watches src, again after every failure, until it is final or ctx is
 // done. It calls emit, on its own goroutine, with what happens, and gives up
 // when emit returns false, which it does when ctx is done.
 func supervise(ctx context.Context, src Source, cfg backoff.Config, emit func(watchEvent) bool) {
 	for failures := 0; ; {
-		synced, ended := watchOnce(ctx, src, emit)
-		if ctx.Err() != nil {
+		began := time.Now()
+		end := watchOnce(ctx, src, emit)
+		if ctx.Err() != nil || end.final {
 			return
 		}
-		if ended {
-			emit(watchEvent{kind: eventEnd})
-			return
-		}
-		if synced {
+		// A source that never says Synced is well while it lives.
+		if end.synced || time.Since(began) >= cfg.MaxDelay {
 			failures = 0
 		}
 		failures++
-		if !emit(watchEvent{kind: eventFailed}) || !sleep(ctx, retryDelay(cfg, failures)) {
+		if !emit(watchEvent{kind: eventFailed, err: end.err}) || !sleep(ctx, retryDelay(cfg, failures)) {
 			return
 		}
 	}
 }
 
-var errNoSequence = errors.New("Watch returned no sequence (nil)")
+var (
+	errNoSequence = errors.New("Watch returned no sequence (nil)")
+	errEnded      = errors.New("the source ended without an error and without Final; watching it again")
+)
 
-// watchOnce runs one watch. It reports whether the watch was synced at
-// some time, and whether its sequence ended without an error.
-func watchOnce(ctx context.Context, src Source, emit func(watchEvent) bool) (synced, ended bool) {
+// watchEnd says how a watch ended.
+type watchEnd struct {
+	synced bool // it was synced at some time
+	final  bool
+	err    error // if the last thing it yielded was not an error
+}
+
+// watchOnce runs one watch.
+func watchOnce(ctx context.Context, src Source, emit func(watchEvent) bool) (end watchEnd) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // of what the source may have started for this watch
+	defer func() {
+		if v := recover(); v != nil {
+			logger.Errorf("the source panicked: %v\n%s", v, debug.Stack())
+			end.final, end.err = false, fmt.Errorf("the source panicked: %v", v)
+		}
+	}()
 	if !emit(watchEvent{kind: eventStart}) {
-		return false, false
+		return end
 	}
 	changes := src.Watch(ctx)
 	if changes == nil {
-		emit(watchEvent{kind: eventError, err: errNoSequence})
-		return false, false
+		end.err = errNoSequence
+		return end
 	}
-	ended = true
+	end.err = errEnded
 	stopped := false
 	// Called, not ranged over: a source that yields on after it was told to stop
 	// is to be refused, not to bring the program down.
@@ -134,17 +146,20 @@ func watchOnce(ctx context.Context, src Source, emit func(watchEvent) bool) (syn
 			stopped = true
 			return false
 		}
-		ev := watchEvent{kind: eventChange, change: c}
 		if err != nil {
-			ev = watchEvent{kind: eventError, err: err}
-		} else if c.Op == OpSynced {
-			synced = true
+			end.err = nil
+			stopped = !emit(watchEvent{kind: eventError, err: err})
+			return !stopped
 		}
-		ended = err == nil
-		stopped = !emit(ev)
+		end.err = errEnded
+		for c := range c.All() {
+			end.final = end.final || c.Op == OpFinal
+			end.synced = end.synced || c.Op == OpSynced
+		}
+		stopped = !emit(watchEvent{kind: eventChange, change: c}) || end.final
 		return !stopped
 	})
-	return synced, ended && !stopped
+	return end
 }
 
 // An entry is an endpoint as it will be published.
@@ -156,107 +171,204 @@ type entry struct {
 // A snapshot is what one watch has said so far.
 type snapshot struct {
 	entries       map[string]entry
+	refused       map[string]struct{} // keys whose endpoint cannot be used, and that have no other
 	serviceConfig string
 }
 
 func newSnapshot() *snapshot {
-	return &snapshot{entries: make(map[string]entry)}
+	return &snapshot{entries: make(map[string]entry), refused: make(map[string]struct{})}
 }
 
-// endpoints returns the set as it is published: in the order of the keys, each
-// set of addresses once.
-func (s *snapshot) endpoints() []resolver.Endpoint {
-	keys := make([]string, 0, len(s.entries))
-	for k := range s.entries {
-		keys = append(keys, k)
+// A follower knows the state of one supervised source: the last complete set,
+// and the set that the running watch is still putting together. Whether a set
+// is complete is decided here and nowhere else. It has no lock and no clock;
+// its owner, one goroutine, has them.
+type follower struct {
+	// Immutable.
+	check       func(resolver.Endpoint) error // what is wrong with an endpoint
+	syncTimeout time.Duration                 // 0: the source keeps the time of the sources in it
+	quiet       time.Duration                 // of Settle; 0: none
+
+	set  *snapshot // complete, and live unless next is set; nil before the first
+	next *snapshot // of a watch that is not synced yet; nil if there is none
+
+	dirty map[string]struct{} // the keys of set that have changed since the owner called clean
+
+	syncBy  time.Time // when next is due to be synced; zero: never
+	quietAt time.Time // when next is taken for complete unless it changes; zero: never
+}
+
+// follow returns a follower of src.
+func follow(src Source, check func(resolver.Endpoint) error, syncTimeout, quiet time.Duration) follower {
+	// If both the outer and the inner had a timeout, the outer would end first
+	// and be told nothing of what the inner has.
+	if _, ok := src.(merged); ok {
+		syncTimeout = 0
 	}
-	slices.Sort(keys)
-	endpoints := make([]resolver.Endpoint, 0, len(keys))
-	seen := make(map[string]struct{}, len(keys))
-	for _, k := range keys {
-		e := s.entries[k]
-		if _, ok := seen[e.id]; ok {
-			continue
+	return follower{check: check, syncTimeout: syncTimeout, quiet: quiet, dirty: make(map[string]struct{})}
+}
+
+// news is what an event means to the owner of a follower, who also looks at
+// dirty.
+type news struct {
+	synced bool // the set is complete: it can be published at once
+	final  bool // and stays as it is
+	err    error
+	faults []fault
+}
+
+// A fault is a change that was ignored, and why.
+type fault struct {
+	change Change
+	err    error
+}
+
+func (f *follower) handle(ev watchEvent, now time.Time) (n news) {
+	switch ev.kind {
+	case eventStart:
+		f.next, f.quietAt, f.syncBy = newSnapshot(), time.Time{}, time.Time{}
+		if f.syncTimeout > 0 {
+			f.syncBy = now.Add(f.syncTimeout)
 		}
-		seen[e.id] = struct{}{}
-		endpoints = append(endpoints, e.endpoint)
+	case eventChange:
+		for c := range ev.change.All() {
+			switch c.Op {
+			case OpSynced, OpFinal:
+				f.promote()
+				n.synced, n.final = true, n.final || c.Op == OpFinal
+			default:
+				if err := f.apply(c); err != nil {
+					n.faults = append(n.faults, fault{c, err})
+				}
+			}
+		}
+		if f.next != nil && f.quiet > 0 {
+			// An empty set cannot be told from one that has not arrived.
+			f.quietAt = time.Time{}
+			if len(f.next.entries) > 0 {
+				f.quietAt = now.Add(f.quiet)
+			}
+		}
+	case eventError:
+		n.err = ev.err
+	case eventFailed:
+		f.next = nil // What it had not completed is forgotten.
+		n.err = ev.err
 	}
-	return endpoints
+	return n
 }
 
-// A tracker knows the state of one supervised source: the last complete set,
-// and the set that the running watch is still putting together. It has no lock
-// and no clock; its owner, one goroutine, has them.
-type tracker struct {
-	current *snapshot // complete, and live unless next is set; nil before the first
-	next    *snapshot // of a watch that is not synced yet; nil if there is none
-
-	syncTimeout time.Duration
-	began       time.Time // when next was started, or last found empty
-}
-
-// start begins a watch.
-func (t *tracker) start(now time.Time) {
-	t.next = newSnapshot()
-	t.began = now
-}
-
-// fail ends a watch that another will follow. What it had not completed is
-// forgotten.
-func (t *tracker) fail() { t.next = nil }
-
-// promote makes the set of the running watch the current one.
-func (t *tracker) promote() {
-	if t.next != nil {
-		t.current, t.next = t.next, nil
+// clean forgets which keys have changed.
+func (f *follower) clean() {
+	if len(f.dirty) > 100 {
+		f.dirty = make(map[string]struct{}) // A map that was large is slow to walk for ever.
+	} else {
+		clear(f.dirty)
 	}
 }
 
-// apply applies a change other than Synced. It reports whether the change
-// touches the current set, and returns an error, having done nothing, if the
-// change is not a valid one.
-func (t *tracker) apply(c Change) (live bool, err error) {
-	set := t.next
+// promote makes the set of the running watch the last complete one.
+func (f *follower) promote() {
+	if f.next == nil {
+		return
+	}
+	old := f.set
+	f.set, f.next = f.next, nil
+	for k, e := range f.set.entries {
+		if old == nil {
+			f.dirty[k] = struct{}{}
+		} else if o, ok := old.entries[k]; !ok || !equalEndpoints(o.endpoint, e.endpoint) {
+			f.dirty[k] = struct{}{}
+		}
+	}
+	if old != nil {
+		for k := range old.entries {
+			if _, ok := f.set.entries[k]; !ok {
+				f.dirty[k] = struct{}{}
+			}
+		}
+	}
+}
+
+// apply applies a change of one key or of the service config. It returns an
+// error, having changed no endpoint, if the change is not a valid one.
+func (f *follower) apply(c Change) error {
+	set, dirty := f.next, map[string]struct{}(nil)
 	if set == nil {
-		set, live = t.current, true
+		set, dirty = f.set, f.dirty
 	}
+	old, known := set.entries[c.Key]
 	switch c.Op {
 	case OpInsert:
-		if err := checkEndpoint(c.Endpoint); err != nil {
-			return false, fmt.Errorf("ignored %v(%q): %w", c.Op, c.Key, err)
+		if err := f.check(c.Endpoint); err != nil {
+			if !known {
+				set.refused[c.Key] = struct{}{}
+			}
+			return fmt.Errorf("ignored %v(%q): %w", c.Op, c.Key, err)
 		}
+		delete(set.refused, c.Key)
 		ep := SetKey(c.Endpoint, c.Key)
+		if known && equalEndpoints(old.endpoint, ep) {
+			return nil
+		}
 		set.entries[c.Key] = entry{endpoint: ep, id: addressID(ep)}
 	case OpRemove:
+		_, refused := set.refused[c.Key]
+		delete(set.refused, c.Key)
+		if !known && !refused {
+			return nil
+		}
 		delete(set.entries, c.Key)
 	case OpServiceConfig:
 		set.serviceConfig = c.ServiceConfig
+		return nil
 	default:
-		return false, fmt.Errorf("ignored a Change with unknown Op %d", c.Op)
+		return fmt.Errorf("ignored a Change with unknown Op %d", c.Op)
 	}
-	return live, nil
+	if dirty != nil {
+		dirty[c.Key] = struct{}{}
+	}
+	return nil
 }
 
-// deadline returns when the running watch is due to be synced, or the zero
-// time.
-func (t *tracker) deadline() time.Time {
-	if t.next == nil {
+// deadline returns when expire is due, or the zero time.
+func (f *follower) deadline() time.Time {
+	if f.next == nil {
 		return time.Time{}
 	}
-	return t.began.Add(t.syncTimeout)
+	return earliest(f.quietAt, f.syncBy)
 }
 
-// expire is called at the deadline. It takes a watch that inserted something
-// for synced. One that did not gets as long again; that is an error if there is
-// no earlier set to go by.
-func (t *tracker) expire(now time.Time) (promoted bool, err error) {
-	if len(t.next.entries) > 0 {
-		t.promote()
-		return true, nil
+// expire is called at the deadline.
+func (f *follower) expire(now time.Time) (n news) {
+	switch have := len(f.next.entries); {
+	case due(f.quietAt, now):
+		f.promote()
+		n.synced = true
+	case f.set != nil:
+		// Slow is no reason to give up what was known to be complete.
+		n.err = fmt.Errorf("the source has failed, and its new watch has not said Synced within %v; the last set, of %d endpoints, stays (a source that never says Synced is to be wrapped in Settle)", f.syncTimeout, len(f.set.entries))
+		f.syncBy = time.Time{}
+	case have > 0:
+		logger.Warningf("the source has not said Synced within %v; the %d endpoints that it has inserted are taken for the set", f.syncTimeout, have)
+		f.promote()
+		n.synced = true
+	default:
+		n.err = fmt.Errorf("the source has delivered no endpoints within %v", f.syncTimeout)
+		f.syncBy = now.Add(f.syncTimeout)
 	}
-	t.began = now
-	if t.current == nil {
-		return false, fmt.Errorf("the source has delivered no endpoints within %v", t.syncTimeout)
-	}
-	return false, nil
+	return n
 }
+
+// earliest returns the earliest of the times that are not zero.
+func earliest(times ...time.Time) (first time.Time) {
+	for _, t := range times {
+		if first.IsZero() || !t.IsZero() && t.Before(first) {
+			first = t
+		}
+	}
+	return first
+}
+
+// due reports whether the time, if there is one, has come.
+func due(at, now time.Time) bool { return !at.IsZero() && !now.Before(at) }

@@ -16,7 +16,6 @@ import (
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
-	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/credentials/insecure"
@@ -26,6 +25,7 @@ import (
 	"google.golang.org/grpc/stats/opentelemetry"
 
 	"github.com/belfry-go/belfry/balancer/p2c"
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 	// From here on the policy under its own name is the real one that notes what
 	// config it gets.
 	balancer.Register(&given)
-	goleak.VerifyTestMain(m)
+	leaktest.Main(m)
 }
 
 // given is the policy as it is registered in this process, as grpc's registry
@@ -141,10 +141,11 @@ func dial(t *testing.T, servers []*testserver.Server, scheme, target string, opt
 	return &channel{t, servers, conn, testingv1.NewTestServiceClient(conn), target, reader}
 }
 
-// testContext returns a context that ends long after a test should have.
+// testContext returns a context that ends long after a test should have, even on a
+// busy machine.
 func testContext(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

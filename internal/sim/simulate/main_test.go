@@ -9,12 +9,11 @@ import (
 	"strings"
 	"testing"
 
-	"go.uber.org/goleak"
-
 	"github.com/belfry-go/belfry/internal/sim"
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 func TestTableHasARowPerScenarioAndAColumnPerPolicy(t *testing.T) {
 	args := []string{"-scenarios", "^homogeneous", "-policies", "oracle,default,random", "-calls", "100", "-warmup", "100ms", "-runs", "2", "-parallel", "2"}

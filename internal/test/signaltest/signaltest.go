@@ -6,7 +6,7 @@
 //
 //	func TestMain(m *testing.M) {
 //		signaltest.Main(main)
-//		goleak.VerifyTestMain(m)
+//		leaktest.Main(m)
 //	}
 //
 //	func TestSignals(t *testing.T) { signaltest.Run(t, "a line", "-flag") }

@@ -17,6 +17,7 @@ import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	durationpb "google.golang.org/protobuf/types/known/durationpb"
+	structpb "google.golang.org/protobuf/types/known/structpb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -65,7 +66,31 @@ type P2C struct {
 	// Names of the canonical codes other than OK, each at most once. Empty:
 	// UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL,
 	// UNAVAILABLE and DATA_LOSS.
-	FailureCodes  []string `protobuf:"bytes,4,rep,name=failure_codes,json=failureCodes,proto3" json:"failure_codes,omitempty"`
+	FailureCodes []string `protobuf:"bytes,4,rep,name=failure_codes,json=failureCodes,proto3" json:"failure_codes,omitempty"`
+	// Costs that the samples cannot tell apart are equal: those that exceed the
+	// least by no more than their standard error, up to this part of it. This one
+	// holds while none of the endpoints that a pick looks at has an attempt in
+	// flight; then one of its random draws is taken at random. 0 takes the least.
+	// Only expected_latency has errors.
+	//
+	// From 0 to 10. Default 0.5.
+	EqualAtRest *float64 `protobuf:"fixed64,5,opt,name=equal_at_rest,json=equalAtRest,proto3,oneof" json:"equal_at_rest,omitempty"`
+	// The same while some have attempts in flight: then the endpoint with the
+	// fewest of them is taken, and of those the cheapest.
+	//
+	// From 0 to 10. Default 0.2.
+	EqualUnderLoad *float64 `protobuf:"fixed64,6,opt,name=equal_under_load,json=equalUnderLoad,proto3,oneof" json:"equal_under_load,omitempty"`
+	// One pick in so many explores: of the endpoints that it looks at and that were
+	// not heard of for explore_after and have nothing in flight, it takes the one
+	// not heard of for the longest. An endpoint that was slow or failed is tried
+	// again so, however few calls there are.
+	//
+	// From 0 (none explores) to 1,000,000. Default 200.
+	ExploreEvery *uint32 `protobuf:"varint,7,opt,name=explore_every,json=exploreEvery,proto3,oneof" json:"explore_every,omitempty"`
+	// After how long without an answer or a failure an endpoint may be explored.
+	//
+	// Above 0, at most 10 days. Default 10s.
+	ExploreAfter  *durationpb.Duration `protobuf:"bytes,8,opt,name=explore_after,json=exploreAfter,proto3" json:"explore_after,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -128,6 +153,34 @@ func (x *P2C) GetFailureCodes() []string {
 	return nil
 }
 
+func (x *P2C) GetEqualAtRest() float64 {
+	if x != nil && x.EqualAtRest != nil {
+		return *x.EqualAtRest
+	}
+	return 0
+}
+
+func (x *P2C) GetEqualUnderLoad() float64 {
+	if x != nil && x.EqualUnderLoad != nil {
+		return *x.EqualUnderLoad
+	}
+	return 0
+}
+
+func (x *P2C) GetExploreEvery() uint32 {
+	if x != nil && x.ExploreEvery != nil {
+		return *x.ExploreEvery
+	}
+	return 0
+}
+
+func (x *P2C) GetExploreAfter() *durationpb.Duration {
+	if x != nil {
+		return x.ExploreAfter
+	}
+	return nil
+}
+
 // Load chooses a load metric. Each endpoint is measured by itself; lower is
 // picked.
 type Load struct {
@@ -140,6 +193,7 @@ type Load struct {
 	//	*Load_PeakEwma
 	//	*Load_PendingRequests
 	//	*Load_Constant
+	//	*Load_Custom
 	Metric        isLoad_Metric `protobuf_oneof:"metric"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -218,6 +272,15 @@ func (x *Load) GetConstant() *Constant {
 	return nil
 }
 
+func (x *Load) GetCustom() *Custom {
+	if x != nil {
+		if x, ok := x.Metric.(*Load_Custom); ok {
+			return x.Custom
+		}
+	}
+	return nil
+}
+
 type isLoad_Metric interface {
 	isLoad_Metric()
 }
@@ -243,6 +306,12 @@ type Load_Constant struct {
 	Constant *Constant `protobuf:"bytes,4,opt,name=constant,proto3,oneof"`
 }
 
+type Load_Custom struct {
+	// A metric of the program's own, which it has registered in Go with
+	// load.Register.
+	Custom *Custom `protobuf:"bytes,5,opt,name=custom,proto3,oneof"`
+}
+
 func (*Load_ExpectedLatency) isLoad_Metric() {}
 
 func (*Load_PeakEwma) isLoad_Metric() {}
@@ -250,6 +319,8 @@ func (*Load_PeakEwma) isLoad_Metric() {}
 func (*Load_PendingRequests) isLoad_Metric() {}
 
 func (*Load_Constant) isLoad_Metric() {}
+
+func (*Load_Custom) isLoad_Metric() {}
 
 // ExpectedLatency estimates what one more call to an endpoint will take:
 //
@@ -309,7 +380,41 @@ type ExpectedLatency struct {
 	// server that no longer answers.
 	//
 	// From 1 to 1e6. Default 20.
-	AgeLimit      *float64 `protobuf:"fixed64,7,opt,name=age_limit,json=ageLimit,proto3,oneof" json:"age_limit,omitempty"`
+	AgeLimit *float64 `protobuf:"fixed64,7,opt,name=age_limit,json=ageLimit,proto3,oneof" json:"age_limit,omitempty"`
+	// How much more the prior counts where latencies vary: n0 times
+	// 1 + spread_prior * v, where v is the variance of the latencies in units of
+	// their mean squared.
+	//
+	// From 0 to 100. Default 0.5.
+	SpreadPrior *float64 `protobuf:"fixed64,8,opt,name=spread_prior,json=spreadPrior,proto3,oneof" json:"spread_prior,omitempty"`
+	// The least v that is believed. The standard error of an endpoint's L is
+	// sqrt(v / (N*f + n)), as a part of it.
+	//
+	// From 0 to 100. Default 0.25.
+	MinSpread *float64 `protobuf:"fixed64,9,opt,name=min_spread,json=minSpread,proto3,oneof" json:"min_spread,omitempty"`
+	// What a failed attempt counts as at least while no latency is known yet.
+	//
+	// Above 0. Default 1s.
+	FirstFailure *durationpb.Duration `protobuf:"bytes,10,opt,name=first_failure,json=firstFailure,proto3" json:"first_failure,omitempty"`
+	// The latency of one attempt counts up to this many times the average, so that
+	// one answer after an hour is forgotten in minutes.
+	//
+	// From 1 to 1e6. Default 20.
+	SampleLimit *float64 `protobuf:"fixed64,11,opt,name=sample_limit,json=sampleLimit,proto3,oneof" json:"sample_limit,omitempty"`
+	// The age of a stream that has no response yet counts up to this many times
+	// the mean time to a first response: a stream may have nothing to say.
+	//
+	// From 0 to 1e6. Default 1.
+	StreamAgeLimit *float64 `protobuf:"fixed64,12,opt,name=stream_age_limit,json=streamAgeLimit,proto3,oneof" json:"stream_age_limit,omitempty"`
+	// How many times the average latency a method takes whose calls in flight do
+	// not count for the calls of other methods.
+	//
+	// From 1 to 1e6. Default 64.
+	SlowMethod *float64 `protobuf:"fixed64,13,opt,name=slow_method,json=slowMethod,proto3,oneof" json:"slow_method,omitempty"`
+	// The number of methods that have a mean of their own. All others share one.
+	//
+	// From 0 to 10,000. Default 100.
+	MaxMethods    *uint32 `protobuf:"varint,14,opt,name=max_methods,json=maxMethods,proto3,oneof" json:"max_methods,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -393,6 +498,55 @@ func (x *ExpectedLatency) GetAgeLimit() float64 {
 	return 0
 }
 
+func (x *ExpectedLatency) GetSpreadPrior() float64 {
+	if x != nil && x.SpreadPrior != nil {
+		return *x.SpreadPrior
+	}
+	return 0
+}
+
+func (x *ExpectedLatency) GetMinSpread() float64 {
+	if x != nil && x.MinSpread != nil {
+		return *x.MinSpread
+	}
+	return 0
+}
+
+func (x *ExpectedLatency) GetFirstFailure() *durationpb.Duration {
+	if x != nil {
+		return x.FirstFailure
+	}
+	return nil
+}
+
+func (x *ExpectedLatency) GetSampleLimit() float64 {
+	if x != nil && x.SampleLimit != nil {
+		return *x.SampleLimit
+	}
+	return 0
+}
+
+func (x *ExpectedLatency) GetStreamAgeLimit() float64 {
+	if x != nil && x.StreamAgeLimit != nil {
+		return *x.StreamAgeLimit
+	}
+	return 0
+}
+
+func (x *ExpectedLatency) GetSlowMethod() float64 {
+	if x != nil && x.SlowMethod != nil {
+		return *x.SlowMethod
+	}
+	return 0
+}
+
+func (x *ExpectedLatency) GetMaxMethods() uint32 {
+	if x != nil && x.MaxMethods != nil {
+		return *x.MaxMethods
+	}
+	return 0
+}
+
 // PeakEwma is Tower's load metric of the same name: a moving average of the
 // latency that follows a rise at once and a fall over the decay time, times the
 // number of calls in flight plus one.
@@ -471,7 +625,7 @@ func (x *PeakEwma) GetFailurePenalty() float64 {
 }
 
 // PendingRequests is the number of calls in flight: a call weighs one from when
-// it is sent to its end, which is the end of the stream for a streaming call.
+// it is sent to its end, a stream to its first response.
 type PendingRequests struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -557,24 +711,88 @@ func (x *Constant) GetLoad() float64 {
 	return 0
 }
 
+// Custom is a metric that the program has registered.
+type Custom struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name under which it is registered.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What the metric is configured with, in a form of its own. Unset: an empty
+	// object.
+	Config        *structpb.Struct `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Custom) Reset() {
+	*x = Custom{}
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Custom) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Custom) ProtoMessage() {}
+
+func (x *Custom) ProtoReflect() protoreflect.Message {
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Custom.ProtoReflect.Descriptor instead.
+func (*Custom) Descriptor() ([]byte, []int) {
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Custom) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Custom) GetConfig() *structpb.Struct {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
 var File_belfry_config_v1_p2c_proto protoreflect.FileDescriptor
 
 const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\n" +
-	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1egoogle/protobuf/duration.proto\"\xb7\x01\n" +
+	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xb2\x03\n" +
 	"\x03P2C\x12&\n" +
 	"\fchoice_count\x18\x01 \x01(\rH\x00R\vchoiceCount\x88\x01\x01\x12\x1b\n" +
 	"\x06memory\x18\x02 \x01(\rH\x01R\x06memory\x88\x01\x01\x12*\n" +
 	"\x04load\x18\x03 \x01(\v2\x16.belfry.config.v1.LoadR\x04load\x12#\n" +
-	"\rfailure_codes\x18\x04 \x03(\tR\ffailureCodesB\x0f\n" +
+	"\rfailure_codes\x18\x04 \x03(\tR\ffailureCodes\x12'\n" +
+	"\requal_at_rest\x18\x05 \x01(\x01H\x02R\vequalAtRest\x88\x01\x01\x12-\n" +
+	"\x10equal_under_load\x18\x06 \x01(\x01H\x03R\x0eequalUnderLoad\x88\x01\x01\x12(\n" +
+	"\rexplore_every\x18\a \x01(\rH\x04R\fexploreEvery\x88\x01\x01\x12>\n" +
+	"\rexplore_after\x18\b \x01(\v2\x19.google.protobuf.DurationR\fexploreAfterB\x0f\n" +
 	"\r_choice_countB\t\n" +
-	"\a_memory\"\xa5\x02\n" +
+	"\a_memoryB\x10\n" +
+	"\x0e_equal_at_restB\x13\n" +
+	"\x11_equal_under_loadB\x10\n" +
+	"\x0e_explore_every\"\xd9\x02\n" +
 	"\x04Load\x12N\n" +
 	"\x10expected_latency\x18\x01 \x01(\v2!.belfry.config.v1.ExpectedLatencyH\x00R\x0fexpectedLatency\x129\n" +
 	"\tpeak_ewma\x18\x02 \x01(\v2\x1a.belfry.config.v1.PeakEwmaH\x00R\bpeakEwma\x12N\n" +
 	"\x10pending_requests\x18\x03 \x01(\v2!.belfry.config.v1.PendingRequestsH\x00R\x0fpendingRequests\x128\n" +
-	"\bconstant\x18\x04 \x01(\v2\x1a.belfry.config.v1.ConstantH\x00R\bconstantB\b\n" +
-	"\x06metric\"\xb1\x03\n" +
+	"\bconstant\x18\x04 \x01(\v2\x1a.belfry.config.v1.ConstantH\x00R\bconstant\x122\n" +
+	"\x06custom\x18\x05 \x01(\v2\x18.belfry.config.v1.CustomH\x00R\x06customB\b\n" +
+	"\x06metric\"\xc6\x06\n" +
 	"\x0fExpectedLatency\x12(\n" +
 	"\rprior_samples\x18\x01 \x01(\x01H\x00R\fpriorSamples\x88\x01\x01\x12*\n" +
 	"\x0equeue_exponent\x18\x02 \x01(\x01H\x01R\rqueueExponent\x88\x01\x01\x12&\n" +
@@ -582,14 +800,32 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\rforget_rounds\x18\x04 \x01(\x01H\x03R\fforgetRounds\x88\x01\x01\x12<\n" +
 	"\fforget_after\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\vforgetAfter\x12,\n" +
 	"\x0ffailure_penalty\x18\x06 \x01(\x01H\x04R\x0efailurePenalty\x88\x01\x01\x12 \n" +
-	"\tage_limit\x18\a \x01(\x01H\x05R\bageLimit\x88\x01\x01B\x10\n" +
+	"\tage_limit\x18\a \x01(\x01H\x05R\bageLimit\x88\x01\x01\x12&\n" +
+	"\fspread_prior\x18\b \x01(\x01H\x06R\vspreadPrior\x88\x01\x01\x12\"\n" +
+	"\n" +
+	"min_spread\x18\t \x01(\x01H\aR\tminSpread\x88\x01\x01\x12>\n" +
+	"\rfirst_failure\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\ffirstFailure\x12&\n" +
+	"\fsample_limit\x18\v \x01(\x01H\bR\vsampleLimit\x88\x01\x01\x12-\n" +
+	"\x10stream_age_limit\x18\f \x01(\x01H\tR\x0estreamAgeLimit\x88\x01\x01\x12$\n" +
+	"\vslow_method\x18\r \x01(\x01H\n" +
+	"R\n" +
+	"slowMethod\x88\x01\x01\x12$\n" +
+	"\vmax_methods\x18\x0e \x01(\rH\vR\n" +
+	"maxMethods\x88\x01\x01B\x10\n" +
 	"\x0e_prior_samplesB\x11\n" +
 	"\x0f_queue_exponentB\x0f\n" +
 	"\r_keep_samplesB\x10\n" +
 	"\x0e_forget_roundsB\x12\n" +
 	"\x10_failure_penaltyB\f\n" +
 	"\n" +
-	"_age_limit\"\xb9\x01\n" +
+	"_age_limitB\x0f\n" +
+	"\r_spread_priorB\r\n" +
+	"\v_min_spreadB\x0f\n" +
+	"\r_sample_limitB\x13\n" +
+	"\x11_stream_age_limitB\x0e\n" +
+	"\f_slow_methodB\x0e\n" +
+	"\f_max_methods\"\xb9\x01\n" +
 	"\bPeakEwma\x12/\n" +
 	"\x05decay\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05decay\x12:\n" +
 	"\vdefault_rtt\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\n" +
@@ -599,7 +835,10 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\x0fPendingRequests\",\n" +
 	"\bConstant\x12\x17\n" +
 	"\x04load\x18\x01 \x01(\x01H\x00R\x04load\x88\x01\x01B\a\n" +
-	"\x05_loadB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
+	"\x05_load\"M\n" +
+	"\x06Custom\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
+	"\x06config\x18\x02 \x01(\v2\x17.google.protobuf.StructR\x06configB=Z;github.com/belfry-go/belfry/proto/belfry/config/v1;configv1b\x06proto3"
 
 var (
 	file_belfry_config_v1_p2c_proto_rawDescOnce sync.Once
@@ -613,7 +852,7 @@ func file_belfry_config_v1_p2c_proto_rawDescGZIP() []byte {
 	return file_belfry_config_v1_p2c_proto_rawDescData
 }
 
-var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_belfry_config_v1_p2c_proto_goTypes = []any{
 	(*P2C)(nil),                 // 0: belfry.config.v1.P2C
 	(*Load)(nil),                // 1: belfry.config.v1.Load
@@ -621,22 +860,28 @@ var file_belfry_config_v1_p2c_proto_goTypes = []any{
 	(*PeakEwma)(nil),            // 3: belfry.config.v1.PeakEwma
 	(*PendingRequests)(nil),     // 4: belfry.config.v1.PendingRequests
 	(*Constant)(nil),            // 5: belfry.config.v1.Constant
-	(*durationpb.Duration)(nil), // 6: google.protobuf.Duration
+	(*Custom)(nil),              // 6: belfry.config.v1.Custom
+	(*durationpb.Duration)(nil), // 7: google.protobuf.Duration
+	(*structpb.Struct)(nil),     // 8: google.protobuf.Struct
 }
 var file_belfry_config_v1_p2c_proto_depIdxs = []int32{
-	1, // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
-	2, // 1: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
-	3, // 2: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
-	4, // 3: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
-	5, // 4: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
-	6, // 5: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
-	6, // 6: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
-	6, // 7: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	1,  // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
+	7,  // 1: belfry.config.v1.P2C.explore_after:type_name -> google.protobuf.Duration
+	2,  // 2: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
+	3,  // 3: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
+	4,  // 4: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
+	5,  // 5: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
+	6,  // 6: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
+	7,  // 7: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
+	7,  // 8: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
+	7,  // 9: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
+	7,  // 10: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
+	8,  // 11: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_belfry_config_v1_p2c_proto_init() }
@@ -650,6 +895,7 @@ func file_belfry_config_v1_p2c_proto_init() {
 		(*Load_PeakEwma)(nil),
 		(*Load_PendingRequests)(nil),
 		(*Load_Constant)(nil),
+		(*Load_Custom)(nil),
 	}
 	file_belfry_config_v1_p2c_proto_msgTypes[2].OneofWrappers = []any{}
 	file_belfry_config_v1_p2c_proto_msgTypes[3].OneofWrappers = []any{}
@@ -660,7 +906,7 @@ func file_belfry_config_v1_p2c_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_belfry_config_v1_p2c_proto_rawDesc), len(file_belfry_config_v1_p2c_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

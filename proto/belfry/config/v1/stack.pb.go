@@ -1359,7 +1359,7 @@ func (*Concurrency_PerMetadata) isConcurrency_Key() {}
 
 func (*Concurrency_KeyFunc) isConcurrency_Key() {}
 
-// Auto is interceptor/concurrency.AutoConfig.
+// Auto is limit.AutoConfig.
 type Auto struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Initial       int64                  `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
@@ -1428,7 +1428,7 @@ func (x *Auto) GetNoDrains() bool {
 	return false
 }
 
-// Aimd is interceptor/concurrency.AIMDConfig.
+// Aimd is limit.AIMDConfig.
 type Aimd struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Initial       int64                  `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
@@ -1513,7 +1513,7 @@ func (x *Aimd) GetTimeout() *durationpb.Duration {
 	return nil
 }
 
-// Gradient2 is interceptor/concurrency.Gradient2Config.
+// Gradient2 is limit.Gradient2Config.
 type Gradient2 struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Initial       int64                  `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
@@ -1630,7 +1630,7 @@ func (x *Gradient2) GetWindowSamples() int64 {
 	return 0
 }
 
-// Vegas is interceptor/concurrency.VegasConfig.
+// Vegas is limit.VegasConfig.
 type Vegas struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Initial       int64                  `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`

@@ -1,7 +1,7 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package concurrency
+package limit
 
 import (
 	"time"
@@ -42,6 +42,7 @@ type AIMD struct {
 	bounds
 	cfg   AIMDConfig
 	limit float64
+	why   string // Why the limit went down last.
 	recovery
 }
 
@@ -67,7 +68,7 @@ func NewAIMD(cfg AIMDConfig) (*AIMD, error) {
 // Update changes the configuration and keeps the limit, within the new bounds.
 // On an error nothing has changed.
 func (a *AIMD) Update(cfg AIMDConfig) error {
-	errs := check.Of("concurrency")
+	errs := check.Of("limit")
 	cfg, b := cfg.withDefaults(errs.In("AIMD"))
 	if err := errs.Err(); err != nil {
 		return err
@@ -80,7 +81,11 @@ func (a *AIMD) Update(cfg AIMDConfig) error {
 // Limit returns the current limit.
 func (a *AIMD) Limit() int64 { return int64(a.limit) }
 
-func (a *AIMD) start(limit float64) { a.limit = a.clamp(limit) }
+// SetLimit moves the limit to n, or to the nearest bound.
+func (a *AIMD) SetLimit(n int64) { a.limit = a.clamp(float64(n)) }
+
+// Explain says why the limit went down. AIMD compares no latencies.
+func (a *AIMD) Explain() State { return State{Lowered: a.why} }
 
 // OnSample applies the formulas above.
 func (a *AIMD) OnSample(s Sample) {
@@ -88,6 +93,10 @@ func (a *AIMD) OnSample(s Sample) {
 	case s.Result == Dropped || s.Result != Void && a.cfg.Timeout > 0 && s.RTT > a.cfg.Timeout:
 		if a.counts(s) {
 			a.limit = a.clamp(a.limit * a.cfg.BackoffRatio)
+			a.why = becauseDrop
+			if s.Result != Dropped {
+				a.why = becauseLatency
+			}
 		}
 	case s.Result == Succeeded && float64(s.InFlight)*2 >= float64(a.Limit()):
 		a.limit = a.clamp(a.limit + a.cfg.Increase/a.limit)

@@ -1,14 +1,13 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package concurrency
+package limit
 
 import (
 	"math"
 	"sync/atomic"
 	"time"
 
-	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
 )
 
@@ -62,7 +61,7 @@ type AutoConfig struct {
 type Auto struct {
 	bounds
 	drains bool
-	wall   func(interceptor.Instant) time.Time
+	wall   func(Instant) time.Time
 
 	limit  float64
 	shrunk string // Why the limit shrank last; empty until it does.
@@ -75,12 +74,12 @@ type Auto struct {
 	window window
 
 	phase   autoPhase
-	since   interceptor.Instant // When the phase began; 0 if that is not known.
-	next    interceptor.Instant // When the next cohort is due.
-	resumed interceptor.Instant // Calls that were sent before say nothing about the limit.
-	lowered int64               // The limit in a drain; 0 if it is not lowered.
-	agreed  int                 // How many cohorts in a row agreed with base.
-	deep    bool                // The next drain lowers the limit to half of the usual.
+	since   Instant // When the phase began; 0 if that is not known.
+	next    Instant // When the next cohort is due.
+	resumed Instant // Calls that were sent before say nothing about the limit.
+	lowered int64   // The limit in a drain; 0 if it is not lowered.
+	agreed  int     // How many cohorts in a row agreed with base.
+	deep    bool    // The next drain lowers the limit to half of the usual.
 	cohort  cohort
 }
 
@@ -121,9 +120,6 @@ const (
 	cohortLeast    = 8
 	cohortShortest = 50 * time.Millisecond
 	cohortLongest  = time.Second // unless there are not cohortLeast calls
-
-	markBits = 4
-	maxMark  = 1<<markBits - 1
 )
 
 // withDefaults checks cfg and returns it with all bounds set.
@@ -146,7 +142,7 @@ func NewAuto(cfg AutoConfig) (*Auto, error) {
 // Update changes the configuration and keeps the limit, within the new bounds, and what
 // was measured. On an error nothing has changed.
 func (a *Auto) Update(cfg AutoConfig) error {
-	errs := check.Of("concurrency")
+	errs := check.Of("limit")
 	b := cfg.withDefaults(errs.In("Auto"))
 	if err := errs.Err(); err != nil {
 		return err
@@ -158,9 +154,10 @@ func (a *Auto) Update(cfg AutoConfig) error {
 
 // SetWallClock sets the function that tells the wall clock's time at an Instant, for
 // tests and simulations. It must be set before the first call.
-func (a *Auto) SetWallClock(wall func(interceptor.Instant) time.Time) { a.wall = wall }
+func (a *Auto) SetWallClock(wall func(Instant) time.Time) { a.wall = wall }
 
-func wallClock(at interceptor.Instant) time.Time { return time.Now().Add(at.Sub(interceptor.Now())) }
+// wallClock is the clock of the machine: the Instants that it is asked for are now.
+func wallClock(Instant) time.Time { return time.Now() }
 
 // Limit returns the current limit, which is lower in a drain.
 func (a *Auto) Limit() int64 {
@@ -170,7 +167,8 @@ func (a *Auto) Limit() int64 {
 	return int64(a.limit)
 }
 
-func (a *Auto) start(limit float64) { a.limit = a.clamp(limit) }
+// SetLimit moves the limit to n, or to the nearest bound.
+func (a *Auto) SetLimit(n int64) { a.limit = a.clamp(float64(n)) }
 
 // OnStart marks the calls of a cohort.
 func (a *Auto) OnStart() (mark uint8) {
@@ -180,7 +178,7 @@ func (a *Auto) OnStart() (mark uint8) {
 			return 0
 		}
 		if a.cohort.state.CompareAndSwap(s, s+1<<markBits) {
-			return uint8(s & maxMark)
+			return uint8(s & MaxMark)
 		}
 	}
 }
@@ -206,7 +204,7 @@ func (a *Auto) OnSample(s Sample) {
 }
 
 // adjust adjusts the limit to the window, and begins a new one.
-func (a *Auto) adjust(now interceptor.Instant) {
+func (a *Auto) adjust(now Instant) {
 	w := &a.window
 	mean := w.mean()
 	part := min(1, w.size()/(autoSmoothing*a.longer()))
@@ -232,12 +230,13 @@ func (a *Auto) shrink(part float64, why string) {
 	a.shrunk = why
 }
 
-func (a *Auto) thinks() (base, latency time.Duration, lowered string) {
-	lowered = a.shrunk
+// Explain returns the latency of the server without a queue as the baseline.
+func (a *Auto) Explain() State {
+	lowered := a.shrunk
 	if a.lowered > 0 {
 		lowered = becauseDrain
 	}
-	return time.Duration(a.base), time.Duration(a.mean), lowered
+	return State{Baseline: time.Duration(a.base), Latency: time.Duration(a.mean), Lowered: lowered}
 }
 
 func (a *Auto) most() float64 { return 1.3 + 2/math.Sqrt(a.limit) }
@@ -249,13 +248,13 @@ func (a *Auto) ratio() float64 { return a.mean / max(a.base, 1) }
 func (a *Auto) longer() float64 { return min(max(1, a.spread), autoSpread) }
 
 // advance begins a drain that is due, or moves it on.
-func (a *Auto) advance(now interceptor.Instant) {
+func (a *Auto) advance(now Instant) {
 	switch a.phase {
 	case steady:
 		if now < a.next {
 			return
 		}
-		late := now.Sub(a.next)
+		late := now.sub(a.next)
 		a.schedule(now)
 		switch {
 		case a.ratio() < autoQueued || a.base == 0:
@@ -269,7 +268,7 @@ func (a *Auto) advance(now interceptor.Instant) {
 			a.phase, a.since = emptying, now
 		}
 	case emptying:
-		if now.Sub(a.since) >= time.Duration(2*a.mean) {
+		if now.sub(a.since) >= time.Duration(2*a.mean) {
 			a.gather(now)
 		}
 	case gathering:
@@ -277,7 +276,7 @@ func (a *Auto) advance(now interceptor.Instant) {
 			a.since = now
 			a.schedule(now)
 		}
-		if !a.gathered(now.Sub(a.since)) {
+		if !a.gathered(now.sub(a.since)) {
 			return
 		}
 		a.cohort.close()
@@ -301,23 +300,23 @@ func (a *Auto) advance(now interceptor.Instant) {
 }
 
 // resume begins a new window, with calls that are sent from now on.
-func (a *Auto) resume(now interceptor.Instant) {
+func (a *Auto) resume(now Instant) {
 	a.resumed = now
 	a.window.reset(now)
 }
 
 // schedule sets when the next cohort is due.
-func (a *Auto) schedule(now interceptor.Instant) {
+func (a *Auto) schedule(now Instant) {
 	every := autoDrain
 	if a.agreed >= autoAgreed {
 		every *= autoRarer
 	}
 	wall := a.wall(now)
-	a.next = now.Add(wall.Truncate(every).Add(every).Sub(wall))
+	a.next = now.add(wall.Truncate(every).Add(every).Sub(wall))
 }
 
 // gather opens a cohort.
-func (a *Auto) gather(now interceptor.Instant) {
+func (a *Auto) gather(now Instant) {
 	a.phase, a.since = gathering, now
 	a.cohort.open()
 }
@@ -329,7 +328,7 @@ func (a *Auto) gathered(took time.Duration) bool {
 }
 
 // judge moves base towards the mean of the cohort.
-func (a *Auto) judge(now interceptor.Instant) {
+func (a *Auto) judge(now Instant) {
 	c := &a.cohort
 	if c.n < cohortLeast {
 		return
@@ -358,7 +357,7 @@ func (a *Auto) judge(now interceptor.Instant) {
 
 // open begins a new cohort, with another mark.
 func (c *cohort) open() {
-	c.mark = c.mark%maxMark + 1
+	c.mark = c.mark%MaxMark + 1
 	c.sent, c.ended, c.n, c.sum, c.squares = 0, 0, 0, 0, 0
 	c.state.Store(int64(c.mark))
 }

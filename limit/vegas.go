@@ -1,13 +1,12 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package concurrency
+package limit
 
 import (
 	"math"
 	"time"
 
-	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
 )
 
@@ -62,12 +61,12 @@ type Vegas struct {
 	window window
 	recovery
 
-	best    float64             // Round trip without queueing, in nanoseconds; 0 before the first window.
-	now     float64             // The mean of the last window.
-	why     string              // Why the limit went down last.
-	windows int                 // Since the last probe.
-	halved  bool                // A probe is going on.
-	since   interceptor.Instant // Calls that were sent before do not count.
+	best    float64 // Round trip without queueing, in nanoseconds; 0 before the first window.
+	now     float64 // The mean of the last window.
+	why     string  // Why the limit went down last.
+	windows int     // Since the last probe.
+	halved  bool    // A probe is going on.
+	since   Instant // Calls that were sent before do not count.
 }
 
 // withDefaults checks cfg and returns it with all fields set.
@@ -94,7 +93,7 @@ func NewVegas(cfg VegasConfig) (*Vegas, error) {
 // Update changes the configuration and keeps the limit, within the new bounds,
 // and the best round trip. On an error nothing has changed.
 func (v *Vegas) Update(cfg VegasConfig) error {
-	errs := check.Of("concurrency")
+	errs := check.Of("limit")
 	cfg, b := cfg.withDefaults(errs.In("Vegas"))
 	if err := errs.Err(); err != nil {
 		return err
@@ -113,7 +112,8 @@ func (v *Vegas) Limit() int64 {
 	return int64(v.limit)
 }
 
-func (v *Vegas) start(limit float64) { v.limit = v.clamp(limit) }
+// SetLimit moves the limit to n, or to the nearest bound.
+func (v *Vegas) SetLimit(n int64) { v.limit = v.clamp(float64(n)) }
 
 // OnSample applies the formulas above when a window is complete.
 func (v *Vegas) OnSample(s Sample) {
@@ -141,7 +141,7 @@ func (v *Vegas) OnSample(s Sample) {
 		return
 	}
 	if v.windows++; v.windows >= v.cfg.ProbeWindows {
-		v.halved, v.since = true, s.end().Add(time.Duration(2*now))
+		v.halved, v.since = true, s.end().add(time.Duration(2*now))
 		return
 	}
 	if float64(inFlight)*2 < v.limit {
@@ -158,12 +158,13 @@ func (v *Vegas) OnSample(s Sample) {
 	}
 }
 
-func (v *Vegas) thinks() (base, latency time.Duration, lowered string) {
-	lowered = v.why
+// Explain returns the best round trip as the baseline.
+func (v *Vegas) Explain() State {
+	lowered := v.why
 	if v.halved {
 		lowered = becauseDrain
 	}
-	return time.Duration(v.best), time.Duration(v.now), lowered
+	return State{Baseline: time.Duration(v.best), Latency: time.Duration(v.now), Lowered: lowered}
 }
 
 // measure takes the mean of a window without a queue into best, and ends the probe.

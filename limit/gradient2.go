@@ -1,7 +1,7 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package concurrency
+package limit
 
 import (
 	"time"
@@ -92,7 +92,7 @@ func NewGradient2(cfg Gradient2Config) (*Gradient2, error) {
 // Update changes the configuration and keeps the limit, within the new bounds,
 // and the averages. On an error nothing has changed.
 func (g *Gradient2) Update(cfg Gradient2Config) error {
-	errs := check.Of("concurrency")
+	errs := check.Of("limit")
 	cfg, b := cfg.withDefaults(errs.In("Gradient2"))
 	if err := errs.Err(); err != nil {
 		return err
@@ -106,7 +106,8 @@ func (g *Gradient2) Update(cfg Gradient2Config) error {
 // Limit returns the current limit.
 func (g *Gradient2) Limit() int64 { return int64(g.limit) }
 
-func (g *Gradient2) start(limit float64) { g.limit = g.clamp(limit) }
+// SetLimit moves the limit to n, or to the nearest bound.
+func (g *Gradient2) SetLimit(n int64) { g.limit = g.clamp(float64(n)) }
 
 // OnSample applies the formulas above when a window is complete.
 func (g *Gradient2) OnSample(s Sample) {
@@ -140,8 +141,9 @@ func (g *Gradient2) OnSample(s Sample) {
 	g.limit = g.clamp((1-g.cfg.Smoothing)*g.limit + g.cfg.Smoothing*target)
 }
 
-func (g *Gradient2) thinks() (base, latency time.Duration, lowered string) {
-	return time.Duration(g.long.value), time.Duration(g.now), g.why
+// Explain returns the long-term round trip as the baseline.
+func (g *Gradient2) Explain() State {
+	return State{Baseline: time.Duration(g.long.value), Latency: time.Duration(g.now), Lowered: g.why}
 }
 
 // average is the mean of the samples of the first ten windows, and from then on an

@@ -1,37 +1,65 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-package concurrency
+package limit
 
 import (
 	"math"
 	"time"
 
-	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/check"
 )
 
-// A Limit is an algorithm that finds the right limit; the [Layer] enforces it. The split,
-// and the three outcomes of a call, are those of Netflix's concurrency-limits.
+// An Algorithm finds the right limit; whoever owns it enforces it. The split, and the
+// outcomes of a call, are those of Netflix's concurrency-limits.
 //
-// The Layer calls the methods one at a time, at the end of calls and while it
-// holds a lock: they must not block, nor call back into the Layer.
-type Limit interface {
-	// Limit returns the current limit. The Layer takes less than 1 for 1, because a limit
+// The owner calls the methods one at a time, at the end of calls and while it holds a
+// lock: they must not block, nor call the owner.
+type Algorithm interface {
+	// Limit returns the current limit. The owner takes less than 1 for 1, because a limit
 	// of 0 would never see another sample.
 	Limit() int64
 	// OnSample learns from a call that has ended.
 	OnSample(s Sample)
 }
 
-// A Starter is a [Limit] that follows some calls from their start to their end.
+// A Starter is an [Algorithm] that follows some calls from their start to their end.
 type Starter interface {
-	Limit
+	Algorithm
 	// OnStart is called when a call that may become a sample has got its permit. It is
-	// called concurrently, without a lock. If it returns a mark, from 1 to 15, every end
-	// of the call is a sample with that Mark, also one that says nothing; 0 is no mark.
+	// called concurrently, without a lock. If it returns a mark, from 1 to [MaxMark],
+	// every end of the call is a sample with that Mark, also one that says nothing; 0 is
+	// no mark.
 	OnStart() (mark uint8)
 }
+
+// MaxMark is the greatest mark of a [Starter].
+const MaxMark = 1<<markBits - 1
+
+const markBits = 4
+
+// An Explainer is an [Algorithm] that can say why its limit is what it is.
+type Explainer interface {
+	Algorithm
+	// Explain returns what the algorithm thinks now. The owner calls it as it calls
+	// OnSample.
+	Explain() State
+}
+
+// A State is what an algorithm thinks.
+type State struct {
+	Baseline time.Duration // the latency that Latency is compared with; 0 before it is known
+	Latency  time.Duration // the mean latency of calls now; 0 before it is known
+	Lowered  string        // why the limit went down the last time: "latency", "drop" or "drain"; empty if it did not
+}
+
+// An Instant is a moment on a monotonic clock, in nanoseconds since an origin that the
+// owner of an algorithm chooses. 0 is no moment.
+type Instant int64
+
+func (i Instant) add(d time.Duration) Instant { return i + Instant(d) }
+
+func (i Instant) sub(j Instant) time.Duration { return time.Duration(i - j) }
 
 // A Result is what the end of a call says about the load of the server.
 type Result uint8
@@ -51,15 +79,15 @@ const (
 // A Sample is a call that has ended. Calls that say nothing about the server's load make
 // no sample, unless they have a Mark.
 type Sample struct {
-	Start    interceptor.Instant // when the call, or its first attempt, was sent; 0 if it was not
-	RTT      time.Duration       // from Start to its end, or to a stream's first response; positive if it was sent
-	InFlight int64               // permits in use when it ended, its own included
-	Limited  bool                // a call was refused, or had to wait, for want of a permit since the last sample
+	Start    Instant       // when the call, or its first attempt, was sent; 0 if it was not
+	RTT      time.Duration // from Start to its end, or to a stream's first response; positive if it was sent
+	InFlight int64         // permits in use when it ended, its own included
+	Limited  bool          // a call was refused, or had to wait, for want of a permit since the last sample
 	Result   Result
 	Mark     uint8 // what [Starter] gave it
 }
 
-func (s Sample) end() interceptor.Instant { return s.Start.Add(s.RTT) }
+func (s Sample) end() Instant { return s.Start.add(s.RTT) }
 
 // defaultInitial, defaultMin and defaultMax hold for all three algorithms.
 const (
@@ -105,7 +133,7 @@ const (
 // recovery lets all drops of one overload decrease the limit once, as a TCP sender halves
 // its window once for all losses of one window. Calls that were already running when the
 // limit was last decreased say nothing about the new limit.
-type recovery struct{ since interceptor.Instant }
+type recovery struct{ since Instant }
 
 // counts reports whether the drop calls for a decrease, and remembers it.
 func (r *recovery) counts(s Sample) bool {
@@ -129,11 +157,11 @@ type window struct {
 	length  time.Duration
 	samples float64
 
-	began    interceptor.Instant // 0 before the first sample.
-	n        float64             // calls that succeeded
-	cut      float64             // calls that were given up
-	sum      time.Duration       // of all their times
-	inFlight int64               // the most seen
+	began    Instant       // 0 before the first sample.
+	n        float64       // calls that succeeded
+	cut      float64       // calls that were given up
+	sum      time.Duration // of all their times
+	inFlight int64         // the most seen
 	limited  bool
 }
 
@@ -155,7 +183,7 @@ func (w *window) add(s Sample, known float64) (complete bool) {
 	}
 	w.sum += s.RTT
 	w.inFlight = max(w.inFlight, s.InFlight)
-	return w.size() >= w.samples && s.end().Sub(w.began) >= w.length
+	return w.size() >= w.samples && s.end().sub(w.began) >= w.length
 }
 
 // size is how many calls there are in the window.
@@ -166,6 +194,6 @@ func (w *window) size() float64 { return w.n + w.cut }
 func (w *window) mean() float64 { return max(float64(w.sum)/max(w.n, 1), 1) }
 
 // reset begins a new window.
-func (w *window) reset(now interceptor.Instant) {
+func (w *window) reset(now Instant) {
 	*w = window{length: w.length, samples: w.samples, began: now}
 }

@@ -1,0 +1,180 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/balancer/base"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/resolver"
+
+	"github.com/belfry-go/belfry/load"
+)
+
+// identities numbers the policies and endpoints of all channels. An identity is part of a
+// call's memory of the endpoints it tried, which may outlive a channel.
+var identities atomic.Uint64
+
+// endpoint is one endpoint that the resolver lists and the child that connects
+// to it. It embeds the ClientConn that it is for the child.
+type endpoint struct {
+	balancer.ClientConn // the channel's; UpdateState is intercepted
+
+	policy *policy
+	id     uint64
+	addr   string // the first of its addresses
+	child  balancer.Balancer
+
+	// Used only by the methods of balancer.Balancer of the policy. See listing.
+	state    resolver.Endpoint // what the child has; none if it is to be called again
+	first    resolver.Endpoint // the first of its listings, if the update touched it
+	listings int
+	capacity uint64 // the sum of the weights of the listings
+	at       int    // the place of one of them in policy.list
+	touched  bool   // by the update that is running
+
+	// childMu serializes the calls to the child and guards closed. See policy.mu
+	// for the order.
+	childMu sync.Mutex
+	closed  bool
+
+	// reported is the child's last report. Never nil.
+	reported atomic.Pointer[balancer.State]
+
+	// candidate is what picks see of it. It outlives meters: a change of the metric
+	// keeps what is in flight.
+	candidate *candidate
+
+	addresses []string
+	counts    counts // guarded by policy.countMu
+
+	// Guarded by policy.mu.
+	gone bool // the resolver lists it no more; reports are ignored
+}
+
+func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
+	ep := &endpoint{ClientConn: b.cc, policy: b, id: identities.Add(1), addr: e.Addresses[0].Addr}
+	for _, a := range e.Addresses {
+		ep.addresses = append(ep.addresses, a.Addr)
+	}
+	ep.reported.Store(&balancer.State{
+		ConnectivityState: connectivity.Connecting,
+		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
+	})
+	b.mu.Lock()
+	b.count[connectivity.Connecting]++
+	ep.candidate = b.candidates.New()
+	ep.candidate.id = ep.id
+	ep.candidate.slot.Store(notReady)
+	ep.candidate.weight.Store(1)
+	if m := b.recallLocked(e); m != nil {
+		ep.candidate.meter.Store(m)
+	} else {
+		ep.measureLocked(b.picker, b.metric)
+	}
+	b.mu.Unlock()
+	b.metrics.moved(connectivity.Shutdown, connectivity.Connecting)
+	ep.child = b.children.Build(ep, b.opts)
+	return ep
+}
+
+// measureLocked gives the endpoint a meter of a metric. Attempts in flight finish
+// on the meter that they started on.
+func (ep *endpoint) measureLocked(p *picker, m load.Metric) {
+	if old := ep.candidate.meter.Load(); old != nil {
+		old.Close()
+	}
+	ep.candidate.meter.Store(&measure{Meter: m.NewMeter(load.Endpoint{Address: ep.addr}), timeless: p.config.timeless})
+	ep.candidate.changed()
+}
+
+// UpdateState receives the reports of the child. It may be called from any
+// goroutine: pick_first leaves IDLE on the goroutine of a call.
+func (ep *endpoint) UpdateState(s balancer.State) {
+	b := ep.policy
+	b.mu.Lock()
+	if ep.gone {
+		b.mu.Unlock()
+		return
+	}
+	from := ep.moveLocked(s)
+	// A picker that was READY may have failed a pick, or its SubConn may be
+	// another now. One that has become READY wakes no call that is not woken by
+	// the state of the channel.
+	b.reportLocked(from == connectivity.Ready)
+	b.mu.Unlock()
+
+	b.metrics.moved(from, s.ConnectivityState)
+	if s.ConnectivityState == connectivity.Idle {
+		// Endpoints connect eagerly. The child holds its lock here.
+		go ep.call(ep.child.ExitIdle)
+	}
+}
+
+// moveLocked takes over a report and returns the state before it.
+func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
+	b := ep.policy
+	from, to := ep.reported.Load().ConnectivityState, s.ConnectivityState
+	ep.reported.Store(&s)
+	ep.candidate.child.Store(&s)
+	b.count[from]--
+	b.count[to]++
+	switch {
+	case to == from:
+	case to == connectivity.Ready:
+		b.picker.ready.add(ep.candidate)
+	case from == connectivity.Ready:
+		b.picker.ready.remove(ep.candidate)
+		b.picker.forget(ep.candidate)
+	}
+	return from
+}
+
+// setWeight sets the endpoint's relative capacity.
+func (ep *endpoint) setWeight(w load.Weight) {
+	ep.policy.mu.Lock()
+	defer ep.policy.mu.Unlock()
+	ep.policy.picker.ready.reweigh(ep.candidate, uint32(max(w, 1)))
+	ep.candidate.changed()
+}
+
+// call calls the child, unless it is closed.
+func (ep *endpoint) call(f func()) {
+	ep.childMu.Lock()
+	defer ep.childMu.Unlock()
+	if !ep.closed {
+		f()
+	}
+}
+
+func (ep *endpoint) update(ccs balancer.ClientConnState) error {
+	ep.childMu.Lock()
+	defer ep.childMu.Unlock()
+	return ep.child.UpdateClientConnState(ccs)
+}
+
+// close takes the endpoint out of the policy and closes the child. The meter is closed
+// unless it is kept.
+func (ep *endpoint) close(keep bool) {
+	b := ep.policy
+	b.mu.Lock()
+	from := ep.moveLocked(balancer.State{
+		ConnectivityState: connectivity.Shutdown,
+		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
+	})
+	ep.gone = true
+	if !keep {
+		ep.candidate.meter.Load().Close()
+	}
+	b.mu.Unlock()
+	b.metrics.moved(from, connectivity.Shutdown)
+
+	ep.childMu.Lock()
+	defer ep.childMu.Unlock()
+	ep.closed = true
+	ep.child.Close()
+}

@@ -1,0 +1,271 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"math"
+
+	"google.golang.org/grpc/attributes"
+	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/balancer/pickfirst"
+	"google.golang.org/grpc/experimental/balancer/weight"
+	"google.golang.org/grpc/resolver"
+
+	"github.com/belfry-go/belfry/load"
+)
+
+// This file applies what the resolver lists. An update goes through the list once, beside
+// the list before it, and does more only for what differs: the children of the others are
+// not called.
+
+// A listing is an entry of the resolver's list. Several may be of one endpoint, that is, of
+// the same set of addresses: then it has the sum of their weights, and the attributes of the
+// first.
+type listing struct {
+	endpoint resolver.Endpoint
+	ep       *endpoint
+	weight   uint32 // at least 1
+}
+
+// updateEndpoints makes, updates and closes children so that there is one for
+// each endpoint of the state. It returns the first error of a child.
+func (b *policy) updateEndpoints(state resolver.State) error {
+	d := b.diff(state.Endpoints)
+	if b.attributes == nil || !equalAttributes(b.received, state.Attributes) {
+		b.received, b.attributes = state.Attributes, pickfirst.EnableHealthListener(state).Attributes
+		for i := range b.list {
+			if l := &b.list[i]; l.ep.at == i && !l.ep.touched {
+				l.ep.state, l.ep.first = resolver.Endpoint{}, l.endpoint
+				d.touch(l.ep)
+			}
+		}
+	}
+	for _, ep := range b.refused {
+		if !ep.touched && ep.listings > 0 {
+			ep.first = b.list[ep.at].endpoint
+			d.touch(ep)
+		}
+	}
+	b.refused = nil
+
+	var firstErr error
+	// Starting at a random endpoint keeps a fleet of clients from opening all its
+	// first connections to the same server.
+	r := b.random()
+	for i := range d.touched {
+		ep := d.touched[(uint64(i)+r%uint64(len(d.touched)))%uint64(len(d.touched))]
+		ep.touched = false
+		if ep.listings == 0 {
+			continue
+		}
+		if err := b.updateEndpoint(ep); err != nil && firstErr == nil {
+			firstErr = err
+		}
+	}
+	for _, ep := range d.touched {
+		if ep.listings == 0 {
+			b.endpoints.Delete(ep.first)
+			ep.close(false)
+			d.members = true
+		}
+	}
+	if d.members || b.all.Load() == nil {
+		all := make([]*endpoint, 0, b.endpoints.Len())
+		for i, l := range b.list {
+			if l.ep.at == i {
+				all = append(all, l.ep)
+			}
+		}
+		b.all.Store(&all)
+	}
+	if len(b.list) == 0 {
+		return balancer.ErrBadResolverState
+	}
+	return firstErr
+}
+
+// updateEndpoint gives an endpoint its weight, and the child what has changed.
+func (b *policy) updateEndpoint(ep *endpoint) error {
+	ep.setWeight(load.Weight(min(ep.capacity, math.MaxUint32)))
+	if sameEndpoint(ep.state, ep.first) {
+		return nil
+	}
+	ep.state = ep.first
+	err := ep.update(balancer.ClientConnState{ResolverState: resolver.State{
+		Endpoints:  []resolver.Endpoint{ep.first},
+		Attributes: b.attributes,
+	}})
+	if err != nil {
+		ep.state = resolver.Endpoint{}
+		b.refused = append(b.refused, ep)
+	}
+	return err
+}
+
+// A difference is what an update changes.
+type difference struct {
+	touched []*endpoint
+	members bool // an endpoint came or went
+}
+
+func (d *difference) touch(ep *endpoint) {
+	if !ep.touched {
+		ep.touched = true
+		d.touched = append(d.touched, ep)
+	}
+}
+
+// diff replaces b.list, and makes the endpoints that are new.
+func (b *policy) diff(endpoints []resolver.Endpoint) (d difference) {
+	several := b.endpoints.Len() < len(b.list) // an endpoint has several places, or had
+	moved := false
+	places, ok := b.replaced(endpoints)
+	var removed []listing
+	if ok && !several {
+		for _, i := range places {
+			removed = append(removed, b.list[i])
+			b.list[i] = b.newListing(endpoints[i], &d)
+		}
+	} else {
+		removed, places = b.match(endpoints, &d)
+		moved = true
+	}
+	for _, l := range removed {
+		l.ep.listings--
+		l.ep.capacity -= uint64(l.weight)
+		l.ep.first = l.endpoint
+		d.touch(l.ep)
+	}
+	for _, i := range places {
+		l := &b.list[i]
+		l.ep.listings++
+		l.ep.capacity += uint64(l.weight)
+		l.ep.at = i
+		several = several || l.ep.listings > 1
+		d.touch(l.ep)
+	}
+	if moved {
+		for i := range b.list {
+			b.list[i].ep.at = i
+		}
+	}
+	for _, ep := range d.touched {
+		if ep.listings > 0 {
+			ep.first = b.list[ep.at].endpoint
+		}
+	}
+	if several {
+		for i := len(b.list) - 1; i >= 0; i-- {
+			b.list[i].ep.first = b.list[i].endpoint
+		}
+		for _, l := range b.list { // Another listing may be the first now.
+			if !sameEndpoint(l.ep.state, l.ep.first) {
+				d.touch(l.ep)
+			}
+		}
+	}
+	return d
+}
+
+// replaced returns the places of the entries that differ from those of the last update. It
+// reports false if anything else differs: an endpoint has another place, came, or went.
+func (b *policy) replaced(endpoints []resolver.Endpoint) (places []int, ok bool) {
+	if len(endpoints) != len(b.list) {
+		return nil, false
+	}
+	for i, e := range endpoints {
+		if sameEndpoint(b.list[i].endpoint, e) {
+			continue
+		}
+		if ep, known := b.endpoints.Get(e); known && ep.at != i || len(e.Addresses) == 0 {
+			return nil, false
+		}
+		places = append(places, i)
+	}
+	return places, true
+}
+
+// match makes the list, and returns what was in the old one only, and the places of what is
+// in the new one only. It compares each entry with the one that follows the last match in the
+// old list, and looks an endpoint up only where they differ, which also says where the old
+// list goes on.
+func (b *policy) match(endpoints []resolver.Endpoint, d *difference) (removed []listing, added []int) {
+	old, list := b.list, make([]listing, 0, len(endpoints))
+	kept := make([]bool, len(old))
+	next := 0
+	for _, e := range endpoints {
+		if len(e.Addresses) == 0 {
+			continue // its child would stay CONNECTING for ever
+		}
+		if next >= len(old) || kept[next] || !sameEndpoint(old[next].endpoint, e) {
+			if ep, ok := b.endpoints.Get(e); ok && ep.at < len(old) && old[ep.at].ep == ep {
+				next = ep.at
+			}
+		}
+		if next < len(old) && !kept[next] && sameEndpoint(old[next].endpoint, e) {
+			kept[next] = true
+			list = append(list, old[next])
+			next++
+			continue
+		}
+		added = append(added, len(list))
+		list = append(list, b.newListing(e, d))
+		if next < len(old) && old[next].ep == list[len(list)-1].ep {
+			next++ // it has changed
+		}
+	}
+	for i := range old {
+		if !kept[i] {
+			removed = append(removed, old[i])
+		}
+	}
+	b.list = list
+	return removed, added
+}
+
+func (b *policy) newListing(e resolver.Endpoint, d *difference) listing {
+	ep, ok := b.endpoints.Get(e)
+	if !ok {
+		ep = b.newEndpoint(e)
+		b.endpoints.Set(e, ep)
+		d.members = true
+	}
+	return listing{e, ep, max(weight.FromEndpoint(e).Weight, 1)}
+}
+
+// sameEndpoint reports whether two endpoints are the same to a child and to the policy.
+func sameEndpoint(a, b resolver.Endpoint) bool {
+	if len(a.Addresses) != len(b.Addresses) || len(a.Addresses) == 0 {
+		return false
+	}
+	return (&a.Addresses[0] == &b.Addresses[0] || sameAddresses(a.Addresses, b.Addresses)) && equalAttributes(a.Attributes, b.Attributes)
+}
+
+func sameAddresses(a, b []resolver.Address) bool {
+	for i := range a {
+		x, y := &a[i], &b[i]
+		//lint:ignore SA1019 parents that do not know endpoints set it
+		if x.Addr != y.Addr || x.ServerName != y.ServerName || !equalAttributes(x.Attributes, y.Attributes) || !equalAttributes(x.BalancerAttributes, y.BalancerAttributes) {
+			return false
+		}
+		//lint:ignore SA1019 resolvers that are older than attributes set it
+		if x.Metadata != nil || y.Metadata != nil {
+			return false // it may not be comparable
+		}
+	}
+	return true
+}
+
+// equalAttributes compares attributes. Values without an Equal are compared with ==, which
+// panics on maps, slices and functions: what cannot be compared counts as changed.
+func equalAttributes(a, b *attributes.Attributes) bool { return a == b || equalValues(a, b) }
+
+func equalValues(a, b *attributes.Attributes) (equal bool) {
+	defer func() {
+		if recover() != nil {
+			equal = false
+		}
+	}()
+	return a.Equal(b)
+}

@@ -1,0 +1,241 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/connectivity"
+
+	"github.com/belfry-go/belfry/load"
+)
+
+// A Snapshot says what a policy knows of its endpoints at a moment.
+type Snapshot struct {
+	// Target is the target of the channel, as it was given to grpc.NewClient.
+	Target string
+	// Locality is the locality that the policy balances within, if a parent policy
+	// divides the endpoints by locality.
+	Locality string
+	// State is the state that the policy reports to the channel.
+	State connectivity.State
+	// Picks is the number of attempts that the policy has sent to the endpoints that are
+	// listed now.
+	Picks uint64
+	// Endpoints are in the order in which the resolver lists them.
+	Endpoints []EndpointSnapshot
+}
+
+// An EndpointSnapshot says what a policy knows of an endpoint.
+type EndpointSnapshot struct {
+	// Addresses are those of the endpoint, the preferred one first. They must not be
+	// changed.
+	Addresses []string
+	// State is the state of the connection, or TRANSIENT_FAILURE if a health check or an
+	// outlier detector has ejected it. Only READY endpoints get calls.
+	State connectivity.State
+	// Err says why the state is TRANSIENT_FAILURE, and is nil in other states.
+	Err error
+	// Weight is the relative capacity, at least 1. It is the sum of the weights of an
+	// endpoint that is listed several times.
+	Weight uint32
+	// InFlight is the number of attempts in flight, open streams not counted.
+	InFlight int
+	// Streams is the number of open streams: those that have had a response.
+	Streams int
+	// Load is what one more attempt costs, according to the metric. The unit is the
+	// metric's: nanoseconds for expectedLatency and peakEwma, attempts for pendingRequests.
+	Load float64
+	// Latency is how long a call takes that finds nothing else in flight, according to the
+	// metric, and Samples is the number of latencies that this stands on; those that are
+	// half forgotten count as half. They are 0 for a metric that does not know.
+	Latency time.Duration
+	Samples float64
+	// Picks is the number of attempts that were sent to the endpoint since it was listed.
+	Picks uint64
+	// Share is the part of the channel's picks that the endpoint got, from 0 to 1, since
+	// the last snapshot that was taken a second ago or earlier, or since the policy began.
+	Share float64
+	// Failures is the number of attempts that failed. LastFailure is the error of the last,
+	// nil if there was none, and FailedAt its time. Of failures that follow one another
+	// within 100 ms only the first has its error and time noted.
+	Failures    uint64
+	LastFailure error
+	FailedAt    time.Time
+	// PassedOver says why calls go to other endpoints now.
+	PassedOver PassedOver
+}
+
+// PassedOver says why an endpoint is passed over. It is empty for one that is not.
+type PassedOver string
+
+const (
+	// NotReady is an endpoint without a connection, or one that is ejected.
+	NotReady PassedOver = "not READY"
+	// OnlyFailed is an endpoint that has answered nothing yet, but failed.
+	OnlyFailed PassedOver = "all attempts have failed"
+	// CostsMore is an endpoint whose Load is above that of the cheapest by more than the
+	// metric's error.
+	CostsMore PassedOver = "costs more"
+	// MoreInFlight is an endpoint with more attempts in flight, or open streams, than
+	// another of the same cost.
+	MoreInFlight PassedOver = "more in flight"
+)
+
+// live is the policies that had an update and are not closed: *policy → nothing.
+var live sync.Map
+
+// Snapshots returns a snapshot of every policy in the process, in the order of their
+// targets. A channel has none before its first call or Connect, and while it is idle. It has
+// several if a parent policy divides the endpoints, such as by locality.
+//
+// It takes no lock that a call or an update waits for for long, and is cheap enough to be
+// called each second: a millisecond or two for 10,000 endpoints. It is safe for
+// concurrent use.
+func Snapshots() []Snapshot { return snapshots(func(*policy) bool { return true }) }
+
+// SnapshotsOf returns the snapshots of the policies of a channel. See [Snapshots].
+//
+// A channel without [DialOptions], or that has made no call since it left idle, is known by
+// its target only: then the snapshots are those of all such channels with its target.
+func SnapshotsOf(conn *grpc.ClientConn) []Snapshot {
+	return snapshots(func(b *policy) bool {
+		if c := b.conn.Load(); c != nil {
+			return c == conn
+		}
+		return b.target == conn.Target()
+	})
+}
+
+func snapshots(of func(*policy) bool) []Snapshot {
+	var policies []*policy
+	live.Range(func(k, _ any) bool {
+		if b := k.(*policy); of(b) {
+			policies = append(policies, b)
+		}
+		return true
+	})
+	slices.SortFunc(policies, func(a, b *policy) int { return cmp.Or(cmp.Compare(a.target, b.target), cmp.Compare(a.id, b.id)) })
+	var all []Snapshot
+	for _, b := range policies {
+		all = append(all, b.snapshot())
+	}
+	return all
+}
+
+// counts is what the snapshots of an endpoint remember of its picks.
+type counts struct {
+	seen  uint32 // what the candidate's counter was
+	picks uint64 // all of them, which the counter is too small for
+	last  uint64 // picks at policy.rotated
+	prior uint64 // picks at the time before
+}
+
+// shareAfter is the shortest time over which shares are counted.
+const shareAfter = time.Second
+
+func (b *policy) snapshot() Snapshot {
+	b.mu.Lock()
+	p := b.picker
+	s := Snapshot{Target: b.target, Locality: b.metrics.locality, State: b.published}
+	b.mu.Unlock()
+	eps := b.all.Load()
+	if p == nil || eps == nil || len(*eps) == 0 {
+		return s
+	}
+	now, wall := load.Instant(b.now()), time.Now()
+	s.Endpoints = make([]EndpointSnapshot, len(*eps))
+	estimates := make([]load.Estimate, len(*eps))
+
+	least, leastQueue := -1, 0.0
+	for i, ep := range *eps {
+		e, c := &s.Endpoints[i], ep.candidate
+		reported := ep.reported.Load()
+		m := c.meter.Load()
+		q := c.query(p, now, 0)
+		details := m.Inspect(q)
+		estimates[i] = m.Load(q)
+		*e = EndpointSnapshot{
+			Addresses: ep.addresses,
+			State:     reported.ConnectivityState,
+			Weight:    c.weight.Load(),
+			InFlight:  q.InFlight,
+			Streams:   q.Streams,
+			Load:      estimates[i].Cost,
+			Latency:   details.Latency,
+			Samples:   details.Samples,
+			Failures:  m.failures.Load(),
+		}
+		if f := m.failure.Load(); f != nil {
+			e.LastFailure, e.FailedAt = f.err, wall.Add(time.Duration(f.at-now))
+		}
+		switch {
+		case e.State == connectivity.TransientFailure:
+			_, e.Err = reported.Picker.Pick(balancer.PickInfo{})
+			e.PassedOver = NotReady
+		case e.State != connectivity.Ready:
+			e.PassedOver = NotReady
+		case m.health.Load() == everFailed:
+			e.PassedOver = OnlyFailed
+		case least < 0 || e.Load < s.Endpoints[least].Load:
+			least = i
+		}
+	}
+	equal := func(i int) bool {
+		limit := min(estimates[i].Error, float64(p.config.equalUnderLoad))
+		return s.Endpoints[i].PassedOver == "" && s.Endpoints[i].Load <= s.Endpoints[least].Load*(1+limit)
+	}
+	if least >= 0 {
+		leastQueue = estimates[least].Queue
+		for i := range estimates {
+			if equal(i) {
+				leastQueue = min(leastQueue, estimates[i].Queue)
+			}
+		}
+	}
+	for i := range s.Endpoints {
+		switch e := &s.Endpoints[i]; {
+		case e.PassedOver != "":
+		case !equal(i):
+			e.PassedOver = CostsMore
+		case estimates[i].Queue > leastQueue:
+			e.PassedOver = MoreInFlight
+		}
+	}
+	b.countPicks(&s, *eps, wall)
+	return s
+}
+
+// countPicks fills in the picks and shares.
+func (b *policy) countPicks(s *Snapshot, eps []*endpoint, now time.Time) {
+	b.countMu.Lock()
+	defer b.countMu.Unlock()
+	rotate := now.Sub(b.rotated) >= shareAfter
+	if rotate {
+		b.rotated = now
+	}
+	var recent uint64
+	for i, ep := range eps {
+		k := &ep.counts
+		picks := ep.candidate.picks.Load()
+		k.picks += uint64(picks - k.seen)
+		k.seen = picks
+		if rotate {
+			k.prior, k.last = k.last, k.picks
+		}
+		s.Endpoints[i].Picks = k.picks
+		s.Picks += k.picks
+		recent += k.picks - k.prior
+	}
+	for i, ep := range eps {
+		if recent > 0 {
+			s.Endpoints[i].Share = float64(ep.counts.picks-ep.counts.prior) / float64(recent)
+		}
+	}
+}

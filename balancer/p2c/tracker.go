@@ -1,0 +1,171 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/load"
+)
+
+// tracker follows one call, or one attempt of it if an outer interceptor repeats
+// the call.
+type tracker struct {
+	attempt attempt.Context // what grpc gets; inside is the caller's, which grpc does not cancel when the call is over
+	tried   attempt.Tried
+	conn    *grpc.ClientConn
+	stream  bool
+	used    atomic.Bool          // first is taken
+	first   pick                 // the first attempt's, to save an allocation
+	current atomic.Pointer[pick] // the last attempt's
+	err     error                // the call's, set before ended
+	ended   atomic.Bool
+}
+
+func newTracker(ctx context.Context, method string, cc *grpc.ClientConn) *tracker {
+	target := ""
+	if cc != nil { // only in tests
+		target = cc.Target()
+	}
+	t := &tracker{conn: cc}
+	t.attempt = attempt.Context{Context: ctx, Info: attempt.Info{Method: method, Target: target, Tried: &t.tried, Tracker: t}}
+	t.first.track = t
+	// A layer outside repeats the call, unless that is another call of the method, which
+	// has a tracker or was sent already, and in whose context this one is made.
+	if outer := attempt.FromContext(ctx, method, target, 0); outer != nil && outer.Tried != nil && outer.Tracker == nil {
+		t.attempt.Info.Tried = outer.Tried
+	}
+	return t
+}
+
+// pick returns the pick for a new attempt.
+func (t *tracker) pick() *pick {
+	k := &t.first
+	if !t.used.CompareAndSwap(false, true) {
+		k = &pick{track: t}
+	}
+	return k
+}
+
+// errRetried is how an attempt failed that gRPC says ended without an error, and repeats.
+var errRetried = errors.New("gRPC retried the attempt, and does not tell its error")
+
+// begin makes a pick the last attempt's. If the one before still waits for its
+// true end, grpc has retried it, so it failed.
+func (t *tracker) begin(k *pick) {
+	if last := t.current.Swap(k); last != nil && last.state.Load()&pickAwaiting != 0 {
+		last.finish(last.doneAt, load.Failed, errRetried)
+	}
+}
+
+// await is called when grpc says of an attempt that it ended without an error.
+// That is not always so: an attempt that the server ends before it has read all
+// of the request ends with io.EOF inside grpc, which reports it as none. The true
+// status is what the call returns, a moment later for a unary call, and when the
+// application reads it for a stream.
+//
+// Of attempts that run side by side, because an interceptor hedges below this one,
+// the call's end is that of the last, and the others are taken at their word.
+func (t *tracker) await(k *pick) {
+	k.state.Or(pickAwaiting)
+	if t.current.Load() != k {
+		k.finish(k.doneAt, load.Completed, nil)
+		return
+	}
+	if t.ended.Load() {
+		k.finish(k.doneAt, classify(t.attempt.Context, t.err, k.picker.config.failures), t.err)
+	}
+}
+
+// end is called when the call has ended, with its true status. Only its first
+// call counts: of a stream that could not be made both grpc and trackStream say
+// so.
+func (t *tracker) end(err error) {
+	if t.ended.Load() {
+		return
+	}
+	t.err = err
+	t.ended.Store(true)
+	if k := t.current.Load(); k != nil && k.state.Load()&pickAwaiting != 0 {
+		k.finish(k.doneAt, classify(t.attempt.Context, err, k.picker.config.failures), err)
+	}
+}
+
+// interceptors are those of a channel.
+type interceptors struct {
+	warned atomic.Bool // that another policy balances its calls
+}
+
+// check warns, once, if a call was answered that the policy has not picked for.
+func (i *interceptors) check(t *tracker, cc *grpc.ClientConn) {
+	if t.current.Load() == nil && !i.warned.Load() && !i.warned.Swap(true) {
+		logger.Warningf("%s: calls have p2c.DialOptions, but another policy balances them: the service config in use does not name %s in its loadBalancingConfig", cc.CanonicalTarget(), Name)
+	}
+}
+
+func (i *interceptors) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) (err error) {
+	t := newTracker(ctx, method, cc)
+	defer func() { t.end(err) }()
+	if err = invoker(&t.attempt, method, req, reply, cc, opts...); err == nil {
+		i.check(t, cc)
+	}
+	return err
+}
+
+func (i *interceptors) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	t := newTracker(ctx, method, cc)
+	t.stream = true
+	// OnFinish is called once, with the true status, also for a stream that nobody
+	// reads any more. The caller's options are not ours to append to.
+	opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(t.end))
+	s, err := streamer(&t.attempt, desc, cc, method, opts...)
+	if err != nil {
+		t.end(err)
+		return nil, err
+	}
+	i.check(t, cc)
+	return &trackedStream{ClientStream: s, track: t}, nil
+}
+
+// trackedStream sees the first response: the headers, if the application asks for
+// them, or a message.
+type trackedStream struct {
+	grpc.ClientStream
+	track     *tracker
+	responded atomic.Bool
+}
+
+// Context returns the context of the stream without what is for its attempt alone.
+func (s *trackedStream) Context() context.Context { return attempt.Hide(s.ClientStream.Context()) }
+
+func (s *trackedStream) Header() (metadata.MD, error) {
+	md, err := s.ClientStream.Header()
+	if err == nil && md != nil { // there are none if the stream ended without
+		s.respond()
+	}
+	return md, err
+}
+
+func (s *trackedStream) RecvMsg(m any) error {
+	err := s.ClientStream.RecvMsg(m)
+	if err == nil {
+		s.respond()
+	}
+	return err
+}
+
+func (s *trackedStream) respond() {
+	if s.responded.Load() || s.responded.Swap(true) {
+		return
+	}
+	if k := s.track.current.Load(); k != nil {
+		k.respond()
+	}
+}

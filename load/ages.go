@@ -1,0 +1,130 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package load
+
+import (
+	"math"
+	"sync/atomic"
+)
+
+// ages sums how long attempts in flight have taken so far, each up to a limit,
+// without a list of them.
+//
+// For attempts of weight w_i that started at s_i the sum of the weighted ages at
+// time t is t*W - T with W the sum of w_i and T the sum of w_i*s_i. To bound
+// single ages, the attempts are kept in two such sums by generation: the current
+// one and the one before. When the current generation is as old as the limit, a
+// new one begins in the place of the older. The attempts that were in it are not
+// moved anywhere: they are the ones that the total knows and the two sums do not.
+//
+// The total is exact: it is zero when nothing is in flight. A race between a new
+// generation and the start or end of an attempt may leave a sum a little off. It
+// counts wrong by at most one limit, and is cleared when its generation is reused.
+type ages struct {
+	total   atomic.Int64 // weights and number of all attempts
+	weights [2]atomic.Int64
+	starts  [2]atomic.Int64 // weight times start, in age units, modulo 2^64
+	epoch   atomic.Uint32   // number of the current generation
+	began   atomic.Uint32   // when it began, in epochUnitBits
+}
+
+const (
+	// weightOne is the weight of 1 in fixed point. What is added at the start of an
+	// attempt is subtracted at its end, so weights must be integers.
+	weightOne = 1 << 16
+	maxWeight = 1 << 22
+
+	// The weights of attempts are summed above the number of the attempts: two
+	// numbers in one word cost one atomic addition.
+	countBits = 20
+	countMask = 1<<countBits - 1
+
+	// Ages are summed in units of 1024 ns. 10,000 attempts of weight 1 can be an
+	// hour old before their sum overflows.
+	ageUnitBits = 10
+
+	// The beginning of a generation is kept in units of 65 microseconds. They wrap
+	// after 78 hours, and what comes of that is one generation that ends too late.
+	epochUnitBits = 16
+)
+
+// add counts an attempt and returns its generation.
+func (a *ages) add(weight uint32, started Instant, limit float64) uint32 {
+	began, now := a.began.Load(), uint32(uint64(started)>>epochUnitBits)
+	const little = 1 << 16 // A start that was read a little before began is not past it.
+	if d := now - began; d < math.MaxUint32-little && float64(d)*(1<<epochUnitBits) > limit && a.began.CompareAndSwap(began, now) {
+		next := a.epoch.Load() + 1
+		a.weights[next&1].Store(0)
+		a.starts[next&1].Store(0)
+		a.epoch.Store(next)
+	}
+	epoch := a.epoch.Load()
+	w := int64(weight)<<countBits + 1
+	// In this order, and in remove in the other, an attempt half counted has a
+	// negative age, which counts as none, and not an enormous one.
+	a.starts[epoch&1].Add(int64(weight) * (int64(started) >> ageUnitBits))
+	a.weights[epoch&1].Add(w)
+	a.total.Add(w)
+	return epoch
+}
+
+// remove takes an attempt out again.
+func (a *ages) remove(epoch, weight uint32, started Instant) {
+	w := int64(weight)<<countBits + 1
+	a.total.Add(-w)
+	if a.epoch.Load()-epoch > 1 {
+		return // its generation is gone
+	}
+	a.weights[epoch&1].Add(-w)
+	a.starts[epoch&1].Add(-int64(weight) * (int64(started) >> ageUnitBits))
+}
+
+// sum returns the weighted ages in nanoseconds, each up to the limit, and the
+// weight of the attempts.
+func (a *ages) sum(now Instant, limit float64) (sum, weight float64) {
+	total := a.total.Load()
+	if total == 0 {
+		return 0, 0
+	}
+	old := total >> countBits
+	for i := range a.weights {
+		s, w := a.generation(i, now, limit)
+		sum += s
+		old -= w
+	}
+	return sum + max(float64(old), 0)*limit/weightOne, float64(total>>countBits) / weightOne
+}
+
+// generation returns the weighted ages of the attempts of one, each up to the
+// limit, and their weight in fixed point.
+func (a *ages) generation(i int, now Instant, limit float64) (float64, int64) {
+	const unit = float64(1<<ageUnitBits) / weightOne
+	w := a.weights[i].Load() >> countBits
+	if w <= 0 {
+		return 0, 0
+	}
+	age := float64(int64(now)>>ageUnitBits*w-a.starts[i].Load()) * unit
+	return min(max(age, 0), limit*float64(w)/weightOne), w
+}
+
+// young is sum without the attempts that are older than generations of the given
+// age let them be, and the number of those that it leaves out.
+func (a *ages) young(now Instant, limit, generation float64) (sum, weight float64, old int) {
+	total := a.total.Load()
+	if total == 0 {
+		return 0, 0, 0
+	}
+	old = int(total & countMask)
+	// All attempts of the current generation started within one of its beginning.
+	if age := uint32(uint64(now)>>epochUnitBits) - a.began.Load(); age < math.MaxInt32 && float64(age)*(1<<epochUnitBits) > 2*generation {
+		return 0, 0, old
+	}
+	for i := range a.weights {
+		s, w := a.generation(i, now, limit)
+		sum += s
+		weight += float64(w) / weightOne
+		old -= int(a.weights[i].Load() & countMask)
+	}
+	return sum, weight, max(old, 0)
+}

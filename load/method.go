@@ -1,0 +1,108 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package load
+
+import (
+	"math"
+	"sync/atomic"
+)
+
+// A method is what a channel knows of one method, or of all those that found no
+// place in the table.
+type method struct {
+	name  string
+	index uint32
+
+	fleet fleet         // the means of its divided latencies and of the attempts in flight when they were sent
+	count atomic.Uint64 // its samples, halved now and then, as float64 bits
+	_     [16]byte
+}
+
+// methods is the table of a channel. It is not changed but replaced.
+type methods struct {
+	all    []*method // the first is that of all others
+	byName map[string]*method
+}
+
+// few methods are compared one by one. A name is almost always the same string as
+// last time, and then that is a comparison of two pointers.
+const few = 4
+
+func (t *methods) find(name string) *method {
+	if len(t.all) <= few+1 {
+		for _, m := range t.all[1:] {
+			if m.name == name {
+				return m
+			}
+		}
+		return nil
+	}
+	return t.byName[name]
+}
+
+// method returns the method of a name, which it adds if there is room.
+func (e *ExpectedLatency) method(name string) *method {
+	t := e.methods.Load()
+	if m := t.find(name); m != nil {
+		return m
+	}
+	if len(t.all) >= e.params.Load().methods {
+		return t.all[0]
+	}
+	return e.addMethod(name)
+}
+
+func (e *ExpectedLatency) addMethod(name string) *method {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	old := e.methods.Load()
+	if m := old.find(name); m != nil {
+		return m
+	}
+	if len(old.all) >= e.params.Load().methods {
+		return old.all[0]
+	}
+	m := &method{name: name, index: uint32(len(old.all))}
+	t := &methods{all: append(old.all[:len(old.all):len(old.all)], m), byName: make(map[string]*method, len(old.all))}
+	for _, m := range t.all[1:] {
+		t.byName[m.name] = m
+	}
+	e.methods.Store(t)
+	return m
+}
+
+// unit returns the latency of the average call: the geometric mean of the methods'
+// means, each weighed by how often it is called. The arithmetic one would be that
+// of the rarest and slowest, and jump each time one of them ends.
+func (t *methods) unit() float64 {
+	var sum, weight float64
+	var last float64
+	known := 0
+	for _, m := range t.all {
+		if g := m.fleet.mean(); g > 0 {
+			n := math.Float64frombits(m.count.Load())
+			sum += n * math.Log(g)
+			weight += n
+			last = g
+			known++
+		}
+	}
+	if known < 2 {
+		return last
+	}
+	return math.Exp(sum / weight)
+}
+
+// called counts n samples of the method among those of all.
+func (t *methods) called(m *method, n int) {
+	count := math.Float64frombits(m.count.Load()) + float64(n)
+	m.count.Store(math.Float64bits(count))
+	if count > manyCalls {
+		for _, m := range t.all {
+			m.count.Store(math.Float64bits(math.Float64frombits(m.count.Load()) / 2))
+		}
+	}
+}
+
+const manyCalls = 2000
