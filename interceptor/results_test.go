@@ -25,10 +25,10 @@ import (
 // opaque hides what a connection is.
 type opaque struct{ grpc.ClientConnInterface }
 
-// limited gives the attempts of its streams a timeout.
-type limited struct{ *grpc.ClientConn }
+// hurried gives the attempts of its streams a timeout.
+type hurried struct{ *grpc.ClientConn }
 
-func (l limited) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+func (l hurried) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	return l.ClientConn.NewStream(ctx, desc, method, append(opts, attempts.Timeout(200*time.Microsecond))...)
 }
 
@@ -56,7 +56,7 @@ func TestResultsAreWrittenBeforeTheEndIsTold(t *testing.T) {
 		"a retry":                testserver.Dial(t, srv, calltest.Stack(t, lifetime, repeats).DialOptions()...),
 		"a short lifetime":       testserver.Dial(t, srv, calltest.Stack(t, timeout.Config{Lifetime: time.Millisecond}).DialOptions()...),
 		"a rejected message":     testserver.Dial(t, srv, calltest.Stack(t, rejects).DialOptions()...),
-		"an attempt's timeout":   limited{testserver.Dial(t, srv, calltest.Stack(t).DialOptions()...)},
+		"an attempt's timeout":   hurried{testserver.Dial(t, srv, calltest.Stack(t).DialOptions()...)},
 		"a stack behind another": calltest.Stack(t).Wrap(opaque{calltest.Stack(t, lifetime, repeats).Wrap(conn)}),
 		"retries behind a retry": calltest.Stack(t, lifetime, repeats).Wrap(opaque{calltest.Stack(t, lifetime, repeats).Wrap(conn)}),
 		"an end behind two":      calltest.Stack(t, repeats).Wrap(opaque{calltest.Stack(t).Wrap(opaque{calltest.Stack(t, repeats).Wrap(conn)})}),
