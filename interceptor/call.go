@@ -35,6 +35,7 @@ type Call struct {
 	waits      [8]Wait            // How long the call was allowed to wait in each section; see waitAt.
 	options    [8]grpc.CallOption // Of a unary attempt. The first are always ours, see init.
 	carried    carriedWait
+	room       roomOption
 }
 
 // callState is what a Call knows of one call.
@@ -110,7 +111,7 @@ const ownOptions = 3
 // init makes c, which is new, a call of p.
 func (c *Call) init(p *program) {
 	c.options = [len(c.options)]grpc.CallOption{p.stack.mark, grpc.Peer(&c.peer), grpc.Trailer(&c.trailer)}
-	c.carried.call = c
+	c.carried.call, c.room.call = c, c
 	c.reset(p)
 }
 

@@ -5,6 +5,7 @@ package interceptor
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -23,6 +24,7 @@ var (
 	notReady   = Refuse("connection", ReasonNotReady, "no endpoint is ready")
 	failing    = Refuse("connection", ReasonNotReady, "no endpoint is ready, all fail to connect")
 	connecting = Refuse("connection", ReasonNotReady, "no endpoint is ready, the connection connects")
+	noRoom     = Refuse("connection", ReasonNotReady, "every endpoint has as many attempts in flight as it may")
 	idle       = Refuse("connection", ReasonNotReady, "no endpoint is ready, the connection was idle and connects now (see belfry.WaitReady)")
 )
 
@@ -168,3 +170,22 @@ func (c *Call) waitsForReady() bool {
 	w := c.grpcConn.GetMethodConfig(c.method).WaitForReady
 	return w != nil && *w
 }
+
+// roomOption is the [attempt.RoomOption] of a call.
+type roomOption struct {
+	grpc.EmptyCallOption
+	call *Call
+	none atomic.Bool // The attempt failed for want of an endpoint with room.
+}
+
+// WaitEnd returns when the call must not wait any longer.
+func (o *roomOption) WaitEnd() (end time.Time, bounded bool) {
+	w := o.call.wait
+	if i, ok := w.End(); ok {
+		end = i.Time()
+	}
+	return end, w != Forever
+}
+
+// NoRoom says that no endpoint has room for the attempt.
+func (o *roomOption) NoRoom() { o.none.Store(true) }

@@ -233,6 +233,9 @@ func (s *stream) moved(at *interceptor.Instant, err error) (cut *interceptor.Ref
 	if at == &s.due.recv {
 		if !s.responded {
 			cut = s.cut
+			if r, ok := context.Cause(s.own).(*interceptor.Refusal); ok && s.settings.caused(r) {
+				cut = r // The deadline of the context, which may be sooner than the timer.
+			}
 		}
 		s.responded, s.due.first = true, 0
 	}
@@ -298,11 +301,11 @@ func (s *stream) RecvMsg(m any) error {
 	err := s.ClientStream.RecvMsg(m)
 	cut := s.moved(&s.due.recv, err)
 	switch {
-	case err == io.EOF || err == nil && s.kind == interceptor.ClientStream:
-		s.stop()
 	case err == nil && cut != nil: // No message would follow this one, so a retry would come too late.
 		s.stop()
 		return cut
+	case err == io.EOF || err == nil && s.kind == interceptor.ClientStream:
+		s.stop()
 	case err != nil:
 		err = s.explain(err, true)
 	}

@@ -15,14 +15,14 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/net/dns/dnsmessage"
 
 	"github.com/belfry-go/belfry/internal/dnsclient"
 	"github.com/belfry-go/belfry/internal/dnstest"
+	"github.com/belfry-go/belfry/internal/test/leaktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 func lookup(t *testing.T, s *dnstest.Server, name string, typ dnsmessage.Type) (dnsclient.Answer, error) {
 	t.Helper()

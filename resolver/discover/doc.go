@@ -78,6 +78,8 @@
 //	List     nothing          everything                        ever
 //	Channel  a sender         changes that are not valid         5 ms to 50 ms, 0 after Synced
 //	Poll     a function       its errors, panics and delays      one interval and a tenth
+//	file     YAML or JSON     broken, missing, replaced files    100 ms to 1 s; 5 s unreported
+//	                                                             (resolver/file, its own module)
 //
 // Each keeps its last complete set as long as it has to. DNS and Poll look early
 // when a connection fails.
