@@ -318,6 +318,9 @@ func (s *scope) end(err error, superseded bool) error {
 	}
 	if s.over {
 		defer s.mu.Unlock()
+		if s.root != nil && len(s.root.finish) > 0 && s.cut.Load() {
+			return s.how // OnFinish was told that, and the results are of that moment.
+		}
 		return firstEnd(s.how, err)
 	}
 	s.over, s.how = true, err
