@@ -14,6 +14,7 @@ import (
 
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/load"
@@ -49,6 +50,9 @@ type measure struct {
 
 	failures atomic.Uint64
 	failure  atomic.Pointer[failure]
+
+	// pushback is until when the server asked not to be called, 0 if it did not.
+	pushback atomic.Int64
 }
 
 const (
@@ -119,6 +123,9 @@ func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost flo
 	if m.health.Load() == everFailed {
 		cost = max(cost, 1e-9) * avoided
 	}
+	if m.pushback.Load() != 0 {
+		cost, e.Good = p.pushedBack(m, cost, e.Good)
+	}
 	detail = uint64(math.Float32bits(float32(e.Error)))<<32 | uint64(math.Float32bits(float32(e.Queue)))
 	if class != 0 {
 		return cost, detail
@@ -136,6 +143,25 @@ func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost flo
 	}
 	return cost, detail
 }
+
+// pushedBack returns the cost of an endpoint that may have asked not to be called, and for
+// how long it is good.
+func (p *picker) pushedBack(m *measure, cost float32, good time.Duration) (float32, time.Duration) {
+	until := m.pushback.Load()
+	left := time.Duration(until - p.policy.now())
+	if left <= 0 {
+		m.pushback.CompareAndSwap(until, 0)
+		return cost, good
+	}
+	if p.config.counts {
+		cost++ // an idle endpoint would cost nothing however dear
+	}
+	return cost * dearer, min(good, max(left, 1<<tickBits))
+}
+
+// mostPushback bounds for how long a server can ask not to be called, because one that is
+// mistaken would be lost.
+const mostPushback = time.Minute
 
 // changed makes the next pick ask the meter.
 func (c *candidate) changed() {
@@ -695,6 +721,9 @@ type pick struct {
 	tried     *attempt.Tried
 	inner     func(balancer.DoneInfo) // the child's Done
 	uses      uint32                  // how many attempts without a tracker it was
+	trailer   metadata.MD             // of the attempt
+	report    load.Report             // in the trailer
+	reported  bool                    // there is one
 
 	// Of a pick with a tracker.
 	track  *tracker
@@ -731,6 +760,10 @@ func (h *handle) onDone(info balancer.DoneInfo) {
 func (k *pick) onDone(info balancer.DoneInfo) {
 	if k.inner != nil {
 		k.inner(info)
+	}
+	k.trailer = info.Trailer
+	if info.ServerLoad != nil {
+		k.report, k.reported = reportOf(info.ServerLoad)
 	}
 	now := k.now()
 	switch {
@@ -772,6 +805,16 @@ func (k *pick) respond() {
 	}
 }
 
+// pushback makes the endpoint dearer for as long as the server asked for when it failed the
+// attempt, and returns that.
+func (k *pick) pushback(err error) time.Duration {
+	after := min(attempt.WishOf(err, k.trailer).After, mostPushback)
+	if after > 0 {
+		k.meter.pushback.Store(k.picker.policy.now() + int64(after))
+	}
+	return after
+}
+
 // finish tells the meter, once. err is for people to look at.
 func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	responded := false
@@ -790,7 +833,18 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	case (o == load.Cancelled || o == load.NotSent) && !responded:
 		k.picker.policy.metrics.sampleDropped(o)
 	}
-	k.meter.Finish(load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded})
+	sample := load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded}
+	if err != nil && o != load.NotSent {
+		sample.Pushback = k.pushback(err)
+	}
+	if k.reported {
+		attempts, _ := k.candidate.tally.read()
+		sample.Report, sample.InFlight = &k.report, attempts
+		if !responded {
+			sample.InFlight = max(attempts-1, 0)
+		}
+	}
+	k.meter.Finish(sample)
 	if responded {
 		k.candidate.tally.add(-oneStream)
 	} else {
@@ -798,7 +852,10 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 	k.candidate.changed()
 	if k.track == nil {
-		k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner = nil, nil, nil, nil, nil, nil
+		k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner, k.trailer = nil, nil, nil, nil, nil, nil, nil
+		if k.reported {
+			k.report, k.reported = load.Report{}, false
+		}
 		k.pool.Put(k)
 	}
 }
