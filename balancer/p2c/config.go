@@ -40,7 +40,7 @@ const (
 	defaultChoicesExpectedLatency = 8
 	defaultMemoryExpectedLatency  = 2
 
-	defaultEqualAtRest    = 0.5
+	defaultEqualAtRest    = 1
 	defaultEqualUnderLoad = 0.2
 	maxEqual              = 10
 	defaultExploreEvery   = 200
@@ -58,10 +58,11 @@ type config struct {
 	memory    int
 	failures  codeSet
 	metric    metricConfig
-	timeless  bool // the metric has no use for the time
-	counts    bool // a load is the number of attempts in flight
-	exact     bool // loads have no errors
-	classless bool // all calls are of one class
+	limit     *limitConfig // nil if endpoints have none
+	timeless  bool         // the metric has no use for the time
+	counts    bool         // a load is the number of attempts in flight
+	exact     bool         // loads have no errors
+	classless bool         // all calls are of one class
 
 	equalAtRest    float32
 	equalUnderLoad float32
@@ -120,6 +121,9 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		if c.outOfBand = d.AsDuration(); c.outOfBand < minOutOfBand {
 			return nil, configError("load.expectedLatency.reports.outOfBand", c.outOfBand, fmt.Sprintf("at least %v", minOutOfBand))
 		}
+	}
+	if c.limit, err = newLimitConfig(m.GetEndpointLimit()); err != nil {
+		return nil, err
 	}
 	if m.ChoiceCount != nil {
 		if v := m.GetChoiceCount(); v < minChoices || v > maxChoices {

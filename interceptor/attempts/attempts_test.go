@@ -38,10 +38,10 @@ func TestMain(m *testing.M) { leaktest.Main(m) }
 
 var plenty = budget.Config{Ratio: 10, MinPerSecond: 1000}
 
-// client returns a client of a server whose attempts do what do says.
+// client returns a client of a server in memory whose attempts do what do says.
 func client(t *testing.T, do func(n int, ctx context.Context) error, layers ...interceptor.Spec) testingv1.TestServiceClient {
 	var n atomic.Int32
-	srv := testserver.New(t,
+	srv := testserver.New(t, testserver.InMemory(),
 		testserver.GRPC(grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
 			if err := do(int(n.Add(1)), ctx); err != nil {
 				return nil, err
@@ -138,75 +138,79 @@ func TestIdempotent(t *testing.T) {
 
 // Each attempt is cut short by its own timeout, and the third answers in time.
 func TestTimeout(t *testing.T) {
-	const timeout = 30 * time.Millisecond
-	c := client(t, stalls(2), quickRetry(true))
-	var r attempts.Report
-	if _, err := c.Unary(t.Context(), new(testingv1.UnaryRequest), attempts.Timeout(timeout), attempts.MaxRetry(50), attempts.Into(&r)); err != nil {
-		t.Fatal(err)
-	}
-	if len(r.Attempts) < 3 {
-		t.Errorf("%d attempts, want the first two to be cut short", len(r.Attempts))
-	}
-	for i, a := range r.Attempts[:2] {
-		refusal, ok := interceptor.AsRefusal(a.Err)
-		if !ok || refusal.Reason != interceptor.ReasonDeadline || refusal.NotSent() || a.Took < timeout/2 {
-			t.Errorf("attempt %d took %v and ended with %v, want DEADLINE after %v", i, a.Took, a.Err, timeout)
-		}
-	}
-	for _, kind := range []string{"server_stream", "bidi"} {
+	synctest.Test(t, func(t *testing.T) {
+		const timeout = 30 * time.Millisecond
 		c := client(t, stalls(2), quickRetry(true))
-		opts := []grpc.CallOption{attempts.Timeout(timeout), attempts.MaxRetry(50), attempts.Into(&r)}
-		var err error
-		if kind == "bidi" {
-			var s testingv1.TestService_BidiClient
-			if s, err = c.Bidi(t.Context(), opts...); err == nil {
-				err = errors.Join(s.Send(new(testingv1.BidiRequest)), s.CloseSend())
-			}
-			for err == nil {
-				_, err = s.Recv()
-			}
-		} else {
-			var s testingv1.TestService_ServerStreamClient
-			for s, err = c.ServerStream(t.Context(), new(testingv1.ServerStreamRequest), opts...); err == nil; {
-				_, err = s.Recv()
+		var r attempts.Report
+		if _, err := c.Unary(t.Context(), new(testingv1.UnaryRequest), attempts.Timeout(timeout), attempts.MaxRetry(50), attempts.Into(&r)); err != nil {
+			t.Fatal(err)
+		}
+		if len(r.Attempts) < 3 {
+			t.Errorf("%d attempts, want the first two to be cut short", len(r.Attempts))
+		}
+		for i, a := range r.Attempts[:2] {
+			refusal, ok := interceptor.AsRefusal(a.Err)
+			if !ok || refusal.Reason != interceptor.ReasonDeadline || refusal.NotSent() || a.Took < timeout/2 {
+				t.Errorf("attempt %d took %v and ended with %v, want DEADLINE after %v", i, a.Took, a.Err, timeout)
 			}
 		}
-		if err != io.EOF || len(r.Attempts) < 3 {
-			t.Fatalf("%s: %d attempts, %v; want the first two to be cut short and io.EOF", kind, len(r.Attempts), err)
+		for _, kind := range []string{"server_stream", "bidi"} {
+			c := client(t, stalls(2), quickRetry(true))
+			opts := []grpc.CallOption{attempts.Timeout(timeout), attempts.MaxRetry(50), attempts.Into(&r)}
+			var err error
+			if kind == "bidi" {
+				var s testingv1.TestService_BidiClient
+				if s, err = c.Bidi(t.Context(), opts...); err == nil {
+					err = errors.Join(s.Send(new(testingv1.BidiRequest)), s.CloseSend())
+				}
+				for err == nil {
+					_, err = s.Recv()
+				}
+			} else {
+				var s testingv1.TestService_ServerStreamClient
+				for s, err = c.ServerStream(t.Context(), new(testingv1.ServerStreamRequest), opts...); err == nil; {
+					_, err = s.Recv()
+				}
+			}
+			if err != io.EOF || len(r.Attempts) < 3 {
+				t.Fatalf("%s: %d attempts, %v; want the first two to be cut short and io.EOF", kind, len(r.Attempts), err)
+			}
+			if refusal, ok := interceptor.AsRefusal(r.Attempts[0].Err); !ok || refusal.Reason != interceptor.ReasonDeadline {
+				t.Errorf("%s: the first attempt ended with %v, want DEADLINE", kind, r.Attempts[0].Err)
+			}
 		}
-		if refusal, ok := interceptor.AsRefusal(r.Attempts[0].Err); !ok || refusal.Reason != interceptor.ReasonDeadline {
-			t.Errorf("%s: the first attempt ended with %v, want DEADLINE", kind, r.Attempts[0].Err)
+		// Without a retry the caller gets the attempt's deadline, and the call's if that is first.
+		c = client(t, stalls(9))
+		_, err := c.Unary(t.Context(), new(testingv1.UnaryRequest), attempts.Timeout(timeout))
+		if refusal, ok := interceptor.AsRefusal(err); !ok || refusal.Reason != interceptor.ReasonDeadline || status.Code(err) != codes.DeadlineExceeded {
+			t.Errorf("got %v, want DEADLINE_EXCEEDED with reason DEADLINE", err)
 		}
-	}
-	// Without a retry the caller gets the attempt's deadline, and the call's if that is first.
-	c = client(t, stalls(9))
-	_, err := c.Unary(t.Context(), new(testingv1.UnaryRequest), attempts.Timeout(timeout))
-	if refusal, ok := interceptor.AsRefusal(err); !ok || refusal.Reason != interceptor.ReasonDeadline || status.Code(err) != codes.DeadlineExceeded {
-		t.Errorf("got %v, want DEADLINE_EXCEEDED with reason DEADLINE", err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), timeout)
-	defer cancel()
-	_, err = c.Unary(ctx, new(testingv1.UnaryRequest), attempts.Timeout(time.Hour))
-	if _, ok := interceptor.AsRefusal(err); ok || status.Code(err) != codes.DeadlineExceeded {
-		t.Errorf("got %v, want the call's own DEADLINE_EXCEEDED", err)
-	}
+		ctx, cancel := context.WithTimeout(t.Context(), timeout)
+		defer cancel()
+		_, err = c.Unary(ctx, new(testingv1.UnaryRequest), attempts.Timeout(time.Hour))
+		if _, ok := interceptor.AsRefusal(err); ok || status.Code(err) != codes.DeadlineExceeded {
+			t.Errorf("got %v, want the call's own DEADLINE_EXCEEDED", err)
+		}
+	})
 }
 
 // The report says of a stream's attempt that a layer has cut it short, not that it was
 // cancelled, which is what gRPC knows.
 func TestInto_cutShort(t *testing.T) {
-	c := client(t, stalls(1), quickRetry(true), timeout.Config{FirstResponse: 100 * time.Millisecond})
-	var r attempts.Report
-	s, err := c.ServerStream(t.Context(), new(testingv1.ServerStreamRequest), attempts.MaxRetry(50), attempts.Into(&r))
-	for err == nil {
-		_, err = s.Recv()
-	}
-	if err != io.EOF || len(r.Attempts) < 2 {
-		t.Fatalf("%d attempts, %v; want the first to be cut short and io.EOF", len(r.Attempts), err)
-	}
-	if refusal, ok := interceptor.AsRefusal(r.Attempts[0].Err); !ok || refusal.Layer != "timeout" || status.Code(refusal) != codes.DeadlineExceeded {
-		t.Errorf("the first attempt ended with %v, want the refusal of the timeout", r.Attempts[0].Err)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		c := client(t, stalls(1), quickRetry(true), timeout.Config{FirstResponse: 100 * time.Millisecond})
+		var r attempts.Report
+		s, err := c.ServerStream(t.Context(), new(testingv1.ServerStreamRequest), attempts.MaxRetry(50), attempts.Into(&r))
+		for err == nil {
+			_, err = s.Recv()
+		}
+		if err != io.EOF || len(r.Attempts) < 2 {
+			t.Fatalf("%d attempts, %v; want the first to be cut short and io.EOF", len(r.Attempts), err)
+		}
+		if refusal, ok := interceptor.AsRefusal(r.Attempts[0].Err); !ok || refusal.Layer != "timeout" || status.Code(refusal) != codes.DeadlineExceeded {
+			t.Errorf("the first attempt ended with %v, want the refusal of the timeout", r.Attempts[0].Err)
+		}
+	})
 }
 
 // A server's DEADLINE_EXCEEDED that comes long before the end of an attempt's timeout is
@@ -315,12 +319,14 @@ func (*slowToken) RequireTransportSecurity() bool { return false }
 // An attempt whose timeout passes before it is sent may be repeated whatever the method.
 func TestTimeout_notSent(t *testing.T) {
 	for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ServerStream} {
-		var r attempts.Report
-		c := client(t, fails(0), quickRetry(false))
-		_, err := calltest.Exchange(t.Context(), c, kind, attempts.Timeout(200*time.Millisecond), attempts.MaxRetry(9), grpc.PerRPCCredentials(new(slowToken)), attempts.Into(&r))
-		if err != nil || len(r.Attempts) < 2 {
-			t.Errorf("%v: %d attempts, %v; want another one when the first got no token in time", kind, len(r.Attempts), err)
-		}
+		synctest.Test(t, func(t *testing.T) {
+			var r attempts.Report
+			c := client(t, fails(0), quickRetry(false))
+			_, err := calltest.Exchange(t.Context(), c, kind, attempts.Timeout(200*time.Millisecond), grpc.PerRPCCredentials(new(slowToken)), attempts.Into(&r))
+			if err != nil || len(r.Attempts) != 2 {
+				t.Errorf("%v: %d attempts, %v; want another one when the first got no token in time", kind, len(r.Attempts), err)
+			}
+		})
 	}
 }
 
@@ -467,18 +473,19 @@ func TestInto_endOfTheCall(t *testing.T) {
 	} {
 		for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ClientStream, interceptor.ServerStream, interceptor.BidiStream} {
 			t.Run(name+"/"+kind.String(), func(t *testing.T) {
-				t.Parallel()
-				ctx, cancel := context.WithTimeout(t.Context(), tc.limit)
-				defer cancel()
-				var r attempts.Report
-				_, err := calltest.Exchange(ctx, client(t, tc.do, tc.layer), kind, attempts.Into(&r), attempts.Timeout(tc.own))
-				var got []codes.Code
-				for _, a := range r.Attempts {
-					got = append(got, status.Code(a.Err))
-				}
-				if !slices.Equal(got, tc.want) {
-					t.Errorf("the attempts of a call that ended with %v ended with %v, want %v", err, got, tc.want)
-				}
+				synctest.Test(t, func(t *testing.T) {
+					ctx, cancel := context.WithTimeout(t.Context(), tc.limit)
+					defer cancel()
+					var r attempts.Report
+					_, err := calltest.Exchange(ctx, client(t, tc.do, tc.layer), kind, attempts.Into(&r), attempts.Timeout(tc.own))
+					var got []codes.Code
+					for _, a := range r.Attempts {
+						got = append(got, status.Code(a.Err))
+					}
+					if !slices.Equal(got, tc.want) {
+						t.Errorf("the attempts of a call that ended with %v ended with %v, want %v", err, got, tc.want)
+					}
+				})
 			})
 		}
 	}

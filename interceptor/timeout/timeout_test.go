@@ -1086,7 +1086,7 @@ func TestStreamTimerIsSetRarely(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(context.Background())
 		st := &stream{
 			ClientStream: &tape{ctx: ctx, recvs: append(recvs, 0)},
-			layer:        l, settings: l.settings.Load(), kind: interceptor.ServerStream, ctx: ctx, own: ctx, cancel: cancel,
+			layer:        l, settings: l.settings.Load(), kind: interceptor.ServerStream, ctx: ctx, own: ctx, cancel: cancel, sends: new(atomic.Uint32),
 		}
 		st.moved(nil, nil)
 		set, last := 0, interceptor.Instant(0)
@@ -1290,13 +1290,15 @@ func (*slowToken) RequireTransportSecurity() bool { return false }
 // An attempt whose time passes while it waits for credentials is cut short, in whatever
 // words gRPC says that, and repeated whatever the method.
 func TestNotSentInTime(t *testing.T) {
-	conn := testserver.Dial(t, testserver.New(t))
-	retry := retrier.Config{Backoff: retrier.Backoff{Initial: time.Microsecond}}
-	c := testingv1.NewTestServiceClient(calltest.Stack(t, retry, Config{Timeout: 200 * ms, Lifetime: 200 * ms}).Wrap(conn))
-	for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ServerStream} {
-		token := new(slowToken)
-		if _, err := calltest.Exchange(t.Context(), c, kind, grpc.PerRPCCredentials(token)); err != nil || token.asked.Load() < 2 {
-			t.Errorf("%v: %v after %d attempts, want another one when the first got no token in time", kind, err, token.asked.Load())
+	synctest.Test(t, func(t *testing.T) {
+		conn := testserver.Dial(t, testserver.New(t, testserver.InMemory()))
+		retry := retrier.Config{Backoff: retrier.Backoff{Initial: time.Microsecond}}
+		c := testingv1.NewTestServiceClient(calltest.Stack(t, retry, Config{Timeout: 200 * ms, Lifetime: 200 * ms}).Wrap(conn))
+		for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ServerStream} {
+			token := new(slowToken)
+			if _, err := calltest.Exchange(t.Context(), c, kind, grpc.PerRPCCredentials(token)); err != nil || token.asked.Load() < 2 {
+				t.Errorf("%v: %v after %d attempts, want another one when the first got no token in time", kind, err, token.asked.Load())
+			}
 		}
-	}
+	})
 }

@@ -84,8 +84,7 @@ func (*keeper) RequireTransportSecurity() bool { return false }
 // makes it and on whatever channel, and leaves nothing in flight as long as the other
 // lives.
 func TestCallsInTheContextOfAnAttempt(t *testing.T) {
-	// By chance no server gets two calls of four in a row with 0.504 · 0.7^56 ≈ 1e-9, and one
-	// of them none of 200 with 10 · 0.9^200 ≈ 7e-9.
+	// By chance no server gets two calls of four in a row with 0.504 · 0.7^56 ≈ 1e-9.
 	const servers, calls = 10, 60
 	layer, err := retry.New(retry.Config{AllMethods: true})
 	if err != nil {
@@ -143,12 +142,11 @@ func TestCallsInTheContextOfAnAttempt(t *testing.T) {
 			}
 		})
 	}
-	seen := map[string]int{}
-	for _, s := range spread(ctx, t, other, 200) {
-		seen[s]++
-	}
-	if len(seen) != servers {
-		t.Errorf("200 calls that have nothing to do with the stream went to %v, want all %d servers", seen, servers)
+	// Those that are connected late are seen late.
+	for seen := map[string]bool{}; len(seen) < servers; {
+		for _, s := range spread(ctx, t, other, 1) { // Until ctx ends.
+			seen[s] = true
+		}
 	}
 	if err := stream.CloseSend(); err != nil {
 		t.Fatal(err)

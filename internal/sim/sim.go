@@ -144,6 +144,7 @@ type call struct {
 	over     bool // for the client
 	done     doneFunc
 	requests int // others at the server when it replied
+	context  callContext
 }
 
 func newCluster(s Scenario, o Options) *cluster {

@@ -9,9 +9,15 @@
 // and the package turns them into what gRPC's resolver API wants: complete,
 // deduplicated, ordered sets, published no more often than they change.
 //
-// Use it wherever endpoints come from something other than DNS: a static list,
-// a registry, a file, a control plane, or a program that starts servers
-// itself. It works with every balancing policy.
+// Endpoints come from DNS, a static list, a registry, a file, a control plane, or
+// a program that starts servers itself. It works with every balancing policy.
+//
+// For a headless service of Kubernetes, or any name in DNS, this is all:
+//
+//	src, err := discover.DNS("orders.prod.svc.cluster.local:8080")
+//
+// and "belfry-dns:///orders.prod.svc.cluster.local:8080" is, for a program that
+// has a target and no more. A list is
 //
 //	src, err := discover.List(
 //		discover.MustEndpoint("10.0.0.1:443", discover.Weight(2), discover.Zone("a")),
@@ -24,8 +30,8 @@
 //
 // # Sources
 //
-// [List] is a fixed set, [Channel] a Go channel of changes, [Poll] a function
-// that is called again and again, [FullSets] a watcher that delivers complete
+// [DNS] follows a name, [List] is a fixed set, [Channel] a Go channel of changes,
+// [Poll] a function that is called again and again, [FullSets] a watcher that delivers complete
 // sets, [Merge] the union of several sources, and [Settle] makes a source of a
 // stream of changes that never says where its snapshot ends. Anything else
 // implements [Source], which is one method.
@@ -64,14 +70,19 @@
 //     else is left is not published. A service config that does not parse is
 //     treated in the same way.
 //
-// # Staleness
+// # The sources in a table
 //
-// How old the set can be that a channel uses:
+//	         needs            survives                          is stale for
+//	DNS      /etc/resolv.conf errors, lost packets, negative     one TTL (1 s to 5 min)
+//	         or a server      answers, one family missing
+//	List     nothing          everything                        ever
+//	Channel  a sender         changes that are not valid         5 ms to 50 ms, 0 after Synced
+//	Poll     a function       its errors, panics and delays      one interval and a tenth
+//	file     YAML or JSON     broken, missing, replaced files    100 ms to 1 s; 5 s unreported
+//	                                                             (resolver/file, its own module)
 //
-//	List       never stale
-//	Channel    5 ms to 50 ms behind what was sent, nothing after Synced
-//	Poll       one interval and a tenth; less when connections fail
-//	any        while its watch fails or is slow: as old as the failure
+// Each keeps its last complete set as long as it has to. DNS and Poll look early
+// when a connection fails.
 //
 // # Idle channels, and several channels
 //

@@ -110,18 +110,21 @@ func Poll(f func(ctx context.Context) ([]resolver.Endpoint, error), interval tim
 	if interval <= 0 {
 		return nil, fmt.Errorf("discover: Poll: interval %v: must be positive", interval)
 	}
-	p := poller{
-		f:        f,
-		interval: interval,
-		timeout:  max(interval, pollTimeout),
-		spacing:  min(max(interval/10, minPollSpacing), maxPollSpacing),
-	}
-	return fullSets(p.poll), nil
+	return fullSets(poller{
+		look: func(ctx context.Context) ([]resolver.Endpoint, time.Duration, error) {
+			endpoints, err := f(ctx)
+			return endpoints, jittered(float64(interval), pollJitter), err
+		},
+		timeout: max(interval, pollTimeout),
+		spacing: min(max(interval/10, minPollSpacing), maxPollSpacing),
+	}.poll), nil
 }
 
+// poller looks again and again.
 type poller struct {
-	f                          func(ctx context.Context) ([]resolver.Endpoint, error)
-	interval, timeout, spacing time.Duration
+	look    func(ctx context.Context) (set []resolver.Endpoint, next time.Duration, err error)
+	timeout time.Duration // of a look
+	spacing time.Duration // least time from a look to the one that answers a nudge
 }
 
 func (p poller) poll(ctx context.Context) iter.Seq2[[]resolver.Endpoint, error] {
@@ -133,11 +136,10 @@ func (p poller) poll(ctx context.Context) iter.Seq2[[]resolver.Endpoint, error] 
 			case <-env.nudge:
 			default:
 			}
-			endpoints, err := p.call(ctx)
+			endpoints, wait, err := p.call(ctx)
 			if ctx.Err() != nil || !yield(endpoints, err) {
 				return
 			}
-			wait := jittered(float64(p.interval), pollJitter)
 			spacing := min(p.spacing, wait)
 			if err == nil {
 				failures = 0
@@ -153,14 +155,14 @@ func (p poller) poll(ctx context.Context) iter.Seq2[[]resolver.Endpoint, error] 
 	}
 }
 
-func (p poller) call(ctx context.Context) ([]resolver.Endpoint, error) {
+func (p poller) call(ctx context.Context) ([]resolver.Endpoint, time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	endpoints, err := p.f(ctx)
+	endpoints, next, err := p.look(ctx)
 	if err != nil {
-		return nil, err
+		return nil, next, err
 	}
-	return endpoints, nil
+	return endpoints, next, nil
 }
 
 // sleepOrNudge waits for d or a nudge, and reports whether it was one of them

@@ -1,0 +1,414 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package discover
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
+	"google.golang.org/grpc/resolver"
+
+	"github.com/belfry-go/belfry/internal/dnsclient"
+)
+
+// DNSScheme is the URL scheme of targets that are served by [DNS] without
+// further ado: "belfry-dns:///orders.prod.svc.cluster.local:8080". An authority
+// is the DNS server to ask: "belfry-dns://10.96.0.10/orders.prod:8080".
+const DNSScheme = "belfry-dns"
+
+func init() {
+	b, err := NewBuilder(DNSScheme, func(target resolver.Target) (Source, error) {
+		var opts []DNSOption
+		if target.URL.Host != "" {
+			opts = append(opts, DNSServer(target.URL.Host))
+		}
+		return DNS(target.Endpoint(), opts...)
+	}, WithAuthority(dnsAuthority))
+	if err != nil {
+		panic(err)
+	}
+	resolver.Register(b)
+}
+
+// dnsAuthority is the authority that gRPC's own "dns" scheme has, or the domain
+// of a service.
+func dnsAuthority(target resolver.Target) string {
+	name := target.Endpoint()
+	if labels := strings.SplitN(name, ".", 3); isService(labels) {
+		name = labels[2]
+	}
+	return escapeAuthority(name)
+}
+
+// isService reports whether the labels begin as the name of a service does.
+func isService(labels []string) bool {
+	return len(labels) == 3 && strings.HasPrefix(labels[0], "_") && strings.HasPrefix(labels[1], "_") && labels[2] != ""
+}
+
+// readDNSConfig is replaced in tests.
+var readDNSConfig = func() (dnsclient.Config, error) { return dnsclient.ReadConfig("/etc/resolv.conf") }
+
+const (
+	defaultDNSMinInterval = time.Second
+	// maxDNSInterval bounds what a TTL of days costs when a server moves.
+	maxDNSInterval = 5 * time.Minute
+	dnsTimeout     = 30 * time.Second
+	// A look happens up to this fraction of the TTL before it ends, so that
+	// clients do not ask all at once.
+	dnsJitter = 0.1
+)
+
+// A DNSOption changes how [DNS] asks.
+type DNSOption interface{ apply(*dnsSource) error }
+
+type dnsOption func(*dnsSource) error
+
+func (o dnsOption) apply(s *dnsSource) error { return o(s) }
+
+// DNSServer sets the server to ask, a host and port, or a host for port 53,
+// which must be an IP address. There is no search list then. By default the
+// servers of /etc/resolv.conf are asked.
+func DNSServer(address string) DNSOption {
+	return dnsOption(func(s *dnsSource) error {
+		host, port, err := net.SplitHostPort(address)
+		if err != nil {
+			host, port = strings.Trim(address, "[]"), "53"
+		}
+		if _, err := netip.ParseAddr(host); err != nil {
+			return fmt.Errorf("DNSServer %q: must be an IP address, with or without a port", address)
+		}
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return fmt.Errorf("DNSServer %q: port must be from 1 to 65535", address)
+		}
+		s.server = net.JoinHostPort(host, port)
+		return nil
+	})
+}
+
+// DNSMinInterval sets the least time between two looks, for servers whose
+// records have a TTL of 0 or that must be spared. By default 1 s; from 100 ms to
+// 5 minutes.
+func DNSMinInterval(d time.Duration) DNSOption {
+	return dnsOption(func(s *dnsSource) error {
+		if d < 100*time.Millisecond || d > maxDNSInterval {
+			return fmt.Errorf("DNSMinInterval %v: must be from 100ms to %v", d, maxDNSInterval)
+		}
+		s.minInterval = d
+		return nil
+	})
+}
+
+// DNS returns a source of the endpoints that DNS knows for a target, and looks
+// again before the TTL of the answer ends, so that it sees a change at the latest
+// one TTL after it. (gRPC's own "dns" scheme looks again only when a connection
+// breaks.)
+//
+//	src, err := discover.DNS("orders.prod.svc.cluster.local:8080")
+//
+// The target is one of
+//
+//   - "host:port": each A and AAAA record of the host is an endpoint;
+//   - "_service._proto.domain", such as "_grpc._tcp.orders.prod.svc.cluster.local":
+//     each SRV record is an endpoint, with its port, its weight, and the addresses
+//     of its target; a target with several addresses of one family is as many
+//     endpoints. Only the records of the best priority are used; the next ones
+//     are when none of these has an address;
+//   - "address:port" with an IP address, or "localhost:port": a fixed endpoint,
+//     without DNS.
+//
+// A relative name is tried with the search list and ndots of /etc/resolv.conf,
+// which is read again for each look. The name that has answered is kept until it
+// no longer exists. Hosts files are not read.
+//
+// An answer that there is no such name or record, and every error, is reported,
+// and the last set stays; the next look comes with the backoff of [WithBackoff].
+// If only the A or the AAAA records cannot be had, the last ones are used. The
+// interval is the TTL less up to a tenth, at least [DNSMinInterval] and at most
+// 5 minutes. It is cut short, to the least interval, when a connection fails.
+//
+// DNS returns an error if the target is none of these, or an option is bad. The
+// source may be used by any number of channels, each of which looks for itself.
+func DNS(target string, opts ...DNSOption) (Source, error) {
+	s := dnsSource{minInterval: defaultDNSMinInterval}
+	for i, opt := range opts {
+		if opt == nil {
+			return nil, fmt.Errorf("discover: DNS: option %d is nil", i)
+		}
+		if err := opt.apply(&s); err != nil {
+			return nil, fmt.Errorf("discover: DNS: %w", err)
+		}
+	}
+	if strings.HasPrefix(target, "_") {
+		if !isService(strings.SplitN(target, ".", 3)) || strings.Contains(target, ":") {
+			return nil, fmt.Errorf("discover: DNS: target %q: write \"_service._proto.domain\", without a port, or \"host:port\"", target)
+		}
+		s.name = target
+		return s, nil
+	}
+	if err := checkDialAddress(target); err != nil {
+		return nil, fmt.Errorf("discover: DNS: target: %w", err)
+	}
+	s.name, s.port, _ = net.SplitHostPort(target)
+	if s.name == "" {
+		return nil, fmt.Errorf("discover: DNS: target %q has no host: write \"host%s\"", target, target)
+	}
+	if _, err := strconv.Atoi(s.port); err != nil {
+		return nil, fmt.Errorf("discover: DNS: target %q: port %q: must be a number", target, s.port)
+	}
+	if _, err := netip.ParseAddr(s.name); err == nil {
+		return List(MustEndpoint(target))
+	}
+	if s.name == "localhost" {
+		return List(MustEndpoint(net.JoinHostPort("127.0.0.1", s.port), Address(net.JoinHostPort("::1", s.port))))
+	}
+	return s, nil
+}
+
+// dnsSource is immutable.
+type dnsSource struct {
+	name        string
+	port        string // "": SRV records say it
+	server      string // "": those of resolv.conf
+	minInterval time.Duration
+}
+
+// Watch implements [Source].
+func (s dnsSource) Watch(ctx context.Context) iter.Seq2[Change, error] {
+	w := dnsWatch{dnsSource: s}
+	return fullSets(poller{look: w.look, timeout: dnsTimeout, spacing: s.minInterval}.poll).Watch(ctx)
+}
+
+// dnsWatch is one watch. Its looks follow one another.
+type dnsWatch struct {
+	dnsSource
+	found string // the absolute name that has answered last; "": none yet
+	last  map[dnsmessage.Type][]netip.Addr
+}
+
+func (w *dnsWatch) look(ctx context.Context) ([]resolver.Endpoint, time.Duration, error) {
+	endpoints, ttl, err := w.resolve(ctx)
+	if err != nil {
+		return nil, maxDNSInterval, fmt.Errorf("DNS: %w", err)
+	}
+	wait := time.Duration(float64(ttl) * (1 - dnsJitter*rand.Float64()))
+	return endpoints, min(max(wait, w.minInterval), maxDNSInterval), nil
+}
+
+// resolve tries the names that w.name may stand for.
+func (w *dnsWatch) resolve(ctx context.Context) ([]resolver.Endpoint, time.Duration, error) {
+	config := dnsclient.ForServer(w.server)
+	if w.server == "" {
+		var err error
+		if config, err = readDNSConfig(); err != nil {
+			return nil, 0, fmt.Errorf("%w; name a server with DNSServer", err)
+		}
+	}
+	find := w.hosts
+	if w.port == "" {
+		find = w.services
+	}
+	if w.found != "" {
+		endpoints, ttl, err := find(ctx, config, w.found)
+		if !errors.Is(err, dnsclient.ErrNoRecords) {
+			return endpoints, ttl, err
+		}
+	}
+	var failed error // the first; one that is not an answer says more than one that is
+	for _, name := range config.Names(w.name) {
+		endpoints, ttl, err := find(ctx, config, name)
+		if err == nil {
+			w.found = name
+			return endpoints, ttl, nil
+		}
+		err = fmt.Errorf("%s: %w", strings.TrimSuffix(name, "."), err)
+		if failed == nil || errors.Is(failed, dnsclient.ErrNoRecords) && !errors.Is(err, dnsclient.ErrNoRecords) {
+			failed = err
+		}
+	}
+	return nil, 0, failed
+}
+
+// hosts returns an endpoint for each address of a name.
+func (w *dnsWatch) hosts(ctx context.Context, config dnsclient.Config, name string) ([]resolver.Endpoint, time.Duration, error) {
+	addrs, ttl, err := w.addresses(ctx, config, name)
+	if err != nil {
+		return nil, 0, err
+	}
+	endpoints := make([]resolver.Endpoint, len(addrs))
+	for i, a := range addrs {
+		endpoints[i] = MustEndpoint(net.JoinHostPort(a.String(), w.port))
+	}
+	return endpoints, ttl, nil
+}
+
+// addresses asks for the A and the AAAA records of a name.
+func (w *dnsWatch) addresses(ctx context.Context, config dnsclient.Config, name string) ([]netip.Addr, time.Duration, error) {
+	types := []dnsmessage.Type{dnsmessage.TypeA, dnsmessage.TypeAAAA}
+	answers := make([]dnsclient.Answer, len(types))
+	errs := make([]error, len(types))
+	var wg sync.WaitGroup
+	for i, typ := range types {
+		wg.Go(func() { answers[i], errs[i] = config.Lookup(ctx, name, typ) })
+	}
+	wg.Wait()
+	known := name == w.found && w.last != nil
+	last := make(map[dnsmessage.Type][]netip.Addr)
+	var all []netip.Addr
+	ttl := time.Duration(-1)
+	for i, typ := range types {
+		addrs := answers[i].Addrs
+		switch {
+		case errs[i] == nil:
+			if ttl < 0 || answers[i].TTL < ttl {
+				ttl = answers[i].TTL
+			}
+		case !errors.Is(errs[i], dnsclient.ErrNoRecords) && known:
+			addrs = w.last[typ] // Who does not answer takes nothing away.
+		}
+		last[typ] = addrs
+		all = append(all, addrs...)
+	}
+	slices.SortFunc(all, netip.Addr.Compare) // Servers rotate them.
+	if ttl < 0 {                             // Neither has records.
+		if errors.Is(errs[0], dnsclient.ErrNoRecords) {
+			return nil, 0, errs[1]
+		}
+		return nil, 0, errs[0]
+	}
+	if w.port != "" {
+		w.last = last
+	}
+	return all, ttl, nil
+}
+
+// services returns the endpoints of the SRV records of a name.
+func (w *dnsWatch) services(ctx context.Context, config dnsclient.Config, name string) ([]resolver.Endpoint, time.Duration, error) {
+	answer, err := config.Lookup(ctx, name, dnsmessage.TypeSRV)
+	if err != nil {
+		return nil, 0, err
+	}
+	srv, ttl := answer.SRV, answer.TTL
+	if !completeGlue(srv) {
+		if ttl, err = w.addAddresses(ctx, config, srv, ttl); err != nil {
+			return nil, 0, err
+		}
+	}
+	slices.SortStableFunc(srv, func(a, b dnsclient.SRV) int { return cmp.Compare(a.Priority, b.Priority) })
+	for len(srv) > 0 {
+		group := srv
+		if i := slices.IndexFunc(srv, func(r dnsclient.SRV) bool { return r.Priority != srv[0].Priority }); i >= 0 {
+			group = srv[:i]
+		}
+		srv = srv[len(group):]
+		if endpoints := serviceEndpoints(group); len(endpoints) > 0 {
+			return endpoints, ttl, nil
+		}
+	}
+	return nil, 0, fmt.Errorf("%w: no target of the service has an address", dnsclient.ErrNoRecords)
+}
+
+// completeGlue reports whether the addresses that came with the records are all
+// that there are. Servers leave out of a long answer what is in the way.
+func completeGlue(srv []dnsclient.SRV) bool {
+	families := func(r dnsclient.SRV) (f [2]bool) {
+		for _, a := range r.Addrs {
+			if a.Is4() {
+				f[0] = true
+			} else {
+				f[1] = true
+			}
+		}
+		return f
+	}
+	for _, r := range srv {
+		if len(r.Addrs) == 0 || families(r) != families(srv[0]) {
+			return false
+		}
+	}
+	return true
+}
+
+// maxDNSQuestions bounds the targets of a service that are asked for at once.
+const maxDNSQuestions = 16
+
+// addAddresses asks for the addresses of the targets. A target that has none, as
+// while it is being set up, is left out; one that cannot be asked for is an error.
+func (w *dnsWatch) addAddresses(ctx context.Context, config dnsclient.Config, srv []dnsclient.SRV, ttl time.Duration) (time.Duration, error) {
+	var (
+		wg    sync.WaitGroup
+		mu    sync.Mutex // guards ttl and first
+		first error
+		room  = make(chan struct{}, maxDNSQuestions)
+	)
+	for i := range srv {
+		srv[i].Addrs = nil
+		if srv[i].Target == "." { // "Not available at this domain" (RFC 2782).
+			continue
+		}
+		wg.Go(func() {
+			room <- struct{}{}
+			defer func() { <-room }()
+			addrs, t, err := w.addresses(ctx, config, srv[i].Target)
+			srv[i].Addrs = addrs
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case err == nil:
+				ttl = min(ttl, t)
+			case !errors.Is(err, dnsclient.ErrNoRecords) && first == nil:
+				first = err
+			}
+		})
+	}
+	wg.Wait()
+	return ttl, first
+}
+
+// weightScale makes room for a weight of 0, which is less than 1 and not never,
+// and for a share of a weight.
+const weightScale = 100
+
+// serviceEndpoints returns the endpoints of records of one priority.
+func serviceEndpoints(group []dnsclient.SRV) (endpoints []resolver.Endpoint) {
+	for _, r := range group {
+		if len(r.Addrs) == 0 {
+			continue
+		}
+		slices.SortFunc(r.Addrs, netip.Addr.Compare) // IPv4 first; servers rotate them.
+		addresses := make([]string, len(r.Addrs))
+		v4 := 0
+		for i, a := range r.Addrs {
+			addresses[i] = net.JoinHostPort(a.String(), strconv.Itoa(int(r.Port)))
+			if a.Is4() {
+				v4++
+			}
+		}
+		weight := uint32(r.Weight) * weightScale
+		if several := v4 > 1 || len(addresses)-v4 > 1; !several {
+			// The addresses of one server.
+			ep := MustEndpoint(addresses[0], Weight(max(1, weight)))
+			for _, a := range addresses[1:] {
+				ep.Addresses = append(ep.Addresses, resolver.Address{Addr: a})
+			}
+			endpoints = append(endpoints, ep)
+			continue
+		}
+		for _, a := range addresses {
+			endpoints = append(endpoints, MustEndpoint(a, Weight(max(1, weight/uint32(len(addresses))))))
+		}
+	}
+	return endpoints
+}
