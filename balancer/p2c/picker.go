@@ -97,6 +97,10 @@ const (
 	// more than any other that has not.
 	avoided = 1 << 60
 	maxCost = 1e18
+
+	// special is the detail of an endpoint by pendingRequests whose cost may not be
+	// what is in flight. As numbers it is no error and no queue.
+	special = 1 << 63
 )
 
 // tickOf returns the time in ticks. It wraps after six days.
@@ -109,6 +113,10 @@ func (c *candidate) query(p *picker, now load.Instant, class load.Class) load.Qu
 
 // look returns what one more attempt at the endpoint costs.
 func (c *candidate) look(p *picker, now load.Instant) float32 {
+	if p.config.counts && c.detail.Load() == 0 && !p.ready.unequal.Load() {
+		attempts, _ := c.tally.read()
+		return float32(attempts) // as the meter would say
+	}
 	if w := c.cost.Load(); w != 0 && int32(uint32(w)-tickOf(now)) > 0 {
 		return math.Float32frombits(uint32(w >> 32))
 	}
@@ -122,7 +130,7 @@ func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost flo
 	e := m.Load(c.query(p, now, class))
 	cost = float32(min(e.Cost, maxCost))
 	if m.health.Load() == everFailed {
-		cost = max(cost, 1e-9) * avoided
+		cost = (1 + cost) * avoided
 	}
 	if m.pushback.Load() != 0 {
 		cost, e.Good = p.pushedBack(m, cost, e.Good)
@@ -130,6 +138,9 @@ func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost flo
 	detail = uint64(math.Float32bits(float32(e.Error)))<<32 | uint64(math.Float32bits(float32(e.Queue)))
 	if class != 0 {
 		return cost, detail
+	}
+	if p.config.counts && (e.Good == 0 || cost >= avoided || m.pushback.Load() != 0) {
+		detail = special
 	}
 	// What did not change is not written: the line is read by all cores.
 	if c.detail.Load() != detail {
@@ -156,6 +167,9 @@ func (p *picker) pushedBack(m *measure, cost float32, good time.Duration) (float
 	}
 	if p.config.counts {
 		cost++ // an idle endpoint would cost nothing however dear
+	}
+	if p.config.timeless { // there is no clock by which it would end
+		return cost * dearer, 0
 	}
 	return cost * dearer, min(good, max(left, 1<<tickBits))
 }
@@ -894,6 +908,9 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 		}
 	}
 	k.meter.Finish(sample)
+	if k.meter.timeless && o != load.Completed {
+		k.candidate.detail.Store(special)
+	}
 	if k.limit != nil {
 		k.limit.end(k, o, err)
 	}
