@@ -204,13 +204,6 @@ func (o *observer) rest(t *testing.T, n int) {
 	o.wait(t, "nothing is in flight", func() bool { return o.started >= n && len(o.finished) == o.started })
 }
 
-// attempts returns how many attempts have started.
-func (o *observer) attempts() int {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.started
-}
-
 // ended returns the outcomes so far.
 func (o *observer) ended() []load.Outcome {
 	o.mu.Lock()
