@@ -98,8 +98,10 @@ type callState struct {
 
 	// Also used from all its attempts.
 	fates     atomic.Uint32 // What became of them, and of a stream later: an attempt.Fate.
+	last      atomic.Uint32 // What became of the last one but this, plus 1; 0 if there is none.
 	attempts  atomic.Int32
 	forked    atomic.Bool
+	counts    atomic.Bool  // A layer wants to know how many messages are sent.
 	firstSent atomic.Int64 // When the first of them was sent.
 }
 
@@ -214,6 +216,7 @@ func (c *Call) arrived(f attempt.Fate) {
 	}
 	for p := c.parent; p != nil; p = p.parent {
 		p.fates.Or(uint32(f))
+		p.last.Store(uint32(f) + 1)
 	}
 }
 

@@ -263,6 +263,9 @@ type passed struct {
 var errSameStack = status.Error(codes.Internal, "belfry: the same stack is twice on this connection, so each call would take from its limits twice; remove one of them")
 
 func (c *Call) openStream(ctx context.Context) (err error) {
+	if c.parent == nil {
+		c.scope.outermost().sent = c.scope
+	}
 	opts := append(append(c.scope.opts[:0], c.opts...), c.options[0], c.options[1], grpc.OnFinish(c.scope.finish))
 	if c.carries() {
 		opts = append(opts, &c.carried)

@@ -350,7 +350,7 @@ const heardUnitBits = 20
 func (m *expectedMeter) Load(q Query) Estimate {
 	e := m.metric
 	p := e.params.Load()
-	sum, number, waiting := m.latency(p, q.Now)
+	sum, number, waiting := m.latency(p, q)
 	estimate := Estimate{
 		Cost:  sum / number * (m.queue(q, waiting.left) + 1),
 		Error: math.Sqrt(e.v(p) / number),
@@ -377,12 +377,12 @@ func (m *expectedMeter) queue(q Query, left int) float64 {
 
 // restGood is how long an Estimate is good with nothing in flight. Then it changes
 // by what others do, and by what is forgotten.
-const restGood = 4 * time.Millisecond
+const restGood = 16 * time.Millisecond
 
 // Inspect implements [Meter].
 func (m *expectedMeter) Inspect(q Query) Details {
 	p := m.metric.params.Load()
-	sum, number, _ := m.latency(p, q.Now)
+	sum, number, _ := m.latency(p, q)
 	_, n := floats32(m.mean.Load())
 	n *= expNeg(m.metric.unheard(p.rate, q.Now, m.heard.Load()))
 	if number == 0 || m.metric.unit.Load() == 0 {
@@ -393,17 +393,20 @@ func (m *expectedMeter) Inspect(q Query) Details {
 
 // latency returns L as a sum of times and a number of samples, and what of it is of
 // the attempts in flight.
-func (m *expectedMeter) latency(p *expectedParams, now Instant) (sum, number float64, w waiting) {
+func (m *expectedMeter) latency(p *expectedParams, q Query) (sum, number float64, w waiting) {
 	e := m.metric
 	prior := p.prior * (1 + p.spreadPrior*e.v(p))
 	sum, number = prior*e.g(), prior
 	if mean := m.mean.Load(); mean != 0 {
 		s, n := floats32(mean)
-		f := expNeg(e.unheard(p.rate, now, m.heard.Load()))
+		f := expNeg(e.unheard(p.rate, q.Now, m.heard.Load()))
 		sum += s * f
 		number += n * f
 	}
-	w = m.waiting(p, now)
+	if q.InFlight == 0 {
+		return sum, number, w // what is in flight stands in other cache lines
+	}
+	w = m.waiting(p, q.Now)
 	return sum + w.sum, number, w
 }
 

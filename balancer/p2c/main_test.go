@@ -135,6 +135,7 @@ func (observedBuilder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalanc
 	if json.Unmarshal(js, &extra) == nil && extra.Recorder != "" {
 		if o, ok := observers.Load(extra.Recorder); ok {
 			c.metric = observedConfig{c.metric, o.(*observer)}
+			c.counts = false // or the load would not be read
 		}
 	}
 	return c, nil

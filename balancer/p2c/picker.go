@@ -93,6 +93,10 @@ const (
 	// more than any other that has not.
 	avoided = 1 << 60
 	maxCost = 1e18
+
+	// special is the detail of an endpoint by pendingRequests whose cost may not be
+	// what is in flight. As numbers it is no error and no queue.
+	special = 1 << 63
 )
 
 // tickOf returns the time in ticks. It wraps after six days.
@@ -105,6 +109,10 @@ func (c *candidate) query(p *picker, now load.Instant, class load.Class) load.Qu
 
 // look returns what one more attempt at the endpoint costs.
 func (c *candidate) look(p *picker, now load.Instant) float32 {
+	if p.config.counts && c.detail.Load() == 0 && !p.ready.unequal.Load() {
+		attempts, _ := c.tally.read()
+		return float32(attempts) // as the meter would say
+	}
 	if w := c.cost.Load(); w != 0 && int32(uint32(w)-tickOf(now)) > 0 {
 		return math.Float32frombits(uint32(w >> 32))
 	}
@@ -118,11 +126,14 @@ func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost flo
 	e := m.Load(c.query(p, now, class))
 	cost = float32(min(e.Cost, maxCost))
 	if m.health.Load() == everFailed {
-		cost = max(cost, 1e-9) * avoided
+		cost = (1 + cost) * avoided
 	}
 	detail = uint64(math.Float32bits(float32(e.Error)))<<32 | uint64(math.Float32bits(float32(e.Queue)))
 	if class != 0 {
 		return cost, detail
+	}
+	if p.config.counts && (e.Good == 0 || cost >= avoided) {
+		detail = special
 	}
 	// What did not change is not written: the line is read by all cores.
 	if c.detail.Load() != detail {
@@ -840,6 +851,9 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 		k.picker.policy.metrics.sampleDropped(o)
 	}
 	k.meter.Finish(load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded})
+	if k.meter.timeless && o != load.Completed {
+		k.candidate.detail.Store(special)
+	}
 	if k.limit != nil {
 		k.limit.end(k, o, err)
 	}
