@@ -33,7 +33,12 @@
 // A [Layer] has one state. In the stacks of several connections it limits all of them
 // together, like Tower's global limit; for a limit per connection make a Layer for each.
 // [Config.KeyBy] gives each method, tenant or other key its own limit, for up to
-// [Config.MaxKeys] keys (1,000 by default).
+// [Config.MaxKeys] keys (1,000 by default). A limit per endpoint must know the endpoint
+// before the call is sent: it is the field endpointLimit of the balancer belfry.p2c.
+//
+// What each limit does and thinks is shown by [Layer.Stats], by [interceptor.Limits], and
+// as metrics by package otelobserver: permits, calls that wait, the latency that is
+// compared with which, and why the limit went down.
 //
 // # Order
 //
