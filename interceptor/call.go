@@ -35,6 +35,7 @@ type Call struct {
 	waits      [8]Wait            // How long the call was allowed to wait in each section; see waitAt.
 	options    [8]grpc.CallOption // Of a unary attempt. The first are always ours, see init.
 	carried    carriedWait
+	room       roomOption
 }
 
 // callState is what a Call knows of one call.
@@ -97,8 +98,10 @@ type callState struct {
 
 	// Also used from all its attempts.
 	fates     atomic.Uint32 // What became of them, and of a stream later: an attempt.Fate.
+	last      atomic.Uint32 // What became of the last one but this, plus 1; 0 if there is none.
 	attempts  atomic.Int32
 	forked    atomic.Bool
+	counts    atomic.Bool  // A layer wants to know how many messages are sent.
 	firstSent atomic.Int64 // When the first of them was sent.
 }
 
@@ -108,7 +111,7 @@ const ownOptions = 3
 // init makes c, which is new, a call of p.
 func (c *Call) init(p *program) {
 	c.options = [len(c.options)]grpc.CallOption{p.stack.mark, grpc.Peer(&c.peer), grpc.Trailer(&c.trailer)}
-	c.carried.call = c
+	c.carried.call, c.room.call = c, c
 	c.reset(p)
 }
 
@@ -213,6 +216,7 @@ func (c *Call) arrived(f attempt.Fate) {
 	}
 	for p := c.parent; p != nil; p = p.parent {
 		p.fates.Or(uint32(f))
+		p.last.Store(uint32(f) + 1)
 	}
 }
 

@@ -157,7 +157,7 @@ func wrapCall(l Layer, next Next, inside *boundary) Next {
 type lastGate struct{}
 
 func (lastGate) Admit(_ context.Context, a *Admission, w Wait) error {
-	a.admitted, a.wait = true, w
+	a.admitted, a.wait = true, max(w, a.later) // A gate further out may only have tried.
 	return nil
 }
 
@@ -215,7 +215,17 @@ func (c *Call) send(ctx context.Context) (err error) {
 	} else {
 		err = c.invoker(ctx, c.method, c.req, c.reply, c.cc, opts...)
 	}
+	err = c.roomless(err)
 	c.arrived(c.fateOf(err))
+	return err
+}
+
+// roomless returns what an attempt fails with that ended with err: a refusal if no
+// endpoint had room for it.
+func (c *Call) roomless(err error) error {
+	if err != nil && c.room.none.Load() && c.room.none.Swap(false) {
+		return noRoom
+	}
 	return err
 }
 
@@ -223,13 +233,16 @@ func (c *Call) send(ctx context.Context) (err error) {
 // became of it: gRPC sets the peer and the trailer only of an attempt that it made a
 // stream for. If nobody needs to know, it returns the caller's options as they are.
 func (c *Call) unaryOptions() []grpc.CallOption {
-	carry := c.carries()
-	if !carry && len(c.tickets) == 0 && c.parent == nil && !c.wantTrailer && c.perCall == nil && c.prog.obs == nil {
+	carry, bounded := c.carries(), c.bounded()
+	if !carry && !bounded && len(c.tickets) == 0 && c.parent == nil && !c.wantTrailer && c.perCall == nil && c.prog.obs == nil {
 		return c.opts
 	}
 	opts := append(c.options[:ownOptions], c.opts...)
 	if carry {
 		opts = append(opts, &c.carried)
+	}
+	if bounded {
+		opts = append(opts, &c.room)
 	}
 	return opts
 }
@@ -237,6 +250,9 @@ func (c *Call) unaryOptions() []grpc.CallOption {
 // carries reports whether the connection is told which call it is: one that may let
 // calls wait itself.
 func (c *Call) carries() bool { return c.conn != nil && c.grpcConn == nil }
+
+// bounded reports whether the balancing policy is told that the call may not wait forever.
+func (c *Call) bounded() bool { return c.wait != Forever && c.grpcConn != nil }
 
 // passed is a call option that names a stack that the call has passed.
 type passed struct {
@@ -247,9 +263,15 @@ type passed struct {
 var errSameStack = status.Error(codes.Internal, "belfry: the same stack is twice on this connection, so each call would take from its limits twice; remove one of them")
 
 func (c *Call) openStream(ctx context.Context) (err error) {
+	if c.parent == nil {
+		c.scope.outermost().sent = c.scope
+	}
 	opts := append(append(c.scope.opts[:0], c.opts...), c.options[0], c.options[1], grpc.OnFinish(c.scope.finish))
 	if c.carries() {
 		opts = append(opts, &c.carried)
+	}
+	if c.bounded() {
+		opts = append(opts, &c.room)
 	}
 	returned := false
 	defer func() {
@@ -266,6 +288,7 @@ func (c *Call) openStream(ctx context.Context) (err error) {
 	if err == nil && c.stream == nil {
 		err = errNoStream
 	}
+	err = c.roomless(err)
 	c.arrived(c.fateOf(err))
 	return err
 }

@@ -5,6 +5,7 @@ package interceptor
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -106,6 +107,9 @@ const never Instant = 1
 // find out what it would report.
 func (i *Internals) Observed() bool { return i.prog.obs != nil }
 
+// OnGRPC reports whether the connection of the call is gRPC's own.
+func (i *Internals) OnGRPC() bool { return i.grpcConn != nil }
+
 // slowAnswer is the duration above which a third-party limiter or a predicate in a gate
 // is reported as waiting. It does not say whether it waited.
 const slowAnswer = time.Millisecond
@@ -161,6 +165,15 @@ func (i *Internals) Outcome(ctx context.Context, err error) Outcome {
 	return judge(ctx, err, i.fate|attempt.Fate(i.fates.Load()))
 }
 
+// LastOutcome is Outcome for the last of the attempts that layers inside have made of the
+// call, whose error err is.
+func (i *Internals) LastOutcome(ctx context.Context, err error) Outcome {
+	if last := i.last.Load(); last != 0 {
+		return judge(ctx, err, attempt.Fate(last-1))
+	}
+	return i.Outcome(ctx, err)
+}
+
 // ReportRefusal tells the observer that a further attempt was refused with err.
 func (i *Internals) ReportRefusal(err error) { i.prog.refused(i.method, err) }
 
@@ -182,6 +195,14 @@ func (i *Internals) Repeatable() {
 // must not block. A layer calls AtStreamEnd before it returns.
 func (i *Internals) AtStreamEnd(f interface{ StreamEnded() }) { i.scope.ender = f }
 
+// Sends returns the count of the messages that the connection takes for the stream that the
+// call is about to open. A layer inside that keeps a message for an attempt that it has yet
+// to make takes it, too, but nothing is sent. A layer calls Sends before it calls next.
+func (i *Internals) Sends() *atomic.Uint32 {
+	i.root.counts.Store(true)
+	return &i.scope.sends
+}
+
 // A StreamEnd ends a stream for the layers outside the one that made it. A layer that
 // cuts streams short, such as an idle timeout, needs it: if nobody reads from the stream
 // any more, the layers outside would not learn that it is over, and would keep what they
@@ -198,7 +219,7 @@ func (i *Internals) StreamEnd() StreamEnd { return StreamEnd{i.scope} }
 // goroutine. It does nothing if the stream has ended.
 func (e StreamEnd) End(err error) {
 	if e.scope != nil {
-		e.scope.await()
+		e.scope.await(true)
 		e.scope.end(err, false)
 	}
 }

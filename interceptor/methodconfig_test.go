@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -128,6 +130,27 @@ func TestMethodTimeout(t *testing.T) {
 				t.Errorf("outside the call ended as %v, %v, want failed, DEADLINE_EXCEEDED", e.Outcome, e.Err)
 			}
 		}, ended, again)
+	})
+	t.Run("bounds_the_wait_for_the_first_connection", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			opts := append(calltest.Stack(t).DialOptions(), grpc.WithDefaultServiceConfig(config),
+				grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+					<-ctx.Done()
+					return nil, ctx.Err()
+				}))
+			cc, err := grpc.NewClient("passthrough:///nowhere", opts...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer cc.Close()
+			for range 2 { // The second knows the timeout from the start.
+				begin := time.Now()
+				_, err = testingv1.NewTestServiceClient(cc).Unary(t.Context(), &testingv1.UnaryRequest{})
+				if d := time.Since(begin); status.Code(err) != codes.DeadlineExceeded || d != 150*time.Millisecond {
+					t.Errorf("%v after %v, want DEADLINE_EXCEEDED after 150ms", err, d)
+				}
+			}
+		})
 	})
 	t.Run("bounds_the_first_call_of_a_channel", func(t *testing.T) {
 		runFresh(t, func(t *testing.T, c testingv1.TestServiceClient) {

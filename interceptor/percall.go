@@ -88,6 +88,7 @@ type ownAttempt struct {
 	ctx    context.Context         // Of a stream.
 	cancel context.CancelCauseFunc // Of a stream with a timeout.
 	timer  *time.Timer
+	end    StreamEnd
 	entry  *attempt.Entry // In the report; nil if there is none.
 	single bool           // The server sends one message.
 	first  sync.Once      // The first end of RecvMsg.
@@ -121,11 +122,10 @@ func (a *ownAttempt) unary(outer context.Context, c *Call, timeout time.Duration
 func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) error {
 	if a.cut != nil {
 		ctx, a.cancel = context.WithCancelCause(ctx)
-		end := StreamEnd{c.scope}
+		a.end = StreamEnd{c.scope}
 		a.timer = time.AfterFunc(timeout, func() {
 			if a.early.CompareAndSwap(false, true) {
-				a.cancel(a.cut)
-				end.End(a.cutShort(context.DeadlineExceeded))
+				a.cutNow()
 			}
 		})
 		c.AddOptions(grpc.OnFinish(func(error) { a.timer.Stop(); a.cancel(nil) }))
@@ -148,7 +148,8 @@ func (a *ownAttempt) RecvMsg(m any) error {
 	a.first.Do(func() {
 		a.stopTimer()
 		if !a.early.CompareAndSwap(false, true) && err == nil && !a.single {
-			err = a.cutShort(context.DeadlineExceeded) // No message would follow this one.
+			err = a.cutNow() // No message would follow this one.
+			a.end.scope.awaitFinish()
 		}
 		if a.entry == nil {
 			return
@@ -161,6 +162,15 @@ func (a *ownAttempt) RecvMsg(m any) error {
 	if err != nil || a.single {
 		a.ended(err)
 	}
+	return err
+}
+
+// cutNow ends a stream whose first message has not come in time, and returns its error. It
+// may be called again.
+func (a *ownAttempt) cutNow() error {
+	a.cancel(a.cut)
+	err := a.cutShort(context.DeadlineExceeded)
+	a.end.End(err)
 	return err
 }
 

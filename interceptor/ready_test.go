@@ -9,13 +9,16 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/interceptor"
@@ -268,4 +271,65 @@ func TestReady(t *testing.T) {
 			}
 		})
 	}
+}
+
+// lazyPolicy is a policy that connects when it is asked to pick, and not before.
+type lazyPolicy struct {
+	balancer.ClientConn
+	addrs []resolver.Address
+	once  sync.Once
+}
+
+func (*lazyPolicy) Name() string { return "belfry_test_lazy" }
+
+func (*lazyPolicy) Build(cc balancer.ClientConn, _ balancer.BuildOptions) balancer.Balancer {
+	return &lazyPolicy{ClientConn: cc}
+}
+
+func (p *lazyPolicy) UpdateClientConnState(s balancer.ClientConnState) error {
+	p.addrs = s.ResolverState.Addresses
+	p.UpdateState(balancer.State{ConnectivityState: connectivity.Idle, Picker: p})
+	return nil
+}
+
+func (p *lazyPolicy) Pick(balancer.PickInfo) (balancer.PickResult, error) {
+	p.once.Do(func() {
+		go func() {
+			var sc balancer.SubConn
+			sc, _ = p.NewSubConn(p.addrs, balancer.NewSubConnOptions{StateListener: func(s balancer.SubConnState) {
+				if s.ConnectivityState == connectivity.Ready {
+					p.UpdateState(balancer.State{ConnectivityState: connectivity.Ready, Picker: picked{sc}})
+				}
+			}})
+			sc.Connect()
+		}()
+	})
+	return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
+}
+
+func (*lazyPolicy) ResolverError(error)                                        {}
+func (*lazyPolicy) UpdateSubConnState(balancer.SubConn, balancer.SubConnState) {}
+func (*lazyPolicy) ExitIdle()                                                  {}
+func (*lazyPolicy) Close()                                                     {}
+
+type picked struct{ sc balancer.SubConn }
+
+func (p picked) Pick(balancer.PickInfo) (balancer.PickResult, error) {
+	return balancer.PickResult{SubConn: p.sc}, nil
+}
+
+func init() { balancer.Register(new(lazyPolicy)) }
+
+// A policy that connects only when it picks gets a call, for which it waits otherwise.
+func TestLazyPolicyGetsItsCall(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv := testserver.New(t, testserver.InMemory())
+		conn := testserver.Dial(t, srv, append(calltest.Stack(t, newLimit("limit", 1)).DialOptions(),
+			grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry_test_lazy":{}}]}`))...)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := testingv1.NewTestServiceClient(conn).Unary(ctx, &testingv1.UnaryRequest{}); err != nil {
+			t.Error(err)
+		}
+	})
 }

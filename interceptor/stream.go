@@ -74,11 +74,16 @@ type scope struct {
 	outdone  bool     // and whether that was because another one is over.
 	children []*scope // Scopes inside, of all attempts.
 	stop     func() bool
+	awaited  chan struct{} // Closed when finished is set; nil if nobody waits for that.
 
-	cut       atomic.Bool // The first end was an error. Set under mu.
-	asked     atomic.Bool // A message was sent.
-	responded atomic.Bool // The first response was seen before the end. Set under mu.
-	finished  atomic.Bool // gRPC has said that the stream has ended, and written the results.
+	cut       atomic.Bool                   // The first end was an error. Set under mu.
+	asked     atomic.Bool                   // A message was sent.
+	sends     atomic.Uint32                 // Messages that the connection took, see Internals.Sends.
+	responded atomic.Bool                   // The first response was seen before the end. Set under mu.
+	finished  atomic.Bool                   // gRPC has ended the stream, and written the results.
+	ending    atomic.Bool                   // The stream is about to end, so operations that begin now do not count.
+	busy      atomic.Int32                  // Operations that run, if chosen is set: they may yet choose another attempt.
+	quiet     atomic.Pointer[chan struct{}] // Closed when none runs; nil if nobody waits for that.
 
 	opts [7]grpc.CallOption // Room for the options of the attempt,
 	kids [1]*scope          // and for the scopes inside.
@@ -91,10 +96,29 @@ type streamCall struct {
 	scope scope
 	room  [2]scope       // For the outermost boundaries.
 	told  sync.WaitGroup // Until the caller's functions were told of the end.
+	sent  *scope         // Whose attempt writes its results to the caller's variables; nil before it is sent.
 
 	results sync.Mutex // Guards shown and, until that is set, the caller's variables for results.
 	shown   bool       // The caller knows that the stream has ended, and may read them.
 }
+
+// Results of a stream, the variables that Header, Trailer and Peer options point at, have
+// these writers:
+//
+//   - gRPC writes those of an attempt when its stream has ended, under a lock that every
+//     operation that tells of the end takes afterwards, and then calls scope.finish. If no
+//     layer has redirected them they are the caller's own.
+//   - A scope around a layer that makes further attempts copies those of the attempt that
+//     counts (copyLocked), to the caller's or to those of the attempt that it is itself.
+//     It reads them only after SetWritten, which is an atomic store after gRPC's write, or
+//     after the copy of the scope further in.
+//
+// Their reader is the caller once it knows the end: by an operation (told), or by
+// grpc.OnFinish (done). So an end that is not gRPC's own, of a context or a layer, is
+// handled after gRPC has written, and after the operations have ended that may yet choose
+// another attempt (await). Both ways set shown, under the mutex under which the copy is
+// made, before the caller is told. What comes later is not copied. The caller may be a stack
+// in front, which copies further.
 
 // show keeps results from being copied to the caller's variables from now on.
 func (sc *streamCall) show() {
@@ -216,6 +240,12 @@ func (sc *streamCall) abort(err error) {
 func (sc *streamCall) done(o Outcome, err error) {
 	defer sc.prog.stack.leave(callOne) // Even if a function of the caller or the observer panics.
 	defer sc.told.Done()
+	if len(sc.finish) > 0 {
+		if l := sc.sent; l != nil && l.vars == nil && (l.ctx.Err() != nil || sc.scope.ctx.Err() != nil) {
+			l.awaitFinish() // A connection that is not gRPC's may be later than the context.
+		}
+		sc.show()
+	}
 	sc.tell(o, err)
 }
 
@@ -256,6 +286,7 @@ func (s *scope) open(c *Call, stream grpc.ClientStream) {
 	}
 	s.mu.Unlock()
 	if isEarly {
+		s.await(true)
 		s.end(early, outdone)
 	}
 }
@@ -263,6 +294,9 @@ func (s *scope) open(c *Call, stream grpc.ClientStream) {
 // fail records that the stream could not be opened.
 func (s *scope) fail(c *Call, err error) {
 	s.unused(c, err)
+	if s.innermost() { // There is no stream that could write results.
+		s.setFinished()
+	}
 	s.mu.Lock()
 	s.opened = true
 	s.mu.Unlock()
@@ -284,11 +318,14 @@ func (s *scope) end(err error, superseded bool) error {
 	}
 	if s.over {
 		defer s.mu.Unlock()
+		if s.root != nil && len(s.root.finish) > 0 && s.cut.Load() {
+			return s.how // OnFinish was told that, and the results are of that moment.
+		}
 		return firstEnd(s.how, err)
 	}
 	s.over, s.how = true, err
 	s.cut.Store(err != nil && err != io.EOF)
-	s.copyLocked()
+	s.copyLocked(false)
 	children, stop := s.children, s.stop
 	s.children = nil
 	s.mu.Unlock()
@@ -319,10 +356,11 @@ func firstEnd(first, later error) error {
 }
 
 // copyLocked copies the results of the attempt that counts, once, if gRPC has written
-// them. Caller must hold s.mu.
-func (s *scope) copyLocked() {
+// them. told says that an operation has told of the end: while one runs, the attempt may
+// change. Caller must hold s.mu.
+func (s *scope) copyLocked(told bool) {
 	v := s.chosen.Load()
-	if s.copied || s.shown || !v.Written() {
+	if s.copied || s.shown || !told && s.busy.Load() > 0 && !s.ending.Load() || !v.Written() {
 		return
 	}
 	s.copied = true
@@ -392,7 +430,7 @@ func (s *scope) remove(in *scope) {
 // finish is called by gRPC when the stream has ended, after it has written the results.
 // The type says when we trust it.
 func (s *scope) finish(err error) {
-	s.finished.Store(true)
+	s.setFinished()
 	closing := attempt.IsClosing(err)
 	if !closing && s.ctx.Err() == nil {
 		// gRPC's own deadline, from a service config, ends a stream too.
@@ -401,14 +439,32 @@ func (s *scope) finish(err error) {
 		}
 	}
 	s.stopped(err)
-	for p := s.parent; p != nil && (closing || p.ctx.Err() != nil); p = p.parent {
-		p.end(err, false)
+	if closing && s.parent != nil {
+		// Contexts tell of their own end. This goroutine may be that of an operation.
+		go func() {
+			for p := s.parent; p != nil; p = p.parent {
+				p.await(true)
+				p.end(err, false)
+			}
+		}()
+	}
+}
+
+// setFinished records that gRPC has ended the stream, and written the results.
+func (s *scope) setFinished() {
+	if s.finished.Swap(true) {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.awaited != nil {
+		close(s.awaited)
 	}
 }
 
 // expire is called when ctx has ended.
 func (s *scope) expire() {
-	s.await() // gRPC hears of the end at the same time.
+	s.await(true) // gRPC hears of the end at the same time.
 	if r, ok := AsRefusal(context.Cause(s.ctx)); ok {
 		s.end(r, false)
 		return
@@ -416,12 +472,22 @@ func (s *scope) expire() {
 	s.end(status.FromContextError(s.ctx.Err()).Err(), false)
 }
 
-// await waits until gRPC has written the results of the stream, whose context has ended.
-// The layer that chooses them may be any of those inside.
-func (s *scope) await() {
+// await waits until gRPC has written the results of the stream, if a context in the way has
+// ended. sure says that it has, though those derived from it may be late. The layer that chooses the results may be any of those
+// inside.
+func (s *scope) await(sure bool) {
 	for s != nil {
-		if v := s.chosen.Load(); v != nil {
-			v.Await()
+		if s.chosen.Load() != nil {
+			if sure || s.ctx.Err() != nil {
+				s.awaitQuiet()
+				s.chosen.Load().Await()
+			}
+			return
+		}
+		if s.innermost() {
+			if s.call.grpcConn != nil && (sure || s.ctx.Err() != nil) {
+				s.awaitFinish()
+			}
 			return
 		}
 		s.mu.Lock()
@@ -434,21 +500,85 @@ func (s *scope) await() {
 	}
 }
 
-// stopped records that gRPC has ended the stream, as an operation of its caller says. It
-// returns how the stream has ended.
+// awaitFinish waits until the connection says that the stream has ended, which is about to.
+func (s *scope) awaitFinish() {
+	if s.finished.Load() {
+		return
+	}
+	s.mu.Lock()
+	if !s.opened || s.finished.Load() {
+		s.mu.Unlock()
+		return
+	}
+	if s.awaited == nil {
+		s.awaited = make(chan struct{})
+	}
+	awaited := s.awaited
+	s.mu.Unlock()
+	result.Await(awaited)
+}
+
+// stopped records that the stream has ended, as an operation of its caller says. It returns
+// how the stream has ended.
 func (s *scope) stopped(err error) error {
 	if s.innermost() {
+		s.setFinished()
 		s.vars.SetWritten()
+	} else if s.chosen.Load() == nil {
+		s.await(false) // The layer inside may have ended it by cancelling it.
 	}
-	err = s.end(err, false)
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.copyLocked() // If a layer, or the end of a context, has ended the stream before.
+	s.copyLocked(true)
 	s.shown = true
-	return err
+	s.mu.Unlock()
+	return s.end(err, false)
+}
+
+// begins counts an operation that may choose another attempt.
+func (s *scope) begins() (counted bool) {
+	if s.chosen.Load() == nil {
+		return false
+	}
+	s.busy.Add(1)
+	if s.ending.Load() { // It chooses no other any more.
+		s.ends(true)
+		return false
+	}
+	return true
+}
+
+// ends ends an operation that begins has counted.
+func (s *scope) ends(counted bool) {
+	if counted && s.busy.Add(-1) == 0 {
+		if q := s.quiet.Swap(nil); q != nil {
+			close(*q)
+		}
+	}
+}
+
+// awaitQuiet waits until no operation runs that began before, which is about to be so.
+func (s *scope) awaitQuiet() {
+	s.ending.Store(true)
+	for s.busy.Load() > 0 {
+		q := s.quiet.Load()
+		if q == nil {
+			c := make(chan struct{})
+			q = &c
+			if !s.quiet.CompareAndSwap(nil, q) {
+				continue
+			}
+			if s.busy.Load() == 0 {
+				return
+			}
+		}
+		if !result.Await(*q) {
+			return
+		}
+	}
 }
 
 func (s *scope) Header() (md metadata.MD, err error) {
+	defer s.ends(s.begins())
 	md, err = s.ClientStream.Header()
 	if err != nil {
 		return md, s.told(s.stopped(err))
@@ -473,11 +603,17 @@ func (s *scope) Context() context.Context {
 }
 
 func (s *scope) SendMsg(m any) error {
+	defer s.ends(s.begins())
 	err := s.ClientStream.SendMsg(m)
 	switch {
 	case err == nil:
 		if !s.asked.Load() {
 			s.asked.Store(true)
+		}
+		if s.innermost() && s.call.root.counts.Load() {
+			for p := s; p != nil; p = p.parent {
+				p.sends.Add(1)
+			}
 		}
 	case err != io.EOF:
 		s.notSent(err)
@@ -487,12 +623,16 @@ func (s *scope) SendMsg(m any) error {
 }
 
 func (s *scope) RecvMsg(m any) error {
+	defer s.ends(s.begins())
 	err := s.ClientStream.RecvMsg(m)
 	if err == io.EOF && s.innermost() && s.call.grpcConn != nil && !s.responded.Load() {
 		err = s.realEnd(m)
 	}
 	switch {
 	case err == nil && !s.single && s.cut.Load(): // The message comes too late.
+		if s.finished.Load() {
+			s.vars.SetWritten()
+		}
 		return s.told(s.end(nil, false))
 	case err == nil && !s.single:
 		s.respond()

@@ -80,20 +80,54 @@ func (a *ages) remove(epoch, weight uint32, started Instant) {
 	a.starts[epoch&1].Add(-int64(weight) * (int64(started) >> ageUnitBits))
 }
 
-// sum returns the weighted ages in nanoseconds, each up to the limit, and the
-// weight of the attempts.
-func (a *ages) sum(now Instant, limit float64) (sum, weight float64) {
+// sum returns the weighted ages in nanoseconds, each up to the limit, the weight of
+// the attempts in it, the number of old attempts, and of those that are left out. An
+// attempt is old after two generations.
+//
+// Old attempts are left out if the endpoint was heard of after they had become old,
+// because then they are no sign that it does not answer, and in any case if silence is
+// no sign of that.
+func (a *ages) sum(now, heard Instant, limit, generation float64, sign bool) (sum, weight float64, old, left int) {
 	total := a.total.Load()
 	if total == 0 {
-		return 0, 0
+		return 0, 0, 0, 0
 	}
-	old := total >> countBits
+	began := a.began.Load()
+	since := func(t Instant) float64 {
+		return float64(int32(uint32(uint64(t)>>epochUnitBits)-began)) * (1 << epochUnitBits)
+	}
+	// All attempts of the current generation started within one of its beginning, and
+	// so on.
+	current := int(a.epoch.Load() & 1)
+	stale := since(now) > 2*generation
+	counts := [2]bool{true, true}
+	oldest := sign && since(heard) < -generation
+	if stale {
+		counts[current] = sign && since(heard) < generation
+		counts[1-current] = sign && since(heard) < 0
+	}
+	old = int(total & countMask)
+	rest, left := total>>countBits, old
+	var counted int64
 	for i := range a.weights {
-		s, w := a.generation(i, now, limit)
-		sum += s
-		old -= w
+		w := a.weights[i].Load()
+		if !stale {
+			old -= int(w & countMask)
+		}
+		rest -= w >> countBits
+		if counts[i] {
+			left -= int(w & countMask)
+			s, w := a.generation(i, now, limit)
+			sum += s
+			counted += w
+		}
 	}
-	return sum + max(float64(old), 0)*limit/weightOne, float64(total>>countBits) / weightOne
+	if oldest {
+		left = 0
+		sum += float64(max(rest, 0)) * limit / weightOne
+		counted += max(rest, 0)
+	}
+	return sum, float64(counted) / weightOne, max(old, 0), max(left, 0)
 }
 
 // generation returns the weighted ages of the attempts of one, each up to the
@@ -106,25 +140,4 @@ func (a *ages) generation(i int, now Instant, limit float64) (float64, int64) {
 	}
 	age := float64(int64(now)>>ageUnitBits*w-a.starts[i].Load()) * unit
 	return min(max(age, 0), limit*float64(w)/weightOne), w
-}
-
-// young is sum without the attempts that are older than generations of the given
-// age let them be, and the number of those that it leaves out.
-func (a *ages) young(now Instant, limit, generation float64) (sum, weight float64, old int) {
-	total := a.total.Load()
-	if total == 0 {
-		return 0, 0, 0
-	}
-	old = int(total & countMask)
-	// All attempts of the current generation started within one of its beginning.
-	if age := uint32(uint64(now)>>epochUnitBits) - a.began.Load(); age < math.MaxInt32 && float64(age)*(1<<epochUnitBits) > 2*generation {
-		return 0, 0, old
-	}
-	for i := range a.weights {
-		s, w := a.generation(i, now, limit)
-		sum += s
-		weight += float64(w) / weightOne
-		old -= int(a.weights[i].Load() & countMask)
-	}
-	return sum, weight, max(old, 0)
 }

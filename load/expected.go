@@ -189,6 +189,7 @@ const (
 	usual   = iota
 	slow    // of a slow method
 	streams // streams without a response
+	unknown // of a method that was not answered yet, when others were
 	kinds
 )
 
@@ -291,10 +292,17 @@ func (e *ExpectedLatency) NewMeter(Endpoint) Meter {
 
 // Class returns 1 for a method that is slow, see ExpectedLatency, and else 0.
 func (e *ExpectedLatency) Class(name string, stream bool) Class {
-	if !stream && e.anySlow.Load() && e.slow(e.method(name)) {
+	if !stream && e.special(name) {
 		return slowClass
 	}
 	return 0
+}
+
+// special reports whether the method is slow, or may be, because it was not
+// answered yet.
+func (e *ExpectedLatency) special(name string) bool {
+	m := e.methods.Load().find(name)
+	return m == nil || m.fleet.means.Load() == 0 || e.anySlow.Load() && e.slow(m)
 }
 
 func (e *ExpectedLatency) slow(m *method) bool {
@@ -342,33 +350,39 @@ const heardUnitBits = 20
 func (m *expectedMeter) Load(q Query) Estimate {
 	e := m.metric
 	p := e.params.Load()
-	sum, number, waiting, old := m.latency(p, q.Now)
-	if q.Class != slowClass {
-		old += int(m.ages[slow].total.Load() & countMask)
-	}
-	queue := perWeight(max(q.InFlight-old, 0), q.Weight)
+	sum, number, waiting := m.latency(p, q)
 	estimate := Estimate{
-		Cost:  sum / number * (queue + 1),
+		Cost:  sum / number * (m.queue(q, waiting.left) + 1),
 		Error: math.Sqrt(e.v(p) / number),
-		Queue: queue,
+		Queue: m.queue(q, waiting.old),
 		Heard: Instant(m.heard.Load() >> 32 << heardUnitBits),
 		Good:  restGood,
 	}
-	if waiting > 0 {
+	if waiting.weight > 0 {
 		// Ages add up to a fiftieth of the cost in this time.
-		estimate.Good = min(max(time.Duration(sum/(50*waiting)), 1<<tickBits), restGood)
+		estimate.Good = min(max(time.Duration(sum/(50*waiting.weight)), 1<<tickBits), restGood)
 	}
 	return estimate
 }
 
+// queue returns the attempts in flight that count for a call, per weight, without
+// those of slow methods and so many that are left out.
+func (m *expectedMeter) queue(q Query, left int) float64 {
+	if q.Class == slowClass {
+		return q.queue()
+	}
+	left += int(m.ages[slow].total.Load() & countMask)
+	return perWeight(max(q.InFlight-left, 0), q.Weight)
+}
+
 // restGood is how long an Estimate is good with nothing in flight. Then it changes
 // by what others do, and by what is forgotten.
-const restGood = 4 * time.Millisecond
+const restGood = 16 * time.Millisecond
 
 // Inspect implements [Meter].
 func (m *expectedMeter) Inspect(q Query) Details {
 	p := m.metric.params.Load()
-	sum, number, _, _ := m.latency(p, q.Now)
+	sum, number, _ := m.latency(p, q)
 	_, n := floats32(m.mean.Load())
 	n *= expNeg(m.metric.unheard(p.rate, q.Now, m.heard.Load()))
 	if number == 0 || m.metric.unit.Load() == 0 {
@@ -377,41 +391,66 @@ func (m *expectedMeter) Inspect(q Query) Details {
 	return Details{Latency: time.Duration(sum / number), Samples: n}
 }
 
-// latency returns L as a sum of times and a number of samples, the weight of the
-// attempts whose ages are in it, and the number of streams in flight that are too
-// old to count.
-func (m *expectedMeter) latency(p *expectedParams, now Instant) (sum, number, waiting float64, old int) {
+// latency returns L as a sum of times and a number of samples, and what of it is of
+// the attempts in flight.
+func (m *expectedMeter) latency(p *expectedParams, q Query) (sum, number float64, w waiting) {
 	e := m.metric
 	prior := p.prior * (1 + p.spreadPrior*e.v(p))
 	sum, number = prior*e.g(), prior
-	if w := m.mean.Load(); w != 0 {
-		s, n := floats32(w)
-		f := expNeg(e.unheard(p.rate, now, m.heard.Load()))
+	if mean := m.mean.Load(); mean != 0 {
+		s, n := floats32(mean)
+		f := expNeg(e.unheard(p.rate, q.Now, m.heard.Load()))
 		sum += s * f
 		number += n * f
 	}
-	for kind := range streams {
-		if a := &m.ages[kind]; a.total.Load() != 0 {
-			s, w := a.sum(now, e.maxAge(p, kind))
-			sum += s
-			waiting += w
-		}
+	if q.InFlight == 0 {
+		return sum, number, w // what is in flight stands in other cache lines
 	}
-	if a := &m.ages[streams]; a.total.Load() != 0 {
-		var s, w float64
-		mean := math.Float64frombits(e.undivided[streams].Load())
-		s, w, old = a.young(now, p.streamLimit*mean, e.maxAge(p, streams))
-		sum += s
-		waiting += w
-	}
-	return sum, number, waiting, old
+	w = m.waiting(p, q.Now)
+	return sum + w.sum, number, w
 }
 
-// maxAge returns the age up to which an attempt in flight counts, in
-// nanoseconds. While no latency is known there is no limit.
+// waiting is what the attempts in flight say of their endpoint.
+type waiting struct {
+	sum    float64 // of their ages
+	weight float64 // of those whose ages are in it
+	old    int     // the number of old ones
+	left   int     // the number of those that are left out
+}
+
+func (m *expectedMeter) waiting(p *expectedParams, now Instant) (w waiting) {
+	e := m.metric
+	heard := Instant(m.heard.Load() >> 32 << heardUnitBits)
+	for kind := range m.ages {
+		a := &m.ages[kind]
+		if a.total.Load() == 0 {
+			continue
+		}
+		generation := e.maxAge(p, kind)
+		limit := generation
+		sign := kind == usual || kind == slow
+		if !sign {
+			limit *= p.streamLimit / p.ageLimit
+		}
+		sum, weight, old, left := a.sum(now, heard, limit, generation, sign)
+		w.sum += sum
+		w.weight += weight
+		if kind != slow { // those are left out anyway
+			w.old += old
+			w.left += left
+		}
+	}
+	return w
+}
+
+// maxAge returns the age up to which an attempt in flight counts, in nanoseconds.
+// What is not known of a kind is taken from the usual one. While no latency is known
+// there is no limit.
 func (e *ExpectedLatency) maxAge(p *expectedParams, kind int) float64 {
-	if mean := math.Float64frombits(e.undivided[kind].Load()); mean > 0 {
-		return p.ageLimit * mean
+	for _, u := range []*atomic.Uint64{&e.undivided[kind], &e.undivided[usual]} {
+		if mean := math.Float64frombits(u.Load()); mean > 0 {
+			return p.ageLimit * mean
+		}
 	}
 	return math.MaxInt64
 }
@@ -433,14 +472,19 @@ func since32(a, b uint32) float64 { return float64(max(int32(a-b), 0)) }
 func (m *expectedMeter) Start(a Attempt) Ticket {
 	e := m.metric
 	p := e.params.Load()
-	queue := a.queue()
+	queue := 0.0
+	if a.InFlight > 0 {
+		queue = m.queue(a.Query, m.waiting(p, a.Now).old)
+	}
 	method := e.method(a.Method)
 	kind := usual
 	switch {
 	case a.Stream:
 		kind = streams
-	case a.Class == slowClass:
+	case a.Class == slowClass && e.slow(method):
 		kind = slow
+	case method.fleet.means.Load() == 0 && e.unit.Load() != 0:
+		kind = unknown
 	}
 	weight := uint32(min(max(math.Round(weightOne*p.discount(queue)*e.scale(method)), 1), maxWeight))
 	epoch := m.ages[kind].add(weight, a.Now, e.maxAge(p, kind))
@@ -517,15 +561,18 @@ func (e *ExpectedLatency) learn(p *expectedParams, method *method, t Ticket, lat
 		e.spread.Store(bits32(v+(r*r-1-v)/covered, covered))
 	}
 	share = e.queue.observe(divided, t.queue())
+	if e.slow(method) != e.anySlow.Load() {
+		e.anySlow.Store(slices.ContainsFunc(all.all, e.slow))
+	}
+	if t.kind() == unknown {
+		return // how its method compares to others is known from now on
+	}
 	u := &e.undivided[t.kind()]
 	mean := math.Float64frombits(u.Load())
 	if mean == 0 {
 		share = 1
 	}
 	u.Store(math.Float64bits(mean + (latency-mean)*share))
-	if e.slow(method) != e.anySlow.Load() {
-		e.anySlow.Store(slices.ContainsFunc(all.all, e.slow))
-	}
 }
 
 // A latency counts up to so many times its mean in the variance of all.
@@ -558,7 +605,7 @@ func (m *expectedMeter) givenUp(now Instant, t Ticket) {
 	}
 	method := e.methods.Load().all[t.method()]
 	limit := e.maxAge(p, t.kind())
-	if t.kind() == streams {
+	if k := t.kind(); k == streams || k == unknown {
 		limit = p.streamLimit / p.ageLimit * limit
 	}
 	age := min(min(t.latency(now), limit)*p.discount(t.queue())*e.scale(method), p.sampleLimit*g)

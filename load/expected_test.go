@@ -4,8 +4,10 @@
 package load
 
 import (
+	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 )
@@ -242,27 +244,6 @@ func TestExpectedLatencyIsTheFormula(t *testing.T) {
 	}
 }
 
-// Ages over the limit are bounded in groups of attempts that began within one
-// limit of each other, by the mean of the group. So the sum of ages is never too
-// small, and too large by at most a third: half of a group at one and a half
-// limits, half of it at half a limit. Latencies here are all 10 ms, so that the
-// limit stays the same.
-func TestExpectedLatencyBoundsAgesByGeneration(t *testing.T) {
-	r := newRand(t)
-	for _, limit := range []float64{1, 3, 20} {
-		for _, theta := range []float64{0, 0.5} {
-			c := DefaultExpectedLatencyConfig()
-			c.AgeLimit, c.QueueExponent, c.SpreadPrior = limit, theta, 0
-			compare(t, r, c, func() (Instant, Outcome) {
-				if r.IntN(3) > 0 {
-					return 10 * ms, Completed
-				}
-				return interval(r, 20*time.Millisecond, 3*time.Second), NotSent
-			}, false, 4.0/3)
-		}
-	}
-}
-
 // known returns a metric of n endpoints, the first of which has one sample: 10 ms.
 func known(t *testing.T, n int, change func(*ExpectedLatencyConfig)) (*ExpectedLatency, []*counted) {
 	t.Helper()
@@ -488,4 +469,180 @@ func TestExpNegIsWithinTwoTenthsOfAPermille(t *testing.T) {
 			t.Errorf("expNeg(%v) is %v, want 0", x, got)
 		}
 	}
+}
+
+func TestExpectedLatency(t *testing.T) {
+	attempt := func(m *counted, method string, now Instant, class Class) Ticket {
+		a := Attempt{Query: m.query(now), Method: method}
+		a.Class = class
+		return m.start(a)
+	}
+	call := func(m *counted, method string, start, took Instant) {
+		m.Finish(start+took, Sample{Ticket: attempt(m, method, start, m.of.Class(method, false))})
+	}
+	t.Run("a_slow_method_does_not_make_its_endpoint_dear", func(t *testing.T) {
+		e := must(NewExpectedLatency(DefaultExpectedLatencyConfig()))
+		a, b := newMeter(e), newMeter(e)
+		now := sec
+		for range 50 {
+			for _, m := range []*counted{a, b} {
+				call(m, "/x/Get", now, ms)
+				now += 10 * ms
+			}
+		}
+		call(a, "/x/Export", now, 10*sec)
+		now += 10 * sec
+		near(t, "cost after a call of a method that takes 10s", a.Load(now), b.Load(now), 0.1)
+		export := attempt(a, "/x/Export", now, e.Class("/x/Export", false))
+		near(t, "cost of the next Get with one in flight", a.Load(now+100*ms), b.Load(now+100*ms), 0.1)
+		q := a.query(now + 100*ms)
+		if q.Class = e.Class("/x/Export", false); q.Class != slowClass {
+			t.Fatalf("class of a method that takes 10,000 times as long is %d, want %d", q.Class, slowClass)
+		}
+		near(t, "cost of the next Export", a.Meter.Load(q).Cost, 2*a.Load(now+100*ms), 0.1)
+		a.Finish(now+10*sec, Sample{Ticket: export})
+	})
+	t.Run("one_sample_is_bounded", func(t *testing.T) {
+		_, m := known(t, 2, func(c *ExpectedLatencyConfig) { c.SampleLimit = 20 })
+		run(m[1], 10*ms, time.Hour, Completed)
+		// An hour is in the mean of the two by now.
+		if got, limit := m[1].Load(10*ms+Instant(time.Hour)), 20.0*float64(time.Hour); got > limit {
+			t.Errorf("cost is %v, want at most %v", time.Duration(got), time.Duration(limit))
+		}
+		run(m[1], 10*ms, time.Hour, Failed)
+	})
+	t.Run("before_the_first_success_a_failure_counts_as_a_second", func(t *testing.T) {
+		e := must(NewExpectedLatency(DefaultExpectedLatencyConfig()))
+		a, b := newMeter(e), newMeter(e)
+		run(a, 0, time.Microsecond, Failed)
+		if got := a.Load(ms); got < 0.3e9 || got < 1000*b.Load(ms) {
+			t.Errorf("cost after a failure is %v and that of an unknown endpoint %v, want about half a second and nothing", time.Duration(got), b.Load(ms))
+		}
+	})
+	t.Run("an_old_silent_attempt_counts_until_the_endpoint_is_heard_of", func(t *testing.T) {
+		_, m := known(t, 2, func(*ExpectedLatencyConfig) {})
+		m[1].Start(10 * ms) // and never ends
+		now := 10*ms + sec
+		if got := m[1].Load(now); got < 20*10e6 {
+			t.Errorf("cost of a second of silence is %v, want at least %v", time.Duration(got), 20*10*time.Millisecond)
+		}
+		for range 2 { // the first answer may be to an attempt that was sent beside it
+			run(m[1], now, 10*time.Millisecond, Completed)
+			now += sec
+		}
+		near(t, "cost after other attempts were answered", m[1].Load(now), m[0].Load(now), 0.1)
+	})
+	t.Run("a_silent_stream_counts_as_one_mean_and_then_not", func(t *testing.T) {
+		_, m := known(t, 2, func(*ExpectedLatencyConfig) {})
+		for _, meter := range m {
+			ticket := meter.start(Attempt{Query: meter.query(10 * ms), Method: "/test/Call", Stream: true})
+			meter.Respond(20*ms, ticket)
+			meter.Finish(20*ms, Sample{Ticket: ticket, Responded: true})
+		}
+		m[1].start(Attempt{Query: m[1].query(20 * ms), Method: "/test/Call", Stream: true})
+		now := 20*ms + 100*ms
+		if got, most := m[1].Load(now), 2*2*10e6; got > most {
+			t.Errorf("cost after 100ms is %v, want at most %v", time.Duration(got), time.Duration(most))
+		}
+		now += sec
+		near(t, "cost after a second", m[1].Load(now), m[0].Load(now), 0.1)
+	})
+	t.Run("the_error_falls_with_the_samples_and_rises_with_the_spread", func(t *testing.T) {
+		errorAfter := func(samples int, spread Instant) float64 {
+			e := must(NewExpectedLatency(DefaultExpectedLatencyConfig()))
+			m := newMeter(e)
+			for i := range Instant(samples) {
+				latency := 10 * ms
+				if i%10 == 0 {
+					latency += spread
+				}
+				run(m, i*sec, time.Duration(latency), Completed)
+			}
+			return m.Meter.Load(m.query(Instant(samples) * sec)).Error
+		}
+		few, many, wide := errorAfter(2, 0), errorAfter(100, 0), errorAfter(100, sec)
+		if !(many < few && many < wide) || few > 1 {
+			t.Errorf("error after 2 samples is %v, after 100 %v, with one in ten 100 times as long %v", few, many, wide)
+		}
+	})
+	t.Run("methods_beyond_the_table_share_a_mean", func(t *testing.T) {
+		e := must(NewExpectedLatency(func() ExpectedLatencyConfig {
+			c := DefaultExpectedLatencyConfig()
+			c.MaxMethods = 6
+			return c
+		}()))
+		m := newMeter(e)
+		for i := range Instant(20) {
+			call(m, fmt.Sprint("/x/", i), i*sec, 10*ms)
+		}
+		if got := len(e.methods.Load().all); got != 7 {
+			t.Errorf("the table has %d means, want 6 and one for the others", got)
+		}
+		near(t, "cost", m.Load(20*sec), 10e6, 0.1)
+	})
+}
+
+// Sums of ages are never too small, and too large by at most a third: half of a
+// group at one and a half limits, half of it at half a limit.
+func TestAges(t *testing.T) {
+	const never = -Instant(time.Hour)
+	t.Run("are_bounded_by_generation", func(t *testing.T) {
+		r := newRand(t)
+		const limit = float64(100 * ms)
+		type flying struct {
+			started, end Instant
+			epoch        uint32
+		}
+		var a ages
+		var list []flying
+		now := Instant(time.Hour)
+		for range 5000 {
+			now += interval(r, 100*time.Microsecond, 20*time.Millisecond)
+			list = slices.DeleteFunc(list, func(f flying) bool {
+				if f.end > now {
+					return false
+				}
+				a.remove(f.epoch, weightOne, f.started)
+				return true
+			})
+			list = append(list, flying{now, now + interval(r, time.Millisecond, time.Second), a.add(weightOne, now, limit)})
+			var want float64
+			for _, f := range list {
+				want += min(float64(now-f.started), limit)
+			}
+			slack := 1100*float64(len(list)) + limit*1e-3
+			sum, weight, _, left := a.sum(now, never, limit, limit, true)
+			if sum < want-slack || sum > want*4/3+slack || weight != float64(len(list)) || left != 0 {
+				t.Fatalf("sum is %v with weight %v and %d left out, want %v to %v, %d and 0", sum, weight, left, want, want*4/3, len(list))
+			}
+		}
+		for _, f := range list {
+			a.remove(f.epoch, weightOne, f.started)
+		}
+		if got := a.total.Load(); got != 0 {
+			t.Errorf("total is %d at rest, want 0", got)
+		}
+	})
+	t.Run("of_old_attempts_count_if_nothing_was_heard_since", func(t *testing.T) {
+		var a ages
+		limit := float64(10 * ms)
+		a.add(weightOne, sec, limit)
+		for _, c := range []struct {
+			heard     Instant
+			sign      bool
+			sum       float64
+			old, left int
+		}{
+			{never, true, limit, 1, 0},
+			{sec + 5*ms, true, limit, 1, 0}, // it may have been sent after that
+			{sec + 15*ms, true, 0, 1, 1},
+			{never, false, 0, 1, 1},
+		} {
+			sum, _, old, left := a.sum(2*sec, c.heard, limit, limit, c.sign)
+			if math.Abs(sum-c.sum) > 2000 || old != c.old || left != c.left {
+				t.Errorf("heard at %v, sign %t: got %v, %d old and %d left out, want %v, %d and %d",
+					time.Duration(c.heard), c.sign, sum, old, left, c.sum, c.old, c.left)
+			}
+		}
+	})
 }

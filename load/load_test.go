@@ -300,17 +300,18 @@ func TestAStreamThatFailsLateIsNotChargedItsWholeLife(t *testing.T) {
 	}
 }
 
-func TestCancelledEarlyIsNeitherPraiseNorBlame(t *testing.T) {
-	for _, cancelledAfter := range []time.Duration{time.Nanosecond, 9 * time.Millisecond} {
+func TestGivenUpEarlyIsNeitherPraiseNorBlame(t *testing.T) {
+	for i, cancelledAfter := range []time.Duration{time.Nanosecond, 9 * time.Millisecond, time.Nanosecond, 9 * time.Millisecond} {
+		outcome := []Outcome{Cancelled, Cancelled, Expired, Expired}[i]
 		forEachMetric(t, func(t *testing.T, metric Metric) {
 			m, same := newMeter(metric), newMeter(metric)
 			for _, m := range []*counted{m, same} {
 				m.Load(0)
 				run(m, 0, 10*time.Millisecond, Completed)
 			}
-			run(m, 10*ms, cancelledAfter, Cancelled)
+			run(m, 10*ms, cancelledAfter, outcome)
 			now := 10*ms + Instant(cancelledAfter)
-			near(t, "load after an attempt was cancelled", m.Load(now), same.Load(now), 1e-9)
+			near(t, "load after an attempt was "+outcome.String(), m.Load(now), same.Load(now), 1e-9)
 		})
 	}
 }

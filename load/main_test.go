@@ -61,11 +61,12 @@ func near(t *testing.T, what string, got, want, tolerance float64) {
 // Meter's for a test that has no use for the rest.
 type counted struct {
 	Meter
+	of                Metric
 	inFlight, streams atomic.Int64
 	weight            float64
 }
 
-func newMeter(m Metric) *counted { return &counted{Meter: m.NewMeter(Endpoint{}), weight: 1} }
+func newMeter(m Metric) *counted { return &counted{Meter: m.NewMeter(Endpoint{}), of: m, weight: 1} }
 
 func (m *counted) query(now Instant) Query {
 	return Query{Now: now, InFlight: int(m.inFlight.Load()), Streams: int(m.streams.Load()), Weight: m.weight}

@@ -43,7 +43,7 @@ func (m *pendingMeter) Load(q Query) Estimate {
 		q.InFlight++
 		return Estimate{Cost: q.queue()}
 	}
-	return Estimate{Cost: q.queue()}
+	return Estimate{Cost: q.queue(), Good: forever}
 }
 
 func (m *pendingMeter) Start(Attempt) Ticket { return Ticket{} }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,6 +26,7 @@ import (
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/simenv"
 	"github.com/belfry-go/belfry/internal/slab"
+	"github.com/belfry-go/belfry/limit"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -56,6 +58,7 @@ func (builder) Build(cc balancer.ClientConn, opts balancer.BuildOptions) balance
 		now:       func() int64 { return int64(time.Since(start)) },
 		random:    rand.Uint64,
 	}
+	b.queue.ready = &b.ready
 	b.picks.New = func() any {
 		k := &pick{pool: &b.picks}
 		k.handle.pick, k.handle.done = k, k.handle.onDone
@@ -98,6 +101,7 @@ type policy struct {
 	children balancer.Builder
 	picks    sync.Pool // of *pick
 	handles  sync.Pool // of *handle, for trackers
+	queue    queue     // of calls that wait for an endpoint with room
 
 	// Used only by the methods of balancer.Balancer, whose calls are serialized.
 	endpoints  *resolver.EndpointMap[*endpoint]
@@ -111,9 +115,10 @@ type policy struct {
 	recalled   map[string]*measure // kept from an earlier policy, until the first endpoints are there
 
 	// Set before there is an endpoint.
-	now     func() int64
-	random  func() uint64
-	metrics *metrics
+	now       func() int64
+	random    func() uint64
+	wallClock func(limit.Instant) time.Time // nil for the machine's
+	metrics   *metrics
 
 	warned atomic.Bool // of streams without a tracker
 
@@ -180,6 +185,7 @@ func (b *policy) firstUpdate(state resolver.State) {
 	b.metrics = newMetrics(b.cc.MetricsRecorder(), b.opts.Target.String(), state)
 	if e := simenv.From(state.Attributes); e != nil {
 		b.now, b.random = e.Now, e.Uint64
+		b.wallClock = func(at limit.Instant) time.Time { return time.Unix(0, int64(at)) }
 	}
 	live.Store(b, nil)
 }
@@ -208,6 +214,12 @@ func (b *policy) configure(cfg *config) error {
 		for _, ep := range b.endpoints.All() {
 			ep.measureLocked(b.picker, b.metric)
 		}
+	}
+	if old == nil || !reflect.DeepEqual(old.config.limit, cfg.limit) {
+		for _, ep := range b.endpoints.All() {
+			ep.limitLocked(cfg.limit)
+		}
+		b.queue.dismiss(false)
 	}
 	return nil
 }
@@ -247,6 +259,7 @@ func (b *policy) Close() {
 	b.mu.Lock()
 	b.inhibit, b.closed = true, true
 	b.mu.Unlock()
+	b.queue.dismiss(true)
 	live.Delete(b)
 	b.keepMeters()
 	for _, ep := range b.endpoints.All() {
@@ -304,6 +317,9 @@ func (b *policy) publishLocked() {
 	}
 	b.published = state
 	b.cc.UpdateState(s)
+	if state != connectivity.Ready {
+		b.queue.dismiss(false)
+	}
 }
 
 // reportLocked publishes after a child's report if the channel has to know: its

@@ -5,6 +5,7 @@ package p2c
 
 import (
 	"context"
+	"time"
 
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/codes"
@@ -42,9 +43,11 @@ func classify(ctx context.Context, err error, failures codeSet) load.Outcome {
 	case code == codes.Canceled && ctx.Err() != nil:
 		// A deadline that a layer enforces by cancelling is the cause of the end.
 		if cause := context.Cause(ctx); cause != nil && status.Code(cause) == codes.DeadlineExceeded {
-			return classify(context.Background(), cause, failures)
+			return load.Expired
 		}
 		return load.Cancelled
+	case code == codes.DeadlineExceeded && expired(ctx):
+		return load.Expired
 	case code == codes.Canceled:
 		// Nobody on this side gave up: the server, or a proxy, reset the stream.
 		return load.Failed
@@ -54,6 +57,18 @@ func classify(ctx context.Context, err error, failures codeSet) load.Outcome {
 		return load.Completed
 	}
 }
+
+// expired reports whether the deadline of the call has passed, or is about to: the
+// server has the same deadline, and may say so first.
+func expired(ctx context.Context) bool {
+	if ctx.Err() == context.DeadlineExceeded {
+		return true
+	}
+	d, ok := ctx.Deadline()
+	return ok && time.Until(d) <= toldFirst
+}
+
+const toldFirst = 10 * time.Millisecond
 
 // classifyUnsent returns the outcome of an attempt for which no stream was made.
 func classifyUnsent(ctx context.Context, info balancer.DoneInfo, failures codeSet) load.Outcome {

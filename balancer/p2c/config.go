@@ -38,7 +38,7 @@ const (
 	defaultChoicesExpectedLatency = 8
 	defaultMemoryExpectedLatency  = 2
 
-	defaultEqualAtRest    = 0.5
+	defaultEqualAtRest    = 1
 	defaultEqualUnderLoad = 0.2
 	maxEqual              = 10
 	defaultExploreEvery   = 200
@@ -56,10 +56,11 @@ type config struct {
 	memory    int
 	failures  codeSet
 	metric    metricConfig
-	timeless  bool // the metric has no use for the time
-	counts    bool // a load is the number of attempts in flight
-	exact     bool // loads have no errors
-	classless bool // all calls are of one class
+	limit     *limitConfig // nil if endpoints have none
+	timeless  bool         // the metric has no use for the time
+	counts    bool         // a load is the number of attempts in flight
+	exact     bool         // loads have no errors
+	classless bool         // all calls are of one class
 
 	equalAtRest    float32
 	equalUnderLoad float32
@@ -111,6 +112,9 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		c.exact, c.classless, c.timeless, c.counts = true, true, true, true
 	case constant:
 		c.exact, c.classless, c.timeless = true, true, true
+	}
+	if c.limit, err = newLimitConfig(m.GetEndpointLimit()); err != nil {
+		return nil, err
 	}
 	if m.ChoiceCount != nil {
 		if v := m.GetChoiceCount(); v < minChoices || v > maxChoices {

@@ -76,6 +76,7 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	} else {
 		ep.measureLocked(b.picker, b.metric)
 	}
+	ep.limitLocked(b.picker.config.limit)
 	b.mu.Unlock()
 	b.metrics.moved(connectivity.Shutdown, connectivity.Connecting)
 	ep.child = b.children.Build(ep, b.opts)
@@ -85,10 +86,12 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 // measureLocked gives the endpoint a meter of a metric. Attempts in flight finish
 // on the meter that they started on.
 func (ep *endpoint) measureLocked(p *picker, m load.Metric) {
+	r := &room{}
 	if old := ep.candidate.meter.Load(); old != nil {
+		r = old.room
 		old.Close()
 	}
-	ep.candidate.meter.Store(&measure{Meter: m.NewMeter(load.Endpoint{Address: ep.addr}), timeless: p.config.timeless})
+	ep.candidate.meter.Store(&measure{Meter: m.NewMeter(load.Endpoint{Address: ep.addr}), timeless: p.config.timeless, room: r})
 	ep.candidate.changed()
 }
 
@@ -127,6 +130,7 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 	case to == from:
 	case to == connectivity.Ready:
 		b.picker.ready.add(ep.candidate)
+		b.queue.admit(ep.candidate)
 	case from == connectivity.Ready:
 		b.picker.ready.remove(ep.candidate)
 		b.picker.forget(ep.candidate)

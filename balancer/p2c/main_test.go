@@ -135,6 +135,7 @@ func (observedBuilder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalanc
 	if json.Unmarshal(js, &extra) == nil && extra.Recorder != "" {
 		if o, ok := observers.Load(extra.Recorder); ok {
 			c.metric = observedConfig{c.metric, o.(*observer)}
+			c.counts = false // or the load would not be read
 		}
 	}
 	return c, nil
@@ -202,13 +203,6 @@ func (o *observer) wait(t *testing.T, what string, cond func() bool) {
 func (o *observer) rest(t *testing.T, n int) {
 	t.Helper()
 	o.wait(t, "nothing is in flight", func() bool { return o.started >= n && len(o.finished) == o.started })
-}
-
-// attempts returns how many attempts have started.
-func (o *observer) attempts() int {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.started
 }
 
 // ended returns the outcomes so far.

@@ -30,6 +30,13 @@ var (
 		Labels:         []string{"grpc.target"},
 		OptionalLabels: []string{"grpc.lb.locality"},
 	})
+	fullPicksMetric = estats.RegisterInt64Count(estats.MetricDescriptor{
+		Name:           "belfry.lb.p2c.full_picks",
+		Description:    "EXPERIMENTAL. Number of picks that found every endpoint at its limit, by result: waited, or refused.",
+		Unit:           "{pick}",
+		Labels:         []string{"grpc.target", "belfry.lb.p2c.result"},
+		OptionalLabels: []string{"grpc.lb.locality"},
+	})
 	endpointsMetric = estats.RegisterInt64UpDownCount(estats.MetricDescriptor{
 		Name:           "belfry.lb.p2c.endpoints",
 		Description:    "EXPERIMENTAL. Number of endpoints, by connectivity state.",
@@ -52,6 +59,8 @@ type metrics struct {
 	recorder estats.MetricsRecorder
 	locality string
 	target   []string
+	waited   []string
+	refused  []string
 	states   map[connectivity.State][]string
 	dropped  map[load.Outcome][]string
 }
@@ -62,6 +71,8 @@ func newMetrics(recorder estats.MetricsRecorder, target string, state resolver.S
 		recorder: recorder,
 		locality: locality,
 		target:   []string{target, locality},
+		waited:   []string{target, "waited", locality},
+		refused:  []string{target, "refused", locality},
 		states:   make(map[connectivity.State][]string),
 		dropped:  make(map[load.Outcome][]string),
 	}
@@ -77,6 +88,15 @@ func newMetrics(recorder estats.MetricsRecorder, target string, state resolver.S
 func (m *metrics) picked() { picksMetric.Record(m.recorder, 1, m.target...) }
 
 func (m *metrics) pickedTried() { triedPicksMetric.Record(m.recorder, 1, m.target...) }
+
+// full records a pick that found every endpoint full.
+func (m *metrics) full(refused bool) {
+	labels := m.waited
+	if refused {
+		labels = m.refused
+	}
+	fullPicksMetric.Record(m.recorder, 1, labels...)
+}
 
 // moved records that an endpoint went from one state to another. SHUTDOWN is
 // before its beginning and after its end.

@@ -44,6 +44,7 @@ type candidate struct {
 type measure struct {
 	load.Meter
 	timeless bool // it has no use for the time
+	room     *room
 	// health is what the attempts so far were, of everAnswered and everFailed.
 	health atomic.Uint32
 
@@ -92,6 +93,10 @@ const (
 	// more than any other that has not.
 	avoided = 1 << 60
 	maxCost = 1e18
+
+	// special is the detail of an endpoint by pendingRequests whose cost may not be
+	// what is in flight. As numbers it is no error and no queue.
+	special = 1 << 63
 )
 
 // tickOf returns the time in ticks. It wraps after six days.
@@ -104,6 +109,10 @@ func (c *candidate) query(p *picker, now load.Instant, class load.Class) load.Qu
 
 // look returns what one more attempt at the endpoint costs.
 func (c *candidate) look(p *picker, now load.Instant) float32 {
+	if p.config.counts && c.detail.Load() == 0 && !p.ready.unequal.Load() {
+		attempts, _ := c.tally.read()
+		return float32(attempts) // as the meter would say
+	}
 	if w := c.cost.Load(); w != 0 && int32(uint32(w)-tickOf(now)) > 0 {
 		return math.Float32frombits(uint32(w >> 32))
 	}
@@ -117,11 +126,14 @@ func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost flo
 	e := m.Load(c.query(p, now, class))
 	cost = float32(min(e.Cost, maxCost))
 	if m.health.Load() == everFailed {
-		cost = max(cost, 1e-9) * avoided
+		cost = (1 + cost) * avoided
 	}
 	detail = uint64(math.Float32bits(float32(e.Error)))<<32 | uint64(math.Float32bits(float32(e.Queue)))
 	if class != 0 {
 		return cost, detail
+	}
+	if p.config.counts && (e.Good == 0 || cost >= avoided) {
+		detail = special
 	}
 	// What did not change is not written: the line is read by all cores.
 	if c.detail.Load() != detail {
@@ -233,8 +245,20 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		// It has just left. The channel gets a new picker, and then it picks again.
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
+	limited := p.config.limit != nil
+	if limited {
+		var err error
+		if c, now, err = p.hold(c, now, info.Ctx, track, tried); err != nil {
+			return balancer.PickResult{}, err
+		}
+		child = c.child.Load()
+	}
 	result, err := child.Picker.Pick(info)
 	if err != nil {
+		if limited {
+			c.tally.add(-oneAttempt)
+			b.queue.admit(c)
+		}
 		return result, err
 	}
 
@@ -257,8 +281,14 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	if p.config.timeless && !k.meter.timeless { // the metric has just changed
 		now = k.now()
 	}
-	k.ticket = k.meter.Start(load.Attempt{Query: c.query(p, now, call.class), Method: info.FullMethodName, Stream: call.stream})
-	c.tally.add(oneAttempt)
+	query := c.query(p, now, call.class)
+	if limited {
+		query.InFlight = max(query.InFlight-1, 0) // Its own is counted.
+		k.begin()
+	} else {
+		c.tally.add(oneAttempt)
+	}
+	k.ticket = k.meter.Start(load.Attempt{Query: query, Method: info.FullMethodName, Stream: call.stream})
 	c.picks.Add(1)
 	c.changed()
 	if track != nil {
@@ -375,7 +405,7 @@ func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 	if max(la, lb) >= avoided && p.config.exploreEvery > 0 && r.below(p.config.exploreEvery) == 0 {
 		la, lb = lb, la
 	}
-	if call.stream && la == lb {
+	if call.stream && max(la, lb) <= min(la, lb)*(1+equalStreams) {
 		la, lb = float32(a.open()), float32(b.open())
 	}
 	switch {
@@ -506,12 +536,12 @@ func (s *selection) has(c *candidate) bool {
 
 // choose measures the candidates and returns the best, nil if there are none.
 //
-// Costs that differ by less than their error are equal, up to a limit. While none
-// of the candidates has anything in flight, the limit is wide and one of the random
-// draws is taken at random: only latencies could tell them apart, and these
-// latencies do not. Else the limit is narrow, and the one with the fewest attempts
-// in flight is taken, of those the cheapest. A stream goes where the fewest are
-// open.
+// Costs that differ by less than three of their errors are equal, up to a limit.
+// While none of the candidates has anything in flight, the limit is wide and one of
+// the random draws is taken at random: only latencies could tell them apart, and
+// these latencies do not. Else the limit is narrow, and the one with the fewest
+// attempts in flight is taken, of those the cheapest, or where weights differ any. A
+// stream goes where the fewest are open.
 func (s *selection) choose(now load.Instant) *candidate {
 	if s.count == 0 {
 		return nil
@@ -546,9 +576,16 @@ func (s *selection) choose(now load.Instant) *candidate {
 	}
 
 	rest := queue == 0
-	limit := p.config.equalUnderLoad
+	limit, errors := p.config.equalUnderLoad, float32(equalErrors)
 	if rest {
 		limit = p.config.equalAtRest
+	}
+	weighted := p.ready.unequal.Load()
+	if weighted {
+		limit, errors = max(limit, equalWeighted), math.MaxFloat32
+	}
+	if s.call.stream {
+		limit, errors = equalStreams, math.MaxFloat32
 	}
 	least := s.costs[best]
 	equals := 0
@@ -566,7 +603,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 		if s.call.class != 0 {
 			_, detail = c.ask(p, now, s.call.class)
 		}
-		if cost > least*(1+min(limit, math.Float32frombits(uint32(detail>>32)))) {
+		if cost > least*(1+min(limit, errors*math.Float32frombits(uint32(detail>>32)))) {
 			continue
 		}
 		q := math.Float32frombits(uint32(detail))
@@ -578,7 +615,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 		case equals == 0 || better < 0:
 			best, bestOpen, bestQueue, equals = i, open, q, 1
 		case better > 0:
-		case !rest && cost != s.costs[best]:
+		case !rest && !weighted && cost != s.costs[best]:
 			if cost < s.costs[best] {
 				best, equals = i, 1
 			}
@@ -591,6 +628,23 @@ func (s *selection) choose(now load.Instant) *candidate {
 	}
 	return s.seen[best]
 }
+
+const (
+	// equalErrors is how many standard errors of its cost make an endpoint equal to
+	// the cheapest. The cheapest of many is as a rule one or two below what it should
+	// be, and the other as much above.
+	equalErrors = 3
+
+	// Where weights differ, costs are equal up to so much at least, whatever their
+	// error: who gives weights wants shares. With few calls in flight an endpoint of
+	// weight 1 beside one of 2 has another number of them per weight, and its price is
+	// off by as much.
+	equalWeighted = 0.6
+
+	// A stream may last for hours, and its cost is that of its first response: how many
+	// there are matters more, unless an endpoint is much slower than others.
+	equalStreams = 2
+)
 
 // compare orders by the open streams, then by the queue.
 func compare(open, open2 float64, queue, queue2 float32) int {
@@ -612,7 +666,7 @@ func (s *selection) unheard(now load.Instant) *candidate {
 	var oldest *candidate
 	var longest int32
 	for i, c := range s.seen[:s.count] {
-		if attempts, _ := c.tally.read(); attempts > 0 {
+		if math.Float32frombits(uint32(c.detail.Load())) > 0 {
 			continue
 		}
 		heard := c.heard.Load()
@@ -696,6 +750,11 @@ type pick struct {
 	inner     func(balancer.DoneInfo) // the child's Done
 	uses      uint32                  // how many attempts without a tracker it was
 
+	// Of a pick that is a sample for the limit of its endpoint.
+	limit *foundLimit // nil if it is none
+	began load.Instant
+	mark  uint8
+
 	// Of a pick with a tracker.
 	track  *tracker
 	state  atomic.Uint32
@@ -772,7 +831,8 @@ func (k *pick) respond() {
 	}
 }
 
-// finish tells the meter, once. err is for people to look at.
+// finish tells the meter, once, how an attempt ended. err is for people to look at, and for
+// the limit of the endpoint.
 func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	responded := false
 	if k.track != nil {
@@ -791,14 +851,21 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 		k.picker.policy.metrics.sampleDropped(o)
 	}
 	k.meter.Finish(load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded})
+	if k.meter.timeless && o != load.Completed {
+		k.candidate.detail.Store(special)
+	}
+	if k.limit != nil {
+		k.limit.end(k, o, err)
+	}
 	if responded {
 		k.candidate.tally.add(-oneStream)
 	} else {
 		k.candidate.tally.add(-oneAttempt)
 	}
 	k.candidate.changed()
+	k.picker.policy.queue.admit(k.candidate)
 	if k.track == nil {
-		k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner = nil, nil, nil, nil, nil, nil
+		k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner, k.limit = nil, nil, nil, nil, nil, nil, nil
 		k.pool.Put(k)
 	}
 }

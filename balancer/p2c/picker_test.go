@@ -873,6 +873,10 @@ func TestOutcomesOfDoneInfo(t *testing.T) {
 	cancel()
 	cutShort, cut := context.WithCancelCause(context.Background())
 	cut(statusError("DEADLINE_EXCEEDED"))
+	past, cancelPast := context.WithDeadline(context.Background(), time.Now().Add(-time.Second))
+	defer cancelPast()
+	later, cancelLater := context.WithTimeout(context.Background(), time.Hour)
+	defer cancelLater()
 	bg := context.Background()
 	large := status.Error(codes.ResourceExhausted, "trying to send message larger than max (5 vs. 4)")
 	answer := status.Error(codes.ResourceExhausted, "grpc: received message larger than max (5 vs. 4)")
@@ -890,14 +894,16 @@ func TestOutcomesOfDoneInfo(t *testing.T) {
 		{"cancelled while waiting for a stream", cancelled, balancer.DoneInfo{Err: statusError("CANCELLED")}, load.Cancelled},
 		{"cancelled by the caller", cancelled, balancer.DoneInfo{BytesSent: true, Err: statusError("CANCELLED")}, load.Cancelled},
 		{"cancelled by the server", bg, balancer.DoneInfo{BytesSent: true, Err: statusError("CANCELLED")}, load.Failed},
-		{"cut short by a layer's deadline", cutShort, balancer.DoneInfo{BytesSent: true, Err: statusError("CANCELLED")}, load.Failed},
+		{"cut short by a layer's deadline", cutShort, balancer.DoneInfo{BytesSent: true, Err: statusError("CANCELLED")}, load.Expired},
 		{"a request that the client could not send", bg, balancer.DoneInfo{BytesSent: true, Err: large}, load.NotSent},
 		{"an answer that the client could not take", bg, balancer.DoneInfo{BytesSent: true, Err: answer}, load.Completed},
 		{"a server that says what the client says", bg, balancer.DoneInfo{BytesSent: true, Err: large, Trailer: spoken}, load.Failed},
 		{"an answer that is an error", bg, balancer.DoneInfo{BytesSent: true, Err: statusError("NOT_FOUND")}, load.Completed},
 		{"unavailable", bg, balancer.DoneInfo{BytesSent: true, Err: statusError("UNAVAILABLE")}, load.Failed},
 		{"unimplemented", bg, balancer.DoneInfo{BytesSent: true, Err: statusError("UNIMPLEMENTED")}, load.Failed},
-		{"deadline", bg, balancer.DoneInfo{BytesSent: true, Err: statusError("DEADLINE_EXCEEDED")}, load.Failed},
+		{"the server's own deadline", bg, balancer.DoneInfo{BytesSent: true, Err: statusError("DEADLINE_EXCEEDED")}, load.Failed},
+		{"the server's own deadline, long before the call's", later, balancer.DoneInfo{BytesSent: true, Err: statusError("DEADLINE_EXCEEDED")}, load.Failed},
+		{"the call's deadline", past, balancer.DoneInfo{BytesSent: true, Err: statusError("DEADLINE_EXCEEDED")}, load.Expired},
 	} {
 		bubble(t, func(t *testing.T, w *world) {
 			o, recorder := newObserver(t)

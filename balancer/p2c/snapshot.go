@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/connectivity"
 
+	"github.com/belfry-go/belfry/limit"
 	"github.com/belfry-go/belfry/load"
 )
 
@@ -28,6 +29,9 @@ type Snapshot struct {
 	// Picks is the number of attempts that the policy has sent to the endpoints that are
 	// listed now.
 	Picks uint64
+	// Waiting is the number of calls that wait for an endpoint with room for them, see the
+	// field endpointLimit of the config.
+	Waiting int
 	// Endpoints are in the order in which the resolver lists them.
 	Endpoints []EndpointSnapshot
 }
@@ -49,6 +53,11 @@ type EndpointSnapshot struct {
 	InFlight int
 	// Streams is the number of open streams: those that have had a response.
 	Streams int
+	// Limit is how many attempts and open streams the endpoint may have together; 0 if
+	// there is no limit. Algorithm is what the algorithm thinks that finds it, and zero
+	// for a fixed one.
+	Limit     int64
+	Algorithm limit.State
 	// Load is what one more attempt costs, according to the metric. The unit is the
 	// metric's: nanoseconds for expectedLatency and peakEwma, attempts for pendingRequests.
 	Load float64
@@ -80,6 +89,8 @@ const (
 	NotReady PassedOver = "not READY"
 	// OnlyFailed is an endpoint that has answered nothing yet, but failed.
 	OnlyFailed PassedOver = "all attempts have failed"
+	// Full is an endpoint with as many attempts and streams as its Limit.
+	Full PassedOver = "full"
 	// CostsMore is an endpoint whose Load is above that of the cheapest by more than the
 	// metric's error.
 	CostsMore PassedOver = "costs more"
@@ -145,6 +156,7 @@ func (b *policy) snapshot() Snapshot {
 	p := b.picker
 	s := Snapshot{Target: b.target, Locality: b.metrics.locality, State: b.published}
 	b.mu.Unlock()
+	s.Waiting = int(b.queue.waiting.Load())
 	eps := b.all.Load()
 	if p == nil || eps == nil || len(*eps) == 0 {
 		return s
@@ -172,6 +184,7 @@ func (b *policy) snapshot() Snapshot {
 			Samples:   details.Samples,
 			Failures:  m.failures.Load(),
 		}
+		e.Limit, e.Algorithm = m.room.state()
 		if f := m.failure.Load(); f != nil {
 			e.LastFailure, e.FailedAt = f.err, wall.Add(time.Duration(f.at-now))
 		}
@@ -181,6 +194,8 @@ func (b *policy) snapshot() Snapshot {
 			e.PassedOver = NotReady
 		case e.State != connectivity.Ready:
 			e.PassedOver = NotReady
+		case e.Limit > 0 && int64(e.InFlight+e.Streams) >= e.Limit:
+			e.PassedOver = Full
 		case m.health.Load() == everFailed:
 			e.PassedOver = OnlyFailed
 		case least < 0 || e.Load < s.Endpoints[least].Load:
@@ -188,8 +203,8 @@ func (b *policy) snapshot() Snapshot {
 		}
 	}
 	equal := func(i int) bool {
-		limit := min(estimates[i].Error, float64(p.config.equalUnderLoad))
-		return s.Endpoints[i].PassedOver == "" && s.Endpoints[i].Load <= s.Endpoints[least].Load*(1+limit)
+		within := min(estimates[i].Error, float64(p.config.equalUnderLoad))
+		return s.Endpoints[i].PassedOver == "" && s.Endpoints[i].Load <= s.Endpoints[least].Load*(1+within)
 	}
 	if least >= 0 {
 		leastQueue = estimates[least].Queue

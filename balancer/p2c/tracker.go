@@ -22,6 +22,7 @@ type tracker struct {
 	tried   attempt.Tried
 	conn    *grpc.ClientConn
 	stream  bool
+	room    attempt.RoomOption   // how long the call may wait for an endpoint with room; nil if its context says
 	used    atomic.Bool          // first is taken
 	first   pick                 // the first attempt's, to save an allocation
 	current atomic.Pointer[pick] // the last attempt's
@@ -112,6 +113,7 @@ func (i *interceptors) check(t *tracker, cc *grpc.ClientConn) {
 
 func (i *interceptors) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) (err error) {
 	t := newTracker(ctx, method, cc)
+	t.room = attempt.RoomOptionOf(opts)
 	defer func() { t.end(err) }()
 	if err = invoker(&t.attempt, method, req, reply, cc, opts...); err == nil {
 		i.check(t, cc)
@@ -121,7 +123,7 @@ func (i *interceptors) unary(ctx context.Context, method string, req, reply any,
 
 func (i *interceptors) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	t := newTracker(ctx, method, cc)
-	t.stream = true
+	t.stream, t.room = true, attempt.RoomOptionOf(opts)
 	// OnFinish is called once, with the true status, also for a stream that nobody
 	// reads any more. The caller's options are not ours to append to.
 	opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(t.end))

@@ -274,7 +274,7 @@ func TestWireAtRestNothingIsInFlightAndOutcomesAreTrue(t *testing.T) {
 		}, codes.Canceled, load.Failed},
 		{"unary past its deadline", func(ctx context.Context, w *wire) error {
 			return w.pastDeadline(ctx, func(ctx context.Context) error { _, err := w.call(ctx, forever); return err })
-		}, codes.DeadlineExceeded, load.Failed},
+		}, codes.DeadlineExceeded, load.Expired},
 		{"unary cancelled", func(ctx context.Context, w *wire) error {
 			ctx, cancel := context.WithCancel(ctx)
 			go func() {
@@ -373,7 +373,7 @@ func TestWireAtRestNothingIsInFlightAndOutcomesAreTrue(t *testing.T) {
 				}
 				return drain(func() error { _, err := s.Recv(); return err })
 			})
-		}, codes.DeadlineExceeded, load.Failed},
+		}, codes.DeadlineExceeded, load.Expired},
 	}
 	for _, untracked := range []bool{false, true} {
 		for _, k := range kinds {

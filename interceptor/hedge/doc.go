@@ -105,9 +105,9 @@
 // is how long that takes. What was sent is kept until then, encoded, and sent to extra
 // attempts as well, as by package retry. Before that an attempt that SendMsg or Header
 // finds to have failed with one of NonFatal is followed by another one. A stream is not
-// hedged if it sends more than BufferBytes first, or if it cannot be opened. Header ends
-// the race, or keeps one from beginning: the stream is then the attempt whose header it
-// returns.
+// hedged if it sends more than BufferBytes first, or if it cannot be opened. Header waits
+// beside the race for the header of the oldest attempt that has not failed. When that comes
+// it ends the race, and the stream is that attempt.
 //
 // # Order
 //

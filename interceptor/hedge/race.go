@@ -48,6 +48,7 @@ type race struct {
 	running  int         // Attempts, and goroutines that are about to make one.
 	closed   bool        // No attempt starts any more.
 	decided  bool        // The call ends with best.
+	chosen   *try        // Of a stream: the attempt with which the call ends, however that ends.
 	best     *try        // The attempt that the call would end with now,
 	rank     rank        // how much its end says,
 	err      error       // and its error.
@@ -191,7 +192,7 @@ func (r *race) unwind(t *try) {
 	case p != nil:
 		r.panicked = p // For the caller's goroutine.
 		r.decideLocked(t, errGone)
-	case r.best == nil:
+	case r.best == nil || r.chosen == t:
 		r.best, r.err = t, errGone
 	}
 	t.over = true
@@ -430,8 +431,8 @@ func (r *race) judgeLocked(t *try, err error, rank rank, v Verdict, now intercep
 	if v == ByCode {
 		v, more = r.byCode(err, rank)
 	}
-	if r.best == nil || rank >= r.rank {
-		if r.best != nil {
+	if r.best == nil || rank >= r.rank || t == r.chosen {
+		if r.best != nil && r.best != t {
 			r.best.cancel()
 		}
 		r.best, r.rank, r.err, r.refusal = t, rank, err, nil
@@ -439,7 +440,7 @@ func (r *race) judgeLocked(t *try, err error, rank rank, v Verdict, now intercep
 	if rank == answer && !over {
 		r.record(t.start, now, err)
 	}
-	if v == Answer || over {
+	if v == Answer || over || t == r.chosen {
 		r.decideLocked(t, err)
 		if t != &r.first && !r.first.over && !over {
 			// The time of a first attempt until another one won is less than it would have
@@ -514,7 +515,7 @@ func (r *race) rankOf(t *try, err error) rank {
 		return notSent
 	case refused && refusal.Reason == interceptor.ReasonDeadline:
 		return deadline
-	case !t.call.Internals().Outcome(t.ctx, err).Sent():
+	case !t.call.Internals().LastOutcome(t.ctx, err).Sent():
 		return notSent
 	}
 	switch status.Code(err) {

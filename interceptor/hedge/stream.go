@@ -130,21 +130,47 @@ func (s *stream) message(t *try) any {
 	return t.reply
 }
 
-// Choose ends the race.
-func (s *stream) Choose() *replay.Lane {
+// Choose ends the race with an attempt.
+func (s *stream) Choose(l *replay.Lane) *replay.Lane {
 	r := &s.race
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.decided {
-		if r.err != nil {
+		if r.err != nil || l != nil && l != r.best.lane {
 			return nil // The end of the race says so.
 		}
 		return r.best.lane
 	}
-	for _, t := range append([]*try{&r.first}, r.extra...) {
-		if t.lane != nil && !t.over && !t.lost {
-			r.closeLocked(t)
-			return t.lane
+	t := r.openLocked(l)
+	if t == nil {
+		return nil
+	}
+	r.chosen = t
+	r.closeLocked(t)
+	return t.lane
+}
+
+// Running returns an attempt that is open.
+func (s *stream) Running() *replay.Lane {
+	r := &s.race
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if t := r.openLocked(nil); t != nil && !r.decided {
+		return t.lane
+	}
+	return nil
+}
+
+// openLocked returns the attempt whose stream is l, or the first one if that is nil, if it is
+// open and may still win. Caller must hold r.mu.
+func (r *race) openLocked(l *replay.Lane) *try {
+	for i := -1; i < len(r.extra); i++ {
+		t := &r.first
+		if i >= 0 {
+			t = r.extra[i]
+		}
+		if t.lane != nil && !t.over && !t.lost && (l == nil || l == t.lane) {
+			return t
 		}
 	}
 	return nil

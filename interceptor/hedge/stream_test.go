@@ -29,6 +29,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/test/race"
 	"github.com/belfry-go/belfry/internal/testserver"
@@ -235,13 +236,6 @@ func TestStreamWithoutMessageIsSuccess(t *testing.T) {
 
 func TestStreamNotHedged(t *testing.T) {
 	for name, prepare := range map[string]func(t *testing.T, s grpc.BidiStreamingClient[testingv1.BidiRequest, testingv1.BidiResponse]){
-		"header": func(t *testing.T, s grpc.BidiStreamingClient[testingv1.BidiRequest, testingv1.BidiResponse]) {
-			go func() {
-				if md, err := s.Header(); err != nil || !slices.Equal(md.Get("attempt"), []string{"0"}) {
-					t.Errorf("header %v, %v; want the first attempt's", md, err)
-				}
-			}()
-		},
 		"too much": func(t *testing.T, s grpc.BidiStreamingClient[testingv1.BidiRequest, testingv1.BidiResponse]) {
 			if err := s.Send(&testingv1.BidiRequest{Payload: make([]byte, 2000)}); err != nil {
 				t.Error(err)
@@ -289,6 +283,100 @@ func TestStreamNotHedged(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A caller that waits for the header beside Recv does not keep the stream from being
+// repeated or hedged, and gets the header of the attempt that it continues with.
+func TestStreamHeaderBesideRace(t *testing.T) {
+	for name, script := range map[string]func(n int, s grpc.ServerStream) error{
+		"slow": delays(time.Hour, 5*ms),
+		"failed": func(n int, s grpc.ServerStream) error {
+			time.Sleep(5 * ms)
+			if n == 0 {
+				return unavailable
+			}
+			return nil
+		},
+	} {
+		for _, first := range []bool{false, true} { // Header before Recv, or after.
+			t.Run(fmt.Sprintf("%s/header_first=%v", name, first), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					c, n := dial(t, script, mustNew(t, fixed))
+					s, err := c.Bidi(t.Context())
+					if err != nil {
+						t.Fatal(err)
+					}
+					if err := s.Send(&testingv1.BidiRequest{Payload: []byte("a")}); err != nil {
+						t.Fatal(err)
+					}
+					header := func() {
+						if md, err := s.Header(); err != nil || !slices.Equal(md.Get("attempt"), []string{"1"}) {
+							t.Errorf("header %v, %v; want the second attempt's", md, err)
+						}
+					}
+					received := make(chan string, 1)
+					receive := func() {
+						r, err := s.Recv()
+						if err != nil {
+							t.Error(err)
+						}
+						received <- string(r.GetPayload())
+					}
+					if first {
+						go func() { time.Sleep(ms); receive() }()
+						header()
+					} else {
+						go receive()
+						time.Sleep(ms)
+						header()
+					}
+					if got := <-received; got != "a" || n.Load() != 2 {
+						t.Errorf("received %q of %d attempts, want a of 2", got, n.Load())
+					}
+				})
+			})
+		}
+	}
+}
+
+// Once a race is ended by what the caller does, the stream is the attempt that was chosen,
+// however that ends, and not one that failed before.
+func TestStreamEndsAsItsChosenAttempt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conf := fixed
+		conf.BufferBytes = 1000
+		c, _ := dial(t, func(n int, s grpc.ServerStream) error {
+			s.SetTrailer(metadata.Pairs("attempt", fmt.Sprint(n)))
+			time.Sleep(5 * ms)
+			if n == 0 {
+				return status.Error(codes.Unavailable, "0")
+			}
+			<-s.Context().Done()
+			return s.Context().Err()
+		}, mustNew(t, conf), timeout.Config{FirstResponse: time.Second})
+		var trailer metadata.MD
+		s, err := c.Bidi(t.Context(), grpc.Trailer(&trailer))
+		if err != nil {
+			t.Fatal(err)
+		}
+		send := func(size int) {
+			if err := s.Send(&testingv1.BidiRequest{Payload: make([]byte, size)}); err != nil {
+				t.Error(err)
+			}
+		}
+		send(10)
+		ended := make(chan error, 1)
+		go func() {
+			_, err := s.Recv()
+			ended <- err
+		}()
+		time.Sleep(50 * ms) // The first attempt has failed.
+		send(2000)          // More than is kept, so the second one is chosen.
+		err = <-ended
+		if len(trailer.Get("attempt")) != 0 || status.Code(err) != codes.DeadlineExceeded {
+			t.Errorf("the stream ended with %v and trailer %v; want the deadline of the second attempt, which sent none", err, trailer)
+		}
+	})
 }
 
 // noted notes the contexts of attempts.

@@ -21,6 +21,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
@@ -204,4 +205,56 @@ func TestDeadlineDoesNotReplaceAnswer_stream(t *testing.T) {
 			t.Errorf("got %v after %d attempts, want UNAVAILABLE of the second", err, n.Load())
 		}
 	})
+}
+
+// secondFails is a credential that has no token for the second attempt.
+type secondFails struct{ n atomic.Int32 }
+
+func (c *secondFails) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	if c.n.Add(1) == 2 {
+		return nil, errors.New("no token")
+	}
+	return nil, nil
+}
+
+func (*secondFails) RequireTransportSecurity() bool { return false }
+
+// A retry inside the first attempt of a hedge has no token for its second attempt: that is
+// no answer, so the extra attempt is made and wins.
+func TestRetryWithoutTokenIsNoAnswer(t *testing.T) {
+	for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ServerStream} {
+		synctest.Test(t, func(t *testing.T) {
+			var n atomic.Int32
+			fail := func() error {
+				if n.Add(1) == 1 {
+					time.Sleep(15 * ms) // The extra attempt runs.
+					return unavailable
+				}
+				time.Sleep(30 * ms)
+				return nil
+			}
+			srv := testserver.New(t, testserver.InMemory(), testserver.GRPC(
+				grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+					if err := fail(); err != nil {
+						return nil, err
+					}
+					return handler(ctx, req)
+				}),
+				grpc.ChainStreamInterceptor(func(srv any, s grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+					if err := fail(); err != nil {
+						return err
+					}
+					return handler(srv, s)
+				})))
+			creds := new(secondFails)
+			creds.n.Store(-1) // The hedge's extra attempt is the second to ask, the retry the third.
+			conf := fixed
+			conf.Delay = 10 * ms
+			l := calltest.Stack(t, mustNew(t, conf), retry.Config{AllMethods: true, Backoff: retry.Backoff{Initial: ms, Max: ms}})
+			conn := testserver.Dial(t, srv, append(l.DialOptions(), grpc.WithPerRPCCredentials(creds))...)
+			if _, err := calltest.Exchange(t.Context(), testingv1.NewTestServiceClient(conn), kind); err != nil {
+				t.Errorf("%v: %v, want the answer of the extra attempt", kind, err)
+			}
+		})
+	}
 }

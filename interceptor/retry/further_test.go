@@ -255,6 +255,9 @@ func TestMaxServerDelay(t *testing.T) {
 					if _, refused := interceptor.AsRefusal(err); refused || status.Code(err) != codes.Unavailable {
 						t.Errorf("got %v, want the server's error", err)
 					}
+					if strings.Contains(err.Error(), "more than MaxServerDelay") == tc.want {
+						t.Errorf("%v: does it say that the delay is too long? want %v", err, !tc.want)
+					}
 					if took := time.Since(start); (took > 0) != tc.want || (s.attempts() > 1) != tc.want {
 						t.Errorf("%d attempts in %v, repeated: %v", s.attempts(), took, tc.want)
 					}
@@ -262,6 +265,19 @@ func TestMaxServerDelay(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A back-off that would end after the call's deadline is not begun, and the error says so.
+func TestDeadlineBeforeNextAttempt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := fails(t, unavailable)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := s.call(ctx, nil, mustNew(t, retry.Config{Backoff: retry.Backoff{Initial: time.Minute, Max: time.Minute, Jitter: retry.NoJitter}}))
+		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "the call's deadline passes before the delay of 1m0s") {
+			t.Errorf("%v, want UNAVAILABLE, and why it is not repeated", err)
+		}
+	})
 }
 
 // A connection that cannot be made for 1 s, and calls that must not be sent twice.

@@ -6,6 +6,7 @@ package retry
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -361,7 +362,7 @@ func (s *series) step(ctx context.Context, last *failure) (again *failure, err e
 		return nil, v.err
 	}
 	if t, ok := ctx.Deadline(); ok && interceptor.Now().Add(v.after) >= interceptor.InstantOf(t) {
-		return nil, last.Err
+		return nil, notRepeated(last.Err, "the call's deadline passes before the delay of %v", v.after)
 	}
 	a, refused := s.Make(ctx, further.Plan{Delay: v.after, After: last.Err, Reason: v.reason, Run: s.run})
 	if refused != nil {
@@ -406,7 +407,14 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	}
 	var wish attempt.Wish
 	if last.Err != nil {
-		if wish = attempt.WishOf(last.Err, last.trailer); wish.Stop || wish.After > set.longest {
+		wish = attempt.WishOf(last.Err, last.trailer)
+		switch {
+		case wish.Stop:
+			return stop
+		case wish.After > set.longest:
+			if !spent && set.decide(last, wish).Repeat {
+				stop.err = tooLong(last.Err, wish.After, set)
+			}
 			return stop
 		}
 	}
@@ -425,8 +433,10 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 		d.Reason = status.Code(last.Err).String()
 	}
 	switch {
-	case !d.Repeat || spent || d.After > set.longest:
+	case !d.Repeat || spent:
 		return stop
+	case d.After > set.longest:
+		return verdict{err: tooLong(last.Err, d.After, set)}
 	case last.Outcome.Sent() && !d.Safe && !s.Maker.May(&set.methods, s.Call.Call):
 		return verdict{err: s.NotIdempotent(last.Err)}
 	case d.Exact:
@@ -435,6 +445,29 @@ func (s *series) judge(ctx context.Context, last *failure) verdict {
 	}
 	return verdict{repeat: true, after: s.delays.atLeast(&set.backoff, d.After), reason: d.Reason}
 }
+
+func tooLong(err error, delay time.Duration, set *settings) error {
+	return notRepeated(err, "the delay that is asked for, %v, is more than MaxServerDelay, %v", delay, set.longest)
+}
+
+// notRepeated returns err, of an attempt that is not repeated, with the reason in its text.
+// Nil stays nil.
+func notRepeated(err error, format string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	return &unrepeated{err, fmt.Sprintf(format, args...)}
+}
+
+// unrepeated is an error with a reason. It has the status of the attempt.
+type unrepeated struct {
+	err error
+	why string
+}
+
+func (e *unrepeated) Error() string              { return fmt.Sprintf("%v (not repeated: %s)", e.err, e.why) }
+func (e *unrepeated) Unwrap() error              { return e.err }
+func (e *unrepeated) GRPCStatus() *status.Status { return status.Convert(e.err) }
 
 // ask asks the policy about an attempt, whose error it may replace.
 func (s *series) ask(ctx context.Context, last *failure, def Decision) Decision {

@@ -5,6 +5,9 @@ package retry
 
 import (
 	"context"
+	"io"
+
+	"google.golang.org/grpc"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/further"
@@ -23,6 +26,7 @@ func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.
 	err := next(ctx, c)
 	may := l.policy != nil || l.maker.May(&set.methods, c) // A policy may know that it is safe.
 	if err == nil && !may {
+		c.SetStream(&unrepeatable{ClientStream: c.Stream(), ctx: ctx, series: series{Call: of, layer: l, next: next, made: 1}})
 		return nil
 	}
 	s := &stream{ctx: ctx, series: series{Call: of, layer: l, next: next}}
@@ -39,12 +43,41 @@ func (l *Layer) open(ctx context.Context, c *interceptor.Call, next interceptor.
 		c.Adopt(last.Call)
 	}
 	if !may { // The method may not be repeated, and now it was sent.
-		c.SetStream(last.Call.Stream())
+		s.series.made = 1
+		c.SetStream(&unrepeatable{ClientStream: last.Call.Stream(), ctx: ctx, series: s.series})
 		return nil
 	}
 	s.Init(replay.Config{Context: ctx, Call: c, Options: opts, Layer: s, Limit: set.buffer, Total: &l.kept, Most: set.total}, s.lane(last.Call))
 	c.SetStream(s)
 	return nil
+}
+
+// unrepeatable is a stream whose method may not be repeated. If it fails as one that would
+// be, the error says what is missing.
+type unrepeatable struct {
+	grpc.ClientStream
+	ctx      context.Context
+	series   series
+	received bool // RecvMsg has returned, so nothing would be repeated. Used by RecvMsg alone.
+}
+
+func (s *unrepeatable) RecvMsg(m any) error {
+	err := s.ClientStream.RecvMsg(m)
+	first := !s.received
+	s.received = true
+	if !first || err == nil || err == io.EOF {
+		return err
+	}
+	last := failureOf(s.series.Call.Call, s.ClientStream, err)
+	if v := s.series.judge(s.ctx, last); !v.repeat {
+		return v.err
+	}
+	return err
+}
+
+// failureOf is how an attempt whose stream was open has failed.
+func failureOf(c *interceptor.Call, s grpc.ClientStream, err error) *failure {
+	return &failure{Attempt: further.Attempt{Call: c, Err: err, Outcome: interceptor.Failed}, trailer: s.Trailer()}
 }
 
 // stream is a stream that can be repeated.
@@ -64,7 +97,7 @@ func (s *stream) lane(c *interceptor.Call) *replay.Lane {
 func (s *stream) Repeat(l *replay.Lane, err error) (*replay.Lane, error) {
 	ctx, cancel := context.WithCancel(s.ctx)
 	s.cancel = cancel
-	last := &failure{Attempt: further.Attempt{Call: l.Call, Err: err, Outcome: interceptor.Failed}, trailer: l.Trailer()}
+	last := failureOf(l.Call, l, err)
 	if s.series.layer.policy != nil {
 		last.header, _ = l.Header() // There already, if there is one.
 	}

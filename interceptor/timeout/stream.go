@@ -7,6 +7,7 @@ import (
 	"context"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -30,6 +31,9 @@ func (l *Layer) stream(ctx context.Context, c *interceptor.Call, next intercepto
 	}
 	st := &stream{
 		layer: l, settings: s, kind: c.Kind(), ctx: ctx, end: c.Internals().StreamEnd(), began: c.Internals().AdmittedAt(),
+	}
+	if s.Idle > 0 {
+		st.sends = c.Internals().Sends()
 	}
 	st.own = ctx
 	if s.Lifetime > 0 {
@@ -82,6 +86,7 @@ type stream struct {
 	release  context.CancelFunc      // Frees the deadline in own; nil if there is none.
 	cancel   context.CancelCauseFunc // Ends own.
 	end      interceptor.StreamEnd
+	sends    *atomic.Uint32      // Messages that were sent; nil if Idle is off.
 	began    interceptor.Instant // When it was admitted,
 	until    interceptor.Instant // and when its lifetime ends; 0 if that is not bounded here.
 
@@ -90,6 +95,7 @@ type stream struct {
 	due       dues
 	fires     interceptor.Instant // When the timer fires; 0 if it does not.
 	timer     *time.Timer
+	seen      uint32 // What sends was when idle was extended last.
 	responded bool
 	over      bool
 	cut       *interceptor.Refusal // What has cut it short.
@@ -140,6 +146,9 @@ func (s *stream) fire() {
 	s.mu.Lock()
 	s.fires = 0
 	now := interceptor.Now()
+	if s.due.idle != 0 && s.sentLocked() { // By a layer inside that had kept it.
+		s.due.idle = now.Add(s.settings.Idle)
+	}
 	b, at := s.earliestLocked()
 	if s.over || at == 0 || at > now {
 		s.armLocked(now)
@@ -230,11 +239,20 @@ func (s *stream) moved(at *interceptor.Instant, err error) (cut *interceptor.Ref
 		}
 		s.responded, s.due.first = true, 0
 	}
-	if now != 0 {
+	if now != 0 && (s.sentLocked() || at != &s.due.send) {
 		s.due.idle = now.Add(s.settings.Idle)
 		s.armLocked(now)
 	}
 	return cut
+}
+
+// sentLocked reports whether a message was sent since it was called last. What a layer
+// inside only keeps was not. Caller must hold s.mu.
+func (s *stream) sentLocked() bool {
+	n := s.sends.Load()
+	sent := n != s.seen
+	s.seen = n
+	return sent
 }
 
 // asked records that there is something to respond to.

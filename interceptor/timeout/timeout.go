@@ -40,7 +40,8 @@ type Config struct {
 	// Message bounds how long one RecvMsg may wait for a message, and one SendMsg for
 	// room to send one.
 	Message time.Duration
-	// Idle bounds how long a stream may be without a message received or sent. It
+	// Idle bounds how long a stream may be without a message received or sent. A message
+	// that a retry inside keeps until it makes another attempt is not sent before that. It
 	// also counts while nobody reads from the stream, and so ends streams that were
 	// abandoned.
 	Idle time.Duration

@@ -1086,7 +1086,7 @@ func TestStreamTimerIsSetRarely(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(context.Background())
 		st := &stream{
 			ClientStream: &tape{ctx: ctx, recvs: append(recvs, 0)},
-			layer:        l, settings: l.settings.Load(), kind: interceptor.ServerStream, ctx: ctx, own: ctx, cancel: cancel,
+			layer:        l, settings: l.settings.Load(), kind: interceptor.ServerStream, ctx: ctx, own: ctx, cancel: cancel, sends: new(atomic.Uint32),
 		}
 		st.moved(nil, nil)
 		set, last := 0, interceptor.Instant(0)

@@ -201,3 +201,42 @@ func TestStreamsCutShortAreDeadlines(t *testing.T) {
 		})
 	}
 }
+
+// A message that is only kept, while a retry backs off, does not keep a stream from being
+// idle.
+func TestKeptMessagesDoNotRenewIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv := testserver.New(t, testserver.InMemory(), testserver.GRPC(grpc.ChainStreamInterceptor(
+			func(any, grpc.ServerStream, *grpc.StreamServerInfo, grpc.StreamHandler) error {
+				return status.Error(codes.Unavailable, "gone")
+			})))
+		stack, err := interceptor.NewStack(timeout.Config{Idle: 100 * time.Millisecond},
+			retry.Config{AllMethods: true, Backoff: retry.Backoff{Initial: time.Hour, Max: time.Hour}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := testingv1.NewTestServiceClient(testserver.Dial(t, srv, stack.DialOptions()...)).Bidi(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		ended := make(chan error, 1)
+		go func() {
+			_, err := s.Recv()
+			ended <- err
+		}()
+		for range 20 {
+			s.Send(&testingv1.BidiRequest{})
+			time.Sleep(50 * time.Millisecond)
+			if stack.InFlight() == 0 {
+				break
+			}
+		}
+		if took := time.Since(start); stack.InFlight() != 0 || took > 200*time.Millisecond {
+			t.Errorf("after %v %d streams are in flight, want none after 200ms", took, stack.InFlight())
+		}
+		if err := <-ended; status.Code(err) != codes.DeadlineExceeded && status.Code(err) != codes.Unavailable {
+			t.Errorf("the stream ended with %v", err)
+		}
+	})
+}

@@ -47,9 +47,7 @@ const (
 // Calls of all four kinds are retried and hedged on servers that fail at random, over
 // connections that break, by callers that behave at random. Each message must arrive
 // once and in order, each outcome must be that of one attempt, and nothing may be left.
-// What is random is what happens, not what must hold, so it cannot fail by chance, but for
-// one thing: about one call of 50,000 that fails has no trailer. One of 500 is tolerated,
-// which 1,500 calls exceed once in 100,000 runs.
+// What is random is what happens, not what must hold, so it cannot fail by chance.
 func TestStress(t *testing.T) {
 	seed := *stressSeed
 	if seed == 0 {
@@ -115,7 +113,7 @@ func TestStress(t *testing.T) {
 		t.Error(err)
 	}
 	t.Logf("%d calls, %d succeeded, %d attempts reached a server, %d failures without a trailer", *stressCalls, w.ok.Load(), w.attempts.Load(), w.bare.Load())
-	if n := w.bare.Load(); n > 1+int64(*stressCalls)/500 {
+	if n := w.bare.Load(); n > 0 {
 		t.Errorf("%d calls failed without the trailer of the attempt whose failure it was", n)
 	}
 	if w.ok.Load() < int64(*stressCalls)/20 { // On a busy machine attempts last longer than stressAttempt.
@@ -425,7 +423,7 @@ func (c *caller) check(err error) {
 			c.errorf("it has the error of another one: %v", err)
 		}
 		// At the end of its time a call may return the failure of an attempt without its
-		// trailer, which gRPC was still writing. Elsewhere that is rare, see TestStress.
+		// trailer, which gRPC was still writing.
 		switch late := time.Since(c.start) >= stressPatience; {
 		case len(trailer) == 0 && !late:
 			c.w.bare.Add(1)

@@ -8,11 +8,14 @@ package lazystream
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/internal/result"
 )
 
 // Has reports whether streams of desc have one request, which is their first message.
@@ -30,6 +33,7 @@ type stream struct {
 	open func(req any) (grpc.ClientStream, error)
 
 	once   sync.Once
+	begun  atomic.Bool
 	opened chan struct{} // Closed when the fields below are set.
 	inner  grpc.ClientStream
 	err    error
@@ -38,6 +42,7 @@ type stream struct {
 // begin opens the stream unless that was done.
 func (s *stream) begin(req any) error {
 	s.once.Do(func() {
+		s.begun.Store(true)
 		defer close(s.opened)
 		s.err = status.Error(codes.Internal, "belfry: opening the stream panicked") // Stays only then.
 		s.inner, s.err = s.open(req)
@@ -57,8 +62,14 @@ func (s *stream) wait() error {
 	case <-s.opened:
 		return s.err
 	case <-s.ctx.Done():
-		return status.FromContextError(s.ctx.Err()).Err()
 	}
+	if s.begun.Load() { // Its end is told by the stream, once that has written its results.
+		result.Await(s.opened)
+		if s.isOpen() {
+			return nil
+		}
+	}
+	return status.FromContextError(s.ctx.Err()).Err()
 }
 
 // isOpen reports whether the stream is open, without waiting.

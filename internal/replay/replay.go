@@ -82,10 +82,14 @@ type Racer interface {
 	// Race receives the first message from l or from an attempt beside it, and says which.
 	// After it no attempt follows.
 	Race(l *Lane, m any) (*Lane, error)
-	// Choose ends a race that runs: it chooses an attempt that is open and has not failed,
-	// and cancels the others. It returns nil if there is none now. Unlike the other methods
-	// it is called concurrently.
-	Choose() *Lane
+	// Choose ends a race that runs: it chooses l, or if that is nil any attempt that is
+	// open and has not failed, and cancels the others. Then the race ends as that attempt
+	// does. It returns nil if it cannot, because l has failed or there is none now. Unlike
+	// Race and Repeat it is called concurrently.
+	Choose(l *Lane) *Lane
+	// Running returns an attempt of a race that runs, which is open and has not failed, nil
+	// if there is none now. It is called concurrently.
+	Running() *Lane
 }
 
 // Config is what a Stream needs to know.
@@ -115,7 +119,6 @@ type Stream struct {
 	changes int       // How often it was signalled.
 	cur     *Lane
 	turn    turn
-	asked   int  // How many wait for the header of cur.
 	final   bool // cur is the last.
 	ended   bool // The stream is over, and nothing is kept.
 	closed  bool // CloseSend was called.
@@ -205,7 +208,7 @@ func (s *Stream) commitNowLocked() {
 		case racing:
 			n := s.changes
 			s.mu.Unlock()
-			l := s.Layer.(Racer).Choose()
+			l := s.Layer.(Racer).Choose(nil)
 			s.mu.Lock()
 			if l != nil {
 				s.commitLocked(l)
@@ -328,13 +331,12 @@ func (s *Stream) first(l *Lane, m any) (*Lane, error) {
 	return won, err
 }
 
-// startRace reports whether the layer may race. It does not beside a caller who waits for
-// a header, which must be that of the attempt that wins.
+// startRace reports whether the layer may race.
 func (s *Stream) startRace() bool {
 	decodes := s.decodes()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !decodes || s.asked > 0 || s.final {
+	if !decodes || s.final {
 		return false
 	}
 	s.turn = racing
@@ -415,10 +417,11 @@ func (s *Stream) Pass(l *Lane) {
 }
 
 // resolve finds out how l has ended, as its caller was told by a method that does not say,
-// and replaces it. It reports whether the stream continues without l.
+// and replaces it. A race finds that out by itself. It reports whether the stream continues
+// without l.
 func (s *Stream) resolve(l *Lane) (continues bool) {
 	s.mu.Lock()
-	for s.turn != free && s.cur == l && !l.passed && !s.final {
+	for s.turn != free && (s.cur == l || s.turn == racing) && !l.passed && !s.final {
 		s.changed.Wait()
 	}
 	if s.cur != l || l.passed || s.final {
@@ -446,10 +449,7 @@ func (s *Stream) statusOf(l *Lane) error {
 		if err != nil {
 			return err
 		}
-		// gRPC returns no header of a stream that has ended without one, and then there is
-		// no message. Other connections may return none of a stream that is well, whose
-		// context has not ended.
-		if len(md) > 0 || l.Context().Err() == nil {
+		if !s.headerless(l, md) {
 			return nil
 		}
 		m = new(emptypb.Empty)
@@ -461,8 +461,16 @@ func (s *Stream) statusOf(l *Lane) error {
 	return nil
 }
 
-// Header waits for the header of the current attempt. It commits the stream, because a
-// caller that has seen a header would notice another attempt.
+// headerless reports whether l, whose header is md, has ended without one, and so without a
+// message: gRPC returns no header only then. Other connections may return none of a stream
+// that is well, whose context has not ended.
+func (s *Stream) headerless(l *Lane, md metadata.MD) bool {
+	return len(md) == 0 && (s.Call.Internals().OnGRPC() || l.Context().Err() != nil)
+}
+
+// Header waits for the header of an attempt: the current one, or one of a race. It commits
+// the stream to that, because a caller that has seen a header would notice another attempt.
+// It does not keep a race from starting or from being won by another attempt.
 func (s *Stream) Header() (metadata.MD, error) {
 	if l := s.committed.Load(); l != nil {
 		return l.Header()
@@ -473,36 +481,67 @@ func (s *Stream) Header() (metadata.MD, error) {
 			return l.Header()
 		}
 		md, err := l.Header()
-		s.mu.Lock()
-		s.asked--
-		mine := s.cur == l && !l.passed && s.turn != replacing
-		if mine && err == nil && len(md) > 0 {
-			s.commitLocked(l)
-		}
-		s.mu.Unlock()
 		switch {
-		case mine && err == nil && (len(md) > 0 || l.Context().Err() == nil):
-			return md, nil
-		case mine && !s.resolve(l):
+		case err == nil && !s.headerless(l, md):
+			if s.settleOn(l, len(md) > 0) {
+				return md, nil
+			}
+		case !s.resolve(l):
 			return md, err
 		}
 	}
 }
 
-// ask returns the attempt to ask for its header.
+// ask returns the attempt to ask for its header. It waits while none is open.
 func (s *Stream) ask() (l *Lane, final bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.turn == replacing && !s.final {
+	for !s.final {
+		switch s.turn {
+		case racing:
+			n := s.changes
+			s.mu.Unlock()
+			l := s.Layer.(Racer).Running()
+			s.mu.Lock()
+			if l != nil {
+				return l, s.final && s.cur == l
+			}
+			if n != s.changes || s.final {
+				continue
+			}
+		case replacing:
+		default:
+			return s.cur, false
+		}
 		s.changed.Wait()
 	}
-	if s.turn == racing {
-		s.commitNowLocked()
+	return s.cur, true
+}
+
+// settleOn reports whether l, whose header was asked for, is the attempt to tell of. If
+// there is one it commits to l.
+func (s *Stream) settleOn(l *Lane, header bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.final || l.passed || s.turn == replacing:
+		return s.cur == l && s.final
+	case s.turn == racing && header:
+		s.mu.Unlock()
+		chosen := s.Layer.(Racer).Choose(l)
+		s.mu.Lock()
+		if chosen != l {
+			return s.cur == l && s.final
+		}
+	case s.turn == racing:
+		return true // No header, and still open: a connection that is not gRPC's.
+	case s.cur != l:
+		return false
 	}
-	if !s.final {
-		s.asked++
+	if header {
+		s.commitLocked(l)
 	}
-	return s.cur, s.final
+	return !header || s.cur == l
 }
 
 // SendMsg returns nil if the message was sent, or kept for an attempt that continues.

@@ -67,14 +67,21 @@ const patience = time.Second
 
 // Await waits for an attempt that is about to end to write its variables.
 func (v *Vars) Await() {
-	if v == nil || v.Written() {
-		return
+	if v != nil && !v.Written() {
+		Await(v.done)
 	}
+}
+
+// Await waits until done is closed, by the end of an attempt or operation that is about to
+// come. It gives up after a second, and then returns false.
+func Await(done <-chan struct{}) bool {
 	t := time.NewTimer(patience)
 	defer t.Stop()
 	select {
-	case <-v.done:
+	case <-done:
+		return true
 	case <-t.C:
+		return false
 	}
 }
 

@@ -44,6 +44,9 @@ func Policies() []Policy {
 		{"peakEwma-30ms", p2c.Name, `{"load":{"peakEwma":{"defaultRtt":"0.03s"}}}`},
 		{"pendingRequests", p2c.Name, `{"load":{"pendingRequests":{}}}`},
 		{"first", p2c.Name, first},
+		{"d1", p2c.Name, `{"equalUnderLoad":0.1}`},
+		{"d05", p2c.Name, `{"equalUnderLoad":0.05}`},
+		{"dsp", p2c.Name, `{"load":{"expectedLatency":{"spreadPrior":0}}}`},
 		{"default-2-0", p2c.Name, `{"choiceCount":2,"memory":0}`},
 		{"default-2-1", p2c.Name, `{"choiceCount":2,"memory":1}`},
 		{"default-5-3", p2c.Name, `{"choiceCount":5,"memory":3}`},
@@ -128,10 +131,22 @@ func (b *balanced) close() {
 	b.channel.Drain()
 }
 
-var pickInfo = balancer.PickInfo{FullMethodName: "/belfry.sim/Call", Ctx: context.Background()}
+// callContext is the context of a call, which ends with its deadline alone.
+type callContext struct {
+	context.Context
+	call *call
+}
+
+func (c *callContext) Err() error {
+	if c.call.over {
+		return context.DeadlineExceeded
+	}
+	return nil
+}
 
 func (b *balanced) choose(c *call) (*server, error) {
-	r, err := b.picker.Pick(pickInfo)
+	c.context = callContext{context.Background(), c}
+	r, err := b.picker.Pick(balancer.PickInfo{FullMethodName: "/belfry.sim/Call", Ctx: &c.context})
 	if err != nil {
 		return nil, fmt.Errorf("pick: %w", err)
 	}

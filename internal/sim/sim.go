@@ -143,6 +143,7 @@ type call struct {
 	lost     bool // there will be no reply
 	over     bool // for the client
 	done     doneFunc
+	context  callContext
 }
 
 func newCluster(s Scenario, o Options) *cluster {

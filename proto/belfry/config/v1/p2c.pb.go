@@ -68,12 +68,12 @@ type P2C struct {
 	// UNAVAILABLE and DATA_LOSS.
 	FailureCodes []string `protobuf:"bytes,4,rep,name=failure_codes,json=failureCodes,proto3" json:"failure_codes,omitempty"`
 	// Costs that the samples cannot tell apart are equal: those that exceed the
-	// least by no more than their standard error, up to this part of it. This one
-	// holds while none of the endpoints that a pick looks at has an attempt in
-	// flight; then one of its random draws is taken at random. 0 takes the least.
+	// least by no more than three of their standard errors, up to this part of it.
+	// This one holds while none of the endpoints that a pick looks at has an attempt
+	// in flight; then one of its random draws is taken at random. 0 takes the least.
 	// Only expected_latency has errors.
 	//
-	// From 0 to 10. Default 0.5.
+	// From 0 to 10. Default 1.
 	EqualAtRest *float64 `protobuf:"fixed64,5,opt,name=equal_at_rest,json=equalAtRest,proto3,oneof" json:"equal_at_rest,omitempty"`
 	// The same while some have attempts in flight: then the endpoint with the
 	// fewest of them is taken, and of those the cheapest.
@@ -90,7 +90,10 @@ type P2C struct {
 	// After how long without an answer or a failure an endpoint may be explored.
 	//
 	// Above 0, at most 10 days. Default 10s.
-	ExploreAfter  *durationpb.Duration `protobuf:"bytes,8,opt,name=explore_after,json=exploreAfter,proto3" json:"explore_after,omitempty"`
+	ExploreAfter *durationpb.Duration `protobuf:"bytes,8,opt,name=explore_after,json=exploreAfter,proto3" json:"explore_after,omitempty"`
+	// How many attempts may be in flight to an endpoint at a time. Unset: no limit,
+	// which costs nothing.
+	EndpointLimit *EndpointLimit `protobuf:"bytes,9,opt,name=endpoint_limit,json=endpointLimit,proto3" json:"endpoint_limit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -181,6 +184,122 @@ func (x *P2C) GetExploreAfter() *durationpb.Duration {
 	return nil
 }
 
+func (x *P2C) GetEndpointLimit() *EndpointLimit {
+	if x != nil {
+		return x.EndpointLimit
+	}
+	return nil
+}
+
+// EndpointLimit limits how many attempts are in flight to each endpoint. A pick passes
+// over full endpoints. If all are full the call waits until an attempt ends, first come
+// first served, and each end wakes one call. A stream counts for its whole life.
+//
+// A call waits at most as long as its context, and as long as its stack allows: inside a
+// load shed, and with the policy's dial options, it is refused at once with reason
+// NOT_READY.
+type EndpointLimit struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The limit. Unset: auto with its defaults.
+	//
+	// Types that are valid to be assigned to Limit:
+	//
+	//	*EndpointLimit_Fixed
+	//	*EndpointLimit_Auto
+	Limit isEndpointLimit_Limit `protobuf_oneof:"limit"`
+	// How many calls may wait at a time. A further one fails with UNAVAILABLE. Below the
+	// policy rls calls should not wait, because it holds a lock meanwhile.
+	//
+	// From 0 (none waits) calls. Unset: 1000.
+	MaxWaiting    *uint32 `protobuf:"varint,3,opt,name=max_waiting,json=maxWaiting,proto3,oneof" json:"max_waiting,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndpointLimit) Reset() {
+	*x = EndpointLimit{}
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndpointLimit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndpointLimit) ProtoMessage() {}
+
+func (x *EndpointLimit) ProtoReflect() protoreflect.Message {
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndpointLimit.ProtoReflect.Descriptor instead.
+func (*EndpointLimit) Descriptor() ([]byte, []int) {
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *EndpointLimit) GetLimit() isEndpointLimit_Limit {
+	if x != nil {
+		return x.Limit
+	}
+	return nil
+}
+
+func (x *EndpointLimit) GetFixed() uint32 {
+	if x != nil {
+		if x, ok := x.Limit.(*EndpointLimit_Fixed); ok {
+			return x.Fixed
+		}
+	}
+	return 0
+}
+
+func (x *EndpointLimit) GetAuto() *Auto {
+	if x != nil {
+		if x, ok := x.Limit.(*EndpointLimit_Auto); ok {
+			return x.Auto
+		}
+	}
+	return nil
+}
+
+func (x *EndpointLimit) GetMaxWaiting() uint32 {
+	if x != nil && x.MaxWaiting != nil {
+		return *x.MaxWaiting
+	}
+	return 0
+}
+
+type isEndpointLimit_Limit interface {
+	isEndpointLimit_Limit()
+}
+
+type EndpointLimit_Fixed struct {
+	// The same limit for each endpoint, whatever its weight. From 1 to 2147483647
+	// attempts.
+	Fixed uint32 `protobuf:"varint,1,opt,name=fixed,proto3,oneof"`
+}
+
+type EndpointLimit_Auto struct {
+	// Each endpoint's limit is found by the algorithm limit.Auto from its latencies, so
+	// that a slow endpoint does not lower the limit of the others. It learns from unary
+	// calls. Without the policy's dial options streams are taken for such. It takes a
+	// lock at the end of each call.
+	Auto *Auto `protobuf:"bytes,2,opt,name=auto,proto3,oneof"`
+}
+
+func (*EndpointLimit_Fixed) isEndpointLimit_Limit() {}
+
+func (*EndpointLimit_Auto) isEndpointLimit_Limit() {}
+
 // Load chooses a load metric. Each endpoint is measured by itself; lower is
 // picked.
 type Load struct {
@@ -201,7 +320,7 @@ type Load struct {
 
 func (x *Load) Reset() {
 	*x = Load{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[1]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -213,7 +332,7 @@ func (x *Load) String() string {
 func (*Load) ProtoMessage() {}
 
 func (x *Load) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[1]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -226,7 +345,7 @@ func (x *Load) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Load.ProtoReflect.Descriptor instead.
 func (*Load) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{1}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Load) GetMetric() isLoad_Metric {
@@ -421,7 +540,7 @@ type ExpectedLatency struct {
 
 func (x *ExpectedLatency) Reset() {
 	*x = ExpectedLatency{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -433,7 +552,7 @@ func (x *ExpectedLatency) String() string {
 func (*ExpectedLatency) ProtoMessage() {}
 
 func (x *ExpectedLatency) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -446,7 +565,7 @@ func (x *ExpectedLatency) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExpectedLatency.ProtoReflect.Descriptor instead.
 func (*ExpectedLatency) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{2}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ExpectedLatency) GetPriorSamples() float64 {
@@ -575,7 +694,7 @@ type PeakEwma struct {
 
 func (x *PeakEwma) Reset() {
 	*x = PeakEwma{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -587,7 +706,7 @@ func (x *PeakEwma) String() string {
 func (*PeakEwma) ProtoMessage() {}
 
 func (x *PeakEwma) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -600,7 +719,7 @@ func (x *PeakEwma) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeakEwma.ProtoReflect.Descriptor instead.
 func (*PeakEwma) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{3}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *PeakEwma) GetDecay() *durationpb.Duration {
@@ -634,7 +753,7 @@ type PendingRequests struct {
 
 func (x *PendingRequests) Reset() {
 	*x = PendingRequests{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -646,7 +765,7 @@ func (x *PendingRequests) String() string {
 func (*PendingRequests) ProtoMessage() {}
 
 func (x *PendingRequests) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -659,7 +778,7 @@ func (x *PendingRequests) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingRequests.ProtoReflect.Descriptor instead.
 func (*PendingRequests) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{4}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{5}
 }
 
 // Constant is a load that never changes.
@@ -676,7 +795,7 @@ type Constant struct {
 
 func (x *Constant) Reset() {
 	*x = Constant{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -688,7 +807,7 @@ func (x *Constant) String() string {
 func (*Constant) ProtoMessage() {}
 
 func (x *Constant) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -701,7 +820,7 @@ func (x *Constant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Constant.ProtoReflect.Descriptor instead.
 func (*Constant) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{5}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Constant) GetLoad() float64 {
@@ -725,7 +844,7 @@ type Custom struct {
 
 func (x *Custom) Reset() {
 	*x = Custom{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -737,7 +856,7 @@ func (x *Custom) String() string {
 func (*Custom) ProtoMessage() {}
 
 func (x *Custom) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -750,7 +869,7 @@ func (x *Custom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Custom.ProtoReflect.Descriptor instead.
 func (*Custom) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{6}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Custom) GetName() string {
@@ -771,7 +890,7 @@ var File_belfry_config_v1_p2c_proto protoreflect.FileDescriptor
 
 const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\n" +
-	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xb2\x03\n" +
+	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1cbelfry/config/v1/stack.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xfa\x03\n" +
 	"\x03P2C\x12&\n" +
 	"\fchoice_count\x18\x01 \x01(\rH\x00R\vchoiceCount\x88\x01\x01\x12\x1b\n" +
 	"\x06memory\x18\x02 \x01(\rH\x01R\x06memory\x88\x01\x01\x12*\n" +
@@ -780,12 +899,20 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\requal_at_rest\x18\x05 \x01(\x01H\x02R\vequalAtRest\x88\x01\x01\x12-\n" +
 	"\x10equal_under_load\x18\x06 \x01(\x01H\x03R\x0eequalUnderLoad\x88\x01\x01\x12(\n" +
 	"\rexplore_every\x18\a \x01(\rH\x04R\fexploreEvery\x88\x01\x01\x12>\n" +
-	"\rexplore_after\x18\b \x01(\v2\x19.google.protobuf.DurationR\fexploreAfterB\x0f\n" +
+	"\rexplore_after\x18\b \x01(\v2\x19.google.protobuf.DurationR\fexploreAfter\x12F\n" +
+	"\x0eendpoint_limit\x18\t \x01(\v2\x1f.belfry.config.v1.EndpointLimitR\rendpointLimitB\x0f\n" +
 	"\r_choice_countB\t\n" +
 	"\a_memoryB\x10\n" +
 	"\x0e_equal_at_restB\x13\n" +
 	"\x11_equal_under_loadB\x10\n" +
-	"\x0e_explore_every\"\xd9\x02\n" +
+	"\x0e_explore_every\"\x94\x01\n" +
+	"\rEndpointLimit\x12\x16\n" +
+	"\x05fixed\x18\x01 \x01(\rH\x00R\x05fixed\x12,\n" +
+	"\x04auto\x18\x02 \x01(\v2\x16.belfry.config.v1.AutoH\x00R\x04auto\x12$\n" +
+	"\vmax_waiting\x18\x03 \x01(\rH\x01R\n" +
+	"maxWaiting\x88\x01\x01B\a\n" +
+	"\x05limitB\x0e\n" +
+	"\f_max_waiting\"\xd9\x02\n" +
 	"\x04Load\x12N\n" +
 	"\x10expected_latency\x18\x01 \x01(\v2!.belfry.config.v1.ExpectedLatencyH\x00R\x0fexpectedLatency\x129\n" +
 	"\tpeak_ewma\x18\x02 \x01(\v2\x1a.belfry.config.v1.PeakEwmaH\x00R\bpeakEwma\x12N\n" +
@@ -852,36 +979,40 @@ func file_belfry_config_v1_p2c_proto_rawDescGZIP() []byte {
 	return file_belfry_config_v1_p2c_proto_rawDescData
 }
 
-var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_belfry_config_v1_p2c_proto_goTypes = []any{
 	(*P2C)(nil),                 // 0: belfry.config.v1.P2C
-	(*Load)(nil),                // 1: belfry.config.v1.Load
-	(*ExpectedLatency)(nil),     // 2: belfry.config.v1.ExpectedLatency
-	(*PeakEwma)(nil),            // 3: belfry.config.v1.PeakEwma
-	(*PendingRequests)(nil),     // 4: belfry.config.v1.PendingRequests
-	(*Constant)(nil),            // 5: belfry.config.v1.Constant
-	(*Custom)(nil),              // 6: belfry.config.v1.Custom
-	(*durationpb.Duration)(nil), // 7: google.protobuf.Duration
-	(*structpb.Struct)(nil),     // 8: google.protobuf.Struct
+	(*EndpointLimit)(nil),       // 1: belfry.config.v1.EndpointLimit
+	(*Load)(nil),                // 2: belfry.config.v1.Load
+	(*ExpectedLatency)(nil),     // 3: belfry.config.v1.ExpectedLatency
+	(*PeakEwma)(nil),            // 4: belfry.config.v1.PeakEwma
+	(*PendingRequests)(nil),     // 5: belfry.config.v1.PendingRequests
+	(*Constant)(nil),            // 6: belfry.config.v1.Constant
+	(*Custom)(nil),              // 7: belfry.config.v1.Custom
+	(*durationpb.Duration)(nil), // 8: google.protobuf.Duration
+	(*Auto)(nil),                // 9: belfry.config.v1.Auto
+	(*structpb.Struct)(nil),     // 10: google.protobuf.Struct
 }
 var file_belfry_config_v1_p2c_proto_depIdxs = []int32{
-	1,  // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
-	7,  // 1: belfry.config.v1.P2C.explore_after:type_name -> google.protobuf.Duration
-	2,  // 2: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
-	3,  // 3: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
-	4,  // 4: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
-	5,  // 5: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
-	6,  // 6: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
-	7,  // 7: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
-	7,  // 8: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
-	7,  // 9: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
-	7,  // 10: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
-	8,  // 11: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
-	12, // [12:12] is the sub-list for method output_type
-	12, // [12:12] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	2,  // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
+	8,  // 1: belfry.config.v1.P2C.explore_after:type_name -> google.protobuf.Duration
+	1,  // 2: belfry.config.v1.P2C.endpoint_limit:type_name -> belfry.config.v1.EndpointLimit
+	9,  // 3: belfry.config.v1.EndpointLimit.auto:type_name -> belfry.config.v1.Auto
+	3,  // 4: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
+	4,  // 5: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
+	5,  // 6: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
+	6,  // 7: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
+	7,  // 8: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
+	8,  // 9: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
+	8,  // 10: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
+	8,  // 11: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
+	8,  // 12: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
+	10, // 13: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
+	14, // [14:14] is the sub-list for method output_type
+	14, // [14:14] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_belfry_config_v1_p2c_proto_init() }
@@ -889,24 +1020,29 @@ func file_belfry_config_v1_p2c_proto_init() {
 	if File_belfry_config_v1_p2c_proto != nil {
 		return
 	}
+	file_belfry_config_v1_stack_proto_init()
 	file_belfry_config_v1_p2c_proto_msgTypes[0].OneofWrappers = []any{}
 	file_belfry_config_v1_p2c_proto_msgTypes[1].OneofWrappers = []any{
+		(*EndpointLimit_Fixed)(nil),
+		(*EndpointLimit_Auto)(nil),
+	}
+	file_belfry_config_v1_p2c_proto_msgTypes[2].OneofWrappers = []any{
 		(*Load_ExpectedLatency)(nil),
 		(*Load_PeakEwma)(nil),
 		(*Load_PendingRequests)(nil),
 		(*Load_Constant)(nil),
 		(*Load_Custom)(nil),
 	}
-	file_belfry_config_v1_p2c_proto_msgTypes[2].OneofWrappers = []any{}
 	file_belfry_config_v1_p2c_proto_msgTypes[3].OneofWrappers = []any{}
-	file_belfry_config_v1_p2c_proto_msgTypes[5].OneofWrappers = []any{}
+	file_belfry_config_v1_p2c_proto_msgTypes[4].OneofWrappers = []any{}
+	file_belfry_config_v1_p2c_proto_msgTypes[6].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_belfry_config_v1_p2c_proto_rawDesc), len(file_belfry_config_v1_p2c_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,358 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"container/heap"
+	"context"
+	"encoding/json"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/internal/simenv"
+	"github.com/belfry-go/belfry/internal/test/lbtest"
+	"github.com/belfry-go/belfry/internal/test/race"
+)
+
+// bench is the policy in virtual time, of one goroutine and one seed: what it does
+// is the same in every run.
+type bench struct {
+	t      *testing.T
+	cc     lbtest.Channel
+	b      balancer.Balancer
+	random *rand.Rand
+	now    time.Duration
+	events events
+	index  map[string]int // of an endpoint by its address
+}
+
+type event struct {
+	at time.Duration
+	n  int
+	do func()
+}
+
+type events []event
+
+func (e events) Len() int { return len(e) }
+func (e events) Less(i, j int) bool {
+	return e[i].at < e[j].at || e[i].at == e[j].at && e[i].n < e[j].n
+}
+func (e events) Swap(i, j int) { e[i], e[j] = e[j], e[i] }
+func (e *events) Push(x any)   { *e = append(*e, x.(event)) }
+func (e *events) Pop() any {
+	last := (*e)[len(*e)-1]
+	*e = (*e)[:len(*e)-1]
+	return last
+}
+
+func newBench(t *testing.T, config string, es ...resolver.Endpoint) *bench {
+	t.Helper()
+	if race.Enabled {
+		t.Skip("a run is one goroutine: the race detector finds nothing in it, and makes it 20 times as long")
+	}
+	w := &bench{t: t, random: rand.New(rand.NewPCG(1, 2)), index: make(map[string]int)}
+	w.b = builder{}.Build(&w.cc, balancer.BuildOptions{})
+	t.Cleanup(func() {
+		w.b.Close()
+		w.cc.Drain()
+	})
+	state := simenv.Set(resolver.State{Endpoints: es}, &simenv.Env{Now: func() int64 { return int64(w.now) }, Uint64: w.random.Uint64})
+	for i, e := range es {
+		w.index[e.Addresses[0].Addr] = i
+	}
+	err := w.b.UpdateClientConnState(balancer.ClientConnState{ResolverState: state, BalancerConfig: must(parseConfig(json.RawMessage(config)))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.cc.Drain()
+	return w
+}
+
+// after schedules f.
+func (w *bench) after(d time.Duration, f func()) {
+	heap.Push(&w.events, event{w.now + d, len(w.events), f})
+}
+
+// run lets time pass.
+func (w *bench) run(d time.Duration) {
+	end := w.now + d
+	for len(w.events) > 0 && w.events[0].at <= end {
+		e := heap.Pop(&w.events).(event)
+		w.now = e.at
+		e.do()
+	}
+	w.now = end
+}
+
+func (w *bench) pick(method string) (int, func(balancer.DoneInfo)) {
+	return w.pickWith(balancer.PickInfo{Ctx: context.Background(), FullMethodName: method})
+}
+
+func (w *bench) pickWith(info balancer.PickInfo) (int, func(balancer.DoneInfo)) {
+	w.t.Helper()
+	s, _ := w.cc.State()
+	r, err := s.Picker.Pick(info)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return w.index[r.SubConn.(*lbtest.SubConn).Address.Addr], r.Done
+}
+
+// open opens a stream, which the returned function answers.
+func (w *bench) open() (int, func()) {
+	track := newTracker(context.Background(), "/s/Watch", nil)
+	track.stream = true
+	i, _ := w.pickWith(balancer.PickInfo{Ctx: &track.attempt, FullMethodName: "/s/Watch"})
+	return i, func() { track.current.Load().respond() }
+}
+
+// around returns a lognormal time of a mean.
+func (w *bench) around(mean time.Duration) time.Duration {
+	return time.Duration(float64(mean) * math.Exp(0.6*w.random.NormFloat64()-0.18))
+}
+
+// callers makes n callers call one after the other, and returns how many calls each
+// endpoint gets until there were enough.
+func (w *bench) callers(n, calls int, mean time.Duration) []float64 {
+	counts := make([]float64, len(w.index))
+	var call func()
+	call = func() {
+		if calls--; calls < 0 {
+			return
+		}
+		i, done := w.pick("/s/Get")
+		counts[i]++
+		w.after(w.around(mean), func() { done(success); call() })
+	}
+	for range n {
+		call()
+	}
+	for calls >= 0 {
+		w.run(time.Second)
+	}
+	return counts
+}
+
+// endpoint returns the endpoint i of a list of endpoints(n).
+func (b *policy) endpoint(i int) *endpoint {
+	ep, _ := b.endpoints.Get(endpoints(i + 1)[i])
+	return ep
+}
+
+func weights(ws ...uint32) []resolver.Endpoint {
+	var es []resolver.Endpoint
+	for i, w := range ws {
+		es = append(es, weighted(fmt.Sprint("server-", i), w))
+	}
+	return es
+}
+
+var measuring = []string{`{}`, `{"choiceCount":2,"memory":0}`, `{"load":{"peakEwma":{}}}`, pendingConfig}
+
+func TestAtRest(t *testing.T) {
+	t.Run("equal_endpoints_get_equal_shares", func(t *testing.T) {
+		for _, config := range []string{`{}`, `{"choiceCount":2,"memory":0}`, pendingConfig} {
+			counts := newBench(t, config, endpoints(10)...).callers(1, 1000, 10*time.Millisecond)
+			if lo, hi := slices.Min(counts), slices.Max(counts); lo < 50 || hi > 200 {
+				t.Errorf("%s: the endpoints got %v of 1000 calls, want 50 to 200 each", config, counts)
+			}
+		}
+	})
+	t.Run("the_fast_one_is_found", func(t *testing.T) {
+		var total int
+		for seed := range 20 {
+			w := newBench(t, `{}`, endpoints(10)...)
+			w.random = rand.New(rand.NewPCG(uint64(seed), 3))
+			for n := 1; ; n++ {
+				i, done := w.pick("/s/Get")
+				took := w.around(30 * time.Millisecond)
+				if i == 7 {
+					total += n
+					break
+				}
+				w.now += took
+				done(success)
+			}
+		}
+		if total > 25*20 {
+			t.Errorf("it was found after %v calls on average, want at most 25", float64(total)/20)
+		}
+	})
+	t.Run("one_that_was_slow_is_tried_again", func(t *testing.T) {
+		w := newBench(t, `{}`, endpoints(10)...)
+		w.callers(1, 1000, 10*time.Millisecond)
+		i, done := w.pick("/s/Get")
+		w.now += 10 * time.Second
+		done(success)
+		for n := 1; ; n++ {
+			w.now += time.Second
+			k, done := w.pick("/s/Get")
+			w.now += 10 * time.Millisecond
+			done(success)
+			if k == i {
+				break
+			}
+			if n == 1000 {
+				t.Fatalf("after %d calls it was not tried again", n)
+			}
+		}
+	})
+}
+
+func TestColdStart(t *testing.T) {
+	for _, config := range append(slices.Clone(measuring), constantConfig) {
+		t.Run(config, func(t *testing.T) {
+			w := newBench(t, config, endpoints(10)...)
+			failed, calls := 0, 0
+			for range 400 {
+				calls++
+				i, done := w.pick("/s/Get")
+				if i == 3 {
+					failed++
+					w.after(500*time.Microsecond, func() {
+						done(balancer.DoneInfo{BytesSent: true, BytesReceived: true, Err: status.Error(codes.Unavailable, "x")})
+					})
+				} else {
+					w.after(500*time.Millisecond, func() { done(success) })
+				}
+				w.run(time.Millisecond)
+			}
+			if failed > calls/10 {
+				t.Errorf("an endpoint that fails at once got %d of %d calls before the others had answered, want at most its share", failed, calls)
+			}
+		})
+	}
+}
+
+func TestWeights(t *testing.T) {
+	t.Run("are_shares", func(t *testing.T) {
+		for _, config := range measuring {
+			for _, callers := range []int{1, 4, 16, 64} {
+				counts := newBench(t, config, weights(1, 2)...).callers(callers, 20_000, 10*time.Millisecond)
+				share := counts[0] / 20_000
+				lo, hi := 0.30, 0.37
+				if config != `{}` && config != pendingConfig {
+					lo, hi = 0.24, 0.44 // their measure of an idle endpoint is less sure
+				}
+				if share < lo || share > hi {
+					t.Errorf("%s, %d callers: weight 1 beside 2 got %.3f of the calls, want %.2f to %.2f", config, callers, share, lo, hi)
+				}
+			}
+		}
+	})
+	t.Run("let_a_canary_have_its_part", func(t *testing.T) {
+		for _, callers := range []int{1, 4, 32, 500} {
+			counts := newBench(t, `{}`, weights(1, 10, 10, 10, 10, 10, 10, 10, 10, 10)...).callers(callers, 20_000, 10*time.Millisecond)
+			if share := counts[0] / 20_000; share < 0.005 || share > 0.03 {
+				t.Errorf("%d callers: weight 1 beside nine of 10 got %.4f of the calls, want 0.005 to 0.03", callers, share)
+			}
+		}
+	})
+}
+
+func TestStreams(t *testing.T) {
+	const servers = 10
+	for _, config := range append(slices.Clone(measuring), constantConfig) {
+		t.Run("are_even "+config, func(t *testing.T) {
+			w := newBench(t, config, endpoints(servers)...)
+			open := make([]float64, servers)
+			for range 2000 {
+				i, answer := w.open()
+				open[i]++
+				w.after(w.around(10*time.Millisecond), answer)
+				w.run(time.Millisecond)
+			}
+			// Constant and the others with two choices see two endpoints at a time.
+			if most := slices.Max(open); most > 220 {
+				t.Errorf("of 2000 streams the endpoints have %v, want at most 220", open)
+			}
+		})
+		t.Run("do_not_count_against_calls "+config, func(t *testing.T) {
+			w := newBench(t, config, endpoints(4)...)
+			for range 300 {
+				_, answer := w.open()
+				w.run(time.Millisecond)
+				answer()
+			}
+			// A server that was started again has none of them.
+			w.b.(*policy).endpoint(0).candidate.tally.add(-75 * oneStream)
+			counts := w.callers(8, 8000, 5*time.Millisecond)
+			if counts[0] < 1600 || counts[0] > 2400 {
+				t.Errorf("of 8000 calls the endpoint without streams got %v, want a quarter: %v", counts[0], counts)
+			}
+		})
+	}
+	t.Run("that_say_nothing_do_not_starve_their_endpoint", func(t *testing.T) {
+		for _, callers := range []int{1, 5, 20} {
+			w := newBench(t, `{}`, endpoints(servers)...)
+			w.callers(callers, 2000, 10*time.Millisecond)
+			silent := make(map[int]bool)
+			for len(silent) < 3 {
+				i, _ := w.open()
+				silent[i] = true
+			}
+			w.run(5 * time.Second)
+			counts := w.callers(callers, 10_000, 10*time.Millisecond)
+			for i := range silent {
+				if counts[i] < 500 {
+					t.Errorf("%d callers: an endpoint with silent streams got %v of 10000 calls, want at least half its share", callers, counts[i])
+				}
+			}
+		}
+	})
+}
+
+func TestMethodsThatAreNotAlike(t *testing.T) {
+	w := newBench(t, `{}`, endpoints(10)...)
+	exports := make([]int, 10)
+	var with, without [2]float64 // gets, and chances for them
+	most := 0
+	for range 60_000 {
+		method, took := "/s/Get", w.around(time.Millisecond)
+		if w.random.IntN(100) == 0 {
+			method, took = "/s/Export", w.around(10*time.Second)
+		}
+		i, done := w.pick(method)
+		if method == "/s/Export" {
+			exports[i]++
+			if w.now > 20*time.Second {
+				most = max(most, exports[i])
+			}
+			w.after(took, func() { exports[i]--; done(success) })
+		} else {
+			if w.now > 20*time.Second {
+				for _, n := range exports {
+					if n > 0 {
+						with[1]++
+					} else {
+						without[1]++
+					}
+				}
+				if exports[i] > 0 {
+					with[0]++
+				} else {
+					without[0]++
+				}
+			}
+			w.after(took, func() { done(success) })
+		}
+		w.run(5 * time.Millisecond)
+	}
+	if ratio := with[0] / with[1] / (without[0] / without[1]); ratio < 0.8 || ratio > 1.2 {
+		t.Errorf("a Get goes to an endpoint with an Export %.2f times as often as to one without, want 0.8 to 1.2", ratio)
+	}
+	if most > 4 {
+		t.Errorf("%d Exports at once on one endpoint, want at most 4, twice the mean", most)
+	}
+}
