@@ -248,7 +248,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	limited := p.config.limit != nil
 	if limited {
 		var err error
-		if c, now, err = p.hold(c, now, info.Ctx, track, tried); err != nil {
+		if c, now, err = p.hold(info.Ctx, c, now, track, tried); err != nil {
 			return balancer.PickResult{}, err
 		}
 		child = c.child.Load()

@@ -291,7 +291,8 @@ type EndpointLimit_Fixed struct {
 type EndpointLimit_Auto struct {
 	// Each endpoint's limit is found by the algorithm limit.Auto from its latencies, so
 	// that a slow endpoint does not lower the limit of the others. It learns from unary
-	// calls. Without the policy's dial options streams are taken for such. It takes a
+	// calls; without the policy's dial options streams are taken for such. Open streams
+	// count against it, so use a fixed limit where most calls are streams. It takes a
 	// lock at the end of each call.
 	Auto *Auto `protobuf:"bytes,2,opt,name=auto,proto3,oneof"`
 }
