@@ -42,6 +42,7 @@ func (ep *endpoint) NewSubConn(addrs []resolver.Address, opts balancer.NewSubCon
 		o.moved(s.ConnectivityState)
 		listener(s)
 	}
+	//lint:ignore SA1019 the child gives it one address
 	sc, err := ep.ClientConn.NewSubConn(addrs, opts)
 	o.subConn = sc
 	return sc, err
