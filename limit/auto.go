@@ -16,8 +16,8 @@ type AutoConfig struct {
 	// Initial, Min and Max are the initial limit and its bounds: 20, 1 and 2147483647 if
 	// zero. 1 <= Min <= Initial <= Max.
 	Initial, Min, Max int64
-	// NoDrains turns drains off. Then the latency of the server without a queue is
-	// measured only while there is no sign of one. If the first calls meet a queue, or the
+	// NoDrains turns drains off, see [Auto]. Then the latency of the server without a queue
+	// is measured only while there is no sign of one. If the first calls meet a queue, or the
 	// server becomes slower or faster during a lasting overload, the limit is wrong until
 	// the overload ends.
 	NoDrains bool
@@ -26,35 +26,41 @@ type AutoConfig struct {
 // Auto keeps the mean latency near that of the server without a queue. It needs no
 // number from the user, and is the default.
 //
-//	most  = 1.3 + 2/sqrt(limit)
+//	most  = 1.15 + 3.07/sqrt(limit+2)
 //	ratio = mean latency / base
 //
-//	ratio > most   limit shrinks by half of the excess, at most by a fifth
-//	ratio < most   limit grows by limit/10 × (most-ratio)/(most-1), at least by 0.1,
-//	               if a call was refused or had to wait because of the limit;
-//	               by limit/2 until the limit shrinks for the first time
+//	ratio > most   limit shrinks by (1-most/ratio) × (1.5-most/ratio), half of a small excess
+//	ratio < most   limit grows by 0.5 × limit × (most-ratio)/(most-1), at least by 0.1,
+//	               if a call was refused or had to wait because of the limit
 //	on a drop      limit shrinks by a tenth, once for all calls that were running
 //
 // The room that most leaves for chance is that of square-root staffing. It gives small
 // limits more of it, so that clients of one server become equal. The mean is that of
-// windows of at least 16 calls and 100 ms, smoothed over 150 calls, or more if
-// latencies vary much; a window with fewer calls than that moves the limit less.
+// windows of at least 16 calls and 100 ms, smoothed over 100 calls, or more if latencies
+// vary much, and, after limit has shrunk for the first time, over 1.2 s. A window that is a
+// part of that moves the limit by as large a part.
+//
+// When a server that answered nothing for a while answers again as fast as before, only one
+// of the drops meanwhile stands.
 //
 // # Drains
 //
 // base cannot be measured under a queue that the limit itself allows. So Auto lowers the
-// limit for a moment, to 0.7 × limit/most, until the server's queue is empty and 40 calls
-// or more were sent without one, at most for a second or so. Some calls are refused, or
-// wait, meanwhile. When all calls of this cohort have ended, base moves towards their
-// mean: by their share in the last 480 calls, or by 0.7 of the difference if chance does
-// not explain it. At first, and after a cohort that was faster than chance explains, the limit
-// is lowered to half of that, because the earlier ones may have met a queue.
+// limit for a moment, to 0.75 × limit/most: for four times the mean latency or 150 ms, in
+// which the server's queue empties, and for four times or 300 ms, in which a cohort of calls
+// is sent without a queue, whichever is longer. Some calls are refused, or wait, meanwhile.
+// When the cohort has ended, base moves towards its mean by its share in the last 240 calls.
+// If chance does not explain the latest cohorts, base becomes their mean.
 //
-// One client cannot empty a queue that others fill, so all drain at the same time: when
-// the wall clock is at a multiple of 10 s, and of 30 s once three cohorts in a row have
-// agreed. Clocks may differ by half a second. While ratio is below 1.1 there is no queue,
-// and a cohort is measured without lowering the limit. [AutoConfig.NoDrains] turns drains
-// off.
+// The limit is lowered to a quarter of that at first, after a base that was too high, and
+// when it has doubled since, because the other cohorts may have met a queue.
+//
+// One client cannot empty a queue that others fill, so all drain at the same time: when the
+// wall clock is at a multiple of 20 s, or of 40, 80 and so on where that is less than 500
+// times base. Until it stands for 16 calls, they are at multiples
+// of 5 s, unless the mean latency is above 125 ms. Clocks may differ by half a second. While ratio is below 1.1 there is no
+// queue, and a cohort is measured without lowering the limit. [AutoConfig.NoDrains] turns
+// drains off.
 //
 // A call that its caller gave up counts with the time that it had taken, if that is longer
 // than base: it would have taken at least that long.
@@ -63,25 +69,32 @@ type Auto struct {
 	drains bool
 	wall   func(Instant) time.Time
 
-	limit  float64
-	shrunk string // Why the limit shrank last; empty until it does.
+	limit   float64
+	shrunk  string  // Why the limit shrank last; empty until it does.
+	restore float64 // What the limit may return to after drops; 0 if there were none.
 	recovery
 
 	base   float64 // Mean latency of the server without a queue, in nanoseconds; 0 before the first cohort.
 	weight float64 // How many calls base stands for.
 	spread float64 // The variance of latencies without a queue, in units of base squared.
+	recent calls   // The latest cohorts that were all above base, or all below.
 	mean   float64 // The smoothed mean latency; 0 before the first window.
 	window window
 
 	phase   autoPhase
-	since   Instant // When the phase began; 0 if that is not known.
+	until   Instant // When the phase ends, by the clock that all clients share; 0 before the first sample.
 	next    Instant // When the next cohort is due.
 	resumed Instant // Calls that were sent before say nothing about the limit.
 	lowered int64   // The limit in a drain; 0 if it is not lowered.
-	agreed  int     // How many cohorts in a row agreed with base.
-	deep    bool    // The next drain lowers the limit to half of the usual.
+	deep    bool    // The next drain lowers the limit to a quarter of the usual.
+	proven  float64 // The least limit since the last deep drain.
 	cohort  cohort
 }
+
+// calls are calls that have succeeded, and the sum of their times.
+type calls struct{ n, sum float64 }
+
+func (c calls) mean() float64 { return c.sum / c.n }
 
 // cohort is the calls that base is measured with.
 type cohort struct {
@@ -89,10 +102,10 @@ type cohort struct {
 	// the cohort is closed. It changes without a lock.
 	state atomic.Int64
 
-	mark         uint8
-	sent, ended  int64   // sent is known when the cohort is closed.
-	n            float64 // how many succeeded
-	sum, squares float64 // of all their times, and of those that succeeded
+	mark        uint8
+	sent, ended int64   // sent is known when the cohort is closed.
+	calls               // those that succeeded, but sum is of all that count
+	squares     float64 // the sum of the squares of the times of those that succeeded
 }
 
 type autoPhase uint8
@@ -105,21 +118,35 @@ const (
 )
 
 const (
-	autoLeast      = 16 // calls in a window
-	autoWindow     = 100 * time.Millisecond
-	autoSmoothing  = 150 // calls
-	autoMemory     = 480 // calls
-	autoSpread     = 4   // The most that the spread makes averages longer by.
-	autoQueued     = 1.1 // A lower ratio shows no queue.
-	autoDepth      = 0.7 // What a drain lowers the limit to, in units of limit/most.
-	autoDrain      = 10 * time.Second
-	autoAgreed     = 3 // After as many cohorts that agreed, drains are rarer,
-	autoRarer      = 3 // by this factor.
-	autoLate       = time.Second
-	cohortSize     = 40 // calls, more if latencies vary much
-	cohortLeast    = 8
+	autoLeast     = 16 // calls in a window
+	autoWindow    = 100 * time.Millisecond
+	autoSmoothing = 100 // calls
+	autoSlowest   = 1200 * time.Millisecond
+	autoGrowth    = 0.5
+	autoSpread    = 4           // The most that the spread makes averages longer by.
+	autoRestore   = time.Second // How long after a drop the limit may be restored.
+
+	autoQueued      = 1.1  // A lower ratio shows no queue.
+	autoDepth       = 0.75 // What a drain lowers the limit to, in units of limit/most.
+	autoDeep        = 4    // A deep one lowers it by this more.
+	autoEmpty       = 4    // How long the queue may take to empty, in mean latencies.
+	autoGather      = 4    // How long a cohort is sent, in mean latencies.
+	autoExtend      = 20   // By how much longer, if it shows that the server became slower.
+	autoDrain       = 20 * time.Second
+	autoSooner      = 4                      // By how much sooner the first drains come,
+	autoKnown       = 16                     // until base stands for as many calls.
+	autoLeastEmpty  = 150 * time.Millisecond // Not less, because clocks differ.
+	autoLeastGather = 300 * time.Millisecond
+	autoRarer       = 500 // The least time between drains, in units of base.
+	autoMemory      = 240 // calls
+	autoFirst       = 2   // How many calls the first cohort counts as, because it may have met a queue.
+
+	// The first cohort.
+	cohortSize     = 40
 	cohortShortest = 50 * time.Millisecond
 	cohortLongest  = time.Second // unless there are not cohortLeast calls
+
+	cohortLeast = 8 // The least number of calls that chance may be excluded for.
 )
 
 // withDefaults checks cfg and returns it with all bounds set.
@@ -135,7 +162,8 @@ func NewAuto(cfg AutoConfig) (*Auto, error) {
 	}
 	a.limit = float64(a.initial)
 	a.window.length, a.window.samples = autoWindow, autoLeast
-	a.gather(0)
+	a.phase = gathering
+	a.cohort.open()
 	return a, nil
 }
 
@@ -197,6 +225,9 @@ func (a *Auto) OnSample(s Sample) {
 	case s.Result == Dropped:
 		if a.counts(s) {
 			a.shrink(1-backoffRatio, becauseDrop)
+			if a.restore == 0 {
+				a.restore = a.limit
+			}
 		}
 	case s.Start >= a.resumed && a.lowered == 0 && a.base > 0 && a.window.add(s, a.base):
 		a.adjust(now)
@@ -208,19 +239,24 @@ func (a *Auto) adjust(now Instant) {
 	w := &a.window
 	mean := w.mean()
 	part := min(1, w.size()/(autoSmoothing*a.longer()))
+	if a.shrunk != "" {
+		part = min(part, float64(now.sub(w.began))/float64(autoSlowest))
+	}
 	if a.mean == 0 {
 		a.mean = mean
 	}
 	a.mean += (mean - a.mean) * part
-	switch ratio, most := a.ratio(), a.most(); {
+	ratio, most := a.ratio(), a.most()
+	switch {
 	case ratio > most:
-		a.shrink(part*min(0.2, (1-most/ratio)/2), becauseLatency)
+		a.shrink(part*(1-most/ratio)*(1.5-most/ratio), becauseLatency)
+	case a.restore > a.limit && now.sub(a.recovery.since) < autoRestore:
+		a.limit = a.clamp(a.restore)
 	case w.limited:
-		step := 0.1
-		if a.shrunk == "" {
-			step = 0.5
-		}
-		a.limit = a.clamp(a.limit + part*max(0.1, step*a.limit*min(1, (most-ratio)/(most-1))))
+		a.limit = a.clamp(a.limit + part*max(0.1, autoGrowth*a.limit*(most-ratio)/(most-1)))
+	}
+	if now.sub(a.recovery.since) >= autoRestore {
+		a.restore = 0
 	}
 	w.reset(now)
 }
@@ -239,7 +275,7 @@ func (a *Auto) Explain() State {
 	return State{Baseline: time.Duration(a.base), Latency: time.Duration(a.mean), Lowered: lowered}
 }
 
-func (a *Auto) most() float64 { return 1.3 + 2/math.Sqrt(a.limit) }
+func (a *Auto) most() float64 { return 1.15 + 3.07/math.Sqrt(a.limit+2) }
 
 func (a *Auto) ratio() float64 { return a.mean / max(a.base, 1) }
 
@@ -254,29 +290,21 @@ func (a *Auto) advance(now Instant) {
 		if now < a.next {
 			return
 		}
-		late := now.sub(a.next)
+		a.until = a.next.add(max(autoLeastEmpty, time.Duration(autoEmpty*a.mean)))
 		a.schedule(now)
 		switch {
 		case a.ratio() < autoQueued || a.base == 0:
 			a.gather(now)
-		case a.drains && late < autoLate: // The others drain now, too.
-			depth := autoDepth
-			if a.deep {
-				depth /= 2
-			}
-			a.lowered = max(a.min, int64(depth*a.limit/a.most()))
-			a.phase, a.since = emptying, now
+		case a.drains && now < a.until: // Later, the others are not in their drain any more.
+			a.lower()
+			a.phase = emptying
 		}
 	case emptying:
-		if now.sub(a.since) >= time.Duration(2*a.mean) {
+		if now >= a.until {
 			a.gather(now)
 		}
 	case gathering:
-		if a.since == 0 {
-			a.since = now
-			a.schedule(now)
-		}
-		if !a.gathered(now.sub(a.since)) {
+		if !a.gathered(now) {
 			return
 		}
 		a.cohort.close()
@@ -287,16 +315,23 @@ func (a *Auto) advance(now Instant) {
 		}
 		fallthrough
 	case pending:
-		due := now >= a.next
-		if a.cohort.ended < a.cohort.sent && !due {
+		if a.cohort.ended < a.cohort.sent && now < a.next {
 			return
 		}
 		a.judge(now)
 		a.phase = steady
-		if !due {
-			a.schedule(now) // Whether drains are rarer may have changed.
-		}
 	}
+}
+
+// lower lowers the limit for a drain.
+func (a *Auto) lower() {
+	to := autoDepth * a.limit / a.most()
+	if a.deep || a.limit > 2*a.proven {
+		to /= autoDeep
+		a.proven = a.limit
+	}
+	a.proven = min(a.proven, a.limit)
+	a.lowered = max(a.min, int64(to))
 }
 
 // resume begins a new window, with calls that are sent from now on.
@@ -308,8 +343,11 @@ func (a *Auto) resume(now Instant) {
 // schedule sets when the next cohort is due.
 func (a *Auto) schedule(now Instant) {
 	every := autoDrain
-	if a.agreed >= autoAgreed {
-		every *= autoRarer
+	if a.weight < autoKnown && 20*(autoEmpty+autoGather)*a.mean < float64(every) {
+		every /= autoSooner
+	}
+	for a.weight >= autoKnown && float64(every) < autoRarer*a.base {
+		every *= 2
 	}
 	wall := a.wall(now)
 	a.next = now.add(wall.Truncate(every).Add(every).Sub(wall))
@@ -317,48 +355,63 @@ func (a *Auto) schedule(now Instant) {
 
 // gather opens a cohort.
 func (a *Auto) gather(now Instant) {
-	a.phase, a.since = gathering, now
+	a.phase, a.until = gathering, max(a.until, now).add(max(autoLeastGather, time.Duration(autoGather*a.mean)))
 	a.cohort.open()
 }
 
-// gathered reports whether the cohort that was opened so long ago is large enough.
-func (a *Auto) gathered(took time.Duration) bool {
-	sent := a.cohort.state.Load() >> markBits
-	return float64(sent) >= cohortSize*a.longer() && took >= cohortShortest || sent >= cohortLeast && took >= cohortLongest
+// gathered reports whether the cohort is large enough.
+func (a *Auto) gathered(now Instant) bool {
+	c := &a.cohort
+	if a.base > 0 {
+		// Where many clients share the server, all end the drain at once. Where one alone
+		// may have more calls in flight, it can tell more about a server that became slower.
+		slower := c.n >= cohortLeast && c.sum > a.base*(c.n+1.2*math.Sqrt(c.n*a.spread))
+		return now >= a.until && (a.lowered <= 1 || !slower || now >= a.until.add(time.Duration(autoExtend*a.mean)))
+	}
+	if a.until == 0 {
+		a.until = now.add(cohortShortest)
+		a.schedule(now)
+	}
+	sent := c.state.Load() >> markBits
+	return sent >= cohortSize && now >= a.until || sent >= cohortLeast && now >= a.until.add(cohortLongest-cohortShortest)
 }
 
 // judge moves base towards the mean of the cohort.
 func (a *Auto) judge(now Instant) {
 	c := &a.cohort
-	if c.n < cohortLeast {
+	if c.n == 0 {
 		return
 	}
-	mean := c.sum / c.n
-	spread := max(0, c.squares/c.n/(mean*mean)-1)
-	diff := mean - a.base
-	switch {
-	case a.base == 0:
-		a.base, a.weight, a.spread = mean, c.n, spread
+	mean := c.mean()
+	if a.base == 0 {
+		a.base, a.weight = mean, min(c.n, autoFirst)
 		a.resume(now)
 		return
-	case math.Abs(diff) > 3*a.base*math.Sqrt(max(a.spread, 0.01)/c.n): // Chance does not explain it.
-		a.base += 0.7 * diff
-		a.weight = c.n
-		a.agreed = 0
-		a.deep = diff < 0 // The last ones were measured under a queue; this one may be, too.
-	default:
-		a.weight = min(a.weight+c.n, autoMemory)
-		a.base += diff * c.n / a.weight
-		a.agreed++
+	}
+	if a.recent.n == 0 || (mean > a.base) != (a.recent.mean() > a.base) {
+		a.recent = calls{}
+	}
+	a.recent.n += c.n
+	a.recent.sum += c.sum
+	recent := a.recent.mean()
+	chance := math.Sqrt(max(a.spread, 0.01) * (1/a.recent.n + 1/a.weight))
+	if a.recent.n >= cohortLeast && math.Abs(math.Log(recent/a.base)) > 3*chance {
+		a.deep = recent < a.base
+		a.base, a.weight = recent, a.recent.n
+		a.recent = calls{}
+	} else {
+		a.weight = min(a.weight+c.n, max(c.n, autoMemory))
+		a.base += (mean - a.base) * c.n / a.weight
 		a.deep = false
 	}
-	a.spread += (spread - a.spread) / 5
+	spread := max(0, c.squares/c.n/(mean*mean)-1)
+	a.spread += (spread - a.spread) * min(1, c.n/autoMemory)
 }
 
 // open begins a new cohort, with another mark.
 func (c *cohort) open() {
 	c.mark = c.mark%MaxMark + 1
-	c.sent, c.ended, c.n, c.sum, c.squares = 0, 0, 0, 0, 0
+	c.sent, c.ended, c.calls, c.squares = 0, 0, calls{}, 0
 	c.state.Store(int64(c.mark))
 }
 

@@ -57,8 +57,8 @@ func TestAuto(t *testing.T) {
 	t.Run("shrinks_when_latency_rises", func(t *testing.T) {
 		f := newAutoFeed(t, limit.AutoConfig{})
 		f.until(time.Second, 10*ms, false)
-		f.until(3*time.Second, 30*ms, true)
-		check(t, "two seconds of three times the latency", f.Limit(), 1, 12)
+		f.until(5*time.Second, 30*ms, true)
+		check(t, "four seconds of three times the latency", f.Limit(), 1, 12)
 	})
 	t.Run("drops", func(t *testing.T) {
 		f := newAutoFeed(t, limit.AutoConfig{})
@@ -67,6 +67,24 @@ func TestAuto(t *testing.T) {
 		check(t, "20 drops of calls that ran together", f.Limit(), 18, 18)
 		f.round(1, 10*ms, limit.Dropped, true)
 		check(t, "a drop of a later call", f.Limit(), 16, 16)
+	})
+	t.Run("an_outage_counts_as_one_drop", func(t *testing.T) {
+		f := newAutoFeed(t, limit.AutoConfig{})
+		f.until(time.Second, 10*ms, false)
+		for range 5 { // Of a second each, so that one drop of each counts.
+			f.round(0, time.Second, limit.Dropped, true)
+		}
+		check(t, "during an outage of five seconds", f.Limit(), 11, 12)
+		f.until(6500*ms, 10*ms, true)
+		check(t, "after it", f.Limit(), 18, 30)
+		for range 5 {
+			f.round(0, time.Second, limit.Dropped, true)
+		}
+		low := f.Limit()
+		f.until(13*time.Second, 100*ms, true)
+		if got := f.Limit(); got > low {
+			t.Errorf("limit %d when the server is slower after an outage, want at most %d", got, low)
+		}
 	})
 	t.Run("calls_given_up", func(t *testing.T) {
 		f := newAutoFeed(t, limit.AutoConfig{})
@@ -84,23 +102,20 @@ func TestAuto(t *testing.T) {
 		f := newAutoFeed(t, limit.AutoConfig{Initial: 30, Min: 25, Max: 40})
 		f.until(2*time.Second, 10*ms, true)
 		check(t, "without a queue", f.Limit(), 40, 40)
-		for at := 2 * time.Second; at < 12*time.Second; at += 100 * ms {
+		for at := 2 * time.Second; at < 22*time.Second; at += 100 * ms {
 			f.until(at, 50*ms, true)
 			check(t, "with a queue, and in a drain", f.Limit(), 25, 40)
 		}
 	})
 }
 
-// queueLatency is the latency of a server of 20 workers that take 10 ms.
-var queueLatency = queueing(20, 10*ms)
-
 func TestAutoDrain(t *testing.T) {
 	// drains feeds an overload for a minute and returns when the limit was lowered.
-	drains := func(t *testing.T, cfg limit.AutoConfig) (began []time.Duration, f *autoFeed) {
+	drains := func(t *testing.T, cfg limit.AutoConfig, latency func(int64) time.Duration) (began []time.Duration, f *autoFeed) {
 		f = newAutoFeed(t, cfg)
 		before := f.Limit()
 		for f.now < limit.Instant(time.Hour+65*time.Second) {
-			f.round(0, queueLatency(f.Limit()), limit.Succeeded, true)
+			f.round(0, latency(f.Limit()), limit.Succeeded, true)
 			if n := f.Limit(); n < before*2/3 {
 				began = append(began, time.Duration(f.now)-time.Hour)
 			}
@@ -108,40 +123,56 @@ func TestAutoDrain(t *testing.T) {
 		}
 		return began, f
 	}
-	t.Run("at_multiples_of_ten_seconds", func(t *testing.T) {
-		began, f := drains(t, limit.AutoConfig{})
-		// Three that agree, at 10, 20 and 30 s; the next is at a multiple of 30 s.
-		if len(began) != 4 {
-			t.Fatalf("drains at %v, want 4", began)
+	t.Run("at_multiples_of_twenty_seconds", func(t *testing.T) {
+		began, f := drains(t, limit.AutoConfig{}, queueing(20, 10*ms))
+		if len(began) != 5 {
+			t.Fatalf("drains at %v, want 5", began)
 		}
-		for i, want := range []time.Duration{10, 20, 30, 60} {
+		for i, want := range []time.Duration{5, 10, 20, 40, 60} {
 			if late := began[i] - want*time.Second; late < 0 || late > 100*ms {
 				t.Errorf("drain %d at %v, want %v s", i, began[i], int64(want))
 			}
 		}
 		check(t, "after a minute of overload", f.Limit(), 22, 40)
 	})
+	t.Run("less_often_where_calls_take_longer", func(t *testing.T) {
+		began, _ := drains(t, limit.AutoConfig{}, queueing(20, 100*ms))
+		// When it is known how long calls take, the next is at a multiple of 80 s.
+		if len(began) == 0 || began[len(began)-1] > 21*time.Second {
+			t.Errorf("drains at %v, want them within 20 s", began)
+		}
+	})
 	t.Run("none", func(t *testing.T) {
-		if began, _ := drains(t, limit.AutoConfig{NoDrains: true}); len(began) > 0 {
+		if began, _ := drains(t, limit.AutoConfig{NoDrains: true}, queueing(20, 10*ms)); len(began) > 0 {
 			t.Errorf("drains at %v, want none", began)
 		}
 	})
 	t.Run("not_without_a_queue", func(t *testing.T) {
 		f := newAutoFeed(t, limit.AutoConfig{})
-		for at := time.Second; at < 35*time.Second; at += 10 * ms {
+		for at := time.Second; at < 45*time.Second; at += 10 * ms {
 			f.until(at, 10*ms, false)
 			check(t, "a server without a queue", f.Limit(), 20, 20)
 		}
 	})
 	t.Run("measures_a_server_that_has_become_slower", func(t *testing.T) {
 		f := newAutoFeed(t, limit.AutoConfig{})
-		f.until(2*time.Second, 10*ms, true)
-		f.until(9900*ms, 30*ms, true)
+		f.until(11*time.Second, 10*ms, false)
+		f.until(19900*ms, 30*ms, true)
 		low := f.Limit()
 		check(t, "three times as slow, before the drain", low, 1, 10)
-		f.until(19*time.Second, 30*ms, true)
+		f.until(29*time.Second, 30*ms, true)
 		if got := f.Limit(); got < 2*low {
 			t.Errorf("limit %d nine seconds later, want at least twice %d", got, low)
+		}
+	})
+	t.Run("the_baseline_stays_within_what_was_measured", func(t *testing.T) {
+		f := newAutoFeed(t, limit.AutoConfig{Initial: 500})
+		for second := time.Second; second < 45*time.Second; second += time.Second {
+			rtt := 10*ms + ms*(second/time.Second/20%2) // A cohort is of thousands of calls, and base stands for 240.
+			f.until(second, rtt, false)
+			if got := f.Explain().Baseline; got > 0 && (got < 10*ms-1 || got > 11*ms+1) {
+				t.Fatalf("baseline %v after %v, want 10 to 11 ms", got, second)
+			}
 		}
 	})
 	t.Run("waits_for_the_slow_calls_of_a_cohort", func(t *testing.T) {

@@ -5,7 +5,9 @@ package concurrency_test
 
 import (
 	"context"
+	"slices"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 
@@ -67,4 +69,30 @@ func BenchmarkAdmit(b *testing.B) {
 			})
 		})
 	}
+}
+
+// BenchmarkAutoBesideFixed says how many times as long a call takes under the default
+// algorithm as under a fixed limit: the median of short runs that alternate, so that what
+// else the machine does falls on both.
+func BenchmarkAutoBesideFixed(b *testing.B) {
+	calls := admitAndRefuse(b)
+	fixed, auto := calls["fixed"], calls["auto"]
+	took := func(call func() error) float64 {
+		const n = 2000
+		start := time.Now()
+		for range n {
+			call()
+		}
+		return float64(time.Since(start).Nanoseconds()) / n
+	}
+	var fixeds, autos, ratios []float64
+	for b.Loop() {
+		f, a := took(fixed), took(auto)
+		fixeds, autos, ratios = append(fixeds, f), append(autos, a), append(ratios, a/f)
+	}
+	median := func(v []float64) float64 { slices.Sort(v); return v[len(v)/2] }
+	b.ReportMetric(0, "ns/op") // The time of an iteration says nothing.
+	b.ReportMetric(median(fixeds), "fixed-ns")
+	b.ReportMetric(median(autos), "auto-ns")
+	b.ReportMetric(median(ratios), "x")
 }

@@ -33,7 +33,12 @@
 // A [Layer] has one state. In the stacks of several connections it limits all of them
 // together, like Tower's global limit; for a limit per connection make a Layer for each.
 // [Config.KeyBy] gives each method, tenant or other key its own limit, for up to
-// [Config.MaxKeys] keys (1,000 by default).
+// [Config.MaxKeys] keys (1,000 by default). A limit per endpoint must know the endpoint
+// before the call is sent: it is the field endpointLimit of the balancer belfry.p2c.
+//
+// What each limit does and thinks is shown by [Layer.Stats], by [interceptor.Limits], and
+// as metrics by package otelobserver: permits, calls that wait, the latency that is
+// compared with which, and why the limit went down.
 //
 // # Order
 //
@@ -66,18 +71,28 @@
 // defaults. Load is in units of the capacity.
 //
 //	                                   Auto         AIMD         Gradient2    Vegas
-//	20 workers, load 0.9               89 / 1.2     89 / 1.2     90 / 1.3     88 / 1.1
+//	20 workers, load 0.9               90 / 1.3     89 / 1.2     90 / 1.3     88 / 1.1
 //	20 workers, load 1.2               99 / 1.6    100 / 1.8    100 / 2.6     96 / 1.2
 //	200 workers, load 0.5              50 / 1.0     36 / 1.0     42 / 1.0     50 / 1.0
-//	200 workers, load 1.2             100 / 1.3     37 / 1.0     45 / 1.0     98 / 1.1
-//	2 workers, load 1.2                90 / 2.1     96 / 3.7    100 / 21      95 / 3.0
+//	200 workers, load 1.2              99 / 1.3     37 / 1.0     45 / 1.0     98 / 1.1
+//	2 workers, load 1.2                91 / 2.2     96 / 3.7    100 / 21      95 / 3.0
 //	20 workers, 20 clients, load 1.2   99 / 2.3    100 / 4.6    100 / 47     100 / 6.2
-//	refuses at a queue of 20, load 3  100 / 1.6    100 / 1.9    100 / 1.9     98 / 1.2
+//	refuses at a queue of 20, load 3   99 / 1.6    100 / 1.9    100 / 1.9     98 / 1.2
 //
 // The commands are, in the source of this module,
 //
 //	go run ./internal/limitsim/simulate
 //	go run ./internal/limitsim/simulate -algorithms aimd-50ms,gradient2,vegas -seeds 1
+//	go test ./internal/limitsim -run TestWire -v -wire 5m        # the same through real gRPC
+//	go test ./interceptor/concurrency -run '^$' -bench BesideFixed  # what a call costs under Auto
+//
+// With the last, a call that costs nothing itself takes 1.7 times as long under Auto as
+// under a fixed limit (221 and 133 ns), and neither allocates.
+//
+// Where half of 20 clients have a fixed limit, AIMD or Gradient2 instead, the latency is 2.5
+// to 2.7 times the unloaded one, and those clients get more than their share (Jain's index
+// is 0.95 with AIMD and Gradient2). When the work takes twice as long, the clients are
+// unequal for more than a minute (0.8), because each learns it from a few calls.
 //
 // Auto does not share a server well where a client for each worker or more want all of it:
 // each may have one call at a time at least. With 100 clients for 20 workers the latency is

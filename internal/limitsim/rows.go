@@ -11,22 +11,28 @@ import (
 	"github.com/belfry-go/belfry/limit"
 )
 
-// A Row is a scenario and what an algorithm must make of it. What is zero of the demands
-// is not demanded.
+// A Row is a scenario and what an algorithm must make of it.
 type Row struct {
 	Name string
 	Scenario
+	Phases   int     // how many phases of the wall clock it is the mean of, over 30 s; 1 if 0
 	Ideal    int64   // the static limit of each client that knows the server
 	Capacity float64 // of the server while it is measured, in parts of that of Workers; 1 if 0
 	Slower   float64 // by how much the work is slower while it is measured; 1 if 0
 	Other    string  // the algorithm of every other client
 	Long     bool    // it takes much time
 
+	Demands         // of the first measurement
+	Later   Demands // of the second
+}
+
+// Demands are what an algorithm must do. What is zero is not demanded.
+type Demands struct {
 	MinGoodput, MaxLatency, MaxRefused, MaxRejected, MinServed, MinJain float64
 }
 
-// Run runs the row under an algorithm.
-func (row Row) Run(algorithm string, seed uint64) (Result, error) {
+// Run runs the row under an algorithm, and returns one or two measurements.
+func (row Row) Run(algorithm string, seed uint64) ([]Result, error) {
 	makers := [2]Maker{}
 	for i, name := range []string{algorithm, row.Other} {
 		if name == "" {
@@ -34,20 +40,31 @@ func (row Row) Run(algorithm string, seed uint64) (Result, error) {
 		}
 		m, err := row.maker(name)
 		if err != nil {
-			return Result{}, err
+			return nil, err
 		}
 		makers[i] = m
 	}
-	r := Run(row.Scenario, func(i int, wall func(limit.Instant) time.Time) limit.Algorithm {
-		return makers[i%2](i, wall)
-	}, seed)
-	if row.Capacity > 0 {
-		r.Goodput /= row.Capacity
+	maker := func(i int, wall func(limit.Instant) time.Time) limit.Algorithm { return makers[i%2](i, wall) }
+	var phases [2][]Result
+	n := max(row.Phases, 1)
+	for i := range n {
+		sc := row.Scenario
+		sc.Phase += time.Duration(i) * 30 * time.Second / time.Duration(n)
+		for j, r := range Run(sc, maker, seed*100+uint64(i)) {
+			if row.Capacity > 0 {
+				r.Goodput /= row.Capacity
+			}
+			if row.Slower > 0 {
+				r.Latency /= row.Slower
+			}
+			phases[j] = append(phases[j], r)
+		}
 	}
-	if row.Slower > 0 {
-		r.Latency /= row.Slower
+	results := []Result{Mean(phases[0])}
+	if len(phases[1]) > 0 {
+		results = append(results, Mean(phases[1]))
 	}
-	return r, nil
+	return results, nil
 }
 
 // Static is a limit that does not change.
@@ -105,18 +122,18 @@ func (row Row) maker(name string) (Maker, error) {
 }
 
 // Broken returns which demands a result does not meet, empty if it meets all.
-func (row Row) Broken(r Result) (broken []string) {
+func (d Demands) Broken(r Result) (broken []string) {
 	demand := func(ok bool, format string, bound float64) {
 		if !ok {
 			broken = append(broken, fmt.Sprintf(format, bound))
 		}
 	}
-	demand(r.Goodput >= row.MinGoodput, "goodput < %.3g", row.MinGoodput)
-	demand(row.MaxLatency == 0 || r.Latency <= row.MaxLatency, "latency > %.3g", row.MaxLatency)
-	demand(row.MaxRefused == 0 || r.Refused <= row.MaxRefused, "refused > %.3g", row.MaxRefused)
-	demand(row.MaxRejected == 0 || r.Rejected <= row.MaxRejected, "rejected > %.3g", row.MaxRejected)
-	demand(r.Served >= row.MinServed, "served < %.3g", row.MinServed)
-	demand(r.Jain >= row.MinJain, "Jain < %.3g", row.MinJain)
+	demand(r.Goodput >= d.MinGoodput, "goodput < %.3g", d.MinGoodput)
+	demand(d.MaxLatency == 0 || r.Latency <= d.MaxLatency, "latency > %.3g", d.MaxLatency)
+	demand(d.MaxRefused == 0 || r.Refused <= d.MaxRefused, "refused > %.3g", d.MaxRefused)
+	demand(d.MaxRejected == 0 || r.Rejected <= d.MaxRejected, "rejected > %.3g", d.MaxRejected)
+	demand(r.Served >= d.MinServed, "served < %.3g", d.MinServed)
+	demand(r.Jain >= d.MinJain, "Jain < %.3g", d.MinJain)
 	return broken
 }
 
@@ -127,7 +144,8 @@ func Rows() []Row {
 		m = time.Minute
 	)
 	var rows []Row
-	add := func(row Row) {
+	add := func(name string, sc Scenario, ideal int64, d Demands) *Row {
+		row := Row{Name: name, Scenario: sc, Ideal: ideal, Demands: d}
 		if row.WarmUp == 0 {
 			row.WarmUp = m
 		}
@@ -135,7 +153,10 @@ func Rows() []Row {
 			row.Length = 5 * m
 		}
 		rows = append(rows, row)
+		return &rows[len(rows)-1]
 	}
+	again := func(row *Row, d Demands) { row.Again, row.Later = 30*m, d }
+	overload := Demands{MinGoodput: 0.99, MaxLatency: 1.8}
 	for _, w := range []struct {
 		workers int
 		ideal   [4]int64
@@ -145,65 +166,65 @@ func Rows() []Row {
 			return Scenario{Workers: w.workers, Load: load, Length: max(m, 5*m*20/time.Duration(w.workers))}
 		}
 		name := fmt.Sprintf("%d workers, ", w.workers)
-		add(Row{Name: name + "0.5 x", Scenario: sc(0.5), Ideal: w.ideal[0], MaxRefused: 0.001, MaxLatency: 1.02})
-		add(Row{Name: name + "0.9 x", Scenario: sc(0.9), Ideal: w.ideal[1], MinGoodput: 0.89, MaxLatency: 1.5})
+		add(name+"0.5 x", sc(0.5), w.ideal[0], Demands{MaxRefused: 0.001, MaxLatency: 1.02})
+		add(name+"0.9 x", sc(0.9), w.ideal[1], Demands{MinGoodput: 0.89, MaxLatency: 1.5})
 		for i, load := range []float64{1.2, 3} {
-			row := Row{Name: fmt.Sprintf("%s%v x", name, load), Scenario: sc(load), Ideal: w.ideal[2+i], MinGoodput: 0.99, MaxLatency: 1.8}
-			add(row)
-			row.Name += ", after 30 minutes"
-			row.WarmUp = 30 * m
-			row.Long = w.workers > 20
-			add(row)
+			row := add(fmt.Sprintf("%s%v x", name, load), sc(load), w.ideal[2+i], overload)
+			if w.workers == 20 {
+				again(row, overload)
+				continue
+			}
+			row = add(row.Name, sc(load), w.ideal[2+i], overload)
+			again(row, overload)
+			row.Long = true
 		}
 	}
-	add(Row{Name: "2 workers, 1.2 x", Scenario: Scenario{Workers: 2, Load: 1.2}, Ideal: 6, MinGoodput: 0.91, MaxLatency: 2.6})
-	add(Row{Name: "4 workers, 4 clients, 100 ms, 1.2 x", Scenario: Scenario{Workers: 4, Clients: 4, Mean: 100 * time.Millisecond, Load: 1.2}, Ideal: 4, MinGoodput: 0.95, MaxLatency: 2.6})
-	for _, shared := range []bool{false, true} {
-		row := Row{Name: "20 clients, 20 workers, 1.2 x", Scenario: Scenario{Workers: 20, Clients: 20, Shared: shared, Load: 1.2}, Ideal: 4, MinGoodput: 0.985, MaxLatency: 2.6, MinJain: 0.98}
-		if shared {
-			row.Name = "20 clients, 20 shared cores, 1.2 x"
-		}
-		add(row)
-		row.Name += ", after 30 minutes"
-		row.WarmUp, row.MaxLatency = 30*m, 2.3
-		add(row)
-	}
+	add("2 workers, 1.2 x", Scenario{Workers: 2, Load: 1.2}, 6, Demands{MinGoodput: 0.91, MaxLatency: 2.6})
+	add("4 workers, 4 clients, 100 ms, 1.2 x", Scenario{Workers: 4, Clients: 4, Mean: 100 * time.Millisecond, Load: 1.2}, 4, Demands{MinGoodput: 0.95, MaxLatency: 2.6})
+	together := Demands{MinGoodput: 0.985, MaxLatency: 2.6, MinJain: 0.98}
+	later := together
+	later.MaxLatency = 2.3
 	many := Scenario{Workers: 20, Clients: 20, Load: 1.2}
+	again(add("20 clients, 20 workers, 1.2 x", many, 4, together), later)
+	shared := many
+	shared.Shared = true
+	again(add("20 clients, 20 shared cores, 1.2 x", shared, 4, together), later)
 	clocks := many
 	clocks.ClockError = s / 2
-	add(Row{Name: "the same, clocks off by up to 500 ms", Scenario: clocks, Ideal: 4, MinGoodput: 0.97, MaxLatency: 2.7})
+	add("the same, clocks off by up to 500 ms", clocks, 4, Demands{MinGoodput: 0.97, MaxLatency: 2.7})
 	many.WarmUp = 30 * m
 	for _, other := range []string{"ideal", "aimd-50ms", "gradient2"} {
-		add(Row{Name: "the same, half with " + other + ", after 30 minutes", Scenario: many, Ideal: 4, Other: other, MinGoodput: 0.97, MaxLatency: 2.7})
+		add("the same, half with "+other+", after 30 minutes", many, 4, Demands{MinGoodput: 0.97, MaxLatency: 2.7}).Other = other
 	}
-	add(Row{Name: "100 clients, 200 workers, 1.2 x", Scenario: Scenario{Workers: 200, Clients: 100, Load: 1.2, Length: m}, Ideal: 5, MinGoodput: 0.985, MaxLatency: 2.6})
-	add(Row{Name: "20 clients with 50 callers each, a closed loop", Scenario: Scenario{Workers: 20, Clients: 20, Callers: 50}, Ideal: 2, MinGoodput: 0.985})
-	add(Row{Name: "one client with 1,000 callers, a closed loop, constant work", Scenario: Scenario{Workers: 10, Callers: 1000, Law: Constant, WarmUp: 30 * m, Length: m}, Ideal: 12, MinGoodput: 0.985, MaxLatency: 2})
+	add("100 clients, 200 workers, 1.2 x", Scenario{Workers: 200, Clients: 100, Load: 1.2, Length: m}, 5, Demands{MinGoodput: 0.985, MaxLatency: 2.6})
+	add("20 clients with 50 callers each, a closed loop", Scenario{Workers: 20, Clients: 20, Callers: 50}, 2, Demands{MinGoodput: 0.985})
+	add("one client with 1,000 callers, a closed loop, constant work", Scenario{Workers: 10, Callers: 1000, Law: Constant, WarmUp: 30 * m, Length: m}, 12, Demands{MinGoodput: 0.985, MaxLatency: 2})
 	for _, l := range []struct {
 		name string
 		law  Law
 	}{{"constant", Constant}, {"lognormal (cv 2)", Lognormal}, {"5 % cost 20 times", Bimodal}} {
-		add(Row{Name: l.name + ", 20 workers, 0.9 x", Scenario: Scenario{Workers: 20, Load: 0.9, Law: l.law}, Ideal: 40, MinGoodput: 0.884, MaxLatency: 1.5})
-		add(Row{Name: l.name + ", 20 workers, 1.2 x", Scenario: Scenario{Workers: 20, Load: 1.2, Law: l.law}, Ideal: 32, MinGoodput: 0.985, MaxLatency: 1.8})
+		add(l.name+", 20 workers, 0.9 x", Scenario{Workers: 20, Load: 0.9, Law: l.law}, 40, Demands{MinGoodput: 0.883, MaxLatency: 1.5})
+		add(l.name+", 20 workers, 1.2 x", Scenario{Workers: 20, Load: 1.2, Law: l.law}, 32, Demands{MinGoodput: 0.983, MaxLatency: 1.8})
 	}
-	ago := -10 * s
-	change := func(load float64, c Change) Scenario {
-		c.At = ago
-		return Scenario{Workers: 20, Load: load, Length: m, Changes: []Change{c}}
+	change := func(name string, load float64, c Change, ideal int64, d Demands) *Row {
+		c.At = -10 * s
+		row := add(name+", 10 s later", Scenario{Workers: 20, Load: load, Length: m, Changes: []Change{c}}, ideal, d)
+		row.Phases = 6
+		return row
 	}
-	add(Row{Name: "workers halve at 1.2 x, 10 s later", Scenario: change(1.2, Change{Workers: 10}), Ideal: 18, Capacity: 0.5, MinGoodput: 0.985, MaxLatency: 2.1})
-	add(Row{Name: "workers double at 2.4 x, 10 s later", Scenario: change(2.4, Change{Workers: 40}), Ideal: 60, Capacity: 2, MinGoodput: 0.99, MaxLatency: 1.8})
-	add(Row{Name: "workers x 4 at 3 x, 10 s later", Scenario: change(3, Change{Workers: 80}), Ideal: 110, MinGoodput: 2.97, MaxLatency: 1.5})
-	add(Row{Name: "the work is twice as slow at 1.2 x, 10 s later", Scenario: change(1.2, Change{Speed: 0.5}), Ideal: 32, Capacity: 0.5, Slower: 2, MinGoodput: 0.985, MaxLatency: 1.8})
-	slow := change(1.2, Change{Speed: 0.5})
-	slow.Clients = 20
-	add(Row{Name: "the same, 20 clients", Scenario: slow, Ideal: 4, Capacity: 0.5, Slower: 2, MinGoodput: 0.98, MaxLatency: 2.6})
+	change("workers halve at 1.2 x", 1.2, Change{Workers: 10}, 18, Demands{MinGoodput: 0.99, MaxLatency: 1.9}).Capacity = 0.5
+	change("workers double at 2.4 x", 2.4, Change{Workers: 40}, 60, overload).Capacity = 2
+	change("workers x 4 at 3 x", 3, Change{Workers: 80}, 110, Demands{MinGoodput: 2.97, MaxLatency: 1.5})
+	slow := change("the work is twice as slow at 1.2 x", 1.2, Change{Speed: 0.5}, 32, overload)
+	slow.Capacity, slow.Slower = 0.5, 2
+	slow = change("the same, 20 clients", 1.2, Change{Speed: 0.5}, 4, together)
+	slow.Clients, slow.Capacity, slow.Slower = 20, 0.5, 2
 	stall := Scenario{Workers: 20, Load: 0.9, Length: 10 * s, Changes: []Change{{At: -7 * s, Stalled: true}, {At: -2 * s}}}
-	add(Row{Name: "stalled for 5 s at 0.9 x, 2 s later", Scenario: stall, Ideal: 40, MinServed: 0.99})
+	add("stalled for 5 s at 0.9 x, 2 s later", stall, 40, Demands{MinServed: 0.998}).Phases = 6
 	across := Scenario{Workers: 20, Load: 0.9, Length: 20 * s, Changes: []Change{{At: -5 * s, Stalled: true}, {At: 0}}}
-	add(Row{Name: "stalled for 5 s, until a drain, 20 s from its end", Scenario: across, Ideal: 40, MinServed: 0.96})
+	add("stalled for 5 s, until a drain, 20 s from its end", across, 40, Demands{MinServed: 0.96})
 	for _, load := range []float64{1.2, 3} {
-		add(Row{Name: fmt.Sprintf("refuses at a queue of 20, %v x", load), Scenario: Scenario{Workers: 20, Queue: 20, Load: load}, Ideal: 32, MinGoodput: 0.99, MaxRejected: 0.005})
+		add(fmt.Sprintf("refuses at a queue of 20, %v x", load), Scenario{Workers: 20, Queue: 20, Load: load}, 32, Demands{MinGoodput: 0.99, MaxRejected: 0.005})
 	}
 	return rows
 }

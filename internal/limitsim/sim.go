@@ -46,17 +46,21 @@ type Scenario struct {
 	Clients int     // 1 if 0
 	Load    float64 // calls that arrive, in parts of the capacity of Workers: an open loop
 	// Callers makes it a closed loop: as many of each client call, one call after the other.
-	// One that is refused thinks for Mean before the next.
+	// One that is refused thinks for ten times Mean before the next.
 	Callers int
 
 	Changes []Change
+	// Phase is what the wall clock shows when the first measurement begins, after a
+	// multiple of a minute.
+	Phase time.Duration
 	// ClockError is how far the clock of a client may be off, either way.
 	ClockError time.Duration
 	WarmUp     time.Duration
 	Length     time.Duration // of what is measured after the WarmUp
+	Again      time.Duration // when as long a time is measured again, after WarmUp and Length; 0: it is not
 }
 
-// A Change changes the server at a time after the warm-up.
+// A Change changes the server at a time after the first warm-up.
 type Change struct {
 	At      time.Duration
 	Workers int     // 0: as they are
@@ -116,15 +120,20 @@ type run struct {
 	server   server
 	clients  []client
 	free     []*call
-	from, to int64
+	from, to int64 // what is measured
+	measured
+}
 
+// measured is what is counted.
+type measured struct {
 	arrived, refused, rejected, late, served float64
 	latency                                  float64
 	limits, looks                            float64
 }
 
-// Run runs a scenario. It depends on nothing but its arguments.
-func Run(sc Scenario, maker Maker, seed uint64) Result {
+// Run runs a scenario and returns what was measured, once or twice. It depends on nothing
+// but its arguments.
+func Run(sc Scenario, maker Maker, seed uint64) (results []Result) {
 	if sc.Law == nil {
 		sc.Law = Exponential
 	}
@@ -140,7 +149,7 @@ func Run(sc Scenario, maker Maker, seed uint64) Result {
 	r.clients = make([]client, sc.Clients)
 	for i := range r.clients {
 		c := &r.clients[i]
-		off := time.Duration((2*r.rng.Float64() - 1) * float64(sc.ClockError))
+		off := sc.Phase + time.Duration((2*r.rng.Float64()-1)*float64(sc.ClockError)) - time.Duration(r.from)
 		c.limit = maker(i, func(at limit.Instant) time.Time { return time.Unix(0, int64(at)).Add(off) })
 		c.starter, _ = c.limit.(limit.Starter)
 		c.again = func(uint64) { r.call(c) }
@@ -173,7 +182,7 @@ func Run(sc Scenario, maker Maker, seed uint64) Result {
 	var look func(uint64)
 	look = func(uint64) {
 		r.agenda.add(r.now+int64(100*time.Millisecond), look)
-		if r.measured() {
+		if r.counts() {
 			r.looks++
 			for i := range r.clients {
 				r.limits += float64(r.clients[i].limit.Limit())
@@ -187,13 +196,17 @@ func Run(sc Scenario, maker Maker, seed uint64) Result {
 			r.expire(r.sent.pop())
 		}
 		if next = r.agenda.heap[0].at; next > r.to {
-			break
+			results = append(results, r.result())
+			if sc.Again == 0 || len(results) == 2 {
+				return results
+			}
+			r.from = start + int64(sc.Again)
+			r.to = r.from + int64(sc.Length)
 		}
 		e := r.agenda.pop()
 		r.now = e.at
 		e.do(e.number)
 	}
-	return r.result()
 }
 
 // expire gives up a call, unless it has ended. Calls are kept for as long, so that none is
@@ -204,27 +217,27 @@ func (r *run) expire(c *call) {
 		return
 	}
 	r.now = max(r.now, c.sent+int64(deadline))
-	if r.measured() {
+	if r.counts() {
 		r.late++
 	}
 	c.over = true
 	r.end(c, limit.Dropped)
 }
 
-func (r *run) measured() bool { return r.now >= r.from && r.now < r.to }
+func (r *run) counts() bool { return r.now >= r.from && r.now < r.to }
 
 // call makes a call of a client.
 func (r *run) call(cl *client) {
-	if r.measured() {
+	if r.counts() {
 		r.arrived++
 	}
 	if cl.inFlight >= max(cl.limit.Limit(), 1) {
 		cl.limited = true
-		if r.measured() {
+		if r.counts() {
 			r.refused++
 		}
 		if r.sc.Callers > 0 {
-			r.agenda.add(r.now+int64(r.rng.ExpFloat64()*r.mean), cl.again)
+			r.agenda.add(r.now+int64(r.rng.ExpFloat64()*10*r.mean), cl.again)
 		}
 		return
 	}
@@ -238,7 +251,7 @@ func (r *run) call(cl *client) {
 		c.mark = cl.starter.OnStart()
 	}
 	if !r.server.receive(c) {
-		if r.measured() {
+		if r.counts() {
 			r.rejected++
 		}
 		r.agenda.add(r.now+int64(rejection), func(uint64) {
@@ -256,7 +269,7 @@ func (r *run) answered(c *call) {
 		r.free = append(r.free, c)
 		return
 	}
-	if r.measured() {
+	if r.counts() {
 		r.served++
 		r.latency += float64(r.now - c.sent)
 		c.client.served++
@@ -279,6 +292,7 @@ func (r *run) end(c *call, result limit.Result) {
 	}
 }
 
+// result returns what was measured, and begins anew.
 func (r *run) result() Result {
 	seconds := time.Duration(r.to - r.from).Seconds()
 	res := Result{
@@ -290,9 +304,11 @@ func (r *run) result() Result {
 	sum, squares := 0.0, 0.0
 	for i := range r.clients {
 		n := r.clients[i].served
+		r.clients[i].served = 0
 		sum, squares = sum+n, squares+n*n
 	}
 	res.Jain = sum * sum / max(float64(len(r.clients))*squares, 1)
+	r.measured = measured{}
 	return res
 }
 

@@ -7,7 +7,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"strings"
 
+	orcapb "github.com/cncf/xds/go/xds/data/orca/v3"
 	"google.golang.org/grpc/balancer"
 	_ "google.golang.org/grpc/balancer/roundrobin" // registers round_robin
 	"google.golang.org/grpc/connectivity"
@@ -32,6 +34,8 @@ type Policy struct {
 // seed but round_robin, which is grpc's own and begins at an endpoint of its
 // choice.
 //
+// reports is the default with reports that servers send with their replies.
+//
 // first is the first version of the default.
 //
 // peakEwma-30ms differs from peakEwma in what it takes a newcomer for: a
@@ -41,6 +45,7 @@ func Policies() []Policy {
 	return []Policy{
 		{Name: "oracle"},
 		{"default", p2c.Name, `{}`},
+		{"reports", p2c.Name, `{"load":{"expectedLatency":{"reports":{}}}}`},
 		{"peakEwma", p2c.Name, `{"load":{"peakEwma":{}}}`},
 		{"peakEwma-30ms", p2c.Name, `{"load":{"peakEwma":{"defaultRtt":"0.03s"}}}`},
 		{"pendingRequests", p2c.Name, `{"load":{"pendingRequests":{}}}`},
@@ -79,6 +84,8 @@ type balanced struct {
 	balancer balancer.Balancer
 	state    balancer.ClientConnState // without the endpoints
 	picker   balancer.Picker
+	reports  bool // servers send reports with their replies
+	report   orcapb.OrcaLoadReport
 }
 
 func newBalanced(c *cluster, p Policy) (*balanced, error) {
@@ -86,7 +93,8 @@ func newBalanced(c *cluster, p Policy) (*balanced, error) {
 	if builder == nil {
 		return nil, fmt.Errorf("unknown policy %q", p.Balancer)
 	}
-	b := &balanced{cluster: c, channel: &lbtest.Channel{}}
+	b := &balanced{cluster: c, channel: &lbtest.Channel{}, reports: strings.Contains(p.Config, `"reports"`)}
+	b.report.NamedMetrics = make(map[string]float64)
 	b.state.ResolverState = simenv.Set(resolver.State{}, &simenv.Env{
 		Now:    func() int64 { return c.now },
 		Uint64: c.choice.Uint64,
@@ -154,7 +162,13 @@ func (b *balanced) choose(c *call) (*server, error) {
 }
 
 func (b *balanced) finished(c *call, err error) {
-	if c.done != nil {
-		c.done(balancer.DoneInfo{Err: err, BytesSent: true, BytesReceived: !c.lost})
+	if c.done == nil {
+		return
 	}
+	info := balancer.DoneInfo{Err: err, BytesSent: true, BytesReceived: !c.lost}
+	if b.reports && err == nil {
+		b.report.NamedMetrics["belfry.in_flight"] = float64(c.requests)
+		info.ServerLoad = &b.report
+	}
+	c.done(info)
 }

@@ -228,6 +228,12 @@ func Scenarios() []Scenario {
 		s.hundred()
 		s.Speeds = oneSlowInTen
 	})
+	add("Prequal's case", func(s *Scenario) {
+		s.hundred()
+		s.Mean = 20 * time.Millisecond
+		s.Sharing = true
+		s.antagonists()
+	})
 	add("Tower's example", func(s *Scenario) {
 		// No queues, so a server that takes uniform up to 1 ms at speed 1 takes
 		// up to 1 s at speed 1/1000.

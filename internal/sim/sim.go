@@ -166,6 +166,7 @@ type call struct {
 	lost     bool // there will be no reply
 	over     bool // for the client
 	done     doneFunc
+	requests int // others at the server when it replied
 	context  callContext
 }
 
@@ -391,8 +392,11 @@ func (k *call) fire(uint64) {
 	k.cluster.idle = append(k.cluster.idle, k)
 }
 
-// reply sends the reply off.
-func (k *call) reply() { k.cluster.agenda.add(k.cluster.now+k.back, k) }
+// reply sends the reply off, with a report of the server's load.
+func (k *call) reply() {
+	k.requests = len(k.server.running) + k.server.waiting.len()
+	k.cluster.agenda.add(k.cluster.now+k.back, k)
+}
 
 // What a policy gets to see of calls that fail.
 var (

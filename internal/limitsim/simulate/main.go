@@ -65,7 +65,7 @@ func run(args []string, out, errs io.Writer) error {
 	for i := range table {
 		table[i] = make([]cell, len(algorithms))
 		for j := range table[i] {
-			table[i][j].results = make([]limitsim.Result, *seeds)
+			table[i][j].results = make([][]limitsim.Result, *seeds)
 			table[i][j].running.Add(*seeds)
 		}
 	}
@@ -88,7 +88,15 @@ func run(args []string, out, errs io.Writer) error {
 	for i, row := range rows {
 		fmt.Fprintf(out, "| %s |", row.Name)
 		for j := range algorithms {
-			fmt.Fprintf(out, " %s |", table[i][j].format(row))
+			fmt.Fprintf(out, " %s |", table[i][j].format(row, 0, row.Demands))
+		}
+		fmt.Fprintln(out)
+		if row.Again == 0 {
+			continue
+		}
+		fmt.Fprintf(out, "| %s, after %v minutes |", row.Name, row.Again.Minutes())
+		for j := range algorithms {
+			fmt.Fprintf(out, " %s |", table[i][j].format(row, 1, row.Later))
 		}
 		fmt.Fprintln(out)
 	}
@@ -97,14 +105,18 @@ func run(args []string, out, errs io.Writer) error {
 
 // cell is the runs of a row under an algorithm.
 type cell struct {
-	results []limitsim.Result
+	results [][]limitsim.Result
 	running sync.WaitGroup
 }
 
-// format waits for the runs and returns their means.
-func (c *cell) format(row limitsim.Row) string {
+// format waits for the runs and returns the means of their i-th measurements.
+func (c *cell) format(row limitsim.Row, i int, d limitsim.Demands) string {
 	c.running.Wait()
-	mean := limitsim.Mean(c.results)
+	var results []limitsim.Result
+	for _, r := range c.results {
+		results = append(results, r[i])
+	}
+	mean := limitsim.Mean(results)
 	s := fmt.Sprintf("%.1f / %.2f (%.2f)", 100*mean.Goodput, mean.Latency, 100*mean.Refused)
 	if row.Clients > 1 {
 		s += fmt.Sprintf(", Jain %.3f", mean.Jain)
@@ -115,7 +127,7 @@ func (c *cell) format(row limitsim.Row) string {
 	if mean.Late > 0.0005 {
 		s += fmt.Sprintf(", late %.1f", 100*mean.Late)
 	}
-	if broken := row.Broken(mean); len(broken) > 0 {
+	if broken := d.Broken(mean); len(broken) > 0 {
 		s += " **" + strings.Join(broken, ", ") + "**"
 	}
 	return s

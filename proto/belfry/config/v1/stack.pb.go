@@ -1041,7 +1041,7 @@ func (*RateLimit_PriorityFunc) isRateLimit_Priority() {}
 type Concurrency struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// auto if unset. When it changes, permits in use stay in use; another algorithm starts
-	// at the current limit.
+	// at the current limit. The documentation of interceptor/concurrency compares them.
 	//
 	// Types that are valid to be assigned to Bound:
 	//
@@ -1289,22 +1289,28 @@ type isConcurrency_Bound interface {
 }
 
 type Concurrency_Limit struct {
+	// A fixed limit.
 	Limit int64 `protobuf:"varint,1,opt,name=limit,proto3,oneof"`
 }
 
 type Concurrency_Auto struct {
+	// For every server.
 	Auto *Auto `protobuf:"bytes,19,opt,name=auto,proto3,oneof"`
 }
 
 type Concurrency_Aimd struct {
+	// For a server that refuses what it cannot do, or, with a timeout, for one of which it
+	// is known how long a call may take.
 	Aimd *Aimd `protobuf:"bytes,2,opt,name=aimd,proto3,oneof"`
 }
 
 type Concurrency_Gradient2 struct {
+	// For a server that refuses, behind clients that are rarely at their limit.
 	Gradient2 *Gradient2 `protobuf:"bytes,3,opt,name=gradient2,proto3,oneof"`
 }
 
 type Concurrency_Vegas struct {
+	// For one client of a server whose latencies vary little.
 	Vegas *Vegas `protobuf:"bytes,4,opt,name=vegas,proto3,oneof"`
 }
 
@@ -1361,11 +1367,12 @@ func (*Concurrency_KeyFunc) isConcurrency_Key() {}
 
 // Auto is limit.AutoConfig.
 type Auto struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Initial       int64                  `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
-	Min           int64                  `protobuf:"varint,2,opt,name=min,proto3" json:"min,omitempty"`
-	Max           int64                  `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`
-	NoDrains      bool                   `protobuf:"varint,4,opt,name=no_drains,json=noDrains,proto3" json:"no_drains,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Initial int64                  `protobuf:"varint,1,opt,name=initial,proto3" json:"initial,omitempty"`
+	Min     int64                  `protobuf:"varint,2,opt,name=min,proto3" json:"min,omitempty"`
+	Max     int64                  `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`
+	// Never lowers the limit to measure the server without a queue.
+	NoDrains      bool `protobuf:"varint,4,opt,name=no_drains,json=noDrains,proto3" json:"no_drains,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
