@@ -762,9 +762,6 @@ func (r *random) below(n uint32) uint32 {
 	return uint32(hi)
 }
 
-// float returns a number in [0, 1).
-func (r *random) float() float64 { return float64(r.next()>>11) / (1 << 53) }
-
 // pick is an attempt in flight, from Pick to Done and, where a tracker has more
 // to say, to the end of the call. Without a tracker it comes from a pool.
 type pick struct {
