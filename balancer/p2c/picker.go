@@ -569,7 +569,8 @@ func (s *selection) has(c *candidate) bool {
 // While none of the candidates has anything in flight, the limit is wide and one of
 // the random draws is taken at random: only latencies could tell them apart, and
 // these latencies do not. Else the limit is narrow, and the one with the fewest
-// attempts in flight is taken, of those the cheapest, or where weights differ any. A
+// attempts in flight is taken, of those the cheapest, or where weights differ and it
+// is not idle any. A
 // stream goes where the fewest are open.
 func (s *selection) choose(now load.Instant) *candidate {
 	if s.count == 0 {
@@ -621,7 +622,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 	var bestQueue float32
 	var bestOpen float64
 	for i, c := range s.seen[:s.count] {
-		if rest && i >= s.drawn {
+		if (rest || weighted) && i >= s.drawn {
 			break
 		}
 		cost := s.costs[i]
@@ -644,7 +645,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 		case equals == 0 || better < 0:
 			best, bestOpen, bestQueue, equals = i, open, q, 1
 		case better > 0:
-		case !rest && !weighted && cost != s.costs[best]:
+		case !rest && (!weighted || q == 0) && cost != s.costs[best]:
 			if cost < s.costs[best] {
 				best, equals = i, 1
 			}
