@@ -584,7 +584,7 @@ func (m *expectedMeter) completed(now Instant, t Ticket) {
 
 // learn takes a latency, which stands for n, into what all endpoints share.
 func (e *ExpectedLatency) learn(p *expectedParams, method *method, t Ticket, latency, divided float64, n int) {
-	share := method.fleet.observe(divided, t.queue())
+	method.fleet.observe(divided, t.queue())
 	all := e.methods.Load()
 	all.called(method, n)
 	e.unit.Store(math.Float64bits(all.unit()))
@@ -594,7 +594,7 @@ func (e *ExpectedLatency) learn(p *expectedParams, method *method, t Ticket, lat
 		covered = min(covered+1, fleetWindow)
 		e.spread.Store(bits32(v+(r*r-1-v)/covered, covered))
 	}
-	share = e.queue.observe(divided, t.queue())
+	share := e.queue.observe(divided, t.queue())
 	if e.slow(method) != e.anySlow.Load() {
 		e.anySlow.Store(slices.ContainsFunc(all.all, e.slow))
 	}

@@ -280,22 +280,6 @@ func (o Outcome) String() string {
 	}
 }
 
-// A Weight is the relative capacity of an endpoint: one of weight 2 takes twice
-// the load of one of weight 1 before it counts as equally busy. Only the ratio
-// of weights matters. The zero Weight says that none is known and counts as 1.
-type Weight uint32
-
-// Value returns the weight as a number, 1 for the zero Weight.
-func (w Weight) Value() float64 {
-	if w == 0 {
-		return 1
-	}
-	return float64(w)
-}
-
-// Divide returns a load in proportion to the capacity that bears it.
-func (w Weight) Divide(load float64) float64 { return load / w.Value() }
-
 // A ConfigError says which parameter of a Metric is out of its range.
 type ConfigError struct {
 	Field string // the name of the parameter in a service config, such as "decay"

@@ -51,8 +51,9 @@
 // meters keep what they know unless the kind of metric changes.
 //
 // The weight of an endpoint (google.golang.org/grpc/experimental/balancer/weight)
-// divides its load: one of weight 2 gets twice the calls of one of weight 1 before
-// it counts as equally busy.
+// is its share: endpoints are drawn in proportion to their weights, and what is in
+// flight counts per weight. One of weight 2 gets about twice the calls of one of
+// weight 1, with few calls in flight and with many.
 //
 // # Limits
 //

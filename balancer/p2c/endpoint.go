@@ -141,10 +141,10 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 }
 
 // setWeight sets the endpoint's relative capacity.
-func (ep *endpoint) setWeight(w load.Weight) {
+func (ep *endpoint) setWeight(w uint32) {
 	ep.policy.mu.Lock()
 	defer ep.policy.mu.Unlock()
-	ep.policy.picker.ready.reweigh(ep.candidate, uint32(max(w, 1)))
+	ep.policy.picker.ready.reweigh(ep.candidate, max(w, 1))
 	ep.candidate.changed()
 }
 

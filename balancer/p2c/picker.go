@@ -569,7 +569,8 @@ func (s *selection) has(c *candidate) bool {
 // While none of the candidates has anything in flight, the limit is wide and one of
 // the random draws is taken at random: only latencies could tell them apart, and
 // these latencies do not. Else the limit is narrow, and the one with the fewest
-// attempts in flight is taken, of those the cheapest, or where weights differ any. A
+// attempts in flight is taken, of those the cheapest, or where weights differ and it
+// is not idle any. A
 // stream goes where the fewest are open.
 func (s *selection) choose(now load.Instant) *candidate {
 	if s.count == 0 {
@@ -621,7 +622,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 	var bestQueue float32
 	var bestOpen float64
 	for i, c := range s.seen[:s.count] {
-		if rest && i >= s.drawn {
+		if (rest || weighted) && i >= s.drawn {
 			break
 		}
 		cost := s.costs[i]
@@ -644,7 +645,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 		case equals == 0 || better < 0:
 			best, bestOpen, bestQueue, equals = i, open, q, 1
 		case better > 0:
-		case !rest && !weighted && cost != s.costs[best]:
+		case !rest && (!weighted || q == 0) && cost != s.costs[best]:
 			if cost < s.costs[best] {
 				best, equals = i, 1
 			}
@@ -760,9 +761,6 @@ func (r *random) below(n uint32) uint32 {
 	hi, _ := bits.Mul64(r.next(), uint64(n))
 	return uint32(hi)
 }
-
-// float returns a number in [0, 1).
-func (r *random) float() float64 { return float64(r.next()>>11) / (1 << 53) }
 
 // pick is an attempt in flight, from Pick to Done and, where a tracker has more
 // to say, to the end of the call. Without a tracker it comes from a pool.

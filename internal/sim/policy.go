@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/balancer"
 	_ "google.golang.org/grpc/balancer/roundrobin" // registers round_robin
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/resolver"
 
 	"github.com/belfry-go/belfry/balancer/p2c"
@@ -49,9 +50,6 @@ func Policies() []Policy {
 		{"peakEwma-30ms", p2c.Name, `{"load":{"peakEwma":{"defaultRtt":"0.03s"}}}`},
 		{"pendingRequests", p2c.Name, `{"load":{"pendingRequests":{}}}`},
 		{"first", p2c.Name, first},
-		{"d1", p2c.Name, `{"equalUnderLoad":0.1}`},
-		{"d05", p2c.Name, `{"equalUnderLoad":0.05}`},
-		{"dsp", p2c.Name, `{"load":{"expectedLatency":{"spreadPrior":0}}}`},
 		{"default-2-0", p2c.Name, `{"choiceCount":2,"memory":0}`},
 		{"default-2-1", p2c.Name, `{"choiceCount":2,"memory":1}`},
 		{"default-5-3", p2c.Name, `{"choiceCount":5,"memory":3}`},
@@ -120,7 +118,8 @@ func (b *balanced) update() error {
 	state := b.state
 	state.ResolverState.Endpoints = make([]resolver.Endpoint, len(b.cluster.servers))
 	for i, s := range b.cluster.servers {
-		state.ResolverState.Endpoints[i].Addresses = []resolver.Address{{Addr: s.addr}}
+		e := resolver.Endpoint{Addresses: []resolver.Address{{Addr: s.addr}}}
+		state.ResolverState.Endpoints[i] = weight.Set(e, weight.EndpointInfo{Weight: s.weight})
 	}
 	if err := b.balancer.UpdateClientConnState(state); err != nil {
 		return err
@@ -154,7 +153,7 @@ func (c *callContext) Err() error {
 
 func (b *balanced) choose(c *call) (*server, error) {
 	c.context = callContext{context.Background(), c}
-	r, err := b.picker.Pick(balancer.PickInfo{FullMethodName: "/belfry.sim/Call", Ctx: &c.context})
+	r, err := b.picker.Pick(balancer.PickInfo{FullMethodName: c.method, Ctx: &c.context})
 	if err != nil {
 		return nil, fmt.Errorf("pick: %w", err)
 	}
