@@ -67,6 +67,9 @@ type ExpectedLatencyConfig struct {
 	// MaxMethods is the number of methods that have a mean of their own. All others
 	// share one. Default 100, from 0 to 10,000.
 	MaxMethods int
+	// Reports says what is taken from the reports of servers. Default the zero value:
+	// nothing.
+	Reports ReportsConfig
 }
 
 // DefaultExpectedLatencyConfig returns the defaults. They were chosen by
@@ -106,6 +109,7 @@ func (c ExpectedLatencyConfig) validate() error {
 		checkRange("streamAgeLimit", c.StreamAgeLimit, 0, 1e6),
 		checkRange("slowMethod", c.SlowMethod, 1, 1e6),
 		checkRange("maxMethods", float64(c.MaxMethods), 0, 10_000),
+		c.Reports.validate(),
 	)
 }
 
@@ -116,7 +120,10 @@ func (c ExpectedLatencyConfig) validate() error {
 //
 // Per endpoint:
 //
-//   - q is the number of attempts in flight to the endpoint, divided by its weight.
+//   - q is the number of attempts in flight to the endpoint, divided by its weight. If
+//     servers report the requests that they have, those of other clients are added: see
+//     [ReportsConfig]. What a server reports drifts to the mean of all within half a
+//     latency. Latencies are divided for one's own attempts alone.
 //   - S and N are the sum and the number of its latencies. Each latency is
 //     divided by (q+1)^theta, with the attempts in flight when it began: the
 //     price of a latency per attempt in flight. And it is multiplied by G/g, with g
@@ -171,6 +178,7 @@ type ExpectedLatency struct {
 	spread    atomic.Uint64        // v, and the number of samples that it covers, two float32
 	queue     fleet                // its second mean is that of the attempts in flight
 	undivided [kinds]atomic.Uint64 // the mean latencies as they are, as float64 bits
+	reporting reporting
 	// samples counts the samples of the channel.
 	samples atomic.Uint64
 	// perSample is 1/(ticks*n) as float64 bits: what one sample of the channel
@@ -213,6 +221,9 @@ type expectedParams struct {
 	slowMethod   float64
 	methods      int     // and the one of all others
 	exponent     float64 // theta
+	inFlight     string  // what reports have it in; none if empty
+	expiry       float64 // of reports, in ticks
+	blackout     float64
 	discounts    [256]float32
 }
 
@@ -263,8 +274,12 @@ func (e *ExpectedLatency) Reconfigure(c ExpectedLatencyConfig) error {
 		methods:      c.MaxMethods + 1,
 		exponent:     c.QueueExponent,
 	}
+	if r := c.Reports; r.InFlight != "" {
+		p.inFlight, p.exponent = r.InFlight, r.QueueExponent
+		p.expiry, p.blackout = float64(r.Expiry>>tickBits), float64(r.Blackout>>tickBits)
+	}
 	for q := range p.discounts {
-		p.discounts[q] = float32(math.Pow(float64(q)+1, -c.QueueExponent))
+		p.discounts[q] = float32(math.Pow(float64(q)+1, -p.exponent))
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -340,6 +355,9 @@ type expectedMeter struct {
 	mean   atomic.Uint64 // S and N, two float32
 	heard  atomic.Uint64 // the last sample: when, in heardUnitBits, and which of the channel's, 32 bits each
 	ages   [kinds]ages
+
+	reported  atomic.Uint64 // requests of others, and the tick of the report; 0 before the first
+	reporting atomic.Uint32 // the tick of the first report
 }
 
 // Times of samples are kept in units of about a millisecond. They wrap: after 26
@@ -351,16 +369,23 @@ func (m *expectedMeter) Load(q Query) Estimate {
 	e := m.metric
 	p := e.params.Load()
 	sum, number, waiting := m.latency(p, q)
+	others := 0.0
+	if p.inFlight != "" {
+		others = m.others(p, q.Now) / q.Weight
+	}
 	estimate := Estimate{
-		Cost:  sum / number * (m.queue(q, waiting.left) + 1),
+		Cost:  sum / number * (m.queue(q, waiting.left) + others + 1),
 		Error: math.Sqrt(e.v(p) / number),
-		Queue: m.queue(q, waiting.old),
+		Queue: m.queue(q, waiting.old) + others,
 		Heard: Instant(m.heard.Load() >> 32 << heardUnitBits),
 		Good:  restGood,
 	}
+	if p.inFlight != "" {
+		estimate.Good = reportGood
+	}
 	if waiting.weight > 0 {
 		// Ages add up to a fiftieth of the cost in this time.
-		estimate.Good = min(max(time.Duration(sum/(50*waiting.weight)), 1<<tickBits), restGood)
+		estimate.Good = min(max(time.Duration(sum/(50*waiting.weight)), 1<<tickBits), estimate.Good)
 	}
 	return estimate
 }
@@ -378,6 +403,9 @@ func (m *expectedMeter) queue(q Query, left int) float64 {
 // restGood is how long an Estimate is good with nothing in flight. Then it changes
 // by what others do, and by what is forgotten.
 const restGood = 16 * time.Millisecond
+
+// reportGood is how long an Estimate is good while reports are forgotten.
+const reportGood = time.Millisecond / 2
 
 // Inspect implements [Meter].
 func (m *expectedMeter) Inspect(q Query) Details {
@@ -518,6 +546,7 @@ func (m *expectedMeter) Finish(s Sample) {
 	if !s.Responded {
 		m.answered(s.Ticket)
 	}
+	m.report(m.metric.params.Load(), s.Now, s.Report, s.InFlight)
 	switch {
 	case s.Outcome == Failed:
 		m.failed(s)
@@ -526,6 +555,11 @@ func (m *expectedMeter) Finish(s Sample) {
 	case (s.Outcome == Cancelled || s.Outcome == Expired) && !s.Responded:
 		m.givenUp(s.Now, s.Ticket)
 	}
+}
+
+// Report implements [Meter].
+func (m *expectedMeter) Report(r OutOfBand) {
+	m.report(m.metric.params.Load(), r.Now, r.Report, r.InFlight)
 }
 
 // Close implements [Meter].
@@ -550,7 +584,7 @@ func (m *expectedMeter) completed(now Instant, t Ticket) {
 
 // learn takes a latency, which stands for n, into what all endpoints share.
 func (e *ExpectedLatency) learn(p *expectedParams, method *method, t Ticket, latency, divided float64, n int) {
-	share := method.fleet.observe(divided, t.queue())
+	method.fleet.observe(divided, t.queue())
 	all := e.methods.Load()
 	all.called(method, n)
 	e.unit.Store(math.Float64bits(all.unit()))
@@ -560,7 +594,7 @@ func (e *ExpectedLatency) learn(p *expectedParams, method *method, t Ticket, lat
 		covered = min(covered+1, fleetWindow)
 		e.spread.Store(bits32(v+(r*r-1-v)/covered, covered))
 	}
-	share = e.queue.observe(divided, t.queue())
+	share := e.queue.observe(divided, t.queue())
 	if e.slow(method) != e.anySlow.Load() {
 		e.anySlow.Store(slices.ContainsFunc(all.all, e.slow))
 	}

@@ -74,7 +74,7 @@ type Meter interface {
 
 	// Report gives the Meter a report that the server sent by itself, and not with
 	// the end of an attempt.
-	Report(Instant, *Report)
+	Report(OutOfBand)
 
 	// Inspect says what the Meter knows of the endpoint, for people to look at.
 	Inspect(Query) Details
@@ -94,7 +94,7 @@ type MeterBase struct{}
 func (MeterBase) Respond(Response) {}
 
 // Report does nothing.
-func (MeterBase) Report(Instant, *Report) {}
+func (MeterBase) Report(OutOfBand) {}
 
 // Inspect returns no details.
 func (MeterBase) Inspect(Query) Details { return Details{} }
@@ -210,9 +210,22 @@ type Sample struct {
 	// Report is what the server said of its load with the end of the attempt, nil
 	// if nothing. It must not be kept.
 	Report *Report
+	// InFlight is the number of other attempts in flight to the endpoint. It is known only
+	// beside a Report.
+	InFlight int
 	// Pushback is for how long the server asked not to be tried again, 0 if it did
 	// not.
 	Pushback time.Duration
+}
+
+// An OutOfBand is a report that a server sent by itself.
+type OutOfBand struct {
+	// Now is the time.
+	Now Instant
+	// Report is what it said. It must not be kept.
+	Report *Report
+	// InFlight is the number of attempts in flight to the endpoint.
+	InFlight int
 }
 
 // A Report is what a server says of its load, as in the ORCA protocol. A number
@@ -266,22 +279,6 @@ func (o Outcome) String() string {
 		return fmt.Sprintf("outcome(%d)", uint8(o))
 	}
 }
-
-// A Weight is the relative capacity of an endpoint: one of weight 2 takes twice
-// the load of one of weight 1 before it counts as equally busy. Only the ratio
-// of weights matters. The zero Weight says that none is known and counts as 1.
-type Weight uint32
-
-// Value returns the weight as a number, 1 for the zero Weight.
-func (w Weight) Value() float64 {
-	if w == 0 {
-		return 1
-	}
-	return float64(w)
-}
-
-// Divide returns a load in proportion to the capacity that bears it.
-func (w Weight) Divide(load float64) float64 { return load / w.Value() }
 
 // A ConfigError says which parameter of a Metric is out of its range.
 type ConfigError struct {

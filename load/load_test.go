@@ -590,17 +590,6 @@ func TestOutcomesHaveNames(t *testing.T) {
 	}
 }
 
-func TestWeightDividesTheLoadAndZeroCountsAsOne(t *testing.T) {
-	for _, test := range []struct {
-		weight Weight
-		want   float64
-	}{{0, 12}, {1, 12}, {3, 4}, {math.MaxUint32, 12.0 / math.MaxUint32}} {
-		if got := test.weight.Divide(12); got != test.want {
-			t.Errorf("Weight(%d).Divide(12) is %v, want %v", test.weight, got, test.want)
-		}
-	}
-}
-
 func TestHotPathAllocatesNothing(t *testing.T) {
 	if race.Enabled {
 		t.Skip("the race detector allocates")

@@ -120,6 +120,8 @@ type policy struct {
 	wallClock func(limit.Instant) time.Time // nil for the machine's
 	metrics   *metrics
 
+	outOfBand atomic.Int64 // how often servers are asked for reports, in nanoseconds; 0 for never
+
 	warned atomic.Bool // of streams without a tracker
 
 	// conn is the channel, once a call with a tracker has been picked for.
@@ -202,6 +204,7 @@ func (b *policy) configure(cfg *config) error {
 		b.metric = metric
 	}
 
+	b.outOfBand.Store(int64(cfg.outOfBand))
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.inhibit = true

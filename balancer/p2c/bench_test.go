@@ -31,6 +31,8 @@ var subjects = []subject{
 	{"peakEwma", Name, `{"load":{"peakEwma":{}}}`},
 	{"pendingRequests", Name, `{"load":{"pendingRequests":{}}}`},
 	{"constant", Name, `{"load":{"constant":{}}}`},
+	{"pendingRequests-fixed", Name, `{"load":{"pendingRequests":{}},"endpointLimit":{"fixed":100}}`},
+	{"pendingRequests-auto", Name, `{"load":{"pendingRequests":{}},"endpointLimit":{"auto":{}}}`},
 }
 
 var peers = []subject{

@@ -26,6 +26,8 @@ const (
 	maxChoices = 16
 	maxMemory  = 8
 
+	minOutOfBand = 100 * time.Millisecond
+
 	// Two choices and no memory are the power of two choices as in Tower.
 	defaultChoices = 2
 	defaultMemory  = 0
@@ -66,6 +68,8 @@ type config struct {
 	equalUnderLoad float32
 	exploreEvery   uint32 // 0 is never
 	exploreAfter   time.Duration
+
+	outOfBand time.Duration // 0 is never
 }
 
 // MarshalJSON returns the config as it was given. Some parents, such as
@@ -112,6 +116,11 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		c.exact, c.classless, c.timeless, c.counts = true, true, true, true
 	case constant:
 		c.exact, c.classless, c.timeless = true, true, true
+	}
+	if d := m.GetLoad().GetExpectedLatency().GetReports().GetOutOfBand(); d != nil {
+		if c.outOfBand = d.AsDuration(); c.outOfBand < minOutOfBand {
+			return nil, configError("load.expectedLatency.reports.outOfBand", c.outOfBand, fmt.Sprintf("at least %v", minOutOfBand))
+		}
 	}
 	if c.limit, err = newLimitConfig(m.GetEndpointLimit()); err != nil {
 		return nil, err
@@ -361,6 +370,17 @@ func newExpectedLatency(m *configv1.ExpectedLatency) expectedLatency {
 	}
 	if m.MaxMethods != nil {
 		c.MaxMethods = int(m.GetMaxMethods())
+	}
+	if r := m.GetReports(); r != nil {
+		c.Reports = load.DefaultReportsConfig()
+		if r.InFlight != nil {
+			c.Reports.InFlight = r.GetInFlight()
+		}
+		set(&c.Reports.QueueExponent, r.GetQueueExponent(), r.QueueExponent != nil)
+		if r.GetExpiry() != nil {
+			c.Reports.Expiry = r.GetExpiry().AsDuration()
+		}
+		c.Reports.Blackout = r.GetBlackout().AsDuration()
 	}
 	return expectedLatency{c}
 }

@@ -51,8 +51,9 @@
 // meters keep what they know unless the kind of metric changes.
 //
 // The weight of an endpoint (google.golang.org/grpc/experimental/balancer/weight)
-// divides its load: one of weight 2 gets twice the calls of one of weight 1 before
-// it counts as equally busy.
+// is its share: endpoints are drawn in proportion to their weights, and what is in
+// flight counts per weight. One of weight 2 gets about twice the calls of one of
+// weight 1, with few calls in flight and with many.
 //
 // # Limits
 //
@@ -83,6 +84,27 @@
 // A call that is repeated, by grpc's own retryPolicy or by a layer of belfry, goes
 // elsewhere: the endpoints that it was sent to before cost 10 times as much. So it goes
 // back to one of them only where all others are much busier.
+//
+// A server that fails an attempt may say when to come back, by the trailer
+// grpc-retry-pushback-ms or a RetryInfo in its status. Until then, and for a minute at most,
+// its endpoint costs 10 times as much.
+//
+// # Reports of servers
+//
+// A client of many sends each server few calls, and cannot tell what others have in flight
+// there. Servers can say so with each answer, by the ORCA protocol (gRFC A51): package orca
+// makes them do it, and the config takes it in:
+//
+//	{"load": {"expectedLatency": {"reports": {}}}}
+//
+// In simulation (go run ./internal/sim/simulate -policies oracle,default,reports) the p99 in
+// ratio to the oracle is 1.30 for 1.39 where the capacity of servers changes each second,
+// 1.25 for 1.34 if they share their processors too, and 2.9 for 5.2 with a hundred clients
+// of those; 1.13 for 1.11 where some servers are fast and others slow. Without reports, and
+// ten seconds after the last, the metric is what it is without the setting, but for
+// queueExponent.
+//
+// # Proxies
 //
 // With a proxy in the environment (HTTPS_PROXY) grpc replaces the addresses of all
 // endpoints by the proxy's, and there is but one endpoint left to choose. Use

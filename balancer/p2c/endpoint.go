@@ -50,7 +50,8 @@ type endpoint struct {
 	candidate *candidate
 
 	addresses []string
-	counts    counts // guarded by policy.countMu
+	room      [1]string // for addresses, of which there is one as a rule
+	counts    counts    // guarded by policy.countMu
 
 	// Guarded by policy.mu.
 	gone bool // the resolver lists it no more; reports are ignored
@@ -58,6 +59,7 @@ type endpoint struct {
 
 func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep := &endpoint{ClientConn: b.cc, policy: b, id: identities.Add(1), addr: e.Addresses[0].Addr}
+	ep.addresses = ep.room[:0]
 	for _, a := range e.Addresses {
 		ep.addresses = append(ep.addresses, a.Addr)
 	}
@@ -139,10 +141,10 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 }
 
 // setWeight sets the endpoint's relative capacity.
-func (ep *endpoint) setWeight(w load.Weight) {
+func (ep *endpoint) setWeight(w uint32) {
 	ep.policy.mu.Lock()
 	defer ep.policy.mu.Unlock()
-	ep.policy.picker.ready.reweigh(ep.candidate, uint32(max(w, 1)))
+	ep.policy.picker.ready.reweigh(ep.candidate, max(w, 1))
 	ep.candidate.changed()
 }
 

@@ -203,7 +203,7 @@ type queue struct {
 
 // hold counts the attempt to an endpoint that has room for it: c, or the least loaded of
 // others, or the first that gets room. It returns the time, which passes meanwhile.
-func (p *picker) hold(c *candidate, now load.Instant, ctx context.Context, track *tracker, tried *attempt.Tried) (*candidate, load.Instant, error) {
+func (p *picker) hold(ctx context.Context, c *candidate, now load.Instant, track *tracker, tried *attempt.Tried) (*candidate, load.Instant, error) {
 	q := &p.policy.queue
 	if q.waiting.Load() == 0 {
 		if c.take() {

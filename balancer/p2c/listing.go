@@ -11,8 +11,6 @@ import (
 	"google.golang.org/grpc/balancer/pickfirst"
 	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/resolver"
-
-	"github.com/belfry-go/belfry/load"
 )
 
 // This file applies what the resolver lists. An update goes through the list once, beside
@@ -87,7 +85,7 @@ func (b *policy) updateEndpoints(state resolver.State) error {
 
 // updateEndpoint gives an endpoint its weight, and the child what has changed.
 func (b *policy) updateEndpoint(ep *endpoint) error {
-	ep.setWeight(load.Weight(min(ep.capacity, math.MaxUint32)))
+	ep.setWeight(uint32(min(ep.capacity, math.MaxUint32)))
 	if sameEndpoint(ep.state, ep.first) {
 		return nil
 	}

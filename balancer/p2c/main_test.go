@@ -148,11 +148,12 @@ var observers sync.Map
 type observer struct {
 	onLoad func() // if set, called when a load is read; set it before the pick
 
-	mu       sync.Mutex // guards the fields below
-	started  int
-	responds int
-	finished []finished
-	changed  chan struct{} // closed at the next change
+	mu        sync.Mutex // guards the fields below
+	started   int
+	responds  int
+	finished  []finished
+	outOfBand *load.Report  // the last
+	changed   chan struct{} // closed at the next change
 }
 
 type finished struct {
@@ -263,6 +264,12 @@ func (m *observedMeter) Start(a load.Attempt) load.Ticket {
 func (m *observedMeter) Respond(r load.Response) {
 	m.observer.note(func() { m.observer.responds++ })
 	m.Meter.Respond(r)
+}
+
+func (m *observedMeter) Report(r load.OutOfBand) {
+	m.Meter.Report(r)
+	report := *r.Report
+	m.observer.note(func() { m.observer.outOfBand = &report })
 }
 
 func (m *observedMeter) Finish(s load.Sample) {

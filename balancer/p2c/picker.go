@@ -14,6 +14,7 @@ import (
 
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/load"
@@ -50,6 +51,9 @@ type measure struct {
 
 	failures atomic.Uint64
 	failure  atomic.Pointer[failure]
+
+	// pushback is until when the server asked not to be called, 0 if it did not.
+	pushback atomic.Int64
 }
 
 const (
@@ -128,11 +132,14 @@ func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost flo
 	if m.health.Load() == everFailed {
 		cost = (1 + cost) * avoided
 	}
+	if m.pushback.Load() != 0 {
+		cost, e.Good = p.pushedBack(m, cost, e.Good)
+	}
 	detail = uint64(math.Float32bits(float32(e.Error)))<<32 | uint64(math.Float32bits(float32(e.Queue)))
 	if class != 0 {
 		return cost, detail
 	}
-	if p.config.counts && (e.Good == 0 || cost >= avoided) {
+	if p.config.counts && (e.Good == 0 || cost >= avoided || m.pushback.Load() != 0) {
 		detail = special
 	}
 	// What did not change is not written: the line is read by all cores.
@@ -148,6 +155,28 @@ func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost flo
 	}
 	return cost, detail
 }
+
+// pushedBack returns the cost of an endpoint that may have asked not to be called, and for
+// how long it is good.
+func (p *picker) pushedBack(m *measure, cost float32, good time.Duration) (float32, time.Duration) {
+	until := m.pushback.Load()
+	left := time.Duration(until - p.policy.now())
+	if left <= 0 {
+		m.pushback.CompareAndSwap(until, 0)
+		return cost, good
+	}
+	if p.config.counts {
+		cost++ // an idle endpoint would cost nothing however dear
+	}
+	if p.config.timeless { // there is no clock by which it would end
+		return cost * dearer, 0
+	}
+	return cost * dearer, min(good, max(left, 1<<tickBits))
+}
+
+// mostPushback bounds for how long a server can ask not to be called, because one that is
+// mistaken would be lost.
+const mostPushback = time.Minute
 
 // changed makes the next pick ask the meter.
 func (c *candidate) changed() {
@@ -248,7 +277,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	limited := p.config.limit != nil
 	if limited {
 		var err error
-		if c, now, err = p.hold(c, now, info.Ctx, track, tried); err != nil {
+		if c, now, err = p.hold(info.Ctx, c, now, track, tried); err != nil {
 			return balancer.PickResult{}, err
 		}
 		child = c.child.Load()
@@ -540,7 +569,8 @@ func (s *selection) has(c *candidate) bool {
 // While none of the candidates has anything in flight, the limit is wide and one of
 // the random draws is taken at random: only latencies could tell them apart, and
 // these latencies do not. Else the limit is narrow, and the one with the fewest
-// attempts in flight is taken, of those the cheapest, or where weights differ any. A
+// attempts in flight is taken, of those the cheapest, or where weights differ and it
+// is not idle any. A
 // stream goes where the fewest are open.
 func (s *selection) choose(now load.Instant) *candidate {
 	if s.count == 0 {
@@ -592,7 +622,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 	var bestQueue float32
 	var bestOpen float64
 	for i, c := range s.seen[:s.count] {
-		if rest && i >= s.drawn {
+		if (rest || weighted) && i >= s.drawn {
 			break
 		}
 		cost := s.costs[i]
@@ -615,7 +645,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 		case equals == 0 || better < 0:
 			best, bestOpen, bestQueue, equals = i, open, q, 1
 		case better > 0:
-		case !rest && !weighted && cost != s.costs[best]:
+		case !rest && (!weighted || q == 0) && cost != s.costs[best]:
 			if cost < s.costs[best] {
 				best, equals = i, 1
 			}
@@ -732,9 +762,6 @@ func (r *random) below(n uint32) uint32 {
 	return uint32(hi)
 }
 
-// float returns a number in [0, 1).
-func (r *random) float() float64 { return float64(r.next()>>11) / (1 << 53) }
-
 // pick is an attempt in flight, from Pick to Done and, where a tracker has more
 // to say, to the end of the call. Without a tracker it comes from a pool.
 type pick struct {
@@ -749,6 +776,9 @@ type pick struct {
 	tried     *attempt.Tried
 	inner     func(balancer.DoneInfo) // the child's Done
 	uses      uint32                  // how many attempts without a tracker it was
+	trailer   metadata.MD             // of the attempt
+	report    load.Report             // in the trailer
+	reported  bool                    // there is one
 
 	// Of a pick that is a sample for the limit of its endpoint.
 	limit *foundLimit // nil if it is none
@@ -791,6 +821,10 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	if k.inner != nil {
 		k.inner(info)
 	}
+	k.trailer = info.Trailer
+	if info.ServerLoad != nil {
+		k.report, k.reported = reportOf(info.ServerLoad)
+	}
 	now := k.now()
 	switch {
 	case info.Err == nil && info.BytesSent && k.track == nil: // as classify would say
@@ -831,6 +865,16 @@ func (k *pick) respond() {
 	}
 }
 
+// pushback makes the endpoint dearer for as long as the server asked for when it failed the
+// attempt, and returns that.
+func (k *pick) pushback(err error) time.Duration {
+	after := min(attempt.WishOf(err, k.trailer).After, mostPushback)
+	if after > 0 {
+		k.meter.pushback.Store(k.picker.policy.now() + int64(after))
+	}
+	return after
+}
+
 // finish tells the meter, once, how an attempt ended. err is for people to look at, and for
 // the limit of the endpoint.
 func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
@@ -850,7 +894,18 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	case (o == load.Cancelled || o == load.NotSent) && !responded:
 		k.picker.policy.metrics.sampleDropped(o)
 	}
-	k.meter.Finish(load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded})
+	sample := load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded}
+	if err != nil && o != load.NotSent {
+		sample.Pushback = k.pushback(err)
+	}
+	if k.reported {
+		attempts, _ := k.candidate.tally.read()
+		sample.Report, sample.InFlight = &k.report, attempts
+		if !responded {
+			sample.InFlight = max(attempts-1, 0)
+		}
+	}
+	k.meter.Finish(sample)
 	if k.meter.timeless && o != load.Completed {
 		k.candidate.detail.Store(special)
 	}
@@ -865,7 +920,10 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	k.candidate.changed()
 	k.picker.policy.queue.admit(k.candidate)
 	if k.track == nil {
-		k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner, k.limit = nil, nil, nil, nil, nil, nil, nil
+		k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner, k.trailer, k.limit = nil, nil, nil, nil, nil, nil, nil, nil
+		if k.reported {
+			k.report, k.reported = load.Report{}, false
+		}
 		k.pool.Put(k)
 	}
 }

@@ -157,8 +157,8 @@ func WithName(name string) Option { return func(o *options) { o.name = name } }
 // share of the calls is admitted, if a heavy call comes every second or more often. Permits
 // are idle while they gather. With a limit of 10, every twentieth call of cost 5, and three
 // times the load, 26 % of the light and of the heavy calls are admitted, instead of 39 and
-// 0.3 %, and 78 % of the permits are in use, instead of 94 %. With a buffer between the
-// load shed and the limit they are not idle for want of a heavy call.
+// 0.3 %, and 78 % of the permits are in use, instead of 94 % (TestHeavyInOverload). With a
+// buffer between the load shed and the limit they are not idle for want of a heavy call.
 func WithCost(cost func(ctx context.Context, a *interceptor.Admission) int64) Option {
 	return func(o *options) {
 		o.errs.NotNil(cost == nil, "WithCost", "a function")

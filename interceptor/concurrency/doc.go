@@ -33,7 +33,12 @@
 // A [Layer] has one state. In the stacks of several connections it limits all of them
 // together, like Tower's global limit; for a limit per connection make a Layer for each.
 // [Config.KeyBy] gives each method, tenant or other key its own limit, for up to
-// [Config.MaxKeys] keys (1,000 by default).
+// [Config.MaxKeys] keys (1,000 by default). A limit per endpoint must know the endpoint
+// before the call is sent: it is the field endpointLimit of the balancer belfry.p2c.
+//
+// What each limit does and thinks is shown by [Layer.Stats], by [interceptor.Limits], and
+// as metrics by package otelobserver: permits, calls that wait, the latency that is
+// compared with which, and why the limit went down.
 //
 // # Order
 //
@@ -70,7 +75,7 @@
 //	20 workers, load 1.2               99 / 1.6    100 / 1.8    100 / 2.6     96 / 1.2
 //	200 workers, load 0.5              50 / 1.0     36 / 1.0     42 / 1.0     50 / 1.0
 //	200 workers, load 1.2              99 / 1.3     37 / 1.0     45 / 1.0     98 / 1.1
-//	2 workers, load 1.2                91 / 2.2     96 / 3.7    100 / 21      95 / 3.0
+//	2 workers, load 1.2                91 / 2.1     96 / 3.7    100 / 21      95 / 3.0
 //	20 workers, 20 clients, load 1.2   99 / 2.3    100 / 4.6    100 / 47     100 / 6.2
 //	refuses at a queue of 20, load 3   99 / 1.6    100 / 1.9    100 / 1.9     98 / 1.2
 //

@@ -37,6 +37,10 @@
 // client sees. The load is given as a share of what the servers can do in the
 // long run, with what the faults leave of them.
 //
+// Besides percentiles the table shows, where a scenario is about that, the mean or
+// the shares of the servers: one caller who makes one call after the other, servers
+// of other sizes and weights, methods of unlike cost, heavy-tailed work.
+//
 // A server that is stopped or slowed down in the middle of a call goes on with
 // what is left of it.
 package sim

@@ -7,10 +7,13 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"strings"
 
+	orcapb "github.com/cncf/xds/go/xds/data/orca/v3"
 	"google.golang.org/grpc/balancer"
 	_ "google.golang.org/grpc/balancer/roundrobin" // registers round_robin
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/resolver"
 
 	"github.com/belfry-go/belfry/balancer/p2c"
@@ -31,6 +34,8 @@ type Policy struct {
 // seed but round_robin, which is grpc's own and begins at an endpoint of its
 // choice.
 //
+// reports is the default with reports that servers send with their replies.
+//
 // first is the first version of the default.
 //
 // peakEwma-30ms differs from peakEwma in what it takes a newcomer for: a
@@ -40,13 +45,11 @@ func Policies() []Policy {
 	return []Policy{
 		{Name: "oracle"},
 		{"default", p2c.Name, `{}`},
+		{"reports", p2c.Name, `{"load":{"expectedLatency":{"reports":{}}}}`},
 		{"peakEwma", p2c.Name, `{"load":{"peakEwma":{}}}`},
 		{"peakEwma-30ms", p2c.Name, `{"load":{"peakEwma":{"defaultRtt":"0.03s"}}}`},
 		{"pendingRequests", p2c.Name, `{"load":{"pendingRequests":{}}}`},
 		{"first", p2c.Name, first},
-		{"d1", p2c.Name, `{"equalUnderLoad":0.1}`},
-		{"d05", p2c.Name, `{"equalUnderLoad":0.05}`},
-		{"dsp", p2c.Name, `{"load":{"expectedLatency":{"spreadPrior":0}}}`},
 		{"default-2-0", p2c.Name, `{"choiceCount":2,"memory":0}`},
 		{"default-2-1", p2c.Name, `{"choiceCount":2,"memory":1}`},
 		{"default-5-3", p2c.Name, `{"choiceCount":5,"memory":3}`},
@@ -81,6 +84,8 @@ type balanced struct {
 	balancer balancer.Balancer
 	state    balancer.ClientConnState // without the endpoints
 	picker   balancer.Picker
+	reports  bool // servers send reports with their replies
+	report   orcapb.OrcaLoadReport
 }
 
 func newBalanced(c *cluster, p Policy) (*balanced, error) {
@@ -88,7 +93,8 @@ func newBalanced(c *cluster, p Policy) (*balanced, error) {
 	if builder == nil {
 		return nil, fmt.Errorf("unknown policy %q", p.Balancer)
 	}
-	b := &balanced{cluster: c, channel: &lbtest.Channel{}}
+	b := &balanced{cluster: c, channel: &lbtest.Channel{}, reports: strings.Contains(p.Config, `"reports"`)}
+	b.report.NamedMetrics = make(map[string]float64)
 	b.state.ResolverState = simenv.Set(resolver.State{}, &simenv.Env{
 		Now:    func() int64 { return c.now },
 		Uint64: c.choice.Uint64,
@@ -112,7 +118,8 @@ func (b *balanced) update() error {
 	state := b.state
 	state.ResolverState.Endpoints = make([]resolver.Endpoint, len(b.cluster.servers))
 	for i, s := range b.cluster.servers {
-		state.ResolverState.Endpoints[i].Addresses = []resolver.Address{{Addr: s.addr}}
+		e := resolver.Endpoint{Addresses: []resolver.Address{{Addr: s.addr}}}
+		state.ResolverState.Endpoints[i] = weight.Set(e, weight.EndpointInfo{Weight: s.weight})
 	}
 	if err := b.balancer.UpdateClientConnState(state); err != nil {
 		return err
@@ -146,7 +153,7 @@ func (c *callContext) Err() error {
 
 func (b *balanced) choose(c *call) (*server, error) {
 	c.context = callContext{context.Background(), c}
-	r, err := b.picker.Pick(balancer.PickInfo{FullMethodName: "/belfry.sim/Call", Ctx: &c.context})
+	r, err := b.picker.Pick(balancer.PickInfo{FullMethodName: c.method, Ctx: &c.context})
 	if err != nil {
 		return nil, fmt.Errorf("pick: %w", err)
 	}
@@ -155,7 +162,13 @@ func (b *balanced) choose(c *call) (*server, error) {
 }
 
 func (b *balanced) finished(c *call, err error) {
-	if c.done != nil {
-		c.done(balancer.DoneInfo{Err: err, BytesSent: true, BytesReceived: !c.lost})
+	if c.done == nil {
+		return
 	}
+	info := balancer.DoneInfo{Err: err, BytesSent: true, BytesReceived: !c.lost}
+	if b.reports && err == nil {
+		b.report.NamedMetrics["belfry.in_flight"] = float64(c.requests)
+		info.ServerLoad = &b.report
+	}
+	c.done(info)
 }

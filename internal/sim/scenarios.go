@@ -25,6 +25,12 @@ type Scenario struct {
 	Sharing bool
 	// Speeds are given to the servers in turn. Default all 1.
 	Speeds []float64
+	// Sizes are the numbers of workers of the servers in turn, in the place of Workers.
+	Sizes []int
+	// Weights are the servers' weights in turn. Default all 1.
+	Weights []uint32
+	// Methods are what is called. Default one method.
+	Methods []Method
 	// Mean is the mean service time at speed 1.
 	Mean time.Duration
 	// Network and Jitter are the constant part of the one-way delay and the mean
@@ -44,10 +50,28 @@ type Scenario struct {
 	// Period is that of what goes wrong; the measurement covers whole ones.
 	Period time.Duration
 
+	// Show is what the table has besides percentiles.
+	Show Show
+
 	capacity float64 // the share of the servers' speeds that the faults leave, 0 for 1
 	faults   func(*cluster)
 	law      func(*rand.Rand) float64 // of the service time, with mean 1; nil for lognormal
 }
+
+// A Method is a kind of call.
+type Method struct {
+	Name  string
+	Share float64 // of the calls; the shares of all methods make 1
+	Work  float64 // its mean, in units of Scenario.Mean
+}
+
+// Show is what a scenario is about besides percentiles.
+type Show uint8
+
+const (
+	ShowMean   Show = 1 << iota // the mean latency
+	ShowShares                  // the least and the greatest share of a server, fair = 1
+)
 
 func (s *Scenario) validate() error {
 	switch {
@@ -82,26 +106,53 @@ func (s *Scenario) validate() error {
 	return nil
 }
 
+// workers returns the workers of the i-th server.
+func (s *Scenario) workers(i int) int {
+	if len(s.Sizes) > 0 {
+		return s.Sizes[i%len(s.Sizes)]
+	}
+	return s.Workers
+}
+
+// weight returns the weight of the i-th server.
+func (s *Scenario) weight(i int) uint32 {
+	if len(s.Weights) > 0 {
+		return s.Weights[i%len(s.Weights)]
+	}
+	return 1
+}
+
 // transit returns the mean one-way delay.
 func (s *Scenario) transit() time.Duration { return s.Network + s.Jitter }
 
 // rate returns the arrivals per nanosecond of an open loop.
 func (s *Scenario) rate() float64 {
-	speeds := float64(s.Servers)
-	if len(s.Speeds) > 0 {
-		speeds = 0
-		for i := range s.Servers {
-			speeds += s.Speeds[i%len(s.Speeds)]
+	var speeds float64
+	for i := range s.Servers {
+		speed := float64(s.workers(i))
+		if len(s.Speeds) > 0 {
+			speed *= s.Speeds[i%len(s.Speeds)]
 		}
+		speeds += speed
 	}
 	if s.capacity > 0 {
 		speeds *= s.capacity
 	}
-	return s.Load * speeds * float64(s.Workers) / float64(s.Mean)
+	work := 1.0
+	if len(s.Methods) > 0 {
+		work = 0
+		for _, m := range s.Methods {
+			work += m.Share * m.Work
+		}
+	}
+	return s.Load * speeds / float64(s.Mean) / work
 }
 
 // lognormal has a mean of 1 and a 99th percentile of 3.4.
 func lognormal(r *rand.Rand) float64 { return math.Exp(0.6*r.NormFloat64() - 0.18) }
+
+// heavy has a mean of 1 and a 99th percentile of 10.6.
+func heavy(r *rand.Rand) float64 { return math.Exp(1.5*r.NormFloat64() - 1.125) }
 
 // uniform is uniform up to 2.
 func uniform(r *rand.Rand) float64 { return 2 * r.Float64() }
@@ -177,6 +228,12 @@ func Scenarios() []Scenario {
 		s.hundred()
 		s.Speeds = oneSlowInTen
 	})
+	add("Prequal's case", func(s *Scenario) {
+		s.hundred()
+		s.Mean = 20 * time.Millisecond
+		s.Sharing = true
+		s.antagonists()
+	})
 	add("Tower's example", func(s *Scenario) {
 		// No queues, so a server that takes uniform up to 1 ms at speed 1 takes
 		// up to 1 s at speed 1/1000.
@@ -196,7 +253,78 @@ func Scenarios() []Scenario {
 		s.Period = 3 * time.Second
 		s.faults = surge
 	})
+	for _, n := range []int{4, 20} {
+		add(fmt.Sprintf("one caller, %d servers", n), func(s *Scenario) {
+			s.idle(n)
+			s.Show = ShowShares
+		})
+	}
+	add("one caller, 10 servers, one 30× faster", func(s *Scenario) {
+		s.idle(10)
+		s.Mean, s.Speeds = 30*time.Millisecond, []float64{1, 1, 1, 1, 1, 1, 1, 30, 1, 1}
+	})
+	add("one caller, 20 servers, 2 slow", func(s *Scenario) {
+		s.idle(20)
+		s.Speeds = oneSlowInTen
+	})
+	add("10 calls/s, one server stops once for 10 s", func(s *Scenario) {
+		s.Clients, s.Servers = 1, 10
+		s.Load = 0.0025 // of 4,000 calls/s
+		s.Show = ShowShares
+		s.faults = func(c *cluster) {
+			c.after(s.WarmUp, func() { c.servers[3].stop(true) })
+			c.after(s.WarmUp+10*time.Second, func() { c.servers[3].stop(false) })
+		}
+	})
+	add("10 % of calls cost 20 times", func(s *Scenario) {
+		s.Clients, s.Servers = 1, 10
+		s.methods(0.1, 20)
+	})
+	add("10 % of calls cost 20 times, 2 of 20 slow", func(s *Scenario) {
+		s.Speeds = oneSlowInTen
+		s.methods(0.1, 20)
+	})
+	add("1 % of calls cost 100 times", func(s *Scenario) { s.methods(0.01, 100) })
+	add("heavy tails, 1 client, 10 servers", func(s *Scenario) {
+		s.Clients, s.Servers, s.law, s.Show = 1, 10, heavy, ShowMean
+	})
+	add("heavy tails, 2 of 20 slow", func(s *Scenario) {
+		s.Speeds, s.law, s.Show = oneSlowInTen, heavy, ShowMean
+	})
+	add("20 clients, 3 servers, one 3× slower", func(s *Scenario) {
+		s.Clients, s.Servers, s.Speeds = 20, 3, []float64{1, 1, 1. / 3}
+	})
+	for _, n := range []int{1, 4, 32, 500} {
+		add(fmt.Sprintf("canary of 1 beside nine of 10, %d in flight", n), func(s *Scenario) {
+			s.idle(10)
+			s.InFlight, s.Workers = n, 0
+			s.Weights = []uint32{1, 10, 10, 10, 10, 10, 10, 10, 10, 10}
+			s.Show = ShowShares
+		})
+	}
+	for _, percent := range []float64{30, 75, 90} {
+		add(fmt.Sprintf("sizes and weights 1:2, %v %%", percent), func(s *Scenario) {
+			s.Sizes, s.Weights = []int{4, 8}, []uint32{1, 2}
+			s.Load = percent / 100
+			s.Show = ShowMean | ShowShares
+		})
+	}
 	return all
+}
+
+// idle is one caller that calls n servers, one call after the other.
+func (s *Scenario) idle(n int) {
+	s.Clients, s.Servers, s.InFlight = 1, n, 1
+	s.WarmUp = 0
+}
+
+// methods makes a share of the calls cost as many times as much as the others. The
+// mean of all stays what it is.
+func (s *Scenario) methods(share, times float64) {
+	other := 1 / (1 - share + share*times)
+	s.Methods = []Method{{"/belfry.sim/Get", 1 - share, other}, {"/belfry.sim/Export", share, other * times}}
+	s.Deadline = 10 * time.Second
+	s.Show = ShowMean
 }
 
 // hundred is many clients of few calls each.

@@ -30,6 +30,7 @@ type server struct {
 	cluster   *cluster
 	addr      string
 	workers   int // 0: as many as there are calls
+	weight    uint32
 	sharing   bool
 	behaviour behaviour
 
@@ -45,6 +46,8 @@ type server struct {
 	// What the oracle knows beyond that: see oracle.
 	free   []float64
 	onWire int
+
+	sent int // measured calls
 }
 
 // rate returns how fast the clock runs.

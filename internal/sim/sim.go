@@ -37,6 +37,11 @@ type Result struct {
 	Failed  int // of these, answered with an error; they have no latency
 	Expired int // of these, given up at the deadline, which is their latency
 
+	// Least and Most are the least and the greatest share of the calls that a server
+	// got of those that are listed at the end, in units of its fair share, which is in
+	// proportion to its weight.
+	Least, Most float64
+
 	// Elapsed is the time in which they were sent.
 	Elapsed time.Duration
 
@@ -79,9 +84,26 @@ func Run(s Scenario, p Policy, o Options) (*Result, error) {
 		return nil, fmt.Errorf("sim: %s under %s: %w", s.Name, p.Name, err)
 	}
 	c.result.Elapsed = time.Duration(c.end - c.begin)
+	c.shares()
 	slices.Sort(c.result.latencies)
 	return &c.result, nil
 }
+
+// shares sets what the servers got.
+func (c *cluster) shares() {
+	var weights float64
+	for _, s := range c.servers {
+		weights += float64(s.weight)
+	}
+	c.result.Least = math.Inf(1)
+	for _, s := range c.servers {
+		share := float64(s.sent) / float64(c.result.Calls) * weights / float64(s.weight)
+		c.result.Least, c.result.Most = min(c.result.Least, share), max(c.result.Most, share)
+	}
+}
+
+// defaultMethod is what is called where a scenario has no methods.
+const defaultMethod = "/belfry.sim/Call"
 
 // cluster is a run: the servers, the clients, the calls between them, and the
 // clock. A single goroutine uses it.
@@ -131,8 +153,9 @@ type call struct {
 	client  *client
 	server  *server
 	sentAt  int64
-	there   int64   // time on the network to the server
-	back    int64   // and from it
+	there   int64 // time on the network to the server
+	back    int64 // and from it
+	method  string
 	work    float64 // nanoseconds at speed 1
 	coin    bool    // decides for a server that fails half of its calls
 	doneAt  float64 // reading of the server's clock at which it is done
@@ -143,6 +166,7 @@ type call struct {
 	lost     bool // there will be no reply
 	over     bool // for the client
 	done     doneFunc
+	requests int // others at the server when it replied
 	context  callContext
 }
 
@@ -174,14 +198,16 @@ func newCluster(s Scenario, o Options) *cluster {
 // addServer makes a server and lists it. The clients hear of it at their next
 // update.
 func (c *cluster) addServer(speed float64) *server {
+	workers := c.scenario.workers(len(c.byAddr))
 	s := &server{
 		cluster: c,
 		addr:    fmt.Sprintf("server-%d", len(c.byAddr)),
-		workers: c.scenario.Workers,
+		workers: workers,
 		sharing: c.scenario.Sharing,
 		speed:   speed,
 		clockAt: c.now,
-		free:    make([]float64, c.scenario.Workers),
+		free:    make([]float64, workers),
+		weight:  c.scenario.weight(len(c.byAddr)),
 	}
 	c.servers = append(c.servers, s)
 	c.byAddr[s.addr] = s
@@ -304,6 +330,16 @@ func (c *cluster) send(cl *client) {
 	*k = call{cluster: c, id: c.callID, client: cl, sentAt: c.now}
 	sc := &c.scenario
 	k.work = sc.law(c.calls) * float64(sc.Mean)
+	if k.method = defaultMethod; len(sc.Methods) > 0 {
+		m := &sc.Methods[len(sc.Methods)-1]
+		for i, u := 0, c.calls.Float64(); i < len(sc.Methods); i++ {
+			if u -= sc.Methods[i].Share; u < 0 {
+				m = &sc.Methods[i]
+				break
+			}
+		}
+		k.method, k.work = m.Name, k.work*m.Work
+	}
 	k.there = int64(sc.Network) + c.exponential(float64(sc.Jitter))
 	k.back = int64(sc.Network) + c.exponential(float64(sc.Jitter))
 	k.coin = c.calls.Uint64()&1 == 0
@@ -327,6 +363,9 @@ func (c *cluster) send(cl *client) {
 	}
 	k.server = s
 	s.onWire++
+	if k.measured {
+		s.sent++
+	}
 	if c.options.observe != nil {
 		c.options.observe(time.Duration(c.now), s)
 	}
@@ -353,8 +392,11 @@ func (k *call) fire(uint64) {
 	k.cluster.idle = append(k.cluster.idle, k)
 }
 
-// reply sends the reply off.
-func (k *call) reply() { k.cluster.agenda.add(k.cluster.now+k.back, k) }
+// reply sends the reply off, with a report of the server's load.
+func (k *call) reply() {
+	k.requests = len(k.server.running) + k.server.waiting.len()
+	k.cluster.agenda.add(k.cluster.now+k.back, k)
+}
 
 // What a policy gets to see of calls that fail.
 var (

@@ -281,8 +281,7 @@ func (w *dnsWatch) addresses(ctx context.Context, config dnsclient.Config, name 
 		last[typ] = addrs
 		all = append(all, addrs...)
 	}
-	slices.SortFunc(all, netip.Addr.Compare) // Servers rotate them.
-	if ttl < 0 {                             // Neither has records.
+	if ttl < 0 { // Neither has records.
 		if errors.Is(errs[0], dnsclient.ErrNoRecords) {
 			return nil, 0, errs[1]
 		}

@@ -31,10 +31,10 @@
 // # Sources
 //
 // [DNS] follows a name, [List] is a fixed set, [Channel] a Go channel of changes,
-// [Poll] a function that is called again and again, [FullSets] a watcher that delivers complete
-// sets, [Merge] the union of several sources, and [Settle] makes a source of a
-// stream of changes that never says where its snapshot ends. Anything else
-// implements [Source], which is one method.
+// [Poll] a function that is called again and again, [FullSets] a watcher that
+// delivers complete sets, [Merge] the union of several sources, and [Settle]
+// makes a source of a stream of changes that never says where its snapshot ends.
+// Anything else implements [Source], which is one method.
 //
 // A source is passed by value with [WithSource]. One that has an address, and
 // is to be named in the target string, is registered under a URL scheme with
@@ -72,10 +72,10 @@
 //
 // # The sources in a table
 //
-//	         needs            survives                          is stale for
+//	         needs            survives                          may be behind by
 //	DNS      /etc/resolv.conf errors, lost packets, negative     one TTL (1 s to 5 min)
 //	         or a server      answers, one family missing
-//	List     nothing          everything                        ever
+//	List     nothing          everything                        nothing
 //	Channel  a sender         changes that are not valid         5 ms to 50 ms, 0 after Synced
 //	Poll     a function       its errors, panics and delays      one interval and a tenth
 //	file     YAML or JSON     broken, missing, replaced files    100 ms to 1 s; 5 s unreported

@@ -434,6 +434,27 @@ func TestPollKeepsTheSetOverErrorsAndBacksOff(t *testing.T) {
 	})
 }
 
+func TestPollBacksOffNoLongerThanTheIntervalAndStartsOverAfterASuccess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &polls{err: errors.New("down")}
+		r := build(t, &fakeConn{}, must(discover.Poll(p.poll, 3*time.Second)), exact())
+		time.Sleep(20 * time.Second)
+		p.next(nil, ep("1"))
+		time.Sleep(10 * time.Second)
+		p.next(errors.New("down"))
+		n := len(p.gaps())
+		time.Sleep(10 * time.Second)
+		r.Close()
+		if longest := slices.Max(p.gaps()); longest > 3300*time.Millisecond {
+			t.Errorf("polls were up to %v apart, want at most the interval and a tenth", longest)
+		}
+		// After the first failure that follows a success the delay is 1 s again.
+		if got := p.gaps()[n+1]; got != time.Second {
+			t.Errorf("the poll after the first failure came after %v, want 1s", got)
+		}
+	})
+}
+
 func TestPollForgetsNudgesOlderThanTheLastCall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := &polls{err: errors.New("down")}

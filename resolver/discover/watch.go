@@ -171,7 +171,7 @@ type entry struct {
 // A snapshot is what one watch has said so far.
 type snapshot struct {
 	entries       map[string]entry
-	refused       map[string]struct{} // keys whose endpoint cannot be used, and that have no other
+	refused       map[string]struct{} // keys that were given an endpoint that cannot be used
 	serviceConfig string
 }
 
@@ -301,12 +301,9 @@ func (f *follower) apply(c Change) error {
 	switch c.Op {
 	case OpInsert:
 		if err := f.check(c.Endpoint); err != nil {
-			if !known {
-				set.refused[c.Key] = struct{}{}
-			}
+			set.refused[c.Key] = struct{}{}
 			return fmt.Errorf("ignored %v(%q): %w", c.Op, c.Key, err)
 		}
-		delete(set.refused, c.Key)
 		ep := SetKey(c.Endpoint, c.Key)
 		if known && equalEndpoints(old.endpoint, ep) {
 			return nil

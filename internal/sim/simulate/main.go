@@ -4,7 +4,9 @@
 // Command simulate compares load balancing policies on simulated clusters and
 // prints a Markdown table: for each policy the 99th and the 99.9th percentile of
 // the latency in ms and, in parentheses, the ratio of the 99th to that of the
-// first policy, which is the oracle unless asked for otherwise.
+// first policy, which is the oracle unless asked for otherwise. Where a scenario is
+// about it, also the mean latency, or the least and the greatest share of the calls
+// that a server got, in units of its fair share.
 //
 //	go run ./internal/sim/simulate
 //	go run ./internal/sim/simulate -scenarios 'antagonists|stops' -policies oracle,default,random -runs 5
@@ -63,7 +65,7 @@ func parse(args []string, errs io.Writer) (*plan, error) {
 	fs := flag.NewFlagSet("simulate", flag.ContinueOnError)
 	fs.SetOutput(errs)
 	scenarios := fs.String("scenarios", "", "regular expression that the names of the scenarios match; empty for all")
-	policies := fs.String("policies", "oracle,peakEwma,default", "policies in the order of the columns, of "+strings.Join(names, ", "))
+	policies := fs.String("policies", "oracle,peakEwma,first,default", "policies in the order of the columns, of "+strings.Join(names, ", "))
 	fs.IntVar(&p.calls, "calls", 200_000, "measured calls of each run, at least 1")
 	fs.Uint64Var(&p.seed, "seed", 1, "seed of the first run; each further one has the next")
 	fs.DurationVar(&p.warmUp, "warmup", 0, "simulated time before calls are measured; 0 for that of the scenario")
@@ -170,7 +172,7 @@ func (p *plan) print(out io.Writer) error {
 				fmt.Fprint(out, " error |")
 				continue
 			}
-			fmt.Fprintf(out, " %s |", table[i][j].format(&table[i][0]))
+			fmt.Fprintf(out, " %s |", table[i][j].format(&table[i][0], s.Show))
 		}
 		fmt.Fprintln(out)
 	}
@@ -178,9 +180,11 @@ func (p *plan) print(out io.Writer) error {
 }
 
 // format returns the medians of the cell, with the ratio to the first of the row.
-func (c *cell) format(first *cell) string {
-	var p99, p999, ratio, failed []float64
+func (c *cell) format(first *cell, show sim.Show) string {
+	var p99, p999, ratio, failed, mean, least, most []float64
 	for i, r := range c.results {
+		mean = append(mean, r.Mean().Seconds()*1e3)
+		least, most = append(least, r.Least), append(most, r.Most)
 		p99 = append(p99, r.Percentile(0.99).Seconds()*1e3)
 		p999 = append(p999, r.Percentile(0.999).Seconds()*1e3)
 		failed = append(failed, float64(r.Failed)/float64(r.Calls)*100)
@@ -191,6 +195,12 @@ func (c *cell) format(first *cell) string {
 	s := fmt.Sprintf("%.1f / %.1f", median(p99), median(p999))
 	if len(ratio) > 0 {
 		s += fmt.Sprintf(" (%.2f)", median(ratio))
+	}
+	if show&sim.ShowMean != 0 {
+		s += fmt.Sprintf(" mean %.2f", median(mean))
+	}
+	if show&sim.ShowShares != 0 {
+		s += fmt.Sprintf(" shares %.2f to %.2f", median(least), median(most))
 	}
 	if f := median(failed); f > 0 {
 		s += fmt.Sprintf(" %.2f %% failed", f)

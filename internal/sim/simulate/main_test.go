@@ -35,7 +35,7 @@ $`)
 
 func TestFailedCallsAreInTheTable(t *testing.T) {
 	c := cell{results: []*sim.Result{{Calls: 200, Failed: 1}, {Calls: 200, Failed: 3}, {Calls: 200, Failed: 5}}}
-	if got, want := c.format(&c), "0.0 / 0.0 1.50 % failed"; got != want {
+	if got, want := c.format(&c, 0), "0.0 / 0.0 1.50 % failed"; got != want {
 		t.Errorf("cell is %q, want %q", got, want)
 	}
 }

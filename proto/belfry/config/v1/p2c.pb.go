@@ -291,7 +291,8 @@ type EndpointLimit_Fixed struct {
 type EndpointLimit_Auto struct {
 	// Each endpoint's limit is found by the algorithm limit.Auto from its latencies, so
 	// that a slow endpoint does not lower the limit of the others. It learns from unary
-	// calls. Without the policy's dial options streams are taken for such. It takes a
+	// calls; without the policy's dial options streams are taken for such. Open streams
+	// count against it, so use a fixed limit where most calls are streams. It takes a
 	// lock at the end of each call.
 	Auto *Auto `protobuf:"bytes,2,opt,name=auto,proto3,oneof"`
 }
@@ -533,7 +534,9 @@ type ExpectedLatency struct {
 	// The number of methods that have a mean of their own. All others share one.
 	//
 	// From 0 to 10,000. Default 100.
-	MaxMethods    *uint32 `protobuf:"varint,14,opt,name=max_methods,json=maxMethods,proto3,oneof" json:"max_methods,omitempty"`
+	MaxMethods *uint32 `protobuf:"varint,14,opt,name=max_methods,json=maxMethods,proto3,oneof" json:"max_methods,omitempty"`
+	// What is taken from the reports of servers. Unset: nothing.
+	Reports       *Reports `protobuf:"bytes,15,opt,name=reports,proto3" json:"reports,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -666,6 +669,117 @@ func (x *ExpectedLatency) GetMaxMethods() uint32 {
 	return 0
 }
 
+func (x *ExpectedLatency) GetReports() *Reports {
+	if x != nil {
+		return x.Reports
+	}
+	return nil
+}
+
+// Reports says what is taken from the reports that servers send by the ORCA protocol, with
+// the answer to each call or out of band. A client of many sends each server few calls, so
+// that its own calls in flight say little. The servers send what package orca of belfry
+// sends, or a metric of their own.
+//
+// The q of ExpectedLatency is then the calls of the client in flight, and the requests that
+// the server has from others. What a server reported drifts to the mean of all servers
+// within half a latency.
+type Reports struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The metric that has the requests at the server when it sent the report, the one that it
+	// answers not counted, by its name in gRFC A114: cpu_utilization, mem_utilization,
+	// application_utilization, rps_fractional, eps, or named_metrics. and a name.
+	//
+	// Default named_metrics.belfry.in_flight, which package orca sends.
+	InFlight *string `protobuf:"bytes,1,opt,name=in_flight,json=inFlight,proto3,oneof" json:"in_flight,omitempty"`
+	// theta while reports are in use, in place of queue_exponent.
+	//
+	// From 0 to 1. Default 0.7.
+	QueueExponent *float64 `protobuf:"fixed64,2,opt,name=queue_exponent,json=queueExponent,proto3,oneof" json:"queue_exponent,omitempty"`
+	// For how long after the last report of any server reports count.
+	//
+	// Above 0. Default 10s.
+	Expiry *durationpb.Duration `protobuf:"bytes,3,opt,name=expiry,proto3" json:"expiry,omitempty"`
+	// For how long after its first report a server counts as the average of those that
+	// report, because a new one has not its usual load yet.
+	//
+	// At least 0. Default 0s.
+	Blackout *durationpb.Duration `protobuf:"bytes,4,opt,name=blackout,proto3" json:"blackout,omitempty"`
+	// How often servers are asked for reports besides those that come with answers; a
+	// change is for endpoints that are listed later. A server that uses grpc-go sends them
+	// every 30s at most.
+	//
+	// At least 0.1s. Unset: never.
+	OutOfBand     *durationpb.Duration `protobuf:"bytes,5,opt,name=out_of_band,json=outOfBand,proto3" json:"out_of_band,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Reports) Reset() {
+	*x = Reports{}
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Reports) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Reports) ProtoMessage() {}
+
+func (x *Reports) ProtoReflect() protoreflect.Message {
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Reports.ProtoReflect.Descriptor instead.
+func (*Reports) Descriptor() ([]byte, []int) {
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Reports) GetInFlight() string {
+	if x != nil && x.InFlight != nil {
+		return *x.InFlight
+	}
+	return ""
+}
+
+func (x *Reports) GetQueueExponent() float64 {
+	if x != nil && x.QueueExponent != nil {
+		return *x.QueueExponent
+	}
+	return 0
+}
+
+func (x *Reports) GetExpiry() *durationpb.Duration {
+	if x != nil {
+		return x.Expiry
+	}
+	return nil
+}
+
+func (x *Reports) GetBlackout() *durationpb.Duration {
+	if x != nil {
+		return x.Blackout
+	}
+	return nil
+}
+
+func (x *Reports) GetOutOfBand() *durationpb.Duration {
+	if x != nil {
+		return x.OutOfBand
+	}
+	return nil
+}
+
 // PeakEwma is Tower's load metric of the same name: a moving average of the
 // latency that follows a rise at once and a fall over the decay time, times the
 // number of calls in flight plus one.
@@ -694,7 +808,7 @@ type PeakEwma struct {
 
 func (x *PeakEwma) Reset() {
 	*x = PeakEwma{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -706,7 +820,7 @@ func (x *PeakEwma) String() string {
 func (*PeakEwma) ProtoMessage() {}
 
 func (x *PeakEwma) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -719,7 +833,7 @@ func (x *PeakEwma) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeakEwma.ProtoReflect.Descriptor instead.
 func (*PeakEwma) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{4}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PeakEwma) GetDecay() *durationpb.Duration {
@@ -753,7 +867,7 @@ type PendingRequests struct {
 
 func (x *PendingRequests) Reset() {
 	*x = PendingRequests{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -765,7 +879,7 @@ func (x *PendingRequests) String() string {
 func (*PendingRequests) ProtoMessage() {}
 
 func (x *PendingRequests) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -778,7 +892,7 @@ func (x *PendingRequests) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingRequests.ProtoReflect.Descriptor instead.
 func (*PendingRequests) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{5}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{6}
 }
 
 // Constant is a load that never changes.
@@ -795,7 +909,7 @@ type Constant struct {
 
 func (x *Constant) Reset() {
 	*x = Constant{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -807,7 +921,7 @@ func (x *Constant) String() string {
 func (*Constant) ProtoMessage() {}
 
 func (x *Constant) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -820,7 +934,7 @@ func (x *Constant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Constant.ProtoReflect.Descriptor instead.
 func (*Constant) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{6}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Constant) GetLoad() float64 {
@@ -844,7 +958,7 @@ type Custom struct {
 
 func (x *Custom) Reset() {
 	*x = Custom{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -856,7 +970,7 @@ func (x *Custom) String() string {
 func (*Custom) ProtoMessage() {}
 
 func (x *Custom) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -869,7 +983,7 @@ func (x *Custom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Custom.ProtoReflect.Descriptor instead.
 func (*Custom) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{7}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Custom) GetName() string {
@@ -919,7 +1033,7 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\x10pending_requests\x18\x03 \x01(\v2!.belfry.config.v1.PendingRequestsH\x00R\x0fpendingRequests\x128\n" +
 	"\bconstant\x18\x04 \x01(\v2\x1a.belfry.config.v1.ConstantH\x00R\bconstant\x122\n" +
 	"\x06custom\x18\x05 \x01(\v2\x18.belfry.config.v1.CustomH\x00R\x06customB\b\n" +
-	"\x06metric\"\xc6\x06\n" +
+	"\x06metric\"\xfb\x06\n" +
 	"\x0fExpectedLatency\x12(\n" +
 	"\rprior_samples\x18\x01 \x01(\x01H\x00R\fpriorSamples\x88\x01\x01\x12*\n" +
 	"\x0equeue_exponent\x18\x02 \x01(\x01H\x01R\rqueueExponent\x88\x01\x01\x12&\n" +
@@ -939,7 +1053,8 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"R\n" +
 	"slowMethod\x88\x01\x01\x12$\n" +
 	"\vmax_methods\x18\x0e \x01(\rH\vR\n" +
-	"maxMethods\x88\x01\x01B\x10\n" +
+	"maxMethods\x88\x01\x01\x123\n" +
+	"\areports\x18\x0f \x01(\v2\x19.belfry.config.v1.ReportsR\areportsB\x10\n" +
 	"\x0e_prior_samplesB\x11\n" +
 	"\x0f_queue_exponentB\x0f\n" +
 	"\r_keep_samplesB\x10\n" +
@@ -952,7 +1067,16 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\r_sample_limitB\x13\n" +
 	"\x11_stream_age_limitB\x0e\n" +
 	"\f_slow_methodB\x0e\n" +
-	"\f_max_methods\"\xb9\x01\n" +
+	"\f_max_methods\"\x9d\x02\n" +
+	"\aReports\x12 \n" +
+	"\tin_flight\x18\x01 \x01(\tH\x00R\binFlight\x88\x01\x01\x12*\n" +
+	"\x0equeue_exponent\x18\x02 \x01(\x01H\x01R\rqueueExponent\x88\x01\x01\x121\n" +
+	"\x06expiry\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x06expiry\x125\n" +
+	"\bblackout\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\bblackout\x129\n" +
+	"\vout_of_band\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\toutOfBandB\f\n" +
+	"\n" +
+	"_in_flightB\x11\n" +
+	"\x0f_queue_exponent\"\xb9\x01\n" +
 	"\bPeakEwma\x12/\n" +
 	"\x05decay\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05decay\x12:\n" +
 	"\vdefault_rtt\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\n" +
@@ -979,40 +1103,45 @@ func file_belfry_config_v1_p2c_proto_rawDescGZIP() []byte {
 	return file_belfry_config_v1_p2c_proto_rawDescData
 }
 
-var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_belfry_config_v1_p2c_proto_goTypes = []any{
 	(*P2C)(nil),                 // 0: belfry.config.v1.P2C
 	(*EndpointLimit)(nil),       // 1: belfry.config.v1.EndpointLimit
 	(*Load)(nil),                // 2: belfry.config.v1.Load
 	(*ExpectedLatency)(nil),     // 3: belfry.config.v1.ExpectedLatency
-	(*PeakEwma)(nil),            // 4: belfry.config.v1.PeakEwma
-	(*PendingRequests)(nil),     // 5: belfry.config.v1.PendingRequests
-	(*Constant)(nil),            // 6: belfry.config.v1.Constant
-	(*Custom)(nil),              // 7: belfry.config.v1.Custom
-	(*durationpb.Duration)(nil), // 8: google.protobuf.Duration
-	(*Auto)(nil),                // 9: belfry.config.v1.Auto
-	(*structpb.Struct)(nil),     // 10: google.protobuf.Struct
+	(*Reports)(nil),             // 4: belfry.config.v1.Reports
+	(*PeakEwma)(nil),            // 5: belfry.config.v1.PeakEwma
+	(*PendingRequests)(nil),     // 6: belfry.config.v1.PendingRequests
+	(*Constant)(nil),            // 7: belfry.config.v1.Constant
+	(*Custom)(nil),              // 8: belfry.config.v1.Custom
+	(*durationpb.Duration)(nil), // 9: google.protobuf.Duration
+	(*Auto)(nil),                // 10: belfry.config.v1.Auto
+	(*structpb.Struct)(nil),     // 11: google.protobuf.Struct
 }
 var file_belfry_config_v1_p2c_proto_depIdxs = []int32{
 	2,  // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
-	8,  // 1: belfry.config.v1.P2C.explore_after:type_name -> google.protobuf.Duration
+	9,  // 1: belfry.config.v1.P2C.explore_after:type_name -> google.protobuf.Duration
 	1,  // 2: belfry.config.v1.P2C.endpoint_limit:type_name -> belfry.config.v1.EndpointLimit
-	9,  // 3: belfry.config.v1.EndpointLimit.auto:type_name -> belfry.config.v1.Auto
+	10, // 3: belfry.config.v1.EndpointLimit.auto:type_name -> belfry.config.v1.Auto
 	3,  // 4: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
-	4,  // 5: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
-	5,  // 6: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
-	6,  // 7: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
-	7,  // 8: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
-	8,  // 9: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
-	8,  // 10: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
-	8,  // 11: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
-	8,  // 12: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
-	10, // 13: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
-	14, // [14:14] is the sub-list for method output_type
-	14, // [14:14] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	5,  // 5: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
+	6,  // 6: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
+	7,  // 7: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
+	8,  // 8: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
+	9,  // 9: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
+	9,  // 10: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
+	4,  // 11: belfry.config.v1.ExpectedLatency.reports:type_name -> belfry.config.v1.Reports
+	9,  // 12: belfry.config.v1.Reports.expiry:type_name -> google.protobuf.Duration
+	9,  // 13: belfry.config.v1.Reports.blackout:type_name -> google.protobuf.Duration
+	9,  // 14: belfry.config.v1.Reports.out_of_band:type_name -> google.protobuf.Duration
+	9,  // 15: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
+	9,  // 16: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
+	11, // 17: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
+	18, // [18:18] is the sub-list for method output_type
+	18, // [18:18] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_belfry_config_v1_p2c_proto_init() }
@@ -1035,14 +1164,15 @@ func file_belfry_config_v1_p2c_proto_init() {
 	}
 	file_belfry_config_v1_p2c_proto_msgTypes[3].OneofWrappers = []any{}
 	file_belfry_config_v1_p2c_proto_msgTypes[4].OneofWrappers = []any{}
-	file_belfry_config_v1_p2c_proto_msgTypes[6].OneofWrappers = []any{}
+	file_belfry_config_v1_p2c_proto_msgTypes[5].OneofWrappers = []any{}
+	file_belfry_config_v1_p2c_proto_msgTypes[7].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_belfry_config_v1_p2c_proto_rawDesc), len(file_belfry_config_v1_p2c_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

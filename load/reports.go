@@ -1,0 +1,181 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package load
+
+import (
+	"cmp"
+	"math"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+// ReportsConfig says what [ExpectedLatency] takes from the reports of servers. A client
+// of many sends each server few calls, so that its own attempts in flight say little.
+//
+// The names are those of gRFC A114: cpu_utilization, mem_utilization,
+// application_utilization, rps_fractional, eps, or named_metrics. followed by the name of a
+// metric of the server's own.
+type ReportsConfig struct {
+	// InFlight names the number of requests at the server when it sent the report, the
+	// one that it answers not counted. Default "", which is no reports;
+	// [DefaultReportsConfig] has the name that package orca sends.
+	InFlight string
+	// QueueExponent takes the place of that of [ExpectedLatencyConfig]. Default 0.7, from
+	// 0 to 1.
+	QueueExponent float64
+	// Expiry is for how long after the last report of any server reports count. Default
+	// 10 s, must be above 0.
+	Expiry time.Duration
+	// Blackout is for how long after its first report a server counts as the average of
+	// those that report, because a new server has not its usual load yet. Default 0, must
+	// not be below 0.
+	Blackout time.Duration
+}
+
+// DefaultReportsConfig returns the defaults for servers that use package orca.
+func DefaultReportsConfig() ReportsConfig {
+	return ReportsConfig{InFlight: "named_metrics.belfry.in_flight", QueueExponent: 0.7, Expiry: 10 * time.Second}
+}
+
+func (c ReportsConfig) validate() error {
+	if c == (ReportsConfig{}) {
+		return nil
+	}
+	err := cmp.Or(
+		checkRange("reports.queueExponent", c.QueueExponent, 0, 1),
+		checkDuration("reports.expiry", c.Expiry),
+	)
+	switch {
+	case err != nil:
+		return err
+	case !(&Report{}).knows(c.InFlight):
+		return &ConfigError{"reports.inFlight", c.InFlight, "cpu_utilization, mem_utilization, application_utilization, rps_fractional, eps, or named_metrics. and a name"}
+	case c.Blackout < 0:
+		return &ConfigError{"reports.blackout", c.Blackout, "at least 0s"}
+	}
+	return nil
+}
+
+const named = "named_metrics."
+
+func (*Report) knows(name string) bool {
+	switch name {
+	case "cpu_utilization", "mem_utilization", "application_utilization", "rps_fractional", "eps":
+		return true
+	}
+	return strings.HasPrefix(name, named) && len(name) > len(named)
+}
+
+// Value returns the number of a name, as gRFC A114 has them. It reports false if the
+// server did not send it; a standard number that is 0 was not sent.
+func (r *Report) Value(name string) (v float64, ok bool) {
+	switch name {
+	case "cpu_utilization":
+		v = r.CPU
+	case "mem_utilization":
+		v = r.Memory
+	case "application_utilization":
+		v = r.Application
+	case "rps_fractional":
+		v = r.QPS
+	case "eps":
+		v = r.EPS
+	default:
+		v, ok = r.Named[strings.TrimPrefix(name, named)]
+		return v, ok
+	}
+	return v, v != 0
+}
+
+// word is a float32 and the tick that it is from, which change together.
+func word(v float64, tick uint32) uint64 {
+	return uint64(math.Float32bits(float32(v)))<<32 | uint64(tick)
+}
+
+func unword(w uint64) (v float64, tick uint32) {
+	return float64(math.Float32frombits(uint32(w >> 32))), uint32(w)
+}
+
+// reporting is what a channel knows of the reports of all its servers.
+type reporting struct {
+	// mean is the moving mean of the requests that servers have from others, and when it
+	// was last written. It is 0 before the first report.
+	mean atomic.Uint64
+}
+
+// others returns the mean number of requests that a server has from others, 0 if there
+// were no reports for too long.
+func (r *reporting) others(p *expectedParams, tick uint32) (mean float64, ok bool) {
+	w := r.mean.Load()
+	if w == 0 {
+		return 0, false
+	}
+	mean, last := unword(w)
+	return mean, since32(tick, last) <= p.expiry
+}
+
+// others returns the number of requests that the server has from other clients, as far as
+// it is known: what it reported last, which drifts to the mean of all servers within half
+// a latency. It is 0 without reports.
+func (m *expectedMeter) others(p *expectedParams, now Instant) float64 {
+	if p.inFlight == "" {
+		return 0
+	}
+	e := m.metric
+	tick := uint32(uint64(now) >> tickBits)
+	mean, ok := e.reporting.others(p, tick)
+	if !ok {
+		return 0
+	}
+	w := m.reported.Load()
+	if w == 0 {
+		return mean
+	}
+	if since32(tick, m.reporting.Load()) < p.blackout {
+		return mean
+	}
+	own, last := unword(w)
+	latency := math.Float64frombits(e.undivided[usual].Load()) / (1 << tickBits)
+	if latency <= 0 {
+		return mean
+	}
+	return mean + (own-mean)*expNeg(since32(tick, last)/(reportHalf*latency))
+}
+
+// reportHalf is the part of a latency after which 1/e of a report is left.
+const reportHalf = 0.5
+
+// report takes in a report of the server, to which own attempts of this client are in
+// flight.
+func (m *expectedMeter) report(p *expectedParams, now Instant, r *Report, own int) {
+	if r == nil || p.inFlight == "" {
+		return
+	}
+	v, ok := r.Value(p.inFlight)
+	if !ok || !(v >= 0 && v <= math.MaxInt32) {
+		return
+	}
+	tick := uint32(uint64(now) >> tickBits)
+	if tick == 0 {
+		tick = 1
+	}
+	if w := m.reported.Load(); w == 0 || since32(tick, uint32(w)) > p.expiry {
+		m.reporting.Store(tick)
+	}
+	others := max(v-float64(own), 0)
+	m.reported.Store(word(others, tick))
+
+	e := m.metric
+	mean, last := unword(e.reporting.mean.Load())
+	switch {
+	case e.reporting.mean.Load() == 0 || since32(tick, last) > p.expiry:
+		mean = others
+	case tick == last: // one in a tick is enough
+		return
+	default:
+		mean += (others - mean) / fleetWindow
+	}
+	e.reporting.mean.Store(word(mean, tick))
+}

@@ -1,0 +1,72 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package load
+
+import (
+	"math"
+	"testing"
+	"time"
+)
+
+func TestReports(t *testing.T) {
+	c := DefaultExpectedLatencyConfig()
+	c.Reports = DefaultReportsConfig()
+	c.Reports.Blackout = time.Second
+	metric, err := NewExpectedLatency(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b, silent := metric.NewMeter(Endpoint{}), metric.NewMeter(Endpoint{}), metric.NewMeter(Endpoint{})
+	queue := func(m Meter, at time.Duration) float64 {
+		return m.Load(Query{Now: Instant(at), InFlight: 1, Weight: 1}).Queue
+	}
+	check := func(what string, got, want float64) {
+		t.Helper()
+		if math.Abs(got-want) > 0.05 {
+			t.Errorf("%s: queue is %v, want %v", what, got, want)
+		}
+	}
+	// call is a call of 1 s that ends at a time with a report, beside one other in flight.
+	call := func(m Meter, end time.Duration, requests float64) {
+		ticket := m.Start(Attempt{Query: Query{Now: Instant(end - time.Second), Weight: 1}})
+		m.Finish(Sample{Now: Instant(end), Ticket: ticket, Report: &Report{Named: map[string]float64{"belfry.in_flight": requests}}, InFlight: 1})
+	}
+	check("without reports", queue(a, time.Hour), 1)
+
+	start := time.Hour
+	call(a, start, 9)
+	check("the first report is the mean", queue(silent, start), 1+8)
+	call(b, start+time.Second, 109)
+	mean := 8 + 100.0/fleetWindow
+	check("in its blackout", queue(b, start+time.Second), 1+mean)
+	call(b, start+3*time.Second, 109)
+	mean += (108 - mean) / fleetWindow
+	check("just after a report", queue(b, start+3*time.Second), 1+108)
+	check("half a latency later", queue(b, start+3500*time.Millisecond), 1+mean+(108-mean)/math.E)
+	check("long after, as one that never reported", queue(b, start+12*time.Second), 1+mean)
+	check("when reports have stopped", queue(b, start+14*time.Second), 1)
+	check("the silent one then", queue(silent, start+14*time.Second), 1)
+
+	b.Report(OutOfBand{Now: Instant(start + 20*time.Second), Report: &Report{Named: map[string]float64{"belfry.in_flight": 5}}, InFlight: 2})
+	check("out of band", queue(silent, start+20*time.Second), 1+3)
+	a.Finish(Sample{Now: Instant(start + 20*time.Second), Ticket: a.Start(Attempt{Query: Query{Now: Instant(start), Weight: 1}}), Report: &Report{Named: map[string]float64{"belfry.in_flight": math.NaN()}}})
+	check("a number that is none", queue(silent, start+20*time.Second), 1+3)
+}
+
+func TestReportValue(t *testing.T) {
+	r := &Report{CPU: 1, Memory: 2, Application: 3, QPS: 4, EPS: 5, Named: map[string]float64{"x": 6, "zero": 0}}
+	for name, want := range map[string]float64{
+		"cpu_utilization": 1, "mem_utilization": 2, "application_utilization": 3, "rps_fractional": 4, "eps": 5,
+		"named_metrics.x": 6, "named_metrics.zero": 0,
+	} {
+		if got, ok := r.Value(name); got != want || !ok {
+			t.Errorf("%s is %v, %v, want %v", name, got, ok, want)
+		}
+	}
+	for _, name := range []string{"named_metrics.y", "y", ""} {
+		if got, ok := r.Value(name); ok {
+			t.Errorf("%q is %v, want none", name, got)
+		}
+	}
+}
