@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 
 	"google.golang.org/grpc"
@@ -214,6 +215,9 @@ func (c *Call) send(ctx context.Context) (err error) {
 		err = c.conn.Invoke(ctx, c.method, c.req, c.reply, opts...)
 	} else {
 		err = c.invoker(ctx, c.method, c.req, c.reply, c.cc, opts...)
+	}
+	if err == io.EOF && c.grpcConn != nil { // See scope.unrepeated.
+		err = errUnrepeated
 	}
 	err = c.roomless(err)
 	c.arrived(c.fateOf(err))

@@ -241,10 +241,11 @@ func (l *ownContext) WrapCall(next interceptor.Next, _ interceptor.Again) interc
 	}
 }
 
-// lostStream is one of gRPC's that says io.EOF first. Asked again it tells err, or hangs if
-// the server has said nothing.
+// lostStream is one of gRPC's that ends with io.EOF first. Asked again it tells err, or hangs
+// if the server has said nothing.
 type lostStream struct {
 	grpc.ClientStream
+	opts            []grpc.CallOption
 	t               *testing.T
 	header, trailer metadata.MD
 	err             error
@@ -256,6 +257,11 @@ func (s *lostStream) Trailer() metadata.MD         { return s.trailer }
 
 func (s *lostStream) RecvMsg(any) error {
 	if s.asked++; s.asked == 1 {
+		for _, o := range s.opts {
+			if o, ok := o.(grpc.OnFinishCallOption); ok {
+				o.OnFinish(nil)
+			}
+		}
 		return io.EOF
 	}
 	if s.header == nil && s.trailer == nil {
@@ -284,7 +290,8 @@ func TestStreamThatGRPCCouldNotRepeat(t *testing.T) {
 			defer cancel()
 			stream := tc.stream
 			stream.t = t
-			streamer := func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+			streamer := func(_ context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, _ string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+				stream.opts = opts
 				return &stream, nil
 			}
 			s, err := calltest.Stack(t, &passToy{}).StreamClientInterceptor()(ctx, descOf(interceptor.ServerStream), readyConn(t), calltest.Method, streamer)
