@@ -855,10 +855,10 @@ func (k *pick) now() load.Instant {
 	return load.Instant(k.picker.policy.now())
 }
 
-// respond says that the first response of a stream has arrived.
+// respond says that the first response of a stream has arrived. Headers are one, but no
+// answer yet: a server may send them, and then fail the call.
 func (k *pick) respond() {
 	if k.state.CompareAndSwap(0, pickResponded) {
-		k.meter.note(everAnswered)
 		k.meter.Respond(load.Response{Now: k.now(), Ticket: k.ticket})
 		k.candidate.tally.add(oneStream - oneAttempt)
 		k.candidate.changed()

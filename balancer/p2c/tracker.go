@@ -133,15 +133,16 @@ func (i *interceptors) stream(ctx context.Context, desc *grpc.StreamDesc, cc *gr
 		return nil, err
 	}
 	i.check(t, cc)
-	return &trackedStream{ClientStream: s, track: t}, nil
+	return &trackedStream{ClientStream: s, track: t, many: desc.ServerStreams}, nil
 }
 
-// trackedStream sees the first response: the headers, if the application asks for
-// them, or a message.
+// trackedStream sees the first response: the headers, or a message.
 type trackedStream struct {
 	grpc.ClientStream
 	track     *tracker
+	many      bool // the server may send any number of messages
 	responded atomic.Bool
+	received  bool // a message; used by RecvMsg only
 }
 
 // Context returns the context of the stream without what is for its attempt alone.
@@ -156,9 +157,19 @@ func (s *trackedStream) Header() (metadata.MD, error) {
 }
 
 func (s *trackedStream) RecvMsg(m any) error {
+	// A server may send the headers at once and its first message hours later. A single
+	// message comes with them, and grpc takes it as an error if there is none, of which
+	// Header would not know.
+	if s.many && !s.responded.Load() {
+		_, _ = s.Header()
+	}
 	err := s.ClientStream.RecvMsg(m)
-	if err == nil {
+	if err == nil && !s.received {
+		s.received = true
 		s.respond()
+		if k := s.track.current.Load(); k != nil {
+			k.meter.note(everAnswered)
+		}
 	}
 	return err
 }

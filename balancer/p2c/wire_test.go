@@ -497,6 +497,64 @@ func TestWireAStreamIsAnAttemptInFlightUntilItsFirstResponse(t *testing.T) {
 	}
 }
 
+func TestWireHeadersAreAFirstResponse(t *testing.T) {
+	t.Parallel()
+	t.Run("also for who reads messages only", func(t *testing.T) {
+		t.Parallel()
+		w := newWire(t, newServers(t, 1), wireConfig{policy: `"load":{"pendingRequests":{}}`})
+		ctx, cancel := context.WithCancel(testContext(t))
+		defer cancel()
+		s, err := w.client.ServerStream(ctx, &testingv1.ServerStreamRequest{Behaviour: &testingv1.Behaviour{
+			HeadersBeforeFailure: true, Delay: durationpb.New(time.Hour),
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		received := make(chan error)
+		go func() {
+			_, err := s.Recv()
+			received <- err
+		}()
+		w.o.wait(t, "the headers have been seen", func() bool { return w.o.responds == 1 })
+		cancel()
+		if err := <-received; status.Code(err) != codes.Canceled {
+			t.Errorf("the stream ended with %v, want CANCELLED", err)
+		}
+		w.wantRest(1)
+		if !w.o.finished[0].responded {
+			t.Error("at its end the stream had no response, want one")
+		}
+	})
+	t.Run("but no answer", func(t *testing.T) {
+		t.Parallel()
+		w := newWire(t, newServers(t, 1), wireConfig{})
+		if err := w.servers[0].FailAfterHeaders(codes.Unavailable, 1); err != nil {
+			t.Fatal(err)
+		}
+		open := func() error {
+			s, err := w.client.ServerStream(testContext(t), &testingv1.ServerStreamRequest{})
+			if err == nil {
+				_, err = s.Recv()
+			}
+			return err
+		}
+		if err := open(); status.Code(err) != codes.Unavailable {
+			t.Fatalf("the stream ended with %v, want UNAVAILABLE", err)
+		}
+		w.wantRest(1)
+		if got := SnapshotsOf(w.conn)[0].Endpoints[0].PassedOver; w.o.responds != 1 || got != OnlyFailed {
+			t.Errorf("after headers and a failure: %d responses, passed over %q, want 1 and %q", w.o.responds, got, OnlyFailed)
+		}
+		w.servers[0].Heal()
+		if err := open(); err != nil {
+			t.Fatal(err)
+		}
+		if got := SnapshotsOf(w.conn)[0].Endpoints[0].PassedOver; got != "" {
+			t.Errorf("after a message: passed over %q, want not", got)
+		}
+	})
+}
+
 const retryService = `{"loadBalancingConfig":[%s],"methodConfig":[{"name":[{}],"retryPolicy":{"maxAttempts":2,
 	"initialBackoff":"0.001s","maxBackoff":"0.001s","backoffMultiplier":1,"retryableStatusCodes":["UNAVAILABLE"]}}]}`
 
