@@ -617,6 +617,15 @@ func (s *selection) choose(now load.Instant) *candidate {
 	if s.call.stream {
 		limit, errors = equalStreams, math.MaxFloat32
 	}
+	var skipped uint32 // bits of candidates
+	if weighted && !s.call.stream && !p.config.exact {
+		if skipped = s.light(now, queue/float32(s.count)); skipped != 0 {
+			var first bool
+			if best, skipped, first = s.bestBut(now, best, skipped, limit); first {
+				return s.seen[0]
+			}
+		}
+	}
 	least := s.costs[best]
 	equals := 0
 	var bestQueue float32
@@ -626,13 +635,10 @@ func (s *selection) choose(now load.Instant) *candidate {
 			break
 		}
 		cost := s.costs[i]
-		if cost > least*(1+limit) {
+		if cost > least*(1+limit) || skipped>>i&1 != 0 {
 			continue
 		}
-		detail := c.detail.Load()
-		if s.call.class != 0 {
-			_, detail = c.ask(p, now, s.call.class)
-		}
+		detail := s.detail(now, c)
 		if cost > least*(1+min(limit, errors*math.Float32frombits(uint32(detail>>32)))) {
 			continue
 		}
@@ -659,6 +665,54 @@ func (s *selection) choose(now load.Instant) *candidate {
 	return s.seen[best]
 }
 
+// detail returns the error of a candidate's cost and its queue.
+func (s *selection) detail(now load.Instant, c *candidate) uint64 {
+	if s.call.class != 0 {
+		_, detail := c.ask(s.picker, now, s.call.class)
+		return detail
+	}
+	return c.detail.Load()
+}
+
+// light returns which of the random draws are idle endpoints of a small weight, as bits.
+// queue is what the candidates have in flight per weight, on average.
+func (s *selection) light(now load.Instant, queue float32) (bits uint32) {
+	for i, c := range s.seen[:s.drawn] {
+		attempts, _ := c.tally.read()
+		if attempts == 0 && math.Float32frombits(uint32(s.detail(now, c))) == 0 {
+			if w := float32(s.picker.ready.relative(c)); w < lightWeight && queue*w < lightQueue {
+				bits |= 1 << i
+			}
+		}
+	}
+	return bits
+}
+
+// bestBut returns the cheapest candidate but for light ones, and which of them do not
+// take part: those that are cheaper because they are idle, not because they are faster.
+// first says that one that does not is to be picked, because it was drawn first.
+func (s *selection) bestBut(now load.Instant, best int, light uint32, limit float32) (_ int, skipped uint32, first bool) {
+	heavy := -1
+	for i := range s.seen[:s.drawn] {
+		if light>>i&1 == 0 && (heavy < 0 || s.costs[i] < s.costs[heavy]) {
+			heavy = i
+		}
+	}
+	if heavy < 0 {
+		return best, 0, false
+	}
+	idle := s.costs[heavy] / (1 + math.Float32frombits(uint32(s.detail(now, s.seen[heavy]))))
+	for i := range s.seen[:s.drawn] {
+		if light>>i&1 != 0 && idle <= s.costs[i]*(1+limit) {
+			skipped |= 1 << i
+		}
+	}
+	if skipped != light {
+		return best, 0, false
+	}
+	return heavy, skipped, skipped&1 != 0 && s.costs[0] <= s.costs[heavy]*(1+limit)
+}
+
 const (
 	// equalErrors is how many standard errors of its cost make an endpoint equal to
 	// the cheapest. The cheapest of many is as a rule one or two below what it should
@@ -670,6 +724,13 @@ const (
 	// weight 1 beside one of 2 has another number of them per weight, and its price is
 	// off by as much.
 	equalWeighted = 0.6
+
+	// An endpoint of less than lightWeight times the mean weight has more in flight per
+	// weight than the others if it has one attempt, and less if it has none. Where they have
+	// less than lightQueue of that one, it would be picked whenever it is idle and drawn. It is
+	// picked if it is the first of the draws, which is its share.
+	lightWeight = 0.5
+	lightQueue  = 0.5
 
 	// A stream may last for hours, and its cost is that of its first response: how many
 	// there are matters more, unless an endpoint is much slower than others.

@@ -252,11 +252,37 @@ func TestWeights(t *testing.T) {
 		}
 	})
 	t.Run("let_a_canary_have_its_part", func(t *testing.T) {
-		for _, callers := range []int{1, 4, 32, 500} {
+		for callers, hi := range map[int]float64{1: 0.015, 2: 0.015, 4: 0.015, 8: 0.025, 32: 0.03, 500: 0.03} {
 			counts := newBench(t, `{}`, weights(1, 10, 10, 10, 10, 10, 10, 10, 10, 10)...).callers(callers, 20_000, 10*time.Millisecond)
-			if share := counts[0] / 20_000; share < 0.005 || share > 0.03 {
-				t.Errorf("%d callers: weight 1 beside nine of 10 got %.4f of the calls, want 0.005 to 0.03", callers, share)
+			if share := counts[0] / 20_000; share < 0.005 || share > hi {
+				t.Errorf("%d callers: weight 1 beside nine of 10 got %.4f of the calls, want 0.005 to %.3f", callers, share, hi)
 			}
+		}
+	})
+	t.Run("do_not_keep_calls_from_a_fast_one", func(t *testing.T) {
+		// Of the draws 28 % have it. It is picked for a third of the calls that it is idle at.
+		w := newBench(t, `{}`, weights(1, 10, 10, 10)...)
+		w.callers(4, 2000, 10*time.Millisecond)
+		calls, light := 4000, 0
+		var call func()
+		call = func() {
+			if calls--; calls < 0 {
+				return
+			}
+			i, done := w.pick("/s/Get")
+			took := w.around(10 * time.Millisecond)
+			if i == 0 {
+				light++
+				took /= 100
+			}
+			w.after(took, func() { done(success); call() })
+		}
+		for range 4 {
+			call()
+		}
+		w.run(time.Hour)
+		if light < 400 {
+			t.Errorf("one of weight 1 beside three of 10 that is a hundred times faster got %d of 4000 calls, want at least 400", light)
 		}
 	})
 }
