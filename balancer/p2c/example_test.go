@@ -43,7 +43,7 @@ func ExampleSnapshotsOf() {
 
 	client := testingv1.NewTestServiceClient(conn)
 	var snapshot p2c.Snapshot
-	for snapshot.Picks == 0 || snapshot.Endpoints[0].Samples == 0 || snapshot.Endpoints[1].Samples == 0 {
+	for snapshot.Picks == 0 || snapshot.Endpoints[1].Samples == 0 || snapshot.Endpoints[1].PassedOver == "" {
 		if _, err := client.Unary(context.Background(), &testingv1.UnaryRequest{}); err != nil {
 			log.Fatal(err)
 		}
