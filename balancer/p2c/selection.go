@@ -1,0 +1,243 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"cmp"
+	"math"
+	"math/bits"
+
+	"github.com/belfry-go/belfry/load"
+)
+
+// selection is the candidates that one pick looks at, and finds the best of them.
+// It works in passes, first gathering, then measuring, then comparing: with many
+// endpoints each is a miss in the cache, and so the processor fetches them side by
+// side, where a comparison after each would make it wait.
+type selection struct {
+	picker *picker
+	call   call
+	random random
+	count  int
+	drawn  int // the first so many are random draws, the others remembered
+	seen   [maxChoices + maxMemory]*candidate
+	costs  [maxChoices + maxMemory]float32
+}
+
+// add adds a candidate, unless it is nil.
+func (s *selection) add(c *candidate) {
+	if c != nil {
+		s.seen[s.count] = c
+		s.count++
+	}
+}
+
+// has reports whether the candidate was added.
+func (s *selection) has(c *candidate) bool {
+	for _, other := range s.seen[:s.count] {
+		if other == c {
+			return true
+		}
+	}
+	return false
+}
+
+// choose measures the candidates and returns the best, nil if there are none.
+//
+// Costs that differ by less than three of their errors are equal, up to a limit.
+// While none of the candidates has anything in flight, the limit is wide and one of
+// the random draws is taken at random: only latencies could tell them apart, and
+// these latencies do not. Else the limit is narrow, and the one with the fewest
+// attempts in flight is taken, of those the cheapest, or where weights differ and it
+// is not idle any. A
+// stream goes where the fewest are open.
+func (s *selection) choose(now load.Instant) *candidate {
+	if s.count == 0 {
+		return nil
+	}
+	p := s.picker
+	var queue float32
+	best := 0
+	if s.call.class == 0 {
+		for i, c := range s.seen[:s.count] {
+			s.costs[i] = c.look(p, now)
+		}
+		for i, c := range s.seen[:s.count] {
+			queue += math.Float32frombits(uint32(c.detail.Load()))
+			if s.costs[i] < s.costs[best] {
+				best = i
+			}
+		}
+	} else {
+		for i, c := range s.seen[:s.count] {
+			var detail uint64
+			s.costs[i], detail = c.ask(p, now, s.call.class)
+			queue += math.Float32frombits(uint32(detail))
+			if s.costs[i] < s.costs[best] {
+				best = i
+			}
+		}
+	}
+	if every := p.config.exploreEvery; every > 0 && s.random.below(every) == 0 {
+		if c := s.unheard(now); c != nil {
+			return c
+		}
+	}
+
+	rest := queue == 0
+	limit, errors := p.config.equalUnderLoad, float32(equalErrors)
+	if rest {
+		limit = p.config.equalAtRest
+	}
+	weighted := p.ready.unequal.Load()
+	if weighted {
+		limit, errors = max(limit, equalWeighted), math.MaxFloat32
+	}
+	if s.call.stream {
+		limit, errors = equalStreams, math.MaxFloat32
+	}
+	least := s.costs[best]
+	equals := 0
+	var bestQueue float32
+	var bestOpen float64
+	for i, c := range s.seen[:s.count] {
+		if (rest || weighted) && i >= s.drawn {
+			break
+		}
+		cost := s.costs[i]
+		if cost > least*(1+limit) {
+			continue
+		}
+		detail := c.detail.Load()
+		if s.call.class != 0 {
+			_, detail = c.ask(p, now, s.call.class)
+		}
+		if cost > least*(1+min(limit, errors*math.Float32frombits(uint32(detail>>32)))) {
+			continue
+		}
+		q := math.Float32frombits(uint32(detail))
+		open := 0.0
+		if s.call.stream {
+			open = c.open()
+		}
+		switch better := compare(open, bestOpen, q, bestQueue); {
+		case equals == 0 || better < 0:
+			best, bestOpen, bestQueue, equals = i, open, q, 1
+		case better > 0:
+		case !rest && (!weighted || q == 0) && cost != s.costs[best]:
+			if cost < s.costs[best] {
+				best, equals = i, 1
+			}
+		default:
+			equals++
+			if s.random.below(uint32(equals)) == 0 {
+				best = i
+			}
+		}
+	}
+	return s.seen[best]
+}
+
+const (
+	// equalErrors is how many standard errors of its cost make an endpoint equal to
+	// the cheapest. The cheapest of many is as a rule one or two below what it should
+	// be, and the other as much above.
+	equalErrors = 3
+
+	// Where weights differ, costs are equal up to so much at least, whatever their
+	// error: who gives weights wants shares. With few calls in flight an endpoint of
+	// weight 1 beside one of 2 has another number of them per weight, and its price is
+	// off by as much.
+	equalWeighted = 0.6
+
+	// A stream may last for hours, and its cost is that of its first response: how many
+	// there are matters more, unless an endpoint is much slower than others.
+	equalStreams = 2
+)
+
+// compare orders by the open streams, then by the queue.
+func compare(open, open2 float64, queue, queue2 float32) int {
+	switch {
+	case open != open2:
+		return cmp.Compare(open, open2)
+	case queue != queue2:
+		return cmp.Compare(queue, queue2)
+	}
+	return 0
+}
+
+// unheard returns the candidate that was not heard of for the longest, of those
+// with nothing in flight that were not heard of for config.exploreAfter. One that
+// has only failed so far is tried again too.
+func (s *selection) unheard(now load.Instant) *candidate {
+	after := uint32(s.picker.config.exploreAfter >> heardBits)
+	tick := uint32(uint64(now) >> heardBits)
+	var oldest *candidate
+	var longest int32
+	for i, c := range s.seen[:s.count] {
+		if math.Float32frombits(uint32(c.detail.Load())) > 0 {
+			continue
+		}
+		heard := c.heard.Load()
+		silent := int32(tick - heard)
+		if heard == 0 && s.costs[i] < avoided || heard != 0 && silent < int32(after) {
+			continue
+		}
+		if oldest == nil || silent > longest {
+			oldest, longest = c, silent
+		}
+	}
+	return oldest
+}
+
+// leastOf returns the m cheapest of the measured candidates, nil where there are
+// fewer. It reorders the selection.
+func (s *selection) leastOf(m int) []*candidate {
+	if s.picker.ready.unequal.Load() {
+		s.distinct()
+	}
+	for i := range min(m, s.count) {
+		k := i
+		for j := i + 1; j < s.count; j++ {
+			if s.costs[j] < s.costs[k] {
+				k = j
+			}
+		}
+		s.seen[i], s.seen[k] = s.seen[k], s.seen[i]
+		s.costs[i], s.costs[k] = s.costs[k], s.costs[i]
+	}
+	return s.seen[:m]
+}
+
+// distinct leaves out what was drawn twice.
+func (s *selection) distinct() {
+	n := s.count
+	s.count = 0
+	for i, c := range s.seen[:n] {
+		s.seen[i] = nil
+		if !s.has(c) {
+			s.costs[s.count] = s.costs[i]
+			s.add(c)
+		}
+	}
+}
+
+// random is a generator for one pick: SplitMix64 (Steele, Lea, Flood, "Fast
+// splittable pseudorandom number generators", OOPSLA 2014), seeded by one number
+// of the policy's source.
+type random uint64
+
+func (r *random) next() uint64 {
+	*r += 0x9e3779b97f4a7c15
+	z := uint64(*r)
+	z = (z ^ z>>30) * 0xbf58476d1ce4e5b9
+	z = (z ^ z>>27) * 0x94d049bb133111eb
+	return z ^ z>>31
+}
+
+// below returns a number in [0, n). The bias is below n/2^64.
+func (r *random) below(n uint32) uint32 {
+	hi, _ := bits.Mul64(r.next(), uint64(n))
+	return uint32(hi)
+}
