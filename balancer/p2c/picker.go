@@ -6,6 +6,7 @@ package p2c
 import (
 	"context"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -119,16 +120,17 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	if p.config.timeless && !k.meter.timeless { // the metric has just changed
 		now = k.now()
 	}
-	query := c.query(p, now, call.class)
-	if limited {
-		query.InFlight = max(query.InFlight-1, 0) // Its own is counted.
-		k.begin()
-	} else {
-		c.tally.add(oneAttempt)
+	if !k.meter.quiet {
+		a := load.Attempt{Query: c.query(p, now, call.class), Method: info.FullMethodName, Stream: call.stream}
+		if limited {
+			a.InFlight = max(a.InFlight-1, 0) // Its own is counted.
+		}
+		k.ticket = k.meter.Start(a)
 	}
-	k.ticket = k.meter.Start(load.Attempt{Query: query, Method: info.FullMethodName, Stream: call.stream})
-	c.picks.Add(1)
-	c.changed()
+	c.picked(limited)
+	if limited {
+		k.begin()
+	}
 	if track != nil {
 		track.begin(k)
 		if b.conn.Load() == nil && track.conn != nil {
@@ -178,16 +180,19 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		// d distinct indexes by Floyd's algorithm (Bentley, "Programming Pearls: a
 		// sample of brilliance", CACM 1987): d random numbers, whatever n.
 		var index [maxChoices]uint32
-		for i := range d {
-			last := uint32(n - d + i)
+		var taken uint64 // the indexes modulo 64
+		for i := range uint32(d) {
+			last := uint32(n-d) + i
 			k := s.random.below(last + 1)
-			for _, earlier := range index[:i] {
-				if earlier == k {
-					k = last
-					break
-				}
+			again := taken>>(k&63)&1 != 0
+			if again && n > 64 {
+				again = slices.Contains(index[:i], k)
+			}
+			if again {
+				k = last
 			}
 			index[i] = k
+			taken |= 1 << (k & 63)
 			s.add(v.slots[k].Load())
 		}
 	}
@@ -198,19 +203,17 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		}
 	}
 	best := s.choose(now)
-	if m > 0 {
-		p.keep(s.leastOf(m))
-	}
-	return best
-}
-
-// keep remembers the candidates for the next pick.
-func (p *picker) keep(least []*candidate) {
-	for i, c := range least {
+	for i := range m {
+		// The next pick looks at the cheapest again.
+		var c *candidate
+		if least := s.least[i]; least != math.MaxUint64 {
+			c = s.seen[uint32(least)]
+		}
 		if p.remembered[i].Load() != c {
 			p.remembered[i].Store(c)
 		}
 	}
+	return best
 }
 
 // chooseOfTwo is the power of two choices among endpoints of one weight, by costs
@@ -404,6 +407,30 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	case (o == load.Cancelled || o == load.NotSent) && !responded:
 		k.picker.policy.metrics.sampleDropped(o)
 	}
+	if k.meter.learns(o) || k.reported {
+		k.tell(now, o, err, responded)
+	}
+	if k.limit != nil {
+		k.limit.end(k, o, err)
+	}
+	if responded {
+		k.candidate.tally.add(-oneStream)
+		k.candidate.changed()
+	} else {
+		k.candidate.tally.add(-oneAttempt)
+	}
+	k.picker.policy.queue.admit(k.candidate)
+	if k.track == nil {
+		k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner, k.trailer, k.limit = nil, nil, nil, nil, nil, nil, nil, nil
+		if k.reported {
+			k.report, k.reported = load.Report{}, false
+		}
+		k.pool.Put(k)
+	}
+}
+
+// tell tells the meter how the attempt ended.
+func (k *pick) tell(now load.Instant, o load.Outcome, err error, responded bool) {
 	sample := load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded}
 	if err != nil && o != load.NotSent {
 		sample.Pushback = k.pushback(err)
@@ -417,23 +444,7 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 	k.meter.Finish(sample)
 	if k.meter.timeless && o != load.Completed {
+		k.meter.note(everGivenUp)
 		k.candidate.detail.Store(special)
-	}
-	if k.limit != nil {
-		k.limit.end(k, o, err)
-	}
-	if responded {
-		k.candidate.tally.add(-oneStream)
-	} else {
-		k.candidate.tally.add(-oneAttempt)
-	}
-	k.candidate.changed()
-	k.picker.policy.queue.admit(k.candidate)
-	if k.track == nil {
-		k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner, k.trailer, k.limit = nil, nil, nil, nil, nil, nil, nil, nil
-		if k.reported {
-			k.report, k.reported = load.Report{}, false
-		}
-		k.pool.Put(k)
 	}
 }

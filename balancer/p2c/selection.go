@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"math"
 	"math/bits"
+	"slices"
 
 	"github.com/belfry-go/belfry/load"
 )
@@ -23,6 +24,10 @@ type selection struct {
 	drawn  int // the first so many are random draws, the others remembered
 	seen   [maxChoices + maxMemory]*candidate
 	costs  [maxChoices + maxMemory]float32
+	// least is the cheapest so far in order, each as its cost above its index. The bits
+	// of two costs are in the order of the costs, so that they are compared without a
+	// branch: which of two is less no processor can guess.
+	least [maxMemory]uint64
 }
 
 // add adds a candidate, unless it is nil.
@@ -57,28 +62,8 @@ func (s *selection) choose(now load.Instant) *candidate {
 		return nil
 	}
 	p := s.picker
-	var queue float32
-	best := 0
-	if s.call.class == 0 {
-		for i, c := range s.seen[:s.count] {
-			s.costs[i] = c.look(p, now)
-		}
-		for i, c := range s.seen[:s.count] {
-			queue += math.Float32frombits(uint32(c.detail.Load()))
-			if s.costs[i] < s.costs[best] {
-				best = i
-			}
-		}
-	} else {
-		for i, c := range s.seen[:s.count] {
-			var detail uint64
-			s.costs[i], detail = c.ask(p, now, s.call.class)
-			queue += math.Float32frombits(uint32(detail))
-			if s.costs[i] < s.costs[best] {
-				best = i
-			}
-		}
-	}
+	weighted := p.ready.unequal.Load()
+	queue := s.measure(now, weighted)
 	if every := p.config.exploreEvery; every > 0 && s.random.below(every) == 0 {
 		if c := s.unheard(now); c != nil {
 			return c
@@ -90,49 +75,105 @@ func (s *selection) choose(now load.Instant) *candidate {
 	if rest {
 		limit = p.config.equalAtRest
 	}
-	weighted := p.ready.unequal.Load()
 	if weighted {
 		limit, errors = max(limit, equalWeighted), math.MaxFloat32
 	}
 	if s.call.stream {
 		limit, errors = equalStreams, math.MaxFloat32
 	}
-	least := s.costs[best]
+	least := math.Float32frombits(uint32(s.least[0] >> 32))
+	count := s.count
+	if rest || weighted {
+		count = s.drawn
+	}
+	var equal [maxChoices + maxMemory]uint8
 	equals := 0
+	for i, c := range s.seen[:count] {
+		within := limit
+		if e := errors * math.Float32frombits(uint32(s.detail(c, now)>>32)); e < limit {
+			within = e
+		}
+		equal[equals] = uint8(i)
+		is := 0
+		if s.costs[i] <= least*(1+within) {
+			is = 1
+		}
+		equals += is
+	}
+	switch {
+	case equals == 0: // The cheapest is a remembered one.
+		return s.seen[uint32(s.least[0])]
+	case equals == 1:
+		return s.seen[equal[0]]
+	case rest && !s.call.stream:
+		return s.seen[equal[s.random.below(uint32(equals))]]
+	}
+	return s.leastBusy(now, equal[:equals], rest, weighted)
+}
+
+// measure asks what the candidates cost, and returns the sum of their queues.
+func (s *selection) measure(now load.Instant, weighted bool) (queue float32) {
+	p := s.picker
+	m := max(p.config.memory, 1)
+	for i := range m {
+		s.least[i] = math.MaxUint64
+	}
+	for i, c := range s.seen[:s.count] {
+		var cost float32
+		var detail uint64
+		if s.call.class == 0 {
+			cost = c.look(p, now)
+			detail = c.detail.Load()
+		} else {
+			cost, detail = c.ask(p, now, s.call.class)
+		}
+		s.costs[i] = cost
+		queue += math.Float32frombits(uint32(detail))
+		if weighted && slices.Contains(s.seen[:i], c) {
+			continue // It was drawn twice.
+		}
+		key := uint64(math.Float32bits(cost))<<32 | uint64(i)
+		for j := range m {
+			s.least[j], key = min(s.least[j], key), max(s.least[j], key)
+		}
+	}
+	return queue
+}
+
+// detail returns the error and the queue of a measured candidate.
+func (s *selection) detail(c *candidate, now load.Instant) uint64 {
+	if s.call.class == 0 {
+		return c.detail.Load()
+	}
+	_, detail := c.ask(s.picker, now, s.call.class)
+	return detail
+}
+
+// leastBusy returns the one with the fewest attempts in flight of those that cost the
+// same, for a stream the one with the fewest streams.
+func (s *selection) leastBusy(now load.Instant, equal []uint8, rest, weighted bool) *candidate {
+	best, ties := 0, 0
 	var bestQueue float32
 	var bestOpen float64
-	for i, c := range s.seen[:s.count] {
-		if (rest || weighted) && i >= s.drawn {
-			break
-		}
-		cost := s.costs[i]
-		if cost > least*(1+limit) {
-			continue
-		}
-		detail := c.detail.Load()
-		if s.call.class != 0 {
-			_, detail = c.ask(p, now, s.call.class)
-		}
-		if cost > least*(1+min(limit, errors*math.Float32frombits(uint32(detail>>32)))) {
-			continue
-		}
-		q := math.Float32frombits(uint32(detail))
+	for _, i := range equal {
+		c, cost := s.seen[i], s.costs[i]
+		q := math.Float32frombits(uint32(s.detail(c, now)))
 		open := 0.0
 		if s.call.stream {
 			open = c.open()
 		}
 		switch better := compare(open, bestOpen, q, bestQueue); {
-		case equals == 0 || better < 0:
-			best, bestOpen, bestQueue, equals = i, open, q, 1
+		case ties == 0 || better < 0:
+			best, bestOpen, bestQueue, ties = int(i), open, q, 1
 		case better > 0:
 		case !rest && (!weighted || q == 0) && cost != s.costs[best]:
 			if cost < s.costs[best] {
-				best, equals = i, 1
+				best, ties = int(i), 1
 			}
 		default:
-			equals++
-			if s.random.below(uint32(equals)) == 0 {
-				best = i
+			ties++
+			if s.random.below(uint32(ties)) == 0 {
+				best = int(i)
 			}
 		}
 	}
@@ -189,38 +230,6 @@ func (s *selection) unheard(now load.Instant) *candidate {
 		}
 	}
 	return oldest
-}
-
-// leastOf returns the m cheapest of the measured candidates, nil where there are
-// fewer. It reorders the selection.
-func (s *selection) leastOf(m int) []*candidate {
-	if s.picker.ready.unequal.Load() {
-		s.distinct()
-	}
-	for i := range min(m, s.count) {
-		k := i
-		for j := i + 1; j < s.count; j++ {
-			if s.costs[j] < s.costs[k] {
-				k = j
-			}
-		}
-		s.seen[i], s.seen[k] = s.seen[k], s.seen[i]
-		s.costs[i], s.costs[k] = s.costs[k], s.costs[i]
-	}
-	return s.seen[:m]
-}
-
-// distinct leaves out what was drawn twice.
-func (s *selection) distinct() {
-	n := s.count
-	s.count = 0
-	for i, c := range s.seen[:n] {
-		s.seen[i] = nil
-		if !s.has(c) {
-			s.costs[s.count] = s.costs[i]
-			s.add(c)
-		}
-	}
 }
 
 // random is a generator for one pick: SplitMix64 (Steele, Lea, Flood, "Fast
