@@ -757,7 +757,7 @@ func (s *scope) notSent(err error) {
 		s.call.addFate(attempt.Unsendable | attempt.Unasked)
 	case attempt.IsSendError(err):
 		s.call.addFate(attempt.Unsendable)
-	case first && s.call.grpcConn == nil && fateElsewhere(err)&attempt.Sent == 0 && !s.call.forked.Load():
+	case first && s.call.grpcConn == nil && fateElsewhere(err)&attempt.Sent == 0 && s.call.forks.Load() == 0:
 		// Not for the calls that it is an attempt of: others may have been sent.
 		s.call.fates.Or(uint32(attempt.TurnedAway))
 	}
