@@ -592,8 +592,8 @@ func (e *events) add(format string, args ...any) {
 
 func (e *events) Refused(_, layer string, r interceptor.Reason) { e.add("refused %s %s", layer, r) }
 func (e *events) Attempt(_ string, n int)                       { e.add("attempt %d", n) }
-func (e *events) HedgeFired(_, layer string)                    { e.add("fired %s", layer) }
-func (e *events) HedgeWon(_, layer string)                      { e.add("won %s", layer) }
+func (e *events) HedgeFired(_ context.Context, _, layer string) { e.add("fired %s", layer) }
+func (e *events) HedgeWon(_ context.Context, _, layer string)   { e.add("won %s", layer) }
 func (e *events) Budget(layer string, balance float64)          { e.add("budget %s %.2f", layer, balance) }
 
 func TestBudgetBoundsHedges(t *testing.T) {

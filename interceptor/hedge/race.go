@@ -186,7 +186,7 @@ func (r *race) run(now interceptor.Instant) (*try, error) {
 	case r.panicked != nil:
 		panic(r.panicked)
 	case r.err == nil && r.best != &r.first:
-		r.HedgeWon()
+		r.HedgeWon(r.ctx)
 	case r.refusal != nil:
 		return r.best, r.Refused(r.ctx, r.refusal, r.err)
 	}
@@ -377,7 +377,7 @@ func (r *race) start(t *try, c *interceptor.Call, slow bool) (started bool) {
 	if closed {
 		return false
 	}
-	r.HedgeFired()
+	r.HedgeFired(r.ctx)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.madeLocked(t)
