@@ -27,6 +27,9 @@
 //   - when the call has made MaxAttempts, or the budget (package budget) of
 //     MaxExtraLoad of the calls is spent. So a server that becomes slow for all calls
 //     does not get twice the calls;
+//   - more often than once a second, while at least three times as many calls are due for
+//     one as the percentile says and hardly any of the extra attempts win: then all
+//     servers are busy, and an extra attempt only adds to the load;
 //   - when the layers inside refuse it; that costs nothing, and it is tried again
 //     after another delay;
 //   - after a server has answered with a negative grpc-retry-pushback-ms; if it asks

@@ -48,6 +48,7 @@ type race struct {
 	running  int         // Attempts, and goroutines that are about to make one.
 	closed   bool        // No attempt starts any more.
 	decided  bool        // The call ends with best.
+	slow     bool        // An extra attempt was made because the others took long.
 	chosen   *try        // Of a stream: the attempt with which the call ends, however that ends.
 	best     *try        // The attempt that the call would end with now,
 	rank     rank        // how much its end says,
@@ -147,6 +148,9 @@ func (r *race) run(now interceptor.Instant) (*try, error) {
 		r.change.Wait()
 	}
 	r.noMoreLocked()
+	if r.slow && r.ctx.Err() != context.Canceled {
+		r.tell(r.err == nil && r.best != &r.first)
+	}
 	switch {
 	case r.panicked != nil:
 		panic(r.panicked)
@@ -259,8 +263,13 @@ func (r *race) carryOut(ctx context.Context, t *try) error {
 // tick is called by the timer.
 func (r *race) tick() {
 	r.mu.Lock()
-	due := !r.closed
-	if due {
+	due, first := !r.closed, len(r.extra) == 0
+	r.mu.Unlock()
+	if !due || first && !r.due() {
+		return
+	}
+	r.mu.Lock()
+	if due = !r.closed; due {
 		r.running++
 	}
 	r.mu.Unlock()
@@ -293,7 +302,7 @@ func (r *race) another(v verdict, follows bool) verdict {
 		reason = status.Code(v.err).String()
 	}
 	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, After: v.err, Reason: reason, Run: func(ctx context.Context, c *interceptor.Call) error {
-		if !r.start(t, c) {
+		if !r.start(t, c, !follows) {
 			return interceptor.Ended(ctx, r.layer.maker.Name)
 		}
 		return r.carryOut(ctx, t)
@@ -311,7 +320,7 @@ func (r *race) another(v verdict, follows bool) verdict {
 // start records that an extra attempt was admitted, and now runs on c. It gives c up
 // and returns false if it comes too late: a permit that an attempt waits for may be the
 // one that the first attempt had when it answered.
-func (r *race) start(t *try, c *interceptor.Call) (started bool) {
+func (r *race) start(t *try, c *interceptor.Call, slow bool) (started bool) {
 	defer func() {
 		if !started { // Or a panic of the observer.
 			c.GiveUp()
@@ -322,6 +331,7 @@ func (r *race) start(t *try, c *interceptor.Call) (started bool) {
 	closed := r.closed
 	if !closed {
 		t.started = true
+		r.slow = r.slow || slow
 		if 1+len(r.extra) < r.max {
 			r.armLocked()
 		}

@@ -35,7 +35,7 @@ import (
 )
 
 var (
-	stressCalls = flag.Int("stress.calls", 1500, "how many calls TestStress makes")
+	stressCalls = flag.Int("stress.calls", 500, "how many calls TestStress makes")
 	stressSeed  = flag.Uint64("stress.seed", 0, "the seed of TestStress; 0 is one of the clock")
 	stressPace  = flag.Float64("stress.pace", 1, "how much longer than usual attempts and calls of TestStress may take: more than 1 on a busy machine")
 )
