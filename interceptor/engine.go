@@ -278,7 +278,7 @@ func (c *Call) openStream(ctx context.Context) (err error) {
 		opts = append(opts, &c.room)
 	}
 	if c.conn == nil { // Otherwise credentials among the defaults of the connection are not known.
-		opts = append(opts, c.scope.streams.option(c.opts))
+		opts = append(opts, c.scope.streams.init(c.opts))
 	}
 	returned := false
 	defer func() {

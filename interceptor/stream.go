@@ -702,8 +702,8 @@ func (s *scope) unrepeated() error {
 	}
 	md, _ := s.ClientStream.Header() // The stream has ended, so it does not wait.
 	switch {
-	case len(s.ClientStream.Trailer()) > 0,
-		len(md) > 0 && n == 0, // Not known.
+	case len(md) > 0 && n == 0, // Not known.
+		len(s.ClientStream.Trailer()) > 0,
 		len(md) == 0 && !s.well.Load():
 		return nil
 	}
@@ -718,18 +718,23 @@ var errUnrepeated = status.Error(codes.Unavailable, "belfry: the connection brok
 // streamCount counts the streams that gRPC makes of one: 1, and those that repeat it once it
 // is open. It is 0 if that is not known. gRPC asks the credentials of the call once for each.
 type streamCount struct {
-	n     atomic.Int32
-	creds credentials.PerRPCCredentials // The caller's, nil if there are none.
+	n      atomic.Int32
+	creds  credentials.PerRPCCredentials // The caller's, nil if there are none.
+	option grpc.PerRPCCredsCallOption
 }
 
-// option returns the option that counts, of a stream with other options.
-func (c *streamCount) option(opts []grpc.CallOption) grpc.CallOption {
+// init returns the option that counts, of a stream with other options.
+func (c *streamCount) init(opts []grpc.CallOption) grpc.CallOption {
 	for _, o := range opts {
-		if o, ok := o.(grpc.PerRPCCredsCallOption); ok {
+		switch o := o.(type) {
+		case grpc.PerRPCCredsCallOption:
+			c.creds = o.Creds
+		case *grpc.PerRPCCredsCallOption: // Of a stack outside.
 			c.creds = o.Creds
 		}
 	}
-	return grpc.PerRPCCredentials(c)
+	c.option.Creds = c
+	return &c.option // A pointer is not allocated.
 }
 
 // opened records that the stream is open.

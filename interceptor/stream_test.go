@@ -256,7 +256,7 @@ type lostStream struct {
 // made makes gRPC's streams, as the credentials see it.
 func (s *lostStream) made(n int) {
 	for _, o := range s.opts {
-		if o, ok := o.(grpc.PerRPCCredsCallOption); ok {
+		if o, ok := o.(*grpc.PerRPCCredsCallOption); ok {
 			for range n {
 				o.Creds.GetRequestMetadata(context.Background())
 			}
