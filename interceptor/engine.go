@@ -277,6 +277,9 @@ func (c *Call) openStream(ctx context.Context) (err error) {
 	if c.bounded() {
 		opts = append(opts, &c.room)
 	}
+	if c.conn == nil { // Otherwise credentials among the defaults of the connection are not known.
+		opts = append(opts, c.scope.streams.init(c.opts))
+	}
 	returned := false
 	defer func() {
 		if !returned { // What panics may have been sent.
@@ -289,6 +292,7 @@ func (c *Call) openStream(ctx context.Context) (err error) {
 		c.stream, err = c.streamer(ctx, c.desc, c.cc, c.method, opts...)
 	}
 	returned = true
+	c.scope.streams.opened()
 	if err == nil && c.stream == nil {
 		err = errNoStream
 	}
