@@ -296,6 +296,7 @@ func (p *lazyPolicy) Pick(balancer.PickInfo) (balancer.PickResult, error) {
 	p.once.Do(func() {
 		go func() {
 			var sc balancer.SubConn
+			//lint:ignore SA1019 the deprecated part is more than one address
 			sc, _ = p.NewSubConn(p.addrs, balancer.NewSubConnOptions{StateListener: func(s balancer.SubConnState) {
 				if s.ConnectivityState == connectivity.Ready {
 					p.UpdateState(balancer.State{ConnectivityState: connectivity.Ready, Picker: picked{sc}})

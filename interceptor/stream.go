@@ -13,6 +13,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
@@ -80,13 +81,18 @@ type scope struct {
 	asked     atomic.Bool                   // A message was sent.
 	sends     atomic.Uint32                 // Messages that the connection took, see Internals.Sends.
 	responded atomic.Bool                   // The first response was seen before the end. Set under mu.
-	finished  atomic.Bool                   // gRPC has ended the stream, and written the results.
+	finished  atomic.Bool                   // gRPC has ended the stream, and written the results,
+	well      atomic.Bool                   // with OK.
+	heard     atomic.Bool                   // gRPC has told of a response or of the end, and repeats the stream no more.
+	refused   atomic.Bool                   // It took no message any more, before that.
+	receiving atomic.Bool                   // RecvMsg was called, and has told no end.
 	ending    atomic.Bool                   // The stream is about to end, so operations that begin now do not count.
 	busy      atomic.Int32                  // Operations that run, if chosen is set: they may yet choose another attempt.
 	quiet     atomic.Pointer[chan struct{}] // Closed when none runs; nil if nobody waits for that.
 
-	opts [7]grpc.CallOption // Room for the options of the attempt,
-	kids [1]*scope          // and for the scopes inside.
+	streams streamCount        // How many gRPC has made of the stream.
+	opts    [8]grpc.CallOption // Room for the options of the attempt,
+	kids    [1]*scope          // and for the scopes inside.
 }
 
 // streamCall is a stream's Call with the scopes of a stack of usual depth, in one
@@ -430,6 +436,9 @@ func (s *scope) remove(in *scope) {
 // finish is called by gRPC when the stream has ended, after it has written the results.
 // The type says when we trust it.
 func (s *scope) finish(err error) {
+	if err == nil {
+		s.well.Store(true)
+	}
 	s.setFinished()
 	closing := attempt.IsClosing(err)
 	if !closing && s.ctx.Err() == nil {
@@ -583,6 +592,9 @@ func (s *scope) Header() (md metadata.MD, err error) {
 	if err != nil {
 		return md, s.told(s.stopped(err))
 	}
+	if len(md) > 0 && !s.finished.Load() && !s.refused.Load() {
+		s.heard.Store(true)
+	}
 	if len(md) > 0 && !s.single { // gRPC returns none, and no error, for a stream that ended without one.
 		s.respond()
 	}
@@ -605,6 +617,9 @@ func (s *scope) Context() context.Context {
 func (s *scope) SendMsg(m any) error {
 	defer s.ends(s.begins())
 	err := s.ClientStream.SendMsg(m)
+	if err == io.EOF && s.repeats() {
+		err = s.sendEnd()
+	}
 	switch {
 	case err == nil:
 		if !s.asked.Load() {
@@ -624,9 +639,11 @@ func (s *scope) SendMsg(m any) error {
 
 func (s *scope) RecvMsg(m any) error {
 	defer s.ends(s.begins())
-	err := s.ClientStream.RecvMsg(m)
-	if err == io.EOF && s.innermost() && s.call.grpcConn != nil && !s.responded.Load() {
-		err = s.realEnd(m)
+	var err error
+	if s.repeats() {
+		err = s.receiveFirst(m)
+	} else {
+		err = s.ClientStream.RecvMsg(m)
 	}
 	switch {
 	case err == nil && !s.single && s.cut.Load(): // The message comes too late.
@@ -643,19 +660,116 @@ func (s *scope) RecvMsg(m any) error {
 	return s.told(s.stopped(err))
 }
 
-// realEnd returns how a stream has ended of which gRPC's RecvMsg says io.EOF before any
-// message. If gRPC repeats a stream that no server has seen, and the connection of the
-// second one breaks while gRPC sends it what was sent before, it says that too. Then it may
-// know no status, and RecvMsg would never return. If the server has ended the stream, which
-// shows in the content type at least, gRPC tells the status, or io.EOF again.
-func (s *scope) realEnd(m any) error {
-	if md, _ := s.ClientStream.Header(); len(md) > 0 || len(s.ClientStream.Trailer()) > 0 {
-		return s.ClientStream.RecvMsg(m)
+// repeats reports whether gRPC may repeat the stream by itself: one that no server has seen,
+// before its first response.
+func (s *scope) repeats() bool {
+	return !s.heard.Load() && s.innermost() && s.call.grpcConn != nil
+}
+
+// receiveFirst is gRPC's RecvMsg before the first response. It says io.EOF only if the
+// server has.
+func (s *scope) receiveFirst(m any) error {
+	if s.refused.Load() || s.finished.Load() {
+		if err := s.unrepeated(); err != nil {
+			return err
+		}
+	}
+	s.receiving.Store(true)
+	err := s.ClientStream.RecvMsg(m)
+	if err != nil {
+		s.receiving.Store(false)
+	}
+	if err == io.EOF {
+		if err := s.unrepeated(); err != nil {
+			return err
+		}
+		err = s.ClientStream.RecvMsg(m) // It tells the status, or io.EOF again.
+	}
+	s.heard.Store(true)
+	return err
+}
+
+// unrepeated returns an error if gRPC could not repeat the stream and does not tell, though
+// it has ended it. When the connection breaks on which gRPC sends again what was sent
+// before, RecvMsg says io.EOF, or Header returns none, or SendMsg says io.EOF. gRPC ends the
+// stream with OK then, and RecvMsg never returns. A trailer shows that a server has ended the
+// stream, and has at least a content type if there is no header. A stream that has a header
+// and no trailer may have ended well: we say so only if it was not repeated.
+func (s *scope) unrepeated() error {
+	n := s.streams.n.Load()
+	if n == 1 {
+		return nil
+	}
+	md, _ := s.ClientStream.Header() // The stream has ended, so it does not wait.
+	switch {
+	case len(md) > 0 && n == 0, // Not known.
+		len(s.ClientStream.Trailer()) > 0,
+		len(md) == 0 && !s.well.Load():
+		return nil
 	}
 	if err := s.ctx.Err(); err != nil {
 		return status.FromContextError(err).Err()
 	}
-	return status.Error(codes.Unavailable, "belfry: the connection broke while gRPC repeated the stream on it")
+	return errUnrepeated
+}
+
+var errUnrepeated = status.Error(codes.Unavailable, "belfry: the connection broke while gRPC repeated the call on it")
+
+// streamCount counts the streams that gRPC makes of one: 1, and those that repeat it once it
+// is open. It is 0 if that is not known. gRPC asks the credentials of the call once for each.
+type streamCount struct {
+	n      atomic.Int32
+	creds  credentials.PerRPCCredentials // The caller's, nil if there are none.
+	option grpc.PerRPCCredsCallOption
+}
+
+// init returns the option that counts, of a stream with other options.
+func (c *streamCount) init(opts []grpc.CallOption) grpc.CallOption {
+	for _, o := range opts {
+		switch o := o.(type) {
+		case grpc.PerRPCCredsCallOption:
+			c.creds = o.Creds
+		case *grpc.PerRPCCredsCallOption: // Of a stack outside.
+			c.creds = o.Creds
+		}
+	}
+	c.option.Creds = c
+	return &c.option // A pointer is not allocated.
+}
+
+// opened records that the stream is open.
+func (c *streamCount) opened() {
+	if c.n.Load() > 1 { // Others could not be opened.
+		c.n.Store(1)
+	}
+}
+
+func (c *streamCount) GetRequestMetadata(ctx context.Context, uri ...string) (map[string]string, error) {
+	c.n.Add(1)
+	if c.creds == nil {
+		return nil, nil
+	}
+	return c.creds.GetRequestMetadata(ctx, uri...)
+}
+
+func (c *streamCount) RequireTransportSecurity() bool {
+	return c.creds != nil && c.creds.RequireTransportSecurity()
+}
+
+// sendEnd returns what SendMsg says of a message before the first response, of which gRPC
+// says io.EOF. gRPC also says that of a stream that it is about to repeat, and keeps the
+// message for that. While RecvMsg runs, it repeats the stream or tells its end. Otherwise
+// the stream has ended: it must not be repeated when RecvMsg is called, because the caller
+// sends no more.
+func (s *scope) sendEnd() error {
+	if !s.receiving.Load() {
+		s.ClientStream.Context() // gRPC does not repeat a stream whose context is known.
+		s.refused.Store(true)
+	}
+	if s.receiving.Load() && !s.finished.Load() {
+		return nil
+	}
+	return io.EOF
 }
 
 // told is err as the layer outside, or the caller, gets it when the stream has ended.
@@ -699,7 +813,7 @@ func (s *scope) notSent(err error) {
 		s.call.addFate(attempt.Unsendable | attempt.Unasked)
 	case attempt.IsSendError(err):
 		s.call.addFate(attempt.Unsendable)
-	case first && s.call.grpcConn == nil && fateElsewhere(err)&attempt.Sent == 0 && !s.call.forked.Load():
+	case first && s.call.grpcConn == nil && fateElsewhere(err)&attempt.Sent == 0 && s.call.forks.Load() == 0:
 		// Not for the calls that it is an attempt of: others may have been sent.
 		s.call.fates.Or(uint32(attempt.TurnedAway))
 	}

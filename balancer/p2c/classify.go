@@ -40,11 +40,11 @@ func classify(ctx context.Context, err error, failures codeSet) load.Outcome {
 		return load.Completed
 	}
 	switch code := status.Code(err); {
+	case (code == codes.Canceled || code == codes.DeadlineExceeded) && status.Code(context.Cause(ctx)) == codes.DeadlineExceeded:
+		// A layer's deadline is the cause of the end, and says so. It is longer than what the
+		// layer expects of an endpoint, which a caller's may not be.
+		return classify(context.Background(), context.Cause(ctx), failures)
 	case code == codes.Canceled && ctx.Err() != nil:
-		// A deadline that a layer enforces by cancelling is the cause of the end.
-		if cause := context.Cause(ctx); cause != nil && status.Code(cause) == codes.DeadlineExceeded {
-			return load.Expired
-		}
 		return load.Cancelled
 	case code == codes.DeadlineExceeded && expired(ctx):
 		return load.Expired

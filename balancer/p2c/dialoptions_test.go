@@ -27,7 +27,7 @@ func TestDialOptions(t *testing.T) {
 	const rr = `{"loadBalancingConfig":[{"round_robin":{}}]}`
 	const stays = "another policy balances them"
 	// call dials, and returns the target and which policy picked for a call.
-	call := func(t *testing.T, fromResolver string, after []grpc.DialOption) (target string, p2c bool) {
+	call := func(t *testing.T, fromResolver string, before, after []grpc.DialOption) (target string, p2c bool) {
 		t.Helper()
 		r := manual.NewBuilderWithScheme("belfrytest")
 		r.BuildCallback = func(_ resolver.Target, cc resolver.ClientConn, _ resolver.BuildOptions) {
@@ -38,7 +38,7 @@ func TestDialOptions(t *testing.T) {
 			r.InitialState(state)
 		}
 		target = fmt.Sprintf("dialoptions/%d", targets.Add(1))
-		conn, err := grpc.NewClient("belfrytest:///"+target, slices.Concat(DialOptions(), after, []grpc.DialOption{
+		conn, err := grpc.NewClient("belfrytest:///"+target, slices.Concat(before, DialOptions(), after, []grpc.DialOption{
 			grpc.WithResolvers(r), grpc.WithTransportCredentials(insecure.NewCredentials())})...)
 		if err != nil {
 			t.Fatal(err)
@@ -54,16 +54,17 @@ func TestDialOptions(t *testing.T) {
 	}
 	for _, test := range []struct {
 		name, resolver string
-		after          []grpc.DialOption
+		before, after  []grpc.DialOption
 		p2c            bool
 	}{
-		{"select the policy", "", nil, true},
-		{"leave the resolver's config its policy", rr, nil, false},
-		{"leave a later default config its policy", "", []grpc.DialOption{grpc.WithDefaultServiceConfig(rr)}, false},
-		{"warn of a config without a policy", `{"methodConfig":[]}`, nil, false},
+		{"select the policy", "", nil, nil, true},
+		{"leave the resolver's config its policy", rr, nil, nil, false},
+		{"leave an earlier default config its policy", "", []grpc.DialOption{grpc.WithDefaultServiceConfig(rr)}, nil, false},
+		{"leave a later default config its policy", "", nil, []grpc.DialOption{grpc.WithDefaultServiceConfig(rr)}, false},
+		{"warn of a config without a policy", `{"methodConfig":[]}`, nil, nil, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			target, p2c := call(t, test.resolver, test.after)
+			target, p2c := call(t, test.resolver, test.before, test.after)
 			if p2c != test.p2c {
 				t.Errorf("belfry.p2c balances: %v, want %v", p2c, test.p2c)
 			}

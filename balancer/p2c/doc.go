@@ -18,8 +18,8 @@
 //		grpc.WithResolvers(discovery),
 //	)...)
 //
-// To configure it, name it in the service config, which the resolver delivers or which
-// comes after DialOptions:
+// To configure it, name it in the service config, which the resolver delivers or an
+// option gives:
 //
 //	grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"belfry.p2c":{"choiceCount":4}}]}`)
 //

@@ -50,7 +50,8 @@ type endpoint struct {
 	candidate *candidate
 
 	addresses []string
-	counts    counts // guarded by policy.countMu
+	room      [1]string // for addresses, of which there is one as a rule
+	counts    counts    // guarded by policy.countMu
 
 	// Guarded by policy.mu.
 	gone bool // the resolver lists it no more; reports are ignored
@@ -58,6 +59,7 @@ type endpoint struct {
 
 func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep := &endpoint{ClientConn: b.cc, policy: b, id: identities.Add(1), addr: e.Addresses[0].Addr}
+	ep.addresses = ep.room[:0]
 	for _, a := range e.Addresses {
 		ep.addresses = append(ep.addresses, a.Addr)
 	}

@@ -873,6 +873,8 @@ func TestOutcomesOfDoneInfo(t *testing.T) {
 	cancel()
 	cutShort, cut := context.WithCancelCause(context.Background())
 	cut(statusError("DEADLINE_EXCEEDED"))
+	overdue, cancelOverdue := context.WithDeadlineCause(context.Background(), time.Now().Add(-time.Second), statusError("DEADLINE_EXCEEDED"))
+	defer cancelOverdue()
 	past, cancelPast := context.WithDeadline(context.Background(), time.Now().Add(-time.Second))
 	defer cancelPast()
 	later, cancelLater := context.WithTimeout(context.Background(), time.Hour)
@@ -894,7 +896,8 @@ func TestOutcomesOfDoneInfo(t *testing.T) {
 		{"cancelled while waiting for a stream", cancelled, balancer.DoneInfo{Err: statusError("CANCELLED")}, load.Cancelled},
 		{"cancelled by the caller", cancelled, balancer.DoneInfo{BytesSent: true, Err: statusError("CANCELLED")}, load.Cancelled},
 		{"cancelled by the server", bg, balancer.DoneInfo{BytesSent: true, Err: statusError("CANCELLED")}, load.Failed},
-		{"cut short by a layer's deadline", cutShort, balancer.DoneInfo{BytesSent: true, Err: statusError("CANCELLED")}, load.Expired},
+		{"cut short by a layer's deadline", cutShort, balancer.DoneInfo{BytesSent: true, Err: statusError("CANCELLED")}, load.Failed},
+		{"a layer's deadline", overdue, balancer.DoneInfo{BytesSent: true, Err: statusError("DEADLINE_EXCEEDED")}, load.Failed},
 		{"a request that the client could not send", bg, balancer.DoneInfo{BytesSent: true, Err: large}, load.NotSent},
 		{"an answer that the client could not take", bg, balancer.DoneInfo{BytesSent: true, Err: answer}, load.Completed},
 		{"a server that says what the client says", bg, balancer.DoneInfo{BytesSent: true, Err: large, Trailer: spoken}, load.Failed},

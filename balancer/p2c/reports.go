@@ -36,12 +36,17 @@ func reportOf(serverLoad any) (load.Report, bool) {
 // NewSubConn asks the server of a connection that is READY for reports out of band, if the
 // config has an interval for them.
 func (ep *endpoint) NewSubConn(addrs []resolver.Address, opts balancer.NewSubConnOptions) (balancer.SubConn, error) {
+	if ep.policy.outOfBand.Load() == 0 {
+		//lint:ignore SA1019 the child gives it one address
+		return ep.ClientConn.NewSubConn(addrs, opts)
+	}
 	o := &outOfBand{ep: ep}
 	listener := opts.StateListener
 	opts.StateListener = func(s balancer.SubConnState) {
 		o.moved(s.ConnectivityState)
 		listener(s)
 	}
+	//lint:ignore SA1019 the child gives it one address
 	sc, err := ep.ClientConn.NewSubConn(addrs, opts)
 	o.subConn = sc
 	return sc, err

@@ -107,7 +107,7 @@ var live sync.Map
 // several if a parent policy divides the endpoints, such as by locality.
 //
 // It takes no lock that a call or an update waits for for long, and is cheap enough to be
-// called each second: a millisecond or two for 10,000 endpoints. It is safe for
+// called each second: some 4 ms and 2.6 MB for 10,000 endpoints (BenchmarkSnapshot). It is safe for
 // concurrent use.
 func Snapshots() []Snapshot { return snapshots(func(*policy) bool { return true }) }
 

@@ -86,7 +86,6 @@ func newWire(t *testing.T, servers []*testserver.Server, c wireConfig) *wire {
 	if !c.untracked {
 		opts = append(opts, DialOptions()...)
 	}
-	// The last one counts.
 	opts = append(opts, grpc.WithDefaultServiceConfig(fmt.Sprintf(c.service, fmt.Sprintf(`{"belfry.p2c":{%s}}`, recorder))))
 	conn, err := grpc.NewClient("belfrytest:///"+w.target, opts...)
 	if err != nil {

@@ -20,6 +20,7 @@ import (
 	"github.com/belfry-go/belfry/internal/check"
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/further"
+	"github.com/belfry-go/belfry/internal/keyed"
 	"github.com/belfry-go/belfry/internal/quantile"
 	"github.com/belfry-go/belfry/internal/replay"
 )
@@ -248,6 +249,7 @@ type Layer struct {
 	// seen has the latencies of each method that was called lately, of unary calls and of
 	// streams apart.
 	seen [2]*quantile.Methods
+	odds *keyed.Map[*odds] // Of each method of which extra attempts were due lately.
 
 	kept replay.Total // What streams keep.
 	set  atomic.Pointer[settings]
@@ -271,7 +273,7 @@ func New(c Config, opts ...Option) (*Layer, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Layer{maker: maker, policy: o.policy}
+	l := &Layer{maker: maker, policy: o.policy, odds: newOdds()}
 	l.set.Store(s)
 	for i := range l.seen {
 		l.seen[i] = quantile.NewMethods(s.window)
@@ -390,11 +392,12 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 		c.Internals().MayRepeat()
 		if c.Kind() != interceptor.Unary {
 			s := new(stream)
+			s.race.setUp()
 			s.race.init(l, set, p, ctx, c, next, again)
 			s.race.stream = s
 			return s.open()
 		}
-		r := new(race)
+		r := races.Get().(*race)
 		r.init(l, set, p, ctx, c, next, again)
 		return r.unary(now)
 	}

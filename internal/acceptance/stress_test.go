@@ -35,13 +35,9 @@ import (
 )
 
 var (
-	stressCalls = flag.Int("stress.calls", 1500, "how many calls TestStress makes")
+	stressCalls = flag.Int("stress.calls", 500, "how many calls TestStress makes")
 	stressSeed  = flag.Uint64("stress.seed", 0, "the seed of TestStress; 0 is one of the clock")
-)
-
-const (
-	stressPatience = 3 * time.Second // What a call may take.
-	stressAttempt  = 150 * time.Millisecond
+	stressPace  = flag.Float64("stress.pace", 1, "how much longer than usual attempts and calls of TestStress may take: more than 1 on a busy machine")
 )
 
 // Calls of all four kinds are retried and hedged on servers that fail at random, over
@@ -54,7 +50,8 @@ func TestStress(t *testing.T) {
 		seed = rand.Uint64()>>1 + 1
 	}
 	t.Logf("-stress.seed=%d", seed)
-	w := &stress{t: t, seed: seed}
+	w := &stress{t: t, seed: seed, patience: stressTime(3 * time.Second)}
+	attempt := stressTime(150 * time.Millisecond)
 	cluster := testserver.NewCluster(t, 4, func(int) []testserver.Option {
 		return []testserver.Option{testserver.Register(w.register)}
 	})
@@ -63,10 +60,10 @@ func TestStress(t *testing.T) {
 		t.Fatal(err)
 	}
 	stack, err := interceptor.NewStack(
-		timeout.Config{Timeout: stressPatience, Lifetime: stressPatience},
+		timeout.Config{Timeout: w.patience, Lifetime: w.patience},
 		hedge.Config{AllMethods: true, Delay: 15 * time.Millisecond, MaxAttempts: 3, Budget: budget.Config{Ratio: 1, MinPerSecond: 1000}},
 		retry.Config{AllMethods: true, MaxAttempts: 4, Backoff: retry.Backoff{Initial: time.Millisecond, Max: 5 * time.Millisecond}, Budget: budget.Config{Ratio: 1, MinPerSecond: 1000}},
-		timeout.Config{Timeout: stressAttempt, FirstResponse: stressAttempt},
+		timeout.Config{Timeout: attempt, FirstResponse: attempt},
 		bound,
 	)
 	if err != nil {
@@ -116,7 +113,7 @@ func TestStress(t *testing.T) {
 	if n := w.bare.Load(); n > 0 {
 		t.Errorf("%d calls failed without the trailer of the attempt whose failure it was", n)
 	}
-	if w.ok.Load() < int64(*stressCalls)/20 { // On a busy machine attempts last longer than stressAttempt.
+	if w.ok.Load() < int64(*stressCalls)/20 { // See -stress.pace.
 		t.Logf("only %d of %d calls succeeded, so this shows little", w.ok.Load(), *stressCalls)
 	}
 }
@@ -124,9 +121,13 @@ func TestStress(t *testing.T) {
 type stress struct {
 	t                      *testing.T
 	seed                   uint64
+	patience               time.Duration // What a call may take.
 	attempts, ok, failures atomic.Int64
 	bare                   atomic.Int64 // Calls that failed in time and without a trailer.
 }
+
+// stressTime is a time at the pace that -stress.pace asks for.
+func stressTime(d time.Duration) time.Duration { return time.Duration(*stressPace * float64(d)) }
 
 func (w *stress) errorf(format string, args ...any) {
 	if w.failures.Add(1) <= 20 {
@@ -424,7 +425,7 @@ func (c *caller) check(err error) {
 		}
 		// At the end of its time a call may return the failure of an attempt without its
 		// trailer, which gRPC was still writing.
-		switch late := time.Since(c.start) >= stressPatience; {
+		switch late := time.Since(c.start) >= c.w.patience; {
 		case len(trailer) == 0 && !late:
 			c.w.bare.Add(1)
 		case len(trailer) == 0:

@@ -11,8 +11,8 @@ import (
 	"github.com/belfry-go/belfry/internal/keyed"
 )
 
-// maxMethods is how many methods have a Window of their own.
-const maxMethods = 1000
+// MaxMethods is how many methods have a Window of their own.
+const MaxMethods = 1000
 
 // Methods has a Window for each method that was called within the window of time, up to
 // 1,000 of them. Those beyond share one. It is safe for concurrent use.
@@ -26,7 +26,7 @@ func NewMethods(window time.Duration) *Methods {
 	m := new(Methods)
 	m.window.Store(int64(window))
 	m.windows = keyed.New(
-		func() int { return maxMethods },
+		func() int { return MaxMethods },
 		func(string) *Window { return New(time.Duration(m.window.Load())) },
 		func(_ *Window, unused time.Duration, _ int64) bool { return unused > time.Duration(m.window.Load()) })
 	return m

@@ -705,9 +705,9 @@ type Reports struct {
 	//
 	// At least 0. Default 0s.
 	Blackout *durationpb.Duration `protobuf:"bytes,4,opt,name=blackout,proto3" json:"blackout,omitempty"`
-	// How often servers are asked for reports besides those that come with answers; a new
-	// interval is for new connections. A server that uses grpc-go sends them every 30s at
-	// most.
+	// How often servers are asked for reports besides those that come with answers; a
+	// change is for endpoints that are listed later. A server that uses grpc-go sends them
+	// every 30s at most.
 	//
 	// At least 0.1s. Unset: never.
 	OutOfBand     *durationpb.Duration `protobuf:"bytes,5,opt,name=out_of_band,json=outOfBand,proto3" json:"out_of_band,omitempty"`
