@@ -112,10 +112,9 @@ func (b *boundary) readmit(ctx context.Context, f *Call, w Wait) (err error) {
 // admitted yet.
 func (b *boundary) fork(o *Origin) *Call {
 	c := o.call
-	c.root.forked.Store(true)
+	c.root.forks.Add(1)
 	c.prog.stack.enterPart() // Until it has ended or is given up.
-	f := new(Call)
-	f.init(c.prog)
+	f := c.prog.calls.Get().(*Call)
 	f.target, f.kind, f.root, f.parent, f.fronts, f.home = c.target, c.kind, c.root, c, c.fronts, b.id
 	f.method, f.req, f.reply, f.opts, f.desc = o.method, o.req, o.reply, o.opts, o.desc
 	f.perCall = c.perCall

@@ -100,7 +100,7 @@ type callState struct {
 	fates     atomic.Uint32 // What became of them, and of a stream later: an attempt.Fate.
 	last      atomic.Uint32 // What became of the last one but this, plus 1; 0 if there is none.
 	attempts  atomic.Int32
-	forked    atomic.Bool
+	forks     atomic.Int32 // Of the root: how many were made of it, without those that were taken back.
 	counts    atomic.Bool  // A layer wants to know how many messages are sent.
 	firstSent atomic.Int64 // When the first of them was sent.
 }

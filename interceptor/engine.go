@@ -277,6 +277,9 @@ func (c *Call) openStream(ctx context.Context) (err error) {
 	if c.bounded() {
 		opts = append(opts, &c.room)
 	}
+	if c.conn == nil { // Otherwise credentials among the defaults of the connection are not known.
+		opts = append(opts, c.scope.streams.init(c.opts))
+	}
 	returned := false
 	defer func() {
 		if !returned { // What panics may have been sent.
@@ -289,6 +292,7 @@ func (c *Call) openStream(ctx context.Context) (err error) {
 		c.stream, err = c.streamer(ctx, c.desc, c.cc, c.method, opts...)
 	}
 	returned = true
+	c.scope.streams.opened()
 	if err == nil && c.stream == nil {
 		err = errNoStream
 	}
@@ -448,7 +452,7 @@ func (c *Call) endOf(ctx context.Context, err error) (e End) {
 	e.Err = err
 	if err != nil {
 		fate := c.fate | attempt.Fate(c.fates.Load())
-		if err == errPanic && c.forked.Load() {
+		if err == errPanic && c.forks.Load() > 0 {
 			fate |= attempt.Sent // An attempt beside the one that panicked may still be on its way.
 		}
 		e.Outcome = judge(ctx, err, fate)
@@ -572,7 +576,7 @@ func (s *Stack) begin(method string, opts []grpc.CallOption) (*Call, error) {
 func (c *Call) invoke(ctx context.Context, method string, req, reply any, opts []grpc.CallOption) error {
 	c.method, c.req, c.reply = method, req, reply
 	err := c.run(ctx, opts)
-	if !c.forked.Load() {
+	if c.forks.Load() == 0 {
 		p := c.prog
 		c.reset(p)
 		p.calls.Put(c)

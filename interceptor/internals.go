@@ -147,6 +147,18 @@ func (i *Internals) Detach() *Call {
 	return f
 }
 
+// Reattach takes back f, which Detach made of the call, so that both can be reused. f has
+// ended and the caller uses it no more. Nothing else does: nobody has made a further
+// attempt of it that may still run.
+func (i *Internals) Reattach(f *Call) {
+	// If other attempts were made of the call, one of them may still refer to f.
+	if f.root.forks.Add(-1) == 0 {
+		p := f.prog
+		f.reset(p)
+		p.calls.Put(f)
+	}
+}
+
 // AdmittedAt is when the call was admitted: the last reading of the clock by its gates,
 // provided that every gate that waits says so with [Admission.Waited].
 func (i *Internals) AdmittedAt() Instant { return (*Admission)(i).Now() }

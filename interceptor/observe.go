@@ -4,6 +4,7 @@
 package interceptor
 
 import (
+	"context"
 	"time"
 
 	"github.com/belfry-go/belfry/internal/isnil"
@@ -31,12 +32,13 @@ type Observer interface {
 	// over or was refused. Calls that wait count.
 	InFlight(delta int)
 
-	// Further is called when a layer makes a further attempt, before that runs.
-	Further(method, layer string, f FurtherAttempt)
+	// Further is called when a layer makes a further attempt, before that runs. ctx is of
+	// the attempt. It derives from that of the call.
+	Further(ctx context.Context, method, layer string, f FurtherAttempt)
 	// HedgeFired is called by a hedge layer when it starts an extra attempt,
-	// HedgeWon when the result of an extra attempt is the call's.
-	HedgeFired(method, layer string)
-	HedgeWon(method, layer string)
+	// HedgeWon when the result of an extra attempt is the call's. ctx is of the call.
+	HedgeFired(ctx context.Context, method, layer string)
+	HedgeWon(ctx context.Context, method, layer string)
 	// Budget is called by a layer when the balance of its budget has changed.
 	Budget(layer string, balance float64)
 	// Limit is called when a limit has changed, or that of a key, with the next call that
@@ -81,13 +83,13 @@ func (NopObserver) Ended(string, Kind, Outcome, error) {}
 func (NopObserver) InFlight(int) {}
 
 // Further does nothing.
-func (NopObserver) Further(string, string, FurtherAttempt) {}
+func (NopObserver) Further(context.Context, string, string, FurtherAttempt) {}
 
 // HedgeFired does nothing.
-func (NopObserver) HedgeFired(string, string) {}
+func (NopObserver) HedgeFired(context.Context, string, string) {}
 
 // HedgeWon does nothing.
-func (NopObserver) HedgeWon(string, string) {}
+func (NopObserver) HedgeWon(context.Context, string, string) {}
 
 // Budget does nothing.
 func (NopObserver) Budget(string, float64) {}

@@ -13,6 +13,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
@@ -82,14 +83,16 @@ type scope struct {
 	responded atomic.Bool                   // The first response was seen before the end. Set under mu.
 	finished  atomic.Bool                   // gRPC has ended the stream, and written the results,
 	well      atomic.Bool                   // with OK.
-	refused   atomic.Bool                   // gRPC took a message no more, before the first response.
+	heard     atomic.Bool                   // gRPC has told of a response or of the end, and repeats the stream no more.
+	refused   atomic.Bool                   // It took no message any more, before that.
 	receiving atomic.Bool                   // RecvMsg was called, and has told no end.
 	ending    atomic.Bool                   // The stream is about to end, so operations that begin now do not count.
 	busy      atomic.Int32                  // Operations that run, if chosen is set: they may yet choose another attempt.
 	quiet     atomic.Pointer[chan struct{}] // Closed when none runs; nil if nobody waits for that.
 
-	opts [7]grpc.CallOption // Room for the options of the attempt,
-	kids [1]*scope          // and for the scopes inside.
+	streams streamCount        // How many gRPC has made of the stream.
+	opts    [8]grpc.CallOption // Room for the options of the attempt,
+	kids    [1]*scope          // and for the scopes inside.
 }
 
 // streamCall is a stream's Call with the scopes of a stack of usual depth, in one
@@ -589,6 +592,9 @@ func (s *scope) Header() (md metadata.MD, err error) {
 	if err != nil {
 		return md, s.told(s.stopped(err))
 	}
+	if len(md) > 0 && !s.finished.Load() && !s.refused.Load() {
+		s.heard.Store(true)
+	}
 	if len(md) > 0 && !s.single { // gRPC returns none, and no error, for a stream that ended without one.
 		s.respond()
 	}
@@ -657,7 +663,7 @@ func (s *scope) RecvMsg(m any) error {
 // repeats reports whether gRPC may repeat the stream by itself: one that no server has seen,
 // before its first response.
 func (s *scope) repeats() bool {
-	return !s.responded.Load() && s.innermost() && s.call.grpcConn != nil
+	return !s.heard.Load() && s.innermost() && s.call.grpcConn != nil
 }
 
 // receiveFirst is gRPC's RecvMsg before the first response. It says io.EOF only if the
@@ -673,23 +679,32 @@ func (s *scope) receiveFirst(m any) error {
 	if err != nil {
 		s.receiving.Store(false)
 	}
-	if err != io.EOF {
-		return err
+	if err == io.EOF {
+		if err := s.unrepeated(); err != nil {
+			return err
+		}
+		err = s.ClientStream.RecvMsg(m) // It tells the status, or io.EOF again.
 	}
-	if err := s.unrepeated(); err != nil {
-		return err
-	}
-	return s.ClientStream.RecvMsg(m) // It tells the status, or io.EOF again.
+	s.heard.Store(true)
+	return err
 }
 
 // unrepeated returns an error if gRPC could not repeat the stream and does not tell, though
 // it has ended it. When the connection breaks on which gRPC sends again what was sent
 // before, RecvMsg says io.EOF, or Header returns none, or SendMsg says io.EOF. gRPC ends the
-// stream with OK then, and RecvMsg never returns. If a server has ended the stream, that
-// shows in the content type at least.
+// stream with OK then, and RecvMsg never returns. A trailer shows that a server has ended the
+// stream, and has at least a content type if there is no header. A stream that has a header
+// and no trailer may have ended well: we say so only if it was not repeated.
 func (s *scope) unrepeated() error {
+	n := s.streams.n.Load()
+	if n == 1 {
+		return nil
+	}
 	md, _ := s.ClientStream.Header() // The stream has ended, so it does not wait.
-	if len(md) > 0 || len(s.ClientStream.Trailer()) > 0 || !s.well.Load() {
+	switch {
+	case len(md) > 0 && n == 0, // Not known.
+		len(s.ClientStream.Trailer()) > 0,
+		len(md) == 0 && !s.well.Load():
 		return nil
 	}
 	if err := s.ctx.Err(); err != nil {
@@ -699,6 +714,47 @@ func (s *scope) unrepeated() error {
 }
 
 var errUnrepeated = status.Error(codes.Unavailable, "belfry: the connection broke while gRPC repeated the call on it")
+
+// streamCount counts the streams that gRPC makes of one: 1, and those that repeat it once it
+// is open. It is 0 if that is not known. gRPC asks the credentials of the call once for each.
+type streamCount struct {
+	n      atomic.Int32
+	creds  credentials.PerRPCCredentials // The caller's, nil if there are none.
+	option grpc.PerRPCCredsCallOption
+}
+
+// init returns the option that counts, of a stream with other options.
+func (c *streamCount) init(opts []grpc.CallOption) grpc.CallOption {
+	for _, o := range opts {
+		switch o := o.(type) {
+		case grpc.PerRPCCredsCallOption:
+			c.creds = o.Creds
+		case *grpc.PerRPCCredsCallOption: // Of a stack outside.
+			c.creds = o.Creds
+		}
+	}
+	c.option.Creds = c
+	return &c.option // A pointer is not allocated.
+}
+
+// opened records that the stream is open.
+func (c *streamCount) opened() {
+	if c.n.Load() > 1 { // Others could not be opened.
+		c.n.Store(1)
+	}
+}
+
+func (c *streamCount) GetRequestMetadata(ctx context.Context, uri ...string) (map[string]string, error) {
+	c.n.Add(1)
+	if c.creds == nil {
+		return nil, nil
+	}
+	return c.creds.GetRequestMetadata(ctx, uri...)
+}
+
+func (c *streamCount) RequireTransportSecurity() bool {
+	return c.creds != nil && c.creds.RequireTransportSecurity()
+}
 
 // sendEnd returns what SendMsg says of a message before the first response, of which gRPC
 // says io.EOF. gRPC also says that of a stream that it is about to repeat, and keeps the
@@ -757,7 +813,7 @@ func (s *scope) notSent(err error) {
 		s.call.addFate(attempt.Unsendable | attempt.Unasked)
 	case attempt.IsSendError(err):
 		s.call.addFate(attempt.Unsendable)
-	case first && s.call.grpcConn == nil && fateElsewhere(err)&attempt.Sent == 0 && !s.call.forked.Load():
+	case first && s.call.grpcConn == nil && fateElsewhere(err)&attempt.Sent == 0 && s.call.forks.Load() == 0:
 		// Not for the calls that it is an attempt of: others may have been sent.
 		s.call.fates.Or(uint32(attempt.TurnedAway))
 	}

@@ -15,15 +15,16 @@ import (
 // time t is t*W - T with W the sum of w_i and T the sum of w_i*s_i. To bound
 // single ages, the attempts are kept in two such sums by generation: the current
 // one and the one before. When the current generation is as old as the limit, a
-// new one begins in the place of the older. The attempts that were in it are not
-// moved anywhere: they are the ones that the total knows and the two sums do not.
+// new one begins in the place of the older. Of the attempts that were in it only the
+// weights are known from then on.
 //
-// The total is exact: it is zero when nothing is in flight. A race between a new
-// generation and the start or end of an attempt may leave a sum a little off. It
-// counts wrong by at most one limit, and is cleared when its generation is reused.
+// The weights are exact: together they are zero when nothing is in flight. A race
+// between a new generation and the start or end of an attempt may leave a sum a little
+// off. It counts wrong by at most one limit, and is cleared when its generation is
+// reused.
 type ages struct {
-	total   atomic.Int64 // weights and number of all attempts
-	weights [2]atomic.Int64
+	weights [2]atomic.Int64 // and number
+	older   atomic.Int64    // those of the attempts before
 	starts  [2]atomic.Int64 // weight times start, in age units, modulo 2^64
 	epoch   atomic.Uint32   // number of the current generation
 	began   atomic.Uint32   // when it began, in epochUnitBits
@@ -38,7 +39,6 @@ const (
 	// The weights of attempts are summed above the number of the attempts: two
 	// numbers in one word cost one atomic addition.
 	countBits = 20
-	countMask = 1<<countBits - 1
 
 	// Ages are summed in units of 1024 ns. 10,000 attempts of weight 1 can be an
 	// hour old before their sum overflows.
@@ -55,7 +55,7 @@ func (a *ages) add(weight uint32, started Instant, limit float64) uint32 {
 	const little = 1 << 16 // A start that was read a little before began is not past it.
 	if d := now - began; d < math.MaxUint32-little && float64(d)*(1<<epochUnitBits) > limit && a.began.CompareAndSwap(began, now) {
 		next := a.epoch.Load() + 1
-		a.weights[next&1].Store(0)
+		a.older.Add(a.weights[next&1].Swap(0))
 		a.starts[next&1].Store(0)
 		a.epoch.Store(next)
 	}
@@ -65,16 +65,25 @@ func (a *ages) add(weight uint32, started Instant, limit float64) uint32 {
 	// negative age, which counts as none, and not an enormous one.
 	a.starts[epoch&1].Add(int64(weight) * (int64(started) >> ageUnitBits))
 	a.weights[epoch&1].Add(w)
-	a.total.Add(w)
 	return epoch
+}
+
+// total returns the weights and number of all attempts.
+func (a *ages) total() int64 { return a.older.Load() + a.weights[0].Load() + a.weights[1].Load() }
+
+// split returns the weights in a sum of them, and the number. After a race both may be
+// below zero.
+func split(sum int64) (weights int64, number int) {
+	n := sum << (64 - countBits) >> (64 - countBits)
+	return (sum - n) >> countBits, int(n)
 }
 
 // remove takes an attempt out again.
 func (a *ages) remove(epoch, weight uint32, started Instant) {
 	w := int64(weight)<<countBits + 1
-	a.total.Add(-w)
 	if a.epoch.Load()-epoch > 1 {
-		return // its generation is gone
+		a.older.Add(-w) // its generation is gone
+		return
 	}
 	a.weights[epoch&1].Add(-w)
 	a.starts[epoch&1].Add(-int64(weight) * (int64(started) >> ageUnitBits))
@@ -88,7 +97,7 @@ func (a *ages) remove(epoch, weight uint32, started Instant) {
 // because then they are no sign that it does not answer, and in any case if silence is
 // no sign of that.
 func (a *ages) sum(now, heard Instant, limit, generation float64, sign bool) (sum, weight float64, old, left int) {
-	total := a.total.Load()
+	total := a.total()
 	if total == 0 {
 		return 0, 0, 0, 0
 	}
@@ -106,17 +115,17 @@ func (a *ages) sum(now, heard Instant, limit, generation float64, sign bool) (su
 		counts[current] = sign && since(heard) < generation
 		counts[1-current] = sign && since(heard) < 0
 	}
-	old = int(total & countMask)
-	rest, left := total>>countBits, old
+	rest, old := split(total)
+	left = old
 	var counted int64
 	for i := range a.weights {
-		w := a.weights[i].Load()
+		weights, number := split(a.weights[i].Load())
 		if !stale {
-			old -= int(w & countMask)
+			old -= number
 		}
-		rest -= w >> countBits
+		rest -= weights
 		if counts[i] {
-			left -= int(w & countMask)
+			left -= number
 			s, w := a.generation(i, now, limit)
 			sum += s
 			counted += w
@@ -134,7 +143,7 @@ func (a *ages) sum(now, heard Instant, limit, generation float64, sign bool) (su
 // limit, and their weight in fixed point.
 func (a *ages) generation(i int, now Instant, limit float64) (float64, int64) {
 	const unit = float64(1<<ageUnitBits) / weightOne
-	w := a.weights[i].Load() >> countBits
+	w, _ := split(a.weights[i].Load())
 	if w <= 0 {
 		return 0, 0
 	}

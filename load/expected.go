@@ -396,7 +396,8 @@ func (m *expectedMeter) queue(q Query, left int) float64 {
 	if q.Class == slowClass {
 		return q.queue()
 	}
-	left += int(m.ages[slow].total.Load() & countMask)
+	_, slow := split(m.ages[slow].total())
+	left += slow
 	return perWeight(max(q.InFlight-left, 0), q.Weight)
 }
 
@@ -451,7 +452,7 @@ func (m *expectedMeter) waiting(p *expectedParams, now Instant) (w waiting) {
 	heard := Instant(m.heard.Load() >> 32 << heardUnitBits)
 	for kind := range m.ages {
 		a := &m.ages[kind]
-		if a.total.Load() == 0 {
+		if a.total() == 0 {
 			continue
 		}
 		generation := e.maxAge(p, kind)
@@ -674,7 +675,9 @@ func (m *expectedMeter) sample(p *expectedParams, now Instant, latency float64, 
 	if n > 0 {
 		count = m.metric.samples.Add(uint64(n))
 	}
-	m.heard.Store(uint64(now)>>heardUnitBits<<32 | uint64(uint32(count)))
+	if heard := uint64(now)>>heardUnitBits<<32 | uint64(uint32(count)); m.heard.Load() != heard {
+		m.heard.Store(heard)
+	}
 }
 
 // expNeg returns exp(-x) for x >= 0 within 0.02 %: 2^y with the integer part of

@@ -619,7 +619,7 @@ func TestAges(t *testing.T) {
 		for _, f := range list {
 			a.remove(f.epoch, weightOne, f.started)
 		}
-		if got := a.total.Load(); got != 0 {
+		if got := a.total(); got != 0 {
 			t.Errorf("total is %d at rest, want 0", got)
 		}
 	})

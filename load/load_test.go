@@ -180,7 +180,7 @@ func TestAtRestNothingIsInFlightAfterAnyInterleaving(t *testing.T) {
 				continue
 			}
 			for kind := range e.ages {
-				if got := e.ages[kind].total.Load(); got != 0 {
+				if got := e.ages[kind].total(); got != 0 {
 					t.Errorf("meter %d: weight and number in flight are %#x at rest, want 0", i, got)
 				}
 			}
@@ -242,16 +242,16 @@ func TestWhatAnAttemptLeavesBehind(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			e := must(NewExpectedLatency(DefaultExpectedLatencyConfig()))
 			m := newMeter(e)
-			waiting := &m.Meter.(*expectedMeter).ages[usual].total
+			waiting := m.Meter.(*expectedMeter).ages[usual].total
 			ticket := m.Start(0)
 			if test.respond {
 				m.Respond(10*ms, ticket)
-				if got := waiting.Load(); got != 0 {
+				if got := waiting(); got != 0 {
 					t.Errorf("the age still counts after the first response, with weight %d", got)
 				}
 			}
 			m.Finish(20*ms, Sample{Ticket: ticket, Outcome: test.outcome, Responded: test.respond})
-			if got := waiting.Load(); got != 0 {
+			if got := waiting(); got != 0 {
 				t.Errorf("the age still counts at the end, with weight %d", got)
 			}
 			if got := int(e.samples.Load()); got != test.wantCounts {

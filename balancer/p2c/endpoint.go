@@ -72,6 +72,7 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep.candidate = b.candidates.New()
 	ep.candidate.id = ep.id
 	ep.candidate.slot.Store(notReady)
+	ep.candidate.tally.add(tallyOffset)
 	ep.candidate.weight.Store(1)
 	if m := b.recallLocked(e); m != nil {
 		ep.candidate.meter.Store(m)
@@ -93,7 +94,7 @@ func (ep *endpoint) measureLocked(p *picker, m load.Metric) {
 		r = old.room
 		old.Close()
 	}
-	ep.candidate.meter.Store(&measure{Meter: m.NewMeter(load.Endpoint{Address: ep.addr}), timeless: p.config.timeless, room: r})
+	ep.candidate.meter.Store(&measure{Meter: m.NewMeter(load.Endpoint{Address: ep.addr}), timeless: p.config.timeless, quiet: quietMetric(m), room: r})
 	ep.candidate.changed()
 }
 

@@ -399,8 +399,7 @@ func (c *candidate) take() bool {
 	r := c.meter.Load().room
 	for {
 		w := c.tally.word.Load()
-		attempts := int64(int32(w))
-		if attempts+(w-attempts)>>32 >= r.most.Load() {
+		if attempts, streams := tallied(w); int64(attempts+streams) >= r.most.Load() {
 			if f := r.found.Load(); f != nil && !f.limited.Load() {
 				f.limited.Store(true)
 			}

@@ -196,7 +196,7 @@ func (b *policy) snapshot() Snapshot {
 			e.PassedOver = NotReady
 		case e.Limit > 0 && int64(e.InFlight+e.Streams) >= e.Limit:
 			e.PassedOver = Full
-		case m.health.Load() == everFailed:
+		case m.onlyFailed():
 			e.PassedOver = OnlyFailed
 		case least < 0 || e.Load < s.Endpoints[least].Load:
 			least = i
@@ -238,9 +238,11 @@ func (b *policy) countPicks(s *Snapshot, eps []*endpoint, now time.Time) {
 	var recent uint64
 	for i, ep := range eps {
 		k := &ep.counts
-		picks := ep.candidate.picks.Load()
-		k.picks += uint64(picks - k.seen)
-		k.seen = picks
+		picks := ep.candidate.picks()
+		if d := int32(picks - k.seen); d > 0 { // a lap may not be counted yet
+			k.picks += uint64(d)
+			k.seen = picks
+		}
 		if rotate {
 			k.prior, k.last = k.last, k.picks
 		}

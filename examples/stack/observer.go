@@ -4,6 +4,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -55,10 +56,12 @@ func (o *observer) Attempt(_ string, attempt int) {
 }
 
 // HedgeFired is called when a hedge starts an extra attempt.
-func (o *observer) HedgeFired(_, layer string) { o.count(fmt.Sprintf("%-11s extra attempts", layer)) }
+func (o *observer) HedgeFired(_ context.Context, _, layer string) {
+	o.count(fmt.Sprintf("%-11s extra attempts", layer))
+}
 
 // HedgeWon is called when the result of an extra attempt is the call's.
-func (o *observer) HedgeWon(_, layer string) {
+func (o *observer) HedgeWon(_ context.Context, _, layer string) {
 	o.count(fmt.Sprintf("%-11s extra attempts that won", layer))
 }
 

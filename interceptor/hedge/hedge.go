@@ -392,11 +392,12 @@ func (l *Layer) WrapCall(next interceptor.Next, again interceptor.Again) interce
 		c.Internals().MayRepeat()
 		if c.Kind() != interceptor.Unary {
 			s := new(stream)
+			s.race.setUp()
 			s.race.init(l, set, p, ctx, c, next, again)
 			s.race.stream = s
 			return s.open()
 		}
-		r := new(race)
+		r := races.Get().(*race)
 		r.init(l, set, p, ctx, c, next, again)
 		return r.unary(now)
 	}

@@ -28,6 +28,18 @@ import (
 // the call has returned. The streams are open by then: the first one is received from on
 // the caller's goroutine, which waits for it to notice that it has lost.
 type race struct {
+	raceState
+
+	mu     sync.Mutex // Guards the fields of raceState that say so.
+	change sync.Cond  // Signals making, running and decided.
+
+	leads func() // The method lead. Nil for a stream.
+	ticks func() // The method tick.
+}
+
+// raceState is what a race knows of one call. A race that is reused starts with the zero
+// raceState.
+type raceState struct {
 	further.Call
 	plan
 	layer  *Layer
@@ -39,10 +51,10 @@ type race struct {
 
 	first try
 
-	// mu guards the fields below. What cancelling a context locks is locked under it.
-	mu       sync.Mutex
-	change   sync.Cond   // Signals making, running and decided.
+	// Guarded by race.mu. What cancelling a context locks is locked under it.
 	timer    *time.Timer // Calls tick after the delay. Nil before it is first set.
+	armed    bool        // It is set, and was not stopped.
+	shared   bool        // Another goroutine than the first attempt's may know the race.
 	extra    []*try      // Without those that were refused.
 	making   int         // Attempts that are not admitted yet.
 	running  int         // Attempts, and goroutines that are about to make one.
@@ -66,8 +78,6 @@ type try struct {
 	lane   *replay.Lane        // Of a stream, once it is open.
 	reply  any                 // Of a stream: what the first message of an extra attempt is received to.
 	eof    bool                // Of a stream: it ended well without a message.
-
-	returned bool // It did not panic. Used by its own goroutine alone.
 
 	// Guarded by race.mu.
 	making  bool // It is not admitted yet.
@@ -113,7 +123,6 @@ func (r *race) init(l *Layer, set *settings, p plan, ctx context.Context, c *int
 	r.first.call = c
 	r.first.ctx, r.first.cancel = context.WithCancel(ctx)
 	r.Call.Origin.Expendable = true
-	r.change.L = &r.mu
 }
 
 // unary carries out a unary call.
@@ -124,7 +133,29 @@ func (r *race) unary(now interceptor.Instant) error {
 	t, err := r.run(now)
 	r.Adopt(t.call)
 	t.cancel()
+	if !r.shared {
+		r.reuse()
+	}
 	return err
+}
+
+// races are unary races that nobody uses.
+var races = sync.Pool{New: func() any {
+	r := new(race)
+	r.setUp()
+	r.leads = r.lead
+	return r
+}}
+
+// setUp makes r, which is new, a race of a stream.
+func (r *race) setUp() { r.change.L, r.ticks = &r.mu, r.tick }
+
+// reuse gives a race back that nobody else knows: the first attempt has ended, and none was
+// made beside it. Its goroutine may still be about to return from the lock.
+func (r *race) reuse() {
+	r.Internals().Reattach(r.first.call)
+	r.raceState = raceState{}
+	races.Put(r)
 }
 
 // run carries out the race. It returns the attempt that decided it, and its error.
@@ -138,7 +169,7 @@ func (r *race) run(now interceptor.Instant) (*try, error) {
 	}
 	r.mu.Unlock()
 	if r.stream == nil {
-		go r.lead()
+		go r.leads()
 	} else {
 		r.lead()
 	}
@@ -155,21 +186,23 @@ func (r *race) run(now interceptor.Instant) (*try, error) {
 	case r.panicked != nil:
 		panic(r.panicked)
 	case r.err == nil && r.best != &r.first:
-		r.HedgeWon()
+		r.HedgeWon(r.ctx)
 	case r.refusal != nil:
 		return r.best, r.Refused(r.ctx, r.refusal, r.err)
 	}
 	return r.best, r.err
 }
 
-// lead carries out the first attempt.
+// lead carries out the first attempt. Unless another one follows, it does not use the race
+// after ended, because the caller may have given it back.
 func (r *race) lead() {
-	t := &r.first
-	defer r.unwind(t)
-	if v := r.ended(t, r.carryOut(t.ctx, t)); v.again {
+	t, returned := &r.first, false
+	defer r.unwind(t, &returned)
+	v := r.ended(t, r.carryOut(t.ctx, t))
+	returned = true
+	if v.again {
 		go r.follow(v, true)
 	}
-	t.returned = true
 }
 
 // follow makes an attempt, which counts as running already, and those that follow it at
@@ -180,9 +213,10 @@ func (r *race) follow(v verdict, follows bool) {
 	}
 }
 
-// unwind ends an attempt that has panicked, or whose goroutine has ended in it.
-func (r *race) unwind(t *try) {
-	if t.returned {
+// unwind ends an attempt that has panicked, or whose goroutine has ended in it, unless it
+// has returned.
+func (r *race) unwind(t *try, returned *bool) {
+	if *returned {
 		return
 	}
 	p := recover()
@@ -239,17 +273,19 @@ func (r *race) noMoreLocked() {
 
 // armLocked makes an extra attempt after the delay. Caller must hold r.mu.
 func (r *race) armLocked() {
+	r.armed = true
 	if r.timer == nil {
-		r.timer = time.AfterFunc(r.delay, r.tick)
+		r.timer = time.AfterFunc(r.delay, r.ticks)
 		return
 	}
 	r.timer.Reset(r.delay)
 }
 
 func (r *race) disarmLocked() {
-	if r.timer != nil {
-		r.timer.Stop()
+	if r.armed && !r.timer.Stop() {
+		r.shared = true // It calls tick.
 	}
+	r.armed = false
 }
 
 // carryOut runs an attempt: a unary call, or a stream up to its first response.
@@ -294,7 +330,8 @@ func (r *race) another(v verdict, follows bool) verdict {
 	r.extra = append(r.extra, t)
 	r.mu.Unlock()
 
-	defer r.unwind(t)
+	returned := false
+	defer r.unwind(t, &returned)
 	// It may wait for the layers inside, ahead of first attempts, until another attempt
 	// answers.
 	reason := "SLOW"
@@ -313,7 +350,7 @@ func (r *race) another(v verdict, follows bool) verdict {
 	} else {
 		v = r.ended(t, a.Err)
 	}
-	t.returned = true
+	returned = true
 	return v
 }
 
@@ -340,7 +377,7 @@ func (r *race) start(t *try, c *interceptor.Call, slow bool) (started bool) {
 	if closed {
 		return false
 	}
-	r.HedgeFired()
+	r.HedgeFired(r.ctx)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.madeLocked(t)
@@ -402,7 +439,9 @@ func (r *race) ended(t *try, err error) verdict {
 	if t != r.best || r.err != nil {
 		t.cancel()
 	}
-	if !v.again {
+	if v.again {
+		r.shared = true
+	} else {
 		r.leaveLocked()
 	}
 	if s := r.stream; s != nil && t.lane != nil && !r.decided && r.running > 0 {

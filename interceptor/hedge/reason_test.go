@@ -7,13 +7,17 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
+
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/internal/test/calltest"
 )
 
 // reasons notes why further attempts are made.
@@ -22,8 +26,48 @@ type reasons struct {
 	log []string
 }
 
-func (r *reasons) Further(_, layer string, f interceptor.FurtherAttempt) {
+func (r *reasons) Further(_ context.Context, _, layer string, f interceptor.FurtherAttempt) {
 	r.log = append(r.log, fmt.Sprintf("%s %d %s %v", layer, f.Attempt, f.Reason, f.After))
+}
+
+// traces notes which call extra attempts are made of.
+type traces struct {
+	interceptor.NopObserver
+	log []string
+}
+
+type traceKey struct{}
+
+func (r *traces) add(ctx context.Context, what string) {
+	r.log = append(r.log, fmt.Sprint(what, " of call ", ctx.Value(traceKey{})))
+}
+
+func (r *traces) Further(ctx context.Context, _, _ string, _ interceptor.FurtherAttempt) {
+	r.add(ctx, "further attempt")
+}
+func (r *traces) HedgeFired(ctx context.Context, _, _ string) { r.add(ctx, "hedge") }
+func (r *traces) HedgeWon(ctx context.Context, _, _ string)   { r.add(ctx, "win") }
+
+// A tracer finds the call of an extra attempt in the context.
+func TestObserverContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := new(traces)
+		l := mustNew(t, hedge.Config{Delay: 10 * ms})
+		unary := calltest.Stack(t, interceptor.Observe(r), l).UnaryClientInterceptor()
+		var attempts atomic.Int32
+		err := unary(context.WithValue(t.Context(), traceKey{}, 7), method, nil, nil, nil, func(ctx context.Context, _ string, _, _ any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
+			if attempts.Add(1) == 1 {
+				return work(ctx, time.Second)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		if want := []string{"further attempt of call 7", "hedge of call 7", "win of call 7"}; !slices.Equal(r.log, want) {
+			t.Errorf("the observer was told of %q, want %q", r.log, want)
+		}
+	})
 }
 
 func TestObserverFurther(t *testing.T) {

@@ -189,7 +189,7 @@ func (s *stream) Repeat(_ *replay.Lane, err error) (*replay.Lane, error) {
 	var t try
 	t.ctx, t.cancel = context.WithCancel(r.ctx)
 	a, refused := r.Make(t.ctx, further.Plan{Delay: after, After: err, Reason: status.Code(err).String(), Run: func(ctx context.Context, c *interceptor.Call) error {
-		r.HedgeFired()
+		r.HedgeFired(r.ctx)
 		return r.next(ctx, c)
 	}})
 	switch {

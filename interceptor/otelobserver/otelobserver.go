@@ -216,18 +216,18 @@ func (o *Observer) Ended(method string, kind interceptor.Kind, out interceptor.O
 func (o *Observer) InFlight(delta int) { o.inFlight.Add(context.Background(), int64(delta)) }
 
 // Further adds to belfry.further_attempts.
-func (o *Observer) Further(method, layer string, f interceptor.FurtherAttempt) {
+func (o *Observer) Further(_ context.Context, method, layer string, f interceptor.FurtherAttempt) {
 	k := key{instrument: further, method: method, layer: layer, detail: f.Reason}
 	o.further.Add(context.Background(), 1, o.with(k).add...)
 }
 
 // HedgeFired adds to belfry.hedges.fired.
-func (o *Observer) HedgeFired(method, layer string) {
+func (o *Observer) HedgeFired(_ context.Context, method, layer string) {
 	o.hedgesFired.Add(context.Background(), 1, o.with(key{instrument: layered, method: method, layer: layer}).add...)
 }
 
 // HedgeWon adds to belfry.hedges.won.
-func (o *Observer) HedgeWon(method, layer string) {
+func (o *Observer) HedgeWon(_ context.Context, method, layer string) {
 	o.hedgesWon.Add(context.Background(), 1, o.with(key{instrument: layered, method: method, layer: layer}).add...)
 }
 

@@ -92,9 +92,9 @@ func TestInstruments(t *testing.T) {
 	unary(context.WithValue(ctx, open{}, true), "/s/ok", nil, nil, nil, invoker)
 	obs.Waited("/s/ok", "limit", 1500*time.Millisecond)
 	obs.Budget("retry", 12.5)
-	obs.HedgeFired("/s/ok", "hedge")
-	obs.HedgeWon("/s/ok", "hedge")
-	obs.Further("/s/ok", "retry", interceptor.FurtherAttempt{Attempt: 1, Reason: "Unavailable"})
+	obs.HedgeFired(t.Context(), "/s/ok", "hedge")
+	obs.HedgeWon(t.Context(), "/s/ok", "hedge")
+	obs.Further(t.Context(), "/s/ok", "retry", interceptor.FurtherAttempt{Attempt: 1, Reason: "Unavailable"})
 	obs.Attempt("/s/ok", 2)
 
 	got := points(t, reader)

@@ -104,7 +104,7 @@ type further struct {
 	log []string
 }
 
-func (f *further) Further(method, layer string, a interceptor.FurtherAttempt) {
+func (f *further) Further(_ context.Context, method, layer string, a interceptor.FurtherAttempt) {
 	f.log = append(f.log, fmt.Sprintf("%s %s %d %s %v %v", method, layer, a.Attempt, a.Reason, a.Delay, a.After))
 }
 

@@ -149,12 +149,15 @@ func TestAllocationsOnAConnection(t *testing.T) {
 	got := map[string]float64{}
 	for _, c := range connCases() {
 		switch c.name {
-		case "bare", "retry_p2c":
+		case "bare", "retry_p2c", "hedge":
 			unary, _ := c.dial(t)
 			got[c.name] = testing.AllocsPerRun(1000, unary)
 		}
 	}
 	if more := got["retry_p2c"] - got["bare"]; more > 4 {
 		t.Errorf("a unary call through a retry and p2c: %v allocations more than bare, want at most 4", more)
+	}
+	if more := got["hedge"] - got["bare"]; more > 11 {
+		t.Errorf("a unary call through a hedge that makes no extra attempt: %v allocations more than bare, want at most 11", more)
 	}
 }

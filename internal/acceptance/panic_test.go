@@ -57,12 +57,14 @@ func (o *panicky) Refused(string, string, interceptor.Reason)                 { 
 func (o *panicky) Waited(_, layer string, _ time.Duration)                    { o.panic("Waited at " + layer) }
 func (o *panicky) Attempt(string, int)                                        { o.panic("Attempt") }
 func (o *panicky) Ended(string, interceptor.Kind, interceptor.Outcome, error) { o.panic("Ended") }
-func (o *panicky) Further(string, string, interceptor.FurtherAttempt)         { o.panic("Further") }
-func (o *panicky) HedgeFired(string, string)                                  { o.panic("HedgeFired") }
-func (o *panicky) HedgeWon(string, string)                                    { o.panic("HedgeWon") }
-func (o *panicky) Budget(string, float64)                                     { o.panic("Budget") }
-func (o *panicky) Limit(interceptor.LimitState)                               { o.panic("Limit") }
-func (o *panicky) Observes(*interceptor.Stack)                                {}
+func (o *panicky) Further(context.Context, string, string, interceptor.FurtherAttempt) {
+	o.panic("Further")
+}
+func (o *panicky) HedgeFired(context.Context, string, string) { o.panic("HedgeFired") }
+func (o *panicky) HedgeWon(context.Context, string, string)   { o.panic("HedgeWon") }
+func (o *panicky) Budget(string, float64)                     { o.panic("Budget") }
+func (o *panicky) Limit(interceptor.LimitState)               { o.panic("Limit") }
+func (o *panicky) Observes(*interceptor.Stack)                {}
 
 // flaky fails one call of three, and takes its time for one of four.
 type flaky struct{}

@@ -4,6 +4,7 @@
 package acceptance
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -16,9 +17,11 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/stats"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
@@ -29,6 +32,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/test/calltest"
+	"github.com/belfry-go/belfry/internal/testserver"
 )
 
 // breakable is a connection that cannot be written to any more from some time on, while
@@ -49,12 +53,12 @@ func (c *breakable) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// refuser refuses all streams of a connection, and breaks it meanwhile. As a stats handler
-// it lets gRPC notice that between the opening of the second stream and its first message.
+// refuser refuses the first stream of a connection, which breaks before the second one is
+// sent a message. As a stats handler it makes gRPC wait that long.
 type refuser struct {
 	*breakable
+	headers bool // The second stream is answered with headers first.
 	opened  int
-	atFirst bool // The first stream is refused before its first message is sent.
 }
 
 func (r *refuser) serve(conn net.Conn) error {
@@ -80,11 +84,29 @@ func (r *refuser) serve(conn net.Conn) error {
 		case *http2.HeadersFrame:
 			id := frame.StreamID
 			refusing.Go(func() {
+				f := http2.NewFramer(conn, nil)
+				refuse := func() { f.WriteRSTStream(id, http2.ErrCodeRefusedStream) }
+				breaks := func() { // gRPC cannot write the answer to the ping.
+					r.broken.Store(true)
+					f.WritePing(false, [8]byte{})
+					time.Sleep(time.Second)
+				}
 				time.Sleep(time.Second)
-				r.broken.Store(true)
-				f.WritePing(false, [8]byte{}) // The answer is what gRPC fails to write.
-				time.Sleep(time.Second)
-				f.WriteRSTStream(id, http2.ErrCodeRefusedStream)
+				switch {
+				case r.headers && id == 1:
+					refuse()
+				case r.headers:
+					var block bytes.Buffer
+					e := hpack.NewEncoder(&block)
+					e.WriteField(hpack.HeaderField{Name: ":status", Value: "200"})
+					e.WriteField(hpack.HeaderField{Name: "content-type", Value: "application/grpc"})
+					f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block.Bytes(), EndHeaders: true})
+					breaks()
+					breaks() // It notices when it writes again.
+				default:
+					breaks() // It notices when it writes the headers of the second stream.
+					refuse()
+				}
 			})
 		}
 		if err != nil {
@@ -99,7 +121,7 @@ func (r *refuser) HandleConn(context.Context, stats.ConnStats)                  
 
 func (r *refuser) HandleRPC(_ context.Context, s stats.RPCStats) {
 	if _, ok := s.(*stats.OutHeader); ok {
-		if r.opened++; r.opened == 2 || r.atFirst {
+		if r.opened++; r.opened == 2 {
 			time.Sleep(5 * time.Second)
 		}
 	}
@@ -143,10 +165,10 @@ func TestConnectionThatBreaksWhileGRPCRepeatsAStream(t *testing.T) {
 			return conn.Invoke(t.Context(), calltest.Method, msg, new(emptypb.Empty))
 		},
 	} {
-		t.Run(name, func(t *testing.T) {
+		test := func(t *testing.T, headers bool) {
 			synctest.Test(t, func(t *testing.T) {
 				client, server := net.Pipe()
-				r := &refuser{breakable: &breakable{Conn: client}}
+				r := &refuser{breakable: &breakable{Conn: client}, headers: headers}
 				served := make(chan error, 1)
 				go func() { served <- r.serve(server) }()
 				stack := calltest.Stack(t, retry.Config{AllMethods: true, Codes: []codes.Code{codes.Aborted}}) // Not what is refused.
@@ -170,7 +192,9 @@ func TestConnectionThatBreaksWhileGRPCRepeatsAStream(t *testing.T) {
 				server.Close()
 				<-served
 			})
-		})
+		}
+		t.Run(name, func(t *testing.T) { test(t, false) })
+		t.Run(name+"_after_headers", func(t *testing.T) { test(t, true) })
 	}
 }
 
@@ -315,5 +339,46 @@ func checkUpload(t *testing.T, s grpc.ClientStream, m any) {
 	}
 	if err := s.CloseSend(); err != nil {
 		t.Errorf("CloseSend: %v", err)
+	}
+}
+
+// tokenCreds are credentials of one call.
+type tokenCreds struct{}
+
+func (tokenCreds) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	return map[string]string{"token": "of the call"}, nil
+}
+
+func (tokenCreds) RequireTransportSecurity() bool { return false }
+
+// What tells how often gRPC has repeated a stream leaves its credentials and its end alone.
+func TestCredentialsAndEmptyEndOfAStream(t *testing.T) {
+	tokens := make(chan []string, 1)
+	srv := testserver.New(t, testserver.Register(func(r grpc.ServiceRegistrar) {
+		r.RegisterService(&grpc.ServiceDesc{ServiceName: stressService, HandlerType: (*any)(nil), Streams: []grpc.StreamDesc{{StreamName: "Download", ServerStreams: true, Handler: func(_ any, s grpc.ServerStream) error {
+			md, _ := metadata.FromIncomingContext(s.Context())
+			tokens <- md["token"]
+			return s.SendHeader(metadata.Pairs("a", "header"))
+		}}}}, nil)
+	}))
+	conn := testserver.Dial(t, srv, calltest.Stack(t, retry.Config{AllMethods: true}).DialOptions()...)
+	for _, ask := range []bool{false, true} {
+		s, err := conn.NewStream(testContext(t), &stressKinds[1], "/"+stressService+"/Download", grpc.PerRPCCredentials(tokenCreds{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := <-tokens; len(got) != 1 || got[0] != "of the call" {
+			t.Errorf("the server got the tokens %q, want that of the call", got)
+		}
+		if ask {
+			if md, err := s.Header(); err != nil || md.Get("a") == nil {
+				t.Errorf("Header: %v, %v", md, err)
+			}
+		}
+		for range 2 {
+			if err := s.RecvMsg(new(emptypb.Empty)); err != io.EOF {
+				t.Errorf("RecvMsg of an empty stream: %v, want io.EOF", err)
+			}
+		}
 	}
 }

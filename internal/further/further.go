@@ -233,7 +233,7 @@ func (c *Call) announce(ctx context.Context, f *interceptor.Call, p Plan) {
 	}()
 	f.Internals().SetWhy(attempt.Why{Layer: c.Maker.Name, Reason: p.Reason, Delay: p.Delay})
 	if ctx.Err() == nil { // Otherwise nobody wants the attempt any more.
-		c.Observer().Further(c.Method(), c.Maker.Name, interceptor.FurtherAttempt{Attempt: f.Attempt(), Reason: p.Reason, Delay: p.Delay, After: p.After})
+		c.Observer().Further(ctx, c.Method(), c.Maker.Name, interceptor.FurtherAttempt{Attempt: f.Attempt(), Reason: p.Reason, Delay: p.Delay, After: p.After})
 	}
 	told = true
 }
@@ -269,15 +269,15 @@ func (p *payment) end(sent bool) {
 // Release ends the attempt.
 func (p *payment) Release(_ int64, e interceptor.End) { p.end(e.Outcome.Sent()) }
 
-// HedgeFired tells the observer and the call's report of an extra attempt.
-func (c *Call) HedgeFired() {
-	c.Observer().HedgeFired(c.Method(), c.Maker.Name)
+// HedgeFired tells the observer and the call's report of an extra attempt. ctx is that of the call.
+func (c *Call) HedgeFired(ctx context.Context) {
+	c.Observer().HedgeFired(ctx, c.Method(), c.Maker.Name)
 	c.Internals().PerCall().Record.Hedge(false)
 }
 
 // HedgeWon tells them that the call's result is an extra attempt's.
-func (c *Call) HedgeWon() {
-	c.Observer().HedgeWon(c.Method(), c.Maker.Name)
+func (c *Call) HedgeWon(ctx context.Context) {
+	c.Observer().HedgeWon(ctx, c.Method(), c.Maker.Name)
 	c.Internals().PerCall().Record.Hedge(true)
 }
 

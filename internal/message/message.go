@@ -91,7 +91,7 @@ func CopyInto(dst, src any) {
 	}
 	if p, ok := dst.(proto.Message); ok {
 		proto.Reset(p)
-		proto.Merge(p, src.(proto.Message))
+		move(p.ProtoReflect(), src.(proto.Message).ProtoReflect())
 		return
 	}
 	switch d.Kind() {
@@ -106,6 +106,18 @@ func CopyInto(dst, src any) {
 		}
 	case reflect.Slice:
 		reflect.Copy(d, s)
+	}
+}
+
+// move gives dst, which is empty, what src has. It does not copy what that refers to, so a
+// large message costs no more than a small one.
+func move(dst, src protoreflect.Message) {
+	src.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		dst.Set(f, v)
+		return true
+	})
+	if unknown := src.GetUnknown(); len(unknown) > 0 {
+		dst.SetUnknown(unknown)
 	}
 }
 

@@ -8,7 +8,10 @@ import (
 	"reflect"
 	"testing"
 
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protodesc"
+	"google.golang.org/protobuf/types/descriptorpb"
 	"google.golang.org/protobuf/types/dynamicpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -21,6 +24,21 @@ func TestACopyOfAProtocolBufferReplacesWhatWasThere(t *testing.T) {
 	CopyInto(dst, src)
 	if !proto.Equal(dst, src) {
 		t.Errorf("copied %v, want %v", dst, src)
+	}
+}
+
+// What a message refers to is not copied, so that a large reply costs what a small one does.
+func TestACopyOfALargeProtocolBuffer(t *testing.T) {
+	src := protodesc.ToFileDescriptorProto(wrapperspb.File_google_protobuf_wrappers_proto)
+	src.ProtoReflect().SetUnknown(protowire.AppendVarint(protowire.AppendTag(nil, 5000, protowire.VarintType), 7))
+	src.Options.ProtoReflect().SetUnknown(protowire.AppendVarint(protowire.AppendTag(nil, 5000, protowire.VarintType), 8))
+	want, dst := proto.CloneOf(src), &descriptorpb.FileDescriptorProto{Name: proto.String("before"), Edition: descriptorpb.Edition_EDITION_2023.Enum()}
+	CopyInto(dst, src)
+	if !proto.Equal(dst, want) {
+		t.Errorf("copied %v, want %v", dst, want)
+	}
+	if n := testing.AllocsPerRun(100, func() { CopyInto(dst, src) }); n > 20 {
+		t.Errorf("%v allocations, want a few", n)
 	}
 }
 

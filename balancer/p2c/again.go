@@ -1,0 +1,77 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/load"
+)
+
+// chooseAgain is chooseAny for a call that has tried endpoints, without memory. It looks
+// at as many others, and at those on its way that the call has tried. The least loaded of
+// these is chosen if it still is the least loaded at dearer times its load, and the call
+// has not returned to it before: an endpoint that hangs may look cheap for long beside one
+// whose streams last, and all attempts would go to it.
+func (p *picker) chooseAgain(now load.Instant, call call, tried *attempt.Tried) *candidate {
+	v := p.ready.view()
+	n, d := len(v.slots), p.config.choices
+	if n == 0 {
+		return nil
+	}
+	r := random(p.policy.random())
+	others, before := selection{picker: p, call: call, random: r}, selection{picker: p, call: call, random: r}
+	look := func(c *candidate) {
+		s := &others
+		if c != nil && tried.Has(c.id) {
+			s = &before
+		}
+		if s.count < d && !s.has(c) {
+			s.add(c)
+		}
+	}
+	// Few endpoints are tried, so a few draws more than d find d others. Where
+	// there are hardly any, all are looked at. With few endpoints the tried ones are met.
+	few := n <= 2*d
+	if !few {
+		for i := 0; i < 2*d && others.count < d; i++ {
+			k := 0
+			if p.ready.unequal.Load() {
+				k = v.draw(&others.random)
+			} else {
+				k = int(others.random.below(uint32(n)))
+			}
+			look(v.slots[k].Load())
+		}
+	}
+	first := int(others.random.below(uint32(n)))
+	for i := 0; i < n && (few || others.count < d); i++ {
+		look(v.slots[(first+i)%n].Load())
+	}
+	others.drawn, before.drawn = others.count, before.count
+	c, back := others.choose(now), before.choose(now)
+	if c == nil || back != nil && tried.Times(back.id) == 1 && p.price(back, now, dearer) < p.price(c, now, 1) {
+		return back
+	}
+	return c
+}
+
+// dearer is how many times as much an endpoint costs a call that has tried it. Simulated
+// in virtual time, two endpoints, retries at once, calls of 10 ms in the mean:
+//
+//   - One fails at once, and looks idle to pendingRequests. Of 6,000 calls with three
+//     attempts 2,460 fail at a factor of 1, 276 at 4, 19 at 8, 4 at 10 and none if it is
+//     never picked again. The default metric needs none.
+//   - Each fails a tenth, and one is 15 times slower. The mean latency by the default
+//     metric is 19 ms at 1, 26 at 4, 32 at 8, 34 at 10, and 52 if the call never goes back.
+const dearer = 10
+
+// price returns the load of a candidate times a factor. By pendingRequests an idle endpoint
+// counts as one with an attempt in flight, because it would cost nothing however dear.
+func (p *picker) price(c *candidate, now load.Instant, factor float32) float32 {
+	l := c.look(p, now)
+	if p.config.counts {
+		l = max(l, 1)
+	}
+	return l * factor
+}

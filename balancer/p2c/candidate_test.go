@@ -1,0 +1,66 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import "testing"
+
+func newCandidate() *candidate {
+	c := &candidate{}
+	c.tally.add(tallyOffset)
+	return c
+}
+
+// One word counts picks, attempts and streams, and none of them spills into another.
+func TestTally(t *testing.T) {
+	const lap = 1 << (64 - picksAt)
+	c := newCandidate()
+	for range lap - 2 {
+		c.picked(false)
+		c.tally.add(-oneAttempt)
+	}
+	for range 5 {
+		c.picked(false)
+	}
+	c.picked(true)
+	// The end of a stream is counted before its first response, which comes at the
+	// same moment.
+	c.tally.add(-oneStream)
+	attempts, streams := c.tally.read()
+	if got := c.picks(); got != lap+4 || attempts != 5 || streams != 0 {
+		t.Errorf("%d picks, %d attempts, %d streams before the response, want %d, 5 and 0", got, attempts, streams, lap+4)
+	}
+	c.tally.add(oneStream - oneAttempt)
+	attempts, streams = c.tally.read()
+	if got := c.picks(); got != lap+4 || attempts != 4 || streams != 0 {
+		t.Errorf("%d picks, %d attempts, %d streams, want %d, 4 and 0", got, attempts, streams, lap+4)
+	}
+}
+
+// A kept cost is good until its tick, and until an attempt starts or ends, also if the
+// number in flight is the same again.
+func TestKeptCost(t *testing.T) {
+	c := newCandidate()
+	keep := func() { c.cost.Store(7<<32 | 10_000<<tagBits | uint64(c.tag())) }
+	keep()
+	for _, test := range []struct {
+		tick uint32
+		want bool
+	}{{9_999, true}, {10_000, false}, {10_001, false}, {10_000 - uint32(mostGood>>tickBits), true}, {9_999 - uint32(mostGood>>tickBits), false}} {
+		if _, good := c.kept(test.tick); good != test.want {
+			t.Errorf("in tick %d good is %v, want %v", test.tick, good, test.want)
+		}
+	}
+	c.picked(false)
+	if _, good := c.kept(9_999); good {
+		t.Error("good after an attempt started")
+	}
+	c.tally.add(-oneAttempt)
+	if _, good := c.kept(9_999); good {
+		t.Error("good after an attempt started and ended")
+	}
+	keep()
+	if c.changed(); c.cost.Load() != 0 {
+		t.Error("good after a change")
+	}
+}

@@ -1,0 +1,308 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package p2c
+
+import (
+	"cmp"
+	"math"
+	"math/bits"
+	"slices"
+
+	"github.com/belfry-go/belfry/load"
+)
+
+// selection is the candidates that one pick looks at, and finds the best of them.
+// It works in passes, first gathering, then measuring, then comparing: with many
+// endpoints each is a miss in the cache, and so the processor fetches them side by
+// side, where a comparison after each would make it wait.
+type selection struct {
+	picker *picker
+	call   call
+	random random
+	count  int
+	drawn  int // the first so many are random draws, the others remembered
+	seen   [maxChoices + maxMemory]*candidate
+	costs  [maxChoices + maxMemory]float32
+	// least is the cheapest so far in order, each as its cost above its index. The bits
+	// of two costs are in the order of the costs, so that they are compared without a
+	// branch: which of two is less no processor can guess.
+	least [maxMemory]uint64
+}
+
+// add adds a candidate, unless it is nil.
+func (s *selection) add(c *candidate) {
+	if c != nil {
+		s.seen[s.count] = c
+		s.count++
+	}
+}
+
+// has reports whether the candidate was added.
+func (s *selection) has(c *candidate) bool {
+	for _, other := range s.seen[:s.count] {
+		if other == c {
+			return true
+		}
+	}
+	return false
+}
+
+// choose measures the candidates and returns the best, nil if there are none.
+//
+// Costs that differ by less than three of their errors are equal, up to a limit.
+// While none of the candidates has anything in flight, the limit is wide and one of
+// the random draws is taken at random: only latencies could tell them apart, and
+// these latencies do not. Else the limit is narrow, and the one with the fewest
+// attempts in flight is taken, of those the cheapest, or where weights differ and it
+// is not idle any. A
+// stream goes where the fewest are open.
+func (s *selection) choose(now load.Instant) *candidate {
+	if s.count == 0 {
+		return nil
+	}
+	p := s.picker
+	weighted := p.ready.unequal.Load()
+	queue := s.measure(now, weighted)
+	if every := p.config.exploreEvery; every > 0 && s.random.below(every) == 0 {
+		if c := s.unheard(now); c != nil {
+			return c
+		}
+	}
+
+	rest := queue == 0
+	limit, errors := p.config.equalUnderLoad, float32(equalErrors)
+	if rest {
+		limit = p.config.equalAtRest
+	}
+	if weighted {
+		limit, errors = max(limit, equalWeighted), math.MaxFloat32
+	}
+	if s.call.stream {
+		limit, errors = equalStreams, math.MaxFloat32
+	}
+	least := math.Float32frombits(uint32(s.least[0] >> 32))
+	var skipped uint32 // bits of draws
+	if weighted && !s.call.stream && !p.config.exact {
+		if light := s.light(now, queue/float32(s.count)); light != 0 {
+			heavy := s.leastBut(light)
+			if heavy >= 0 && s.onlyIdle(now, heavy, light, limit) {
+				if light&1 != 0 && s.costs[0] <= s.costs[heavy]*(1+limit) {
+					return s.seen[0]
+				}
+				least, skipped = s.costs[heavy], light
+			}
+		}
+	}
+	count := s.count
+	if rest || weighted {
+		count = s.drawn
+	}
+	var equal [maxChoices + maxMemory]uint8
+	equals := 0
+	for i, c := range s.seen[:count] {
+		within := limit
+		if e := errors * math.Float32frombits(uint32(s.detail(c, now)>>32)); e < limit {
+			within = e
+		}
+		equal[equals] = uint8(i)
+		is := 0
+		if s.costs[i] <= least*(1+within) && skipped>>i&1 == 0 {
+			is = 1
+		}
+		equals += is
+	}
+	switch {
+	case equals == 0: // The cheapest is a remembered one.
+		return s.seen[uint32(s.least[0])]
+	case equals == 1:
+		return s.seen[equal[0]]
+	case rest && !s.call.stream:
+		return s.seen[equal[s.random.below(uint32(equals))]]
+	}
+	return s.leastBusy(now, equal[:equals], rest, weighted)
+}
+
+// measure asks what the candidates cost, and returns the sum of their queues.
+func (s *selection) measure(now load.Instant, weighted bool) (queue float32) {
+	p := s.picker
+	m := max(p.config.memory, 1)
+	for i := range m {
+		s.least[i] = math.MaxUint64
+	}
+	for i, c := range s.seen[:s.count] {
+		var cost float32
+		var detail uint64
+		if s.call.class == 0 {
+			cost = c.look(p, now)
+			detail = c.detail.Load()
+		} else {
+			cost, detail = c.ask(p, now, s.call.class)
+		}
+		s.costs[i] = cost
+		queue += math.Float32frombits(uint32(detail))
+		if weighted && slices.Contains(s.seen[:i], c) {
+			continue // It was drawn twice.
+		}
+		key := uint64(math.Float32bits(cost))<<32 | uint64(i)
+		for j := range m {
+			s.least[j], key = min(s.least[j], key), max(s.least[j], key)
+		}
+	}
+	return queue
+}
+
+// detail returns the error and the queue of a measured candidate.
+func (s *selection) detail(c *candidate, now load.Instant) uint64 {
+	if s.call.class == 0 {
+		return c.detail.Load()
+	}
+	_, detail := c.ask(s.picker, now, s.call.class)
+	return detail
+}
+
+// leastBusy returns the one with the fewest attempts in flight of those that cost the
+// same, for a stream the one with the fewest streams.
+func (s *selection) leastBusy(now load.Instant, equal []uint8, rest, weighted bool) *candidate {
+	best, ties := 0, 0
+	var bestQueue float32
+	var bestOpen float64
+	for _, i := range equal {
+		c, cost := s.seen[i], s.costs[i]
+		q := math.Float32frombits(uint32(s.detail(c, now)))
+		open := 0.0
+		if s.call.stream {
+			open = c.open()
+		}
+		switch better := compare(open, bestOpen, q, bestQueue); {
+		case ties == 0 || better < 0:
+			best, bestOpen, bestQueue, ties = int(i), open, q, 1
+		case better > 0:
+		case !rest && (!weighted || q == 0) && cost != s.costs[best]:
+			if cost < s.costs[best] {
+				best, ties = int(i), 1
+			}
+		default:
+			ties++
+			if s.random.below(uint32(ties)) == 0 {
+				best = int(i)
+			}
+		}
+	}
+	return s.seen[best]
+}
+
+// light returns which of the draws are idle endpoints of a small weight, as bits. queue is
+// what the candidates have in flight per weight, on average.
+func (s *selection) light(now load.Instant, queue float32) (bits uint32) {
+	for i, c := range s.seen[:s.drawn] {
+		attempts, _ := c.tally.read()
+		if attempts == 0 && math.Float32frombits(uint32(s.detail(c, now))) == 0 {
+			if w := float32(s.picker.ready.relative(c)); w < lightWeight && queue*w < lightQueue {
+				bits |= 1 << i
+			}
+		}
+	}
+	return bits
+}
+
+// leastBut returns the cheapest draw that is not light, or -1.
+func (s *selection) leastBut(light uint32) int {
+	heavy := -1
+	for i := range s.drawn {
+		if light>>i&1 == 0 && (heavy < 0 || s.costs[i] < s.costs[heavy]) {
+			heavy = i
+		}
+	}
+	return heavy
+}
+
+// onlyIdle reports whether those that are light cost no less than the heavy one would if it
+// were idle too, within the limit.
+func (s *selection) onlyIdle(now load.Instant, heavy int, light uint32, limit float32) bool {
+	idle := s.costs[heavy] / (1 + math.Float32frombits(uint32(s.detail(s.seen[heavy], now))))
+	for i := range s.drawn {
+		if light>>i&1 != 0 && idle > s.costs[i]*(1+limit) {
+			return false
+		}
+	}
+	return true
+}
+
+const (
+	// equalErrors is how many standard errors of its cost make an endpoint equal to
+	// the cheapest. The cheapest of many is as a rule one or two below what it should
+	// be, and the other as much above.
+	equalErrors = 3
+
+	// Where weights differ, costs are equal up to so much at least, whatever their
+	// error: who gives weights wants shares. With few calls in flight an endpoint of
+	// weight 1 beside one of 2 has another number of them per weight, and its price is
+	// off by as much.
+	equalWeighted = 0.6
+
+	// An endpoint of less than lightWeight times the mean weight has more in flight per
+	// weight than the others if it has one attempt, and less if it has none. Where they have
+	// less than lightQueue of that one, it would be picked whenever it is idle and drawn. It is
+	// picked if it is the first of the draws, which is its share.
+	lightWeight = 0.5
+	lightQueue  = 0.5
+
+	// A stream may last for hours, and its cost is that of its first response: how many
+	// there are matters more, unless an endpoint is much slower than others.
+	equalStreams = 2
+)
+
+// compare orders by the open streams, then by the queue.
+func compare(open, open2 float64, queue, queue2 float32) int {
+	switch {
+	case open != open2:
+		return cmp.Compare(open, open2)
+	case queue != queue2:
+		return cmp.Compare(queue, queue2)
+	}
+	return 0
+}
+
+// unheard returns the candidate that was not heard of for the longest, of those
+// with nothing in flight that were not heard of for config.exploreAfter. One that
+// has only failed so far is tried again too.
+func (s *selection) unheard(now load.Instant) *candidate {
+	after := uint32(s.picker.config.exploreAfter >> heardBits)
+	tick := uint32(uint64(now) >> heardBits)
+	var oldest *candidate
+	var longest int32
+	for i, c := range s.seen[:s.count] {
+		if math.Float32frombits(uint32(c.detail.Load())) > 0 {
+			continue
+		}
+		heard := c.heard.Load()
+		silent := int32(tick - heard)
+		if heard == 0 && s.costs[i] < avoided || heard != 0 && silent < int32(after) {
+			continue
+		}
+		if oldest == nil || silent > longest {
+			oldest, longest = c, silent
+		}
+	}
+	return oldest
+}
+
+// random is a generator for one pick: SplitMix64 (Steele, Lea, Flood, "Fast
+// splittable pseudorandom number generators", OOPSLA 2014), seeded by one number
+// of the policy's source.
+type random uint64
+
+func (r *random) next() uint64 {
+	*r += 0x9e3779b97f4a7c15
+	z := uint64(*r)
+	z = (z ^ z>>30) * 0xbf58476d1ce4e5b9
+	z = (z ^ z>>27) * 0x94d049bb133111eb
+	return z ^ z>>31
+}
+
+// below returns a number in [0, n). The bias is below n/2^64.
+func (r *random) below(n uint32) uint32 {
+	hi, _ := bits.Mul64(r.next(), uint64(n))
+	return uint32(hi)
+}
