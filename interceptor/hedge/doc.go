@@ -126,8 +126,9 @@
 // and 10 allocations of 1 kB in all, where client and server make 156 for an empty call:
 // half of them are for a context that can be cancelled, and for gRPC's below it.
 // The first attempt of a stream, which is open by then, is received from on the caller's
-// goroutine. A bidirectional stream of a message each way costs 24 allocations, where it
-// has 164. A call that may not be hedged costs nothing.
+// goroutine. A bidirectional stream of a message each way costs 20 allocations, where it
+// has 164 without a stack and 171 in one without layers. A unary call that may not be
+// hedged costs one.
 //
 // The figures here are counted by
 //

@@ -122,7 +122,7 @@
 //
 // A unary call whose first attempt succeeds costs two allocations on a connection: one by
 // which the picker learns what was tried, and gRPC's copy of the trailer. A bidirectional
-// stream of a message each way costs ten. A goroutine is started only for a stream with
+// stream of a message each way costs ten, besides seven of any stack. A goroutine is started only for a stream with
 // more than 32 KiB to send again, or whose caller sends meanwhile. It ends with the
 // attempt.
 //
