@@ -725,14 +725,7 @@ type streamCount struct {
 
 // init returns the option that counts, of a stream with other options.
 func (c *streamCount) init(opts []grpc.CallOption) grpc.CallOption {
-	for _, o := range opts {
-		switch o := o.(type) {
-		case grpc.PerRPCCredsCallOption:
-			c.creds = o.Creds
-		case *grpc.PerRPCCredsCallOption: // Of a stack outside.
-			c.creds = o.Creds
-		}
-	}
+	c.creds = attempt.CredentialsOf(opts)
 	c.option.Creds = c
 	return &c.option // A pointer is not allocated.
 }

@@ -25,16 +25,21 @@ const previousKey = "grpc-previous-rpc-attempts"
 // made with the context, or as a credential, which none does. So it is a credential.
 func WithPrevious(ctx context.Context, opts []grpc.CallOption, n int) (context.Context, []grpc.CallOption) {
 	ctx, n = takePrevious(ctx, n)
-	p := &previous{n: n}
+	p := &previous{n: n, own: CredentialsOf(opts)}
+	return ctx, append(opts[:len(opts):len(opts)], grpc.PerRPCCredentials(p))
+}
+
+// CredentialsOf returns the credentials that the options give a call, nil if they give none.
+func CredentialsOf(opts []grpc.CallOption) (c credentials.PerRPCCredentials) {
 	for _, o := range opts {
-		if o, ok := o.(grpc.PerRPCCredsCallOption); ok {
-			p.own = o.Creds // The last one counts.
+		switch o := o.(type) {
+		case grpc.PerRPCCredsCallOption:
+			c = o.Creds // The last one counts.
+		case *grpc.PerRPCCredsCallOption: // Of a stack outside, which saves an allocation.
+			c = o.Creds
 		}
 	}
-	if outer, ok := p.own.(*previous); ok { // Of a stack in front.
-		p.n, p.own = p.n+outer.n, outer.own
-	}
-	return ctx, append(opts[:len(opts):len(opts)], grpc.PerRPCCredentials(p))
+	return c
 }
 
 // WithPreviousMetadata is WithPrevious for a connection of which it is not known whether
@@ -96,7 +101,11 @@ func (p *previous) GetRequestMetadata(ctx context.Context, uri ...string) (map[s
 	if md == nil {
 		md = make(map[string]string, 1)
 	}
-	md[previousKey] = strconv.Itoa(p.n)
+	n := p.n
+	if told, ok := md[previousKey]; ok { // By a stack in front.
+		n += toldOf(metadata.MD{previousKey: {told}})
+	}
+	md[previousKey] = strconv.Itoa(n)
 	return md, nil
 }
 

@@ -27,15 +27,8 @@ func (c *token) GetRequestMetadata(context.Context, ...string) (map[string]strin
 }
 func (c *token) RequireTransportSecurity() bool { return c.secure }
 
-// credentialOf returns the credential that gRPC would use.
-func credentialOf(opts []grpc.CallOption) (c credentials.PerRPCCredentials) {
-	for _, o := range opts {
-		if o, ok := o.(grpc.PerRPCCredsCallOption); ok {
-			c = o.Creds
-		}
-	}
-	return c
-}
+// wrapped is what a stack in front makes of the credentials of its streams.
+type wrapped struct{ credentials.PerRPCCredentials }
 
 func TestWithPrevious(t *testing.T) {
 	own := &token{md: map[string]string{"authorization": "x"}, secure: true}
@@ -46,14 +39,15 @@ func TestWithPrevious(t *testing.T) {
 		want   map[string]string
 		secure bool
 	}{
-		"alone":                   {t.Context(), nil, map[string]string{previousKey: "2"}, false},
-		"with the caller's":       {t.Context(), []grpc.CallOption{grpc.PerRPCCredentials(own)}, map[string]string{previousKey: "2", "authorization": "x"}, true},
-		"with nothing of his":     {t.Context(), []grpc.CallOption{grpc.PerRPCCredentials(&token{})}, map[string]string{previousKey: "2"}, false},
-		"after a stack in front":  {t.Context(), []grpc.CallOption{grpc.PerRPCCredentials(&previous{n: 5, own: own})}, map[string]string{previousKey: "7", "authorization": "x"}, true},
-		"after the caller's tale": {withHeader, nil, map[string]string{previousKey: "5"}, false},
+		"alone":                    {t.Context(), nil, map[string]string{previousKey: "2"}, false},
+		"with the caller's":        {t.Context(), []grpc.CallOption{grpc.PerRPCCredentials(own)}, map[string]string{previousKey: "2", "authorization": "x"}, true},
+		"with nothing of his":      {t.Context(), []grpc.CallOption{grpc.PerRPCCredentials(&token{})}, map[string]string{previousKey: "2"}, false},
+		"after a stack in front":   {t.Context(), []grpc.CallOption{grpc.PerRPCCredentials(&previous{n: 5, own: own})}, map[string]string{previousKey: "7", "authorization": "x"}, true},
+		"after another's in front": {t.Context(), []grpc.CallOption{&grpc.PerRPCCredsCallOption{Creds: &wrapped{&previous{n: 5, own: own}}}}, map[string]string{previousKey: "7", "authorization": "x"}, true},
+		"after the caller's tale":  {withHeader, nil, map[string]string{previousKey: "5"}, false},
 	} {
 		ctx, opts := WithPrevious(tc.ctx, tc.opts, 2)
-		c := credentialOf(opts)
+		c := CredentialsOf(opts)
 		got, err := c.GetRequestMetadata(ctx)
 		if err != nil || !maps.Equal(got, tc.want) || c.RequireTransportSecurity() != tc.secure {
 			t.Errorf("%s: %v, %v, secure=%v; want %v and secure=%v", name, got, err, c.RequireTransportSecurity(), tc.want, tc.secure)
@@ -67,7 +61,7 @@ func TestWithPrevious(t *testing.T) {
 	}
 	refused := errors.New("no token")
 	_, opts := WithPrevious(t.Context(), []grpc.CallOption{grpc.PerRPCCredentials(&token{err: refused})}, 2)
-	if _, err := credentialOf(opts).GetRequestMetadata(t.Context()); err != refused {
+	if _, err := CredentialsOf(opts).GetRequestMetadata(t.Context()); err != refused {
 		t.Errorf("the error of the caller's credential became %v", err)
 	}
 }
