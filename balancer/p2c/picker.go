@@ -174,7 +174,6 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		for i := range v.slots {
 			s.add(v.slots[i].Load())
 		}
-		s.drawn = s.count
 		m = 0 // it has seen them all
 	default:
 		// d distinct indexes by Floyd's algorithm (Bentley, "Programming Pearls: a
