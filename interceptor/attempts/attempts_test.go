@@ -303,26 +303,13 @@ func TestTimeout_withFirstMessage(t *testing.T) {
 	}
 }
 
-// slowToken is a credential that first is there when nobody wants it any more.
-type slowToken struct{ asked atomic.Int32 }
-
-func (s *slowToken) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
-	if s.asked.Add(1) == 1 {
-		<-ctx.Done()
-		return nil, ctx.Err()
-	}
-	return nil, nil
-}
-
-func (*slowToken) RequireTransportSecurity() bool { return false }
-
 // An attempt whose timeout passes before it is sent may be repeated whatever the method.
 func TestTimeout_notSent(t *testing.T) {
 	for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ServerStream} {
 		synctest.Test(t, func(t *testing.T) {
 			var r attempts.Report
 			c := client(t, fails(0), quickRetry(false))
-			_, err := calltest.Exchange(t.Context(), c, kind, attempts.Timeout(200*time.Millisecond), grpc.PerRPCCredentials(new(slowToken)), attempts.Into(&r))
+			_, err := calltest.Exchange(t.Context(), c, kind, attempts.Timeout(200*time.Millisecond), grpc.PerRPCCredentials(new(calltest.SlowToken)), attempts.Into(&r))
 			if err != nil || len(r.Attempts) != 2 {
 				t.Errorf("%v: %d attempts, %v; want another one when the first got no token in time", kind, len(r.Attempts), err)
 			}

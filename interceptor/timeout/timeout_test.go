@@ -1274,19 +1274,6 @@ func TestStream_cutWithFirstMessage(t *testing.T) {
 	}
 }
 
-// slowToken is a credential that is there the second time.
-type slowToken struct{ asked atomic.Int32 }
-
-func (s *slowToken) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
-	if s.asked.Add(1) == 1 {
-		<-ctx.Done()
-		return nil, ctx.Err()
-	}
-	return nil, nil
-}
-
-func (*slowToken) RequireTransportSecurity() bool { return false }
-
 // An attempt whose time passes while it waits for credentials is cut short, in whatever
 // words gRPC says that, and repeated whatever the method.
 func TestNotSentInTime(t *testing.T) {
@@ -1295,9 +1282,9 @@ func TestNotSentInTime(t *testing.T) {
 		retry := retrier.Config{Backoff: retrier.Backoff{Initial: time.Microsecond}}
 		c := testingv1.NewTestServiceClient(calltest.Stack(t, retry, Config{Timeout: 200 * ms, Lifetime: 200 * ms}).Wrap(conn))
 		for _, kind := range []interceptor.Kind{interceptor.Unary, interceptor.ServerStream} {
-			token := new(slowToken)
-			if _, err := calltest.Exchange(t.Context(), c, kind, grpc.PerRPCCredentials(token)); err != nil || token.asked.Load() < 2 {
-				t.Errorf("%v: %v after %d attempts, want another one when the first got no token in time", kind, err, token.asked.Load())
+			token := new(calltest.SlowToken)
+			if _, err := calltest.Exchange(t.Context(), c, kind, grpc.PerRPCCredentials(token)); err != nil || token.Asked.Load() < 2 {
+				t.Errorf("%v: %v after %d attempts, want another one when the first got no token in time", kind, err, token.Asked.Load())
 			}
 		}
 	})
