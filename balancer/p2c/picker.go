@@ -70,7 +70,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	}
 	switch {
 	case c != nil:
-	case p.config.choices == 2 && p.config.memory == 0 && p.config.exact && !p.ready.unequal.Load():
+	case p.config.twoExact && !p.ready.unequal.Load():
 		c = p.chooseOfTwo(now, call)
 	default:
 		c = p.chooseAny(now, call)
@@ -138,6 +138,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		}
 	}
 	b.metrics.picked()
+	if p.config.zones != nil && p.isAway(c) {
+		b.metrics.pickedAway()
+	}
 	if tried != nil {
 		if tried.Has(c.id) {
 			b.metrics.pickedTried()
@@ -194,6 +197,9 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 			taken |= 1 << (k & 63)
 			s.add(v.slots[k].Load())
 		}
+	}
+	if p.config.zones != nil {
+		s.drawHome(v)
 	}
 	s.drawn = s.count
 	for i := range m {

@@ -20,6 +20,8 @@ type selection struct {
 	picker *picker
 	call   call
 	random random
+	home   int32  // how many of the READY set are at home, 0 if zones do not count
+	away   uint32 // bits of those that are not
 	count  int
 	drawn  int // the first so many are random draws, the others remembered
 	seen   [maxChoices + maxMemory]*candidate
@@ -56,7 +58,8 @@ func (s *selection) has(c *candidate) bool {
 // these latencies do not. Else the limit is narrow, and the one with the fewest
 // attempts in flight is taken, of those the cheapest, or where weights differ and it
 // is not idle any. A
-// stream goes where the fewest are open.
+// stream goes where the fewest are open. Where zones count, it takes an endpoint of the
+// cheapest's, or of any other zone if that is away.
 func (s *selection) choose(now load.Instant) *candidate {
 	if s.count == 0 {
 		return nil
@@ -82,15 +85,15 @@ func (s *selection) choose(now load.Instant) *candidate {
 		limit, errors = equalStreams, math.MaxFloat32
 	}
 	least := math.Float32frombits(uint32(s.least[0] >> 32))
-	var skipped uint32 // bits of draws
+	skipped := s.otherZones() // bits of draws
 	if weighted && !s.call.stream && !p.config.exact {
-		if light := s.light(now, queue/float32(s.count)); light != 0 {
-			heavy := s.leastBut(light)
+		if light := s.light(now, queue/float32(s.count)) &^ skipped; light != 0 {
+			heavy := s.leastBut(skipped | light)
 			if heavy >= 0 && s.onlyIdle(now, heavy, light, limit) {
 				if light&1 != 0 && s.costs[0] <= s.costs[heavy]*(1+limit) {
 					return s.seen[0]
 				}
-				least, skipped = s.costs[heavy], light
+				least, skipped = s.costs[heavy], skipped|light
 			}
 		}
 	}
@@ -138,6 +141,10 @@ func (s *selection) measure(now load.Instant, weighted bool) (queue float32) {
 			detail = c.detail.Load()
 		} else {
 			cost, detail = c.ask(p, now, s.call.class)
+		}
+		if s.home > 0 && c.slot.Load() >= s.home {
+			cost = p.awayCost(cost)
+			s.away |= 1 << i
 		}
 		s.costs[i] = cost
 		queue += math.Float32frombits(uint32(detail))
