@@ -179,7 +179,7 @@ func (s *selection) drawHome(v view) {
 // otherZones returns who is not in the zone of the cheapest, as bits. All zones away are
 // one.
 func (s *selection) otherZones() uint32 {
-	if s.away>>uint32(s.least[0])&1 != 0 {
+	if s.away>>uint32(s.first)&1 != 0 {
 		return ^s.away
 	}
 	return s.away
