@@ -38,6 +38,10 @@ type picker struct {
 	// harm: any of them is a good candidate. One that is not READY any more is
 	// taken out, and is not picked even if a late write puts it back.
 	remembered [maxMemory]atomic.Pointer[candidate]
+
+	// idle is how many picks in a row saw nothing in flight. Where many cores pick it
+	// stays 0, or at what is enough, so they do not write it.
+	idle atomic.Uint32
 }
 
 // now reads the clock, for a metric that has use for the time. Reading it twice is
@@ -260,8 +264,31 @@ func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 	return b
 }
 
+// rest reports whether the channel has nothing in flight, as far as its picks see. A pick
+// looks at count of its endpoints, and so it takes several to tell.
+func (p *picker) rest(busy bool, count int) bool {
+	idle := p.idle.Load()
+	if busy {
+		if idle != 0 {
+			p.idle.Store(0)
+		}
+		return false
+	}
+	enough := uint32(idleRounds * (int(p.ready.size.Load()) + count - 1) / count)
+	if idle >= enough {
+		return true
+	}
+	p.idle.Store(idle + 1)
+	return false
+}
+
+// idleRounds is how many times as many endpoints as there are the picks in a row that saw
+// nothing in flight have to look at.
+const idleRounds = 4
+
 // remember takes over what another picker of the same READY set remembers.
 func (p *picker) remember(old *picker) {
+	p.idle.Store(old.idle.Load())
 	for i := range p.config.memory {
 		p.remembered[i].Store(old.remembered[i].Load())
 	}

@@ -50,13 +50,12 @@ func (s *selection) has(c *candidate) bool {
 
 // choose measures the candidates and returns the best, nil if there are none.
 //
-// Costs that differ by less than three of their errors are equal, up to a limit.
-// While none of the candidates has anything in flight, the limit is wide and one of
-// the random draws is taken at random: only latencies could tell them apart, and
-// these latencies do not. Else the limit is narrow, and the one with the fewest
-// attempts in flight is taken, of those the cheapest, or where weights differ and it
-// is not idle any. A
-// stream goes where the fewest are open.
+// Costs that differ by less than four of their errors are equal, up to a limit.
+// While the channel is at rest, the limit is wide and one of the random draws is taken
+// at random: only latencies could tell them apart, and these latencies do not. Else
+// the limit is narrow, and the one with the fewest attempts in flight is taken, of those
+// the cheapest, or where weights differ and it is not idle any. A stream goes where the
+// fewest are open.
 func (s *selection) choose(now load.Instant) *candidate {
 	if s.count == 0 {
 		return nil
@@ -70,7 +69,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 		}
 	}
 
-	rest := queue == 0
+	rest := p.rest(queue > 0, s.count)
 	limit, errors := p.config.equalUnderLoad, float32(equalErrors)
 	if rest {
 		limit = p.config.equalAtRest
@@ -101,13 +100,14 @@ func (s *selection) choose(now load.Instant) *candidate {
 	var equal [maxChoices + maxMemory]uint8
 	equals := 0
 	for i, c := range s.seen[:count] {
-		within := limit
-		if e := errors * math.Float32frombits(uint32(s.detail(c, now)>>32)); e < limit {
-			within = e
+		e := math.Float32frombits(uint32(s.detail(c, now) >> 32))
+		within := least * min(errors*e, limit)
+		if rest {
+			within = max(within, p.config.equalTime*e)
 		}
 		equal[equals] = uint8(i)
 		is := 0
-		if s.costs[i] <= least*(1+within) && skipped>>i&1 == 0 {
+		if s.costs[i] <= least+within && skipped>>i&1 == 0 {
 			is = 1
 		}
 		equals += is
@@ -233,7 +233,7 @@ const (
 	// equalErrors is how many standard errors of its cost make an endpoint equal to
 	// the cheapest. The cheapest of many is as a rule one or two below what it should
 	// be, and the other as much above.
-	equalErrors = 3
+	equalErrors = 4
 
 	// Where weights differ, costs are equal up to so much at least, whatever their
 	// error: who gives weights wants shares. With few calls in flight an endpoint of
