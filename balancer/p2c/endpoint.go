@@ -54,7 +54,9 @@ type endpoint struct {
 	counts    counts    // guarded by policy.countMu
 
 	// Guarded by policy.mu.
-	gone bool // the resolver lists it no more; reports are ignored
+	gone bool   // the resolver lists it no more; reports are ignored
+	zone string // "" if it has none
+	home bool   // its zone is the caller's
 }
 
 func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
@@ -74,6 +76,7 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep.candidate.slot.Store(notReady)
 	ep.candidate.tally.add(tallyOffset)
 	ep.candidate.weight.Store(1)
+	ep.candidate.changed()
 	if m := b.recallLocked(e); m != nil {
 		ep.candidate.meter.Store(m)
 	} else {
@@ -132,19 +135,24 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 	switch {
 	case to == from:
 	case to == connectivity.Ready:
-		b.picker.ready.add(ep.candidate)
+		b.ready.add(ep.candidate)
+		b.ready.settle(ep.candidate, ep.home)
 		b.queue.admit(ep.candidate)
 	case from == connectivity.Ready:
 		b.picker.ready.remove(ep.candidate)
 		b.picker.forget(ep.candidate)
 	}
+	if ep.home {
+		b.weighHomeLocked()
+	}
 	return from
 }
 
-// setWeight sets the endpoint's relative capacity.
-func (ep *endpoint) setWeight(w uint32) {
+// place sets the endpoint's relative capacity and its zone.
+func (ep *endpoint) place(w uint32, zone string) {
 	ep.policy.mu.Lock()
 	defer ep.policy.mu.Unlock()
+	ep.settleLocked(zone)
 	ep.policy.picker.ready.reweigh(ep.candidate, max(w, 1))
 	ep.candidate.changed()
 }
@@ -174,6 +182,7 @@ func (ep *endpoint) close(keep bool) {
 		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
 	})
 	ep.gone = true
+	ep.settleLocked("")
 	if !keep {
 		ep.candidate.meter.Load().Close()
 	}

@@ -39,8 +39,8 @@ type picker struct {
 	// taken out, and is not picked even if a late write puts it back.
 	remembered [maxMemory]atomic.Pointer[candidate]
 
-	// idle is how many picks in a row saw nothing in flight. Where many cores pick it
-	// stays 0, or at what is enough, so they do not write it.
+	// idle is in how many rounds of the endpoints picks saw nothing in flight, up to
+	// idleRounds. Where many cores pick it stays what it is, so they do not write it.
 	idle atomic.Uint32
 }
 
@@ -74,7 +74,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	}
 	switch {
 	case c != nil:
-	case p.config.choices == 2 && p.config.memory == 0 && p.config.exact && !p.ready.unequal.Load():
+	case p.config.twoExact && !p.ready.unequal.Load():
 		c = p.chooseOfTwo(now, call)
 	default:
 		c = p.chooseAny(now, call)
@@ -125,11 +125,13 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		now = k.now()
 	}
 	if !k.meter.quiet {
-		a := load.Attempt{Query: c.query(p, now, call.class), Method: info.FullMethodName, Stream: call.stream}
+		a := &k.attempt
+		a.Method, a.Stream = info.FullMethodName, call.stream
+		c.fill(&a.Query, p, now, call.class)
 		if limited {
 			a.InFlight = max(a.InFlight-1, 0) // Its own is counted.
 		}
-		k.ticket = k.meter.Start(a)
+		k.sample.Ticket = k.meter.Start(a)
 	}
 	c.picked(limited)
 	if limited {
@@ -142,6 +144,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		}
 	}
 	b.metrics.picked()
+	if p.config.zones != nil && p.isAway(c) {
+		b.metrics.pickedAway()
+	}
 	if tried != nil {
 		if tried.Has(c.id) {
 			b.metrics.pickedTried()
@@ -184,11 +189,12 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		// sample of brilliance", CACM 1987): d random numbers, whatever n.
 		var index [maxChoices]uint32
 		var taken uint64 // the indexes modulo 64
+		r := s.random
 		for i := range uint32(d) {
 			last := uint32(n-d) + i
-			k := s.random.below(last + 1)
+			k := r.below(last + 1)
 			again := taken>>(k&63)&1 != 0
-			if again && n > 64 {
+			if n > 64 && again { // in this order: the first is foreseen
 				again = slices.Contains(index[:i], k)
 			}
 			if again {
@@ -196,8 +202,14 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 			}
 			index[i] = k
 			taken |= 1 << (k & 63)
+		}
+		s.random = r
+		for _, k := range index[:d] {
 			s.add(v.slots[k].Load())
 		}
+	}
+	if p.config.zones != nil {
+		s.drawHome(v)
 	}
 	s.drawn = s.count
 	for i := range m {
@@ -206,15 +218,8 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		}
 	}
 	best := s.choose(now)
-	for i := range m {
-		// The next pick looks at the cheapest again.
-		var c *candidate
-		if least := s.least[i]; least != math.MaxUint64 {
-			c = s.seen[uint32(least)]
-		}
-		if p.remembered[i].Load() != c {
-			p.remembered[i].Store(c)
-		}
+	if m > 0 {
+		p.rememberCheapest(&s, m)
 	}
 	return best
 }
@@ -264,27 +269,46 @@ func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 	return b
 }
 
-// rest reports whether the channel has nothing in flight, as far as its picks see. A pick
-// looks at count of its endpoints, and so it takes several to tell.
-func (p *picker) rest(busy bool, count int) bool {
+// rest reports whether the channel has nothing in flight, as far as its picks see. One pick
+// looks at some of its endpoints, so it takes several to tell, and with many endpoints
+// not each of them is counted.
+func (p *picker) rest(s *selection, busy bool) bool {
 	idle := p.idle.Load()
-	if busy {
-		if idle != 0 {
-			p.idle.Store(0)
-		}
-		return false
-	}
-	enough := uint32(idleRounds * (int(p.ready.size.Load()) + count - 1) / count)
-	if idle >= enough {
+	switch round := uint32(int(p.ready.size.Load())+s.count-1) / uint32(s.count); {
+	case busy && idle != 0:
+		p.idle.Store(0)
+	case busy:
+	case idle >= idleRounds:
 		return true
+	case round <= 1 || s.random.below(round) == 0:
+		p.idle.Store(idle + 1)
 	}
-	p.idle.Store(idle + 1)
 	return false
 }
 
 // idleRounds is how many times as many endpoints as there are the picks in a row that saw
-// nothing in flight have to look at.
+// nothing in flight have to look at, on average.
 const idleRounds = 4
+
+// rememberCheapest makes the next pick look again at the m cheapest of this one.
+func (p *picker) rememberCheapest(s *selection, m int) {
+	var last *candidate
+	rank := uint64(0)
+	for i := 0; i < m; {
+		var c *candidate
+		if next := s.least(rank); next != noRank {
+			c, rank = s.seen[uint32(next)], next+1
+			if c == last {
+				continue // It was drawn twice.
+			}
+		}
+		if p.remembered[i].Load() != c {
+			p.remembered[i].Store(c)
+		}
+		last = c
+		i++
+	}
+}
 
 // remember takes over what another picker of the same READY set remembers.
 func (p *picker) remember(old *picker) {
@@ -310,7 +334,6 @@ type pick struct {
 	picker    *picker
 	candidate *candidate
 	meter     *measure // that was told of the start
-	ticket    load.Ticket
 	ctx       context.Context
 	tried     *attempt.Tried
 	inner     func(balancer.DoneInfo) // the child's Done
@@ -318,6 +341,10 @@ type pick struct {
 	trailer   metadata.MD             // of the attempt
 	report    load.Report             // in the trailer
 	reported  bool                    // there is one
+
+	// What the meter is told: the start, of which the end needs the ticket, and the end.
+	attempt load.Attempt
+	sample  load.Sample
 
 	// Of a pick that is a sample for the limit of its endpoint.
 	limit *foundLimit // nil if it is none
@@ -398,7 +425,7 @@ func (k *pick) now() load.Instant {
 // answer yet: a server may send them, and then fail the call.
 func (k *pick) respond() {
 	if k.state.CompareAndSwap(0, pickResponded) {
-		k.meter.Respond(load.Response{Now: k.now(), Ticket: k.ticket})
+		k.meter.Respond(load.Response{Now: k.now(), Ticket: k.sample.Ticket})
 		k.candidate.tally.add(oneStream - oneAttempt)
 		k.candidate.changed()
 	}
@@ -427,7 +454,7 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 	switch {
 	case o == load.Completed:
-		k.meter.note(everAnswered)
+		k.answered()
 	case o == load.Failed:
 		k.meter.failed(load.Instant(k.picker.policy.now()), err)
 	case (o == load.Cancelled || o == load.NotSent) && !responded:
@@ -455,20 +482,30 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 }
 
+// answered notes that the server has answered an attempt.
+func (k *pick) answered() {
+	if k.meter.note(everAnswered) {
+		k.candidate.changed()
+	}
+}
+
 // tell tells the meter how the attempt ended.
 func (k *pick) tell(now load.Instant, o load.Outcome, err error, responded bool) {
-	sample := load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded}
+	s := &k.sample
+	s.Now, s.Outcome, s.Responded, s.Report, s.InFlight, s.Pushback = now, o, responded, nil, 0, 0
 	if err != nil && o != load.NotSent {
-		sample.Pushback = k.pushback(err)
+		s.Pushback = k.pushback(err)
 	}
 	if k.reported {
 		attempts, _ := k.candidate.tally.read()
-		sample.Report, sample.InFlight = &k.report, attempts
 		if !responded {
-			sample.InFlight = max(attempts-1, 0)
+			attempts = max(attempts-1, 0)
 		}
+		s.Report, s.InFlight = &k.report, attempts
 	}
-	k.meter.Finish(sample)
+	if k.meter.Finish(s) || o != load.Completed {
+		k.candidate.changed()
+	}
 	if k.meter.timeless && o != load.Completed {
 		k.meter.note(everGivenUp)
 		k.candidate.detail.Store(special)

@@ -29,6 +29,11 @@ type Snapshot struct {
 	// Picks is the number of attempts that the policy has sent to the endpoints that are
 	// listed now.
 	Picks uint64
+	// Home is the caller's zone, "" if zones do not count or it is not known, and
+	// PrefersHome is whether its endpoints are preferred now. See the field zones of the
+	// config.
+	Home        string
+	PrefersHome bool
 	// Waiting is the number of calls that wait for an endpoint with room for them, see the
 	// field endpointLimit of the config.
 	Waiting int
@@ -49,6 +54,8 @@ type EndpointSnapshot struct {
 	// Weight is the relative capacity, at least 1. It is the sum of the weights of an
 	// endpoint that is listed several times.
 	Weight uint32
+	// Zone is where the endpoint is, "" if discovery does not say.
+	Zone string
 	// InFlight is the number of attempts in flight, open streams not counted.
 	InFlight int
 	// Streams is the number of open streams: those that have had a response.
@@ -94,6 +101,9 @@ const (
 	// CostsMore is an endpoint whose Load is above that of the cheapest by more than the
 	// metric's error.
 	CostsMore PassedOver = "costs more"
+	// Away is an endpoint outside the caller's zone, while the cheapest at home costs less
+	// than one away is taken to cost.
+	Away PassedOver = "in another zone"
 	// MoreInFlight is an endpoint with more attempts in flight, or open streams, than
 	// another of the same cost.
 	MoreInFlight PassedOver = "more in flight"
@@ -154,10 +164,17 @@ const shareAfter = time.Second
 func (b *policy) snapshot() Snapshot {
 	b.mu.Lock()
 	p := b.picker
-	s := Snapshot{Target: b.target, Locality: b.metrics.locality, State: b.published}
+	s := Snapshot{Target: b.target, Locality: b.metrics.locality, State: b.published, Home: b.home, PrefersHome: b.ready.home.Load() > 0}
+	eps := b.all.Load()
+	var zones []string
+	if eps != nil {
+		zones = make([]string, len(*eps))
+		for i, ep := range *eps {
+			zones[i] = ep.zone
+		}
+	}
 	b.mu.Unlock()
 	s.Waiting = int(b.queue.waiting.Load())
-	eps := b.all.Load()
 	if p == nil || eps == nil || len(*eps) == 0 {
 		return s
 	}
@@ -165,6 +182,13 @@ func (b *policy) snapshot() Snapshot {
 	s.Endpoints = make([]EndpointSnapshot, len(*eps))
 	estimates := make([]load.Estimate, len(*eps))
 
+	away := func(i int) bool { return s.PrefersHome && s.Endpoints[i].Zone != s.Home }
+	cost := func(i int) float64 {
+		if away(i) {
+			return float64(p.awayCost(float32(s.Endpoints[i].Load)))
+		}
+		return s.Endpoints[i].Load
+	}
 	least, leastQueue := -1, 0.0
 	for i, ep := range *eps {
 		e, c := &s.Endpoints[i], ep.candidate
@@ -177,6 +201,7 @@ func (b *policy) snapshot() Snapshot {
 			Addresses: ep.addresses,
 			State:     reported.ConnectivityState,
 			Weight:    c.weight.Load(),
+			Zone:      zones[i],
 			InFlight:  q.InFlight,
 			Streams:   q.Streams,
 			Load:      estimates[i].Cost,
@@ -198,13 +223,13 @@ func (b *policy) snapshot() Snapshot {
 			e.PassedOver = Full
 		case m.onlyFailed():
 			e.PassedOver = OnlyFailed
-		case least < 0 || e.Load < s.Endpoints[least].Load:
+		case least < 0 || cost(i) < cost(least):
 			least = i
 		}
 	}
 	equal := func(i int) bool {
 		within := min(estimates[i].Error, float64(p.config.equalUnderLoad))
-		return s.Endpoints[i].PassedOver == "" && s.Endpoints[i].Load <= s.Endpoints[least].Load*(1+within)
+		return s.Endpoints[i].PassedOver == "" && away(i) == away(least) && cost(i) <= cost(least)*(1+within)
 	}
 	if least >= 0 {
 		leastQueue = estimates[least].Queue
@@ -217,6 +242,8 @@ func (b *policy) snapshot() Snapshot {
 	for i := range s.Endpoints {
 		switch e := &s.Endpoints[i]; {
 		case e.PassedOver != "":
+		case away(i) && !away(least):
+			e.PassedOver = Away
 		case !equal(i):
 			e.PassedOver = CostsMore
 		case estimates[i].Queue > leastQueue:

@@ -100,7 +100,10 @@ type P2C struct {
 	// endpoint of ten samples is about 0.2. Only expected_latency has errors.
 	//
 	// At least 0. Default 0.002s.
-	EqualTime     *durationpb.Duration `protobuf:"bytes,10,opt,name=equal_time,json=equalTime,proto3" json:"equal_time,omitempty"`
+	EqualTime *durationpb.Duration `protobuf:"bytes,10,opt,name=equal_time,json=equalTime,proto3" json:"equal_time,omitempty"`
+	// Prefers endpoints in the caller's zone. Unset: zones do not count, which costs
+	// nothing.
+	Zones         *Zones `protobuf:"bytes,14,opt,name=zones,proto3" json:"zones,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -205,6 +208,115 @@ func (x *P2C) GetEqualTime() *durationpb.Duration {
 	return nil
 }
 
+func (x *P2C) GetZones() *Zones {
+	if x != nil {
+		return x.Zones
+	}
+	return nil
+}
+
+// Zones prefers the endpoints of the caller's zone while they have capacity. An endpoint
+// elsewhere is away, and costs a multiple of what its metric says; some of the draws of a
+// pick are from home. So calls spill over in proportion as home becomes busy, and come
+// back by themselves. One pick in explore_every may still explore away.
+//
+// Discovery says in which zone an endpoint is: discover.Zone in Go. One without a zone is
+// away. While the caller's zone is not known, or no endpoint in it is READY, zones do not
+// count.
+type Zones struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The caller's zone. Unset: what home_env says.
+	Home string `protobuf:"bytes,1,opt,name=home,proto3" json:"home,omitempty"`
+	// The environment variable that has the caller's zone, read once for each config.
+	// Unset or empty there: the zone that discovery says, with discover.WithZone in Go.
+	HomeEnv string `protobuf:"bytes,2,opt,name=home_env,json=homeEnv,proto3" json:"home_env,omitempty"`
+	// How many times as much an endpoint costs that is away. Less sends more calls away
+	// that need not go; more lets home become slower before they do. With pendingRequests
+	// an endpoint counts for this with one attempt in flight more than it has.
+	//
+	// From 1 to 1000. Default 2.2, with which 95 % stay at 70 % load also where zones are no
+	// further apart.
+	AwayCost *float64 `protobuf:"fixed64,3,opt,name=away_cost,json=awayCost,proto3,oneof" json:"away_cost,omitempty"`
+	// How many draws of a pick are from home, besides the choice_count from all
+	// endpoints. Without them a small zone is seldom among the candidates.
+	//
+	// From 0, together with choice_count at most 16. Default 4, or as many as there is
+	// room for.
+	HomeDraws *uint32 `protobuf:"varint,4,opt,name=home_draws,json=homeDraws,proto3,oneof" json:"home_draws,omitempty"`
+	// Zones do not count while less than this part of the endpoints at home is READY, so
+	// that the rest of home does not get the calls of all. 0: they count while one is.
+	//
+	// From 0 to 1. Default 0.5.
+	MinReady      *float64 `protobuf:"fixed64,5,opt,name=min_ready,json=minReady,proto3,oneof" json:"min_ready,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Zones) Reset() {
+	*x = Zones{}
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Zones) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Zones) ProtoMessage() {}
+
+func (x *Zones) ProtoReflect() protoreflect.Message {
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Zones.ProtoReflect.Descriptor instead.
+func (*Zones) Descriptor() ([]byte, []int) {
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Zones) GetHome() string {
+	if x != nil {
+		return x.Home
+	}
+	return ""
+}
+
+func (x *Zones) GetHomeEnv() string {
+	if x != nil {
+		return x.HomeEnv
+	}
+	return ""
+}
+
+func (x *Zones) GetAwayCost() float64 {
+	if x != nil && x.AwayCost != nil {
+		return *x.AwayCost
+	}
+	return 0
+}
+
+func (x *Zones) GetHomeDraws() uint32 {
+	if x != nil && x.HomeDraws != nil {
+		return *x.HomeDraws
+	}
+	return 0
+}
+
+func (x *Zones) GetMinReady() float64 {
+	if x != nil && x.MinReady != nil {
+		return *x.MinReady
+	}
+	return 0
+}
+
 // EndpointLimit limits how many attempts are in flight to each endpoint. A pick passes
 // over full endpoints. If all are full the call waits until an attempt ends, first come
 // first served, and each end wakes one call. A stream counts for its whole life.
@@ -232,7 +344,7 @@ type EndpointLimit struct {
 
 func (x *EndpointLimit) Reset() {
 	*x = EndpointLimit{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[1]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -244,7 +356,7 @@ func (x *EndpointLimit) String() string {
 func (*EndpointLimit) ProtoMessage() {}
 
 func (x *EndpointLimit) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[1]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -257,7 +369,7 @@ func (x *EndpointLimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndpointLimit.ProtoReflect.Descriptor instead.
 func (*EndpointLimit) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{1}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *EndpointLimit) GetLimit() isEndpointLimit_Limit {
@@ -335,7 +447,7 @@ type Load struct {
 
 func (x *Load) Reset() {
 	*x = Load{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -347,7 +459,7 @@ func (x *Load) String() string {
 func (*Load) ProtoMessage() {}
 
 func (x *Load) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -360,7 +472,7 @@ func (x *Load) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Load.ProtoReflect.Descriptor instead.
 func (*Load) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{2}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Load) GetMetric() isLoad_Metric {
@@ -557,7 +669,7 @@ type ExpectedLatency struct {
 
 func (x *ExpectedLatency) Reset() {
 	*x = ExpectedLatency{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -569,7 +681,7 @@ func (x *ExpectedLatency) String() string {
 func (*ExpectedLatency) ProtoMessage() {}
 
 func (x *ExpectedLatency) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -582,7 +694,7 @@ func (x *ExpectedLatency) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExpectedLatency.ProtoReflect.Descriptor instead.
 func (*ExpectedLatency) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{3}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ExpectedLatency) GetPriorSamples() float64 {
@@ -731,7 +843,7 @@ type Reports struct {
 
 func (x *Reports) Reset() {
 	*x = Reports{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -743,7 +855,7 @@ func (x *Reports) String() string {
 func (*Reports) ProtoMessage() {}
 
 func (x *Reports) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -756,7 +868,7 @@ func (x *Reports) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reports.ProtoReflect.Descriptor instead.
 func (*Reports) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{4}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Reports) GetInFlight() string {
@@ -822,7 +934,7 @@ type PeakEwma struct {
 
 func (x *PeakEwma) Reset() {
 	*x = PeakEwma{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -834,7 +946,7 @@ func (x *PeakEwma) String() string {
 func (*PeakEwma) ProtoMessage() {}
 
 func (x *PeakEwma) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -847,7 +959,7 @@ func (x *PeakEwma) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeakEwma.ProtoReflect.Descriptor instead.
 func (*PeakEwma) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{5}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PeakEwma) GetDecay() *durationpb.Duration {
@@ -881,7 +993,7 @@ type PendingRequests struct {
 
 func (x *PendingRequests) Reset() {
 	*x = PendingRequests{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -893,7 +1005,7 @@ func (x *PendingRequests) String() string {
 func (*PendingRequests) ProtoMessage() {}
 
 func (x *PendingRequests) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -906,7 +1018,7 @@ func (x *PendingRequests) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingRequests.ProtoReflect.Descriptor instead.
 func (*PendingRequests) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{6}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{7}
 }
 
 // Constant is a load that never changes.
@@ -923,7 +1035,7 @@ type Constant struct {
 
 func (x *Constant) Reset() {
 	*x = Constant{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -935,7 +1047,7 @@ func (x *Constant) String() string {
 func (*Constant) ProtoMessage() {}
 
 func (x *Constant) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -948,7 +1060,7 @@ func (x *Constant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Constant.ProtoReflect.Descriptor instead.
 func (*Constant) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{7}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Constant) GetLoad() float64 {
@@ -972,7 +1084,7 @@ type Custom struct {
 
 func (x *Custom) Reset() {
 	*x = Custom{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[8]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -984,7 +1096,7 @@ func (x *Custom) String() string {
 func (*Custom) ProtoMessage() {}
 
 func (x *Custom) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[8]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -997,7 +1109,7 @@ func (x *Custom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Custom.ProtoReflect.Descriptor instead.
 func (*Custom) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{8}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Custom) GetName() string {
@@ -1018,7 +1130,7 @@ var File_belfry_config_v1_p2c_proto protoreflect.FileDescriptor
 
 const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\n" +
-	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1cbelfry/config/v1/stack.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xb4\x04\n" +
+	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1cbelfry/config/v1/stack.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xe3\x04\n" +
 	"\x03P2C\x12&\n" +
 	"\fchoice_count\x18\x01 \x01(\rH\x00R\vchoiceCount\x88\x01\x01\x12\x1b\n" +
 	"\x06memory\x18\x02 \x01(\rH\x01R\x06memory\x88\x01\x01\x12*\n" +
@@ -1031,12 +1143,25 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\x0eendpoint_limit\x18\t \x01(\v2\x1f.belfry.config.v1.EndpointLimitR\rendpointLimit\x128\n" +
 	"\n" +
 	"equal_time\x18\n" +
-	" \x01(\v2\x19.google.protobuf.DurationR\tequalTimeB\x0f\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\tequalTime\x12-\n" +
+	"\x05zones\x18\x0e \x01(\v2\x17.belfry.config.v1.ZonesR\x05zonesB\x0f\n" +
 	"\r_choice_countB\t\n" +
 	"\a_memoryB\x10\n" +
 	"\x0e_equal_at_restB\x13\n" +
 	"\x11_equal_under_loadB\x10\n" +
-	"\x0e_explore_every\"\x94\x01\n" +
+	"\x0e_explore_every\"\xc9\x01\n" +
+	"\x05Zones\x12\x12\n" +
+	"\x04home\x18\x01 \x01(\tR\x04home\x12\x19\n" +
+	"\bhome_env\x18\x02 \x01(\tR\ahomeEnv\x12 \n" +
+	"\taway_cost\x18\x03 \x01(\x01H\x00R\bawayCost\x88\x01\x01\x12\"\n" +
+	"\n" +
+	"home_draws\x18\x04 \x01(\rH\x01R\thomeDraws\x88\x01\x01\x12 \n" +
+	"\tmin_ready\x18\x05 \x01(\x01H\x02R\bminReady\x88\x01\x01B\f\n" +
+	"\n" +
+	"_away_costB\r\n" +
+	"\v_home_drawsB\f\n" +
+	"\n" +
+	"_min_ready\"\x94\x01\n" +
 	"\rEndpointLimit\x12\x16\n" +
 	"\x05fixed\x18\x01 \x01(\rH\x00R\x05fixed\x12,\n" +
 	"\x04auto\x18\x02 \x01(\v2\x16.belfry.config.v1.AutoH\x00R\x04auto\x12$\n" +
@@ -1120,46 +1245,48 @@ func file_belfry_config_v1_p2c_proto_rawDescGZIP() []byte {
 	return file_belfry_config_v1_p2c_proto_rawDescData
 }
 
-var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_belfry_config_v1_p2c_proto_goTypes = []any{
 	(*P2C)(nil),                 // 0: belfry.config.v1.P2C
-	(*EndpointLimit)(nil),       // 1: belfry.config.v1.EndpointLimit
-	(*Load)(nil),                // 2: belfry.config.v1.Load
-	(*ExpectedLatency)(nil),     // 3: belfry.config.v1.ExpectedLatency
-	(*Reports)(nil),             // 4: belfry.config.v1.Reports
-	(*PeakEwma)(nil),            // 5: belfry.config.v1.PeakEwma
-	(*PendingRequests)(nil),     // 6: belfry.config.v1.PendingRequests
-	(*Constant)(nil),            // 7: belfry.config.v1.Constant
-	(*Custom)(nil),              // 8: belfry.config.v1.Custom
-	(*durationpb.Duration)(nil), // 9: google.protobuf.Duration
-	(*Auto)(nil),                // 10: belfry.config.v1.Auto
-	(*structpb.Struct)(nil),     // 11: google.protobuf.Struct
+	(*Zones)(nil),               // 1: belfry.config.v1.Zones
+	(*EndpointLimit)(nil),       // 2: belfry.config.v1.EndpointLimit
+	(*Load)(nil),                // 3: belfry.config.v1.Load
+	(*ExpectedLatency)(nil),     // 4: belfry.config.v1.ExpectedLatency
+	(*Reports)(nil),             // 5: belfry.config.v1.Reports
+	(*PeakEwma)(nil),            // 6: belfry.config.v1.PeakEwma
+	(*PendingRequests)(nil),     // 7: belfry.config.v1.PendingRequests
+	(*Constant)(nil),            // 8: belfry.config.v1.Constant
+	(*Custom)(nil),              // 9: belfry.config.v1.Custom
+	(*durationpb.Duration)(nil), // 10: google.protobuf.Duration
+	(*Auto)(nil),                // 11: belfry.config.v1.Auto
+	(*structpb.Struct)(nil),     // 12: google.protobuf.Struct
 }
 var file_belfry_config_v1_p2c_proto_depIdxs = []int32{
-	2,  // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
-	9,  // 1: belfry.config.v1.P2C.explore_after:type_name -> google.protobuf.Duration
-	1,  // 2: belfry.config.v1.P2C.endpoint_limit:type_name -> belfry.config.v1.EndpointLimit
-	9,  // 3: belfry.config.v1.P2C.equal_time:type_name -> google.protobuf.Duration
-	10, // 4: belfry.config.v1.EndpointLimit.auto:type_name -> belfry.config.v1.Auto
-	3,  // 5: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
-	5,  // 6: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
-	6,  // 7: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
-	7,  // 8: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
-	8,  // 9: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
-	9,  // 10: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
-	9,  // 11: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
-	4,  // 12: belfry.config.v1.ExpectedLatency.reports:type_name -> belfry.config.v1.Reports
-	9,  // 13: belfry.config.v1.Reports.expiry:type_name -> google.protobuf.Duration
-	9,  // 14: belfry.config.v1.Reports.blackout:type_name -> google.protobuf.Duration
-	9,  // 15: belfry.config.v1.Reports.out_of_band:type_name -> google.protobuf.Duration
-	9,  // 16: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
-	9,  // 17: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
-	11, // 18: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
-	19, // [19:19] is the sub-list for method output_type
-	19, // [19:19] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	3,  // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
+	10, // 1: belfry.config.v1.P2C.explore_after:type_name -> google.protobuf.Duration
+	2,  // 2: belfry.config.v1.P2C.endpoint_limit:type_name -> belfry.config.v1.EndpointLimit
+	10, // 3: belfry.config.v1.P2C.equal_time:type_name -> google.protobuf.Duration
+	1,  // 4: belfry.config.v1.P2C.zones:type_name -> belfry.config.v1.Zones
+	11, // 5: belfry.config.v1.EndpointLimit.auto:type_name -> belfry.config.v1.Auto
+	4,  // 6: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
+	6,  // 7: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
+	7,  // 8: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
+	8,  // 9: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
+	9,  // 10: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
+	10, // 11: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
+	10, // 12: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
+	5,  // 13: belfry.config.v1.ExpectedLatency.reports:type_name -> belfry.config.v1.Reports
+	10, // 14: belfry.config.v1.Reports.expiry:type_name -> google.protobuf.Duration
+	10, // 15: belfry.config.v1.Reports.blackout:type_name -> google.protobuf.Duration
+	10, // 16: belfry.config.v1.Reports.out_of_band:type_name -> google.protobuf.Duration
+	10, // 17: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
+	10, // 18: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
+	12, // 19: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
+	20, // [20:20] is the sub-list for method output_type
+	20, // [20:20] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_belfry_config_v1_p2c_proto_init() }
@@ -1169,28 +1296,29 @@ func file_belfry_config_v1_p2c_proto_init() {
 	}
 	file_belfry_config_v1_stack_proto_init()
 	file_belfry_config_v1_p2c_proto_msgTypes[0].OneofWrappers = []any{}
-	file_belfry_config_v1_p2c_proto_msgTypes[1].OneofWrappers = []any{
+	file_belfry_config_v1_p2c_proto_msgTypes[1].OneofWrappers = []any{}
+	file_belfry_config_v1_p2c_proto_msgTypes[2].OneofWrappers = []any{
 		(*EndpointLimit_Fixed)(nil),
 		(*EndpointLimit_Auto)(nil),
 	}
-	file_belfry_config_v1_p2c_proto_msgTypes[2].OneofWrappers = []any{
+	file_belfry_config_v1_p2c_proto_msgTypes[3].OneofWrappers = []any{
 		(*Load_ExpectedLatency)(nil),
 		(*Load_PeakEwma)(nil),
 		(*Load_PendingRequests)(nil),
 		(*Load_Constant)(nil),
 		(*Load_Custom)(nil),
 	}
-	file_belfry_config_v1_p2c_proto_msgTypes[3].OneofWrappers = []any{}
 	file_belfry_config_v1_p2c_proto_msgTypes[4].OneofWrappers = []any{}
 	file_belfry_config_v1_p2c_proto_msgTypes[5].OneofWrappers = []any{}
-	file_belfry_config_v1_p2c_proto_msgTypes[7].OneofWrappers = []any{}
+	file_belfry_config_v1_p2c_proto_msgTypes[6].OneofWrappers = []any{}
+	file_belfry_config_v1_p2c_proto_msgTypes[8].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_belfry_config_v1_p2c_proto_rawDesc), len(file_belfry_config_v1_p2c_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
