@@ -58,11 +58,13 @@ type config struct {
 	memory    int
 	failures  codeSet
 	metric    metricConfig
-	limit     *limitConfig // nil if endpoints have none
-	timeless  bool         // the metric has no use for the time
-	counts    bool         // a load is the number of attempts in flight
-	exact     bool         // loads have no errors
-	classless bool         // all calls are of one class
+	limit     *limitConfig     // nil if endpoints have none
+	accrual   *accrualConfig   // nil if endpoints are not put aside
+	slowStart *slowStartConfig // nil if endpoints get their share at once
+	timeless  bool             // the metric has no use for the time
+	counts    bool             // a load is the number of attempts in flight
+	exact     bool             // loads have no errors
+	classless bool             // all calls are of one class
 
 	equalAtRest    float32
 	equalUnderLoad float32
@@ -123,6 +125,12 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		}
 	}
 	if c.limit, err = newLimitConfig(m.GetEndpointLimit()); err != nil {
+		return nil, err
+	}
+	if c.accrual, err = newAccrualConfig(m.GetFailureAccrual()); err != nil {
+		return nil, err
+	}
+	if c.slowStart, err = newSlowStartConfig(m.GetSlowStart()); err != nil {
 		return nil, err
 	}
 	if m.ChoiceCount != nil {

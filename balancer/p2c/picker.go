@@ -65,7 +65,11 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		call.class = p.metric.Class(info.FullMethodName, call.stream)
 	}
 	var c *candidate
-	if tried != nil && !tried.Empty() {
+	if p.config.accrual != nil {
+		c = b.trial(tried)
+	}
+	trial := c != nil
+	if !trial && tried != nil && !tried.Empty() {
 		c = p.chooseAgain(now, call, tried)
 	}
 	switch {
@@ -85,7 +89,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
 	limited := p.config.limit != nil
-	if limited {
+	if limited && !(trial && c.take()) {
 		var err error
 		if c, now, err = p.hold(info.Ctx, c, now, track, tried); err != nil {
 			return balancer.PickResult{}, err
@@ -119,6 +123,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner = p, c, c.meter.Load(), info.Ctx, tried, result.Done
 	if p.config.timeless && !k.meter.timeless { // the metric has just changed
 		now = k.now()
+	}
+	if p.config.accrual != nil {
+		k.accrues()
 	}
 	if !k.meter.quiet {
 		a := load.Attempt{Query: c.query(p, now, call.class), Method: info.FullMethodName, Stream: call.stream}
@@ -297,6 +304,8 @@ type pick struct {
 	began load.Instant
 	mark  uint8
 
+	row uint32 // see accrual.run; began is set, too
+
 	// Of a pick with a tracker.
 	track  *tracker
 	state  atomic.Uint32
@@ -308,6 +317,7 @@ const (
 	pickResponded = 1 << iota // the first response has been seen
 	pickAwaiting              // Done was called with a nil error: the true one comes from the tracker
 	pickFinished              // the meter has been told
+	pickAnswered              // the first message of a stream has arrived
 )
 
 // handle is what grpc calls when an attempt is done. Its method value is made once, which
@@ -377,6 +387,14 @@ func (k *pick) respond() {
 	}
 }
 
+// answered says that the first message of a stream has arrived.
+func (k *pick) answered() {
+	k.meter.note(everAnswered)
+	if k.picker.config.accrual != nil && k.state.Or(pickAnswered)&(pickAnswered|pickFinished) == 0 {
+		k.accrue(load.Completed, nil)
+	}
+}
+
 // pushback makes the endpoint dearer for as long as the server asked for when it failed the
 // attempt, and returns that.
 func (k *pick) pushback(err error) time.Duration {
@@ -390,13 +408,13 @@ func (k *pick) pushback(err error) time.Duration {
 // finish tells the meter, once, how an attempt ended. err is for people to look at, and for
 // the limit of the endpoint.
 func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
-	responded := false
+	responded, answered := false, false
 	if k.track != nil {
 		old := k.state.Or(pickFinished)
 		if old&pickFinished != 0 {
 			return
 		}
-		responded = old&pickResponded != 0
+		responded, answered = old&pickResponded != 0, old&pickAnswered != 0
 	}
 	switch {
 	case o == load.Completed:
@@ -411,6 +429,9 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 	if k.limit != nil {
 		k.limit.end(k, o, err)
+	}
+	if k.picker.config.accrual != nil && !answered {
+		k.accrue(o, err)
 	}
 	if responded {
 		k.candidate.tally.add(-oneStream)

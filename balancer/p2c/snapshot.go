@@ -32,6 +32,9 @@ type Snapshot struct {
 	// Waiting is the number of calls that wait for an endpoint with room for them, see the
 	// field endpointLimit of the config.
 	Waiting int
+	// Panic is whether so many endpoints are put aside that all are used. See the field
+	// failureAccrual of the config.
+	Panic bool
 	// Endpoints are in the order in which the resolver lists them.
 	Endpoints []EndpointSnapshot
 }
@@ -77,6 +80,14 @@ type EndpointSnapshot struct {
 	Failures    uint64
 	LastFailure error
 	FailedAt    time.Time
+	// AsideUntil is when the next call tries an endpoint that is put aside, and zero for one
+	// that is not. In a panic it gets calls nonetheless.
+	AsideUntil time.Time
+	// Draining is whether discovery says that the endpoint is about to leave.
+	Draining bool
+	// ShareAllowed is the part of its share of the calls that the endpoint may get now: 1, or
+	// less while that rises by a slow start.
+	ShareAllowed float64
 	// PassedOver says why calls go to other endpoints now.
 	PassedOver PassedOver
 }
@@ -87,6 +98,10 @@ type PassedOver string
 const (
 	// NotReady is an endpoint without a connection, or one that is ejected.
 	NotReady PassedOver = "not READY"
+	// Aside is an endpoint that is put aside because it failed or was slow.
+	Aside PassedOver = "put aside"
+	// Draining is an endpoint that is about to leave.
+	Draining PassedOver = "draining"
 	// OnlyFailed is an endpoint that has answered nothing yet, but failed.
 	OnlyFailed PassedOver = "all attempts have failed"
 	// Full is an endpoint with as many attempts and streams as its Limit.
@@ -155,6 +170,7 @@ func (b *policy) snapshot() Snapshot {
 	b.mu.Lock()
 	p := b.picker
 	s := Snapshot{Target: b.target, Locality: b.metrics.locality, State: b.published}
+	s.Panic = b.seating.seated[aside] && b.seating.count[aside] > 0
 	b.mu.Unlock()
 	s.Waiting = int(b.queue.waiting.Load())
 	eps := b.all.Load()
@@ -165,6 +181,15 @@ func (b *policy) snapshot() Snapshot {
 	s.Endpoints = make([]EndpointSnapshot, len(*eps))
 	estimates := make([]load.Estimate, len(*eps))
 
+	b.mu.Lock()
+	for i, ep := range *eps {
+		e := &s.Endpoints[i]
+		e.Weight, e.Draining, e.ShareAllowed = ep.weight, ep.draining, ep.partLocked()
+		if a := ep.accrual(); a != nil && a.aside.Load() {
+			e.AsideUntil = wall.Add(time.Duration(a.until - int64(now)))
+		}
+	}
+	b.mu.Unlock()
 	least, leastQueue := -1, 0.0
 	for i, ep := range *eps {
 		e, c := &s.Endpoints[i], ep.candidate
@@ -173,26 +198,26 @@ func (b *policy) snapshot() Snapshot {
 		q := c.query(p, now, 0)
 		details := m.Inspect(q)
 		estimates[i] = m.Load(q)
-		*e = EndpointSnapshot{
-			Addresses: ep.addresses,
-			State:     reported.ConnectivityState,
-			Weight:    c.weight.Load(),
-			InFlight:  q.InFlight,
-			Streams:   q.Streams,
-			Load:      estimates[i].Cost,
-			Latency:   details.Latency,
-			Samples:   details.Samples,
-			Failures:  m.failures.Load(),
-		}
+		e.Addresses = ep.addresses
+		e.State = reported.ConnectivityState
+		e.InFlight, e.Streams = q.InFlight, q.Streams
+		e.Load = estimates[i].Cost
+		e.Latency, e.Samples = details.Latency, details.Samples
+		e.Failures = m.failures.Load()
 		e.Limit, e.Algorithm = m.room.state()
 		if f := m.failure.Load(); f != nil {
 			e.LastFailure, e.FailedAt = f.err, wall.Add(time.Duration(f.at-now))
 		}
-		switch {
-		case e.State == connectivity.TransientFailure:
+		if e.State == connectivity.TransientFailure {
 			_, e.Err = reported.Picker.Pick(balancer.PickInfo{})
-			e.PassedOver = NotReady
-		case e.State != connectivity.Ready:
+		}
+		seated := c.slot.Load() != notReady
+		switch {
+		case !seated && e.State == connectivity.Ready && e.Draining:
+			e.PassedOver = Draining
+		case !seated && e.State == connectivity.Ready && !e.AsideUntil.IsZero():
+			e.PassedOver = Aside
+		case !seated:
 			e.PassedOver = NotReady
 		case e.Limit > 0 && int64(e.InFlight+e.Streams) >= e.Limit:
 			e.PassedOver = Full

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
+	"time"
 
 	orcapb "github.com/cncf/xds/go/xds/data/orca/v3"
 	"google.golang.org/grpc/balancer"
@@ -98,6 +99,15 @@ func newBalanced(c *cluster, p Policy) (*balanced, error) {
 	b.state.ResolverState = simenv.Set(resolver.State{}, &simenv.Env{
 		Now:    func() int64 { return c.now },
 		Uint64: c.choice.Uint64,
+		AfterFunc: func(d time.Duration, f func()) func() {
+			stopped := false
+			c.agenda.add(c.now+int64(d), action(func() {
+				if !stopped {
+					f()
+				}
+			}))
+			return func() { stopped = true }
+		},
 	})
 	if parser, ok := builder.(balancer.ConfigParser); ok {
 		cfg, err := parser.ParseConfig(json.RawMessage(p.Config))

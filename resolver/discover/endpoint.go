@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc/attributes"
 	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/resolver"
+
+	"github.com/belfry-go/belfry/internal/draining"
 )
 
 // An EndpointOption adds to the endpoint that [Endpoint] makes.
@@ -125,6 +127,16 @@ func Zone(name string) EndpointOption {
 	})
 }
 
+// Draining says that the endpoint is about to leave. The policy belfry.p2c sends it no new
+// calls while another endpoint is READY, and keeps its connection, so that its calls end
+// where they are. Other policies ignore it.
+func Draining() EndpointOption {
+	return endpointOption(func(ep *resolver.Endpoint) error {
+		*ep = SetDraining(*ep, true)
+		return nil
+	})
+}
+
 // Key names the endpoint within its set, for [List], [Poll] and [FullSets],
 // which take its addresses for its name otherwise. An endpoint that keeps its
 // key may change its address: that replaces it. The key must not be empty.
@@ -187,6 +199,14 @@ func ZoneOf(ep resolver.Endpoint) string {
 	z, _ := ep.Attributes.Value(zoneKey{}).(zone)
 	return string(z)
 }
+
+// SetDraining returns a copy of the endpoint that is draining, or is not. See [Draining].
+func SetDraining(ep resolver.Endpoint, drains bool) resolver.Endpoint {
+	return draining.Set(ep, drains)
+}
+
+// IsDraining reports whether the endpoint is draining.
+func IsDraining(ep resolver.Endpoint) bool { return draining.Of(ep) }
 
 // SetKey returns a copy of the endpoint with the given key. Every endpoint that
 // this package publishes carries the key of the [Insert] it came with.
