@@ -82,6 +82,7 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep.candidate.slot.Store(notReady)
 	ep.candidate.tally.add(tallyOffset)
 	ep.candidate.weight.Store(1)
+	ep.candidate.changed()
 	if m := b.recallLocked(e); m != nil {
 		ep.candidate.meter.Store(m)
 	} else {

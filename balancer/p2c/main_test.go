@@ -260,7 +260,7 @@ func (m *observedMeter) Load(q load.Query) load.Estimate {
 	return m.Meter.Load(q)
 }
 
-func (m *observedMeter) Start(a load.Attempt) load.Ticket {
+func (m *observedMeter) Start(a *load.Attempt) load.Ticket {
 	m.observer.note(func() { m.observer.started++ })
 	t := m.Meter.Start(a)
 	t.Started = a.Now
@@ -278,9 +278,10 @@ func (m *observedMeter) Report(r load.OutOfBand) {
 	m.observer.note(func() { m.observer.outOfBand = &report })
 }
 
-func (m *observedMeter) Finish(s load.Sample) {
-	m.Meter.Finish(s)
+func (m *observedMeter) Finish(s *load.Sample) bool {
+	changed := m.Meter.Finish(s)
 	m.observer.note(func() {
 		m.observer.finished = append(m.observer.finished, finished{s.Outcome, s.Responded, s.Now - s.Ticket.Started})
 	})
+	return changed
 }

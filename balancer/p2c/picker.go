@@ -128,11 +128,13 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		k.accrues()
 	}
 	if !k.meter.quiet {
-		a := load.Attempt{Query: c.query(p, now, call.class), Method: info.FullMethodName, Stream: call.stream}
+		a := &k.attempt
+		a.Method, a.Stream = info.FullMethodName, call.stream
+		c.fill(&a.Query, p, now, call.class)
 		if limited {
 			a.InFlight = max(a.InFlight-1, 0) // Its own is counted.
 		}
-		k.ticket = k.meter.Start(a)
+		k.sample.Ticket = k.meter.Start(a)
 	}
 	c.picked(limited)
 	if limited {
@@ -187,11 +189,12 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		// sample of brilliance", CACM 1987): d random numbers, whatever n.
 		var index [maxChoices]uint32
 		var taken uint64 // the indexes modulo 64
+		r := s.random
 		for i := range uint32(d) {
 			last := uint32(n-d) + i
-			k := s.random.below(last + 1)
+			k := r.below(last + 1)
 			again := taken>>(k&63)&1 != 0
-			if again && n > 64 {
+			if n > 64 && again { // in this order: the first is foreseen
 				again = slices.Contains(index[:i], k)
 			}
 			if again {
@@ -199,6 +202,9 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 			}
 			index[i] = k
 			taken |= 1 << (k & 63)
+		}
+		s.random = r
+		for _, k := range index[:d] {
 			s.add(v.slots[k].Load())
 		}
 	}
@@ -209,15 +215,8 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		}
 	}
 	best := s.choose(now)
-	for i := range m {
-		// The next pick looks at the cheapest again.
-		var c *candidate
-		if least := s.least[i]; least != math.MaxUint64 {
-			c = s.seen[uint32(least)]
-		}
-		if p.remembered[i].Load() != c {
-			p.remembered[i].Store(c)
-		}
+	if m > 0 {
+		p.rememberCheapest(&s, m)
 	}
 	return best
 }
@@ -267,6 +266,26 @@ func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 	return b
 }
 
+// rememberCheapest makes the next pick look again at the m cheapest of this one.
+func (p *picker) rememberCheapest(s *selection, m int) {
+	var last *candidate
+	rank := uint64(0)
+	for i := 0; i < m; {
+		var c *candidate
+		if next := s.least(rank); next != noRank {
+			c, rank = s.seen[uint32(next)], next+1
+			if c == last {
+				continue // It was drawn twice.
+			}
+		}
+		if p.remembered[i].Load() != c {
+			p.remembered[i].Store(c)
+		}
+		last = c
+		i++
+	}
+}
+
 // remember takes over what another picker of the same READY set remembers.
 func (p *picker) remember(old *picker) {
 	for i := range p.config.memory {
@@ -290,7 +309,6 @@ type pick struct {
 	picker    *picker
 	candidate *candidate
 	meter     *measure // that was told of the start
-	ticket    load.Ticket
 	ctx       context.Context
 	tried     *attempt.Tried
 	inner     func(balancer.DoneInfo) // the child's Done
@@ -298,6 +316,10 @@ type pick struct {
 	trailer   metadata.MD             // of the attempt
 	report    load.Report             // in the trailer
 	reported  bool                    // there is one
+
+	// What the meter is told: the start, of which the end needs the ticket, and the end.
+	attempt load.Attempt
+	sample  load.Sample
 
 	// Of a pick that is a sample for the limit of its endpoint.
 	limit *foundLimit // nil if it is none
@@ -381,7 +403,7 @@ func (k *pick) now() load.Instant {
 // answer yet: a server may send them, and then fail the call.
 func (k *pick) respond() {
 	if k.state.CompareAndSwap(0, pickResponded) {
-		k.meter.Respond(load.Response{Now: k.now(), Ticket: k.ticket})
+		k.meter.Respond(load.Response{Now: k.now(), Ticket: k.sample.Ticket})
 		k.candidate.tally.add(oneStream - oneAttempt)
 		k.candidate.changed()
 	}
@@ -418,7 +440,7 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 	switch {
 	case o == load.Completed:
-		k.meter.note(everAnswered)
+		k.answered()
 	case o == load.Failed:
 		k.meter.failed(load.Instant(k.picker.policy.now()), err)
 	case (o == load.Cancelled || o == load.NotSent) && !responded:
@@ -449,20 +471,30 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 }
 
+// answered notes that the server has answered an attempt.
+func (k *pick) answered() {
+	if k.meter.note(everAnswered) {
+		k.candidate.changed()
+	}
+}
+
 // tell tells the meter how the attempt ended.
 func (k *pick) tell(now load.Instant, o load.Outcome, err error, responded bool) {
-	sample := load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded}
+	s := &k.sample
+	s.Now, s.Outcome, s.Responded, s.Report, s.InFlight, s.Pushback = now, o, responded, nil, 0, 0
 	if err != nil && o != load.NotSent {
-		sample.Pushback = k.pushback(err)
+		s.Pushback = k.pushback(err)
 	}
 	if k.reported {
 		attempts, _ := k.candidate.tally.read()
-		sample.Report, sample.InFlight = &k.report, attempts
 		if !responded {
-			sample.InFlight = max(attempts-1, 0)
+			attempts = max(attempts-1, 0)
 		}
+		s.Report, s.InFlight = &k.report, attempts
 	}
-	k.meter.Finish(sample)
+	if k.meter.Finish(s) || o != load.Completed {
+		k.candidate.changed()
+	}
 	if k.meter.timeless && o != load.Completed {
 		k.meter.note(everGivenUp)
 		k.candidate.detail.Store(special)

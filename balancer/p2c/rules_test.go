@@ -235,6 +235,37 @@ func TestColdStart(t *testing.T) {
 	}
 }
 
+// What a failure or a first answer changes is known to the next pick.
+func TestHealthIsKnownAtOnce(t *testing.T) {
+	failed := balancer.DoneInfo{BytesSent: true, BytesReceived: true, Err: status.Error(codes.Unavailable, "x")}
+	for _, config := range []string{pendingConfig, constantConfig} {
+		w := newBench(t, config, endpoints(2)...)
+		// picks returns how many of n calls the first endpoint got, which ends them so.
+		picks := func(n int, with balancer.DoneInfo) (got int) {
+			for range n {
+				i, done := w.pick("/s/Get")
+				if i == 0 {
+					got++
+					done(with)
+					continue
+				}
+				done(success)
+			}
+			return got
+		}
+		for picks(1, failed) == 0 {
+		}
+		if n := picks(20, failed); n > 3 {
+			t.Errorf("%s: an endpoint that has only failed got %d of the next 20 calls", config, n)
+		}
+		for picks(1, success) == 0 {
+		}
+		if n := picks(40, success); n == 0 {
+			t.Errorf("%s: an endpoint that was answered got none of the next 40 calls", config)
+		}
+	}
+}
+
 func TestWeights(t *testing.T) {
 	t.Run("are_shares", func(t *testing.T) {
 		for _, config := range measuring {
