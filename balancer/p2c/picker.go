@@ -409,9 +409,9 @@ func (k *pick) respond() {
 	}
 }
 
-// answered says that the first message of a stream has arrived.
-func (k *pick) answered() {
-	k.meter.note(everAnswered)
+// message says that the first message of a stream has arrived.
+func (k *pick) message() {
+	k.answered()
 	if k.picker.config.accrual != nil && k.state.Or(pickAnswered)&(pickAnswered|pickFinished) == 0 {
 		k.accrue(load.Completed, nil)
 	}
