@@ -79,6 +79,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	default:
 		c = p.chooseAny(now, call)
 	}
+	if c == nil { // What was drawn has left meanwhile.
+		c = p.ready.first()
+	}
 	if c == nil {
 		// The last one has just left; the channel hears of it next.
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable

@@ -82,15 +82,13 @@ func TestSlowStart(t *testing.T) {
 	// What is in flight counts per weight, so a newcomer that looks idle is not flooded, and
 	// one that looks dear not forgotten.
 	for _, metric := range []string{`"expectedLatency":{}`, `"pendingRequests":{}`} {
-		for _, callers := range []int{1, 32, 300} {
+		for _, callers := range []int{1, 100} {
 			t.Run("is neither flooded nor forgotten: "+metric, func(t *testing.T) {
 				bubble(t, func(t *testing.T, w *world) {
 					c := `{"load":{` + metric + `}` + config
 					w.start(c, some(ten()[:9]...)...)
-					for range 20 {
-						share(w, "j", callers)
-						time.Sleep(10 * time.Millisecond)
-					}
+					share(w, "j", callers)
+					time.Sleep(10 * time.Millisecond)
 					w.start(c, some(ten()...)...)
 					if got := share(w, "j", callers); got < 0.002 || got > 0.03 {
 						t.Errorf("%d callers: share at first is %.4f, want about 0.011", callers, got)
