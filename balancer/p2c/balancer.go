@@ -161,6 +161,8 @@ type policy struct {
 	ready      readySet
 	candidates slab.Slab[candidate]
 	count      [connectivity.Shutdown + 1]int
+	home       string             // the caller's zone, "" if zones do not count
+	homes      int                // how many endpoints are in it
 	published  connectivity.State // what cc was told last; SHUTDOWN before
 	seating    seating
 	ramps      ramps
@@ -183,6 +185,7 @@ func (b *policy) UpdateClientConnState(ccs balancer.ClientConnState) error {
 	if err := b.configure(cfg); err != nil {
 		return err
 	}
+	b.setHome(cfg.zones.homeOf(ccs.ResolverState))
 	err := b.updateEndpoints(ccs.ResolverState)
 	b.forgetRecalled()
 

@@ -59,12 +59,14 @@ type config struct {
 	failures  codeSet
 	metric    metricConfig
 	limit     *limitConfig     // nil if endpoints have none
+	zones     *zonesConfig     // nil if zones do not count
 	accrual   *accrualConfig   // nil if endpoints are not put aside
 	slowStart *slowStartConfig // nil if endpoints get their share at once
 	timeless  bool             // the metric has no use for the time
 	counts    bool             // a load is the number of attempts in flight
 	exact     bool             // loads have no errors
 	classless bool             // all calls are of one class
+	twoExact  bool             // chooseOfTwo will do where weights are equal
 
 	equalAtRest    float32
 	equalUnderLoad float32
@@ -145,6 +147,10 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		}
 		c.memory = int(m.GetMemory())
 	}
+	if c.zones, err = newZonesConfig(m.GetZones(), c.choices); err != nil {
+		return nil, err
+	}
+	c.twoExact = c.choices == 2 && c.memory == 0 && c.exact && c.zones == nil
 	for _, f := range []struct {
 		name  string
 		value *float64

@@ -67,6 +67,20 @@
 // twenty times slower, 96 % of the calls succeeded with a limit for each, and less than
 // half with one limit for all (TestEndpointLimitOfOneSlowEndpoint in internal/acceptance).
 //
+// # Zones
+//
+// With zones the policy prefers endpoints in the caller's zone: those elsewhere cost 2.2
+// times as much, and four draws of a pick are from home. So calls stay at home while it has
+// capacity, and only what it cannot take leaves:
+//
+//	{"zones": {"homeEnv": "ZONE"}}
+//
+// Discovery says where an endpoint is, and may say where the caller is. In simulation
+// (internal/sim) 98 % of the calls stay at 70 % load, 64 % without the setting, and the p99
+// is lower, because less goes over the longer way; where a zone is asked for 140 % of what
+// it can do 29 % of its calls leave. While fewer than half of the endpoints at home are
+// READY, all zones count alike. The metric constant knows no load, and never spills over.
+//
 // # Endpoints
 //
 // Each endpoint is a pick_first child: endpoints connect without waiting for a
@@ -125,6 +139,6 @@
 // # Metrics
 //
 // With a stats plugin, such as grpc's OpenTelemetry plugin, the policy records
-// belfry.lb.p2c.picks, .tried_picks, .full_picks by result, .endpoints by state and .dropped_samples by
+// belfry.lb.p2c.picks, .tried_picks, .away_picks, .full_picks by result, .endpoints by state and .dropped_samples by
 // reason. They are off until enabled by name.
 package p2c

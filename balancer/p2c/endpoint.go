@@ -63,6 +63,8 @@ type endpoint struct {
 	cold        bool   // its share is to rise when it is READY
 	ramping     bool   // its share rises since rampFrom
 	rampFrom    int64
+	zone        string // "" if it has none
+	home        bool   // its zone is the caller's
 }
 
 func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
@@ -162,10 +164,11 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 	return from
 }
 
-// setWeight sets the endpoint's relative capacity.
-func (ep *endpoint) setWeight(w uint32) {
+// place sets the endpoint's relative capacity and its zone.
+func (ep *endpoint) place(w uint32, zone string) {
 	ep.policy.mu.Lock()
 	defer ep.policy.mu.Unlock()
+	ep.settleLocked(zone)
 	ep.weight = max(w, 1)
 	ep.weighLocked()
 }
@@ -216,6 +219,7 @@ func (ep *endpoint) close(keep bool) {
 	if a := ep.accrual(); a != nil {
 		a.stopLocked()
 	}
+	ep.settleLocked("")
 	if !keep {
 		ep.candidate.meter.Load().Close()
 	}

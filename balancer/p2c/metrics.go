@@ -30,6 +30,13 @@ var (
 		Labels:         []string{"grpc.target"},
 		OptionalLabels: []string{"grpc.lb.locality"},
 	})
+	awayPicksMetric = estats.RegisterInt64Count(estats.MetricDescriptor{
+		Name:           "belfry.lb.p2c.away_picks",
+		Description:    "EXPERIMENTAL. Number of picks of an endpoint outside the caller's zone, while that is preferred.",
+		Unit:           "{pick}",
+		Labels:         []string{"grpc.target"},
+		OptionalLabels: []string{"grpc.lb.locality"},
+	})
 	fullPicksMetric = estats.RegisterInt64Count(estats.MetricDescriptor{
 		Name:           "belfry.lb.p2c.full_picks",
 		Description:    "EXPERIMENTAL. Number of picks that found every endpoint at its limit, by result: waited, or refused.",
@@ -109,6 +116,8 @@ func newMetrics(recorder estats.MetricsRecorder, target string, state resolver.S
 func (m *metrics) picked() { picksMetric.Record(m.recorder, 1, m.target...) }
 
 func (m *metrics) pickedTried() { triedPicksMetric.Record(m.recorder, 1, m.target...) }
+
+func (m *metrics) pickedAway() { awayPicksMetric.Record(m.recorder, 1, m.target...) }
 
 // full records a pick that found every endpoint full.
 func (m *metrics) full(refused bool) {

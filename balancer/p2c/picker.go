@@ -74,7 +74,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	}
 	switch {
 	case c != nil:
-	case p.config.choices == 2 && p.config.memory == 0 && p.config.exact && !p.ready.unequal.Load():
+	case p.config.twoExact && !p.ready.unequal.Load():
 		c = p.chooseOfTwo(now, call)
 	default:
 		c = p.chooseAny(now, call)
@@ -150,6 +150,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		}
 	}
 	b.metrics.picked()
+	if p.config.zones != nil && p.isAway(c) {
+		b.metrics.pickedAway()
+	}
 	if tried != nil {
 		if tried.Has(c.id) {
 			b.metrics.pickedTried()
@@ -210,6 +213,9 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		for _, k := range index[:d] {
 			s.add(v.slots[k].Load())
 		}
+	}
+	if p.config.zones != nil {
+		s.drawHome(v)
 	}
 	s.drawn = s.count
 	for i := range m {

@@ -132,9 +132,15 @@ func (ep *endpoint) sitLocked(sit bool) {
 	switch seated := c.slot.Load() != notReady; {
 	case sit && !seated:
 		b.ready.add(c)
+		b.ready.settle(c, ep.home)
 		b.queue.admit(c)
 	case !sit && seated:
 		b.ready.remove(c)
 		b.picker.forget(c)
+	default:
+		return
+	}
+	if ep.home {
+		b.weighHomeLocked()
 	}
 }

@@ -9,11 +9,11 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/resolver"
 
-	"github.com/belfry-go/belfry/internal/draining"
+	"github.com/belfry-go/belfry/internal/place"
 )
 
 func drainingEndpoint(addr string, drains bool) resolver.Endpoint {
-	return draining.Set(one(addr), drains)
+	return place.SetDraining(one(addr), drains)
 }
 
 func TestDraining(t *testing.T) {

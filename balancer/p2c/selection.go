@@ -19,6 +19,8 @@ type selection struct {
 	picker *picker
 	call   call
 	random random
+	home   int32  // how many of the READY set are at home, 0 if zones do not count
+	away   uint32 // bits of those that are not
 	count  int
 	drawn  int // the first so many are random draws, the others remembered
 	seen   [maxChoices + maxMemory]*candidate
@@ -55,7 +57,8 @@ func (s *selection) has(c *candidate) bool {
 // these latencies do not. Else the limit is narrow, and the one with the fewest
 // attempts in flight is taken, of those the cheapest, or where weights differ and it
 // is not idle any. A
-// stream goes where the fewest are open.
+// stream goes where the fewest are open. Where zones count, it takes an endpoint of the
+// cheapest's, or of any other zone if that is away.
 func (s *selection) choose(now load.Instant) *candidate {
 	if s.count == 0 {
 		return nil
@@ -81,15 +84,15 @@ func (s *selection) choose(now load.Instant) *candidate {
 		limit, errors = equalStreams, math.MaxFloat32
 	}
 	least := s.costs[uint32(s.first)]
-	var skipped uint32 // bits of draws
+	skipped := s.otherZones() // bits of candidates
 	if weighted && !s.call.stream && !p.config.exact {
-		if light := s.light(queue / float32(s.count)); light != 0 {
-			heavy := s.leastBut(light)
+		if light := s.light(queue/float32(s.count)) &^ skipped; light != 0 {
+			heavy := s.leastBut(skipped | light)
 			if heavy >= 0 && s.onlyIdle(heavy, light, limit) {
 				if light&1 != 0 && s.costs[0] <= s.costs[heavy]*(1+limit) {
 					return s.seen[0]
 				}
-				least, skipped = s.costs[heavy], light
+				least, skipped = s.costs[heavy], skipped|light
 			}
 		}
 	}
@@ -131,6 +134,10 @@ func (s *selection) measure(now load.Instant) (queue float32) {
 		detail := c.detail.Load()
 		if !good || s.call.class != 0 {
 			cost, detail = c.ask(s.picker, now, s.call.class)
+		}
+		if s.home > 0 && c.slot.Load() >= s.home {
+			cost = s.picker.awayCost(cost)
+			s.away |= 1 << i
 		}
 		s.costs[i], s.details[i] = cost, detail
 		queue += math.Float32frombits(uint32(detail))

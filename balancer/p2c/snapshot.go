@@ -29,6 +29,11 @@ type Snapshot struct {
 	// Picks is the number of attempts that the policy has sent to the endpoints that are
 	// listed now.
 	Picks uint64
+	// Home is the caller's zone, "" if zones do not count or it is not known, and
+	// PrefersHome is whether its endpoints are preferred now. See the field zones of the
+	// config.
+	Home        string
+	PrefersHome bool
 	// Waiting is the number of calls that wait for an endpoint with room for them, see the
 	// field endpointLimit of the config.
 	Waiting int
@@ -52,6 +57,8 @@ type EndpointSnapshot struct {
 	// Weight is the relative capacity, at least 1. It is the sum of the weights of an
 	// endpoint that is listed several times.
 	Weight uint32
+	// Zone is where the endpoint is, "" if discovery does not say.
+	Zone string
 	// InFlight is the number of attempts in flight, open streams not counted.
 	InFlight int
 	// Streams is the number of open streams: those that have had a response.
@@ -109,6 +116,9 @@ const (
 	// CostsMore is an endpoint whose Load is above that of the cheapest by more than the
 	// metric's error.
 	CostsMore PassedOver = "costs more"
+	// Away is an endpoint outside the caller's zone, while the cheapest at home costs less
+	// than one away is taken to cost.
+	Away PassedOver = "in another zone"
 	// MoreInFlight is an endpoint with more attempts in flight, or open streams, than
 	// another of the same cost.
 	MoreInFlight PassedOver = "more in flight"
@@ -169,27 +179,34 @@ const shareAfter = time.Second
 func (b *policy) snapshot() Snapshot {
 	b.mu.Lock()
 	p := b.picker
-	s := Snapshot{Target: b.target, Locality: b.metrics.locality, State: b.published}
+	s := Snapshot{Target: b.target, Locality: b.metrics.locality, State: b.published, Home: b.home, PrefersHome: b.ready.home.Load() > 0}
 	s.Panic = b.seating.seated[aside] && b.seating.count[aside] > 0
-	b.mu.Unlock()
-	s.Waiting = int(b.queue.waiting.Load())
 	eps := b.all.Load()
-	if p == nil || eps == nil || len(*eps) == 0 {
-		return s
-	}
 	now, wall := load.Instant(b.now()), time.Now()
-	s.Endpoints = make([]EndpointSnapshot, len(*eps))
-	estimates := make([]load.Estimate, len(*eps))
-
-	b.mu.Lock()
-	for i, ep := range *eps {
-		e := &s.Endpoints[i]
-		e.Weight, e.Draining, e.ShareAllowed = ep.weight, ep.draining, ep.partLocked()
-		if a := ep.accrual(); a != nil && a.aside.Load() {
-			e.AsideUntil = wall.Add(time.Duration(a.until - int64(now)))
+	if eps != nil {
+		s.Endpoints = make([]EndpointSnapshot, len(*eps))
+		for i, ep := range *eps {
+			e := &s.Endpoints[i]
+			e.Zone, e.Weight, e.Draining, e.ShareAllowed = ep.zone, ep.weight, ep.draining, ep.partLocked()
+			if a := ep.accrual(); a != nil && a.aside.Load() {
+				e.AsideUntil = wall.Add(time.Duration(a.until - int64(now)))
+			}
 		}
 	}
 	b.mu.Unlock()
+	s.Waiting = int(b.queue.waiting.Load())
+	if p == nil || eps == nil || len(*eps) == 0 {
+		return s
+	}
+	estimates := make([]load.Estimate, len(*eps))
+
+	away := func(i int) bool { return s.PrefersHome && s.Endpoints[i].Zone != s.Home }
+	cost := func(i int) float64 {
+		if away(i) {
+			return float64(p.awayCost(float32(s.Endpoints[i].Load)))
+		}
+		return s.Endpoints[i].Load
+	}
 	least, leastQueue := -1, 0.0
 	for i, ep := range *eps {
 		e, c := &s.Endpoints[i], ep.candidate
@@ -223,13 +240,13 @@ func (b *policy) snapshot() Snapshot {
 			e.PassedOver = Full
 		case m.onlyFailed():
 			e.PassedOver = OnlyFailed
-		case least < 0 || e.Load < s.Endpoints[least].Load:
+		case least < 0 || cost(i) < cost(least):
 			least = i
 		}
 	}
 	equal := func(i int) bool {
 		within := min(estimates[i].Error, float64(p.config.equalUnderLoad))
-		return s.Endpoints[i].PassedOver == "" && s.Endpoints[i].Load <= s.Endpoints[least].Load*(1+within)
+		return s.Endpoints[i].PassedOver == "" && away(i) == away(least) && cost(i) <= cost(least)*(1+within)
 	}
 	if least >= 0 {
 		leastQueue = estimates[least].Queue
@@ -242,6 +259,8 @@ func (b *policy) snapshot() Snapshot {
 	for i := range s.Endpoints {
 		switch e := &s.Endpoints[i]; {
 		case e.PassedOver != "":
+		case away(i) && !away(least):
+			e.PassedOver = Away
 		case !equal(i):
 			e.PassedOver = CostsMore
 		case estimates[i].Queue > leastQueue:

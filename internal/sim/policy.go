@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/resolver"
 
 	"github.com/belfry-go/belfry/balancer/p2c"
+	"github.com/belfry-go/belfry/internal/place"
 	"github.com/belfry-go/belfry/internal/simenv"
 	"github.com/belfry-go/belfry/internal/test/lbtest"
 )
@@ -39,6 +40,8 @@ type Policy struct {
 //
 // first is the first version of the default.
 //
+// zones is the default with a preference for the zone of the client.
+//
 // peakEwma-30ms differs from peakEwma in what it takes a newcomer for: a
 // latency of 1 s that is forgotten in 10 s keeps one of 10 ms starved for most of
 // a minute. Tower's metric has no default for it, and its example has 30 ms.
@@ -47,6 +50,7 @@ func Policies() []Policy {
 		{Name: "oracle"},
 		{"default", p2c.Name, `{}`},
 		{"reports", p2c.Name, `{"load":{"expectedLatency":{"reports":{}}}}`},
+		{"zones", p2c.Name, `{"zones":{}}`},
 		{"peakEwma", p2c.Name, `{"load":{"peakEwma":{}}}`},
 		{"peakEwma-30ms", p2c.Name, `{"load":{"peakEwma":{"defaultRtt":"0.03s"}}}`},
 		{"pendingRequests", p2c.Name, `{"load":{"pendingRequests":{}}}`},
@@ -89,7 +93,7 @@ type balanced struct {
 	report   orcapb.OrcaLoadReport
 }
 
-func newBalanced(c *cluster, p Policy) (*balanced, error) {
+func newBalanced(c *cluster, p Policy, zone int) (*balanced, error) {
 	builder := balancer.Get(p.Balancer)
 	if builder == nil {
 		return nil, fmt.Errorf("unknown policy %q", p.Balancer)
@@ -109,6 +113,7 @@ func newBalanced(c *cluster, p Policy) (*balanced, error) {
 			return func() { stopped = true }
 		},
 	})
+	b.state.ResolverState = place.SetHome(b.state.ResolverState, zoneName(zone))
 	if parser, ok := builder.(balancer.ConfigParser); ok {
 		cfg, err := parser.ParseConfig(json.RawMessage(p.Config))
 		if err != nil {
@@ -129,6 +134,7 @@ func (b *balanced) update() error {
 	state.ResolverState.Endpoints = make([]resolver.Endpoint, len(b.cluster.servers))
 	for i, s := range b.cluster.servers {
 		e := resolver.Endpoint{Addresses: []resolver.Address{{Addr: s.addr}}}
+		e = place.SetZone(e, zoneName(s.zone))
 		state.ResolverState.Endpoints[i] = weight.Set(e, weight.EndpointInfo{Weight: s.weight})
 	}
 	if err := b.balancer.UpdateClientConnState(state); err != nil {
@@ -142,6 +148,8 @@ func (b *balanced) update() error {
 	b.picker = published.Picker
 	return nil
 }
+
+func zoneName(zone int) string { return fmt.Sprintf("zone-%d", zone) }
 
 func (b *balanced) close() {
 	b.balancer.Close()

@@ -79,7 +79,10 @@
 //	Channel  a sender         changes that are not valid         5 ms to 50 ms, 0 after Synced
 //	Poll     a function       its errors, panics and delays      one interval and a tenth
 //	file     YAML or JSON     broken, missing, replaced files    100 ms to 1 s; 5 s unreported
-//	                                                             (resolver/file, its own module)
+//	etcd     a client of      lost majority, restart, lost data, what etcd takes to tell;
+//	         etcd             compaction, values not valid       1 min if its watch is dead
+//
+// The last two are modules of their own, resolver/file and resolver/etcd.
 //
 // Each keeps its last complete set as long as it has to. DNS and Poll look early
 // when a connection fails.
