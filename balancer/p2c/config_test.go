@@ -66,7 +66,7 @@ func TestConfigSetsEveryField(t *testing.T) {
 		{`{"constant":{"load":2.5}}`, constant{2.5}},
 	} {
 		c, err := parseConfig(json.RawMessage(`{"choiceCount":3,"memory":1,"failureCodes":["ABORTED","UNAVAILABLE"],
-			"equalAtRest":0,"equalUnderLoad":1.5,"exploreEvery":7,"exploreAfter":"2s","load":` + test.json + `}`))
+			"equalAtRest":0,"equalUnderLoad":1.5,"equalTime":"3s","exploreEvery":7,"exploreAfter":"2s","load":` + test.json + `}`))
 		if err != nil {
 			t.Errorf("%s: %v", test.json, err)
 			continue
@@ -76,6 +76,9 @@ func TestConfigSetsEveryField(t *testing.T) {
 		}
 		if c.equalAtRest != 0 || c.equalUnderLoad != 1.5 || c.exploreEvery != 7 || c.exploreAfter != 2*time.Second {
 			t.Errorf("%s: got %v, %v, %v and %v, want 0, 1.5, 7 and 2s", test.json, c.equalAtRest, c.equalUnderLoad, c.exploreEvery, c.exploreAfter)
+		}
+		if _, times := c.metric.(expectedLatency); times != (c.equalTime == 3e9) || !times && c.equalTime != 0 {
+			t.Errorf("%s: equalTime is %v ns, want 3s, and 0 for a metric whose costs have no errors", test.json, c.equalTime)
 		}
 		if want := setOf(codes.Aborted, codes.Unavailable); c.failures != want {
 			t.Errorf("%s: failure codes are %b, want %b", test.json, c.failures, want)
@@ -123,6 +126,7 @@ func TestConfigRejectsWithFieldValueAndRule(t *testing.T) {
 		{`{"load":{"expectedLatency":{"forgetAfter":"0s"}}}`, "load.expectedLatency.forgetAfter", "0s", "above 0s"},
 		{`{"load":{"expectedLatency":{"failurePenalty":0.5}}}`, "load.expectedLatency.failurePenalty", "0.5", "between 1 and 1e+06"},
 		{`{"equalAtRest":-0.1}`, "equalAtRest", "-0.1", "between 0 and 10"},
+		{`{"equalTime":"-1s"}`, "equalTime", "-1s", "at least 0s"},
 		{`{"equalUnderLoad":"NaN"}`, "equalUnderLoad", "NaN", "between 0 and 10"},
 		{`{"exploreEvery":1000001}`, "exploreEvery", "1000001", "between 0 and 1000000"},
 		{`{"exploreAfter":"0s"}`, "exploreAfter", "0s", "above 0s"},

@@ -38,6 +38,10 @@ type picker struct {
 	// harm: any of them is a good candidate. One that is not READY any more is
 	// taken out, and is not picked even if a late write puts it back.
 	remembered [maxMemory]atomic.Pointer[candidate]
+
+	// idle is in how many rounds of the endpoints picks saw nothing in flight, up to
+	// idleRounds. Where many cores pick it stays what it is, so they do not write it.
+	idle atomic.Uint32
 }
 
 // now reads the clock, for a metric that has use for the time. Reading it twice is
@@ -275,6 +279,27 @@ func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 	return b
 }
 
+// rest reports whether the channel has nothing in flight, as far as its picks see. One pick
+// looks at some of its endpoints, so it takes several to tell, and with many endpoints
+// not each of them is counted.
+func (p *picker) rest(s *selection, busy bool) bool {
+	idle := p.idle.Load()
+	switch round := uint32(int(p.ready.size.Load())+s.count-1) / uint32(s.count); {
+	case busy && idle != 0:
+		p.idle.Store(0)
+	case busy:
+	case idle >= idleRounds:
+		return true
+	case round <= 1 || s.random.below(round) == 0:
+		p.idle.Store(idle + 1)
+	}
+	return false
+}
+
+// idleRounds is how many times as many endpoints as there are the picks in a row that saw
+// nothing in flight have to look at, on average.
+const idleRounds = 4
+
 // rememberCheapest makes the next pick look again at the m cheapest of this one.
 func (p *picker) rememberCheapest(s *selection, m int) {
 	var last *candidate
@@ -297,6 +322,7 @@ func (p *picker) rememberCheapest(s *selection, m int) {
 
 // remember takes over what another picker of the same READY set remembers.
 func (p *picker) remember(old *picker) {
+	p.idle.Store(old.idle.Load())
 	for i := range p.config.memory {
 		p.remembered[i].Store(old.remembered[i].Load())
 	}

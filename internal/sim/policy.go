@@ -65,8 +65,8 @@ func Policies() []Policy {
 
 // first is the first version of the default: strictly the least cost, one mean for
 // all methods, no bound on a sample, and no exploring.
-const first = `{"equalAtRest":0,"equalUnderLoad":0,"exploreEvery":0,
-	"load":{"expectedLatency":{"spreadPrior":0,"sampleLimit":1e6,"streamAgeLimit":20,"maxMethods":0}}}`
+const first = `{"equalAtRest":0,"equalUnderLoad":0,"equalTime":"0s","exploreEvery":0,
+	"load":{"expectedLatency":{"forgetRounds":32,"spreadPrior":0,"sampleLimit":1e6,"streamAgeLimit":20,"maxMethods":0}}}`
 
 // chooser is a policy at work in a client.
 type chooser interface {

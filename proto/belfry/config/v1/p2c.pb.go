@@ -68,9 +68,9 @@ type P2C struct {
 	// UNAVAILABLE and DATA_LOSS.
 	FailureCodes []string `protobuf:"bytes,4,rep,name=failure_codes,json=failureCodes,proto3" json:"failure_codes,omitempty"`
 	// Costs that the samples cannot tell apart are equal: those that exceed the
-	// least by no more than three of their standard errors, up to this part of it.
-	// This one holds while none of the endpoints that a pick looks at has an attempt
-	// in flight; then one of its random draws is taken at random. 0 takes the least.
+	// least by no more than four of their standard errors, up to this part of it.
+	// This one holds while the channel has no attempt in flight, as far as its picks
+	// see; then one of the random draws of a pick is taken at random. 0 takes the least.
 	// Only expected_latency has errors.
 	//
 	// From 0 to 10. Default 1.
@@ -78,7 +78,7 @@ type P2C struct {
 	// The same while some have attempts in flight: then the endpoint with the
 	// fewest of them is taken, and of those the cheapest.
 	//
-	// From 0 to 10. Default 0.2.
+	// From 0 to 10. Default 0.1.
 	EqualUnderLoad *float64 `protobuf:"fixed64,6,opt,name=equal_under_load,json=equalUnderLoad,proto3,oneof" json:"equal_under_load,omitempty"`
 	// One pick in so many explores: of the endpoints that it looks at and that were
 	// not heard of for explore_after and have nothing in flight, it takes the one
@@ -94,6 +94,13 @@ type P2C struct {
 	// How many attempts may be in flight to an endpoint at a time. Unset: no limit,
 	// which costs nothing.
 	EndpointLimit *EndpointLimit `protobuf:"bytes,9,opt,name=endpoint_limit,json=endpointLimit,proto3" json:"endpoint_limit,omitempty"`
+	// What pauses and first calls add to a single latency. While the channel has no attempt
+	// in flight, endpoints whose expected latencies differ by less than this time, multiplied
+	// by the standard error as a part of the latency, are equal too. The error of an
+	// endpoint of ten samples is about 0.2. Only expected_latency has errors.
+	//
+	// At least 0. Default 0.002s.
+	EqualTime *durationpb.Duration `protobuf:"bytes,10,opt,name=equal_time,json=equalTime,proto3" json:"equal_time,omitempty"`
 	// Prefers endpoints in the caller's zone. Unset: zones do not count, which costs
 	// nothing.
 	Zones *Zones `protobuf:"bytes,14,opt,name=zones,proto3" json:"zones,omitempty"`
@@ -196,6 +203,13 @@ func (x *P2C) GetExploreAfter() *durationpb.Duration {
 func (x *P2C) GetEndpointLimit() *EndpointLimit {
 	if x != nil {
 		return x.EndpointLimit
+	}
+	return nil
+}
+
+func (x *P2C) GetEqualTime() *durationpb.Duration {
+	if x != nil {
+		return x.EqualTime
 	}
 	return nil
 }
@@ -825,7 +839,7 @@ type ExpectedLatency struct {
 	// After this many rounds without a sample of its own, what is known of the
 	// endpoint weighs 1/e of what it did, and it drifts back to the average.
 	//
-	// Above 0, at most 1e6 rounds. Default 32.
+	// Above 0, at most 1e6 rounds. Default 40.
 	ForgetRounds *float64 `protobuf:"fixed64,4,opt,name=forget_rounds,json=forgetRounds,proto3,oneof" json:"forget_rounds,omitempty"`
 	// tau: the same by the clock. After this long without a sample of its own,
 	// what is known of an endpoint weighs 1/e of what it did.
@@ -845,8 +859,8 @@ type ExpectedLatency struct {
 	// From 1 to 1e6. Default 20.
 	AgeLimit *float64 `protobuf:"fixed64,7,opt,name=age_limit,json=ageLimit,proto3,oneof" json:"age_limit,omitempty"`
 	// How much more the prior counts where latencies vary: n0 times
-	// 1 + spread_prior * v, where v is the variance of the latencies in units of
-	// their mean squared.
+	// 1 + spread_prior * v, where v is the variance of the latencies of one endpoint,
+	// divided by the square of their mean.
 	//
 	// From 0 to 100. Default 0.5.
 	SpreadPrior *float64 `protobuf:"fixed64,8,opt,name=spread_prior,json=spreadPrior,proto3,oneof" json:"spread_prior,omitempty"`
@@ -1347,7 +1361,7 @@ var File_belfry_config_v1_p2c_proto protoreflect.FileDescriptor
 
 const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\n" +
-	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1cbelfry/config/v1/stack.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xb0\x05\n" +
+	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1cbelfry/config/v1/stack.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xea\x05\n" +
 	"\x03P2C\x12&\n" +
 	"\fchoice_count\x18\x01 \x01(\rH\x00R\vchoiceCount\x88\x01\x01\x12\x1b\n" +
 	"\x06memory\x18\x02 \x01(\rH\x01R\x06memory\x88\x01\x01\x12*\n" +
@@ -1357,7 +1371,10 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\x10equal_under_load\x18\x06 \x01(\x01H\x03R\x0eequalUnderLoad\x88\x01\x01\x12(\n" +
 	"\rexplore_every\x18\a \x01(\rH\x04R\fexploreEvery\x88\x01\x01\x12>\n" +
 	"\rexplore_after\x18\b \x01(\v2\x19.google.protobuf.DurationR\fexploreAfter\x12F\n" +
-	"\x0eendpoint_limit\x18\t \x01(\v2\x1f.belfry.config.v1.EndpointLimitR\rendpointLimit\x12-\n" +
+	"\x0eendpoint_limit\x18\t \x01(\v2\x1f.belfry.config.v1.EndpointLimitR\rendpointLimit\x128\n" +
+	"\n" +
+	"equal_time\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\tequalTime\x12-\n" +
 	"\x05zones\x18\x0e \x01(\v2\x17.belfry.config.v1.ZonesR\x05zones\x12I\n" +
 	"\x0ffailure_accrual\x18\x0f \x01(\v2 .belfry.config.v1.FailureAccrualR\x0efailureAccrual\x12:\n" +
 	"\n" +
@@ -1503,33 +1520,34 @@ var file_belfry_config_v1_p2c_proto_depIdxs = []int32{
 	5,  // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
 	12, // 1: belfry.config.v1.P2C.explore_after:type_name -> google.protobuf.Duration
 	4,  // 2: belfry.config.v1.P2C.endpoint_limit:type_name -> belfry.config.v1.EndpointLimit
-	1,  // 3: belfry.config.v1.P2C.zones:type_name -> belfry.config.v1.Zones
-	2,  // 4: belfry.config.v1.P2C.failure_accrual:type_name -> belfry.config.v1.FailureAccrual
-	3,  // 5: belfry.config.v1.P2C.slow_start:type_name -> belfry.config.v1.SlowStart
-	12, // 6: belfry.config.v1.FailureAccrual.window:type_name -> google.protobuf.Duration
-	12, // 7: belfry.config.v1.FailureAccrual.base_time:type_name -> google.protobuf.Duration
-	12, // 8: belfry.config.v1.FailureAccrual.max_time:type_name -> google.protobuf.Duration
-	12, // 9: belfry.config.v1.SlowStart.window:type_name -> google.protobuf.Duration
-	13, // 10: belfry.config.v1.EndpointLimit.auto:type_name -> belfry.config.v1.Auto
-	6,  // 11: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
-	8,  // 12: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
-	9,  // 13: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
-	10, // 14: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
-	11, // 15: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
-	12, // 16: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
-	12, // 17: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
-	7,  // 18: belfry.config.v1.ExpectedLatency.reports:type_name -> belfry.config.v1.Reports
-	12, // 19: belfry.config.v1.Reports.expiry:type_name -> google.protobuf.Duration
-	12, // 20: belfry.config.v1.Reports.blackout:type_name -> google.protobuf.Duration
-	12, // 21: belfry.config.v1.Reports.out_of_band:type_name -> google.protobuf.Duration
-	12, // 22: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
-	12, // 23: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
-	14, // 24: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
-	25, // [25:25] is the sub-list for method output_type
-	25, // [25:25] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	12, // 3: belfry.config.v1.P2C.equal_time:type_name -> google.protobuf.Duration
+	1,  // 4: belfry.config.v1.P2C.zones:type_name -> belfry.config.v1.Zones
+	2,  // 5: belfry.config.v1.P2C.failure_accrual:type_name -> belfry.config.v1.FailureAccrual
+	3,  // 6: belfry.config.v1.P2C.slow_start:type_name -> belfry.config.v1.SlowStart
+	12, // 7: belfry.config.v1.FailureAccrual.window:type_name -> google.protobuf.Duration
+	12, // 8: belfry.config.v1.FailureAccrual.base_time:type_name -> google.protobuf.Duration
+	12, // 9: belfry.config.v1.FailureAccrual.max_time:type_name -> google.protobuf.Duration
+	12, // 10: belfry.config.v1.SlowStart.window:type_name -> google.protobuf.Duration
+	13, // 11: belfry.config.v1.EndpointLimit.auto:type_name -> belfry.config.v1.Auto
+	6,  // 12: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
+	8,  // 13: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
+	9,  // 14: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
+	10, // 15: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
+	11, // 16: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
+	12, // 17: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
+	12, // 18: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
+	7,  // 19: belfry.config.v1.ExpectedLatency.reports:type_name -> belfry.config.v1.Reports
+	12, // 20: belfry.config.v1.Reports.expiry:type_name -> google.protobuf.Duration
+	12, // 21: belfry.config.v1.Reports.blackout:type_name -> google.protobuf.Duration
+	12, // 22: belfry.config.v1.Reports.out_of_band:type_name -> google.protobuf.Duration
+	12, // 23: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
+	12, // 24: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
+	14, // 25: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
+	26, // [26:26] is the sub-list for method output_type
+	26, // [26:26] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_belfry_config_v1_p2c_proto_init() }
