@@ -59,13 +59,15 @@ type config struct {
 	memory    int
 	failures  codeSet
 	metric    metricConfig
-	limit     *limitConfig // nil if endpoints have none
-	zones     *zonesConfig // nil if zones do not count
-	timeless  bool         // the metric has no use for the time
-	counts    bool         // a load is the number of attempts in flight
-	exact     bool         // loads have no errors
-	classless bool         // all calls are of one class
-	twoExact  bool         // chooseOfTwo will do where weights are equal
+	limit     *limitConfig     // nil if endpoints have none
+	zones     *zonesConfig     // nil if zones do not count
+	accrual   *accrualConfig   // nil if endpoints are not put aside
+	slowStart *slowStartConfig // nil if endpoints get their share at once
+	timeless  bool             // the metric has no use for the time
+	counts    bool             // a load is the number of attempts in flight
+	exact     bool             // loads have no errors
+	classless bool             // all calls are of one class
+	twoExact  bool             // chooseOfTwo will do where weights are equal
 
 	equalAtRest    float32
 	equalUnderLoad float32
@@ -128,6 +130,12 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		}
 	}
 	if c.limit, err = newLimitConfig(m.GetEndpointLimit()); err != nil {
+		return nil, err
+	}
+	if c.accrual, err = newAccrualConfig(m.GetFailureAccrual()); err != nil {
+		return nil, err
+	}
+	if c.slowStart, err = newSlowStartConfig(m.GetSlowStart()); err != nil {
 		return nil, err
 	}
 	if m.ChoiceCount != nil {

@@ -69,7 +69,11 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		call.class = p.metric.Class(info.FullMethodName, call.stream)
 	}
 	var c *candidate
-	if tried != nil && !tried.Empty() {
+	if p.config.accrual != nil {
+		c = b.trial(tried)
+	}
+	trial := c != nil
+	if !trial && tried != nil && !tried.Empty() {
 		c = p.chooseAgain(now, call, tried)
 	}
 	switch {
@@ -78,6 +82,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		c = p.chooseOfTwo(now, call)
 	default:
 		c = p.chooseAny(now, call)
+	}
+	if c == nil { // What was drawn has left meanwhile.
+		c = p.ready.first()
 	}
 	if c == nil {
 		// The last one has just left; the channel hears of it next.
@@ -89,7 +96,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
 	limited := p.config.limit != nil
-	if limited {
+	if limited && !(trial && c.take()) {
 		var err error
 		if c, now, err = p.hold(info.Ctx, c, now, track, tried); err != nil {
 			return balancer.PickResult{}, err
@@ -123,6 +130,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner = p, c, c.meter.Load(), info.Ctx, tried, result.Done
 	if p.config.timeless && !k.meter.timeless { // the metric has just changed
 		now = k.now()
+	}
+	if p.config.accrual != nil {
+		k.accrues()
 	}
 	if !k.meter.quiet {
 		a := &k.attempt
@@ -351,6 +361,8 @@ type pick struct {
 	began load.Instant
 	mark  uint8
 
+	row uint32 // see accrual.run; began is set, too
+
 	// Of a pick with a tracker.
 	track  *tracker
 	state  atomic.Uint32
@@ -362,6 +374,7 @@ const (
 	pickResponded = 1 << iota // the first response has been seen
 	pickAwaiting              // Done was called with a nil error: the true one comes from the tracker
 	pickFinished              // the meter has been told
+	pickAnswered              // the first message of a stream has arrived
 )
 
 // handle is what grpc calls when an attempt is done. Its method value is made once, which
@@ -431,6 +444,14 @@ func (k *pick) respond() {
 	}
 }
 
+// message says that the first message of a stream has arrived.
+func (k *pick) message() {
+	k.answered()
+	if k.picker.config.accrual != nil && k.state.Or(pickAnswered)&(pickAnswered|pickFinished) == 0 {
+		k.accrue(load.Completed, nil)
+	}
+}
+
 // pushback makes the endpoint dearer for as long as the server asked for when it failed the
 // attempt, and returns that.
 func (k *pick) pushback(err error) time.Duration {
@@ -444,13 +465,13 @@ func (k *pick) pushback(err error) time.Duration {
 // finish tells the meter, once, how an attempt ended. err is for people to look at, and for
 // the limit of the endpoint.
 func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
-	responded := false
+	responded, answered := false, false
 	if k.track != nil {
 		old := k.state.Or(pickFinished)
 		if old&pickFinished != 0 {
 			return
 		}
-		responded = old&pickResponded != 0
+		responded, answered = old&pickResponded != 0, old&pickAnswered != 0
 	}
 	switch {
 	case o == load.Completed:
@@ -465,6 +486,9 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 	if k.limit != nil {
 		k.limit.end(k, o, err)
+	}
+	if k.picker.config.accrual != nil && !answered {
+		k.accrue(o, err)
 	}
 	if responded {
 		k.candidate.tally.add(-oneStream)

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
+	"time"
 
 	orcapb "github.com/cncf/xds/go/xds/data/orca/v3"
 	"google.golang.org/grpc/balancer"
@@ -112,6 +113,15 @@ func newBalanced(c *cluster, p Policy, client int) (*balanced, error) {
 	b.state.ResolverState = simenv.Set(resolver.State{}, &simenv.Env{
 		Now:    func() int64 { return c.now },
 		Uint64: c.choice.Uint64,
+		AfterFunc: func(d time.Duration, f func()) func() {
+			stopped := false
+			c.agenda.add(c.now+int64(d), action(func() {
+				if !stopped {
+					f()
+				}
+			}))
+			return func() { stopped = true }
+		},
 	})
 	b.state.ResolverState = place.SetHome(b.state.ResolverState, zoneName(client%len(c.zones)))
 	if parser, ok := builder.(balancer.ConfigParser); ok {
