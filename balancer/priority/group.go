@@ -127,6 +127,7 @@ func (g *group) NewSubConn(addrs []resolver.Address, opts balancer.NewSubConnOpt
 		c.judge()
 	}
 	var err error
+	//lint:ignore SA1019 the deprecation is of several addresses
 	if c.SubConn, err = g.ClientConn.NewSubConn(addrs, opts); err != nil {
 		return nil, err
 	}

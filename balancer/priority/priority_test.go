@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -36,15 +37,15 @@ type world struct {
 	cc     lbtest.Channel
 	b      *policy
 	config string
-	values map[string]int64 // metrics
+	r      *recorder
 }
 
 func bubble(t *testing.T, config string, f func(t *testing.T, w *world)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, config: config, values: make(map[string]int64)}
+		w := &world{t: t, config: config, r: &recorder{values: make(map[string]int64)}}
 		w.cc.Hold = true
-		w.cc.Recorder = recorder{values: w.values}
+		w.cc.Recorder = w.r
 		w.b = builder{}.Build(&w.cc, balancer.BuildOptions{}).(*policy)
 		f(t, w)
 		w.b.Close()
@@ -54,14 +55,25 @@ func bubble(t *testing.T, config string, f func(t *testing.T, w *world)) {
 
 type recorder struct {
 	estats.UnimplementedMetricsRecorder
+	mu     sync.Mutex // guards values
 	values map[string]int64
 }
 
-func (r recorder) RecordInt64Count(h *estats.Int64CountHandle, v int64, labels ...string) {
+func (r *recorder) value(name string) int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.values[name]
+}
+
+func (r *recorder) RecordInt64Count(h *estats.Int64CountHandle, v int64, labels ...string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.values[h.Descriptor().Name] += v
 }
 
-func (r recorder) RecordInt64Gauge(h *estats.Int64GaugeHandle, v int64, labels ...string) {
+func (r *recorder) RecordInt64Gauge(h *estats.Int64GaugeHandle, v int64, labels ...string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.values[h.Descriptor().Name] = v
 }
 
@@ -162,13 +174,13 @@ func TestFailover(t *testing.T) {
 				w.want("shortly before returnAfter", "1")
 				w.lose("0a")
 				w.ready("0a")
-				time.Sleep(1)
+				time.Sleep(time.Nanosecond)
 				w.settle()
 				w.want("it has had too few meanwhile", "1")
 				time.Sleep(defaultReturnAfter)
 				w.settle()
 				w.want("after returnAfter", "0")
-				if g, n := w.values["belfry.lb.priority.group"], w.values["belfry.lb.priority.switches"]; g != 0 || n != 2 {
+				if g, n := w.r.value("belfry.lb.priority.group"), w.r.value("belfry.lb.priority.switches"); g != 0 || n != 2 {
 					t.Errorf("metrics say group %d after %d switches, want 0 and 2", g, n)
 				}
 			})
@@ -222,7 +234,7 @@ func TestFailover(t *testing.T) {
 				w.ready("1a")
 				time.Sleep(defaultConnectTimeout - 1)
 				w.want("shortly before connectTimeout", "-")
-				time.Sleep(1)
+				time.Sleep(time.Nanosecond)
 				w.settle()
 				w.want("after connectTimeout", "1")
 			})
