@@ -21,8 +21,8 @@ import (
 	"google.golang.org/grpc/resolver/manual"
 
 	"github.com/belfry-go/belfry/internal/test/lbtest"
-	"github.com/belfry-go/belfry/internal/test/race"
 	"github.com/belfry-go/belfry/internal/test/leaktest"
+	"github.com/belfry-go/belfry/internal/test/race"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
