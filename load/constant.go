@@ -31,6 +31,6 @@ type constantMeter struct {
 
 func (c *constantMeter) Load(Query) Estimate { return Estimate{Cost: c.load, Good: forever} }
 
-func (*constantMeter) Start(Attempt) Ticket { return Ticket{} }
+func (*constantMeter) Start(*Attempt) Ticket { return Ticket{} }
 
-func (*constantMeter) Finish(Sample) {}
+func (*constantMeter) Finish(*Sample) bool { return false }

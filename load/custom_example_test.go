@@ -41,11 +41,11 @@ type lastMeter struct {
 func (m *lastMeter) Load(q load.Query) load.Estimate {
 	return load.Estimate{
 		Cost: float64(m.last.Load()) * (float64(q.InFlight)/q.Weight + 1),
-		Good: math.MaxInt64, // only attempts change it
+		Good: math.MaxInt64, // only answers change it
 	}
 }
 
-func (m *lastMeter) Start(a load.Attempt) load.Ticket {
+func (m *lastMeter) Start(a *load.Attempt) load.Ticket {
 	t := load.Ticket{Started: a.Now}
 	if m.metric.ignored != "" && strings.HasPrefix(a.Method, m.metric.ignored) {
 		t.A = 1
@@ -53,10 +53,12 @@ func (m *lastMeter) Start(a load.Attempt) load.Ticket {
 	return t
 }
 
-func (m *lastMeter) Finish(s load.Sample) {
+func (m *lastMeter) Finish(s *load.Sample) bool {
 	if s.Outcome == load.Completed && !s.Responded && s.Ticket.A == 0 {
 		m.last.Store(uint64(s.Now - s.Ticket.Started))
+		return true
 	}
+	return false
 }
 
 // A program that imports the package of this metric can name it in its service
@@ -76,8 +78,8 @@ func ExampleRegister() {
 		method string
 		took   load.Instant
 	}{{"/shop.Orders/Get", 30}, {"/grpc.health.v1.Health/Check", 1}} {
-		ticket := meter.Start(load.Attempt{Query: load.Query{Weight: 1}, Method: call.method})
-		meter.Finish(load.Sample{Now: call.took, Ticket: ticket, Outcome: load.Completed})
+		ticket := meter.Start(&load.Attempt{Query: load.Query{Weight: 1}, Method: call.method})
+		meter.Finish(&load.Sample{Now: call.took, Ticket: ticket, Outcome: load.Completed})
 	}
 	fmt.Println("cost at rest:", meter.Load(load.Query{Weight: 1}).Cost)
 	fmt.Println("with one in flight:", meter.Load(load.Query{InFlight: 1, Weight: 1}).Cost)

@@ -24,9 +24,9 @@
 //
 //	metric := load.NewPendingRequests()
 //	meter := metric.NewMeter(load.Endpoint{Address: addr})
-//	ticket := meter.Start(load.Attempt{Query: load.Query{Now: now, Weight: 1}, Method: method})
+//	ticket := meter.Start(&load.Attempt{Query: load.Query{Now: now, Weight: 1}, Method: method})
 //	// ... the attempt runs ...
-//	meter.Finish(load.Sample{Now: now, Ticket: ticket, Outcome: load.Completed})
+//	meter.Finish(&load.Sample{Now: now, Ticket: ticket, Outcome: load.Completed})
 //
 // A metric of one's own implements [Metric] and [Meter]; [Register] gives it a
 // name for the service config.

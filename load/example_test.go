@@ -17,11 +17,11 @@ func Example() {
 	meter := metric.NewMeter(load.Endpoint{Address: "10.0.0.1:443"})
 
 	query := load.Query{InFlight: 0, Weight: 1}
-	ticket := meter.Start(load.Attempt{Query: query, Method: "/shop.Orders/Get"})
+	ticket := meter.Start(&load.Attempt{Query: query, Method: "/shop.Orders/Get"})
 	query.InFlight++
 	fmt.Println("in flight:", meter.Load(query).Cost)
 	query.InFlight--
-	meter.Finish(load.Sample{Ticket: ticket, Outcome: load.Completed})
+	meter.Finish(&load.Sample{Ticket: ticket, Outcome: load.Completed})
 	fmt.Println("at rest:", meter.Load(query).Cost)
 	// Output:
 	// in flight: 1
@@ -45,10 +45,10 @@ func ExamplePeakEWMA() {
 	cost := func(q load.Query) time.Duration { return time.Duration(meter.Load(q).Cost) }
 
 	fmt.Println("before the first sample:", cost(at(0, 0)))
-	ticket := meter.Start(load.Attempt{Query: at(0, 0)})
-	meter.Finish(load.Sample{Now: load.Instant(3 * time.Second), Ticket: ticket})
+	ticket := meter.Start(&load.Attempt{Query: at(0, 0)})
+	meter.Finish(&load.Sample{Now: load.Instant(3 * time.Second), Ticket: ticket})
 	fmt.Println("after a peak of 3s:", cost(at(3*time.Second, 0)))
-	meter.Start(load.Attempt{Query: at(3*time.Second, 0)})
+	meter.Start(&load.Attempt{Query: at(3*time.Second, 0)})
 	fmt.Println("with an attempt in flight:", cost(at(3*time.Second, 1)))
 	fmt.Println("10s later:", cost(at(13*time.Second, 1)).Round(time.Millisecond))
 	// Output:
@@ -70,11 +70,11 @@ func ExampleExpectedLatency() {
 	const ms = time.Millisecond
 	print := func(what string, e load.Estimate) { fmt.Println(what, time.Duration(e.Cost).Round(ms)) }
 
-	ticket := a.Start(load.Attempt{Query: at(0, 0)})
-	a.Finish(load.Sample{Now: load.Instant(10 * ms), Ticket: ticket})
+	ticket := a.Start(&load.Attempt{Query: at(0, 0)})
+	a.Finish(&load.Sample{Now: load.Instant(10 * ms), Ticket: ticket})
 	print("a, which took 10ms:", a.Load(at(10*ms, 0)))
 	print("b, of which nothing is known:", b.Load(at(10*ms, 0)))
-	b.Start(load.Attempt{Query: at(10*ms, 0)})
+	b.Start(&load.Attempt{Query: at(10*ms, 0)})
 	print("b, with an attempt in flight:", b.Load(at(10*ms, 1)))
 	print("b, silent for 90ms:", b.Load(at(100*ms, 1)))
 	// Output:

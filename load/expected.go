@@ -22,8 +22,8 @@ type ExpectedLatencyConfig struct {
 	// most 1000.
 	PriorSamples float64
 	// SpreadPrior is how much more the prior counts where latencies vary: n0 times
-	// 1 + SpreadPrior*v, with v their variance in units of their mean squared.
-	// Default 0.5, from 0 to 100.
+	// 1 + SpreadPrior*v, with v the variance of the latencies of one endpoint, divided
+	// by the square of their mean. Default 0.5, from 0 to 100.
 	SpreadPrior float64
 	// MinSpread is the least v that is believed. Default 0.25, from 0 to 100.
 	MinSpread float64
@@ -36,7 +36,7 @@ type ExpectedLatencyConfig struct {
 	KeepSamples float64
 	// ForgetRounds (ticks) is the number of rounds, of one sample per endpoint of
 	// the channel each, in which an endpoint without samples of its own is
-	// forgotten to 1/e. Default 32, above 0, at most 1e6.
+	// forgotten to 1/e. Default 40, above 0, at most 1e6.
 	ForgetRounds float64
 	// ForgetAfter (tau) is the time in which an endpoint without samples is
 	// forgotten to 1/e, resolved to about a millisecond. Default 60 s, must be
@@ -81,7 +81,7 @@ func DefaultExpectedLatencyConfig() ExpectedLatencyConfig {
 		MinSpread:      0.25,
 		QueueExponent:  0.5,
 		KeepSamples:    32,
-		ForgetRounds:   32,
+		ForgetRounds:   40,
 		ForgetAfter:    time.Minute,
 		FailurePenalty: defaultFailurePenalty,
 		FirstFailure:   time.Second,
@@ -138,8 +138,10 @@ func (c ExpectedLatencyConfig) validate() error {
 //     the methods' means g, each weighed by how often the method is called. They are
 //     moving means of at most 200 samples. A newcomer costs what the average
 //     endpoint does, so it is neither flooded nor starved.
-//   - n = n0*(1 + SpreadPrior*v), with v the variance of latency/g: where single
-//     latencies say little, the prior counts more.
+//   - n = n0*(1 + SpreadPrior*v), with v the variance of the latencies of one
+//     endpoint, divided by the square of their mean: where single latencies say little,
+//     the prior counts more. It is the same for all endpoints, and learnt from those of
+//     at least four samples. How much endpoints differ from each other is not in it.
 //   - f forgets: exp(-t/tau - c/(ticks*n)), t after and c samples of the whole
 //     channel after the endpoint's last sample, with n endpoints. At each sample
 //     S and N are multiplied by f*(1-1/keep). An endpoint that is not heard of
@@ -368,15 +370,15 @@ const heardUnitBits = 20
 func (m *expectedMeter) Load(q Query) Estimate {
 	e := m.metric
 	p := e.params.Load()
-	sum, number, waiting := m.latency(p, q)
+	sum, number, waiting := m.latency(p, &q)
 	others := 0.0
 	if p.inFlight != "" {
 		others = m.others(p, q.Now) / q.Weight
 	}
 	estimate := Estimate{
-		Cost:  sum / number * (m.queue(q, waiting.left) + others + 1),
+		Cost:  sum / number * (m.queue(&q, waiting.left) + others + 1),
 		Error: math.Sqrt(e.v(p) / number),
-		Queue: m.queue(q, waiting.old) + others,
+		Queue: m.queue(&q, waiting.old) + others,
 		Heard: Instant(m.heard.Load() >> 32 << heardUnitBits),
 		Good:  restGood,
 	}
@@ -392,7 +394,7 @@ func (m *expectedMeter) Load(q Query) Estimate {
 
 // queue returns the attempts in flight that count for a call, per weight, without
 // those of slow methods and so many that are left out.
-func (m *expectedMeter) queue(q Query, left int) float64 {
+func (m *expectedMeter) queue(q *Query, left int) float64 {
 	if q.Class == slowClass {
 		return q.queue()
 	}
@@ -411,7 +413,7 @@ const reportGood = time.Millisecond / 2
 // Inspect implements [Meter].
 func (m *expectedMeter) Inspect(q Query) Details {
 	p := m.metric.params.Load()
-	sum, number, _ := m.latency(p, q)
+	sum, number, _ := m.latency(p, &q)
 	_, n := floats32(m.mean.Load())
 	n *= expNeg(m.metric.unheard(p.rate, q.Now, m.heard.Load()))
 	if number == 0 || m.metric.unit.Load() == 0 {
@@ -422,7 +424,7 @@ func (m *expectedMeter) Inspect(q Query) Details {
 
 // latency returns L as a sum of times and a number of samples, and what of it is of
 // the attempts in flight.
-func (m *expectedMeter) latency(p *expectedParams, q Query) (sum, number float64, w waiting) {
+func (m *expectedMeter) latency(p *expectedParams, q *Query) (sum, number float64, w waiting) {
 	e := m.metric
 	prior := p.prior * (1 + p.spreadPrior*e.v(p))
 	sum, number = prior*e.g(), prior
@@ -498,12 +500,12 @@ func (e *ExpectedLatency) unheard(rate float64, now Instant, heard uint64) float
 func since32(a, b uint32) float64 { return float64(max(int32(a-b), 0)) }
 
 // Start implements [Meter].
-func (m *expectedMeter) Start(a Attempt) Ticket {
+func (m *expectedMeter) Start(a *Attempt) Ticket {
 	e := m.metric
 	p := e.params.Load()
 	queue := 0.0
 	if a.InFlight > 0 {
-		queue = m.queue(a.Query, m.waiting(p, a.Now).old)
+		queue = m.queue(&a.Query, m.waiting(p, a.Now).old)
 	}
 	method := e.method(a.Method)
 	kind := usual
@@ -515,7 +517,7 @@ func (m *expectedMeter) Start(a Attempt) Ticket {
 	case method.fleet.means.Load() == 0 && e.unit.Load() != 0:
 		kind = unknown
 	}
-	weight := uint32(min(max(math.Round(weightOne*p.discount(queue)*e.scale(method)), 1), maxWeight))
+	weight := max(uint32(min(weightOne*p.discount(queue)*e.scale(method)+0.5, maxWeight)), 1)
 	epoch := m.ages[kind].add(weight, a.Now, e.maxAge(p, kind))
 	return Ticket{
 		Started: a.Now,
@@ -543,19 +545,20 @@ func (m *expectedMeter) Respond(r Response) {
 }
 
 // Finish implements [Meter].
-func (m *expectedMeter) Finish(s Sample) {
+func (m *expectedMeter) Finish(s *Sample) (changed bool) {
 	if !s.Responded {
 		m.answered(s.Ticket)
 	}
 	m.report(m.metric.params.Load(), s.Now, s.Report, s.InFlight)
 	switch {
 	case s.Outcome == Failed:
-		m.failed(s)
+		changed = m.failed(s)
 	case s.Outcome == Completed && !s.Responded:
-		m.completed(s.Now, s.Ticket)
+		changed = m.completed(s.Now, s.Ticket)
 	case (s.Outcome == Cancelled || s.Outcome == Expired) && !s.Responded:
-		m.givenUp(s.Now, s.Ticket)
+		changed = m.givenUp(s.Now, s.Ticket)
 	}
+	return changed || s.Report != nil
 }
 
 // Report implements [Meter].
@@ -570,7 +573,7 @@ func (m *expectedMeter) Close() {
 	m.metric.resizeLocked(-1)
 }
 
-func (m *expectedMeter) completed(now Instant, t Ticket) {
+func (m *expectedMeter) completed(now Instant, t Ticket) bool {
 	e := m.metric
 	p := e.params.Load()
 	method := e.methods.Load().all[t.method()]
@@ -578,23 +581,18 @@ func (m *expectedMeter) completed(now Instant, t Ticket) {
 	divided := latency * p.discount(t.queue())
 	n := method.fleet.turn(now)
 	if n > 0 {
-		e.learn(p, method, t, latency, divided, n)
+		m.spread(p, now, min(divided*e.scale(method), p.sampleLimit*e.g()))
+		e.learn(method, t, latency, divided, n)
 	}
-	m.sample(p, now, min(divided*e.scale(method), p.sampleLimit*e.g()), n)
+	return m.sample(p, now, min(divided*e.scale(method), p.sampleLimit*e.g()), n)
 }
 
 // learn takes a latency, which stands for n, into what all endpoints share.
-func (e *ExpectedLatency) learn(p *expectedParams, method *method, t Ticket, latency, divided float64, n int) {
+func (e *ExpectedLatency) learn(method *method, t Ticket, latency, divided float64, n int) {
 	method.fleet.observe(divided, t.queue())
 	all := e.methods.Load()
 	all.called(method, n)
 	e.unit.Store(math.Float64bits(all.unit()))
-	if mean := method.fleet.mean(); mean > 0 {
-		r := min(divided/mean, spreadLimit)
-		v, covered := floats32(e.spread.Load())
-		covered = min(covered+1, fleetWindow)
-		e.spread.Store(bits32(v+(r*r-1-v)/covered, covered))
-	}
 	share := e.queue.observe(divided, t.queue())
 	if e.slow(method) != e.anySlow.Load() {
 		e.anySlow.Store(slices.ContainsFunc(all.all, e.slow))
@@ -610,10 +608,27 @@ func (e *ExpectedLatency) learn(p *expectedParams, method *method, t Ticket, lat
 	u.Store(math.Float64bits(mean + (latency-mean)*share))
 }
 
-// A latency counts up to so many times its mean in the variance of all.
-const spreadLimit = 20
+// spread takes a latency of the endpoint into the variance v of all. The mean of the c
+// samples before is off by v/c itself.
+func (m *expectedMeter) spread(p *expectedParams, now Instant, latency float64) {
+	e := m.metric
+	s, c := floats32(m.mean.Load())
+	known := c * expNeg(e.unheard(p.rate, now, m.heard.Load()))
+	if known < spreadSamples || s <= 0 {
+		return
+	}
+	d := min(latency*c/s, spreadLimit) - 1
+	v, covered := floats32(e.spread.Load())
+	covered = min(covered+1, fleetWindow)
+	e.spread.Store(bits32(v+(d*d/(1+1/known)-v)/covered, covered))
+}
 
-func (m *expectedMeter) failed(s Sample) {
+const (
+	spreadSamples = 4  // what must be known of an endpoint
+	spreadLimit   = 20 // a latency counts up to so many times the endpoint's mean
+)
+
+func (m *expectedMeter) failed(s *Sample) bool {
 	e := m.metric
 	p := e.params.Load()
 	latency := p.penalty * e.cost()
@@ -628,15 +643,15 @@ func (m *expectedMeter) failed(s Sample) {
 		}
 		latency = max(latency, waited)
 	}
-	m.sample(p, s.Now, latency, method.fleet.turn(s.Now))
+	return m.sample(p, s.Now, latency, method.fleet.turn(s.Now))
 }
 
-func (m *expectedMeter) givenUp(now Instant, t Ticket) {
+func (m *expectedMeter) givenUp(now Instant, t Ticket) bool {
 	e := m.metric
 	p := e.params.Load()
 	g := math.Float64frombits(e.unit.Load())
 	if g == 0 {
-		return // no latency is known yet, so none is late
+		return false // no latency is known yet, so none is late
 	}
 	method := e.methods.Load().all[t.method()]
 	limit := e.maxAge(p, t.kind())
@@ -648,8 +663,9 @@ func (m *expectedMeter) givenUp(now Instant, t Ticket) {
 	f := expNeg(e.unheard(p.rate, now, m.heard.Load()))
 	prior := p.prior * (1 + p.spreadPrior*e.v(p))
 	if age*(n*f+prior) > s*f+prior*g {
-		m.sample(p, now, age, method.fleet.turn(now))
+		return m.sample(p, now, age, method.fleet.turn(now))
 	}
+	return false
 }
 
 // cost returns what the average endpoint costs. Its q attempts in flight are, on
@@ -661,13 +677,15 @@ func (e *ExpectedLatency) cost() float64 {
 	return math.Float64frombits(e.unit.Load()) * (queue + 1) * (1 + queue/2/samples)
 }
 
-// sample takes in a latency of the endpoint, which stands for n of the channel.
-func (m *expectedMeter) sample(p *expectedParams, now Instant, latency float64, n int) {
+// sample takes in a latency of the endpoint, which stands for n of the channel, and returns
+// whether that changed the mean by more than a fiftieth.
+func (m *expectedMeter) sample(p *expectedParams, now Instant, latency float64, n int) (changed bool) {
 	f := expNeg(m.metric.unheard(p.rate, now, m.heard.Load())) * p.keep
 	for {
 		old := m.mean.Load()
 		s, n := floats32(old)
 		if m.mean.CompareAndSwap(old, bits32(s*f+latency, n*f+1)) {
+			changed = n < fewSamples || math.Abs(latency*n-s) > s*n/50
 			break
 		}
 	}
@@ -678,7 +696,11 @@ func (m *expectedMeter) sample(p *expectedParams, now Instant, latency float64, 
 	if heard := uint64(now)>>heardUnitBits<<32 | uint64(uint32(count)); m.heard.Load() != heard {
 		m.heard.Store(heard)
 	}
+	return changed
 }
+
+// With less than fewSamples each one changes what an endpoint costs.
+const fewSamples = 4
 
 // expNeg returns exp(-x) for x >= 0 within 0.02 %: 2^y with the integer part of
 // y as the exponent and a polynomial for the fraction. It is several times

@@ -60,8 +60,9 @@ type Meter interface {
 	Load(Query) Estimate
 
 	// Start says that an attempt was sent to the endpoint. Every Start is
-	// followed by exactly one Finish with the Ticket that it returned.
-	Start(Attempt) Ticket
+	// followed by exactly one Finish with the Ticket that it returned. The Attempt must
+	// not be kept.
+	Start(*Attempt) Ticket
 
 	// Respond says that the first response of a stream has arrived, its headers or
 	// a message. It is called at most once for an attempt, before its Finish. The
@@ -69,8 +70,10 @@ type Meter interface {
 	// attempt in flight any more but an open stream.
 	Respond(Response)
 
-	// Finish says that an attempt ended. It may come after Close.
-	Finish(Sample)
+	// Finish says that an attempt ended, and returns whether an Estimate given before,
+	// with nothing in flight, is not good any more. It may come after Close. The Sample
+	// must not be kept.
+	Finish(*Sample) bool
 
 	// Report gives the Meter a report that the server sent by itself, and not with
 	// the end of an attempt.
@@ -124,7 +127,7 @@ type Query struct {
 }
 
 // queue returns the attempts in flight per unit of weight.
-func (q Query) queue() float64 { return perWeight(q.InFlight, q.Weight) }
+func (q *Query) queue() float64 { return perWeight(q.InFlight, q.Weight) }
 
 func perWeight(n int, weight float64) float64 {
 	if weight == 1 {
@@ -149,8 +152,9 @@ type Estimate struct {
 	// Heard is when the endpoint last answered or failed, or 0 if that does not
 	// matter. The policy now and then tries one that was not heard of for long.
 	Heard Instant
-	// Good is for how long the policy may use the Estimate again, while no attempt
-	// to the endpoint starts or ends. 0 is not at all.
+	// Good is for how long the policy may use the Estimate again while no attempt to
+	// the endpoint starts or ends. One with nothing in flight it may use again when
+	// nothing is, unless a Finish since has returned true. 0 is not at all.
 	Good time.Duration
 }
 

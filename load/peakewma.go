@@ -205,7 +205,7 @@ func (m *peakMeter) Load(q Query) Estimate {
 	return Estimate{Cost: value * (queue + 1), Queue: queue, Good: p.good}
 }
 
-func (m *peakMeter) Start(a Attempt) Ticket {
+func (m *peakMeter) Start(a *Attempt) Ticket {
 	return Ticket{Started: a.Now, A: math.Float64bits(a.queue())}
 }
 
@@ -216,42 +216,45 @@ func (m *peakMeter) Inspect(q Query) Details {
 	return Details{Latency: time.Duration(value * expSmall(age*m.metric.params.Load().rate))}
 }
 
-func (m *peakMeter) Finish(s Sample) {
+func (m *peakMeter) Finish(s *Sample) bool {
 	now := s.Now
 	switch {
 	case s.Outcome == Completed && !s.Responded:
-		m.completed(now, s.Ticket)
+		return m.completed(now, s.Ticket)
 	case s.Outcome == Failed:
 		latency := m.metric.params.Load().penalty * m.metric.fleet.cost()
 		if !s.Responded { // the life of a stream after its first response is no latency
 			latency = max(latency, s.Ticket.latency(now))
 		}
-		m.sample(now, latency, s.Ticket, true)
+		return m.sample(now, latency, s.Ticket, true)
 	case (s.Outcome == Cancelled || s.Outcome == Expired) && !s.Responded:
-		m.cancelled(now, s.Ticket)
+		return m.cancelled(now, s.Ticket)
 	}
+	return false
 }
 
 // cancelled takes in that an attempt would have taken longer than it has. Of latencies
 // that are known from below, the best estimate of their mean is the sum of what is known
 // over the number of those that ended, so each cancelled attempt adds its time until one
 // is answered.
-func (m *peakMeter) cancelled(now Instant, t Ticket) {
+func (m *peakMeter) cancelled(now Instant, t Ticket) bool {
 	waited := float64(m.unanswered.Add(max(int64(now-t.Started), 1)))
 	if _, value, age := m.current(now); waited > value*expSmall(age*m.metric.params.Load().rate) {
-		m.sample(now, waited, t, false)
+		return m.sample(now, waited, t, false)
 	}
+	return false
 }
 
-func (m *peakMeter) completed(now Instant, t Ticket) {
+func (m *peakMeter) completed(now Instant, t Ticket) bool {
 	if m.unanswered.Load() != 0 {
 		m.unanswered.Store(0)
 	}
-	m.sample(now, t.latency(now), t, false)
+	return m.sample(now, t.latency(now), t, false)
 }
 
-// sample adds a latency to the estimate.
-func (m *peakMeter) sample(now Instant, latency float64, t Ticket, failed bool) {
+// sample adds a latency to the estimate, and returns whether that changed it by more
+// than a fiftieth.
+func (m *peakMeter) sample(now Instant, latency float64, t Ticket, failed bool) bool {
 	rate := m.metric.params.Load().rate
 	for {
 		word, value, age := m.current(now)
@@ -278,7 +281,7 @@ func (m *peakMeter) sample(now Instant, latency float64, t Ticket, failed bool) 
 				}
 				m.metric.fleet.observe(next, math.Float64frombits(t.A))
 			}
-			return
+			return next > value*(1+1.0/50) || next < value*(1-1.0/50)
 		}
 	}
 }

@@ -46,19 +46,21 @@ func (m *pendingMeter) Load(q Query) Estimate {
 	return Estimate{Cost: q.queue(), Good: forever}
 }
 
-func (m *pendingMeter) Start(Attempt) Ticket { return Ticket{} }
+func (m *pendingMeter) Start(*Attempt) Ticket { return Ticket{} }
 
 func (m *pendingMeter) Respond(Response) { m.answered() }
 
-func (m *pendingMeter) Finish(s Sample) {
+func (m *pendingMeter) Finish(s *Sample) bool {
 	switch {
 	case s.Outcome == Completed:
 		m.answered()
 	case s.Outcome == Cancelled && !s.Responded:
 		if n := m.unanswered.Add(1); n > 1 {
 			m.shunned.Store(min(int64(leastShunned)<<min(n-2, 10), mostShunned))
+			return true
 		}
 	}
+	return false
 }
 
 func (m *pendingMeter) answered() {

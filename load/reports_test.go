@@ -29,8 +29,8 @@ func TestReports(t *testing.T) {
 	}
 	// call is a call of 1 s that ends at a time with a report, beside one other in flight.
 	call := func(m Meter, end time.Duration, requests float64) {
-		ticket := m.Start(Attempt{Query: Query{Now: Instant(end - time.Second), Weight: 1}})
-		m.Finish(Sample{Now: Instant(end), Ticket: ticket, Report: &Report{Named: map[string]float64{"belfry.in_flight": requests}}, InFlight: 1})
+		ticket := m.Start(&Attempt{Query: Query{Now: Instant(end - time.Second), Weight: 1}})
+		m.Finish(&Sample{Now: Instant(end), Ticket: ticket, Report: &Report{Named: map[string]float64{"belfry.in_flight": requests}}, InFlight: 1})
 	}
 	check("without reports", queue(a, time.Hour), 1)
 
@@ -50,7 +50,7 @@ func TestReports(t *testing.T) {
 
 	b.Report(OutOfBand{Now: Instant(start + 20*time.Second), Report: &Report{Named: map[string]float64{"belfry.in_flight": 5}}, InFlight: 2})
 	check("out of band", queue(silent, start+20*time.Second), 1+3)
-	a.Finish(Sample{Now: Instant(start + 20*time.Second), Ticket: a.Start(Attempt{Query: Query{Now: Instant(start), Weight: 1}}), Report: &Report{Named: map[string]float64{"belfry.in_flight": math.NaN()}}})
+	a.Finish(&Sample{Now: Instant(start + 20*time.Second), Ticket: a.Start(&Attempt{Query: Query{Now: Instant(start), Weight: 1}}), Report: &Report{Named: map[string]float64{"belfry.in_flight": math.NaN()}}})
 	check("a number that is none", queue(silent, start+20*time.Second), 1+3)
 }
 

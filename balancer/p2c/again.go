@@ -21,6 +21,11 @@ func (p *picker) chooseAgain(now load.Instant, call call, tried *attempt.Tried) 
 	}
 	r := random(p.policy.random())
 	others, before := selection{picker: p, call: call, random: r}, selection{picker: p, call: call, random: r}
+	home := 0
+	if p.config.zones != nil {
+		home = min(int(p.ready.home.Load()), n)
+		others.home, before.home = int32(home), int32(home)
+	}
 	look := func(c *candidate) {
 		s := &others
 		if c != nil && tried.Has(c.id) {
@@ -34,6 +39,9 @@ func (p *picker) chooseAgain(now load.Instant, call call, tried *attempt.Tried) 
 	// there are hardly any, all are looked at. With few endpoints the tried ones are met.
 	few := n <= 2*d
 	if !few {
+		for i := 0; home > 0 && i < p.config.zones.draws; i++ {
+			look(v.slots[v.drawOf(&others.random, home)].Load())
+		}
 		for i := 0; i < 2*d && others.count < d; i++ {
 			k := 0
 			if p.ready.unequal.Load() {
@@ -70,6 +78,9 @@ const dearer = 10
 // counts as one with an attempt in flight, because it would cost nothing however dear.
 func (p *picker) price(c *candidate, now load.Instant, factor float32) float32 {
 	l := c.look(p, now)
+	if p.config.zones != nil && p.isAway(c) {
+		l = p.awayCost(l)
+	}
 	if p.config.counts {
 		l = max(l, 1)
 	}

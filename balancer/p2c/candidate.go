@@ -18,7 +18,7 @@ import (
 // fetching these lines, so what the meter said is kept in them for a while.
 type candidate struct {
 	// cost is what the meter said, as a float32, and for how long it is good, see
-	// tagBits. It is 0 if the meter must be asked.
+	// tagBits. It is askTag if the meter must be asked.
 	cost   atomic.Uint64
 	detail atomic.Uint64 // the error of the cost and the queue, two float32
 	tally  tally
@@ -39,6 +39,8 @@ type measure struct {
 	// attempt was given up before.
 	quiet bool
 	room  *room
+	// accrual judges the endpoint; nil if the config has none.
+	accrual atomic.Pointer[accrual]
 	// health is what the attempts so far were, of everAnswered, everFailed and
 	// everGivenUp.
 	health atomic.Uint32
@@ -73,11 +75,10 @@ func (m *measure) failed(now load.Instant, err error) {
 
 const noteAfter = 100 * time.Millisecond
 
-// note notes that an attempt was answered, failed, or was given up.
-func (m *measure) note(what uint32) {
-	if m.health.Load()&what == 0 {
-		m.health.Or(what)
-	}
+// note notes that an attempt was answered, failed, or was given up, and returns whether it is
+// the first.
+func (m *measure) note(what uint32) (first bool) {
+	return m.health.Load()&what == 0 && m.health.Or(what)&what == 0
 }
 
 // onlyFailed reports whether attempts failed, and none was ever answered.
@@ -118,35 +119,43 @@ const (
 // tickOf returns the time in ticks. It wraps after six days.
 func tickOf(now load.Instant) uint32 { return uint32(uint64(now) >> tickBits) }
 
-// Of the lower half of candidate.cost the last 8 bits count the starts and ends of
-// attempts, and the others are the tick until which the cost is good. So nothing has to
-// be written when an attempt starts or ends.
+// Of the lower half of candidate.cost the last 8 bits are a tag: 0 if the cost is that with
+// nothing in flight, and else an odd number that counts the starts and ends of attempts. The
+// others are the tick until which the cost is good. So nothing has to be written when an
+// attempt starts or ends.
 const (
 	tagBits = 8
-	tagMask = 1<<tagBits - 1
+	askTag  = 2 // is never right
+	longest = uint32(mostGood>>tickBits) << tagBits
 )
 
-// tag returns the number of attempts that started and of those that ended, together.
 func (c *candidate) tag() uint8 {
 	w := c.tally.word.Load()
-	return uint8(2*(w>>picksAt) - w)
+	tag := uint8(2*(w>>picksAt)-w)<<1 | 1
+	if w&(1<<streamsAt-1) == idleAttempts {
+		tag = 0
+	}
+	return tag
 }
 
 // kept returns what the meter said last, and whether it is still good.
 func (c *candidate) kept(tick uint32) (cost float32, good bool) {
 	w := c.cost.Load()
-	left := int32(uint32(w)&^tagMask-tick<<tagBits) >> tagBits
-	good = uint8(w) == c.tag() && left > 0 && left <= int32(mostGood>>tickBits) && w != 0
-	return math.Float32frombits(uint32(w >> 32)), good
+	return math.Float32frombits(uint32(w >> 32)), uint8(w) == c.tag() && uint32(w)-(tick+1)<<tagBits < longest
 }
 
-func (c *candidate) query(p *picker, now load.Instant, class load.Class) load.Query {
-	attempts, streams := c.tally.read()
-	weight := 1.0
+func (c *candidate) query(p *picker, now load.Instant, class load.Class) (q load.Query) {
+	c.fill(&q, p, now, class)
+	return q
+}
+
+// fill makes q what a meter is asked.
+func (c *candidate) fill(q *load.Query, p *picker, now load.Instant, class load.Class) {
+	q.Now, q.Class, q.Weight = now, class, 1
+	q.InFlight, q.Streams = c.tally.read()
 	if p.ready.unequal.Load() {
-		weight = p.ready.relative(c)
+		q.Weight = p.ready.relative(c)
 	}
-	return load.Query{Now: now, InFlight: attempts, Streams: streams, Weight: weight, Class: class}
 }
 
 // look returns what one more attempt at the endpoint costs.
@@ -225,8 +234,8 @@ const mostPushback = time.Minute
 
 // changed makes the next pick ask the meter.
 func (c *candidate) changed() {
-	if c.cost.Load() != 0 {
-		c.cost.Store(0)
+	if c.cost.Load() != askTag {
+		c.cost.Store(askTag)
 	}
 }
 
@@ -275,7 +284,8 @@ const (
 	oneStream  = 1 << streamsAt
 	onePick    = 1 << picksAt
 
-	tallyOffset = 256*oneAttempt + 256*oneStream
+	idleAttempts = 256 * oneAttempt
+	tallyOffset  = idleAttempts + 256*oneStream
 )
 
 func (t *tally) add(n int64) { t.word.Add(n) }
@@ -284,7 +294,7 @@ func (t *tally) add(n int64) { t.word.Add(n) }
 func (t *tally) read() (attempts, streams int) { return tallied(t.word.Load()) }
 
 func tallied(word int64) (attempts, streams int) {
-	attempts = int(word&(1<<streamsAt-1)) - 256
+	attempts = int(word&(1<<streamsAt-1)) - idleAttempts
 	streams = int(word>>streamsAt&(1<<(picksAt-streamsAt)-1)) - 256
 	return max(attempts, 0), max(streams, 0)
 }

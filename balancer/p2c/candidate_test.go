@@ -37,10 +37,14 @@ func TestTally(t *testing.T) {
 	}
 }
 
-// A kept cost is good until its tick, and until an attempt starts or ends, also if the
-// number in flight is the same again.
+// A kept cost is good until its tick, and while an attempt is in flight until one starts or
+// ends, also if the number in flight is the same again. That of an idle endpoint is good when
+// it is idle again.
 func TestKeptCost(t *testing.T) {
 	c := newCandidate()
+	if c.changed(); good(c) {
+		t.Error("good before the meter was asked")
+	}
 	keep := func() { c.cost.Store(7<<32 | 10_000<<tagBits | uint64(c.tag())) }
 	keep()
 	for _, test := range []struct {
@@ -51,16 +55,31 @@ func TestKeptCost(t *testing.T) {
 			t.Errorf("in tick %d good is %v, want %v", test.tick, good, test.want)
 		}
 	}
-	c.picked(false)
-	if _, good := c.kept(9_999); good {
-		t.Error("good after an attempt started")
+	for n := range 3 {
+		keep()
+		c.picked(false)
+		if good(c) {
+			t.Errorf("with %d in flight good after an attempt started", n)
+		}
+		c.tally.add(-oneAttempt)
+		if good(c) != (n == 0) {
+			t.Errorf("with %d in flight, after an attempt started and ended, good is %v", n, good(c))
+		}
+		c.picked(false)
+		keep()
+		if !good(c) {
+			t.Errorf("with %d in flight not good", n+1)
+		}
 	}
-	c.tally.add(-oneAttempt)
-	if _, good := c.kept(9_999); good {
-		t.Error("good after an attempt started and ended")
+	for n := 3; n > 0; n-- {
+		if c.changed(); good(c) {
+			t.Errorf("with %d in flight good after a change", n)
+		}
+		c.tally.add(-oneAttempt)
 	}
-	keep()
-	if c.changed(); c.cost.Load() != 0 {
-		t.Error("good after a change")
-	}
+}
+
+func good(c *candidate) bool {
+	_, is := c.kept(9_999)
+	return is
 }

@@ -41,7 +41,8 @@ const (
 	defaultMemoryExpectedLatency  = 2
 
 	defaultEqualAtRest    = 1
-	defaultEqualUnderLoad = 0.2
+	defaultEqualUnderLoad = 0.1
+	defaultEqualTime      = 2 * time.Millisecond
 	maxEqual              = 10
 	defaultExploreEvery   = 200
 	maxExploreEvery       = 1_000_000
@@ -58,15 +59,20 @@ type config struct {
 	memory    int
 	failures  codeSet
 	metric    metricConfig
-	limit     *limitConfig // nil if endpoints have none
-	timeless  bool         // the metric has no use for the time
-	counts    bool         // a load is the number of attempts in flight
-	exact     bool         // loads have no errors
-	classless bool         // all calls are of one class
+	limit     *limitConfig     // nil if endpoints have none
+	zones     *zonesConfig     // nil if zones do not count
+	accrual   *accrualConfig   // nil if endpoints are not put aside
+	slowStart *slowStartConfig // nil if endpoints get their share at once
+	timeless  bool             // the metric has no use for the time
+	counts    bool             // a load is the number of attempts in flight
+	exact     bool             // loads have no errors
+	classless bool             // all calls are of one class
+	twoExact  bool             // chooseOfTwo will do where weights are equal
 
 	equalAtRest    float32
 	equalUnderLoad float32
-	exploreEvery   uint32 // 0 is never
+	equalTime      float32 // in nanoseconds
+	exploreEvery   uint32  // 0 is never
 	exploreAfter   time.Duration
 
 	outOfBand time.Duration // 0 is never
@@ -110,6 +116,7 @@ func parseConfig(js json.RawMessage) (*config, error) {
 	switch c.metric.(type) {
 	case expectedLatency:
 		c.choices, c.memory = defaultChoicesExpectedLatency, defaultMemoryExpectedLatency
+		c.equalTime = float32(defaultEqualTime)
 	case peakEWMA:
 		c.exact, c.classless = true, true
 	case pendingRequests:
@@ -125,6 +132,12 @@ func parseConfig(js json.RawMessage) (*config, error) {
 	if c.limit, err = newLimitConfig(m.GetEndpointLimit()); err != nil {
 		return nil, err
 	}
+	if c.accrual, err = newAccrualConfig(m.GetFailureAccrual()); err != nil {
+		return nil, err
+	}
+	if c.slowStart, err = newSlowStartConfig(m.GetSlowStart()); err != nil {
+		return nil, err
+	}
 	if m.ChoiceCount != nil {
 		if v := m.GetChoiceCount(); v < minChoices || v > maxChoices {
 			return nil, configError("choiceCount", v, fmt.Sprintf("between %d and %d", minChoices, maxChoices))
@@ -137,6 +150,10 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		}
 		c.memory = int(m.GetMemory())
 	}
+	if c.zones, err = newZonesConfig(m.GetZones(), c.choices); err != nil {
+		return nil, err
+	}
+	c.twoExact = c.choices == 2 && c.memory == 0 && c.exact && c.zones == nil
 	for _, f := range []struct {
 		name  string
 		value *float64
@@ -149,6 +166,15 @@ func parseConfig(js json.RawMessage) (*config, error) {
 			return nil, configError(f.name, *f.value, fmt.Sprintf("between 0 and %d", maxEqual))
 		}
 		*f.to = float32(*f.value)
+	}
+	if m.EqualTime != nil {
+		d := m.GetEqualTime().AsDuration()
+		if d < 0 {
+			return nil, configError("equalTime", d, "at least 0s")
+		}
+		if c.equalTime > 0 { // other costs are no times
+			c.equalTime = float32(d)
+		}
 	}
 	if m.ExploreEvery != nil {
 		if v := m.GetExploreEvery(); v > maxExploreEvery {

@@ -67,6 +67,20 @@
 // twenty times slower, 96 % of the calls succeeded with a limit for each, and less than
 // half with one limit for all (TestEndpointLimitOfOneSlowEndpoint in internal/acceptance).
 //
+// # Zones
+//
+// With zones the policy prefers endpoints in the caller's zone: those elsewhere cost 2.2
+// times as much, and four draws of a pick are from home. So calls stay at home while it has
+// capacity, and only what it cannot take leaves:
+//
+//	{"zones": {"homeEnv": "ZONE"}}
+//
+// Discovery says where an endpoint is, and may say where the caller is. In simulation
+// (internal/sim) 98 % of the calls stay at 70 % load, 64 % without the setting, and the p99
+// is lower, because less goes over the longer way; where a zone is asked for 140 % of what
+// it can do 29 % of its calls leave. While fewer than half of the endpoints at home are
+// READY, all zones count alike. The metric constant knows no load, and never spills over.
+//
 // # Endpoints
 //
 // Each endpoint is a pick_first child: endpoints connect without waiting for a
@@ -88,6 +102,34 @@
 // A server that fails an attempt may say when to come back, by the trailer
 // grpc-retry-pushback-ms or a RetryInfo in its status. Until then, and for a minute at most,
 // its endpoint costs 10 times as much.
+//
+// # Endpoints that fail
+//
+// The metric makes an endpoint that fails dear, and tries it again now and then. With
+// failureAccrual it gets no calls at all for a while: it is put aside after five failures in
+// a row, or when a fifth of its attempts in ten seconds fail. Then one call tries it, and if
+// that fails it is aside for longer.
+//
+//	{"failureAccrual": {"failures": 5, "successRate": 0.8, "baseTime": "3s", "maxAside": 0.5}}
+//
+// Where more than half of the READY endpoints would be aside, all are used: the fault is
+// likely to be common to them.
+//
+// Outlier detection above the policy does the same with other means, and the two do not
+// disturb each other. An endpoint that it has ejected is not READY, and is no part of the half. When it
+// lets the endpoint in, one call tries it if it was aside too. An endpoint that is aside gets
+// no calls that outlier detection could judge. What the policy adds is that it uses
+// ejected endpoints, whose connections still stand, once none is left.
+//
+// # Endpoints that come and go
+//
+// With slowStart an endpoint that is new, or was away, gets a part of its share of the calls
+// that rises over a window:
+//
+//	{"slowStart": {"window": "30s", "floor": 0.1}}
+//
+// An endpoint that discovery marks as draining gets no new calls while another is READY. Its
+// connection stays, also while its last calls end after discovery has removed it.
 //
 // # Reports of servers
 //
@@ -125,6 +167,7 @@
 // # Metrics
 //
 // With a stats plugin, such as grpc's OpenTelemetry plugin, the policy records
-// belfry.lb.p2c.picks, .tried_picks, .full_picks by result, .endpoints by state and .dropped_samples by
+// belfry.lb.p2c.picks, .tried_picks, .away_picks, .full_picks by result, .endpoints by state, .endpoint_conditions by
+// condition, .put_aside by reason, .panics and .dropped_samples by
 // reason. They are off until enabled by name.
 package p2c

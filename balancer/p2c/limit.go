@@ -238,7 +238,7 @@ func (p *picker) takeOther(now load.Instant, tried *attempt.Tried) *candidate {
 		case tried != nil && tried.Has(c.id):
 			again = c
 		default:
-			if cost := c.look(p, now); best == nil || cost < least {
+			if cost := p.price(c, now, 1); best == nil || cost < least {
 				best, least = c, cost
 			}
 			seen++

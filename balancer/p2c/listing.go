@@ -11,6 +11,8 @@ import (
 	"google.golang.org/grpc/balancer/pickfirst"
 	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/resolver"
+
+	"github.com/belfry-go/belfry/internal/place"
 )
 
 // This file applies what the resolver lists. An update goes through the list once, beside
@@ -46,6 +48,8 @@ func (b *policy) updateEndpoints(state resolver.State) error {
 		}
 	}
 	b.refused = nil
+
+	b.countParts()
 
 	var firstErr error
 	// Starting at a random endpoint keeps a fleet of clients from opening all its
@@ -85,7 +89,8 @@ func (b *policy) updateEndpoints(state resolver.State) error {
 
 // updateEndpoint gives an endpoint its weight, and the child what has changed.
 func (b *policy) updateEndpoint(ep *endpoint) error {
-	ep.setWeight(uint32(min(ep.capacity, math.MaxUint32)))
+	ep.place(uint32(min(ep.capacity, math.MaxUint32)), place.Zone(ep.first))
+	ep.setDraining(place.Draining(ep.first))
 	if sameEndpoint(ep.state, ep.first) {
 		return nil
 	}

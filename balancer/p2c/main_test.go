@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 	leaktest.Main(m)
 }
 
-// logs notes the warnings of the policy, and drops the rest but for errors.
+// logs notes what the policy logs, and drops the rest but for errors.
 var logs = logNotes{LoggerV2: grpclog.NewLoggerV2(io.Discard, io.Discard, os.Stderr)}
 
 type logNotes struct {
@@ -43,13 +43,19 @@ type logNotes struct {
 	notes []string
 }
 
+func (l *logNotes) Infoln(args ...any) {
+	if text := fmt.Sprint(args...); strings.HasPrefix(text, "[belfry-p2c]") {
+		l.Warningln(text)
+	}
+}
+
 func (l *logNotes) Warningln(args ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.notes = append(l.notes, fmt.Sprint(args...))
 }
 
-// with returns the warnings that have all the texts.
+// with returns the notes that have all the texts.
 func (l *logNotes) with(texts ...string) (notes []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -254,7 +260,7 @@ func (m *observedMeter) Load(q load.Query) load.Estimate {
 	return m.Meter.Load(q)
 }
 
-func (m *observedMeter) Start(a load.Attempt) load.Ticket {
+func (m *observedMeter) Start(a *load.Attempt) load.Ticket {
 	m.observer.note(func() { m.observer.started++ })
 	t := m.Meter.Start(a)
 	t.Started = a.Now
@@ -272,9 +278,10 @@ func (m *observedMeter) Report(r load.OutOfBand) {
 	m.observer.note(func() { m.observer.outOfBand = &report })
 }
 
-func (m *observedMeter) Finish(s load.Sample) {
-	m.Meter.Finish(s)
+func (m *observedMeter) Finish(s *load.Sample) bool {
+	changed := m.Meter.Finish(s)
 	m.observer.note(func() {
 		m.observer.finished = append(m.observer.finished, finished{s.Outcome, s.Responded, s.Now - s.Ticket.Started})
 	})
+	return changed
 }

@@ -38,6 +38,10 @@ type picker struct {
 	// harm: any of them is a good candidate. One that is not READY any more is
 	// taken out, and is not picked even if a late write puts it back.
 	remembered [maxMemory]atomic.Pointer[candidate]
+
+	// idle is in how many rounds of the endpoints picks saw nothing in flight, up to
+	// idleRounds. Where many cores pick it stays what it is, so they do not write it.
+	idle atomic.Uint32
 }
 
 // now reads the clock, for a metric that has use for the time. Reading it twice is
@@ -65,15 +69,22 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		call.class = p.metric.Class(info.FullMethodName, call.stream)
 	}
 	var c *candidate
-	if tried != nil && !tried.Empty() {
+	if p.config.accrual != nil {
+		c = b.trial(tried)
+	}
+	trial := c != nil
+	if !trial && tried != nil && !tried.Empty() {
 		c = p.chooseAgain(now, call, tried)
 	}
 	switch {
 	case c != nil:
-	case p.config.choices == 2 && p.config.memory == 0 && p.config.exact && !p.ready.unequal.Load():
+	case p.config.twoExact && !p.ready.unequal.Load():
 		c = p.chooseOfTwo(now, call)
 	default:
 		c = p.chooseAny(now, call)
+	}
+	if c == nil { // What was drawn has left meanwhile.
+		c = p.ready.first()
 	}
 	if c == nil {
 		// The last one has just left; the channel hears of it next.
@@ -85,7 +96,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
 	limited := p.config.limit != nil
-	if limited {
+	if limited && !(trial && c.take()) {
 		var err error
 		if c, now, err = p.hold(info.Ctx, c, now, track, tried); err != nil {
 			return balancer.PickResult{}, err
@@ -120,12 +131,17 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	if p.config.timeless && !k.meter.timeless { // the metric has just changed
 		now = k.now()
 	}
+	if p.config.accrual != nil {
+		k.accrues()
+	}
 	if !k.meter.quiet {
-		a := load.Attempt{Query: c.query(p, now, call.class), Method: info.FullMethodName, Stream: call.stream}
+		a := &k.attempt
+		a.Method, a.Stream = info.FullMethodName, call.stream
+		c.fill(&a.Query, p, now, call.class)
 		if limited {
 			a.InFlight = max(a.InFlight-1, 0) // Its own is counted.
 		}
-		k.ticket = k.meter.Start(a)
+		k.sample.Ticket = k.meter.Start(a)
 	}
 	c.picked(limited)
 	if limited {
@@ -138,6 +154,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		}
 	}
 	b.metrics.picked()
+	if p.config.zones != nil && p.isAway(c) {
+		b.metrics.pickedAway()
+	}
 	if tried != nil {
 		if tried.Has(c.id) {
 			b.metrics.pickedTried()
@@ -180,11 +199,12 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		// sample of brilliance", CACM 1987): d random numbers, whatever n.
 		var index [maxChoices]uint32
 		var taken uint64 // the indexes modulo 64
+		r := s.random
 		for i := range uint32(d) {
 			last := uint32(n-d) + i
-			k := s.random.below(last + 1)
+			k := r.below(last + 1)
 			again := taken>>(k&63)&1 != 0
-			if again && n > 64 {
+			if n > 64 && again { // in this order: the first is foreseen
 				again = slices.Contains(index[:i], k)
 			}
 			if again {
@@ -192,8 +212,14 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 			}
 			index[i] = k
 			taken |= 1 << (k & 63)
+		}
+		s.random = r
+		for _, k := range index[:d] {
 			s.add(v.slots[k].Load())
 		}
+	}
+	if p.config.zones != nil {
+		s.drawHome(v)
 	}
 	s.drawn = s.count
 	for i := range m {
@@ -202,15 +228,8 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		}
 	}
 	best := s.choose(now)
-	for i := range m {
-		// The next pick looks at the cheapest again.
-		var c *candidate
-		if least := s.least[i]; least != math.MaxUint64 {
-			c = s.seen[uint32(least)]
-		}
-		if p.remembered[i].Load() != c {
-			p.remembered[i].Store(c)
-		}
+	if m > 0 {
+		p.rememberCheapest(&s, m)
 	}
 	return best
 }
@@ -260,8 +279,50 @@ func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 	return b
 }
 
+// rest reports whether the channel has nothing in flight, as far as its picks see. One pick
+// looks at some of its endpoints, so it takes several to tell, and with many endpoints
+// not each of them is counted.
+func (p *picker) rest(s *selection, busy bool) bool {
+	idle := p.idle.Load()
+	switch round := uint32(int(p.ready.size.Load())+s.count-1) / uint32(s.count); {
+	case busy && idle != 0:
+		p.idle.Store(0)
+	case busy:
+	case idle >= idleRounds:
+		return true
+	case round <= 1 || s.random.below(round) == 0:
+		p.idle.Store(idle + 1)
+	}
+	return false
+}
+
+// idleRounds is how many times as many endpoints as there are the picks in a row that saw
+// nothing in flight have to look at, on average.
+const idleRounds = 4
+
+// rememberCheapest makes the next pick look again at the m cheapest of this one.
+func (p *picker) rememberCheapest(s *selection, m int) {
+	var last *candidate
+	rank := uint64(0)
+	for i := 0; i < m; {
+		var c *candidate
+		if next := s.least(rank); next != noRank {
+			c, rank = s.seen[uint32(next)], next+1
+			if c == last {
+				continue // It was drawn twice.
+			}
+		}
+		if p.remembered[i].Load() != c {
+			p.remembered[i].Store(c)
+		}
+		last = c
+		i++
+	}
+}
+
 // remember takes over what another picker of the same READY set remembers.
 func (p *picker) remember(old *picker) {
+	p.idle.Store(old.idle.Load())
 	for i := range p.config.memory {
 		p.remembered[i].Store(old.remembered[i].Load())
 	}
@@ -283,7 +344,6 @@ type pick struct {
 	picker    *picker
 	candidate *candidate
 	meter     *measure // that was told of the start
-	ticket    load.Ticket
 	ctx       context.Context
 	tried     *attempt.Tried
 	inner     func(balancer.DoneInfo) // the child's Done
@@ -292,10 +352,16 @@ type pick struct {
 	report    load.Report             // in the trailer
 	reported  bool                    // there is one
 
+	// What the meter is told: the start, of which the end needs the ticket, and the end.
+	attempt load.Attempt
+	sample  load.Sample
+
 	// Of a pick that is a sample for the limit of its endpoint.
 	limit *foundLimit // nil if it is none
 	began load.Instant
 	mark  uint8
+
+	row uint32 // see accrual.run; began is set, too
 
 	// Of a pick with a tracker.
 	track  *tracker
@@ -308,6 +374,7 @@ const (
 	pickResponded = 1 << iota // the first response has been seen
 	pickAwaiting              // Done was called with a nil error: the true one comes from the tracker
 	pickFinished              // the meter has been told
+	pickAnswered              // the first message of a stream has arrived
 )
 
 // handle is what grpc calls when an attempt is done. Its method value is made once, which
@@ -371,9 +438,17 @@ func (k *pick) now() load.Instant {
 // answer yet: a server may send them, and then fail the call.
 func (k *pick) respond() {
 	if k.state.CompareAndSwap(0, pickResponded) {
-		k.meter.Respond(load.Response{Now: k.now(), Ticket: k.ticket})
+		k.meter.Respond(load.Response{Now: k.now(), Ticket: k.sample.Ticket})
 		k.candidate.tally.add(oneStream - oneAttempt)
 		k.candidate.changed()
+	}
+}
+
+// message says that the first message of a stream has arrived.
+func (k *pick) message() {
+	k.answered()
+	if k.picker.config.accrual != nil && k.state.Or(pickAnswered)&(pickAnswered|pickFinished) == 0 {
+		k.accrue(load.Completed, nil)
 	}
 }
 
@@ -390,17 +465,17 @@ func (k *pick) pushback(err error) time.Duration {
 // finish tells the meter, once, how an attempt ended. err is for people to look at, and for
 // the limit of the endpoint.
 func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
-	responded := false
+	responded, answered := false, false
 	if k.track != nil {
 		old := k.state.Or(pickFinished)
 		if old&pickFinished != 0 {
 			return
 		}
-		responded = old&pickResponded != 0
+		responded, answered = old&pickResponded != 0, old&pickAnswered != 0
 	}
 	switch {
 	case o == load.Completed:
-		k.meter.note(everAnswered)
+		k.answered()
 	case o == load.Failed:
 		k.meter.failed(load.Instant(k.picker.policy.now()), err)
 	case (o == load.Cancelled || o == load.NotSent) && !responded:
@@ -411,6 +486,9 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 	if k.limit != nil {
 		k.limit.end(k, o, err)
+	}
+	if k.picker.config.accrual != nil && !answered {
+		k.accrue(o, err)
 	}
 	if responded {
 		k.candidate.tally.add(-oneStream)
@@ -428,20 +506,30 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 }
 
+// answered notes that the server has answered an attempt.
+func (k *pick) answered() {
+	if k.meter.note(everAnswered) {
+		k.candidate.changed()
+	}
+}
+
 // tell tells the meter how the attempt ended.
 func (k *pick) tell(now load.Instant, o load.Outcome, err error, responded bool) {
-	sample := load.Sample{Now: now, Ticket: k.ticket, Outcome: o, Responded: responded}
+	s := &k.sample
+	s.Now, s.Outcome, s.Responded, s.Report, s.InFlight, s.Pushback = now, o, responded, nil, 0, 0
 	if err != nil && o != load.NotSent {
-		sample.Pushback = k.pushback(err)
+		s.Pushback = k.pushback(err)
 	}
 	if k.reported {
 		attempts, _ := k.candidate.tally.read()
-		sample.Report, sample.InFlight = &k.report, attempts
 		if !responded {
-			sample.InFlight = max(attempts-1, 0)
+			attempts = max(attempts-1, 0)
 		}
+		s.Report, s.InFlight = &k.report, attempts
 	}
-	k.meter.Finish(sample)
+	if k.meter.Finish(s) || o != load.Completed {
+		k.candidate.changed()
+	}
 	if k.meter.timeless && o != load.Completed {
 		k.meter.note(everGivenUp)
 		k.candidate.detail.Store(special)

@@ -641,7 +641,7 @@ func TestPickAndDoneAllocateNothing(t *testing.T) {
 // state and the config and moves connections. One endpoint is always READY, so no
 // pick may fail; and at rest nothing is in flight.
 func TestPicksRaceWithEverything(t *testing.T) {
-	for _, load := range []string{`"load":{"pendingRequests":{}}`, `"load":{"peakEwma":{}}`, `"choiceCount":2,"memory":2,"load":{"pendingRequests":{}}`, `"choiceCount":2,"load":{"expectedLatency":{}}`} {
+	for _, load := range []string{`"load":{"pendingRequests":{}}`, `"load":{"peakEwma":{}}`, `"choiceCount":2,"memory":2,"load":{"pendingRequests":{}}`, `"choiceCount":2,"load":{"expectedLatency":{}}`, `"zones":{"home":"a"}`} {
 		t.Run(load, func(t *testing.T) {
 			r := newRand(t)
 			w := newWorld(t)
@@ -706,10 +706,10 @@ func TestPicksRaceWithEverything(t *testing.T) {
 			for range 1500 {
 				switch r.IntN(4) {
 				case 0:
-					es := []resolver.Endpoint{weighted("always", uint32(r.IntN(3)))}
+					es := []resolver.Endpoint{someZone(r, weighted("always", uint32(r.IntN(3))))}
 					for _, a := range []string{"b", "c", "d", "e"} {
 						if r.IntN(2) == 0 {
-							es = append(es, weighted(a, uint32(r.IntN(3))))
+							es = append(es, someZone(r, weighted(a, uint32(r.IntN(3)))))
 						}
 					}
 					if err := w.update(config(), es...); err != nil {

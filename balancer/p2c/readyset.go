@@ -13,12 +13,16 @@ import (
 // candidate, whichever stands there at that moment, or nil where one was just
 // removed; a reader holds the candidate from then on and never an index.
 //
-// add, remove and reweigh take logarithmic time, add amortized. The caller holds
+// The endpoints at home come first, if zones count. See zones.go.
+//
+// add, remove, settle and reweigh take logarithmic time, add amortized. The caller holds
 // policy.mu.
 type readySet struct {
 	seats   atomic.Pointer[seats]
 	size    atomic.Int32
 	unequal atomic.Bool    // not all weights are the same
+	home    atomic.Int32   // how many are at home if zones count, else 0
+	atHome  int            // how many are at home
 	weights map[uint32]int // how many endpoints have which
 }
 
@@ -48,6 +52,14 @@ func (s *readySet) view() view {
 	return view{seats.slots[:min(size, len(seats.slots))], seats}
 }
 
+// first returns any of the set, nil if it is empty.
+func (s *readySet) first() *candidate {
+	if v := s.view(); len(v.slots) > 0 {
+		return v.slots[0].Load()
+	}
+	return nil
+}
+
 // relative returns the weight of a candidate in relation to the mean of the set.
 func (s *readySet) relative(c *candidate) float64 {
 	if !s.unequal.Load() {
@@ -60,7 +72,21 @@ func (s *readySet) relative(c *candidate) float64 {
 // draw returns the index of a slot, with a probability in proportion to its
 // weight.
 func (v view) draw(r *random) int {
-	hi, _ := bits.Mul64(r.next(), uint64(max(v.seats.total.Load(), 0)))
+	return v.find(r, v.seats.total.Load())
+}
+
+// drawOf is draw of the first n slots.
+func (v view) drawOf(r *random, n int) int {
+	sum := int64(0)
+	for k := n; k > 0; k -= k & -k {
+		sum += v.seats.tree[k].Load()
+	}
+	return min(v.find(r, sum), n-1)
+}
+
+// find returns the index of the slot at a random part of the sum of the weights.
+func (v view) find(r *random, sum int64) int {
+	hi, _ := bits.Mul64(r.next(), uint64(max(sum, 0)))
 	left, i := int64(hi), 0
 	for step := 1 << (bits.Len(uint(len(v.seats.slots))) - 1); step > 0; step >>= 1 {
 		if k := i + step; k < len(v.seats.tree) {
@@ -101,8 +127,33 @@ func (s *readySet) add(c *candidate) {
 	s.size.Store(int32(n + 1))
 }
 
+// settle brings a candidate to the endpoints at home, or away. It need not be in the set.
+func (s *readySet) settle(c *candidate, home bool) {
+	i := int(c.slot.Load())
+	if i == notReady || home == (i < s.atHome) {
+		return
+	}
+	at := s.atHome // the first that is away
+	if home {
+		s.atHome++
+	} else {
+		s.atHome--
+		at = s.atHome
+	}
+	seats := s.seats.Load()
+	other := seats.slots[at].Load()
+	seats.slots[at].Store(c)
+	seats.slots[i].Store(other)
+	c.slot.Store(int32(at))
+	other.slot.Store(int32(i))
+	d := int64(c.weight.Load()) - int64(other.weight.Load())
+	seats.weigh(at, d)
+	seats.weigh(i, -d)
+}
+
 // remove moves the last entry into the place of c.
 func (s *readySet) remove(c *candidate) {
+	s.settle(c, false)
 	seats := s.seats.Load()
 	last := int(s.size.Load()) - 1
 	i := int(c.slot.Load())

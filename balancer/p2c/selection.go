@@ -7,7 +7,6 @@ import (
 	"cmp"
 	"math"
 	"math/bits"
-	"slices"
 
 	"github.com/belfry-go/belfry/load"
 )
@@ -20,14 +19,16 @@ type selection struct {
 	picker *picker
 	call   call
 	random random
+	home   int32  // how many of the READY set are at home, 0 if zones do not count
+	away   uint32 // bits of those that are not
 	count  int
 	drawn  int // the first so many are random draws, the others remembered
 	seen   [maxChoices + maxMemory]*candidate
 	costs  [maxChoices + maxMemory]float32
-	// least is the cheapest so far in order, each as its cost above its index. The bits
-	// of two costs are in the order of the costs, so that they are compared without a
-	// branch: which of two is less no processor can guess.
-	least [maxMemory]uint64
+	// details are the errors of the costs, and the queues, as candidate.detail has them.
+	details [maxChoices + maxMemory]uint64
+
+	first, second uint64 // the least ranks
 }
 
 // add adds a candidate, unless it is nil.
@@ -50,27 +51,27 @@ func (s *selection) has(c *candidate) bool {
 
 // choose measures the candidates and returns the best, nil if there are none.
 //
-// Costs that differ by less than three of their errors are equal, up to a limit.
-// While none of the candidates has anything in flight, the limit is wide and one of
-// the random draws is taken at random: only latencies could tell them apart, and
-// these latencies do not. Else the limit is narrow, and the one with the fewest
-// attempts in flight is taken, of those the cheapest, or where weights differ and it
-// is not idle any. A
-// stream goes where the fewest are open.
+// Costs that differ by less than four of their errors are equal, up to a limit.
+// While the channel is at rest, the limit is wide and one of the random draws is taken
+// at random: only latencies could tell them apart, and these latencies do not. Else
+// the limit is narrow, and the one with the fewest attempts in flight is taken, of those
+// the cheapest, or where weights differ and it is not idle any. A stream goes where the
+// fewest are open. Where zones count, it takes an endpoint of the cheapest's, or of any
+// other zone if that is away.
 func (s *selection) choose(now load.Instant) *candidate {
 	if s.count == 0 {
 		return nil
 	}
 	p := s.picker
 	weighted := p.ready.unequal.Load()
-	queue := s.measure(now, weighted)
+	queue := s.measure(now)
 	if every := p.config.exploreEvery; every > 0 && s.random.below(every) == 0 {
 		if c := s.unheard(now); c != nil {
 			return c
 		}
 	}
 
-	rest := queue == 0
+	rest := p.rest(s, queue > 0)
 	limit, errors := p.config.equalUnderLoad, float32(equalErrors)
 	if rest {
 		limit = p.config.equalAtRest
@@ -81,16 +82,16 @@ func (s *selection) choose(now load.Instant) *candidate {
 	if s.call.stream {
 		limit, errors = equalStreams, math.MaxFloat32
 	}
-	least := math.Float32frombits(uint32(s.least[0] >> 32))
-	var skipped uint32 // bits of draws
+	least := s.costs[uint32(s.first)]
+	skipped := s.otherZones() // bits of candidates
 	if weighted && !s.call.stream && !p.config.exact {
-		if light := s.light(now, queue/float32(s.count)); light != 0 {
-			heavy := s.leastBut(light)
-			if heavy >= 0 && s.onlyIdle(now, heavy, light, limit) {
+		if light := s.light(queue/float32(s.count)) &^ skipped; light != 0 {
+			heavy := s.leastBut(skipped | light)
+			if heavy >= 0 && s.onlyIdle(heavy, light, limit) {
 				if light&1 != 0 && s.costs[0] <= s.costs[heavy]*(1+limit) {
 					return s.seen[0]
 				}
-				least, skipped = s.costs[heavy], light
+				least, skipped = s.costs[heavy], skipped|light
 			}
 		}
 	}
@@ -98,78 +99,94 @@ func (s *selection) choose(now load.Instant) *candidate {
 	if rest || weighted {
 		count = s.drawn
 	}
+	// There are no branches in this loop: which costs are equal no processor can guess. The
+	// bits of numbers above 0 are in the order of the numbers.
 	var equal [maxChoices + maxMemory]uint8
-	equals := 0
-	for i, c := range s.seen[:count] {
-		within := limit
-		if e := errors * math.Float32frombits(uint32(s.detail(c, now)>>32)); e < limit {
-			within = e
-		}
+	var equals uint32
+	most := math.Float32bits(limit)
+	short := float32(0)
+	if rest {
+		short = p.config.equalTime
+	}
+	for i, cost := range s.costs[:count] {
+		e := math.Float32frombits(uint32(s.details[i] >> 32))
+		part := math.Float32frombits(min(math.Float32bits(errors*e), most))
+		within := max(math.Float32bits(least*part), math.Float32bits(short*e))
 		equal[equals] = uint8(i)
-		is := 0
-		if s.costs[i] <= least*(1+within) && skipped>>i&1 == 0 {
+		var is uint32
+		if math.Float32bits(cost) <= math.Float32bits(least+math.Float32frombits(within)) {
 			is = 1
 		}
-		equals += is
+		equals += is &^ (skipped >> i)
 	}
 	switch {
 	case equals == 0: // The cheapest is a remembered one.
-		return s.seen[uint32(s.least[0])]
+		return s.seen[uint32(s.first)]
 	case equals == 1:
 		return s.seen[equal[0]]
 	case rest && !s.call.stream:
-		return s.seen[equal[s.random.below(uint32(equals))]]
+		return s.seen[equal[s.random.below(equals)]]
 	}
-	return s.leastBusy(now, equal[:equals], rest, weighted)
+	return s.leastBusy(equal[:equals], rest, weighted)
 }
 
-// measure asks what the candidates cost, and returns the sum of their queues.
-func (s *selection) measure(now load.Instant, weighted bool) (queue float32) {
-	p := s.picker
-	m := max(p.config.memory, 1)
-	for i := range m {
-		s.least[i] = math.MaxUint64
-	}
+// measure asks what the candidates cost, ranks them, and returns the sum of their queues.
+func (s *selection) measure(now load.Instant) (queue float32) {
+	tick := tickOf(now)
+	first, second := uint64(noRank), uint64(noRank)
 	for i, c := range s.seen[:s.count] {
-		var cost float32
-		var detail uint64
-		if s.call.class == 0 {
-			cost = c.look(p, now)
-			detail = c.detail.Load()
-		} else {
-			cost, detail = c.ask(p, now, s.call.class)
+		cost, good := c.kept(tick)
+		detail := c.detail.Load()
+		if !good || s.call.class != 0 {
+			cost, detail = c.ask(s.picker, now, s.call.class)
 		}
-		s.costs[i] = cost
+		if s.home > 0 && c.slot.Load() >= s.home {
+			cost = s.picker.awayCost(cost)
+			s.away |= 1 << i
+		}
+		s.costs[i], s.details[i] = cost, detail
 		queue += math.Float32frombits(uint32(detail))
-		if weighted && slices.Contains(s.seen[:i], c) {
-			continue // It was drawn twice.
-		}
-		key := uint64(math.Float32bits(cost))<<32 | uint64(i)
-		for j := range m {
-			s.least[j], key = min(s.least[j], key), max(s.least[j], key)
-		}
+		rank := rankOf(cost, i)
+		second = min(second, max(first, rank))
+		first = min(first, rank)
 	}
+	s.first, s.second = first, second
 	return queue
 }
 
-// detail returns the error and the queue of a measured candidate.
-func (s *selection) detail(c *candidate, now load.Instant) uint64 {
-	if s.call.class == 0 {
-		return c.detail.Load()
+// A rank is a cost above the index of its candidate. The bits of two costs are in the order
+// of the costs, so that ranks are compared without a branch: which of two costs is less no
+// processor can guess.
+func rankOf(cost float32, i int) uint64 { return uint64(math.Float32bits(cost))<<32 | uint64(i) }
+
+const noRank = math.MaxUint64
+
+// least returns the least rank that is at least from, noRank if there is none.
+func (s *selection) least(from uint64) uint64 {
+	switch {
+	case from <= s.first:
+		return s.first
+	case from <= s.second:
+		return s.second
 	}
-	_, detail := c.ask(s.picker, now, s.call.class)
-	return detail
+	least := uint64(noRank)
+	for i, cost := range s.costs[:s.count] {
+		if rank := rankOf(cost, i); rank >= from {
+			least = min(least, rank)
+		}
+	}
+	return least
 }
 
 // leastBusy returns the one with the fewest attempts in flight of those that cost the
 // same, for a stream the one with the fewest streams.
-func (s *selection) leastBusy(now load.Instant, equal []uint8, rest, weighted bool) *candidate {
+func (s *selection) leastBusy(equal []uint8, rest, weighted bool) *candidate {
 	best, ties := 0, 0
 	var bestQueue float32
 	var bestOpen float64
 	for _, i := range equal {
 		c, cost := s.seen[i], s.costs[i]
-		q := math.Float32frombits(uint32(s.detail(c, now)))
+		q := math.Float32frombits(uint32(s.details[i]))
 		open := 0.0
 		if s.call.stream {
 			open = c.open()
@@ -194,10 +211,10 @@ func (s *selection) leastBusy(now load.Instant, equal []uint8, rest, weighted bo
 
 // light returns which of the draws are idle endpoints of a small weight, as bits. queue is
 // what the candidates have in flight per weight, on average.
-func (s *selection) light(now load.Instant, queue float32) (bits uint32) {
+func (s *selection) light(queue float32) (bits uint32) {
 	for i, c := range s.seen[:s.drawn] {
 		attempts, _ := c.tally.read()
-		if attempts == 0 && math.Float32frombits(uint32(s.detail(c, now))) == 0 {
+		if attempts == 0 && math.Float32frombits(uint32(s.details[i])) == 0 {
 			if w := float32(s.picker.ready.relative(c)); w < lightWeight && queue*w < lightQueue {
 				bits |= 1 << i
 			}
@@ -219,8 +236,8 @@ func (s *selection) leastBut(light uint32) int {
 
 // onlyIdle reports whether those that are light cost no less than the heavy one would if it
 // were idle too, within the limit.
-func (s *selection) onlyIdle(now load.Instant, heavy int, light uint32, limit float32) bool {
-	idle := s.costs[heavy] / (1 + math.Float32frombits(uint32(s.detail(s.seen[heavy], now))))
+func (s *selection) onlyIdle(heavy int, light uint32, limit float32) bool {
+	idle := s.costs[heavy] / (1 + math.Float32frombits(uint32(s.details[heavy])))
 	for i := range s.drawn {
 		if light>>i&1 != 0 && idle > s.costs[i]*(1+limit) {
 			return false
@@ -233,7 +250,7 @@ const (
 	// equalErrors is how many standard errors of its cost make an endpoint equal to
 	// the cheapest. The cheapest of many is as a rule one or two below what it should
 	// be, and the other as much above.
-	equalErrors = 3
+	equalErrors = 4
 
 	// Where weights differ, costs are equal up to so much at least, whatever their
 	// error: who gives weights wants shares. With few calls in flight an endpoint of
@@ -273,7 +290,7 @@ func (s *selection) unheard(now load.Instant) *candidate {
 	var oldest *candidate
 	var longest int32
 	for i, c := range s.seen[:s.count] {
-		if math.Float32frombits(uint32(c.detail.Load())) > 0 {
+		if math.Float32frombits(uint32(s.details[i])) > 0 {
 			continue
 		}
 		heard := c.heard.Load()

@@ -29,9 +29,17 @@ type Snapshot struct {
 	// Picks is the number of attempts that the policy has sent to the endpoints that are
 	// listed now.
 	Picks uint64
+	// Home is the caller's zone, "" if zones do not count or it is not known, and
+	// PrefersHome is whether its endpoints are preferred now. See the field zones of the
+	// config.
+	Home        string
+	PrefersHome bool
 	// Waiting is the number of calls that wait for an endpoint with room for them, see the
 	// field endpointLimit of the config.
 	Waiting int
+	// Panic is whether so many endpoints are put aside that all are used. See the field
+	// failureAccrual of the config.
+	Panic bool
 	// Endpoints are in the order in which the resolver lists them.
 	Endpoints []EndpointSnapshot
 }
@@ -49,6 +57,8 @@ type EndpointSnapshot struct {
 	// Weight is the relative capacity, at least 1. It is the sum of the weights of an
 	// endpoint that is listed several times.
 	Weight uint32
+	// Zone is where the endpoint is, "" if discovery does not say.
+	Zone string
 	// InFlight is the number of attempts in flight, open streams not counted.
 	InFlight int
 	// Streams is the number of open streams: those that have had a response.
@@ -77,6 +87,14 @@ type EndpointSnapshot struct {
 	Failures    uint64
 	LastFailure error
 	FailedAt    time.Time
+	// AsideUntil is when the next call tries an endpoint that is put aside, and zero for one
+	// that is not. In a panic it gets calls nonetheless.
+	AsideUntil time.Time
+	// Draining is whether discovery says that the endpoint is about to leave.
+	Draining bool
+	// ShareAllowed is the part of its share of the calls that the endpoint may get now: 1, or
+	// less while that rises by a slow start.
+	ShareAllowed float64
 	// PassedOver says why calls go to other endpoints now.
 	PassedOver PassedOver
 }
@@ -87,6 +105,10 @@ type PassedOver string
 const (
 	// NotReady is an endpoint without a connection, or one that is ejected.
 	NotReady PassedOver = "not READY"
+	// Aside is an endpoint that is put aside because it failed or was slow.
+	Aside PassedOver = "put aside"
+	// Draining is an endpoint that is about to leave.
+	Draining PassedOver = "draining"
 	// OnlyFailed is an endpoint that has answered nothing yet, but failed.
 	OnlyFailed PassedOver = "all attempts have failed"
 	// Full is an endpoint with as many attempts and streams as its Limit.
@@ -94,6 +116,9 @@ const (
 	// CostsMore is an endpoint whose Load is above that of the cheapest by more than the
 	// metric's error.
 	CostsMore PassedOver = "costs more"
+	// Away is an endpoint outside the caller's zone, while the cheapest at home costs less
+	// than one away is taken to cost.
+	Away PassedOver = "in another zone"
 	// MoreInFlight is an endpoint with more attempts in flight, or open streams, than
 	// another of the same cost.
 	MoreInFlight PassedOver = "more in flight"
@@ -154,17 +179,34 @@ const shareAfter = time.Second
 func (b *policy) snapshot() Snapshot {
 	b.mu.Lock()
 	p := b.picker
-	s := Snapshot{Target: b.target, Locality: b.metrics.locality, State: b.published}
+	s := Snapshot{Target: b.target, Locality: b.metrics.locality, State: b.published, Home: b.home, PrefersHome: b.ready.home.Load() > 0}
+	s.Panic = b.seating.seated[aside] && b.seating.count[aside] > 0
+	eps := b.all.Load()
+	now, wall := load.Instant(b.now()), time.Now()
+	if eps != nil {
+		s.Endpoints = make([]EndpointSnapshot, len(*eps))
+		for i, ep := range *eps {
+			e := &s.Endpoints[i]
+			e.Zone, e.Weight, e.Draining, e.ShareAllowed = ep.zone, ep.weight, ep.draining, ep.partLocked()
+			if a := ep.accrual(); a != nil && a.aside.Load() {
+				e.AsideUntil = wall.Add(time.Duration(a.until - int64(now)))
+			}
+		}
+	}
 	b.mu.Unlock()
 	s.Waiting = int(b.queue.waiting.Load())
-	eps := b.all.Load()
 	if p == nil || eps == nil || len(*eps) == 0 {
 		return s
 	}
-	now, wall := load.Instant(b.now()), time.Now()
-	s.Endpoints = make([]EndpointSnapshot, len(*eps))
 	estimates := make([]load.Estimate, len(*eps))
 
+	away := func(i int) bool { return s.PrefersHome && s.Endpoints[i].Zone != s.Home }
+	cost := func(i int) float64 {
+		if away(i) {
+			return float64(p.awayCost(float32(s.Endpoints[i].Load)))
+		}
+		return s.Endpoints[i].Load
+	}
 	least, leastQueue := -1, 0.0
 	for i, ep := range *eps {
 		e, c := &s.Endpoints[i], ep.candidate
@@ -173,38 +215,38 @@ func (b *policy) snapshot() Snapshot {
 		q := c.query(p, now, 0)
 		details := m.Inspect(q)
 		estimates[i] = m.Load(q)
-		*e = EndpointSnapshot{
-			Addresses: ep.addresses,
-			State:     reported.ConnectivityState,
-			Weight:    c.weight.Load(),
-			InFlight:  q.InFlight,
-			Streams:   q.Streams,
-			Load:      estimates[i].Cost,
-			Latency:   details.Latency,
-			Samples:   details.Samples,
-			Failures:  m.failures.Load(),
-		}
+		e.Addresses = ep.addresses
+		e.State = reported.ConnectivityState
+		e.InFlight, e.Streams = q.InFlight, q.Streams
+		e.Load = estimates[i].Cost
+		e.Latency, e.Samples = details.Latency, details.Samples
+		e.Failures = m.failures.Load()
 		e.Limit, e.Algorithm = m.room.state()
 		if f := m.failure.Load(); f != nil {
 			e.LastFailure, e.FailedAt = f.err, wall.Add(time.Duration(f.at-now))
 		}
-		switch {
-		case e.State == connectivity.TransientFailure:
+		if e.State == connectivity.TransientFailure {
 			_, e.Err = reported.Picker.Pick(balancer.PickInfo{})
-			e.PassedOver = NotReady
-		case e.State != connectivity.Ready:
+		}
+		seated := c.slot.Load() != notReady
+		switch {
+		case !seated && e.State == connectivity.Ready && e.Draining:
+			e.PassedOver = Draining
+		case !seated && e.State == connectivity.Ready && !e.AsideUntil.IsZero():
+			e.PassedOver = Aside
+		case !seated:
 			e.PassedOver = NotReady
 		case e.Limit > 0 && int64(e.InFlight+e.Streams) >= e.Limit:
 			e.PassedOver = Full
 		case m.onlyFailed():
 			e.PassedOver = OnlyFailed
-		case least < 0 || e.Load < s.Endpoints[least].Load:
+		case least < 0 || cost(i) < cost(least):
 			least = i
 		}
 	}
 	equal := func(i int) bool {
 		within := min(estimates[i].Error, float64(p.config.equalUnderLoad))
-		return s.Endpoints[i].PassedOver == "" && s.Endpoints[i].Load <= s.Endpoints[least].Load*(1+within)
+		return s.Endpoints[i].PassedOver == "" && away(i) == away(least) && cost(i) <= cost(least)*(1+within)
 	}
 	if least >= 0 {
 		leastQueue = estimates[least].Queue
@@ -217,6 +259,8 @@ func (b *policy) snapshot() Snapshot {
 	for i := range s.Endpoints {
 		switch e := &s.Endpoints[i]; {
 		case e.PassedOver != "":
+		case away(i) && !away(least):
+			e.PassedOver = Away
 		case !equal(i):
 			e.PassedOver = CostsMore
 		case estimates[i].Queue > leastQueue:

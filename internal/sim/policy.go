@@ -8,15 +8,19 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
+	"time"
 
 	orcapb "github.com/cncf/xds/go/xds/data/orca/v3"
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/balancer/randomsubsetting"
 	_ "google.golang.org/grpc/balancer/roundrobin" // registers round_robin
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/resolver"
 
+	"github.com/belfry-go/belfry/balancer/aperture"
 	"github.com/belfry-go/belfry/balancer/p2c"
+	"github.com/belfry-go/belfry/internal/place"
 	"github.com/belfry-go/belfry/internal/simenv"
 	"github.com/belfry-go/belfry/internal/test/lbtest"
 )
@@ -26,7 +30,9 @@ type Policy struct {
 	Name string // of the column
 	// Balancer is the name of a policy in grpc's registry, empty for the oracle.
 	Balancer string
-	Config   string // JSON
+	// Config is JSON, in which $ordinal is the number of the client, and $peers how many
+	// there are.
+	Config string
 }
 
 // Policies returns the policies that can be compared: the oracle, then belfry's
@@ -38,6 +44,11 @@ type Policy struct {
 //
 // first is the first version of the default.
 //
+// zones is the default with a preference for the zone of the client.
+//
+// aperture and random_subsetting are the default among 12 servers or more for each client.
+// The latter is not determined by the seed.
+//
 // peakEwma-30ms differs from peakEwma in what it takes a newcomer for: a
 // latency of 1 s that is forgotten in 10 s keeps one of 10 ms starved for most of
 // a minute. Tower's metric has no default for it, and its example has 30 ms.
@@ -46,6 +57,9 @@ func Policies() []Policy {
 		{Name: "oracle"},
 		{"default", p2c.Name, `{}`},
 		{"reports", p2c.Name, `{"load":{"expectedLatency":{"reports":{}}}}`},
+		{"zones", p2c.Name, `{"zones":{}}`},
+		{"aperture", aperture.Name, `{"ordinal":$ordinal,"peers":$peers}`},
+		{"random_subsetting", randomsubsetting.Name, `{"subsetSize":12,"childPolicy":[{"belfry.p2c":{}}]}`},
 		{"peakEwma", p2c.Name, `{"load":{"peakEwma":{}}}`},
 		{"peakEwma-30ms", p2c.Name, `{"load":{"peakEwma":{"defaultRtt":"0.03s"}}}`},
 		{"pendingRequests", p2c.Name, `{"load":{"pendingRequests":{}}}`},
@@ -60,8 +74,8 @@ func Policies() []Policy {
 
 // first is the first version of the default: strictly the least cost, one mean for
 // all methods, no bound on a sample, and no exploring.
-const first = `{"equalAtRest":0,"equalUnderLoad":0,"exploreEvery":0,
-	"load":{"expectedLatency":{"spreadPrior":0,"sampleLimit":1e6,"streamAgeLimit":20,"maxMethods":0}}}`
+const first = `{"equalAtRest":0,"equalUnderLoad":0,"equalTime":"0s","exploreEvery":0,
+	"load":{"expectedLatency":{"forgetRounds":32,"spreadPrior":0,"sampleLimit":1e6,"streamAgeLimit":20,"maxMethods":0}}}`
 
 // chooser is a policy at work in a client.
 type chooser interface {
@@ -88,7 +102,8 @@ type balanced struct {
 	report   orcapb.OrcaLoadReport
 }
 
-func newBalanced(c *cluster, p Policy) (*balanced, error) {
+// newBalanced returns the policy of a client.
+func newBalanced(c *cluster, p Policy, client int) (*balanced, error) {
 	builder := balancer.Get(p.Balancer)
 	if builder == nil {
 		return nil, fmt.Errorf("unknown policy %q", p.Balancer)
@@ -98,9 +113,20 @@ func newBalanced(c *cluster, p Policy) (*balanced, error) {
 	b.state.ResolverState = simenv.Set(resolver.State{}, &simenv.Env{
 		Now:    func() int64 { return c.now },
 		Uint64: c.choice.Uint64,
+		AfterFunc: func(d time.Duration, f func()) func() {
+			stopped := false
+			c.agenda.add(c.now+int64(d), action(func() {
+				if !stopped {
+					f()
+				}
+			}))
+			return func() { stopped = true }
+		},
 	})
+	b.state.ResolverState = place.SetHome(b.state.ResolverState, zoneName(client%len(c.zones)))
 	if parser, ok := builder.(balancer.ConfigParser); ok {
-		cfg, err := parser.ParseConfig(json.RawMessage(p.Config))
+		config := strings.NewReplacer("$ordinal", fmt.Sprint(client), "$peers", fmt.Sprint(c.scenario.Clients)).Replace(p.Config)
+		cfg, err := parser.ParseConfig(json.RawMessage(config))
 		if err != nil {
 			return nil, err
 		}
@@ -119,6 +145,7 @@ func (b *balanced) update() error {
 	state.ResolverState.Endpoints = make([]resolver.Endpoint, len(b.cluster.servers))
 	for i, s := range b.cluster.servers {
 		e := resolver.Endpoint{Addresses: []resolver.Address{{Addr: s.addr}}}
+		e = place.SetZone(e, zoneName(s.zone))
 		state.ResolverState.Endpoints[i] = weight.Set(e, weight.EndpointInfo{Weight: s.weight})
 	}
 	if err := b.balancer.UpdateClientConnState(state); err != nil {
@@ -132,6 +159,8 @@ func (b *balanced) update() error {
 	b.picker = published.Picker
 	return nil
 }
+
+func zoneName(zone int) string { return fmt.Sprintf("zone-%d", zone) }
 
 func (b *balanced) close() {
 	b.balancer.Close()

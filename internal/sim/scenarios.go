@@ -29,6 +29,14 @@ type Scenario struct {
 	Sizes []int
 	// Weights are the servers' weights in turn. Default all 1.
 	Weights []uint32
+	// Zones are the numbers of servers in each zone, which are the servers in order. The
+	// clients are in the zones in turn. Default one zone.
+	Zones []int
+	// Demand is the shares of the calls that come from each zone; they make 1. Default
+	// equal.
+	Demand []float64
+	// Between is what the one-way delay is longer between zones.
+	Between time.Duration
 	// Methods are what is called. Default one method.
 	Methods []Method
 	// Mean is the mean service time at speed 1.
@@ -71,6 +79,7 @@ type Show uint8
 const (
 	ShowMean   Show = 1 << iota // the mean latency
 	ShowShares                  // the least and the greatest share of a server, fair = 1
+	ShowHome                    // the share of the calls that stay in their zone, of those of zone 0, and of all
 )
 
 func (s *Scenario) validate() error {
@@ -98,6 +107,20 @@ func (s *Scenario) validate() error {
 	case s.Sharing && s.Workers == 0:
 		return errors.New("sim: Scenario.Workers: 0, must be above 0 to be shared")
 	}
+	servers := 0
+	for _, n := range s.Zones {
+		servers += n
+	}
+	switch {
+	case len(s.Zones) > 0 && servers != s.Servers:
+		return fmt.Errorf("sim: Scenario.Zones: %v, must make %d servers", s.Zones, s.Servers)
+	case len(s.Zones) > s.Clients:
+		return fmt.Errorf("sim: Scenario.Clients: %d, must be at least one for each of %d zones", s.Clients, len(s.Zones))
+	case len(s.Demand) > 0 && len(s.Demand) != len(s.Zones):
+		return fmt.Errorf("sim: Scenario.Demand: %v, must be one number for each of %d zones", s.Demand, len(s.Zones))
+	case s.Between < 0:
+		return fmt.Errorf("sim: Scenario.Between: %v, must not be negative", s.Between)
+	}
 	for i, speed := range s.Speeds {
 		if !(speed > 0) {
 			return fmt.Errorf("sim: Scenario.Speeds[%d]: %v, must be above 0", i, speed)
@@ -120,6 +143,17 @@ func (s *Scenario) weight(i int) uint32 {
 		return s.Weights[i%len(s.Weights)]
 	}
 	return 1
+}
+
+// zone returns the zone of the i-th server.
+func (s *Scenario) zone(i int) int {
+	for z, n := range s.Zones {
+		if i < n {
+			return z
+		}
+		i -= n
+	}
+	return 0
 }
 
 // transit returns the mean one-way delay.
@@ -309,7 +343,77 @@ func Scenarios() []Scenario {
 			s.Show = ShowMean | ShowShares
 		})
 	}
+	add("subsets of 100 servers for 100 clients", func(s *Scenario) {
+		s.hundred()
+		s.Show = ShowShares
+	})
+	add("subsets of 100 servers for 10 clients", func(s *Scenario) {
+		s.Servers = 100
+		s.Show = ShowShares
+	})
+	for _, percent := range []float64{30, 70, 90} {
+		add(fmt.Sprintf("3 zones, %v %%", percent), func(s *Scenario) {
+			s.zoned(7, 7, 7)
+			s.Load = percent / 100
+		})
+	}
+	for _, percent := range []float64{100, 140} {
+		add(fmt.Sprintf("3 zones, one asked for %v %%", percent), func(s *Scenario) {
+			s.zoned(7, 7, 7)
+			s.ask(percent/100, 0.35)
+		})
+	}
+	add("3 zones, one silent at times", func(s *Scenario) {
+		s.zoned(7, 7, 7)
+		s.Load, s.capacity = 0.5, 1-5./30/3
+		s.Period = 30 * time.Second
+		s.faults = func(c *cluster) {
+			c.every(s.Period, func() {
+				for _, srv := range c.servers[:7] {
+					srv.behaviour = silent
+					c.after(5*time.Second, func() { srv.behaviour = answers })
+				}
+			})
+		}
+	})
+	add("3 zones, no further apart, 70 %", func(s *Scenario) {
+		s.zoned(7, 7, 7)
+		s.Between = 0
+	})
+	add("3 zones of 2, 7 and 12, equal demand, 50 %", func(s *Scenario) {
+		s.zoned(2, 7, 12)
+		s.Load = 0.5 // the first is asked for 175 %
+	})
+	add("3 zones of 2, 7 and 12, demand alike, 70 %", func(s *Scenario) {
+		s.zoned(2, 7, 12)
+		s.Demand = []float64{2. / 21, 7. / 21, 12. / 21}
+	})
+	add("3 zones of 1, 10 and 10, demand alike, 70 %", func(s *Scenario) {
+		s.zoned(1, 10, 10)
+		s.Demand = []float64{1. / 21, 10. / 21, 10. / 21}
+	})
 	return all
+}
+
+// zoned is zones of so many servers, with calls of 5 ms.
+func (s *Scenario) zoned(servers ...int) {
+	s.Clients, s.Servers, s.Zones = 9, 0, servers
+	for _, n := range servers {
+		s.Servers += n
+	}
+	s.Mean, s.Between = 5*time.Millisecond, time.Millisecond
+	s.Show = ShowHome
+}
+
+// ask sets the load of the first of zones of equal size, and that of the others.
+func (s *Scenario) ask(first, others float64) {
+	n := float64(len(s.Zones))
+	sum := first + (n-1)*others
+	s.Load = sum / n
+	s.Demand = []float64{first / sum}
+	for range len(s.Zones) - 1 {
+		s.Demand = append(s.Demand, others/sum)
+	}
 }
 
 // idle is one caller that calls n servers, one call after the other.

@@ -31,6 +31,7 @@ type server struct {
 	addr      string
 	workers   int // 0: as many as there are calls
 	weight    uint32
+	zone      int
 	sharing   bool
 	behaviour behaviour
 
@@ -187,10 +188,14 @@ type oracle struct {
 func (o *oracle) choose(c *call) (*server, error) {
 	mean := float64(o.cluster.scenario.Mean)
 	transit := float64(o.cluster.scenario.transit())
+	between := float64(o.cluster.scenario.Between)
 	var best *server
 	least, equals := math.Inf(1), 0
 	for _, s := range o.cluster.servers {
 		delay := s.delay(mean, transit)
+		if s.zone != c.client.zone {
+			delay = s.delay(mean, transit+between) + 2*between
+		}
 		switch {
 		case best == nil || delay < least:
 			best, least, equals = s, delay, 1
@@ -200,6 +205,9 @@ func (o *oracle) choose(c *call) (*server, error) {
 				best = s
 			}
 		}
+	}
+	if best.zone != c.client.zone {
+		transit += between
 	}
 	best.expect(c.work, transit)
 	return best, nil

@@ -29,6 +29,8 @@ type Options struct {
 	span time.Duration
 	// observe, if not nil, is told of each call when it is sent, warm-up included.
 	observe func(now time.Duration, s *server)
+	// called is observe with the zone of the client.
+	called func(now time.Duration, zone int, s *server)
 }
 
 // Result is what the measured calls of a run met with.
@@ -41,6 +43,10 @@ type Result struct {
 	// got of those that are listed at the end, in units of its fair share, which is in
 	// proportion to its weight.
 	Least, Most float64
+	// Home is the share of the calls that stayed in their zone, and HomeOf that of the
+	// calls from each zone. They are 0 where a scenario has no zones.
+	Home   float64
+	HomeOf []float64
 
 	// Elapsed is the time in which they were sent.
 	Elapsed time.Duration
@@ -85,6 +91,7 @@ func Run(s Scenario, p Policy, o Options) (*Result, error) {
 	}
 	c.result.Elapsed = time.Duration(c.end - c.begin)
 	c.shares()
+	c.stayed()
 	slices.Sort(c.result.latencies)
 	return &c.result, nil
 }
@@ -101,6 +108,22 @@ func (c *cluster) shares() {
 		c.result.Least, c.result.Most = min(c.result.Least, share), max(c.result.Most, share)
 	}
 }
+
+// stayed sets what stayed in its zone.
+func (c *cluster) stayed() {
+	if len(c.scenario.Zones) == 0 {
+		return
+	}
+	home, all := 0, 0
+	for _, z := range c.zones {
+		c.result.HomeOf = append(c.result.HomeOf, float64(z.home)/float64(max(z.sent, 1)))
+		home, all = home+z.home, all+z.sent
+	}
+	c.result.Home = float64(home) / float64(max(all, 1))
+}
+
+// zone counts the measured calls of a zone, and those of them that stayed.
+type zone struct{ sent, home int }
 
 // defaultMethod is what is called where a scenario has no methods.
 const defaultMethod = "/belfry.sim/Call"
@@ -121,6 +144,7 @@ type cluster struct {
 	servers []*server          // those that are listed, the oldest first
 	byAddr  map[string]*server // those that ever were
 	clients []*client
+	zones   []zone
 	expiry  fifo[expiry] // the deadlines of the calls in flight, in order
 	idle    []*call      // to be used again
 	callID  uint64
@@ -136,7 +160,10 @@ type cluster struct {
 }
 
 // client is a client with a policy of its own. The oracle is one for all.
-type client struct{ chooser }
+type client struct {
+	chooser
+	zone int
+}
 
 // expiry is the time at which a client gives a call up.
 type expiry struct {
@@ -185,6 +212,7 @@ func newCluster(s Scenario, o Options) *cluster {
 	if s.law == nil {
 		c.scenario.law = lognormal
 	}
+	c.zones = make([]zone, max(len(s.Zones), 1))
 	for i := range s.Servers {
 		speed := 1.0
 		if len(s.Speeds) > 0 {
@@ -200,6 +228,7 @@ func newCluster(s Scenario, o Options) *cluster {
 func (c *cluster) addServer(speed float64) *server {
 	workers := c.scenario.workers(len(c.byAddr))
 	s := &server{
+		zone:    c.scenario.zone(len(c.byAddr)),
 		cluster: c,
 		addr:    fmt.Sprintf("server-%d", len(c.byAddr)),
 		workers: workers,
@@ -234,16 +263,17 @@ func (c *cluster) after(d time.Duration, f func()) { c.agenda.add(c.now+int64(d)
 // start makes the clients, and schedules the faults and the first calls.
 func (c *cluster) start(p Policy) error {
 	shared := &oracle{cluster: c}
-	for range c.scenario.Clients {
+	for i := range c.scenario.Clients {
+		zone := i % len(c.zones)
 		if p.Balancer == "" {
-			c.clients = append(c.clients, &client{shared})
+			c.clients = append(c.clients, &client{shared, zone})
 			continue
 		}
-		b, err := newBalanced(c, p)
+		b, err := newBalanced(c, p, i)
 		if err != nil {
 			return err
 		}
-		c.clients = append(c.clients, &client{b})
+		c.clients = append(c.clients, &client{b, zone})
 	}
 	if c.scenario.faults != nil {
 		c.scenario.faults(c)
@@ -308,9 +338,25 @@ func (c *cluster) fire(number uint64) {
 	if number != c.arrival {
 		return
 	}
-	cl := c.clients[c.calls.IntN(len(c.clients))]
+	cl := c.caller()
 	c.arrival = c.agenda.add(c.now+c.exponential(1/c.rate), c)
 	c.send(cl)
+}
+
+// caller returns the client of a call.
+func (c *cluster) caller() *client {
+	n, zones := len(c.clients), len(c.zones)
+	if len(c.scenario.Demand) == 0 {
+		return c.clients[c.calls.IntN(n)]
+	}
+	z, u := 0, c.calls.Float64()
+	for ; z < zones-1; z++ {
+		if u -= c.scenario.Demand[z]; u < 0 {
+			break
+		}
+	}
+	in := (n - z + zones - 1) / zones // clients z, z+zones, …
+	return c.clients[z+zones*c.calls.IntN(in)]
 }
 
 func (c *cluster) exponential(mean float64) int64 {
@@ -362,12 +408,24 @@ func (c *cluster) send(cl *client) {
 		return
 	}
 	k.server = s
+	if s.zone != cl.zone {
+		k.there += int64(sc.Between)
+		k.back += int64(sc.Between)
+	}
 	s.onWire++
 	if k.measured {
 		s.sent++
+		z := &c.zones[cl.zone]
+		z.sent++
+		if s.zone == cl.zone {
+			z.home++
+		}
 	}
 	if c.options.observe != nil {
 		c.options.observe(time.Duration(c.now), s)
+	}
+	if c.options.called != nil {
+		c.options.called(time.Duration(c.now), cl.zone, s)
 	}
 	c.agenda.add(c.now+k.there, k)
 	if sc.Deadline > 0 {

@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc/grpclog"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
+
+	"github.com/belfry-go/belfry/internal/place"
 )
 
 var logger = grpclog.Component("belfry-discover")
@@ -307,6 +309,9 @@ func (b *bridge) publish(items []keyedEndpoint, parsed *serviceconfig.ParseResul
 	state := resolver.State{Endpoints: endpoints, ServiceConfig: parsed}
 	if b.cfg.addresses {
 		state.Addresses = addressesOf(endpoints)
+	}
+	if b.cfg.home != "" {
+		state = place.SetHome(state, b.cfg.home)
 	}
 	b.published, b.differs, b.parsed = true, false, parsed
 	err := b.cc.UpdateState(state)

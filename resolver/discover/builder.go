@@ -38,6 +38,7 @@ type config struct {
 	syncTimeout time.Duration
 	keepOnEmpty bool
 	addresses   bool
+	home        string
 	authority   func(resolver.Target) string
 }
 
@@ -126,6 +127,20 @@ func WithKeepOnEmpty() Option {
 func WithAddresses() Option {
 	return option(func(cfg *config) error {
 		cfg.addresses = true
+		return nil
+	})
+}
+
+// WithZone says in which zone the caller is, by the name that [Zone] gives to the zone of
+// an endpoint. The policy belfry.p2c prefers endpoints in that zone if its field zones
+// says so, and takes a name in its config or in the environment before this one. The name
+// must not be empty.
+func WithZone(name string) Option {
+	return option(func(cfg *config) error {
+		if name == "" {
+			return errors.New("WithZone: the name is empty: leave the option out if the zone is not known")
+		}
+		cfg.home = name
 		return nil
 	})
 }

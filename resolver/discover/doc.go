@@ -79,7 +79,13 @@
 //	Channel  a sender         changes that are not valid         5 ms to 50 ms, 0 after Synced
 //	Poll     a function       its errors, panics and delays      one interval and a tenth
 //	file     YAML or JSON     broken, missing, replaced files    100 ms to 1 s; 5 s unreported
-//	                                                             (resolver/file, its own module)
+//	etcd     a client of      lost majority, restart, lost data, what etcd takes to tell;
+//	         etcd             compaction, values not valid       1 min if its watch is dead
+//	k8s      the API server,  API server down, restarted or     what the API server takes
+//	         list and watch   compacted, slices in motion        to tell; 45 s if it is silent
+//
+// The last three are modules of their own: resolver/file, resolver/etcd and
+// resolver/kubernetes.
 //
 // Each keeps its last complete set as long as it has to. DNS and Poll look early
 // when a connection fails.
@@ -94,7 +100,7 @@
 //
 // # Attributes
 //
-// Weight, zone and key travel in the attributes of the endpoint, where a
+// Weight, zone, group and key travel in the attributes of the endpoint, where a
 // change of them reaches the balancing policy without a reconnect. The weight
 // is that of google.golang.org/grpc/experimental/balancer/weight, so that
 // policies read it without knowing this package.

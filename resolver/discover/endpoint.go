@@ -12,9 +12,10 @@ import (
 	"strconv"
 	"strings"
 
-	"google.golang.org/grpc/attributes"
 	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/resolver"
+
+	"github.com/belfry-go/belfry/internal/place"
 )
 
 // An EndpointOption adds to the endpoint that [Endpoint] makes.
@@ -113,14 +114,35 @@ func Weight(w uint32) EndpointOption {
 	})
 }
 
-// Zone says where the endpoint is: a datacentre, a region, a rack. The name
-// must not be empty.
+// Zone says where the endpoint is: a datacentre, a region, a rack. The policy belfry.p2c
+// prefers endpoints in the caller's zone if its field zones says so. The name must not be
+// empty.
 func Zone(name string) EndpointOption {
 	return endpointOption(func(ep *resolver.Endpoint) error {
 		if name == "" {
 			return errors.New("zone is empty: must be a name; leave the option out if there is none")
 		}
 		*ep = SetZone(*ep, name)
+		return nil
+	})
+}
+
+// Draining says that the endpoint is about to leave. The policy belfry.p2c sends it no new
+// calls while another endpoint is READY, and keeps its connection, so that its calls end
+// where they are. Other policies ignore it.
+func Draining() EndpointOption {
+	return endpointOption(func(ep *resolver.Endpoint) error {
+		*ep = SetDraining(*ep, true)
+		return nil
+	})
+}
+
+// Group puts the endpoint into a priority group, for the policy belfry.priority: those of
+// group 0, to which endpoints without a group belong, get the calls while enough of them
+// are healthy, else those of the next higher group that there is.
+func Group(group uint32) EndpointOption {
+	return endpointOption(func(ep *resolver.Endpoint) error {
+		*ep = SetGroup(*ep, group)
 		return nil
 	})
 }
@@ -144,25 +166,12 @@ func WeightOf(ep resolver.Endpoint) uint32 {
 	return max(1, weight.FromEndpoint(ep).Weight)
 }
 
-// A zone and a key have types of their own, so that no other package's
-// attributes can be taken for them, and an Equal, by which attributes compare.
+// A key has a type of its own, so that no other package's attributes can be taken for
+// it, and an Equal, by which attributes compare.
 type (
-	zoneKey struct{}
-	zone    string
-	keyKey  struct{}
-	key     string
+	keyKey struct{}
+	key    string
 )
-
-// Equal reports whether o is the same zone.
-func (z zone) Equal(o any) bool {
-	oz, ok := o.(zone)
-	return ok && oz == z
-}
-
-// String lets logs of the attributes show the name.
-func (z zone) String() string { return string(z) }
-
-func (zoneKey) String() string { return "belfry.zone" }
 
 // Equal reports whether o is the same key.
 func (k key) Equal(o any) bool {
@@ -178,20 +187,37 @@ func (keyKey) String() string { return "belfry.key" }
 // SetZone returns a copy of the endpoint that is in the given zone. An empty
 // name means that the zone is not known.
 func SetZone(ep resolver.Endpoint, name string) resolver.Endpoint {
-	ep.Attributes = setAttribute(ep.Attributes, zoneKey{}, zone(name))
-	return ep
+	return place.SetZone(ep, name)
 }
 
 // ZoneOf returns the endpoint's zone, or "" if it has none.
 func ZoneOf(ep resolver.Endpoint) string {
-	z, _ := ep.Attributes.Value(zoneKey{}).(zone)
-	return string(z)
+	return place.Zone(ep)
 }
+
+// SetGroup returns a copy of the endpoint that belongs to a priority group, 0 being the
+// first. See [Group].
+func SetGroup(ep resolver.Endpoint, group uint32) resolver.Endpoint {
+	return place.SetGroup(ep, group)
+}
+
+// GroupOf returns the endpoint's priority group, or 0 if it has none.
+func GroupOf(ep resolver.Endpoint) uint32 {
+	return place.Group(ep)
+}
+
+// SetDraining returns a copy of the endpoint that is draining, or is not. See [Draining].
+func SetDraining(ep resolver.Endpoint, drains bool) resolver.Endpoint {
+	return place.SetDraining(ep, drains)
+}
+
+// IsDraining reports whether the endpoint is draining.
+func IsDraining(ep resolver.Endpoint) bool { return place.Draining(ep) }
 
 // SetKey returns a copy of the endpoint with the given key. Every endpoint that
 // this package publishes carries the key of the [Insert] it came with.
 func SetKey(ep resolver.Endpoint, name string) resolver.Endpoint {
-	ep.Attributes = setAttribute(ep.Attributes, keyKey{}, key(name))
+	ep.Attributes = place.SetAttribute(ep.Attributes, keyKey{}, key(name))
 	return ep
 }
 
@@ -200,15 +226,6 @@ func SetKey(ep resolver.Endpoint, name string) resolver.Endpoint {
 func KeyOf(ep resolver.Endpoint) string {
 	k, _ := ep.Attributes.Value(keyKey{}).(key)
 	return string(k)
-}
-
-// setAttribute does not lengthen the chain that attributes are if it would say
-// what they say already, so that an endpoint may pass through many hands.
-func setAttribute(attrs *attributes.Attributes, k any, v interface{ Equal(any) bool }) *attributes.Attributes {
-	if v.Equal(attrs.Value(k)) {
-		return attrs
-	}
-	return attrs.WithValue(k, v)
 }
 
 // checkEndpoint says why an endpoint cannot be published.

@@ -5,8 +5,9 @@
 // prints a Markdown table: for each policy the 99th and the 99.9th percentile of
 // the latency in ms and, in parentheses, the ratio of the 99th to that of the
 // first policy, which is the oracle unless asked for otherwise. Where a scenario is
-// about it, also the mean latency, or the least and the greatest share of the calls
-// that a server got, in units of its fair share.
+// about it, also the mean latency, the least and the greatest share of the calls that
+// a server got, in units of its fair share, or the share of the calls that stayed in
+// their zone, of all and of those from the first zone.
 //
 //	go run ./internal/sim/simulate
 //	go run ./internal/sim/simulate -scenarios 'antagonists|stops' -policies oracle,default,random -runs 5
@@ -201,6 +202,13 @@ func (c *cell) format(first *cell, show sim.Show) string {
 	}
 	if show&sim.ShowShares != 0 {
 		s += fmt.Sprintf(" shares %.2f to %.2f", median(least), median(most))
+	}
+	if show&sim.ShowHome != 0 {
+		var home, first []float64
+		for _, r := range c.results {
+			home, first = append(home, 100*r.Home), append(first, 100*r.HomeOf[0])
+		}
+		s += fmt.Sprintf(" home %.1f %%, zone 0 %.1f %%", median(home), median(first))
 	}
 	if f := median(failed); f > 0 {
 		s += fmt.Sprintf(" %.2f %% failed", f)
