@@ -58,9 +58,9 @@ type AutoConfig struct {
 // One client cannot empty a queue that others fill, so all drain at the same time: when the
 // wall clock is at a multiple of 20 s, or of 40, 80 and so on where that is less than 500
 // times base. Until it stands for 16 calls, they are at multiples of 5 s, unless the mean
-// latency is above 125 ms. So is the next one after ratio has passed 1.4 × most, if a cohort
-// as large as the last can show by itself whether the server became slower. Clocks may
-// differ by half a second. While ratio is below 1.1 there is no queue, and a cohort is
+// latency is above 125 ms. So is the next one after ratio has passed 1.4 × most, if base stands
+// for 240 calls and a cohort as large as the last can show by itself whether the server
+// became slower. Clocks may differ by half a second. While ratio is below 1.1 there is no queue, and a cohort is
 // measured without lowering the limit. [AutoConfig.NoDrains] turns drains off.
 //
 // A call that its caller gave up counts with the time that it had taken, if that is longer
@@ -251,7 +251,7 @@ func (a *Auto) adjust(now Instant) {
 	}
 	a.mean += (mean - a.mean) * part
 	ratio, most := a.ratio(), a.most()
-	if a.phase == steady && !a.suspect && a.restore == 0 && ratio > autoSuspect*most && 3*a.chance(a.last) < math.Log(autoSuspect) {
+	if a.phase == steady && !a.suspect && a.restore == 0 && a.weight >= autoMemory && ratio > autoSuspect*most && 3*a.chance(a.last) < math.Log(autoSuspect) {
 		a.suspect = true
 		a.schedule(now)
 	}
