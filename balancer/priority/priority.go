@@ -183,6 +183,7 @@ func (b *policy) newGroup(number uint32) *group {
 		started:    time.Now(),
 		state:      balancer.State{ConnectivityState: connectivity.Connecting, Picker: base.NewErrPicker(balancer.ErrNoSubConnAvailable)},
 		conns:      make(map[*subConn]bool),
+		avoided:    make(map[string]bool),
 	}
 	g.child = childpolicy.New(g, b.opts)
 	return g

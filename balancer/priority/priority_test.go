@@ -17,10 +17,12 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/balancer"
 	_ "google.golang.org/grpc/balancer/roundrobin" // a child
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	estats "google.golang.org/grpc/experimental/stats"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
+	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/place"
 	"github.com/belfry-go/belfry/internal/test/lbtest"
@@ -38,6 +40,8 @@ type world struct {
 	b      *policy
 	config string
 	r      *recorder
+	// draining is the endpoints that discovery calls so at the next update.
+	draining map[string]bool
 }
 
 func bubble(t *testing.T, config string, f func(t *testing.T, w *world)) {
@@ -94,6 +98,7 @@ func (w *world) update(names ...string) error {
 	var es []resolver.Endpoint
 	for _, name := range names {
 		e := resolver.Endpoint{Addresses: []resolver.Address{{Addr: name}}}
+		e = place.SetDraining(e, w.draining[name])
 		es = append(es, place.SetGroup(e, uint32(name[0]-'0')))
 	}
 	err = w.b.UpdateClientConnState(balancer.ClientConnState{ResolverState: resolver.State{Endpoints: es}, BalancerConfig: cfg})
@@ -290,6 +295,48 @@ func TestFailover(t *testing.T) {
 			time.Sleep(defaultReturnAfter)
 			w.settle()
 			w.want("one is back", "0")
+		})
+	})
+	t.Run("counts_those_that_the_child_avoids_as_unhealthy", func(t *testing.T) {
+		bubble(t, `{"childPolicy":[{"belfry.p2c":{"failureAccrual":{"failures":2},"load":{"constant":{}}}}]}`, func(t *testing.T, w *world) {
+			w.update("0a", "0b", "0c", "1a")
+			w.ready("0a", "0b", "0c", "1a")
+			// 0c is always well, and the others of its group fail after 100 calls: then all
+			// have answered once, but for one of 1e17 runs.
+			for i := range 300 {
+				s, _ := w.cc.State()
+				r, err := s.Picker.Pick(balancer.PickInfo{FullMethodName: "/s/m", Ctx: t.Context()})
+				if err != nil {
+					t.Fatal(err)
+				}
+				addr := r.SubConn.(*lbtest.SubConn).Address.Addr
+				if addr == "1a" {
+					break
+				}
+				info := balancer.DoneInfo{BytesSent: true, BytesReceived: true}
+				if i >= 100 && addr != "0c" {
+					info = balancer.DoneInfo{BytesSent: true, Err: status.Error(codes.Unavailable, "broken")}
+				}
+				r.Done(info)
+				if i == 299 {
+					t.Fatal("no failover while two of three endpoints fail")
+				}
+			}
+			w.want("two of three are put aside", "1")
+		})
+	})
+	t.Run("draining_endpoints_do_not_count", func(t *testing.T) {
+		bubble(t, plain, func(t *testing.T, w *world) {
+			w.update("0a", "0b", "0c", "1a")
+			w.ready("0a", "0b", "0c", "1a")
+			w.draining = map[string]bool{"0a": true, "0b": true}
+			w.update("0a", "0b", "0c", "1a")
+			w.want("two of three leave", "1")
+			w.draining = nil
+			w.update("0a", "0b", "0c", "1a")
+			time.Sleep(defaultReturnAfter)
+			w.settle()
+			w.want("they stay after all", "0")
 		})
 	})
 	t.Run("an_error_of_the_resolver_is_reported", func(t *testing.T) {
