@@ -154,6 +154,9 @@ func TestSource(t *testing.T) {
 		put(t, client, "bad/a", "nonsense")
 		w := enginetest.Watch(t, newSource(client, "bad"))
 		w.WaitError(t, `etcd: key "bad/a": invalid character`)
+		if w.Known() {
+			t.Error("there is a set, although no value was valid")
+		}
 		put(t, client, "bad/a", value("a:1"), "bad/b", value("b:1"))
 		w.WaitSet(t, set{"a": "a:1*1@", "b": "b:1*1@"})
 		put(t, client, "bad/a", "more nonsense", "bad/c", "", "bad/d", value("d:1"))

@@ -163,6 +163,9 @@ func TestSource(t *testing.T) {
 		api.put(sliceWith("orders-a", map[string]int32{"http": 80}, pod("p", "10.0.0.1", "")))
 		w := enginetest.Watch(t, newSource(t, api.config(), "prod/orders:grpc"))
 		w.WaitError(t, `kubernetes: prod/orders: its endpoints have no port "grpc"`)
+		if w.Known() {
+			t.Error("there is a set, although no endpoint has the port")
+		}
 		api.put(orders())
 		w.WaitSet(t, one)
 		api.put(makeSlice("orders-a", pod("p", "nonsense", "")))

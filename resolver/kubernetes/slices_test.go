@@ -98,6 +98,7 @@ func TestBackends(t *testing.T) {
 		{"names of hosts", source{}, list{ofType(discoveryv1.AddressTypeFQDN, makeSlice("a", pod("p", "example.org", "")))}, "", ""},
 		{"in two slices", source{}, list{makeSlice("a", pod("p", "10.0.0.1", "")), makeSlice("b", pod("p", "10.0.0.1", ""))}, "p=10.0.0.1:8080", ""},
 		{"in two slices, one out of date", source{}, list{makeSlice("a", pod("p", "10.0.0.1", "Rst")), makeSlice("b", pod("p", "10.0.0.1", "rsT"))}, "p=10.0.0.1:8080", ""},
+		{"in two slices, the last one out of date", source{}, list{makeSlice("a", pod("p", "10.0.0.1", "rsT")), makeSlice("b", pod("p", "10.0.0.1", "Rst"))}, "p=10.0.0.1:8080", ""},
 		{"successor of the same name", source{}, list{makeSlice("a", pod("p", "10.0.0.1", "Rst", withUID("old"))), makeSlice("b", pod("p", "10.0.0.2", ""))}, "p=10.0.0.2:8080", ""},
 		{"successor in the first slice", source{}, list{makeSlice("a", pod("p", "10.0.0.2", "")), makeSlice("b", pod("p", "10.0.0.1", "Rst", withUID("old")))}, "p=10.0.0.2:8080", ""},
 		{"named port", source{port: "http"}, list{sliceWith("a", two, pod("p", "10.0.0.1", ""))}, "p=10.0.0.1:9090", ""},

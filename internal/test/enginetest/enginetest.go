@@ -123,6 +123,13 @@ func (v *view) WaitError(t *testing.T, text string) {
 	}
 }
 
+// Known reports whether there was a complete set yet.
+func (v *view) Known() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.set != nil
+}
+
 // Errors returns the errors so far.
 func (v *view) Errors() []string {
 	v.mu.Lock()
