@@ -22,8 +22,8 @@ type ExpectedLatencyConfig struct {
 	// most 1000.
 	PriorSamples float64
 	// SpreadPrior is how much more the prior counts where latencies vary: n0 times
-	// 1 + SpreadPrior*v, with v their variance in units of their mean squared.
-	// Default 0.5, from 0 to 100.
+	// 1 + SpreadPrior*v, with v the variance of the latencies of one endpoint, divided
+	// by the square of their mean. Default 0.5, from 0 to 100.
 	SpreadPrior float64
 	// MinSpread is the least v that is believed. Default 0.25, from 0 to 100.
 	MinSpread float64
@@ -36,7 +36,7 @@ type ExpectedLatencyConfig struct {
 	KeepSamples float64
 	// ForgetRounds (ticks) is the number of rounds, of one sample per endpoint of
 	// the channel each, in which an endpoint without samples of its own is
-	// forgotten to 1/e. Default 32, above 0, at most 1e6.
+	// forgotten to 1/e. Default 40, above 0, at most 1e6.
 	ForgetRounds float64
 	// ForgetAfter (tau) is the time in which an endpoint without samples is
 	// forgotten to 1/e, resolved to about a millisecond. Default 60 s, must be
@@ -81,7 +81,7 @@ func DefaultExpectedLatencyConfig() ExpectedLatencyConfig {
 		MinSpread:      0.25,
 		QueueExponent:  0.5,
 		KeepSamples:    32,
-		ForgetRounds:   32,
+		ForgetRounds:   40,
 		ForgetAfter:    time.Minute,
 		FailurePenalty: defaultFailurePenalty,
 		FirstFailure:   time.Second,
@@ -138,8 +138,10 @@ func (c ExpectedLatencyConfig) validate() error {
 //     the methods' means g, each weighed by how often the method is called. They are
 //     moving means of at most 200 samples. A newcomer costs what the average
 //     endpoint does, so it is neither flooded nor starved.
-//   - n = n0*(1 + SpreadPrior*v), with v the variance of latency/g: where single
-//     latencies say little, the prior counts more.
+//   - n = n0*(1 + SpreadPrior*v), with v the variance of the latencies of one
+//     endpoint, divided by the square of their mean: where single latencies say little,
+//     the prior counts more. It is the same for all endpoints, and learnt from those of
+//     at least four samples. How much endpoints differ from each other is not in it.
 //   - f forgets: exp(-t/tau - c/(ticks*n)), t after and c samples of the whole
 //     channel after the endpoint's last sample, with n endpoints. At each sample
 //     S and N are multiplied by f*(1-1/keep). An endpoint that is not heard of
@@ -579,23 +581,18 @@ func (m *expectedMeter) completed(now Instant, t Ticket) bool {
 	divided := latency * p.discount(t.queue())
 	n := method.fleet.turn(now)
 	if n > 0 {
-		e.learn(p, method, t, latency, divided, n)
+		m.spread(p, now, min(divided*e.scale(method), p.sampleLimit*e.g()))
+		e.learn(method, t, latency, divided, n)
 	}
 	return m.sample(p, now, min(divided*e.scale(method), p.sampleLimit*e.g()), n)
 }
 
 // learn takes a latency, which stands for n, into what all endpoints share.
-func (e *ExpectedLatency) learn(p *expectedParams, method *method, t Ticket, latency, divided float64, n int) {
+func (e *ExpectedLatency) learn(method *method, t Ticket, latency, divided float64, n int) {
 	method.fleet.observe(divided, t.queue())
 	all := e.methods.Load()
 	all.called(method, n)
 	e.unit.Store(math.Float64bits(all.unit()))
-	if mean := method.fleet.mean(); mean > 0 {
-		r := min(divided/mean, spreadLimit)
-		v, covered := floats32(e.spread.Load())
-		covered = min(covered+1, fleetWindow)
-		e.spread.Store(bits32(v+(r*r-1-v)/covered, covered))
-	}
 	share := e.queue.observe(divided, t.queue())
 	if e.slow(method) != e.anySlow.Load() {
 		e.anySlow.Store(slices.ContainsFunc(all.all, e.slow))
@@ -611,8 +608,25 @@ func (e *ExpectedLatency) learn(p *expectedParams, method *method, t Ticket, lat
 	u.Store(math.Float64bits(mean + (latency-mean)*share))
 }
 
-// A latency counts up to so many times its mean in the variance of all.
-const spreadLimit = 20
+// spread takes a latency of the endpoint into the variance v of all. The mean of the c
+// samples before is off by v/c itself.
+func (m *expectedMeter) spread(p *expectedParams, now Instant, latency float64) {
+	e := m.metric
+	s, c := floats32(m.mean.Load())
+	known := c * expNeg(e.unheard(p.rate, now, m.heard.Load()))
+	if known < spreadSamples || s <= 0 {
+		return
+	}
+	d := min(latency*c/s, spreadLimit) - 1
+	v, covered := floats32(e.spread.Load())
+	covered = min(covered+1, fleetWindow)
+	e.spread.Store(bits32(v+(d*d/(1+1/known)-v)/covered, covered))
+}
+
+const (
+	spreadSamples = 4  // what must be known of an endpoint
+	spreadLimit   = 20 // a latency counts up to so many times the endpoint's mean
+)
 
 func (m *expectedMeter) failed(s *Sample) bool {
 	e := m.metric

@@ -319,6 +319,32 @@ func TestKeepSamplesForgetsOldSamples(t *testing.T) {
 	}
 }
 
+func TestTheSpreadIsThatOfOneEndpoint(t *testing.T) {
+	c := DefaultExpectedLatencyConfig()
+	c.MinSpread = 0.01
+	e := must(NewExpectedLatency(c))
+	latencies := func(times ...time.Duration) float64 {
+		m := []*counted{newMeter(e), newMeter(e)}
+		now := Instant(0)
+		for range 200 {
+			for i, meter := range m {
+				ticket := meter.Start(now)
+				now += Instant(times[i])
+				meter.Finish(now, Sample{Ticket: ticket})
+				times[i], times[i+2] = times[i+2], times[i]
+			}
+		}
+		return m[0].Meter.Load(m[0].query(now)).Error
+	}
+	const kept = 30 // samples, half forgotten ones counted as half
+	if got, most := latencies(time.Millisecond, 20*time.Millisecond, time.Millisecond, 20*time.Millisecond), 0.03; got > most {
+		t.Errorf("of two endpoints whose latencies do not vary the error is %.3f, want at most %v", got, most)
+	}
+	// Half of the latencies are 4 times the others: their variance is 0.36 times the square
+	// of their mean.
+	near(t, "error of an endpoint whose latencies vary", latencies(time.Millisecond, 20*time.Millisecond, 4*time.Millisecond, 80*time.Millisecond), math.Sqrt(0.36/kept), 0.15)
+}
+
 func TestForgetAfterDriftsBackToTheAverageByTheClock(t *testing.T) {
 	for _, tau := range []time.Duration{time.Second, time.Minute} {
 		_, m := known(t, 2, func(c *ExpectedLatencyConfig) { c.ForgetAfter, c.ForgetRounds = tau, 1e6 })

@@ -57,7 +57,12 @@ func (builder) Build(cc balancer.ClientConn, opts balancer.BuildOptions) balance
 		endpoints: resolver.NewEndpointMap[*endpoint](),
 		now:       func() int64 { return int64(time.Since(start)) },
 		random:    rand.Uint64,
+		after: func(d time.Duration, f func()) func() {
+			t := time.AfterFunc(d, f)
+			return func() { t.Stop() }
+		},
 	}
+	b.ramps.parts = 1
 	b.queue.ready = &b.ready
 	b.picks.New = func() any {
 		k := &pick{pool: &b.picks}
@@ -103,6 +108,9 @@ type policy struct {
 	handles  sync.Pool // of *handle, for trackers
 	queue    queue     // of calls that wait for an endpoint with room
 
+	offers    atomic.Pointer[offer] // of endpoints to calls that are to try them
+	slowAfter atomic.Int64          // how long an attempt takes that is slow, in nanoseconds; 0 if not known
+
 	// Used only by the methods of balancer.Balancer, whose calls are serialized.
 	endpoints  *resolver.EndpointMap[*endpoint]
 	list       []listing              // of the last update
@@ -117,6 +125,7 @@ type policy struct {
 	// Set before there is an endpoint.
 	now       func() int64
 	random    func() uint64
+	after     func(d time.Duration, f func()) (stop func())
 	wallClock func(limit.Instant) time.Time // nil for the machine's
 	metrics   *metrics
 
@@ -155,6 +164,9 @@ type policy struct {
 	home       string             // the caller's zone, "" if zones do not count
 	homes      int                // how many endpoints are in it
 	published  connectivity.State // what cc was told last; SHUTDOWN before
+	seating    seating
+	ramps      ramps
+	measuring  bool // measureMedian will be called
 }
 
 // UpdateClientConnState implements balancer.Balancer.
@@ -190,6 +202,9 @@ func (b *policy) firstUpdate(state resolver.State) {
 	b.metrics = newMetrics(b.cc.MetricsRecorder(), b.opts.Target.String(), state)
 	if e := simenv.From(state.Attributes); e != nil {
 		b.now, b.random = e.Now, e.Uint64
+		if e.AfterFunc != nil {
+			b.after = e.AfterFunc
+		}
 		b.wallClock = func(at limit.Instant) time.Time { return time.Unix(0, int64(at)) }
 	}
 	live.Store(b, nil)
@@ -227,6 +242,17 @@ func (b *policy) configure(cfg *config) error {
 		}
 		b.queue.dismiss(false)
 	}
+	if old != nil && !reflect.DeepEqual(old.config.accrual, cfg.accrual) {
+		for _, ep := range b.endpoints.All() {
+			ep.accrueLocked(cfg.accrual)
+			b.seatLocked(ep)
+		}
+	}
+	if cfg.accrual != nil && cfg.accrual.slow > 0 && !b.measuring {
+		b.measuring = true
+		b.after(measureEvery, b.measureMedian)
+	}
+	b.stepRampsLocked()
 	return nil
 }
 
@@ -297,6 +323,9 @@ func (b *policy) forAll(f func(*endpoint)) {
 
 // stateLocked returns the state of the channel: the best of the endpoints'.
 func (b *policy) stateLocked() connectivity.State {
+	if b.count[connectivity.Ready] == 0 && b.seating.seated[ejected] && b.seating.count[ejected] > 0 {
+		return connectivity.Ready // All that is left is used.
+	}
 	for _, s := range countedStates {
 		if b.count[s] > 0 {
 			return s

@@ -39,6 +39,8 @@ type measure struct {
 	// attempt was given up before.
 	quiet bool
 	room  *room
+	// accrual judges the endpoint; nil if the config has none.
+	accrual atomic.Pointer[accrual]
 	// health is what the attempts so far were, of everAnswered, everFailed and
 	// everGivenUp.
 	health atomic.Uint32

@@ -41,7 +41,8 @@ const (
 	defaultMemoryExpectedLatency  = 2
 
 	defaultEqualAtRest    = 1
-	defaultEqualUnderLoad = 0.2
+	defaultEqualUnderLoad = 0.1
+	defaultEqualTime      = 2 * time.Millisecond
 	maxEqual              = 10
 	defaultExploreEvery   = 200
 	maxExploreEvery       = 1_000_000
@@ -58,17 +59,20 @@ type config struct {
 	memory    int
 	failures  codeSet
 	metric    metricConfig
-	limit     *limitConfig // nil if endpoints have none
-	zones     *zonesConfig // nil if zones do not count
-	timeless  bool         // the metric has no use for the time
-	counts    bool         // a load is the number of attempts in flight
-	exact     bool         // loads have no errors
-	classless bool         // all calls are of one class
-	twoExact  bool         // chooseOfTwo will do where weights are equal
+	limit     *limitConfig     // nil if endpoints have none
+	zones     *zonesConfig     // nil if zones do not count
+	accrual   *accrualConfig   // nil if endpoints are not put aside
+	slowStart *slowStartConfig // nil if endpoints get their share at once
+	timeless  bool             // the metric has no use for the time
+	counts    bool             // a load is the number of attempts in flight
+	exact     bool             // loads have no errors
+	classless bool             // all calls are of one class
+	twoExact  bool             // chooseOfTwo will do where weights are equal
 
 	equalAtRest    float32
 	equalUnderLoad float32
-	exploreEvery   uint32 // 0 is never
+	equalTime      float32 // in nanoseconds
+	exploreEvery   uint32  // 0 is never
 	exploreAfter   time.Duration
 
 	outOfBand time.Duration // 0 is never
@@ -112,6 +116,7 @@ func parseConfig(js json.RawMessage) (*config, error) {
 	switch c.metric.(type) {
 	case expectedLatency:
 		c.choices, c.memory = defaultChoicesExpectedLatency, defaultMemoryExpectedLatency
+		c.equalTime = float32(defaultEqualTime)
 	case peakEWMA:
 		c.exact, c.classless = true, true
 	case pendingRequests:
@@ -125,6 +130,12 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		}
 	}
 	if c.limit, err = newLimitConfig(m.GetEndpointLimit()); err != nil {
+		return nil, err
+	}
+	if c.accrual, err = newAccrualConfig(m.GetFailureAccrual()); err != nil {
+		return nil, err
+	}
+	if c.slowStart, err = newSlowStartConfig(m.GetSlowStart()); err != nil {
 		return nil, err
 	}
 	if m.ChoiceCount != nil {
@@ -155,6 +166,15 @@ func parseConfig(js json.RawMessage) (*config, error) {
 			return nil, configError(f.name, *f.value, fmt.Sprintf("between 0 and %d", maxEqual))
 		}
 		*f.to = float32(*f.value)
+	}
+	if m.EqualTime != nil {
+		d := m.GetEqualTime().AsDuration()
+		if d < 0 {
+			return nil, configError("equalTime", d, "at least 0s")
+		}
+		if c.equalTime > 0 { // other costs are no times
+			c.equalTime = float32(d)
+		}
 	}
 	if m.ExploreEvery != nil {
 		if v := m.GetExploreEvery(); v > maxExploreEvery {

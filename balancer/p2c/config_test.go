@@ -66,7 +66,7 @@ func TestConfigSetsEveryField(t *testing.T) {
 		{`{"constant":{"load":2.5}}`, constant{2.5}},
 	} {
 		c, err := parseConfig(json.RawMessage(`{"choiceCount":3,"memory":1,"failureCodes":["ABORTED","UNAVAILABLE"],
-			"equalAtRest":0,"equalUnderLoad":1.5,"exploreEvery":7,"exploreAfter":"2s","load":` + test.json + `}`))
+			"equalAtRest":0,"equalUnderLoad":1.5,"equalTime":"3s","exploreEvery":7,"exploreAfter":"2s","load":` + test.json + `}`))
 		if err != nil {
 			t.Errorf("%s: %v", test.json, err)
 			continue
@@ -76,6 +76,9 @@ func TestConfigSetsEveryField(t *testing.T) {
 		}
 		if c.equalAtRest != 0 || c.equalUnderLoad != 1.5 || c.exploreEvery != 7 || c.exploreAfter != 2*time.Second {
 			t.Errorf("%s: got %v, %v, %v and %v, want 0, 1.5, 7 and 2s", test.json, c.equalAtRest, c.equalUnderLoad, c.exploreEvery, c.exploreAfter)
+		}
+		if _, times := c.metric.(expectedLatency); times != (c.equalTime == 3e9) || !times && c.equalTime != 0 {
+			t.Errorf("%s: equalTime is %v ns, want 3s, and 0 for a metric whose costs have no errors", test.json, c.equalTime)
 		}
 		if want := setOf(codes.Aborted, codes.Unavailable); c.failures != want {
 			t.Errorf("%s: failure codes are %b, want %b", test.json, c.failures, want)
@@ -91,6 +94,17 @@ func TestConfigRejectsWithFieldValueAndRule(t *testing.T) {
 		{`{"choiceCount":0}`, "choiceCount", "0", "between 2 and 16"},
 		{`{"choiceCount":1}`, "choiceCount", "1", "between 2 and 16"},
 		{`{"choiceCount":17}`, "choiceCount", "17", "between 2 and 16"},
+		{`{"failureAccrual":{"failures":1000001}}`, "failureAccrual.failures", "1000001", "between 0 and 1000000"},
+		{`{"failureAccrual":{"successRate":1.5}}`, "failureAccrual.successRate", "1.5", "between 0 and 1"},
+		{`{"failureAccrual":{"successRate":"NaN"}}`, "failureAccrual.successRate", "NaN", "between 0 and 1"},
+		{`{"failureAccrual":{"minAttempts":0}}`, "failureAccrual.minAttempts", "0", "between 1 and 1000000"},
+		{`{"failureAccrual":{"window":"0.01s"}}`, "failureAccrual.window", "10ms", "between 100ms and 1h0m0s"},
+		{`{"failureAccrual":{"baseTime":"0s"}}`, "failureAccrual.baseTime", "0s", "above 0s"},
+		{`{"failureAccrual":{"baseTime":"2s","maxTime":"1s"}}`, "failureAccrual.maxTime", "1s", "at least 2s"},
+		{`{"failureAccrual":{"maxAside":-0.1}}`, "failureAccrual.maxAside", "-0.1", "between 0 and 1"},
+		{`{"failureAccrual":{"slow":1.5}}`, "failureAccrual.slow", "1.5", "0, or between 2 and 1000000"},
+		{`{"slowStart":{"window":"7200s"}}`, "slowStart.window", "2h0m0s", "between 100ms and 1h0m0s"},
+		{`{"slowStart":{"floor":0}}`, "slowStart.floor", "0", "between 0.01 and 1"},
 		{`{"memory":9}`, "memory", "9", "between 0 and 8"},
 		{`{"failureCodes":["NOPE"]}`, "failureCodes[0]", "NOPE", "the name of a status code"},
 		{`{"failureCodes":["ABORTED","OK"]}`, "failureCodes[1]", "OK", "other than OK"},
@@ -112,6 +126,7 @@ func TestConfigRejectsWithFieldValueAndRule(t *testing.T) {
 		{`{"load":{"expectedLatency":{"forgetAfter":"0s"}}}`, "load.expectedLatency.forgetAfter", "0s", "above 0s"},
 		{`{"load":{"expectedLatency":{"failurePenalty":0.5}}}`, "load.expectedLatency.failurePenalty", "0.5", "between 1 and 1e+06"},
 		{`{"equalAtRest":-0.1}`, "equalAtRest", "-0.1", "between 0 and 10"},
+		{`{"equalTime":"-1s"}`, "equalTime", "-1s", "at least 0s"},
 		{`{"equalUnderLoad":"NaN"}`, "equalUnderLoad", "NaN", "between 0 and 10"},
 		{`{"exploreEvery":1000001}`, "exploreEvery", "1000001", "between 0 and 1000000"},
 		{`{"exploreAfter":"0s"}`, "exploreAfter", "0s", "above 0s"},

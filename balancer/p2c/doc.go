@@ -103,6 +103,34 @@
 // grpc-retry-pushback-ms or a RetryInfo in its status. Until then, and for a minute at most,
 // its endpoint costs 10 times as much.
 //
+// # Endpoints that fail
+//
+// The metric makes an endpoint that fails dear, and tries it again now and then. With
+// failureAccrual it gets no calls at all for a while: it is put aside after five failures in
+// a row, or when a fifth of its attempts in ten seconds fail. Then one call tries it, and if
+// that fails it is aside for longer.
+//
+//	{"failureAccrual": {"failures": 5, "successRate": 0.8, "baseTime": "3s", "maxAside": 0.5}}
+//
+// Where more than half of the READY endpoints would be aside, all are used: the fault is
+// likely to be common to them.
+//
+// Outlier detection above the policy does the same with other means, and the two do not
+// disturb each other. An endpoint that it has ejected is not READY, and is no part of the half. When it
+// lets the endpoint in, one call tries it if it was aside too. An endpoint that is aside gets
+// no calls that outlier detection could judge. What the policy adds is that it uses
+// ejected endpoints, whose connections still stand, once none is left.
+//
+// # Endpoints that come and go
+//
+// With slowStart an endpoint that is new, or was away, gets a part of its share of the calls
+// that rises over a window:
+//
+//	{"slowStart": {"window": "30s", "floor": 0.1}}
+//
+// An endpoint that discovery marks as draining gets no new calls while another is READY. Its
+// connection stays, also while its last calls end after discovery has removed it.
+//
 // # Reports of servers
 //
 // A client of many sends each server few calls, and cannot tell what others have in flight
@@ -139,6 +167,7 @@
 // # Metrics
 //
 // With a stats plugin, such as grpc's OpenTelemetry plugin, the policy records
-// belfry.lb.p2c.picks, .tried_picks, .away_picks, .full_picks by result, .endpoints by state and .dropped_samples by
+// belfry.lb.p2c.picks, .tried_picks, .away_picks, .full_picks by result, .endpoints by state, .endpoint_conditions by
+// condition, .put_aside by reason, .panics and .dropped_samples by
 // reason. They are off until enabled by name.
 package p2c

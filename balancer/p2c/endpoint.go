@@ -54,9 +54,17 @@ type endpoint struct {
 	counts    counts    // guarded by policy.countMu
 
 	// Guarded by policy.mu.
-	gone bool   // the resolver lists it no more; reports are ignored
-	zone string // "" if it has none
-	home bool   // its zone is the caller's
+	gone        bool            // the resolver lists it no more; reports are ignored
+	draining    bool            // discovery says that it is about to leave
+	ejectedFrom *balancer.State // the child's report before a parent or a health check took the endpoint out; nil if none has
+	condition   condition
+	other       int    // the place in policy.seating.others
+	weight      uint32 // relative capacity, at least 1
+	cold        bool   // its share is to rise when it is READY
+	ramping     bool   // its share rises since rampFrom
+	rampFrom    int64
+	zone        string // "" if it has none
+	home        bool   // its zone is the caller's
 }
 
 func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
@@ -83,6 +91,9 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 		ep.measureLocked(b.picker, b.metric)
 	}
 	ep.limitLocked(b.picker.config.limit)
+	ep.accrueLocked(b.picker.config.accrual)
+	ep.weight = 1
+	ep.cold = b.all.Load() != nil
 	b.mu.Unlock()
 	b.metrics.moved(connectivity.Shutdown, connectivity.Connecting)
 	ep.child = b.children.Build(ep, b.opts)
@@ -92,12 +103,13 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 // measureLocked gives the endpoint a meter of a metric. Attempts in flight finish
 // on the meter that they started on.
 func (ep *endpoint) measureLocked(p *picker, m load.Metric) {
-	r := &room{}
+	fresh := &measure{Meter: m.NewMeter(load.Endpoint{Address: ep.addr}), timeless: p.config.timeless, quiet: quietMetric(m), room: &room{}}
 	if old := ep.candidate.meter.Load(); old != nil {
-		r = old.room
+		fresh.room = old.room
+		fresh.accrual.Store(old.accrual.Load())
 		old.Close()
 	}
-	ep.candidate.meter.Store(&measure{Meter: m.NewMeter(load.Endpoint{Address: ep.addr}), timeless: p.config.timeless, quiet: quietMetric(m), room: r})
+	ep.candidate.meter.Store(fresh)
 	ep.candidate.changed()
 }
 
@@ -127,23 +139,27 @@ func (ep *endpoint) UpdateState(s balancer.State) {
 // moveLocked takes over a report and returns the state before it.
 func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 	b := ep.policy
-	from, to := ep.reported.Load().ConnectivityState, s.ConnectivityState
+	before := ep.reported.Load()
+	from, to := before.ConnectivityState, s.ConnectivityState
 	ep.reported.Store(&s)
-	ep.candidate.child.Store(&s)
 	b.count[from]--
 	b.count[to]++
 	switch {
-	case to == from:
-	case to == connectivity.Ready:
-		b.ready.add(ep.candidate)
-		b.ready.settle(ep.candidate, ep.home)
-		b.queue.admit(ep.candidate)
-	case from == connectivity.Ready:
-		b.picker.ready.remove(ep.candidate)
-		b.picker.forget(ep.candidate)
+	case to != connectivity.TransientFailure:
+		ep.ejectedFrom = nil
+	case from == connectivity.Ready: // A lost connection is IDLE first.
+		ep.ejectedFrom = before
 	}
-	if ep.home {
-		b.weighHomeLocked()
+	ep.candidate.child.Store(&s)
+	if to == connectivity.TransientFailure {
+		ep.cold = true
+	}
+	if to == connectivity.Ready && ep.cold {
+		ep.rampLocked()
+	}
+	b.seatLocked(ep)
+	if to == connectivity.Ready && from != connectivity.Ready {
+		ep.accrual().reconnectedLocked()
 	}
 	return from
 }
@@ -153,8 +169,25 @@ func (ep *endpoint) place(w uint32, zone string) {
 	ep.policy.mu.Lock()
 	defer ep.policy.mu.Unlock()
 	ep.settleLocked(zone)
-	ep.policy.picker.ready.reweigh(ep.candidate, max(w, 1))
-	ep.candidate.changed()
+	ep.weight = max(w, 1)
+	ep.weighLocked()
+}
+
+// setDraining says whether the endpoint is about to leave.
+func (ep *endpoint) setDraining(drains bool) {
+	b := ep.policy
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if ep.draining == drains {
+		return
+	}
+	ep.draining = drains
+	b.seatLocked(ep)
+	if drains {
+		logger.Infof("%s: endpoint %s is draining: it gets no new calls while another is READY", b.opts.Target.String(), ep.addr)
+		return
+	}
+	logger.Infof("%s: endpoint %s is not draining any more", b.opts.Target.String(), ep.addr)
 }
 
 // call calls the child, unless it is closed.
@@ -182,6 +215,10 @@ func (ep *endpoint) close(keep bool) {
 		Picker:            base.NewErrPicker(balancer.ErrNoSubConnAvailable),
 	})
 	ep.gone = true
+	ep.endRampLocked()
+	if a := ep.accrual(); a != nil {
+		a.stopLocked()
+	}
 	ep.settleLocked("")
 	if !keep {
 		ep.candidate.meter.Load().Close()

@@ -49,6 +49,8 @@ func (b *policy) updateEndpoints(state resolver.State) error {
 	}
 	b.refused = nil
 
+	b.countParts()
+
 	var firstErr error
 	// Starting at a random endpoint keeps a fleet of clients from opening all its
 	// first connections to the same server.
@@ -88,6 +90,7 @@ func (b *policy) updateEndpoints(state resolver.State) error {
 // updateEndpoint gives an endpoint its weight, and the child what has changed.
 func (b *policy) updateEndpoint(ep *endpoint) error {
 	ep.place(uint32(min(ep.capacity, math.MaxUint32)), place.Zone(ep.first))
+	ep.setDraining(place.Draining(ep.first))
 	if sameEndpoint(ep.state, ep.first) {
 		return nil
 	}

@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 	leaktest.Main(m)
 }
 
-// logs notes the warnings of the policy, and drops the rest but for errors.
+// logs notes what the policy logs, and drops the rest but for errors.
 var logs = logNotes{LoggerV2: grpclog.NewLoggerV2(io.Discard, io.Discard, os.Stderr)}
 
 type logNotes struct {
@@ -43,13 +43,19 @@ type logNotes struct {
 	notes []string
 }
 
+func (l *logNotes) Infoln(args ...any) {
+	if text := fmt.Sprint(args...); strings.HasPrefix(text, "[belfry-p2c]") {
+		l.Warningln(text)
+	}
+}
+
 func (l *logNotes) Warningln(args ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.notes = append(l.notes, fmt.Sprint(args...))
 }
 
-// with returns the warnings that have all the texts.
+// with returns the notes that have all the texts.
 func (l *logNotes) with(texts ...string) (notes []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -51,6 +51,27 @@ var (
 		Labels:         []string{"grpc.target", "belfry.lb.p2c.endpoint_state"},
 		OptionalLabels: []string{"grpc.lb.locality"},
 	})
+	conditionsMetric = estats.RegisterInt64UpDownCount(estats.MetricDescriptor{
+		Name:           "belfry.lb.p2c.endpoint_conditions",
+		Description:    "EXPERIMENTAL. Number of endpoints that do not take part as others do, by condition: aside (they fail), draining, ejected, or slow_start.",
+		Unit:           "{endpoint}",
+		Labels:         []string{"grpc.target", "belfry.lb.p2c.condition"},
+		OptionalLabels: []string{"grpc.lb.locality"},
+	})
+	putAsideMetric = estats.RegisterInt64Count(estats.MetricDescriptor{
+		Name:           "belfry.lb.p2c.put_aside",
+		Description:    "EXPERIMENTAL. Number of times that an endpoint was put aside, by reason: failures, success_rate or slow.",
+		Unit:           "{endpoint}",
+		Labels:         []string{"grpc.target", "belfry.lb.p2c.reason"},
+		OptionalLabels: []string{"grpc.lb.locality"},
+	})
+	panicsMetric = estats.RegisterInt64UpDownCount(estats.MetricDescriptor{
+		Name:           "belfry.lb.p2c.panics",
+		Description:    "EXPERIMENTAL. 1 while so many endpoints are put aside that all are used, else 0.",
+		Unit:           "{policy}",
+		Labels:         []string{"grpc.target"},
+		OptionalLabels: []string{"grpc.lb.locality"},
+	})
 	droppedSamplesMetric = estats.RegisterInt64Count(estats.MetricDescriptor{
 		Name:           "belfry.lb.p2c.dropped_samples",
 		Description:    "EXPERIMENTAL. Number of attempts whose latency is not known, by reason: cancelled by the caller, or never sent.",
@@ -120,6 +141,26 @@ func (m *metrics) moved(from, to connectivity.State) {
 		endpointsMetric.Record(m.recorder, 1, m.states[to]...)
 	}
 }
+
+// condition records that n more endpoints are in a condition, if it is one that matters.
+func (m *metrics) condition(c condition, n int64) {
+	if name := conditionNames[c]; name != "" {
+		conditionsMetric.Record(m.recorder, n, m.target[0], name, m.locality)
+	}
+}
+
+// ramping records that the share of n more endpoints rises.
+func (m *metrics) ramping(n int64) {
+	conditionsMetric.Record(m.recorder, n, m.target[0], "slow_start", m.locality)
+}
+
+// putAside records that an endpoint was put aside.
+func (m *metrics) putAside(reason string) {
+	putAsideMetric.Record(m.recorder, 1, m.target[0], reason, m.locality)
+}
+
+// panicked records that n more policies use endpoints that are put aside.
+func (m *metrics) panicked(n int64) { panicsMetric.Record(m.recorder, n, m.target...) }
 
 // sampleDropped records an attempt whose latency does not count.
 func (m *metrics) sampleDropped(o load.Outcome) {

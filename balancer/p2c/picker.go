@@ -38,6 +38,10 @@ type picker struct {
 	// harm: any of them is a good candidate. One that is not READY any more is
 	// taken out, and is not picked even if a late write puts it back.
 	remembered [maxMemory]atomic.Pointer[candidate]
+
+	// idle is in how many rounds of the endpoints picks saw nothing in flight, up to
+	// idleRounds. Where many cores pick it stays what it is, so they do not write it.
+	idle atomic.Uint32
 }
 
 // now reads the clock, for a metric that has use for the time. Reading it twice is
@@ -65,7 +69,11 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		call.class = p.metric.Class(info.FullMethodName, call.stream)
 	}
 	var c *candidate
-	if tried != nil && !tried.Empty() {
+	if p.config.accrual != nil {
+		c = b.trial(tried)
+	}
+	trial := c != nil
+	if !trial && tried != nil && !tried.Empty() {
 		c = p.chooseAgain(now, call, tried)
 	}
 	switch {
@@ -74,6 +82,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		c = p.chooseOfTwo(now, call)
 	default:
 		c = p.chooseAny(now, call)
+	}
+	if c == nil { // What was drawn has left meanwhile.
+		c = p.ready.first()
 	}
 	if c == nil {
 		// The last one has just left; the channel hears of it next.
@@ -85,7 +96,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
 	limited := p.config.limit != nil
-	if limited {
+	if limited && !(trial && c.take()) {
 		var err error
 		if c, now, err = p.hold(info.Ctx, c, now, track, tried); err != nil {
 			return balancer.PickResult{}, err
@@ -119,6 +130,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner = p, c, c.meter.Load(), info.Ctx, tried, result.Done
 	if p.config.timeless && !k.meter.timeless { // the metric has just changed
 		now = k.now()
+	}
+	if p.config.accrual != nil {
+		k.accrues()
 	}
 	if !k.meter.quiet {
 		a := &k.attempt
@@ -265,6 +279,27 @@ func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 	return b
 }
 
+// rest reports whether the channel has nothing in flight, as far as its picks see. One pick
+// looks at some of its endpoints, so it takes several to tell, and with many endpoints
+// not each of them is counted.
+func (p *picker) rest(s *selection, busy bool) bool {
+	idle := p.idle.Load()
+	switch round := uint32(int(p.ready.size.Load())+s.count-1) / uint32(s.count); {
+	case busy && idle != 0:
+		p.idle.Store(0)
+	case busy:
+	case idle >= idleRounds:
+		return true
+	case round <= 1 || s.random.below(round) == 0:
+		p.idle.Store(idle + 1)
+	}
+	return false
+}
+
+// idleRounds is how many times as many endpoints as there are the picks in a row that saw
+// nothing in flight have to look at, on average.
+const idleRounds = 4
+
 // rememberCheapest makes the next pick look again at the m cheapest of this one.
 func (p *picker) rememberCheapest(s *selection, m int) {
 	var last *candidate
@@ -287,6 +322,7 @@ func (p *picker) rememberCheapest(s *selection, m int) {
 
 // remember takes over what another picker of the same READY set remembers.
 func (p *picker) remember(old *picker) {
+	p.idle.Store(old.idle.Load())
 	for i := range p.config.memory {
 		p.remembered[i].Store(old.remembered[i].Load())
 	}
@@ -325,6 +361,8 @@ type pick struct {
 	began load.Instant
 	mark  uint8
 
+	row uint32 // see accrual.run; began is set, too
+
 	// Of a pick with a tracker.
 	track  *tracker
 	state  atomic.Uint32
@@ -336,6 +374,7 @@ const (
 	pickResponded = 1 << iota // the first response has been seen
 	pickAwaiting              // Done was called with a nil error: the true one comes from the tracker
 	pickFinished              // the meter has been told
+	pickAnswered              // the first message of a stream has arrived
 )
 
 // handle is what grpc calls when an attempt is done. Its method value is made once, which
@@ -405,6 +444,14 @@ func (k *pick) respond() {
 	}
 }
 
+// message says that the first message of a stream has arrived.
+func (k *pick) message() {
+	k.answered()
+	if k.picker.config.accrual != nil && k.state.Or(pickAnswered)&(pickAnswered|pickFinished) == 0 {
+		k.accrue(load.Completed, nil)
+	}
+}
+
 // pushback makes the endpoint dearer for as long as the server asked for when it failed the
 // attempt, and returns that.
 func (k *pick) pushback(err error) time.Duration {
@@ -418,13 +465,13 @@ func (k *pick) pushback(err error) time.Duration {
 // finish tells the meter, once, how an attempt ended. err is for people to look at, and for
 // the limit of the endpoint.
 func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
-	responded := false
+	responded, answered := false, false
 	if k.track != nil {
 		old := k.state.Or(pickFinished)
 		if old&pickFinished != 0 {
 			return
 		}
-		responded = old&pickResponded != 0
+		responded, answered = old&pickResponded != 0, old&pickAnswered != 0
 	}
 	switch {
 	case o == load.Completed:
@@ -439,6 +486,9 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 	if k.limit != nil {
 		k.limit.end(k, o, err)
+	}
+	if k.picker.config.accrual != nil && !answered {
+		k.accrue(o, err)
 	}
 	if responded {
 		k.candidate.tally.add(-oneStream)

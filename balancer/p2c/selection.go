@@ -51,14 +51,13 @@ func (s *selection) has(c *candidate) bool {
 
 // choose measures the candidates and returns the best, nil if there are none.
 //
-// Costs that differ by less than three of their errors are equal, up to a limit.
-// While none of the candidates has anything in flight, the limit is wide and one of
-// the random draws is taken at random: only latencies could tell them apart, and
-// these latencies do not. Else the limit is narrow, and the one with the fewest
-// attempts in flight is taken, of those the cheapest, or where weights differ and it
-// is not idle any. A
-// stream goes where the fewest are open. Where zones count, it takes an endpoint of the
-// cheapest's, or of any other zone if that is away.
+// Costs that differ by less than four of their errors are equal, up to a limit.
+// While the channel is at rest, the limit is wide and one of the random draws is taken
+// at random: only latencies could tell them apart, and these latencies do not. Else
+// the limit is narrow, and the one with the fewest attempts in flight is taken, of those
+// the cheapest, or where weights differ and it is not idle any. A stream goes where the
+// fewest are open. Where zones count, it takes an endpoint of the cheapest's, or of any
+// other zone if that is away.
 func (s *selection) choose(now load.Instant) *candidate {
 	if s.count == 0 {
 		return nil
@@ -72,7 +71,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 		}
 	}
 
-	rest := queue == 0
+	rest := p.rest(s, queue > 0)
 	limit, errors := p.config.equalUnderLoad, float32(equalErrors)
 	if rest {
 		limit = p.config.equalAtRest
@@ -105,11 +104,17 @@ func (s *selection) choose(now load.Instant) *candidate {
 	var equal [maxChoices + maxMemory]uint8
 	var equals uint32
 	most := math.Float32bits(limit)
+	short := float32(0)
+	if rest {
+		short = p.config.equalTime
+	}
 	for i, cost := range s.costs[:count] {
-		within := min(math.Float32bits(errors*math.Float32frombits(uint32(s.details[i]>>32))), most)
+		e := math.Float32frombits(uint32(s.details[i] >> 32))
+		part := math.Float32frombits(min(math.Float32bits(errors*e), most))
+		within := max(math.Float32bits(least*part), math.Float32bits(short*e))
 		equal[equals] = uint8(i)
 		var is uint32
-		if math.Float32bits(cost) <= math.Float32bits(least*(1+math.Float32frombits(within))) {
+		if math.Float32bits(cost) <= math.Float32bits(least+math.Float32frombits(within)) {
 			is = 1
 		}
 		equals += is &^ (skipped >> i)
@@ -245,7 +250,7 @@ const (
 	// equalErrors is how many standard errors of its cost make an endpoint equal to
 	// the cheapest. The cheapest of many is as a rule one or two below what it should
 	// be, and the other as much above.
-	equalErrors = 3
+	equalErrors = 4
 
 	// Where weights differ, costs are equal up to so much at least, whatever their
 	// error: who gives weights wants shares. With few calls in flight an endpoint of

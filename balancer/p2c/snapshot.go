@@ -37,6 +37,9 @@ type Snapshot struct {
 	// Waiting is the number of calls that wait for an endpoint with room for them, see the
 	// field endpointLimit of the config.
 	Waiting int
+	// Panic is whether so many endpoints are put aside that all are used. See the field
+	// failureAccrual of the config.
+	Panic bool
 	// Endpoints are in the order in which the resolver lists them.
 	Endpoints []EndpointSnapshot
 }
@@ -84,6 +87,14 @@ type EndpointSnapshot struct {
 	Failures    uint64
 	LastFailure error
 	FailedAt    time.Time
+	// AsideUntil is when the next call tries an endpoint that is put aside, and zero for one
+	// that is not. In a panic it gets calls nonetheless.
+	AsideUntil time.Time
+	// Draining is whether discovery says that the endpoint is about to leave.
+	Draining bool
+	// ShareAllowed is the part of its share of the calls that the endpoint may get now: 1, or
+	// less while that rises by a slow start.
+	ShareAllowed float64
 	// PassedOver says why calls go to other endpoints now.
 	PassedOver PassedOver
 }
@@ -94,6 +105,10 @@ type PassedOver string
 const (
 	// NotReady is an endpoint without a connection, or one that is ejected.
 	NotReady PassedOver = "not READY"
+	// Aside is an endpoint that is put aside because it failed or was slow.
+	Aside PassedOver = "put aside"
+	// Draining is an endpoint that is about to leave.
+	Draining PassedOver = "draining"
 	// OnlyFailed is an endpoint that has answered nothing yet, but failed.
 	OnlyFailed PassedOver = "all attempts have failed"
 	// Full is an endpoint with as many attempts and streams as its Limit.
@@ -165,12 +180,17 @@ func (b *policy) snapshot() Snapshot {
 	b.mu.Lock()
 	p := b.picker
 	s := Snapshot{Target: b.target, Locality: b.metrics.locality, State: b.published, Home: b.home, PrefersHome: b.ready.home.Load() > 0}
+	s.Panic = b.seating.seated[aside] && b.seating.count[aside] > 0
 	eps := b.all.Load()
-	var zones []string
+	now, wall := load.Instant(b.now()), time.Now()
 	if eps != nil {
-		zones = make([]string, len(*eps))
+		s.Endpoints = make([]EndpointSnapshot, len(*eps))
 		for i, ep := range *eps {
-			zones[i] = ep.zone
+			e := &s.Endpoints[i]
+			e.Zone, e.Weight, e.Draining, e.ShareAllowed = ep.zone, ep.weight, ep.draining, ep.partLocked()
+			if a := ep.accrual(); a != nil && a.aside.Load() {
+				e.AsideUntil = wall.Add(time.Duration(a.until - int64(now)))
+			}
 		}
 	}
 	b.mu.Unlock()
@@ -178,8 +198,6 @@ func (b *policy) snapshot() Snapshot {
 	if p == nil || eps == nil || len(*eps) == 0 {
 		return s
 	}
-	now, wall := load.Instant(b.now()), time.Now()
-	s.Endpoints = make([]EndpointSnapshot, len(*eps))
 	estimates := make([]load.Estimate, len(*eps))
 
 	away := func(i int) bool { return s.PrefersHome && s.Endpoints[i].Zone != s.Home }
@@ -197,27 +215,26 @@ func (b *policy) snapshot() Snapshot {
 		q := c.query(p, now, 0)
 		details := m.Inspect(q)
 		estimates[i] = m.Load(q)
-		*e = EndpointSnapshot{
-			Addresses: ep.addresses,
-			State:     reported.ConnectivityState,
-			Weight:    c.weight.Load(),
-			Zone:      zones[i],
-			InFlight:  q.InFlight,
-			Streams:   q.Streams,
-			Load:      estimates[i].Cost,
-			Latency:   details.Latency,
-			Samples:   details.Samples,
-			Failures:  m.failures.Load(),
-		}
+		e.Addresses = ep.addresses
+		e.State = reported.ConnectivityState
+		e.InFlight, e.Streams = q.InFlight, q.Streams
+		e.Load = estimates[i].Cost
+		e.Latency, e.Samples = details.Latency, details.Samples
+		e.Failures = m.failures.Load()
 		e.Limit, e.Algorithm = m.room.state()
 		if f := m.failure.Load(); f != nil {
 			e.LastFailure, e.FailedAt = f.err, wall.Add(time.Duration(f.at-now))
 		}
-		switch {
-		case e.State == connectivity.TransientFailure:
+		if e.State == connectivity.TransientFailure {
 			_, e.Err = reported.Picker.Pick(balancer.PickInfo{})
-			e.PassedOver = NotReady
-		case e.State != connectivity.Ready:
+		}
+		seated := c.slot.Load() != notReady
+		switch {
+		case !seated && e.State == connectivity.Ready && e.Draining:
+			e.PassedOver = Draining
+		case !seated && e.State == connectivity.Ready && !e.AsideUntil.IsZero():
+			e.PassedOver = Aside
+		case !seated:
 			e.PassedOver = NotReady
 		case e.Limit > 0 && int64(e.InFlight+e.Streams) >= e.Limit:
 			e.PassedOver = Full

@@ -168,7 +168,7 @@ func (s *trackedStream) RecvMsg(m any) error {
 		s.received = true
 		s.respond()
 		if k := s.track.current.Load(); k != nil {
-			k.answered()
+			k.message()
 		}
 	}
 	return err

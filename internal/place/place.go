@@ -1,8 +1,8 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package place says where endpoints and callers are: what package discover writes into
-// attributes, and the policies read.
+// Package place says where endpoints and callers are, and which endpoints are about to leave:
+// what package discover writes into attributes, and the policies read.
 package place
 
 import (
@@ -13,11 +13,13 @@ import (
 // Types of their own, so that no other package's attributes can be taken for these, with
 // an Equal, by which attributes compare, and a String for logs.
 type (
-	zoneKey  struct{}
-	homeKey  struct{}
-	groupKey struct{}
-	name     string
-	group    uint32
+	zoneKey     struct{}
+	homeKey     struct{}
+	groupKey    struct{}
+	drainingKey struct{}
+	name        string
+	group       uint32
+	mark        bool
 )
 
 func (n name) Equal(o any) bool {
@@ -29,6 +31,20 @@ func (n name) String() string   { return string(n) }
 func (zoneKey) String() string  { return "belfry.zone" }
 func (homeKey) String() string  { return "belfry.home" }
 func (groupKey) String() string { return "belfry.group" }
+
+func (drainingKey) String() string { return "belfry.draining" }
+
+func (m mark) Equal(o any) bool {
+	other, ok := o.(mark)
+	return ok && other == m
+}
+
+func (m mark) String() string {
+	if m {
+		return "true"
+	}
+	return "false"
+}
 
 func (g group) Equal(o any) bool {
 	other, ok := o.(group)
@@ -69,6 +85,20 @@ func SetGroup(e resolver.Endpoint, g uint32) resolver.Endpoint {
 func Group(e resolver.Endpoint) uint32 {
 	g, _ := e.Attributes.Value(groupKey{}).(group)
 	return uint32(g)
+}
+
+// SetDraining returns a copy of the endpoint that is about to leave, or is not.
+func SetDraining(e resolver.Endpoint, drains bool) resolver.Endpoint {
+	if Draining(e) != drains {
+		e.Attributes = SetAttribute(e.Attributes, drainingKey{}, mark(drains))
+	}
+	return e
+}
+
+// Draining reports whether an endpoint is about to leave.
+func Draining(e resolver.Endpoint) bool {
+	m, _ := e.Attributes.Value(drainingKey{}).(mark)
+	return bool(m)
 }
 
 // SetAttribute sets an attribute. It does not lengthen the chain that attributes are if it

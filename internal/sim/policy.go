@@ -8,14 +8,17 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
+	"time"
 
 	orcapb "github.com/cncf/xds/go/xds/data/orca/v3"
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/balancer/randomsubsetting"
 	_ "google.golang.org/grpc/balancer/roundrobin" // registers round_robin
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/resolver"
 
+	"github.com/belfry-go/belfry/balancer/aperture"
 	"github.com/belfry-go/belfry/balancer/p2c"
 	"github.com/belfry-go/belfry/internal/place"
 	"github.com/belfry-go/belfry/internal/simenv"
@@ -27,7 +30,9 @@ type Policy struct {
 	Name string // of the column
 	// Balancer is the name of a policy in grpc's registry, empty for the oracle.
 	Balancer string
-	Config   string // JSON
+	// Config is JSON, in which $ordinal is the number of the client, and $peers how many
+	// there are.
+	Config string
 }
 
 // Policies returns the policies that can be compared: the oracle, then belfry's
@@ -41,6 +46,9 @@ type Policy struct {
 //
 // zones is the default with a preference for the zone of the client.
 //
+// aperture and random_subsetting are the default among 12 servers or more for each client.
+// The latter is not determined by the seed.
+//
 // peakEwma-30ms differs from peakEwma in what it takes a newcomer for: a
 // latency of 1 s that is forgotten in 10 s keeps one of 10 ms starved for most of
 // a minute. Tower's metric has no default for it, and its example has 30 ms.
@@ -50,6 +58,8 @@ func Policies() []Policy {
 		{"default", p2c.Name, `{}`},
 		{"reports", p2c.Name, `{"load":{"expectedLatency":{"reports":{}}}}`},
 		{"zones", p2c.Name, `{"zones":{}}`},
+		{"aperture", aperture.Name, `{"ordinal":$ordinal,"peers":$peers}`},
+		{"random_subsetting", randomsubsetting.Name, `{"subsetSize":12,"childPolicy":[{"belfry.p2c":{}}]}`},
 		{"peakEwma", p2c.Name, `{"load":{"peakEwma":{}}}`},
 		{"peakEwma-30ms", p2c.Name, `{"load":{"peakEwma":{"defaultRtt":"0.03s"}}}`},
 		{"pendingRequests", p2c.Name, `{"load":{"pendingRequests":{}}}`},
@@ -64,8 +74,8 @@ func Policies() []Policy {
 
 // first is the first version of the default: strictly the least cost, one mean for
 // all methods, no bound on a sample, and no exploring.
-const first = `{"equalAtRest":0,"equalUnderLoad":0,"exploreEvery":0,
-	"load":{"expectedLatency":{"spreadPrior":0,"sampleLimit":1e6,"streamAgeLimit":20,"maxMethods":0}}}`
+const first = `{"equalAtRest":0,"equalUnderLoad":0,"equalTime":"0s","exploreEvery":0,
+	"load":{"expectedLatency":{"forgetRounds":32,"spreadPrior":0,"sampleLimit":1e6,"streamAgeLimit":20,"maxMethods":0}}}`
 
 // chooser is a policy at work in a client.
 type chooser interface {
@@ -92,7 +102,8 @@ type balanced struct {
 	report   orcapb.OrcaLoadReport
 }
 
-func newBalanced(c *cluster, p Policy, zone int) (*balanced, error) {
+// newBalanced returns the policy of a client.
+func newBalanced(c *cluster, p Policy, client int) (*balanced, error) {
 	builder := balancer.Get(p.Balancer)
 	if builder == nil {
 		return nil, fmt.Errorf("unknown policy %q", p.Balancer)
@@ -102,10 +113,20 @@ func newBalanced(c *cluster, p Policy, zone int) (*balanced, error) {
 	b.state.ResolverState = simenv.Set(resolver.State{}, &simenv.Env{
 		Now:    func() int64 { return c.now },
 		Uint64: c.choice.Uint64,
+		AfterFunc: func(d time.Duration, f func()) func() {
+			stopped := false
+			c.agenda.add(c.now+int64(d), action(func() {
+				if !stopped {
+					f()
+				}
+			}))
+			return func() { stopped = true }
+		},
 	})
-	b.state.ResolverState = place.SetHome(b.state.ResolverState, zoneName(zone))
+	b.state.ResolverState = place.SetHome(b.state.ResolverState, zoneName(client%len(c.zones)))
 	if parser, ok := builder.(balancer.ConfigParser); ok {
-		cfg, err := parser.ParseConfig(json.RawMessage(p.Config))
+		config := strings.NewReplacer("$ordinal", fmt.Sprint(client), "$peers", fmt.Sprint(c.scenario.Clients)).Replace(p.Config)
+		cfg, err := parser.ParseConfig(json.RawMessage(config))
 		if err != nil {
 			return nil, err
 		}

@@ -343,6 +343,14 @@ func Scenarios() []Scenario {
 			s.Show = ShowMean | ShowShares
 		})
 	}
+	add("subsets of 100 servers for 100 clients", func(s *Scenario) {
+		s.hundred()
+		s.Show = ShowShares
+	})
+	add("subsets of 100 servers for 10 clients", func(s *Scenario) {
+		s.Servers = 100
+		s.Show = ShowShares
+	})
 	for _, percent := range []float64{30, 70, 90} {
 		add(fmt.Sprintf("3 zones, %v %%", percent), func(s *Scenario) {
 			s.zoned(7, 7, 7)

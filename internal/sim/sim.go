@@ -269,7 +269,7 @@ func (c *cluster) start(p Policy) error {
 			c.clients = append(c.clients, &client{shared, zone})
 			continue
 		}
-		b, err := newBalanced(c, p, zone)
+		b, err := newBalanced(c, p, i)
 		if err != nil {
 			return err
 		}

@@ -10,16 +10,21 @@
 package simenv
 
 import (
+	"time"
+
 	"google.golang.org/grpc/attributes"
 	"google.golang.org/grpc/resolver"
 )
 
-// An Env is where a policy takes its time and its random numbers from. Both
-// functions are called on the pick path, by many goroutines unless the
-// simulation has only one.
+// An Env is where a policy takes its time and its random numbers from. Now and Uint64
+// are called on the pick path, by many goroutines unless the simulation has only one.
 type Env struct {
 	Now    func() int64  // monotonic nanoseconds since an origin of the simulation's choice
 	Uint64 func() uint64 // uniformly distributed
+
+	// AfterFunc calls f after d, unless stop is called before. Nil stands for
+	// time.AfterFunc.
+	AfterFunc func(d time.Duration, f func()) (stop func())
 }
 
 type key struct{}

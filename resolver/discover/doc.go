@@ -97,7 +97,7 @@
 //
 // # Attributes
 //
-// Weight, zone and key travel in the attributes of the endpoint, where a
+// Weight, zone, group and key travel in the attributes of the endpoint, where a
 // change of them reaches the balancing policy without a reconnect. The weight
 // is that of google.golang.org/grpc/experimental/balancer/weight, so that
 // policies read it without knowing this package.

@@ -127,6 +127,16 @@ func Zone(name string) EndpointOption {
 	})
 }
 
+// Draining says that the endpoint is about to leave. The policy belfry.p2c sends it no new
+// calls while another endpoint is READY, and keeps its connection, so that its calls end
+// where they are. Other policies ignore it.
+func Draining() EndpointOption {
+	return endpointOption(func(ep *resolver.Endpoint) error {
+		*ep = SetDraining(*ep, true)
+		return nil
+	})
+}
+
 // Group puts the endpoint into a priority group, for the policy belfry.priority: those of
 // group 0, to which endpoints without a group belong, get the calls while enough of them
 // are healthy, else those of the next higher group that there is.
@@ -195,6 +205,14 @@ func SetGroup(ep resolver.Endpoint, group uint32) resolver.Endpoint {
 func GroupOf(ep resolver.Endpoint) uint32 {
 	return place.Group(ep)
 }
+
+// SetDraining returns a copy of the endpoint that is draining, or is not. See [Draining].
+func SetDraining(ep resolver.Endpoint, drains bool) resolver.Endpoint {
+	return place.SetDraining(ep, drains)
+}
+
+// IsDraining reports whether the endpoint is draining.
+func IsDraining(ep resolver.Endpoint) bool { return place.Draining(ep) }
 
 // SetKey returns a copy of the endpoint with the given key. Every endpoint that
 // this package publishes carries the key of the [Insert] it came with.

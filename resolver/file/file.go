@@ -150,6 +150,7 @@ type entry struct {
 	Key        *string  `json:"key"`
 	Weight     *uint32  `json:"weight"`
 	Zone       *string  `json:"zone"`
+	Draining   bool     `json:"draining"`
 	ServerName *string  `json:"serverName"`
 }
 
@@ -204,6 +205,9 @@ func parseEntry(raw json.RawMessage) (resolver.Endpoint, error) {
 	}
 	if e.Zone != nil {
 		opts = append(opts, discover.Zone(*e.Zone))
+	}
+	if e.Draining {
+		opts = append(opts, discover.Draining())
 	}
 	if e.ServerName != nil {
 		opts = append(opts, discover.ServerName(*e.ServerName))

@@ -74,7 +74,11 @@ func show(set map[string]resolver.Endpoint) string {
 		for _, a := range ep.Addresses {
 			addrs = append(addrs, strings.TrimSuffix(a.Addr+"/"+a.ServerName, "/"))
 		}
-		parts = append(parts, fmt.Sprintf("%s=%s*%d@%s", k, strings.Join(addrs, "+"), discover.WeightOf(ep), discover.ZoneOf(ep)))
+		part := fmt.Sprintf("%s=%s*%d@%s", k, strings.Join(addrs, "+"), discover.WeightOf(ep), discover.ZoneOf(ep))
+		if discover.IsDraining(ep) {
+			part += "!"
+		}
+		parts = append(parts, part)
 	}
 	slices.Sort(parts)
 	return strings.Join(parts, " ")
@@ -124,10 +128,11 @@ func TestParse(t *testing.T) {
 - address: 10.0.0.2:8080
   weight: 2
   zone: a
+  draining: true
 - key: pod-3
   addresses: ["10.0.0.3:8080", "[fd00::3]:8080"]
   serverName: orders.internal
-`, "10.0.0.1:8080=10.0.0.1:8080*1@ 10.0.0.2:8080=10.0.0.2:8080*2@a pod-3=10.0.0.3:8080/orders.internal+[fd00::3]:8080/orders.internal*1@"},
+`, "10.0.0.1:8080=10.0.0.1:8080*1@ 10.0.0.2:8080=10.0.0.2:8080*2@a! pod-3=10.0.0.3:8080/orders.internal+[fd00::3]:8080/orders.internal*1@"},
 		{"JSON", `["10.0.0.1:8080", {"address": "10.0.0.2:8080", "weight": 2}]`, "10.0.0.1:8080=10.0.0.1:8080*1@ 10.0.0.2:8080=10.0.0.2:8080*2@"},
 		{"none", `[]`, ""},
 	} {

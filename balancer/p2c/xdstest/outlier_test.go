@@ -114,3 +114,45 @@ func TestUnderOutlierDetectionAnEjectedEndpointComesBackWithItsMeter(t *testing.
 	r.UpdateState(resolver.State{Endpoints: endpointsOf(c.servers)})
 	c.until("the new endpoint gets a call", 1, func(map[string]int) bool { return slow.Stats().Started > started })
 }
+
+// What outlier detection ejects is its own: the policy does not bring it back while another
+// endpoint is left, and uses it when none is. So servers that are well again are used long
+// before their ejection ends.
+func TestUnderOutlierDetectionAllAreUsedWhenAllAreEjected(t *testing.T) {
+	t.Parallel()
+	c, _ := dialWithOutlierDetection(t, newServers(t, 3), 3, `{"load":{"constant":{}},"failureAccrual":{"baseTime":"0.1s","maxTime":"0.2s"}}`)
+	c.allReady()
+	ctx := testContext(t)
+	for shown := false; !shown; { // Until the ejections last as long as the calls.
+		if ctx.Err() != nil {
+			t.Fatal("no ejection lasted as long as the calls")
+		}
+		for _, s := range c.servers {
+			if err := s.Fail(codes.Unavailable, 1); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c.until("all are ejected", 5, func(map[string]int) bool { return c.endpoints()["TRANSIENT_FAILURE"] == 3 })
+		for _, s := range c.servers {
+			s.Heal()
+		}
+		c.counts(20) // It fails the test if a call fails.
+		shown = c.endpoints()["TRANSIENT_FAILURE"] == 3
+	}
+	c.allReady()
+}
+
+// An endpoint that fails is put aside by whoever sees it first, and is back when both let it.
+func TestUnderOutlierDetectionAnEndpointThatIsPutAsideComesBack(t *testing.T) {
+	t.Parallel()
+	c, _ := dialWithOutlierDetection(t, newServers(t, 3), 3, `{"load":{"constant":{}},"failureAccrual":{"baseTime":"0.1s","maxTime":"0.2s"}}`)
+	c.allReady()
+	for range 2 {
+		if err := c.servers[0].Fail(codes.Unavailable, 1); err != nil {
+			t.Fatal(err)
+		}
+		c.until("the failing server gets no calls", 30, func(m map[string]int) bool { return m[""] == 0 })
+		c.servers[0].Heal()
+		c.until("it is back", 50, func(m map[string]int) bool { return len(m) == 3 && m[""] == 0 })
+	}
+}

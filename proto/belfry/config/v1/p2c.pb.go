@@ -68,9 +68,9 @@ type P2C struct {
 	// UNAVAILABLE and DATA_LOSS.
 	FailureCodes []string `protobuf:"bytes,4,rep,name=failure_codes,json=failureCodes,proto3" json:"failure_codes,omitempty"`
 	// Costs that the samples cannot tell apart are equal: those that exceed the
-	// least by no more than three of their standard errors, up to this part of it.
-	// This one holds while none of the endpoints that a pick looks at has an attempt
-	// in flight; then one of its random draws is taken at random. 0 takes the least.
+	// least by no more than four of their standard errors, up to this part of it.
+	// This one holds while the channel has no attempt in flight, as far as its picks
+	// see; then one of the random draws of a pick is taken at random. 0 takes the least.
 	// Only expected_latency has errors.
 	//
 	// From 0 to 10. Default 1.
@@ -78,7 +78,7 @@ type P2C struct {
 	// The same while some have attempts in flight: then the endpoint with the
 	// fewest of them is taken, and of those the cheapest.
 	//
-	// From 0 to 10. Default 0.2.
+	// From 0 to 10. Default 0.1.
 	EqualUnderLoad *float64 `protobuf:"fixed64,6,opt,name=equal_under_load,json=equalUnderLoad,proto3,oneof" json:"equal_under_load,omitempty"`
 	// One pick in so many explores: of the endpoints that it looks at and that were
 	// not heard of for explore_after and have nothing in flight, it takes the one
@@ -94,9 +94,22 @@ type P2C struct {
 	// How many attempts may be in flight to an endpoint at a time. Unset: no limit,
 	// which costs nothing.
 	EndpointLimit *EndpointLimit `protobuf:"bytes,9,opt,name=endpoint_limit,json=endpointLimit,proto3" json:"endpoint_limit,omitempty"`
+	// What pauses and first calls add to a single latency. While the channel has no attempt
+	// in flight, endpoints whose expected latencies differ by less than this time, multiplied
+	// by the standard error as a part of the latency, are equal too. The error of an
+	// endpoint of ten samples is about 0.2. Only expected_latency has errors.
+	//
+	// At least 0. Default 0.002s.
+	EqualTime *durationpb.Duration `protobuf:"bytes,10,opt,name=equal_time,json=equalTime,proto3" json:"equal_time,omitempty"`
 	// Prefers endpoints in the caller's zone. Unset: zones do not count, which costs
 	// nothing.
-	Zones         *Zones `protobuf:"bytes,14,opt,name=zones,proto3" json:"zones,omitempty"`
+	Zones *Zones `protobuf:"bytes,14,opt,name=zones,proto3" json:"zones,omitempty"`
+	// Puts endpoints aside that fail, and tries each again with one call. Unset: off, which
+	// costs nothing.
+	FailureAccrual *FailureAccrual `protobuf:"bytes,15,opt,name=failure_accrual,json=failureAccrual,proto3" json:"failure_accrual,omitempty"`
+	// Lets the share of an endpoint that is new, or was away, rise over time. Unset: off,
+	// which costs nothing.
+	SlowStart     *SlowStart `protobuf:"bytes,16,opt,name=slow_start,json=slowStart,proto3" json:"slow_start,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -194,9 +207,30 @@ func (x *P2C) GetEndpointLimit() *EndpointLimit {
 	return nil
 }
 
+func (x *P2C) GetEqualTime() *durationpb.Duration {
+	if x != nil {
+		return x.EqualTime
+	}
+	return nil
+}
+
 func (x *P2C) GetZones() *Zones {
 	if x != nil {
 		return x.Zones
+	}
+	return nil
+}
+
+func (x *P2C) GetFailureAccrual() *FailureAccrual {
+	if x != nil {
+		return x.FailureAccrual
+	}
+	return nil
+}
+
+func (x *P2C) GetSlowStart() *SlowStart {
+	if x != nil {
+		return x.SlowStart
 	}
 	return nil
 }
@@ -303,6 +337,217 @@ func (x *Zones) GetMinReady() float64 {
 	return 0
 }
 
+// FailureAccrual puts an endpoint aside, for which it gets no calls, when too many of its
+// attempts fail: several in a row, or a part of those in a window. Then one call tries it.
+// If that is answered, the endpoint is back; if it fails, the endpoint is aside for twice as
+// long.
+//
+// What counts as a failure is failure_codes. RESOURCE_EXHAUSTED counts for the rate and not
+// for the row, and a call that tries an endpoint and is refused so does not bring it back: the
+// server is there, and has too much to do. A stream counts by its first message. An attempt
+// that its caller gave up, or that was never sent, says nothing.
+type FailureAccrual struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many attempts in a row must fail. Only attempts that were sent since the first of
+	// these count as an answer between them.
+	//
+	// From 0 (a row is never enough) to 1,000,000 attempts. Default 5.
+	Failures *uint32 `protobuf:"varint,1,opt,name=failures,proto3,oneof" json:"failures,omitempty"`
+	// The part of the attempts in a window that must succeed. The window starts with the first
+	// failure in it.
+	//
+	// From 0 (a rate is never enough) to 1. Default 0.8.
+	SuccessRate *float64 `protobuf:"fixed64,2,opt,name=success_rate,json=successRate,proto3,oneof" json:"success_rate,omitempty"`
+	// How many attempts there must be in the window for success_rate to count: fewer say
+	// little.
+	//
+	// From 1 to 1,000,000 attempts. Default 10.
+	MinAttempts *uint32 `protobuf:"varint,3,opt,name=min_attempts,json=minAttempts,proto3,oneof" json:"min_attempts,omitempty"`
+	// The length of the window.
+	//
+	// From 0.1s to 1h. Default 10s.
+	Window *durationpb.Duration `protobuf:"bytes,4,opt,name=window,proto3" json:"window,omitempty"`
+	// For how long an endpoint is aside at first, plus up to half of it at random, so that the
+	// clients of a server do not all try it at once. It doubles each time that the call which
+	// tries the endpoint fails, and if the endpoint is put aside again before it was back for
+	// as long. A server that sends a pushback or a RetryInfo sets the time itself, up to
+	// a minute.
+	//
+	// Above 0. Default 3s.
+	BaseTime *durationpb.Duration `protobuf:"bytes,5,opt,name=base_time,json=baseTime,proto3" json:"base_time,omitempty"`
+	// The longest time aside, without the random part.
+	//
+	// At least base_time. Default 60s.
+	MaxTime *durationpb.Duration `protobuf:"bytes,6,opt,name=max_time,json=maxTime,proto3" json:"max_time,omitempty"`
+	// Panic: if more than this part of the READY endpoints failed so, all are used. Then the
+	// fault is likely to be common to them, and those that are left would be overloaded. At the
+	// end of a panic those that are still aside are tried at once.
+	//
+	// From 0 to 1. Default 0.5. All are used too if none is left, whatever the part.
+	MaxAside *float64 `protobuf:"fixed64,7,opt,name=max_aside,json=maxAside,proto3,oneof" json:"max_aside,omitempty"`
+	// Puts an endpoint aside too if as many attempts in a row as failures says took longer than
+	// so many times what calls of the median endpoint take, those that were given up included.
+	// The call that tries it has to be faster. The metric avoids slow endpoints anyway; this is
+	// for those whose slow calls cost more than their share. It is for channels whose methods
+	// take about as long, and has no effect with other metrics than expected_latency.
+	//
+	// 0 (off), or from 2 to 1,000,000 times. Default 0.
+	Slow          *float64 `protobuf:"fixed64,8,opt,name=slow,proto3,oneof" json:"slow,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FailureAccrual) Reset() {
+	*x = FailureAccrual{}
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FailureAccrual) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FailureAccrual) ProtoMessage() {}
+
+func (x *FailureAccrual) ProtoReflect() protoreflect.Message {
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FailureAccrual.ProtoReflect.Descriptor instead.
+func (*FailureAccrual) Descriptor() ([]byte, []int) {
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *FailureAccrual) GetFailures() uint32 {
+	if x != nil && x.Failures != nil {
+		return *x.Failures
+	}
+	return 0
+}
+
+func (x *FailureAccrual) GetSuccessRate() float64 {
+	if x != nil && x.SuccessRate != nil {
+		return *x.SuccessRate
+	}
+	return 0
+}
+
+func (x *FailureAccrual) GetMinAttempts() uint32 {
+	if x != nil && x.MinAttempts != nil {
+		return *x.MinAttempts
+	}
+	return 0
+}
+
+func (x *FailureAccrual) GetWindow() *durationpb.Duration {
+	if x != nil {
+		return x.Window
+	}
+	return nil
+}
+
+func (x *FailureAccrual) GetBaseTime() *durationpb.Duration {
+	if x != nil {
+		return x.BaseTime
+	}
+	return nil
+}
+
+func (x *FailureAccrual) GetMaxTime() *durationpb.Duration {
+	if x != nil {
+		return x.MaxTime
+	}
+	return nil
+}
+
+func (x *FailureAccrual) GetMaxAside() float64 {
+	if x != nil && x.MaxAside != nil {
+		return *x.MaxAside
+	}
+	return 0
+}
+
+func (x *FailureAccrual) GetSlow() float64 {
+	if x != nil && x.Slow != nil {
+		return *x.Slow
+	}
+	return 0
+}
+
+// SlowStart gives an endpoint a part of its share of the calls at first, and all of it at the
+// end of a window: one that is listed after the policy's first endpoints, comes back from
+// being put aside or ejected, or could not be reached. A server that is cold is not flooded,
+// and gets calls nonetheless. The endpoints of the first list get their share at once.
+//
+// The share is of the draws and of what is in flight, as that of a weight is. While a
+// share rises, costs are compared as coarsely as where weights differ.
+type SlowStart struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How long it takes. The share rises in proportion to the time, whatever the rate of calls.
+	//
+	// From 0.1s to 1h. Default 30s.
+	Window *durationpb.Duration `protobuf:"bytes,1,opt,name=window,proto3" json:"window,omitempty"`
+	// The least part of its share that an endpoint gets.
+	//
+	// From 0.01 to 1. Default 0.1.
+	Floor         *float64 `protobuf:"fixed64,2,opt,name=floor,proto3,oneof" json:"floor,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SlowStart) Reset() {
+	*x = SlowStart{}
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SlowStart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SlowStart) ProtoMessage() {}
+
+func (x *SlowStart) ProtoReflect() protoreflect.Message {
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SlowStart.ProtoReflect.Descriptor instead.
+func (*SlowStart) Descriptor() ([]byte, []int) {
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *SlowStart) GetWindow() *durationpb.Duration {
+	if x != nil {
+		return x.Window
+	}
+	return nil
+}
+
+func (x *SlowStart) GetFloor() float64 {
+	if x != nil && x.Floor != nil {
+		return *x.Floor
+	}
+	return 0
+}
+
 // EndpointLimit limits how many attempts are in flight to each endpoint. A pick passes
 // over full endpoints. If all are full the call waits until an attempt ends, first come
 // first served, and each end wakes one call. A stream counts for its whole life.
@@ -330,7 +575,7 @@ type EndpointLimit struct {
 
 func (x *EndpointLimit) Reset() {
 	*x = EndpointLimit{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -342,7 +587,7 @@ func (x *EndpointLimit) String() string {
 func (*EndpointLimit) ProtoMessage() {}
 
 func (x *EndpointLimit) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[2]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -355,7 +600,7 @@ func (x *EndpointLimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndpointLimit.ProtoReflect.Descriptor instead.
 func (*EndpointLimit) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{2}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *EndpointLimit) GetLimit() isEndpointLimit_Limit {
@@ -433,7 +678,7 @@ type Load struct {
 
 func (x *Load) Reset() {
 	*x = Load{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -445,7 +690,7 @@ func (x *Load) String() string {
 func (*Load) ProtoMessage() {}
 
 func (x *Load) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[3]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -458,7 +703,7 @@ func (x *Load) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Load.ProtoReflect.Descriptor instead.
 func (*Load) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{3}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Load) GetMetric() isLoad_Metric {
@@ -594,7 +839,7 @@ type ExpectedLatency struct {
 	// After this many rounds without a sample of its own, what is known of the
 	// endpoint weighs 1/e of what it did, and it drifts back to the average.
 	//
-	// Above 0, at most 1e6 rounds. Default 32.
+	// Above 0, at most 1e6 rounds. Default 40.
 	ForgetRounds *float64 `protobuf:"fixed64,4,opt,name=forget_rounds,json=forgetRounds,proto3,oneof" json:"forget_rounds,omitempty"`
 	// tau: the same by the clock. After this long without a sample of its own,
 	// what is known of an endpoint weighs 1/e of what it did.
@@ -614,8 +859,8 @@ type ExpectedLatency struct {
 	// From 1 to 1e6. Default 20.
 	AgeLimit *float64 `protobuf:"fixed64,7,opt,name=age_limit,json=ageLimit,proto3,oneof" json:"age_limit,omitempty"`
 	// How much more the prior counts where latencies vary: n0 times
-	// 1 + spread_prior * v, where v is the variance of the latencies in units of
-	// their mean squared.
+	// 1 + spread_prior * v, where v is the variance of the latencies of one endpoint,
+	// divided by the square of their mean.
 	//
 	// From 0 to 100. Default 0.5.
 	SpreadPrior *float64 `protobuf:"fixed64,8,opt,name=spread_prior,json=spreadPrior,proto3,oneof" json:"spread_prior,omitempty"`
@@ -655,7 +900,7 @@ type ExpectedLatency struct {
 
 func (x *ExpectedLatency) Reset() {
 	*x = ExpectedLatency{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +912,7 @@ func (x *ExpectedLatency) String() string {
 func (*ExpectedLatency) ProtoMessage() {}
 
 func (x *ExpectedLatency) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[4]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +925,7 @@ func (x *ExpectedLatency) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExpectedLatency.ProtoReflect.Descriptor instead.
 func (*ExpectedLatency) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{4}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ExpectedLatency) GetPriorSamples() float64 {
@@ -829,7 +1074,7 @@ type Reports struct {
 
 func (x *Reports) Reset() {
 	*x = Reports{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -841,7 +1086,7 @@ func (x *Reports) String() string {
 func (*Reports) ProtoMessage() {}
 
 func (x *Reports) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[5]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -854,7 +1099,7 @@ func (x *Reports) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reports.ProtoReflect.Descriptor instead.
 func (*Reports) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{5}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Reports) GetInFlight() string {
@@ -920,7 +1165,7 @@ type PeakEwma struct {
 
 func (x *PeakEwma) Reset() {
 	*x = PeakEwma{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -932,7 +1177,7 @@ func (x *PeakEwma) String() string {
 func (*PeakEwma) ProtoMessage() {}
 
 func (x *PeakEwma) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[6]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -945,7 +1190,7 @@ func (x *PeakEwma) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeakEwma.ProtoReflect.Descriptor instead.
 func (*PeakEwma) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{6}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PeakEwma) GetDecay() *durationpb.Duration {
@@ -979,7 +1224,7 @@ type PendingRequests struct {
 
 func (x *PendingRequests) Reset() {
 	*x = PendingRequests{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -991,7 +1236,7 @@ func (x *PendingRequests) String() string {
 func (*PendingRequests) ProtoMessage() {}
 
 func (x *PendingRequests) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[7]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1004,7 +1249,7 @@ func (x *PendingRequests) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingRequests.ProtoReflect.Descriptor instead.
 func (*PendingRequests) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{7}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{9}
 }
 
 // Constant is a load that never changes.
@@ -1021,7 +1266,7 @@ type Constant struct {
 
 func (x *Constant) Reset() {
 	*x = Constant{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[8]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1033,7 +1278,7 @@ func (x *Constant) String() string {
 func (*Constant) ProtoMessage() {}
 
 func (x *Constant) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[8]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1046,7 +1291,7 @@ func (x *Constant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Constant.ProtoReflect.Descriptor instead.
 func (*Constant) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{8}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Constant) GetLoad() float64 {
@@ -1070,7 +1315,7 @@ type Custom struct {
 
 func (x *Custom) Reset() {
 	*x = Custom{}
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[9]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1327,7 @@ func (x *Custom) String() string {
 func (*Custom) ProtoMessage() {}
 
 func (x *Custom) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_p2c_proto_msgTypes[9]
+	mi := &file_belfry_config_v1_p2c_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1340,7 @@ func (x *Custom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Custom.ProtoReflect.Descriptor instead.
 func (*Custom) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{9}
+	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Custom) GetName() string {
@@ -1116,7 +1361,7 @@ var File_belfry_config_v1_p2c_proto protoreflect.FileDescriptor
 
 const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\n" +
-	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1cbelfry/config/v1/stack.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xa9\x04\n" +
+	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1cbelfry/config/v1/stack.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xea\x05\n" +
 	"\x03P2C\x12&\n" +
 	"\fchoice_count\x18\x01 \x01(\rH\x00R\vchoiceCount\x88\x01\x01\x12\x1b\n" +
 	"\x06memory\x18\x02 \x01(\rH\x01R\x06memory\x88\x01\x01\x12*\n" +
@@ -1126,8 +1371,14 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\x10equal_under_load\x18\x06 \x01(\x01H\x03R\x0eequalUnderLoad\x88\x01\x01\x12(\n" +
 	"\rexplore_every\x18\a \x01(\rH\x04R\fexploreEvery\x88\x01\x01\x12>\n" +
 	"\rexplore_after\x18\b \x01(\v2\x19.google.protobuf.DurationR\fexploreAfter\x12F\n" +
-	"\x0eendpoint_limit\x18\t \x01(\v2\x1f.belfry.config.v1.EndpointLimitR\rendpointLimit\x12-\n" +
-	"\x05zones\x18\x0e \x01(\v2\x17.belfry.config.v1.ZonesR\x05zonesB\x0f\n" +
+	"\x0eendpoint_limit\x18\t \x01(\v2\x1f.belfry.config.v1.EndpointLimitR\rendpointLimit\x128\n" +
+	"\n" +
+	"equal_time\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\tequalTime\x12-\n" +
+	"\x05zones\x18\x0e \x01(\v2\x17.belfry.config.v1.ZonesR\x05zones\x12I\n" +
+	"\x0ffailure_accrual\x18\x0f \x01(\v2 .belfry.config.v1.FailureAccrualR\x0efailureAccrual\x12:\n" +
+	"\n" +
+	"slow_start\x18\x10 \x01(\v2\x1b.belfry.config.v1.SlowStartR\tslowStartB\x0f\n" +
 	"\r_choice_countB\t\n" +
 	"\a_memoryB\x10\n" +
 	"\x0e_equal_at_restB\x13\n" +
@@ -1144,7 +1395,26 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"_away_costB\r\n" +
 	"\v_home_drawsB\f\n" +
 	"\n" +
-	"_min_ready\"\x94\x01\n" +
+	"_min_ready\"\xa3\x03\n" +
+	"\x0eFailureAccrual\x12\x1f\n" +
+	"\bfailures\x18\x01 \x01(\rH\x00R\bfailures\x88\x01\x01\x12&\n" +
+	"\fsuccess_rate\x18\x02 \x01(\x01H\x01R\vsuccessRate\x88\x01\x01\x12&\n" +
+	"\fmin_attempts\x18\x03 \x01(\rH\x02R\vminAttempts\x88\x01\x01\x121\n" +
+	"\x06window\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x06window\x126\n" +
+	"\tbase_time\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bbaseTime\x124\n" +
+	"\bmax_time\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\amaxTime\x12 \n" +
+	"\tmax_aside\x18\a \x01(\x01H\x03R\bmaxAside\x88\x01\x01\x12\x17\n" +
+	"\x04slow\x18\b \x01(\x01H\x04R\x04slow\x88\x01\x01B\v\n" +
+	"\t_failuresB\x0f\n" +
+	"\r_success_rateB\x0f\n" +
+	"\r_min_attemptsB\f\n" +
+	"\n" +
+	"_max_asideB\a\n" +
+	"\x05_slow\"c\n" +
+	"\tSlowStart\x121\n" +
+	"\x06window\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x06window\x12\x19\n" +
+	"\x05floor\x18\x02 \x01(\x01H\x00R\x05floor\x88\x01\x01B\b\n" +
+	"\x06_floor\"\x94\x01\n" +
 	"\rEndpointLimit\x12\x16\n" +
 	"\x05fixed\x18\x01 \x01(\rH\x00R\x05fixed\x12,\n" +
 	"\x04auto\x18\x02 \x01(\v2\x16.belfry.config.v1.AutoH\x00R\x04auto\x12$\n" +
@@ -1228,47 +1498,56 @@ func file_belfry_config_v1_p2c_proto_rawDescGZIP() []byte {
 	return file_belfry_config_v1_p2c_proto_rawDescData
 }
 
-var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_belfry_config_v1_p2c_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_belfry_config_v1_p2c_proto_goTypes = []any{
 	(*P2C)(nil),                 // 0: belfry.config.v1.P2C
 	(*Zones)(nil),               // 1: belfry.config.v1.Zones
-	(*EndpointLimit)(nil),       // 2: belfry.config.v1.EndpointLimit
-	(*Load)(nil),                // 3: belfry.config.v1.Load
-	(*ExpectedLatency)(nil),     // 4: belfry.config.v1.ExpectedLatency
-	(*Reports)(nil),             // 5: belfry.config.v1.Reports
-	(*PeakEwma)(nil),            // 6: belfry.config.v1.PeakEwma
-	(*PendingRequests)(nil),     // 7: belfry.config.v1.PendingRequests
-	(*Constant)(nil),            // 8: belfry.config.v1.Constant
-	(*Custom)(nil),              // 9: belfry.config.v1.Custom
-	(*durationpb.Duration)(nil), // 10: google.protobuf.Duration
-	(*Auto)(nil),                // 11: belfry.config.v1.Auto
-	(*structpb.Struct)(nil),     // 12: google.protobuf.Struct
+	(*FailureAccrual)(nil),      // 2: belfry.config.v1.FailureAccrual
+	(*SlowStart)(nil),           // 3: belfry.config.v1.SlowStart
+	(*EndpointLimit)(nil),       // 4: belfry.config.v1.EndpointLimit
+	(*Load)(nil),                // 5: belfry.config.v1.Load
+	(*ExpectedLatency)(nil),     // 6: belfry.config.v1.ExpectedLatency
+	(*Reports)(nil),             // 7: belfry.config.v1.Reports
+	(*PeakEwma)(nil),            // 8: belfry.config.v1.PeakEwma
+	(*PendingRequests)(nil),     // 9: belfry.config.v1.PendingRequests
+	(*Constant)(nil),            // 10: belfry.config.v1.Constant
+	(*Custom)(nil),              // 11: belfry.config.v1.Custom
+	(*durationpb.Duration)(nil), // 12: google.protobuf.Duration
+	(*Auto)(nil),                // 13: belfry.config.v1.Auto
+	(*structpb.Struct)(nil),     // 14: google.protobuf.Struct
 }
 var file_belfry_config_v1_p2c_proto_depIdxs = []int32{
-	3,  // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
-	10, // 1: belfry.config.v1.P2C.explore_after:type_name -> google.protobuf.Duration
-	2,  // 2: belfry.config.v1.P2C.endpoint_limit:type_name -> belfry.config.v1.EndpointLimit
-	1,  // 3: belfry.config.v1.P2C.zones:type_name -> belfry.config.v1.Zones
-	11, // 4: belfry.config.v1.EndpointLimit.auto:type_name -> belfry.config.v1.Auto
-	4,  // 5: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
-	6,  // 6: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
-	7,  // 7: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
-	8,  // 8: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
-	9,  // 9: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
-	10, // 10: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
-	10, // 11: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
-	5,  // 12: belfry.config.v1.ExpectedLatency.reports:type_name -> belfry.config.v1.Reports
-	10, // 13: belfry.config.v1.Reports.expiry:type_name -> google.protobuf.Duration
-	10, // 14: belfry.config.v1.Reports.blackout:type_name -> google.protobuf.Duration
-	10, // 15: belfry.config.v1.Reports.out_of_band:type_name -> google.protobuf.Duration
-	10, // 16: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
-	10, // 17: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
-	12, // 18: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
-	19, // [19:19] is the sub-list for method output_type
-	19, // [19:19] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	5,  // 0: belfry.config.v1.P2C.load:type_name -> belfry.config.v1.Load
+	12, // 1: belfry.config.v1.P2C.explore_after:type_name -> google.protobuf.Duration
+	4,  // 2: belfry.config.v1.P2C.endpoint_limit:type_name -> belfry.config.v1.EndpointLimit
+	12, // 3: belfry.config.v1.P2C.equal_time:type_name -> google.protobuf.Duration
+	1,  // 4: belfry.config.v1.P2C.zones:type_name -> belfry.config.v1.Zones
+	2,  // 5: belfry.config.v1.P2C.failure_accrual:type_name -> belfry.config.v1.FailureAccrual
+	3,  // 6: belfry.config.v1.P2C.slow_start:type_name -> belfry.config.v1.SlowStart
+	12, // 7: belfry.config.v1.FailureAccrual.window:type_name -> google.protobuf.Duration
+	12, // 8: belfry.config.v1.FailureAccrual.base_time:type_name -> google.protobuf.Duration
+	12, // 9: belfry.config.v1.FailureAccrual.max_time:type_name -> google.protobuf.Duration
+	12, // 10: belfry.config.v1.SlowStart.window:type_name -> google.protobuf.Duration
+	13, // 11: belfry.config.v1.EndpointLimit.auto:type_name -> belfry.config.v1.Auto
+	6,  // 12: belfry.config.v1.Load.expected_latency:type_name -> belfry.config.v1.ExpectedLatency
+	8,  // 13: belfry.config.v1.Load.peak_ewma:type_name -> belfry.config.v1.PeakEwma
+	9,  // 14: belfry.config.v1.Load.pending_requests:type_name -> belfry.config.v1.PendingRequests
+	10, // 15: belfry.config.v1.Load.constant:type_name -> belfry.config.v1.Constant
+	11, // 16: belfry.config.v1.Load.custom:type_name -> belfry.config.v1.Custom
+	12, // 17: belfry.config.v1.ExpectedLatency.forget_after:type_name -> google.protobuf.Duration
+	12, // 18: belfry.config.v1.ExpectedLatency.first_failure:type_name -> google.protobuf.Duration
+	7,  // 19: belfry.config.v1.ExpectedLatency.reports:type_name -> belfry.config.v1.Reports
+	12, // 20: belfry.config.v1.Reports.expiry:type_name -> google.protobuf.Duration
+	12, // 21: belfry.config.v1.Reports.blackout:type_name -> google.protobuf.Duration
+	12, // 22: belfry.config.v1.Reports.out_of_band:type_name -> google.protobuf.Duration
+	12, // 23: belfry.config.v1.PeakEwma.decay:type_name -> google.protobuf.Duration
+	12, // 24: belfry.config.v1.PeakEwma.default_rtt:type_name -> google.protobuf.Duration
+	14, // 25: belfry.config.v1.Custom.config:type_name -> google.protobuf.Struct
+	26, // [26:26] is the sub-list for method output_type
+	26, // [26:26] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_belfry_config_v1_p2c_proto_init() }
@@ -1279,28 +1558,30 @@ func file_belfry_config_v1_p2c_proto_init() {
 	file_belfry_config_v1_stack_proto_init()
 	file_belfry_config_v1_p2c_proto_msgTypes[0].OneofWrappers = []any{}
 	file_belfry_config_v1_p2c_proto_msgTypes[1].OneofWrappers = []any{}
-	file_belfry_config_v1_p2c_proto_msgTypes[2].OneofWrappers = []any{
+	file_belfry_config_v1_p2c_proto_msgTypes[2].OneofWrappers = []any{}
+	file_belfry_config_v1_p2c_proto_msgTypes[3].OneofWrappers = []any{}
+	file_belfry_config_v1_p2c_proto_msgTypes[4].OneofWrappers = []any{
 		(*EndpointLimit_Fixed)(nil),
 		(*EndpointLimit_Auto)(nil),
 	}
-	file_belfry_config_v1_p2c_proto_msgTypes[3].OneofWrappers = []any{
+	file_belfry_config_v1_p2c_proto_msgTypes[5].OneofWrappers = []any{
 		(*Load_ExpectedLatency)(nil),
 		(*Load_PeakEwma)(nil),
 		(*Load_PendingRequests)(nil),
 		(*Load_Constant)(nil),
 		(*Load_Custom)(nil),
 	}
-	file_belfry_config_v1_p2c_proto_msgTypes[4].OneofWrappers = []any{}
-	file_belfry_config_v1_p2c_proto_msgTypes[5].OneofWrappers = []any{}
 	file_belfry_config_v1_p2c_proto_msgTypes[6].OneofWrappers = []any{}
+	file_belfry_config_v1_p2c_proto_msgTypes[7].OneofWrappers = []any{}
 	file_belfry_config_v1_p2c_proto_msgTypes[8].OneofWrappers = []any{}
+	file_belfry_config_v1_p2c_proto_msgTypes[10].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_belfry_config_v1_p2c_proto_rawDesc), len(file_belfry_config_v1_p2c_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
