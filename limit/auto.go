@@ -57,8 +57,10 @@ type AutoConfig struct {
 //
 // One client cannot empty a queue that others fill, so all drain at the same time: when the
 // wall clock is at a multiple of 20 s, or of 40, 80 and so on where that is less than 500
-// times base. Until it stands for 16 calls, they are at multiples
-// of 5 s, unless the mean latency is above 125 ms. Clocks may differ by half a second. While ratio is below 1.1 there is no
+// times base. Until it stands for 16 calls, they are at multiples of 5 s, unless the mean
+// latency is above 125 ms. So is the next one after ratio has passed 1.4 × most, if base stands
+// for 240 calls and a cohort as large as the last can show by itself whether the server
+// became slower. Clocks may differ by half a second. While ratio is below 1.1 there is no
 // queue, and a cohort is measured without lowering the limit. [AutoConfig.NoDrains] turns
 // drains off.
 //
@@ -78,12 +80,14 @@ type Auto struct {
 	weight float64 // How many calls base stands for.
 	spread float64 // The variance of latencies without a queue, in units of base squared.
 	recent calls   // The latest cohorts that were all above base, or all below.
+	last   float64 // How many calls the latest cohort had.
 	mean   float64 // The smoothed mean latency; 0 before the first window.
 	window window
 
 	phase   autoPhase
 	until   Instant // When the phase ends, by the clock that all clients share; 0 before the first sample.
 	next    Instant // When the next cohort is due.
+	suspect bool    // The server may have become slower, and the next cohort will show it.
 	resumed Instant // Calls that were sent before say nothing about the limit.
 	lowered int64   // The limit in a drain; 0 if it is not lowered.
 	deep    bool    // The next drain lowers the limit to a quarter of the usual.
@@ -133,7 +137,8 @@ const (
 	autoGather      = 4    // How long a cohort is sent, in mean latencies.
 	autoExtend      = 20   // By how much longer, if it shows that the server became slower.
 	autoDrain       = 20 * time.Second
-	autoSooner      = 4                      // By how much sooner the first drains come,
+	autoSuspect     = 1.4                    // The ratio, in units of most, above which the server may have become slower.
+	autoSooner      = 4                      // By how much sooner the drain after that comes, and the first ones
 	autoKnown       = 16                     // until base stands for as many calls.
 	autoLeastEmpty  = 150 * time.Millisecond // Not less, because clocks differ.
 	autoLeastGather = 300 * time.Millisecond
@@ -247,6 +252,10 @@ func (a *Auto) adjust(now Instant) {
 	}
 	a.mean += (mean - a.mean) * part
 	ratio, most := a.ratio(), a.most()
+	if a.phase == steady && !a.suspect && a.restore == 0 && a.weight >= autoMemory && ratio > autoSuspect*most && 3*a.chance(a.last) < math.Log(autoSuspect) {
+		a.suspect = true
+		a.schedule(now)
+	}
 	switch {
 	case ratio > most:
 		a.shrink(part*(1-most/ratio)*(1.5-most/ratio), becauseLatency)
@@ -343,10 +352,10 @@ func (a *Auto) resume(now Instant) {
 // schedule sets when the next cohort is due.
 func (a *Auto) schedule(now Instant) {
 	every := autoDrain
-	if a.weight < autoKnown && 20*(autoEmpty+autoGather)*a.mean < float64(every) {
+	if (a.weight < autoKnown || a.suspect) && 20*(autoEmpty+autoGather)*a.mean < float64(every) {
 		every /= autoSooner
 	}
-	for a.weight >= autoKnown && float64(every) < autoRarer*a.base {
+	for a.weight >= autoKnown && !a.suspect && float64(every) < autoRarer*a.base {
 		every *= 2
 	}
 	wall := a.wall(now)
@@ -388,14 +397,15 @@ func (a *Auto) judge(now Instant) {
 		a.resume(now)
 		return
 	}
-	if a.recent.n == 0 || (mean > a.base) != (a.recent.mean() > a.base) {
+	// What was measured before a sudden change says nothing about the server now.
+	if a.suspect || a.recent.n == 0 || (mean > a.base) != (a.recent.mean() > a.base) {
 		a.recent = calls{}
 	}
+	a.last, a.suspect = c.n, false
 	a.recent.n += c.n
 	a.recent.sum += c.sum
 	recent := a.recent.mean()
-	chance := math.Sqrt(max(a.spread, 0.01) * (1/a.recent.n + 1/a.weight))
-	if a.recent.n >= cohortLeast && math.Abs(math.Log(recent/a.base)) > 3*chance {
+	if a.recent.n >= cohortLeast && math.Abs(math.Log(recent/a.base)) > 3*a.chance(a.recent.n) {
 		a.deep = recent < a.base
 		a.base, a.weight = recent, a.recent.n
 		a.recent = calls{}
@@ -406,6 +416,11 @@ func (a *Auto) judge(now Instant) {
 	}
 	spread := max(0, c.squares/c.n/(mean*mean)-1)
 	a.spread += (spread - a.spread) * min(1, c.n/autoMemory)
+}
+
+// chance is the standard error of the logarithm of the mean of n calls in units of base.
+func (a *Auto) chance(n float64) float64 {
+	return math.Sqrt(max(a.spread, 0.01) * (1/n + 1/a.weight))
 }
 
 // open begins a new cohort, with another mark.

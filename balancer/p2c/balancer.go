@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/serviceconfig"
 
 	"github.com/belfry-go/belfry/internal/attempt"
+	"github.com/belfry-go/belfry/internal/childpolicy"
 	"github.com/belfry-go/belfry/internal/simenv"
 	"github.com/belfry-go/belfry/internal/slab"
 	"github.com/belfry-go/belfry/limit"
@@ -63,6 +64,7 @@ func (builder) Build(cc balancer.ClientConn, opts balancer.BuildOptions) balance
 		},
 	}
 	b.ramps.parts = 1
+	b.watcher, _ = cc.(childpolicy.Watcher)
 	b.queue.ready = &b.ready
 	b.picks.New = func() any {
 		k := &pick{pool: &b.picks}
@@ -104,9 +106,10 @@ type policy struct {
 	target   string // the channel's, by which, and by id, it knows its calls
 	id       uint64
 	children balancer.Builder
-	picks    sync.Pool // of *pick
-	handles  sync.Pool // of *handle, for trackers
-	queue    queue     // of calls that wait for an endpoint with room
+	watcher  childpolicy.Watcher // nil if the parent is none
+	picks    sync.Pool           // of *pick
+	handles  sync.Pool           // of *handle, for trackers
+	queue    queue               // of calls that wait for an endpoint with room
 
 	offers    atomic.Pointer[offer] // of endpoints to calls that are to try them
 	slowAfter atomic.Int64          // how long an attempt takes that is slow, in nanoseconds; 0 if not known
@@ -163,6 +166,7 @@ type policy struct {
 	count      [connectivity.Shutdown + 1]int
 	home       string             // the caller's zone, "" if zones do not count
 	homes      int                // how many endpoints are in it
+	homesWell  int                // and how many of them are well
 	published  connectivity.State // what cc was told last; SHUTDOWN before
 	seating    seating
 	ramps      ramps

@@ -78,8 +78,8 @@
 // Discovery says where an endpoint is, and may say where the caller is. In simulation
 // (internal/sim) 98 % of the calls stay at 70 % load, 64 % without the setting, and the p99
 // is lower, because less goes over the longer way; where a zone is asked for 140 % of what
-// it can do 29 % of its calls leave. While fewer than half of the endpoints at home are
-// READY, all zones count alike. The metric constant knows no load, and never spills over.
+// it can do 29 % of its calls leave. While fewer than half of the endpoints at home are well,
+// all zones count alike. The metric constant knows no load, and never spills over.
 //
 // # Endpoints
 //

@@ -81,7 +81,19 @@ func (b *policy) seatLocked(ep *endpoint) {
 		}
 		b.metrics.condition(ep.condition, -1)
 		b.metrics.condition(now, 1)
+		if ep.home && ep.condition == well {
+			b.homesWell--
+		}
+		if ep.home && now == well {
+			b.homesWell++
+		}
+		if b.watcher != nil && avoids(ep.condition) != avoids(now) {
+			b.watcher.Avoid(ep.addr, avoids(now))
+		}
 		ep.condition = now
+	}
+	if b.home != "" {
+		defer b.weighHomeLocked()
 	}
 	before := s.seated
 	s.seated = s.decide(b.picker.config.accrual)
@@ -137,10 +149,8 @@ func (ep *endpoint) sitLocked(sit bool) {
 	case !sit && seated:
 		b.ready.remove(c)
 		b.picker.forget(c)
-	default:
-		return
-	}
-	if ep.home {
-		b.weighHomeLocked()
 	}
 }
+
+// avoids reports whether the policy avoids a READY endpoint by a decision of its own.
+func avoids(c condition) bool { return c == aside || c == drains }

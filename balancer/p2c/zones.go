@@ -107,27 +107,30 @@ func (ep *endpoint) settleLocked(zone string) {
 		return
 	}
 	ep.home = home
-	if home {
-		b.homes++
-	} else {
-		b.homes--
+	n := 1
+	if !home {
+		n = -1
+	}
+	b.homes += n
+	if ep.condition == well {
+		b.homesWell += n
 	}
 	b.ready.settle(ep.candidate, home)
 	b.weighHomeLocked()
 }
 
 // weighHomeLocked decides whether zones count, after a change of the endpoints at home or
-// of those that are READY.
+// of those that take part. In a panic those that are aside do take part, but are not well.
 func (b *policy) weighHomeLocked() {
 	counts := 0
-	if z := b.picker.config.zones; z != nil && float64(b.ready.atHome) >= z.minReady*float64(b.homes) {
+	if z := b.picker.config.zones; z != nil && float64(b.homesWell) >= z.minReady*float64(b.homes) {
 		counts = b.ready.atHome
 	}
 	switch before := b.ready.home.Swap(int32(counts)); {
 	case before == 0 && counts > 0:
-		logger.Infof("%s: prefers zone %q, with %d of its %d endpoints READY", b.target, b.home, counts, b.homes)
+		logger.Infof("%s: prefers zone %q, %d of whose %d endpoints are well", b.target, b.home, b.homesWell, b.homes)
 	case before > 0 && counts == 0:
-		logger.Infof("%s: does not prefer zone %q, with %d of its %d endpoints READY", b.target, b.home, b.ready.atHome, b.homes)
+		logger.Infof("%s: does not prefer zone %q, %d of whose %d endpoints are well", b.target, b.home, b.homesWell, b.homes)
 	}
 }
 

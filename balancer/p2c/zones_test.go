@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/resolver"
@@ -157,6 +158,36 @@ func TestZones(t *testing.T) {
 			w.b.Close()
 			w.settle()
 		})
+	})
+	t.Run("those_put_aside_are_not_well", func(t *testing.T) {
+		for _, maxAside := range []float64{0.5, 0.1} { // without panic, and with
+			bubble(t, func(t *testing.T, w *world) {
+				w.start(fmt.Sprintf(`{"failureAccrual":{"failures":2,"maxAside":%v},"zones":{"home":"a"},"load":{"constant":{}}}`, maxAside), threeZones(5)...)
+				for _, e := range threeZones(5) { // One that only fails would be avoided.
+					w.endpoint(e.Addresses[0].Addr).candidate.meter.Load().note(everAnswered)
+				}
+				for i := 0; i < 1000 && w.p.snapshot().PrefersHome; i++ {
+					addr, done := w.mustPick()
+					if addr < "a3" {
+						done(balancer.DoneInfo{BytesSent: true, Err: statusError("UNAVAILABLE")})
+					} else {
+						done(success)
+					}
+				}
+				if s := w.p.snapshot(); s.PrefersHome {
+					t.Errorf("maxAside %v: home is preferred while three of its five endpoints fail", maxAside)
+				}
+				time.Sleep(time.Hour)
+				w.settle()
+				for i := 0; i < 1000 && !w.p.snapshot().PrefersHome; i++ {
+					_, done := w.mustPick()
+					done(success)
+				}
+				if s := w.p.snapshot(); !s.PrefersHome {
+					t.Errorf("maxAside %v: home is not preferred after its endpoints are well again", maxAside)
+				}
+			})
+		}
 	})
 	t.Run("picks_away_are_counted", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {

@@ -37,6 +37,7 @@ type group struct {
 	state   balancer.State // the child's last
 	conns   map[*subConn]bool
 	members map[string]*member // by each of their addresses
+	avoided map[string]bool    // the first addresses of endpoints that the child avoids
 	count   [healths]int       // endpoints
 	all     int                // endpoints
 	enough  bool               // as many as must be are healthy
@@ -47,6 +48,7 @@ type group struct {
 
 // member is an endpoint.
 type member struct {
+	addr   string // the first
 	health health
 	conns  map[*subConn]bool
 }
@@ -58,7 +60,7 @@ func (g *group) setEndpointsLocked(endpoints []resolver.Endpoint) {
 		if len(e.Addresses) == 0 || g.members[e.Addresses[0].Addr] != nil {
 			continue // no endpoint, or one that is listed before
 		}
-		m := &member{conns: make(map[*subConn]bool)}
+		m := &member{addr: e.Addresses[0].Addr, conns: make(map[*subConn]bool)}
 		for _, a := range e.Addresses {
 			g.members[a.Addr] = m
 		}
@@ -83,6 +85,9 @@ func (g *group) judgeLocked(m *member) {
 		case h == unknown && c.broken():
 			h = failed
 		}
+	}
+	if h == healthy && g.avoided[m.addr] {
+		h = failed
 	}
 	g.count[m.health]--
 	g.count[h]++
@@ -115,6 +120,20 @@ func (g *group) UpdateState(s balancer.State) {
 	g.policy.decideLocked(g)
 }
 
+// Avoid implements childpolicy.Watcher.
+func (g *group) Avoid(addr string, avoid bool) {
+	g.policy.mu.Lock()
+	defer g.policy.mu.Unlock()
+	delete(g.avoided, addr)
+	if avoid {
+		g.avoided[addr] = true
+	}
+	if m := g.members[addr]; m != nil && !g.closed {
+		g.judgeLocked(m)
+		g.policy.decideLocked(nil)
+	}
+}
+
 // NewSubConn makes a connection whose health is watched.
 func (g *group) NewSubConn(addrs []resolver.Address, opts balancer.NewSubConnOptions) (balancer.SubConn, error) {
 	c := &subConn{group: g, addr: addrs[0].Addr, state: connectivity.Idle}
@@ -127,6 +146,7 @@ func (g *group) NewSubConn(addrs []resolver.Address, opts balancer.NewSubConnOpt
 		c.judge()
 	}
 	var err error
+	//lint:ignore SA1019 the deprecation is of several addresses
 	if c.SubConn, err = g.ClientConn.NewSubConn(addrs, opts); err != nil {
 		return nil, err
 	}

@@ -103,7 +103,7 @@ type policy struct {
 
 	// mu guards what follows and the fields of group, member and subConn that say so.
 	// Children report their state from within calls to them, so no child is called with mu
-	// held. Under it cc is told a state, which takes locks of cc.
+	// held. Under it cc is told a state, which takes locks of cc, and switches are recorded.
 	mu      sync.Mutex
 	config  *config
 	groups  []*group // in order; written only by the methods of balancer.Balancer
@@ -183,6 +183,7 @@ func (b *policy) newGroup(number uint32) *group {
 		started:    time.Now(),
 		state:      balancer.State{ConnectivityState: connectivity.Connecting, Picker: base.NewErrPicker(balancer.ErrNoSubConnAvailable)},
 		conns:      make(map[*subConn]bool),
+		avoided:    make(map[string]bool),
 	}
 	g.child = childpolicy.New(g, b.opts)
 	return g

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -16,10 +17,12 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/balancer"
 	_ "google.golang.org/grpc/balancer/roundrobin" // a child
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	estats "google.golang.org/grpc/experimental/stats"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
+	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/internal/place"
 	"github.com/belfry-go/belfry/internal/test/lbtest"
@@ -36,15 +39,17 @@ type world struct {
 	cc     lbtest.Channel
 	b      *policy
 	config string
-	values map[string]int64 // metrics
+	r      *recorder
+	// draining is the endpoints that discovery calls so at the next update.
+	draining map[string]bool
 }
 
 func bubble(t *testing.T, config string, f func(t *testing.T, w *world)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, config: config, values: make(map[string]int64)}
+		w := &world{t: t, config: config, r: &recorder{values: make(map[string]int64)}}
 		w.cc.Hold = true
-		w.cc.Recorder = recorder{values: w.values}
+		w.cc.Recorder = w.r
 		w.b = builder{}.Build(&w.cc, balancer.BuildOptions{}).(*policy)
 		f(t, w)
 		w.b.Close()
@@ -54,14 +59,25 @@ func bubble(t *testing.T, config string, f func(t *testing.T, w *world)) {
 
 type recorder struct {
 	estats.UnimplementedMetricsRecorder
+	mu     sync.Mutex // guards values
 	values map[string]int64
 }
 
-func (r recorder) RecordInt64Count(h *estats.Int64CountHandle, v int64, labels ...string) {
+func (r *recorder) value(name string) int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.values[name]
+}
+
+func (r *recorder) RecordInt64Count(h *estats.Int64CountHandle, v int64, labels ...string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.values[h.Descriptor().Name] += v
 }
 
-func (r recorder) RecordInt64Gauge(h *estats.Int64GaugeHandle, v int64, labels ...string) {
+func (r *recorder) RecordInt64Gauge(h *estats.Int64GaugeHandle, v int64, labels ...string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.values[h.Descriptor().Name] = v
 }
 
@@ -82,6 +98,7 @@ func (w *world) update(names ...string) error {
 	var es []resolver.Endpoint
 	for _, name := range names {
 		e := resolver.Endpoint{Addresses: []resolver.Address{{Addr: name}}}
+		e = place.SetDraining(e, w.draining[name])
 		es = append(es, place.SetGroup(e, uint32(name[0]-'0')))
 	}
 	err = w.b.UpdateClientConnState(balancer.ClientConnState{ResolverState: resolver.State{Endpoints: es}, BalancerConfig: cfg})
@@ -162,13 +179,13 @@ func TestFailover(t *testing.T) {
 				w.want("shortly before returnAfter", "1")
 				w.lose("0a")
 				w.ready("0a")
-				time.Sleep(1)
+				time.Sleep(time.Nanosecond)
 				w.settle()
 				w.want("it has had too few meanwhile", "1")
 				time.Sleep(defaultReturnAfter)
 				w.settle()
 				w.want("after returnAfter", "0")
-				if g, n := w.values["belfry.lb.priority.group"], w.values["belfry.lb.priority.switches"]; g != 0 || n != 2 {
+				if g, n := w.r.value("belfry.lb.priority.group"), w.r.value("belfry.lb.priority.switches"); g != 0 || n != 2 {
 					t.Errorf("metrics say group %d after %d switches, want 0 and 2", g, n)
 				}
 			})
@@ -222,7 +239,7 @@ func TestFailover(t *testing.T) {
 				w.ready("1a")
 				time.Sleep(defaultConnectTimeout - 1)
 				w.want("shortly before connectTimeout", "-")
-				time.Sleep(1)
+				time.Sleep(time.Nanosecond)
 				w.settle()
 				w.want("after connectTimeout", "1")
 			})
@@ -278,6 +295,48 @@ func TestFailover(t *testing.T) {
 			time.Sleep(defaultReturnAfter)
 			w.settle()
 			w.want("one is back", "0")
+		})
+	})
+	t.Run("counts_those_that_the_child_avoids_as_unhealthy", func(t *testing.T) {
+		bubble(t, `{"childPolicy":[{"belfry.p2c":{"failureAccrual":{"failures":2},"load":{"constant":{}}}}]}`, func(t *testing.T, w *world) {
+			w.update("0a", "0b", "0c", "1a")
+			w.ready("0a", "0b", "0c", "1a")
+			// 0c is always well, and the others of its group fail after 100 calls: then all
+			// have answered once, but for one of 1e17 runs.
+			for i := range 300 {
+				s, _ := w.cc.State()
+				r, err := s.Picker.Pick(balancer.PickInfo{FullMethodName: "/s/m", Ctx: t.Context()})
+				if err != nil {
+					t.Fatal(err)
+				}
+				addr := r.SubConn.(*lbtest.SubConn).Address.Addr
+				if addr == "1a" {
+					break
+				}
+				info := balancer.DoneInfo{BytesSent: true, BytesReceived: true}
+				if i >= 100 && addr != "0c" {
+					info = balancer.DoneInfo{BytesSent: true, Err: status.Error(codes.Unavailable, "broken")}
+				}
+				r.Done(info)
+				if i == 299 {
+					t.Fatal("no failover while two of three endpoints fail")
+				}
+			}
+			w.want("two of three are put aside", "1")
+		})
+	})
+	t.Run("draining_endpoints_do_not_count", func(t *testing.T) {
+		bubble(t, plain, func(t *testing.T, w *world) {
+			w.update("0a", "0b", "0c", "1a")
+			w.ready("0a", "0b", "0c", "1a")
+			w.draining = map[string]bool{"0a": true, "0b": true}
+			w.update("0a", "0b", "0c", "1a")
+			w.want("two of three leave", "1")
+			w.draining = nil
+			w.update("0a", "0b", "0c", "1a")
+			time.Sleep(defaultReturnAfter)
+			w.settle()
+			w.want("they stay after all", "0")
 		})
 	})
 	t.Run("an_error_of_the_resolver_is_reported", func(t *testing.T) {

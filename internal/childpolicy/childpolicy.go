@@ -62,6 +62,14 @@ func Parse(list []*structpb.Struct, fallback string) (Policy, error) {
 	return Policy{}, fmt.Errorf("childPolicy: %s, must name a policy that is registered: import its package", strings.Join(unknown, ", "))
 }
 
+// A Watcher is a balancer.ClientConn that wants to know which READY endpoints its child
+// avoids, because they fail or are about to leave.
+type Watcher interface {
+	// Avoid says whether the child avoids the endpoint whose first address is addr. It is
+	// called with locks of the child held, and must not call the child.
+	Avoid(addr string, avoid bool)
+}
+
 // A Child is a child policy. Its methods are those of a balancer.Balancer, and must be
 // called like them.
 type Child struct {

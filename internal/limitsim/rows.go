@@ -212,7 +212,7 @@ func Rows() []Row {
 		row.Phases = 6
 		return row
 	}
-	change("workers halve at 1.2 x", 1.2, Change{Workers: 10}, 18, Demands{MinGoodput: 0.99, MaxLatency: 1.9}).Capacity = 0.5
+	change("workers halve at 1.2 x", 1.2, Change{Workers: 10}, 18, overload).Capacity = 0.5
 	change("workers double at 2.4 x", 2.4, Change{Workers: 40}, 60, overload).Capacity = 2
 	change("workers x 4 at 3 x", 3, Change{Workers: 80}, 110, Demands{MinGoodput: 2.97, MaxLatency: 1.5})
 	slow := change("the work is twice as slow at 1.2 x", 1.2, Change{Speed: 0.5}, 32, overload)
@@ -220,7 +220,7 @@ func Rows() []Row {
 	slow = change("the same, 20 clients", 1.2, Change{Speed: 0.5}, 4, together)
 	slow.Clients, slow.Capacity, slow.Slower = 20, 0.5, 2
 	stall := Scenario{Workers: 20, Load: 0.9, Length: 10 * s, Changes: []Change{{At: -7 * s, Stalled: true}, {At: -2 * s}}}
-	add("stalled for 5 s at 0.9 x, 2 s later", stall, 40, Demands{MinServed: 0.998}).Phases = 6
+	add("stalled for 5 s at 0.9 x, 2 s later", stall, 40, Demands{MinServed: 0.999}).Phases = 6
 	across := Scenario{Workers: 20, Load: 0.9, Length: 20 * s, Changes: []Change{{At: -5 * s, Stalled: true}, {At: 0}}}
 	add("stalled for 5 s, until a drain, 20 s from its end", across, 40, Demands{MinServed: 0.96})
 	for _, load := range []float64{1.2, 3} {

@@ -81,8 +81,11 @@
 //	file     YAML or JSON     broken, missing, replaced files    100 ms to 1 s; 5 s unreported
 //	etcd     a client of      lost majority, restart, lost data, what etcd takes to tell;
 //	         etcd             compaction, values not valid       1 min if its watch is dead
+//	k8s      the API server,  API server down, restarted or     what the API server takes
+//	         list and watch   compacted, slices in motion        to tell; 45 s if it is silent
 //
-// The last two are modules of their own, resolver/file and resolver/etcd.
+// The last three are modules of their own: resolver/file, resolver/etcd and
+// resolver/kubernetes.
 //
 // Each keeps its last complete set as long as it has to. DNS and Poll look early
 // when a connection fails.

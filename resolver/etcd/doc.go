@@ -36,8 +36,9 @@
 //
 //	{"Op": 0, "Addr": "10.0.0.1:8080", "Metadata": {"weight": 2, "zone": "a"}}
 //
-// Addr is required, Op is ignored. The fields weight (from 1 up) and zone (a name)
-// of Metadata are read, and no others. Metadata that is not an object is ignored.
+// Addr is required, Op is ignored. The fields weight (from 1 up), zone (a name),
+// group (from 0 up) and draining (a boolean) of Metadata are read, and no others.
+// Metadata that is not an object is ignored.
 //
 // A value that is not of this form is reported once. Its key keeps the endpoint
 // that it had.

@@ -256,8 +256,10 @@ type record struct {
 
 // metadata is what belfry reads and writes in the metadata of a record.
 type metadata struct {
-	Weight *uint32 `json:"weight,omitempty"`
-	Zone   string  `json:"zone,omitempty"`
+	Weight   *uint32 `json:"weight,omitempty"`
+	Zone     string  `json:"zone,omitempty"`
+	Group    uint32  `json:"group,omitempty"`
+	Draining bool    `json:"draining,omitempty"`
 }
 
 func decode(value []byte) (resolver.Endpoint, error) {
@@ -278,7 +280,8 @@ func decode(value []byte) (resolver.Endpoint, error) {
 	if m.Zone != "" {
 		opts = append(opts, discover.Zone(m.Zone))
 	}
-	return discover.Endpoint(r.Addr, opts...)
+	ep, err := discover.Endpoint(r.Addr, opts...)
+	return discover.SetDraining(discover.SetGroup(ep, m.Group), m.Draining), err
 }
 
 // delay returns how long to wait after so many failures in a row.

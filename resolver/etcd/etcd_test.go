@@ -37,6 +37,8 @@ func TestDecode(t *testing.T) {
 	for _, tt := range []struct{ value, want, wantErr string }{
 		{value: value("a:1"), want: "a:1*1@"},
 		{value: `{"Addr":"a:1","Metadata":{"weight":2,"zone":"z","other":[1]}}`, want: "a:1*2@z"},
+		{value: `{"Addr":"a:1","Metadata":{"draining":true,"group":2}}`, want: "a:1*1@ group 2 draining"},
+		{value: `{"Addr":"a:1","Metadata":{"draining":1}}`, wantErr: "metadata: json: cannot unmarshal number"},
 		{value: `{"Addr":"a:1","Metadata":"text"}`, want: "a:1*1@"},
 		{value: `{"Addr":"a:1","Metadata":[1]}`, want: "a:1*1@"},
 		{value: `{"Addr":"a:1","Metadata":{"weight":0}}`, wantErr: "weight 0: must be at least 1"},
@@ -60,16 +62,6 @@ func TestDecode(t *testing.T) {
 			t.Errorf("decode(%s) = %s, error %v, want %s", tt.value, got, err, tt.want)
 		}
 	}
-}
-
-func FuzzDecode(f *testing.F) {
-	f.Add([]byte(value("a:1")))
-	f.Add([]byte(`{"Addr":"a:1","Metadata":{"weight":2,"zone":"z"}}`))
-	f.Fuzz(func(t *testing.T, value []byte) {
-		if ep, err := decode(value); err == nil && len(ep.Addresses) != 1 {
-			t.Errorf("an endpoint with %d addresses", len(ep.Addresses))
-		}
-	})
 }
 
 func TestArguments(t *testing.T) {
@@ -128,7 +120,7 @@ func TestSource(t *testing.T) {
 		if err := manager.AddEndpoint(t.Context(), "own/x", endpoints.Endpoint{Addr: "x:1", Metadata: map[string]any{"weight": 3}}); err != nil {
 			t.Fatal(err)
 		}
-		reg, err := Register(t.Context(), client, "own", discover.MustEndpoint("y:1", discover.Weight(2), discover.Zone("z")), 0)
+		reg, err := Register(t.Context(), client, "own", discover.MustEndpoint("y:1", discover.Weight(2), discover.Zone("z"), discover.Group(1), discover.Draining()), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -137,10 +129,10 @@ func TestSource(t *testing.T) {
 			t.Fatal(err)
 		}
 		w := enginetest.Watch(t, newSource(client, "own"))
-		w.WaitSet(t, set{"x": "x:1*3@", "y:1": "y:1*2@z", "pod-1": "p:1*1@"})
+		w.WaitSet(t, set{"x": "x:1*3@", "y:1": "y:1*2@z group 1 draining", "pod-1": "p:1*1@"})
 		list, err := manager.List(t.Context())
 		got, _ := json.Marshal(list)
-		const want = `{"own/pod-1":{"Addr":"p:1","Metadata":null},"own/x":{"Addr":"x:1","Metadata":{"weight":3}},"own/y:1":{"Addr":"y:1","Metadata":{"weight":2,"zone":"z"}}}`
+		const want = `{"own/pod-1":{"Addr":"p:1","Metadata":null},"own/x":{"Addr":"x:1","Metadata":{"weight":3}},"own/y:1":{"Addr":"y:1","Metadata":{"draining":true,"group":1,"weight":2,"zone":"z"}}}`
 		if err != nil || string(got) != want {
 			t.Errorf("etcd's own package lists %s, error %v, want %s", got, err, want)
 		}
@@ -162,6 +154,9 @@ func TestSource(t *testing.T) {
 		put(t, client, "bad/a", "nonsense")
 		w := enginetest.Watch(t, newSource(client, "bad"))
 		w.WaitError(t, `etcd: key "bad/a": invalid character`)
+		if w.Known() {
+			t.Error("there is a set, although no value was valid")
+		}
 		put(t, client, "bad/a", value("a:1"), "bad/b", value("b:1"))
 		w.WaitSet(t, set{"a": "a:1*1@", "b": "b:1*1@"})
 		put(t, client, "bad/a", "more nonsense", "bad/c", "", "bad/d", value("d:1"))

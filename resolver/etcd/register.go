@@ -44,9 +44,9 @@ type Registration struct {
 // takes. That is logged.
 //
 // The endpoint must have exactly one address, without a server name. Its key is
-// the one it was given with discover.Key, or else the address; its weight and
-// zone are registered with it. Of two registrations with the same key the later
-// one replaces the earlier one, and outlives it.
+// the one it was given with discover.Key, or else the address; its weight, zone,
+// group and whether it is draining are registered with it. Of two registrations
+// with the same key the later one replaces the earlier one, and outlives it.
 //
 // The ttl is how long a server that has vanished without Leave is still listed:
 // at least 1 s, and rounded up to seconds; 0 means 15 s. etcd raises one that is
@@ -103,7 +103,7 @@ func Register(ctx context.Context, client *clientv3.Client, target string, ep re
 
 // metadataOf returns nil if there is nothing to say.
 func metadataOf(ep resolver.Endpoint) any {
-	m := metadata{Zone: discover.ZoneOf(ep)}
+	m := metadata{Zone: discover.ZoneOf(ep), Group: discover.GroupOf(ep), Draining: discover.IsDraining(ep)}
 	if w := discover.WeightOf(ep); w != 1 {
 		m.Weight = &w
 	}

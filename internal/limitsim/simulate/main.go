@@ -40,7 +40,8 @@ func run(args []string, out, errs io.Writer) error {
 	fs.SetOutput(errs)
 	match := fs.String("rows", "", "regular expression that the names of the rows match; empty for all")
 	names := fs.String("algorithms", "ideal,auto", "algorithms in the order of the columns, of "+strings.Join(limitsim.Algorithms(), ", "))
-	seeds := fs.Int("seeds", 3, "runs of each row under each algorithm, at least 1; they have the seeds from 1")
+	seeds := fs.Int("seeds", 3, "runs of each row under each algorithm, at least 1; they have the seeds from -first")
+	first := fs.Uint64("first", 1, "the first seed")
 	long := fs.Bool("long", false, "the rows that take much time, too")
 	parallel := fs.Int("parallel", runtime.GOMAXPROCS(0), "runs at the same time, at least 1")
 	if err := fs.Parse(args); err != nil {
@@ -78,7 +79,7 @@ func run(args []string, out, errs io.Writer) error {
 					go func() {
 						c := &table[i][j]
 						defer func() { <-turns; c.running.Done() }()
-						c.results[k], _ = row.Run(algorithm, uint64(k)+1) // The names are right.
+						c.results[k], _ = row.Run(algorithm, *first+uint64(k)) // The names are right.
 					}()
 				}
 			}

@@ -35,13 +35,21 @@ const patience = time.Minute
 // A Set maps the key of each endpoint to what [Show] says of it.
 type Set map[string]string
 
-// Show returns an endpoint as text: addresses, weight, zone.
+// Show returns an endpoint as text: addresses, weight, zone, group, and whether it
+// drains.
 func Show(ep resolver.Endpoint) string {
 	var addrs []string
 	for _, a := range ep.Addresses {
 		addrs = append(addrs, a.Addr)
 	}
-	return fmt.Sprintf("%s*%d@%s", strings.Join(addrs, "+"), discover.WeightOf(ep), discover.ZoneOf(ep))
+	text := fmt.Sprintf("%s*%d@%s", strings.Join(addrs, "+"), discover.WeightOf(ep), discover.ZoneOf(ep))
+	if g := discover.GroupOf(ep); g != 0 {
+		text += fmt.Sprint(" group ", g)
+	}
+	if discover.IsDraining(ep) {
+		text += " draining"
+	}
+	return text
 }
 
 // A view is what somebody knows of a source.
@@ -113,6 +121,13 @@ func (v *view) WaitError(t *testing.T, text string) {
 	}) {
 		t.Fatalf("errors %q, want one that contains %q", v.Errors(), text)
 	}
+}
+
+// Known reports whether there was a complete set yet.
+func (v *view) Known() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.set != nil
 }
 
 // Errors returns the errors so far.

@@ -263,8 +263,9 @@ type Zones struct {
 	// From 0, together with choice_count at most 16. Default 4, or as many as there is
 	// room for.
 	HomeDraws *uint32 `protobuf:"varint,4,opt,name=home_draws,json=homeDraws,proto3,oneof" json:"home_draws,omitempty"`
-	// Zones do not count while less than this part of the endpoints at home is READY, so
-	// that the rest of home does not get the calls of all. 0: they count while one is.
+	// Zones do not count while less than this part of the endpoints at home is well, that is
+	// READY and neither put aside by failure_accrual nor draining, so that the rest of home
+	// does not get the calls of all. 0: they count while one is READY.
 	//
 	// From 0 to 1. Default 0.5.
 	MinReady      *float64 `protobuf:"fixed64,5,opt,name=min_ready,json=minReady,proto3,oneof" json:"min_ready,omitempty"`

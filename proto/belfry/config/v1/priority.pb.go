@@ -38,8 +38,8 @@ const (
 type Priority struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// A group has enough while this part of its endpoints is healthy: their connections are
-	// READY, and no health check or outlier detector above this policy says otherwise. The
-	// calls go to the first group that has enough. If none has, they go to the one with the
+	// READY, no health check or outlier detector above this policy says otherwise, and they
+	// are neither draining nor put aside by the failure_accrual of belfry.p2c. The calls go to the first group that has enough. If none has, they go to the one with the
 	// greatest part, and to the first of several.
 	//
 	// Above 0, at most 1. Default 0.5, below which the rest of a group that was planned for

@@ -1,0 +1,262 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package kubernetes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"net"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	discoveryv1 "k8s.io/api/discovery/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/belfry-go/belfry/resolver/discover"
+)
+
+// repeatEvery is the least time between two reports of the same error.
+const repeatEvery = 5 * time.Minute
+
+// An Option changes what [New] makes.
+type Option interface{ apply(*source) error }
+
+type option func(*source) error
+
+func (o option) apply(s *source) error { return o(s) }
+
+// Hints makes the source follow the hints of topology aware routing
+// (https://kubernetes.io/docs/concepts/services-networking/topology-aware-routing/)
+// for a client in the given zone, by the rule of kube-proxy: if all ready endpoints
+// have hints, and one of them is meant for the zone, only those that are meant for
+// it are used; otherwise all are. The zone must not be empty.
+//
+// By default hints are ignored.
+func Hints(zone string) Option {
+	return option(func(s *source) error {
+		if zone == "" {
+			return errors.New("Hints: the zone is empty: must be the zone of this client; leave the option out if it is not known")
+		}
+		s.zone = zone
+		return nil
+	})
+}
+
+// New returns a source of the endpoints of a service. The target is
+// "namespace/service:port". The port is the name of a port of the service, or the
+// number of the port that the servers listen on, its targetPort; it may be left out
+// if there is only one. Only TCP ports count.
+//
+// New returns an error if cfg is nil or not valid, if target has another form, or
+// an option is bad. It does not connect. The cfg is copied. The source may be used
+// by any number of channels, each of which watches the API server for itself.
+func New(cfg *rest.Config, target string, opts ...Option) (discover.Source, error) {
+	if cfg == nil {
+		return nil, errors.New("kubernetes: the config is nil")
+	}
+	s, err := parseTarget(target)
+	if err != nil {
+		return nil, fmt.Errorf("kubernetes: target %q: %w", target, err)
+	}
+	for i, opt := range opts {
+		if opt == nil {
+			return nil, fmt.Errorf("kubernetes: option %d is nil", i)
+		}
+		if err := opt.apply(&s); err != nil {
+			return nil, fmt.Errorf("kubernetes: %w", err)
+		}
+	}
+	if s.client, err = newClient(cfg); err != nil {
+		return nil, fmt.Errorf("kubernetes: %w", err)
+	}
+	return s, nil
+}
+
+func parseTarget(target string) (source, error) {
+	var s source
+	var ok bool
+	s.namespace, s.service, ok = strings.Cut(target, "/")
+	if !ok {
+		return source{}, errors.New("must be namespace/service:port")
+	}
+	s.service, s.port, ok = strings.Cut(s.service, ":")
+	for what, name := range map[string]string{"namespace": s.namespace, "service": s.service} {
+		if problems := validation.IsDNS1123Label(name); len(problems) > 0 {
+			return source{}, fmt.Errorf("%s %q: %s", what, name, problems[0])
+		}
+	}
+	if problems := validation.IsDNS1123Label(s.port); ok && len(problems) > 0 {
+		return source{}, fmt.Errorf("port %q: must be the name of a port or a number: %s", s.port, problems[0])
+	}
+	return s, nil
+}
+
+// newClient returns a client that knows EndpointSlices and nothing else: one that
+// knows all kinds is large.
+func newClient(cfg *rest.Config) (rest.Interface, error) {
+	scheme := runtime.NewScheme()
+	if err := discoveryv1.AddToScheme(scheme); err != nil {
+		return nil, err
+	}
+	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"}) // for errors
+	cfg = rest.CopyConfig(cfg)
+	cfg.APIPath = "/apis"
+	cfg.GroupVersion = &discoveryv1.SchemeGroupVersion
+	cfg.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	if cfg.UserAgent == "" {
+		cfg.UserAgent = rest.DefaultKubernetesUserAgent()
+	}
+	return rest.RESTClientFor(cfg)
+}
+
+// source is immutable.
+type source struct {
+	client             rest.Interface
+	namespace, service string
+	port               string // "": the only one
+	zone               string // of Hints
+}
+
+// Watch implements [discover.Source].
+func (s source) Watch(ctx context.Context) iter.Seq2[discover.Change, error] {
+	return func(yield func(discover.Change, error) bool) {
+		ctx, cancel := context.WithCancel(ctx)
+		var running sync.WaitGroup
+		defer running.Wait()
+		defer cancel()
+
+		changed := make(chan struct{}, 1)
+		change := func() {
+			select {
+			case changed <- struct{}{}:
+			default:
+			}
+		}
+		failed := make(chan error)
+		informer := cache.NewSharedIndexInformer(
+			cache.NewFilteredListWatchFromClient(s.client, "endpointslices", s.namespace, func(o *metav1.ListOptions) {
+				o.LabelSelector = discoveryv1.LabelServiceName + "=" + s.service
+			}),
+			&discoveryv1.EndpointSlice{}, 0, cache.Indexers{})
+		err := informer.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
+			// The API server ends every watch after some minutes. Any other EOF is
+			// wrapped in the error of a request.
+			if err == io.EOF || err == io.ErrUnexpectedEOF || apierrors.IsResourceExpired(err) || apierrors.IsGone(err) {
+				return
+			}
+			select {
+			case failed <- err:
+			case <-ctx.Done():
+			}
+		})
+		if err == nil {
+			_, err = informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+				AddFunc:    func(any) { change() },
+				UpdateFunc: func(any, any) { change() },
+				DeleteFunc: func(any) { change() },
+			})
+		}
+		if err != nil {
+			yield(discover.Change{}, fmt.Errorf("kubernetes: %w", err))
+			return
+		}
+		running.Go(func() { informer.RunWithContext(ctx) })
+		running.Go(func() {
+			// No event tells that there are no slices.
+			if cache.WaitForCacheSync(ctx.Done(), informer.HasSynced) {
+				change()
+			}
+		})
+
+		w := watch{source: s, yield: yield, stop: cancel}
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case err := <-failed:
+				w.report(ctx, err)
+			case <-changed:
+				if informer.HasSynced() {
+					w.update(ctx, informer.GetStore().List())
+				}
+			}
+		}
+	}
+}
+
+// watch is one watch of a source. It belongs to one goroutine.
+type watch struct {
+	source
+	yield func(discover.Change, error) bool
+	stop  context.CancelFunc
+
+	set map[string]backend // as last yielded; nil before the first
+
+	told   string // what was reported last
+	toldAt time.Time
+}
+
+// update yields what the slices change.
+func (w *watch) update(ctx context.Context, slices []any) {
+	next, err := w.backends(slices)
+	// If all that is there cannot be used, the last set may still be good.
+	if err == nil || len(next) > 0 {
+		var changes []discover.Change
+		for key, b := range next {
+			if before, ok := w.set[key]; !ok || before != b {
+				changes = append(changes, discover.Insert(key, b.endpoint()))
+			}
+		}
+		for key := range w.set {
+			if _, ok := next[key]; !ok {
+				changes = append(changes, discover.Remove(key))
+			}
+		}
+		// Later sets are not synced: an endpoint that moves from one slice to
+		// another may be in neither for a moment, which the resolver sits out.
+		if w.set == nil {
+			changes = append(changes, discover.Synced())
+		}
+		w.set = next
+		if len(changes) > 0 && ctx.Err() == nil && !w.yield(discover.Batch(changes...), nil) {
+			w.stop()
+		}
+	}
+	if err != nil {
+		w.report(ctx, err)
+	}
+}
+
+// report yields an error, unless it was reported a short while ago.
+func (w *watch) report(ctx context.Context, err error) {
+	what := err.Error()
+	// The whole text has a port or a timeout in it that is another each time.
+	var request *url.Error
+	var operation *net.OpError
+	switch {
+	case errors.As(err, &operation):
+		what = operation.Op + ": " + operation.Err.Error()
+	case errors.As(err, &request):
+		what = request.Err.Error()
+	}
+	if ctx.Err() != nil || what == w.told && time.Since(w.toldAt) < repeatEvery {
+		return
+	}
+	w.told, w.toldAt = what, time.Now()
+	if !w.yield(discover.Change{}, fmt.Errorf("kubernetes: %s/%s: %w", w.namespace, w.service, err)) {
+		w.stop()
+	}
+}
