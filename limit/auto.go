@@ -60,8 +60,9 @@ type AutoConfig struct {
 // times base. Until it stands for 16 calls, they are at multiples of 5 s, unless the mean
 // latency is above 125 ms. So is the next one after ratio has passed 1.4 × most, if base stands
 // for 240 calls and a cohort as large as the last can show by itself whether the server
-// became slower. Clocks may differ by half a second. While ratio is below 1.1 there is no queue, and a cohort is
-// measured without lowering the limit. [AutoConfig.NoDrains] turns drains off.
+// became slower. Clocks may differ by half a second. While ratio is below 1.1 there is no
+// queue, and a cohort is measured without lowering the limit. [AutoConfig.NoDrains] turns
+// drains off.
 //
 // A call that its caller gave up counts with the time that it had taken, if that is longer
 // than base: it would have taken at least that long.

@@ -277,7 +277,7 @@ func (e *ExpectedLatency) Reconfigure(c ExpectedLatencyConfig) error {
 		exponent:     c.QueueExponent,
 	}
 	if r := c.Reports; r.InFlight != "" {
-		p.inFlight, p.exponent = r.InFlight, r.QueueExponent
+		p.inFlight, p.exponent, p.keep = r.InFlight, r.QueueExponent, 1-1/r.KeepSamples
 		p.expiry, p.blackout = float64(r.Expiry>>tickBits), float64(r.Blackout>>tickBits)
 	}
 	for q := range p.discounts {
@@ -358,8 +358,9 @@ type expectedMeter struct {
 	heard  atomic.Uint64 // the last sample: when, in heardUnitBits, and which of the channel's, 32 bits each
 	ages   [kinds]ages
 
-	reported  atomic.Uint64 // requests of others, and the tick of the report; 0 before the first
+	reported  atomic.Uint64 // requests of others per weight, and the tick of the report; 0 before the first
 	reporting atomic.Uint32 // the tick of the first report
+	weight    atomic.Uint32 // that of the last attempt as float32 bits, 0 before the first; only with reports
 }
 
 // Times of samples are kept in units of about a millisecond. They wrap: after 26
@@ -373,7 +374,7 @@ func (m *expectedMeter) Load(q Query) Estimate {
 	sum, number, waiting := m.latency(p, &q)
 	others := 0.0
 	if p.inFlight != "" {
-		others = m.others(p, q.Now) / q.Weight
+		others = m.others(p, q.Now)
 	}
 	estimate := Estimate{
 		Cost:  sum / number * (m.queue(&q, waiting.left) + others + 1),
@@ -506,6 +507,9 @@ func (m *expectedMeter) Start(a *Attempt) Ticket {
 	queue := 0.0
 	if a.InFlight > 0 {
 		queue = m.queue(&a.Query, m.waiting(p, a.Now).old)
+	}
+	if w := math.Float32bits(float32(a.Weight)); p.inFlight != "" && m.weight.Load() != w {
+		m.weight.Store(w)
 	}
 	method := e.method(a.Method)
 	kind := usual

@@ -25,6 +25,10 @@ type ReportsConfig struct {
 	// QueueExponent takes the place of that of [ExpectedLatencyConfig]. Default 0.7, from
 	// 0 to 1.
 	QueueExponent float64
+	// KeepSamples takes the place of that of [ExpectedLatencyConfig]: with the queues of
+	// the servers known, latencies say how fast they are, and that changes sooner. Default
+	// 6, from 1 to 1e6.
+	KeepSamples float64
 	// Expiry is for how long after the last report of any server reports count. Default
 	// 10 s, must be above 0.
 	Expiry time.Duration
@@ -36,7 +40,7 @@ type ReportsConfig struct {
 
 // DefaultReportsConfig returns the defaults for servers that use package orca.
 func DefaultReportsConfig() ReportsConfig {
-	return ReportsConfig{InFlight: "named_metrics.belfry.in_flight", QueueExponent: 0.7, Expiry: 10 * time.Second}
+	return ReportsConfig{InFlight: "named_metrics.belfry.in_flight", QueueExponent: 0.7, KeepSamples: 6, Expiry: 10 * time.Second}
 }
 
 func (c ReportsConfig) validate() error {
@@ -45,6 +49,7 @@ func (c ReportsConfig) validate() error {
 	}
 	err := cmp.Or(
 		checkRange("reports.queueExponent", c.QueueExponent, 0, 1),
+		checkRange("reports.keepSamples", c.KeepSamples, 1, 1e6),
 		checkDuration("reports.expiry", c.Expiry),
 	)
 	switch {
@@ -100,13 +105,13 @@ func unword(w uint64) (v float64, tick uint32) {
 
 // reporting is what a channel knows of the reports of all its servers.
 type reporting struct {
-	// mean is the moving mean of the requests that servers have from others, and when it
-	// was last written. It is 0 before the first report.
+	// mean is the moving mean of the requests per weight that servers have from others, and
+	// when it was last written. It is 0 before the first report.
 	mean atomic.Uint64
 }
 
-// others returns the mean number of requests that a server has from others, 0 if there
-// were no reports for too long.
+// others returns the mean number of requests per weight that a server has from others, 0 if
+// there were no reports for too long.
 func (r *reporting) others(p *expectedParams, tick uint32) (mean float64, ok bool) {
 	w := r.mean.Load()
 	if w == 0 {
@@ -116,8 +121,8 @@ func (r *reporting) others(p *expectedParams, tick uint32) (mean float64, ok boo
 	return mean, since32(tick, last) <= p.expiry
 }
 
-// others returns the number of requests that the server has from other clients, as far as
-// it is known: what it reported last, which drifts to the mean of all servers within half
+// others returns the number of requests per weight that the server has from other clients,
+// as far as it is known: what it reported last, which drifts to the mean of all servers within half
 // a latency. It is 0 without reports.
 func (m *expectedMeter) others(p *expectedParams, now Instant) float64 {
 	if p.inFlight == "" {
@@ -165,6 +170,9 @@ func (m *expectedMeter) report(p *expectedParams, now Instant, r *Report, own in
 		m.reporting.Store(tick)
 	}
 	others := max(v-float64(own), 0)
+	if w := math.Float32frombits(m.weight.Load()); w > 0 {
+		others /= float64(w)
+	}
 	m.reported.Store(word(others, tick))
 
 	e := m.metric

@@ -54,6 +54,33 @@ func TestReports(t *testing.T) {
 	check("a number that is none", queue(silent, start+20*time.Second), 1+3)
 }
 
+// A server of three times the weight has three times the requests where all are equally busy.
+func TestReportsCountPerWeight(t *testing.T) {
+	c := DefaultExpectedLatencyConfig()
+	c.Reports = DefaultReportsConfig()
+	metric := must(NewExpectedLatency(c))
+	light, heavy := metric.NewMeter(Endpoint{}), metric.NewMeter(Endpoint{})
+	queue := func(m Meter, weight float64, now time.Duration) float64 {
+		return m.Load(Query{Now: Instant(now), Weight: weight}).Queue
+	}
+	now := time.Hour
+	for range 100 {
+		for _, e := range []struct {
+			meter            Meter
+			weight, requests float64
+		}{{light, 0.5, 2}, {heavy, 1.5, 6}} {
+			ticket := e.meter.Start(&Attempt{Query: Query{Now: Instant(now), Weight: e.weight}})
+			now += time.Second
+			e.meter.Finish(&Sample{Now: Instant(now), Ticket: ticket, Report: &Report{Named: map[string]float64{"belfry.in_flight": e.requests}}})
+		}
+	}
+	for _, after := range []time.Duration{0, time.Second / 2, 5 * time.Second} {
+		if l, h := queue(light, 0.5, now+after), queue(heavy, 1.5, now+after); math.Abs(l-4) > 0.05 || math.Abs(h-4) > 0.05 {
+			t.Errorf("%v after the last report the queues are %.2f and %.2f, want 4 each", after, l, h)
+		}
+	}
+}
+
 func TestReportValue(t *testing.T) {
 	r := &Report{CPU: 1, Memory: 2, Application: 3, QPS: 4, EPS: 5, Named: map[string]float64{"x": 6, "zero": 0}}
 	for name, want := range map[string]float64{

@@ -40,6 +40,11 @@ const (
 	defaultChoicesExpectedLatency = 8
 	defaultMemoryExpectedLatency  = 2
 
+	// With reports an idle server is known for one whoever keeps it so. Few are, and to
+	// find them takes more draws, and more memory so as not to lose them.
+	defaultChoicesReports = 12
+	defaultMemoryReports  = 8
+
 	defaultEqualAtRest    = 1
 	defaultEqualUnderLoad = 0.1
 	defaultEqualTime      = 2 * time.Millisecond
@@ -117,6 +122,9 @@ func parseConfig(js json.RawMessage) (*config, error) {
 	case expectedLatency:
 		c.choices, c.memory = defaultChoicesExpectedLatency, defaultMemoryExpectedLatency
 		c.equalTime = float32(defaultEqualTime)
+		if m.GetLoad().GetExpectedLatency().GetReports() != nil {
+			c.choices, c.memory = defaultChoicesReports, defaultMemoryReports
+		}
 	case peakEWMA:
 		c.exact, c.classless = true, true
 	case pendingRequests:
@@ -403,6 +411,7 @@ func newExpectedLatency(m *configv1.ExpectedLatency) expectedLatency {
 			c.Reports.InFlight = r.GetInFlight()
 		}
 		set(&c.Reports.QueueExponent, r.GetQueueExponent(), r.QueueExponent != nil)
+		set(&c.Reports.KeepSamples, r.GetKeepSamples(), r.KeepSamples != nil)
 		if r.GetExpiry() != nil {
 			c.Reports.Expiry = r.GetExpiry().AsDuration()
 		}

@@ -21,6 +21,8 @@ import (
 
 func TestConfigDefaults(t *testing.T) {
 	expected := expectedLatency{load.DefaultExpectedLatencyConfig()}
+	reporting := expected
+	reporting.Reports = load.DefaultReportsConfig()
 	for _, test := range []struct {
 		json            string
 		choices, memory int
@@ -29,6 +31,7 @@ func TestConfigDefaults(t *testing.T) {
 		{`{}`, 8, 2, expected},
 		{`{"load":{}}`, 8, 2, expected},
 		{`{"load":{"expectedLatency":{}}}`, 8, 2, expected},
+		{`{"load":{"expectedLatency":{"reports":{}}}}`, 12, 8, reporting},
 		{`{"load":{"peakEwma":{}}}`, 2, 0, peakEWMA{load.DefaultPeakEWMAConfig()}},
 		{`{"load":{"pendingRequests":{}}}`, 2, 0, pendingRequests{}},
 		{`{"load":{"constant":{}}}`, 2, 0, constant{1}},
@@ -126,6 +129,7 @@ func TestConfigRejectsWithFieldValueAndRule(t *testing.T) {
 		{`{"load":{"expectedLatency":{"forgetAfter":"0s"}}}`, "load.expectedLatency.forgetAfter", "0s", "above 0s"},
 		{`{"load":{"expectedLatency":{"failurePenalty":0.5}}}`, "load.expectedLatency.failurePenalty", "0.5", "between 1 and 1e+06"},
 		{`{"equalAtRest":-0.1}`, "equalAtRest", "-0.1", "between 0 and 10"},
+		{`{"load":{"expectedLatency":{"reports":{"keepSamples":0.5}}}}`, "load.expectedLatency.reports.keepSamples", "0.5", "between 1 and 1e+06"},
 		{`{"equalTime":"-1s"}`, "equalTime", "-1s", "at least 0s"},
 		{`{"equalUnderLoad":"NaN"}`, "equalUnderLoad", "NaN", "between 0 and 10"},
 		{`{"exploreEvery":1000001}`, "exploreEvery", "1000001", "between 0 and 1000000"},

@@ -46,14 +46,15 @@ type P2C struct {
 	// choices find a less loaded endpoint and cost a little time for each; with
 	// fewer READY endpoints than this, a pick looks at them all.
 	//
-	// From 2 to 16. Unset: 8 with expected_latency, 2 with the other metrics,
-	// which herd towards a seemingly idle endpoint when they see many.
+	// From 2 to 16. Unset: 8 with expected_latency, 12 if it uses reports, 2 with the
+	// other metrics, which herd towards a seemingly idle endpoint when they see many.
 	ChoiceCount *uint32 `protobuf:"varint,1,opt,name=choice_count,json=choiceCount,proto3,oneof" json:"choice_count,omitempty"`
 	// How many endpoints a pick remembers for the next one: those that were the
 	// least loaded of the ones it looked at. The next pick looks at them besides
 	// its random ones.
 	//
-	// From 0 (no memory) to 8. Unset: 2 with expected_latency, else 0.
+	// From 0 (no memory) to 8. Unset: 2 with expected_latency, 8 if it uses reports, else
+	// 0.
 	Memory *uint32 `protobuf:"varint,2,opt,name=memory,proto3,oneof" json:"memory,omitempty"`
 	// The load metric: what makes one endpoint cheaper than another. Unset:
 	// expected_latency with its defaults.
@@ -1068,7 +1069,12 @@ type Reports struct {
 	// every 30s at most.
 	//
 	// At least 0.1s. Unset: never.
-	OutOfBand     *durationpb.Duration `protobuf:"bytes,5,opt,name=out_of_band,json=outOfBand,proto3" json:"out_of_band,omitempty"`
+	OutOfBand *durationpb.Duration `protobuf:"bytes,5,opt,name=out_of_band,json=outOfBand,proto3" json:"out_of_band,omitempty"`
+	// keep while reports are in use, in place of keep_samples: with the queues of the servers
+	// known, latencies say how fast they are, and that changes sooner.
+	//
+	// From 1 to 1e6 samples. Default 6.
+	KeepSamples   *float64 `protobuf:"fixed64,6,opt,name=keep_samples,json=keepSamples,proto3,oneof" json:"keep_samples,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1136,6 +1142,13 @@ func (x *Reports) GetOutOfBand() *durationpb.Duration {
 		return x.OutOfBand
 	}
 	return nil
+}
+
+func (x *Reports) GetKeepSamples() float64 {
+	if x != nil && x.KeepSamples != nil {
+		return *x.KeepSamples
+	}
+	return 0
 }
 
 // PeakEwma is Tower's load metric of the same name: a moving average of the
@@ -1463,16 +1476,18 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\r_sample_limitB\x13\n" +
 	"\x11_stream_age_limitB\x0e\n" +
 	"\f_slow_methodB\x0e\n" +
-	"\f_max_methods\"\x9d\x02\n" +
+	"\f_max_methods\"\xd6\x02\n" +
 	"\aReports\x12 \n" +
 	"\tin_flight\x18\x01 \x01(\tH\x00R\binFlight\x88\x01\x01\x12*\n" +
 	"\x0equeue_exponent\x18\x02 \x01(\x01H\x01R\rqueueExponent\x88\x01\x01\x121\n" +
 	"\x06expiry\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x06expiry\x125\n" +
 	"\bblackout\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\bblackout\x129\n" +
-	"\vout_of_band\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\toutOfBandB\f\n" +
+	"\vout_of_band\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\toutOfBand\x12&\n" +
+	"\fkeep_samples\x18\x06 \x01(\x01H\x02R\vkeepSamples\x88\x01\x01B\f\n" +
 	"\n" +
 	"_in_flightB\x11\n" +
-	"\x0f_queue_exponent\"\xb9\x01\n" +
+	"\x0f_queue_exponentB\x0f\n" +
+	"\r_keep_samples\"\xb9\x01\n" +
 	"\bPeakEwma\x12/\n" +
 	"\x05decay\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05decay\x12:\n" +
 	"\vdefault_rtt\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\n" +
