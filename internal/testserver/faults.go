@@ -144,10 +144,10 @@ func checkFault(method string, code codes.Code, fraction float64) error {
 // for Reject, do not apply.
 func (s *Server) BlackHole() { s.change(func(c *condition) { c.blackHole = true }) }
 
-// Heal ends what Fail, FailAfterHeaders, Reject and BlackHole began. A stall and
+// Heal ends what Fail, FailAfterHeaders, Reject, BlackHole and DropPackets began. A stall and
 // a speed are not faults; they have Resume and SetSpeed.
 func (s *Server) Heal() {
-	s.change(func(c *condition) { c.fail, c.reject, c.blackHole = fault{}, fault{}, false })
+	s.change(func(c *condition) { c.fail, c.reject, c.blackHole, c.drops = fault{}, fault{}, false, false })
 }
 
 // SetServing sets what the server says to health checks, of the whole server

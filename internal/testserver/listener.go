@@ -95,7 +95,7 @@ func (r *run) accept() {
 
 // serve hands one connection on.
 func (r *run) serve(nc net.Conn) {
-	c := &conn{Conn: nc, run: r}
+	c := &conn{Conn: nc, run: r, closed: make(chan struct{}), halved: make(chan struct{})}
 	r.mu.Lock()
 	if r.current == nil {
 		r.mu.Unlock()
@@ -113,7 +113,7 @@ func (r *run) serve(nc net.Conn) {
 		g := r.current
 		r.mu.Unlock()
 		if g == nil {
-			_ = c.Close()
+			_ = c.shut()
 			return
 		}
 		if g.feed.put(c) {
@@ -159,6 +159,7 @@ func (r *run) closeListener() {
 func (r *run) drain() {
 	r.closeListener()
 	r.stopAll((*grpc.Server).GracefulStop)
+	r.closeConns() // those that are half-open
 	r.owned.Wait()
 }
 
@@ -195,36 +196,20 @@ func (r *run) stopAll(stop func(*grpc.Server)) {
 
 // closeConns closes all connections, at the level of TCP.
 func (r *run) closeConns() {
+	for _, c := range r.open() {
+		_ = c.shut()
+	}
+}
+
+// open returns the open connections.
+func (r *run) open() []*conn {
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	conns := make([]*conn, 0, len(r.conns))
 	for c := range r.conns {
 		conns = append(conns, c)
 	}
-	r.mu.Unlock()
-	for _, c := range conns {
-		_ = c.Close()
-	}
-}
-
-// conn is a connection that is counted while it is open.
-type conn struct {
-	net.Conn
-	run  *run
-	once sync.Once
-	err  error
-}
-
-// Close closes the connection. It is idempotent.
-func (c *conn) Close() error {
-	c.once.Do(func() {
-		c.err = c.Conn.Close()
-		c.run.mu.Lock()
-		delete(c.run.conns, c)
-		c.run.mu.Unlock()
-		c.run.server.counters.connections.Add(-1)
-		c.run.server.counters.changed()
-	})
-	return c.err
+	return conns
 }
 
 // feed is the listener of a generation: it accepts what a run puts into it.

@@ -22,6 +22,7 @@ type condition struct {
 	speed     float64
 	stalled   bool
 	blackHole bool
+	drops     bool  // the network loses all packets
 	fail      fault // answered at once, before the queue
 	reject    fault // answered before the request is read
 
