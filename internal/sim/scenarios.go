@@ -282,6 +282,18 @@ func Scenarios() []Scenario {
 	})
 	add("one server fails at once", func(s *Scenario) { s.failing(fails) })
 	add("one server fails half its calls", func(s *Scenario) { s.failing(failsHalf) })
+	add("all servers fail a quarter of their calls", func(s *Scenario) {
+		// Not the fault of any of them, and no reason to load the others more.
+		s.Period = 20 * time.Second
+		s.faults = func(c *cluster) {
+			c.every(s.Period, func() {
+				for _, srv := range c.servers {
+					srv.behaviour = failsQuarter
+					c.after(10*time.Second, func() { srv.behaviour = answers })
+				}
+			})
+		}
+	})
 	add("surge", func(s *Scenario) {
 		s.Load = 0.6
 		s.Period = 3 * time.Second

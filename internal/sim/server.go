@@ -12,10 +12,11 @@ import (
 type behaviour uint8
 
 const (
-	answers   behaviour = iota
-	fails               // answers UNAVAILABLE at once
-	failsHalf           // fails half of them
-	silent              // never answers
+	answers      behaviour = iota
+	fails                  // answers UNAVAILABLE at once
+	failsHalf              // fails half of them
+	failsQuarter           // fails a quarter of them
+	silent                 // never answers
 )
 
 // server does the work of calls: those in service side by side, the others
@@ -98,7 +99,7 @@ func (s *server) receive(c *call) {
 	case s.behaviour == silent:
 		c.lost = true
 		return
-	case s.behaviour == fails, s.behaviour == failsHalf && c.coin:
+	case s.behaviour == fails, s.behaviour == failsHalf && c.coins&1 == 0, s.behaviour == failsQuarter && c.coins&3 == 0:
 		c.failed = true
 		c.reply()
 		return

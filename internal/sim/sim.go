@@ -184,7 +184,7 @@ type call struct {
 	back    int64 // and from it
 	method  string
 	work    float64 // nanoseconds at speed 1
-	coin    bool    // decides for a server that fails half of its calls
+	coins   uint64  // decide for a server that fails a part of its calls
 	doneAt  float64 // reading of the server's clock at which it is done
 
 	measured bool
@@ -388,7 +388,7 @@ func (c *cluster) send(cl *client) {
 	}
 	k.there = int64(sc.Network) + c.exponential(float64(sc.Jitter))
 	k.back = int64(sc.Network) + c.exponential(float64(sc.Jitter))
-	k.coin = c.calls.Uint64()&1 == 0
+	k.coins = c.calls.Uint64()
 
 	c.sent++
 	if sc.WarmUpCalls > 0 && c.sent == sc.WarmUpCalls {
