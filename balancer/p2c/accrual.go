@@ -57,12 +57,13 @@ type accrualConfig struct {
 	maxTime     time.Duration
 	maxAside    float64
 	slow        float64
+	useEjected  bool
 }
 
-// newAccrualConfig returns nil without an error if there is none.
+// newAccrualConfig returns nil without an error if it has nothing to do.
 func newAccrualConfig(m *configv1.FailureAccrual) (*accrualConfig, error) {
 	if m == nil {
-		return nil, nil
+		m = &configv1.FailureAccrual{}
 	}
 	c := &accrualConfig{
 		failures:    defaultRow,
@@ -105,8 +106,15 @@ func newAccrualConfig(m *configv1.FailureAccrual) (*accrualConfig, error) {
 	if c.slow = m.GetSlow(); c.slow != 0 && !(c.slow >= 2 && c.slow <= maxSlow) {
 		return nil, configError("failureAccrual.slow", c.slow, fmt.Sprintf("0, or between 2 and %d", maxSlow))
 	}
+	if c.useEjected = m.GetUseEjected(); c.failures == 0 && c.successRate == 0 && c.slow == 0 && !c.useEjected {
+		return nil, nil
+	}
 	return c, nil
 }
+
+// usesEjected reports whether endpoints that a parent has taken out are used when no other is
+// left.
+func (c *config) usesEjected() bool { return c.accrual != nil && c.accrual.useEjected }
 
 // durationBetween returns a duration of a config, or the default if it is unset.
 func durationBetween(field string, m *durationpb.Duration, unset, least, most time.Duration) (time.Duration, error) {

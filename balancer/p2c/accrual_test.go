@@ -26,6 +26,10 @@ import (
 
 // accruing returns a config by which each endpoint gets an equal share at random.
 func accruing(fields string) string {
+	if fields != "" {
+		fields = "," + fields
+	}
+	fields = `"useEjected":true` + fields
 	return `{"load":{"constant":{}},"exploreEvery":0,"failureAccrual":{` + fields + `}}`
 }
 
@@ -331,7 +335,7 @@ func TestAccrual(t *testing.T) {
 		w.serve(1000, failing("a"))
 		w.start(`{"load":{"peakEwma":{}},"failureAccrual":{}}`, w.list...)
 		w.wantAside("a", 3*time.Second, 5*time.Second)
-		w.start(constantConfig, w.list...)
+		w.start(`{"load":{"constant":{}},"failureAccrual":{"failures":0,"successRate":0}}`, w.list...)
 		if got := w.counts(1000)["a"]; got < 40 {
 			t.Errorf("%d of 1000 calls went to the endpoint, want about 100", got)
 		}
@@ -603,7 +607,7 @@ func TestSeatingHoldsThroughRandomChanges(t *testing.T) {
 			case 7:
 				config := accruing(``)
 				if r.IntN(8) == 0 {
-					config = constantConfig
+					config = `{"load":{"constant":{}},"failureAccrual":{"failures":0,"successRate":0}}`
 				}
 				w.start(config, list...)
 			case 8:

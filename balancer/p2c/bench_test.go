@@ -28,6 +28,7 @@ type subject struct{ name, policy, config string }
 var subjects = []subject{
 	{"expectedLatency", Name, `{}`},
 	{"expectedLatency-2", Name, `{"choiceCount":2,"memory":0}`},
+	{"expectedLatency-neverAside", Name, `{"failureAccrual":{"failures":0,"successRate":0}}`},
 	{"peakEwma", Name, `{"load":{"peakEwma":{}}}`},
 	{"pendingRequests", Name, `{"load":{"pendingRequests":{}}}`},
 	{"constant", Name, `{"load":{"constant":{}}}`},

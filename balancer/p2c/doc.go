@@ -105,12 +105,16 @@
 //
 // # Endpoints that fail
 //
-// The metric makes an endpoint that fails dear, and tries it again now and then. With
+// The metric makes an endpoint that fails dear, and tries it again now and then. By
 // failureAccrual it gets no calls at all for a while: it is put aside after five failures in
 // a row, or when a fifth of its attempts in ten seconds fail. Then one call tries it, and if
-// that fails it is aside for longer.
+// that fails it is aside for longer. These are the defaults:
 //
 //	{"failureAccrual": {"failures": 5, "successRate": 0.8, "baseTime": "3s", "maxAside": 0.5}}
+//
+// It is on because nothing is worse with it: in simulation no scenario's p99 differs by 1 %, and
+// with one of ten servers failing at once for three seconds five calls fail instead of dozens.
+// With failures 0 and successRate 0 it is off.
 //
 // Where more than half of the READY endpoints would be aside, all are used: the fault is
 // likely to be common to them.
@@ -118,7 +122,7 @@
 // Outlier detection above the policy does the same with other means, and the two do not
 // disturb each other. An endpoint that it has ejected is not READY, and is no part of the half. When it
 // lets the endpoint in, one call tries it if it was aside too. An endpoint that is aside gets
-// no calls that outlier detection could judge. What the policy adds is that it uses
+// no calls that outlier detection could judge. With useEjected the policy uses
 // ejected endpoints, whose connections still stand, once none is left.
 //
 // # Endpoints that come and go

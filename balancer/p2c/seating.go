@@ -49,7 +49,7 @@ func (ep *endpoint) conditionLocked() condition {
 	switch {
 	case ep.gone:
 		return absent
-	case ep.ejectedFrom != nil && ep.policy.picker.config.accrual != nil:
+	case ep.ejectedFrom != nil && ep.policy.picker.config.usesEjected():
 		return ejected
 	case ep.reported.Load().ConnectivityState != connectivity.Ready:
 		return absent

@@ -42,8 +42,8 @@ type Policy struct {
 //
 // reports is the default with reports that servers send with their replies.
 //
-// aside is the default that puts endpoints aside that fail, and slowStart the one that lets
-// the share of newcomers rise over five seconds.
+// neverAside is the default that puts no endpoints aside that fail, and slowStart the one that
+// lets the share of newcomers rise over five seconds.
 //
 // first is the first version of the default.
 //
@@ -59,7 +59,7 @@ func Policies() []Policy {
 	return []Policy{
 		{Name: "oracle"},
 		{"default", p2c.Name, `{}`},
-		{"aside", p2c.Name, `{"failureAccrual":{}}`},
+		{"neverAside", p2c.Name, `{"failureAccrual":{"failures":0,"successRate":0}}`},
 		{"slowStart", p2c.Name, `{"slowStart":{"window":"5s"}}`},
 		{"reports", p2c.Name, `{"load":{"expectedLatency":{"reports":{}}}}`},
 		{"zones", p2c.Name, `{"zones":{}}`},

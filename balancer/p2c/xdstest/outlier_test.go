@@ -120,7 +120,7 @@ func TestUnderOutlierDetectionAnEjectedEndpointComesBackWithItsMeter(t *testing.
 // before their ejection ends.
 func TestUnderOutlierDetectionAllAreUsedWhenAllAreEjected(t *testing.T) {
 	t.Parallel()
-	c, _ := dialWithOutlierDetection(t, newServers(t, 3), 3, `{"load":{"constant":{}},"failureAccrual":{"baseTime":"0.1s","maxTime":"0.2s"}}`)
+	c, _ := dialWithOutlierDetection(t, newServers(t, 3), 3, `{"load":{"constant":{}},"failureAccrual":{"baseTime":"0.1s","maxTime":"0.2s","useEjected":true}}`)
 	c.allReady()
 	ctx := testContext(t)
 	for shown := false; !shown; { // Until the ejections last as long as the calls.
@@ -145,7 +145,7 @@ func TestUnderOutlierDetectionAllAreUsedWhenAllAreEjected(t *testing.T) {
 // An endpoint that fails is put aside by whoever sees it first, and is back when both let it.
 func TestUnderOutlierDetectionAnEndpointThatIsPutAsideComesBack(t *testing.T) {
 	t.Parallel()
-	c, _ := dialWithOutlierDetection(t, newServers(t, 3), 3, `{"load":{"constant":{}},"failureAccrual":{"baseTime":"0.1s","maxTime":"0.2s"}}`)
+	c, _ := dialWithOutlierDetection(t, newServers(t, 3), 3, `{"load":{"constant":{}},"failureAccrual":{"baseTime":"0.1s","maxTime":"0.2s","useEjected":true}}`)
 	c.allReady()
 	for range 2 {
 		if err := c.servers[0].Fail(codes.Unavailable, 1); err != nil {

@@ -105,8 +105,8 @@ type P2C struct {
 	// Prefers endpoints in the caller's zone. Unset: zones do not count, which costs
 	// nothing.
 	Zones *Zones `protobuf:"bytes,14,opt,name=zones,proto3" json:"zones,omitempty"`
-	// Puts endpoints aside that fail, and tries each again with one call. Unset: off, which
-	// costs nothing.
+	// Puts endpoints aside that fail, and tries each again with one call. Unset: on with its
+	// defaults.
 	FailureAccrual *FailureAccrual `protobuf:"bytes,15,opt,name=failure_accrual,json=failureAccrual,proto3" json:"failure_accrual,omitempty"`
 	// Lets the share of an endpoint that is new, or was away, rise over time. Unset: off,
 	// which costs nothing.
@@ -348,6 +348,10 @@ func (x *Zones) GetMinReady() float64 {
 // for the row, and a call that tries an endpoint and is refused so does not bring it back: the
 // server is there, and has too much to do. A stream counts by its first message. An attempt
 // that its caller gave up, or that was never sent, says nothing.
+//
+// It is on by default: while one of ten servers fails at once, some five calls fail instead of
+// dozens, and latencies are no worse while none fails. It is off, and costs nothing, with
+// failures 0 and success_rate 0.
 type FailureAccrual struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How many attempts in a row must fail. Only attempts that were sent since the first of
@@ -394,7 +398,13 @@ type FailureAccrual struct {
 	// take about as long, and has no effect with other metrics than expected_latency.
 	//
 	// 0 (off), or from 2 to 1,000,000 times. Default 0.
-	Slow          *float64 `protobuf:"fixed64,8,opt,name=slow,proto3,oneof" json:"slow,omitempty"`
+	Slow *float64 `protobuf:"fixed64,8,opt,name=slow,proto3,oneof" json:"slow,omitempty"`
+	// Uses endpoints that a parent, such as outlier_detection, or a health check has taken out,
+	// and whose connections still stand, once no other is left. Servers that are well again
+	// then get calls long before their ejection ends, and so do servers that say NOT_SERVING.
+	//
+	// Default false: calls fail, or wait if they are to wait for ready.
+	UseEjected    bool `protobuf:"varint,9,opt,name=use_ejected,json=useEjected,proto3" json:"use_ejected,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -483,6 +493,13 @@ func (x *FailureAccrual) GetSlow() float64 {
 		return *x.Slow
 	}
 	return 0
+}
+
+func (x *FailureAccrual) GetUseEjected() bool {
+	if x != nil {
+		return x.UseEjected
+	}
+	return false
 }
 
 // SlowStart gives an endpoint a part of its share of the calls at first, and all of it at the
@@ -1409,7 +1426,7 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"_away_costB\r\n" +
 	"\v_home_drawsB\f\n" +
 	"\n" +
-	"_min_ready\"\xa3\x03\n" +
+	"_min_ready\"\xc4\x03\n" +
 	"\x0eFailureAccrual\x12\x1f\n" +
 	"\bfailures\x18\x01 \x01(\rH\x00R\bfailures\x88\x01\x01\x12&\n" +
 	"\fsuccess_rate\x18\x02 \x01(\x01H\x01R\vsuccessRate\x88\x01\x01\x12&\n" +
@@ -1418,7 +1435,9 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\tbase_time\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bbaseTime\x124\n" +
 	"\bmax_time\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\amaxTime\x12 \n" +
 	"\tmax_aside\x18\a \x01(\x01H\x03R\bmaxAside\x88\x01\x01\x12\x17\n" +
-	"\x04slow\x18\b \x01(\x01H\x04R\x04slow\x88\x01\x01B\v\n" +
+	"\x04slow\x18\b \x01(\x01H\x04R\x04slow\x88\x01\x01\x12\x1f\n" +
+	"\vuse_ejected\x18\t \x01(\bR\n" +
+	"useEjectedB\v\n" +
 	"\t_failuresB\x0f\n" +
 	"\r_success_rateB\x0f\n" +
 	"\r_min_attemptsB\f\n" +
