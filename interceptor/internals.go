@@ -232,7 +232,7 @@ func (i *Internals) StreamEnd() StreamEnd { return StreamEnd{i.scope} }
 func (e StreamEnd) End(err error) {
 	if e.scope != nil {
 		e.scope.await(true)
-		e.scope.end(err, false)
+		_ = e.scope.end(err, false)
 	}
 }
 

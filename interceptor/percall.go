@@ -125,7 +125,7 @@ func (a *ownAttempt) open(ctx context.Context, c *Call, timeout time.Duration) e
 		a.end = StreamEnd{c.scope}
 		a.timer = time.AfterFunc(timeout, func() {
 			if a.early.CompareAndSwap(false, true) {
-				a.cutNow()
+				_ = a.cutNow()
 			}
 		})
 		c.AddOptions(grpc.OnFinish(func(error) { a.timer.Stop(); a.cancel(nil) }))

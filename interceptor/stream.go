@@ -293,7 +293,7 @@ func (s *scope) open(c *Call, stream grpc.ClientStream) {
 	s.mu.Unlock()
 	if isEarly {
 		s.await(true)
-		s.end(early, outdone)
+		_ = s.end(early, outdone)
 	}
 }
 
@@ -306,7 +306,7 @@ func (s *scope) fail(c *Call, err error) {
 	s.mu.Lock()
 	s.opened = true
 	s.mu.Unlock()
-	s.end(err, false)
+	_ = s.end(err, false)
 }
 
 // end ends the stream for s, unless it has ended already. It ends the scopes inside
@@ -342,7 +342,7 @@ func (s *scope) end(err error, superseded bool) error {
 		s.ender.StreamEnded()
 	}
 	for _, in := range slices.Backward(children) {
-		in.end(err, true)
+		_ = in.end(err, true)
 	}
 	e := s.endOf(err, superseded)
 	defer s.ended(e.Outcome, e.Err) // Even if a Releaser panics.
@@ -447,13 +447,13 @@ func (s *scope) finish(err error) {
 			return
 		}
 	}
-	s.stopped(err)
+	_ = s.stopped(err)
 	if closing && s.parent != nil {
 		// Contexts tell of their own end. This goroutine may be that of an operation.
 		go func() {
 			for p := s.parent; p != nil; p = p.parent {
 				p.await(true)
-				p.end(err, false)
+				_ = p.end(err, false)
 			}
 		}()
 	}
@@ -475,10 +475,10 @@ func (s *scope) setFinished() {
 func (s *scope) expire() {
 	s.await(true) // gRPC hears of the end at the same time.
 	if r, ok := AsRefusal(context.Cause(s.ctx)); ok {
-		s.end(r, false)
+		_ = s.end(r, false)
 		return
 	}
-	s.end(status.FromContextError(s.ctx.Err()).Err(), false)
+	_ = s.end(status.FromContextError(s.ctx.Err()).Err(), false)
 }
 
 // await waits until gRPC has written the results of the stream, if a context in the way has

@@ -111,9 +111,6 @@ type policy struct {
 	handles  sync.Pool           // of *handle, for trackers
 	queue    queue               // of calls that wait for an endpoint with room
 
-	offers    atomic.Pointer[offer] // of endpoints to calls that are to try them
-	slowAfter atomic.Int64          // how long an attempt takes that is slow, in nanoseconds; 0 if not known
-
 	// Used only by the methods of balancer.Balancer, whose calls are serialized.
 	endpoints  *resolver.EndpointMap[*endpoint]
 	list       []listing              // of the last update
@@ -138,6 +135,9 @@ type policy struct {
 
 	// conn is the channel, once a call with a tracker has been picked for.
 	conn atomic.Pointer[grpc.ClientConn]
+
+	offers    atomic.Pointer[offer] // of endpoints to calls that are to try them
+	slowAfter atomic.Int64          // how long an attempt takes that is slow, in nanoseconds; 0 if not known
 
 	// countMu guards rotated and the counts of all endpoints, for snapshots. Nothing is
 	// locked under it.

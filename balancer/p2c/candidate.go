@@ -39,8 +39,6 @@ type measure struct {
 	// attempt was given up before.
 	quiet bool
 	room  *room
-	// accrual judges the endpoint; nil if the config has none.
-	accrual atomic.Pointer[accrual]
 	// health is what the attempts so far were, of everAnswered, everFailed and
 	// everGivenUp.
 	health atomic.Uint32
@@ -50,6 +48,9 @@ type measure struct {
 
 	// pushback is until when the server asked not to be called, 0 if it did not.
 	pushback atomic.Int64
+
+	// accrual judges the endpoint; nil if the config has none.
+	accrual atomic.Pointer[accrual]
 }
 
 const (

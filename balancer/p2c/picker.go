@@ -84,11 +84,10 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		c = p.chooseAny(now, call)
 	}
 	if c == nil { // What was drawn has left meanwhile.
-		c = p.ready.first()
-	}
-	if c == nil {
-		// The last one has just left; the channel hears of it next.
-		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
+		if c = p.ready.first(); c == nil {
+			// The last one has just left; the channel hears of it next.
+			return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
+		}
 	}
 	child := c.child.Load()
 	if child.ConnectivityState != connectivity.Ready {
@@ -465,14 +464,13 @@ func (k *pick) pushback(err error) time.Duration {
 // finish tells the meter, once, how an attempt ended. err is for people to look at, and for
 // the limit of the endpoint.
 func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
-	responded, answered := false, false
+	var before uint32 // bits of the state
 	if k.track != nil {
-		old := k.state.Or(pickFinished)
-		if old&pickFinished != 0 {
+		if before = k.state.Or(pickFinished); before&pickFinished != 0 {
 			return
 		}
-		responded, answered = old&pickResponded != 0, old&pickAnswered != 0
 	}
+	responded := before&pickResponded != 0
 	switch {
 	case o == load.Completed:
 		k.answered()
@@ -487,7 +485,7 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	if k.limit != nil {
 		k.limit.end(k, o, err)
 	}
-	if k.picker.config.accrual != nil && !answered {
+	if k.picker.config.accrual != nil && before&pickAnswered == 0 {
 		k.accrue(o, err)
 	}
 	if responded {

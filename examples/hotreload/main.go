@@ -151,7 +151,7 @@ func load(ctx context.Context, conn grpc.ClientConnInterface) {
 	for {
 		select {
 		case <-ticker.C:
-			wg.Go(func() { client.Unary(ctx, &testingv1.UnaryRequest{}) }) // The observer sees how it ends.
+			wg.Go(func() { _, _ = client.Unary(ctx, &testingv1.UnaryRequest{}) }) // The observer sees how it ends.
 		case <-ctx.Done():
 			return
 		}

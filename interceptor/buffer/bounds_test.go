@@ -5,6 +5,7 @@ package buffer_test
 
 import (
 	"context"
+	"math"
 	"math/rand/v2"
 	"net"
 	"runtime"
@@ -457,7 +458,7 @@ func TestPriorityDecidesWhoIsRefused(t *testing.T) {
 		{"lower_evicts_nobody", []int{1, 1, 0, 0}, []int{0, 1}},
 		{"one_after_the_other", []int{0, 1, 2, 3}, []int{3, 2}},
 		{"lowest_goes_first", []int{-1, 0, 5, -7}, []int{2, 1}},
-		{"beyond_what_fits_a_word", []int{-1 << 63, 1<<63 - 1, 1<<63 - 1}, []int{1, 2}},
+		{"beyond_what_fits_a_word", []int{math.MinInt, math.MaxInt, math.MaxInt}, []int{1, 2}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -448,7 +448,7 @@ func (l *Layer) Limits() iter.Seq[interceptor.LimitState] {
 
 // total adds up the figures of all limits, and takes the greatest of them as the limit.
 func (l *Layer) total() (limit, inUse int64, waiting int) {
-	l.limiters(func(lim *limiter) error {
+	_ = l.limiters(func(lim *limiter) error {
 		n, used, waits := lim.permits.read()
 		limit, inUse, waiting = max(limit, n), inUse+used, waiting+waits
 		return nil

@@ -409,7 +409,7 @@ func (l *Layer) watch(ctx context.Context, c *interceptor.Call, set *settings, s
 	p, known := l.plan(set, c, start)
 	err := p.measure(ctx, c, start, next)
 	if known && interceptor.Now().Sub(start) > p.delay {
-		l.maker.Forbidden(c)
+		_ = l.maker.Forbidden(c)
 	}
 	return err
 }

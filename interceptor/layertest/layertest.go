@@ -87,14 +87,14 @@ func RunStack(t *testing.T, newLayers func() (layers []interceptor.Spec, atRest 
 		t.Run(kind.String()+"/refused_further_in", func(t *testing.T) {
 			layers, atRest := newLayers()
 			f := newFixture(t, append(layers[:len(layers):len(layers)], &wall{every: 1}))
-			f.call(f.ctx, f.conn, kind, "ok")
+			_ = f.call(f.ctx, f.conn, kind, "ok")
 			f.rest(t, atRest)
 		})
 		t.Run(kind.String()+"/asked_again_after_a_refusal_further_in", func(t *testing.T) {
 			layers, atRest := newLayers()
 			layers = append([]interceptor.Spec{twice{}}, layers...)
 			f := newFixture(t, append(layers, &wall{every: 2}))
-			f.call(f.ctx, f.conn, kind, "ok")
+			_ = f.call(f.ctx, f.conn, kind, "ok")
 			f.rest(t, atRest)
 		})
 	}
@@ -107,7 +107,7 @@ func RunStack(t *testing.T, newLayers func() (layers []interceptor.Spec, atRest 
 			c := f.crowd(ctx, kind)
 			over, stop := context.WithCancel(f.ctx)
 			stop()
-			f.stack.Drain(over) // It begins to drain and does not wait.
+			_ = f.stack.Drain(over) // It begins to drain and does not wait.
 			if err := c.endsOrRuns(f.ctx, f); err != nil {
 				t.Errorf("the stack drains: %v", err)
 			}
@@ -521,21 +521,21 @@ func (f *fixture) random(kind interceptor.Kind, how int, d time.Duration) {
 	defer cancel()
 	switch how {
 	case 0:
-		f.call(f.ctx, f.conn, kind, "fail")
+		_ = f.call(f.ctx, f.conn, kind, "fail")
 	case 1:
-		f.call(ctx, f.conn, kind, "block") // Ends by its deadline.
+		_ = f.call(ctx, f.conn, kind, "block") // Ends by its deadline.
 	case 2:
 		cancel()
-		f.call(ctx, f.conn, kind, "ok")
+		_ = f.call(ctx, f.conn, kind, "ok")
 	case 3:
 		if kind != interceptor.Unary {
-			f.start(ctx, f.conn, kind, "block") // Abandoned, then cancelled.
+			_, _ = f.start(ctx, f.conn, kind, "block") // Abandoned, then cancelled.
 		}
 	case 4:
-		defer func() { recover() }()
-		f.call(f.ctx, f.stack.Wrap(fakeConn{panics: true}), kind, "ok")
+		defer func() { _ = recover() }()
+		_ = f.call(f.ctx, f.stack.Wrap(fakeConn{panics: true}), kind, "ok")
 	default:
-		f.call(f.ctx, f.conn, kind, "ok")
+		_ = f.call(f.ctx, f.conn, kind, "ok")
 	}
 }
 

@@ -66,7 +66,7 @@ func (l *Layer) stream(ctx context.Context, c *interceptor.Call, next intercepto
 	}
 	opened = true
 	st.ClientStream = c.Stream()
-	st.moved(nil, nil)
+	_ = st.moved(nil, nil)
 	c.SetStream(st)
 	return nil
 }
@@ -289,7 +289,7 @@ func (s *stream) SendMsg(m any) error {
 	}
 	s.begins(&s.due.send)
 	err := s.ClientStream.SendMsg(m)
-	s.moved(&s.due.send, err)
+	_ = s.moved(&s.due.send, err)
 	if err != nil && err != io.EOF { // After io.EOF RecvMsg returns the reason.
 		err = s.explain(err, true)
 	}

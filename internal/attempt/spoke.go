@@ -22,12 +22,11 @@ func ServerSpoke(trailer metadata.MD) bool { return len(trailer["content-type"])
 var (
 	sendErrors = map[codes.Code][]string{
 		codes.ResourceExhausted: {"trying to send message larger than max", "grpc: message too large"},
-		codes.Internal:          {"grpc: error while marshaling", "grpc: error while compressing", "grpc: failed to marshal"},
+		codes.Internal:          {"grpc: error while marshaling", "grpc: error while compressing"},
 	}
 	receiveErrors = map[codes.Code][]string{
 		codes.ResourceExhausted: {"grpc: received message larger than max", "grpc: message after decompression larger than max", "grpc: received message after decompression larger than max"},
 		codes.Internal:          {"grpc: failed to unmarshal the received message", "grpc: failed to decompress", "grpc: Decompressor is not installed"},
-		codes.Unimplemented:     {"grpc: Decompressor is not installed"},
 	}
 )
 

@@ -49,7 +49,7 @@ func New(t testing.TB) *Server {
 		if tcp, err = net.Listen("tcp", udp.LocalAddr().String()); err == nil {
 			break
 		}
-		udp.Close()
+		_ = udp.Close()
 		if i == 100 {
 			t.Fatalf("no port that is free for both UDP and TCP: %v", err)
 		}
@@ -59,7 +59,7 @@ func New(t testing.TB) *Server {
 	wg.Go(func() { s.serveUDP(udp) })
 	wg.Go(func() { s.serveTCP(tcp, &wg) })
 	t.Cleanup(func() {
-		udp.Close()
+		_ = udp.Close()
 		tcp.Close()
 		wg.Wait()
 	})

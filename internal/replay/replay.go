@@ -792,7 +792,7 @@ func (s *Stream) next(l *Lane, from int) (data []byte, after int, ok bool) {
 			return data, after, true
 		case s.closed:
 			s.mu.Unlock()
-			l.CloseSend() // Before anybody may send to it directly.
+			_ = l.CloseSend() // Before anybody may send to it directly.
 			s.mu.Lock()
 			s.caughtUpLocked(l)
 			s.mu.Unlock()

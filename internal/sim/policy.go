@@ -42,6 +42,9 @@ type Policy struct {
 //
 // reports is the default with reports that servers send with their replies.
 //
+// aside is the default that puts endpoints aside that fail, and slowStart the one that lets
+// the share of newcomers rise over five seconds.
+//
 // first is the first version of the default.
 //
 // zones is the default with a preference for the zone of the client.
@@ -56,6 +59,8 @@ func Policies() []Policy {
 	return []Policy{
 		{Name: "oracle"},
 		{"default", p2c.Name, `{}`},
+		{"aside", p2c.Name, `{"failureAccrual":{}}`},
+		{"slowStart", p2c.Name, `{"slowStart":{"window":"5s"}}`},
 		{"reports", p2c.Name, `{"load":{"expectedLatency":{"reports":{}}}}`},
 		{"zones", p2c.Name, `{"zones":{}}`},
 		{"aperture", aperture.Name, `{"ordinal":$ordinal,"peers":$peers}`},

@@ -113,7 +113,7 @@ func (r *run) serve(nc net.Conn) {
 		g := r.current
 		r.mu.Unlock()
 		if g == nil {
-			c.Close()
+			_ = c.Close()
 			return
 		}
 		if g.feed.put(c) {
@@ -202,7 +202,7 @@ func (r *run) closeConns() {
 	}
 	r.mu.Unlock()
 	for _, c := range conns {
-		c.Close()
+		_ = c.Close()
 	}
 }
 

@@ -26,8 +26,8 @@ func bind(addr *net.TCPAddr) (free func()) {
 		err = syscall.Bind(fd, sa)
 	}
 	if err != nil {
-		syscall.Close(fd)
+		_ = syscall.Close(fd)
 		return nil
 	}
-	return func() { syscall.Close(fd) }
+	return func() { _ = syscall.Close(fd) }
 }

@@ -94,8 +94,9 @@ func (c *call) work() error {
 	}
 	r := randOf(s.seed, s.works.Add(1), forServiceTime)
 	amount := s.model.Draw(&r)
-	begin, ok := s.now(), true
+	begin := s.now()
 	if s.queue != nil {
+		var ok bool
 		begin, ok = s.queue.acquire(begin, stop, s.counters.changed)
 		s.counters.changed()
 		if !ok {

@@ -162,13 +162,14 @@ func (w *watch) replace(ctx context.Context, got *clientv3.GetResponse) error {
 // follow yields what changes from a revision on. It returns nil if all keys are
 // to be read again.
 func (w *watch) follow(ctx context.Context, revision int64) error {
-	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), w.readEvery-rand.N(w.readEvery/10))
+	// What has arrived is told even if this has ended.
+	watchCtx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), w.readEvery-rand.N(w.readEvery/10))
 	defer cancel()
-	for got := range w.client.Watch(ctx, w.prefix, clientv3.WithPrefix(), clientv3.WithRev(revision)) {
+	for got := range w.client.Watch(watchCtx, w.prefix, clientv3.WithPrefix(), clientv3.WithRev(revision)) {
 		if got.CompactRevision != 0 {
 			return nil // The revisions from here on are gone.
 		}
-		if err := got.Err(); err != nil && ctx.Err() == nil {
+		if err := got.Err(); err != nil && watchCtx.Err() == nil {
 			return fmt.Errorf("etcd: watching %q: %w", w.prefix, err)
 		}
 		var changes []discover.Change
@@ -188,7 +189,7 @@ func (w *watch) follow(ctx context.Context, revision int64) error {
 			w.report(ctx, err)
 		}
 	}
-	if ctx.Err() == nil {
+	if watchCtx.Err() == nil {
 		return fmt.Errorf("etcd: watching %q: the client has ended the watch", w.prefix)
 	}
 	return nil

@@ -4,6 +4,7 @@
 package etcd
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -183,6 +184,39 @@ func TestSource(t *testing.T) {
 		}
 	})
 
+	t.Run("tells of a removal that came when it was time to read again", func(t *testing.T) {
+		put(t, client, "late/a", value("a:1"))
+		src := newSource(c.client(t), "late")
+		src.readEvery = 300 * time.Millisecond
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		known := map[string]bool{}
+		for element := range src.Watch(ctx) {
+			for change := range element.All() {
+				switch change.Op {
+				case discover.OpInsert:
+					known[change.Key] = true
+				case discover.OpRemove:
+					delete(known, change.Key)
+				case discover.OpSynced:
+					if !known["b"] {
+						put(t, client, "late/b", value("b:1"))
+						continue
+					}
+					if !known["a"] {
+						return
+					}
+				}
+			}
+			if known["a"] && known["b"] {
+				commit(t, client, clientv3.OpDelete("late/a"))
+				// The client keeps the event meanwhile.
+				time.Sleep(2 * src.readEvery)
+			}
+		}
+		t.Error("the removal was not told")
+	})
+
 	t.Run("survives silence", func(t *testing.T) {
 		put(t, client, "silent/a", value("a:1"))
 		src := newSource(c.client(t, 1), "silent")
@@ -296,7 +330,7 @@ func TestRandomChanges(t *testing.T) {
 		commit(t, client, change(0))
 	}
 	src := newSource(c.client(t), "random")
-	src.readEvery, src.timeout = time.Second, time.Second
+	src.readEvery, src.timeout = 20*time.Millisecond, time.Second
 	channel := enginetest.Dial(t, src)
 	channel.WaitKey(t, "k0")
 	channel.Load(4)

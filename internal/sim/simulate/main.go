@@ -11,6 +11,8 @@
 //
 //	go run ./internal/sim/simulate
 //	go run ./internal/sim/simulate -scenarios 'antagonists|stops' -policies oracle,default,random -runs 5
+//
+// With -svg it draws the ratios too.
 package main
 
 import (
@@ -47,6 +49,7 @@ type plan struct {
 	warmUp    time.Duration
 	runs      int
 	parallel  int
+	svg       string // path of the chart, or empty
 }
 
 func run(args []string, out, errs io.Writer) error {
@@ -72,6 +75,7 @@ func parse(args []string, errs io.Writer) (*plan, error) {
 	fs.DurationVar(&p.warmUp, "warmup", 0, "simulated time before calls are measured; 0 for that of the scenario")
 	fs.IntVar(&p.runs, "runs", 1, "runs of each scenario under each policy, at least 1; the table has their medians")
 	fs.IntVar(&p.parallel, "parallel", runtime.GOMAXPROCS(0), "runs at the same time, at least 1")
+	fs.StringVar(&p.svg, "svg", "", "`path` of a chart of the ratios, at least two policies")
 	if err := fs.Parse(args); err != nil {
 		return nil, err
 	}
@@ -85,6 +89,9 @@ func parse(args []string, errs io.Writer) (*plan, error) {
 	}
 	if p.warmUp < 0 {
 		return nil, fmt.Errorf("-warmup: %v, must not be negative", p.warmUp)
+	}
+	if p.svg != "" && !strings.Contains(*policies, ",") {
+		return nil, errors.New("-svg: needs at least two policies")
 	}
 	match, err := regexp.Compile(*scenarios)
 	if err != nil {
@@ -177,21 +184,24 @@ func (p *plan) print(out io.Writer) error {
 		}
 		fmt.Fprintln(out)
 	}
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil || p.svg == "" {
+		return err
+	}
+	return os.WriteFile(p.svg, []byte(p.chart(table)), 0o666)
 }
 
 // format returns the medians of the cell, with the ratio to the first of the row.
 func (c *cell) format(first *cell, show sim.Show) string {
 	var p99, p999, ratio, failed, mean, least, most []float64
-	for i, r := range c.results {
+	for _, r := range c.results {
 		mean = append(mean, r.Mean().Seconds()*1e3)
 		least, most = append(least, r.Least), append(most, r.Most)
 		p99 = append(p99, r.Percentile(0.99).Seconds()*1e3)
 		p999 = append(p999, r.Percentile(0.999).Seconds()*1e3)
 		failed = append(failed, float64(r.Failed)/float64(r.Calls)*100)
-		if c != first && first.results[i] != nil {
-			ratio = append(ratio, r.Percentile(0.99).Seconds()/first.results[i].Percentile(0.99).Seconds())
-		}
+	}
+	if c != first && !slices.Contains(first.results, nil) {
+		ratio = c.ratios(first)
 	}
 	s := fmt.Sprintf("%.1f / %.1f", median(p99), median(p999))
 	if len(ratio) > 0 {

@@ -4,7 +4,10 @@
 package main
 
 import (
+	"encoding/xml"
 	"io"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -30,6 +33,28 @@ func TestTableHasARowPerScenarioAndAColumnPerPolicy(t *testing.T) {
 $`)
 	if got := out.String(); !want.MatchString(got) {
 		t.Errorf("table is\n%s, want it to match\n%s", got, want)
+	}
+}
+
+func TestChartHasABarForEachScenarioAndPolicyButTheFirst(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "chart.svg")
+	args := []string{"-scenarios", "^homogeneous", "-policies", "oracle,default,random", "-calls", "100", "-warmup", "100ms", "-svg", path}
+	if err := run(args, io.Discard, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	svg, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := xml.Unmarshal(svg, new(struct{})); err != nil {
+		t.Errorf("the chart is not XML: %v", err)
+	}
+	// Two rectangles are of the legend, and one is the ground.
+	if got := strings.Count(string(svg), "<rect"); got != 2*2+2+1 {
+		t.Errorf("the chart has %d rectangles, want 7:\n%s", got, svg)
+	}
+	if err := run([]string{"-policies", "default", "-svg", path}, io.Discard, io.Discard); err == nil {
+		t.Error("a chart of one policy is no error")
 	}
 }
 

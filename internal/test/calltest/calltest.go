@@ -240,8 +240,8 @@ func AllocateNothing(t *testing.T, unaries map[string]grpc.UnaryClientIntercepto
 	t.Helper()
 	ctx := context.Background()
 	for name, unary := range unaries {
-		unary(ctx, method, nil, nil, nil, Noop)
-		got := testing.AllocsPerRun(200, func() { unary(ctx, method, nil, nil, nil, Noop) })
+		_ = unary(ctx, method, nil, nil, nil, Noop)
+		got := testing.AllocsPerRun(200, func() { _ = unary(ctx, method, nil, nil, nil, Noop) })
 		// The stack's own pool may be emptied by the collector, and is by the race detector.
 		if got != 0 && !race.Enabled {
 			t.Errorf("%s: %v allocations, want 0", name, got)
@@ -256,7 +256,7 @@ func Bench(b *testing.B, unaries map[string]grpc.UnaryClientInterceptor, method 
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				unary(ctx, method, nil, nil, nil, Noop)
+				_ = unary(ctx, method, nil, nil, nil, Noop)
 			}
 		})
 	}
