@@ -65,6 +65,9 @@ func (s *selection) choose(now load.Instant) *candidate {
 	p := s.picker
 	weighted := p.ready.unequal.Load()
 	queue := s.measure(now)
+	if s.home > 0 {
+		s.chargeAway()
+	}
 	if every := p.config.exploreEvery; every > 0 && s.random.below(every) == 0 {
 		if c := s.unheard(now); c != nil {
 			return c
@@ -139,10 +142,6 @@ func (s *selection) measure(now load.Instant) (queue float32) {
 		detail := c.detail.Load()
 		if !good || s.call.class != 0 {
 			cost, detail = c.ask(s.picker, now, s.call.class)
-		}
-		if s.home > 0 && c.slot.Load() >= s.home {
-			cost = s.picker.awayCost(cost)
-			s.away |= 1 << i
 		}
 		s.costs[i], s.details[i] = cost, detail
 		queue += math.Float32frombits(uint32(detail))
