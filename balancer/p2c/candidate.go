@@ -31,17 +31,17 @@ type candidate struct {
 	laps   atomic.Uint32                  // how often tally.picks has begun at 0 again
 }
 
-// measure is a meter and what the policy has to know besides.
+// measure is a meter and what the policy has to know besides, in one cache line.
 type measure struct {
 	load.Meter
 	timeless bool // it has no use for the time
 	// quiet is whether it need not be told of a start, nor of an answer unless an
 	// attempt was given up before.
 	quiet bool
-	room  *room
 	// health is what the attempts so far were, of everAnswered, everFailed and
 	// everGivenUp.
 	health atomic.Uint32
+	room   *room
 
 	failures atomic.Uint64
 	failure  atomic.Pointer[failure]

@@ -69,16 +69,16 @@
 //
 // # Zones
 //
-// With zones the policy prefers endpoints in the caller's zone: those elsewhere cost 2.2
-// times as much, and four draws of a pick are from home. So calls stay at home while it has
+// With zones the policy prefers endpoints in the caller's zone: those elsewhere cost twice
+// as much, and four draws of a pick are from home. So calls stay at home while it has
 // capacity, and only what it cannot take leaves:
 //
 //	{"zones": {"homeEnv": "ZONE"}}
 //
 // Discovery says where an endpoint is, and may say where the caller is. In simulation
-// (internal/sim) 98 % of the calls stay at 70 % load, 64 % without the setting, and the p99
+// (internal/sim) 99 % of the calls stay at 70 % load, 64 % without the setting, and the p99
 // is lower, because less goes over the longer way; where a zone is asked for 140 % of what
-// it can do 29 % of its calls leave. While fewer than half of the endpoints at home are well,
+// it can do 28 % of its calls leave. While fewer than half of the endpoints at home are well,
 // all zones count alike. The metric constant knows no load, and never spills over.
 //
 // # Endpoints

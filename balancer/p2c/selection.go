@@ -65,6 +65,9 @@ func (s *selection) choose(now load.Instant) *candidate {
 	p := s.picker
 	weighted := p.ready.unequal.Load()
 	queue := s.measure(now)
+	if s.home > 0 {
+		s.chargeAway()
+	}
 	if every := p.config.exploreEvery; every > 0 && s.random.below(every) == 0 {
 		if c := s.unheard(now); c != nil {
 			return c
@@ -99,22 +102,25 @@ func (s *selection) choose(now load.Instant) *candidate {
 	if rest || weighted {
 		count = s.drawn
 	}
-	// There are no branches in this loop: which costs are equal no processor can guess. The
-	// bits of numbers above 0 are in the order of the numbers.
+	like := likeness{least: least, limit: min(limit*least, math.MaxFloat32), errors: min(errors*least, math.MaxFloat32)}
+	if rest {
+		like.time = p.config.equalTime
+		if !s.call.stream && skipped == 0 {
+			// As a rule most are equal, so that a few draws among all find one.
+			for range 2 {
+				if i := s.random.below(uint32(count)); like.has(s.costs[i], s.details[i]) {
+					return s.seen[i]
+				}
+			}
+		}
+	}
+	// There are no branches in this loop: which costs are equal no processor can guess.
 	var equal [maxChoices + maxMemory]uint8
 	var equals uint32
-	most := math.Float32bits(limit)
-	short := float32(0)
-	if rest {
-		short = p.config.equalTime
-	}
 	for i, cost := range s.costs[:count] {
-		e := math.Float32frombits(uint32(s.details[i] >> 32))
-		part := math.Float32frombits(min(math.Float32bits(errors*e), most))
-		within := max(math.Float32bits(least*part), math.Float32bits(short*e))
 		equal[equals] = uint8(i)
 		var is uint32
-		if math.Float32bits(cost) <= math.Float32bits(least+math.Float32frombits(within)) {
+		if like.has(cost, s.details[i]) {
 			is = 1
 		}
 		equals += is &^ (skipped >> i)
@@ -130,6 +136,19 @@ func (s *selection) choose(now load.Instant) *candidate {
 	return s.leastBusy(equal[:equals], rest, weighted)
 }
 
+// likeness says which costs are equal to the least: those above it by less than their relative
+// error times errors, up to limit, or times time.
+type likeness struct{ least, limit, errors, time float32 }
+
+// has reports whether a cost is equal. The bits of numbers above 0 are in the order of the
+// numbers.
+func (l *likeness) has(cost float32, detail uint64) bool {
+	e := math.Float32frombits(uint32(detail >> 32))
+	within := min(math.Float32bits(l.errors*e), math.Float32bits(l.limit))
+	within = max(within, math.Float32bits(l.time*e))
+	return math.Float32bits(cost) <= math.Float32bits(l.least+math.Float32frombits(within))
+}
+
 // measure asks what the candidates cost, ranks them, and returns the sum of their queues.
 func (s *selection) measure(now load.Instant) (queue float32) {
 	tick := tickOf(now)
@@ -139,10 +158,6 @@ func (s *selection) measure(now load.Instant) (queue float32) {
 		detail := c.detail.Load()
 		if !good || s.call.class != 0 {
 			cost, detail = c.ask(s.picker, now, s.call.class)
-		}
-		if s.home > 0 && c.slot.Load() >= s.home {
-			cost = s.picker.awayCost(cost)
-			s.away |= 1 << i
 		}
 		s.costs[i], s.details[i] = cost, detail
 		queue += math.Float32frombits(uint32(detail))

@@ -82,8 +82,8 @@ func TestZones(t *testing.T) {
 	t.Run("calls_spill_over_when_home_is_busy", func(t *testing.T) {
 		bubble(t, func(t *testing.T, w *world) {
 			w.start(`{"choiceCount":8,"exploreEvery":0,"zones":{"home":"a","awayCost":3},"load":{"pendingRequests":{}}}`, threeZones(2)...)
-			// One away that has n in flight counts for 3*(n+1)-1.
-			for _, c := range []struct{ picks, home, away int }{{6, 3, 0}, {4, 3, 1}, {6, 6, 1}, {4, 6, 2}} {
+			// One away that has n in flight counts for 3*(n+1).
+			for _, c := range []struct{ picks, home, away int }{{8, 4, 0}, {4, 4, 1}, {6, 7, 1}, {4, 7, 2}} {
 				for range c.picks {
 					w.mustPick()
 				}

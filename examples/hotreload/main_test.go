@@ -31,7 +31,7 @@ func TestEachConfigChangesWhatHappensToCalls(t *testing.T) {
 		for _, want := range []string{
 			"*: [limit]\n",
 			"*: [timeout > limit]\n", "DEADLINE by timeout",
-			"nothing has changed: stackconfig: methodConfig[0].layers[1].concurrency.limit: -20, must be",
+			"nothing has changed: stackconfig: methodConfig[0].layers[3].concurrency.limit: -20, must be",
 			"*: [loadshed > timeout > buffer > limit]\n", "QUEUE_FULL by buffer",
 		} {
 			if !strings.Contains(out.String(), want) {

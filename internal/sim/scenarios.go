@@ -363,6 +363,13 @@ func Scenarios() []Scenario {
 			s.ask(percent/100, 0.35)
 		})
 	}
+	for _, percent := range []float64{70, 140} {
+		add(fmt.Sprintf("3 zones, one client alone asks its own for %v %%", percent), func(s *Scenario) {
+			s.zoned(7, 7, 7)
+			s.Clients = 3
+			s.ask(percent/100, 0)
+		})
+	}
 	add("3 zones, one silent at times", func(s *Scenario) {
 		s.zoned(7, 7, 7)
 		s.Load, s.capacity = 0.5, 1-5./30/3

@@ -255,8 +255,8 @@ type Zones struct {
 	// that need not go; more lets home become slower before they do. With pendingRequests
 	// an endpoint counts for this with one attempt in flight more than it has.
 	//
-	// From 1 to 1000. Default 2.2, with which 95 % stay at 70 % load also where zones are no
-	// further apart.
+	// From 1 to 1000. Default 2, with which 93 % stay at 70 % load also in small zones that are
+	// no further apart.
 	AwayCost *float64 `protobuf:"fixed64,3,opt,name=away_cost,json=awayCost,proto3,oneof" json:"away_cost,omitempty"`
 	// How many draws of a pick are from home, besides the choice_count from all
 	// endpoints. Without them a small zone is seldom among the candidates.
