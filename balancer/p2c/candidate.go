@@ -51,6 +51,8 @@ type measure struct {
 
 	// accrual judges the endpoint; nil if the config has none.
 	accrual atomic.Pointer[accrual]
+
+	ep atomic.Pointer[endpoint] // which has it; nil while it is kept
 }
 
 const (
@@ -67,7 +69,9 @@ type failure struct {
 
 // failed counts a failure, and notes one in 100 ms at most, because that allocates.
 func (m *measure) failed(now load.Instant, err error) {
-	m.note(everFailed)
+	if m.note(everFailed) {
+		m.judge()
+	}
 	m.failures.Add(1)
 	if f := m.failure.Load(); f == nil || time.Duration(now-f.at) >= noteAfter {
 		m.failure.Store(&failure{now, err})

@@ -511,6 +511,9 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 func (k *pick) answered() {
 	if k.meter.note(everAnswered) {
 		k.candidate.changed()
+		if k.meter.health.Load()&everFailed != 0 {
+			k.meter.judge()
+		}
 	}
 }
 
