@@ -55,7 +55,7 @@ var steps = []struct{ title, config string }{
 			{"timeout": {"call": "0.1s"}},
 			{"name": "limit", "concurrency": {"limit": 10, "discipline": "DISCIPLINE_LIFO"}}
 		]}]}`},
-	{"who would have to wait is refused, but for five", `{
+	{"a call that would have to wait is refused; five may wait", `{
 		"methodConfig": [{"name": [{}], "layers": [
 			{"loadShed": {}},
 			{"timeout": {"call": "0.1s"}},
