@@ -135,7 +135,7 @@ func durationBetween(field string, m *durationpb.Duration, unset, least, most ti
 
 // accrual judges an endpoint by how its attempts end.
 type accrual struct {
-	ep *endpoint
+	ep *endpoint // nil while it is kept
 
 	// run is the number of failures in a row, below, and above it the number of the row. An
 	// attempt remembers which row there was when it was picked: its answer ends that one only.
@@ -203,6 +203,14 @@ func (ep *endpoint) accrueLocked(cfg *accrualConfig) {
 	}
 }
 
+// keepsakeLocked returns what is kept of it while the channel is idle: it holds no endpoint, and
+// with that no closed channel in memory.
+func (a *accrual) keepsakeLocked() *accrual {
+	k := &accrual{last: a.last}
+	k.aside.Store(a.aside.Load())
+	return k
+}
+
 // isReady reports whether the endpoint's child has a connection.
 func isReady(c *candidate) bool {
 	s := c.child.Load()
@@ -223,7 +231,7 @@ func (k *pick) accrues() {
 // for each.
 func (k *pick) accrue(o load.Outcome, err error) {
 	a := k.meter.accrual.Load()
-	if a == nil {
+	if a == nil || a.ep == nil {
 		return
 	}
 	refused := err != nil && status.Code(err) == codes.ResourceExhausted

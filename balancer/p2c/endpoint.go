@@ -236,6 +236,8 @@ func (ep *endpoint) close(keep bool) {
 	m.ep.CompareAndSwap(ep, nil)
 	if !keep {
 		m.Close()
+	} else if a := m.accrual.Load(); a != nil && a.ep == ep {
+		m.accrual.CompareAndSwap(a, a.keepsakeLocked())
 	}
 	b.mu.Unlock()
 	b.metrics.moved(from, connectivity.Shutdown)

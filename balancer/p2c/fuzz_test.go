@@ -6,6 +6,7 @@ package p2c
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"testing"
@@ -14,6 +15,7 @@ import (
 
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/status"
@@ -268,6 +270,8 @@ func (m *history) makePick(arg int) {
 	may, try := m.mayGet()
 	addr, done, err := m.pickWith(ctx)
 	switch {
+	case errors.Is(err, balancer.ErrNoSubConnAvailable) && m.state() == connectivity.Connecting: // all that is READY has failed
+		return
 	case err != nil && len(may) > 0 && !fuzzConfigs[m.config].limit:
 		m.t.Fatalf("the pick failed: %v, want one of %v", err, may)
 	case err != nil:

@@ -5,9 +5,11 @@ package p2c
 
 import (
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/channelz"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/resolver"
 )
@@ -51,6 +53,29 @@ func TestIdle(t *testing.T) {
 		for a, m := range second {
 			if m != first[a] {
 				t.Errorf("the meter of %s is another after the channel was idle", a)
+			}
+		}
+	})
+}
+
+// Meters are kept for ten minutes; a channel that was closed is not.
+func TestKeptMetersHoldNoEndpoint(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.p.opts.ChannelzParent = struct{ channelz.Identifier }{}
+		w.warm(accruing(``), ten()...)
+		w.serve(1000, failing("a"))
+		_, late := w.mustPick()
+		meters := make(map[string]*measure)
+		for _, ep := range w.p.endpoints.All() {
+			meters[ep.addr] = ep.candidate.meter.Load()
+		}
+		w.b.Close()
+		w.settle()
+		late(failureDone)
+		for addr, m := range meters {
+			if a := m.accrual.Load(); m.ep.Load() != nil || a.ep != nil || a.aside.Load() != (addr == "a") {
+				t.Errorf("what is kept of %s holds the endpoint or does not know that it is aside", addr)
 			}
 		}
 	})

@@ -88,6 +88,15 @@ func (c *Channel) SubConn(addr string) *SubConn {
 	return c.subConns[addr]
 }
 
+// forget makes SubConn return s no more.
+func (c *Channel) forget(s *SubConn) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.subConns[s.Address.Addr] == s {
+		delete(c.subConns, s.Address.Addr)
+	}
+}
+
 // Drain runs what the policy has asked for, and what it asks for meanwhile, and
 // returns when nothing is left.
 func (c *Channel) Drain() {
@@ -137,7 +146,10 @@ func (s *SubConn) Connect() {
 
 // Shutdown implements balancer.SubConn.
 func (s *SubConn) Shutdown() {
-	s.channel.enqueue(func() { s.SetState(connectivity.Shutdown, nil) })
+	s.channel.enqueue(func() {
+		s.SetState(connectivity.Shutdown, nil)
+		s.channel.forget(s)
+	})
 }
 
 // RegisterHealthListener implements balancer.SubConn. Without a health check the
