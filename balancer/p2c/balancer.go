@@ -169,6 +169,7 @@ type policy struct {
 	homesWell  int                // and how many of them are well
 	published  connectivity.State // what cc was told last; SHUTDOWN before
 	seating    seating
+	hope       hope
 	ramps      ramps
 	measuring  bool // measureMedian will be called
 }
@@ -294,6 +295,7 @@ func (b *policy) ExitIdle() {
 func (b *policy) Close() {
 	b.mu.Lock()
 	b.inhibit, b.closed = true, true
+	b.hope.endLocked()
 	b.mu.Unlock()
 	b.queue.dismiss(true)
 	live.Delete(b)
@@ -325,8 +327,12 @@ func (b *policy) forAll(f func(*endpoint)) {
 	b.publishLocked()
 }
 
-// stateLocked returns the state of the channel: the best of the endpoints'.
+// stateLocked returns the state of the channel: the best of the endpoints', unless there is
+// hope of a better one.
 func (b *policy) stateLocked() connectivity.State {
+	if b.hopesLocked() {
+		return connectivity.Connecting
+	}
 	if b.count[connectivity.Ready] == 0 && b.seating.seated[ejected] && b.seating.count[ejected] > 0 {
 		return connectivity.Ready // All that is left is used.
 	}

@@ -58,6 +58,7 @@ type endpoint struct {
 	draining    bool            // discovery says that it is about to leave
 	ejectedFrom *balancer.State // the child's report before a parent or a health check took the endpoint out; nil if none has
 	condition   condition
+	failing     bool   // counted in policy.hope
 	other       int    // the place in policy.seating.others
 	weight      uint32 // relative capacity, at least 1
 	cold        bool   // its share is to rise when it is READY
@@ -86,6 +87,7 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep.candidate.weight.Store(1)
 	ep.candidate.changed()
 	if m := b.recallLocked(e); m != nil {
+		m.ep.Store(ep)
 		ep.candidate.meter.Store(m)
 	} else {
 		ep.measureLocked(b.picker, b.metric)
@@ -109,8 +111,10 @@ func (ep *endpoint) measureLocked(p *picker, m load.Metric) {
 		fresh.accrual.Store(old.accrual.Load())
 		old.Close()
 	}
+	fresh.ep.Store(ep)
 	ep.candidate.meter.Store(fresh)
 	ep.candidate.changed()
+	ep.judgeLocked()
 }
 
 // UpdateState receives the reports of the child. It may be called from any
@@ -158,6 +162,7 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 		ep.rampLocked()
 	}
 	b.seatLocked(ep)
+	ep.judgeLocked()
 	if to == connectivity.Ready && from != connectivity.Ready {
 		ep.accrual().reconnectedLocked()
 	}
@@ -220,8 +225,10 @@ func (ep *endpoint) close(keep bool) {
 		a.stopLocked()
 	}
 	ep.settleLocked("")
+	m := ep.candidate.meter.Load()
+	m.ep.CompareAndSwap(ep, nil)
 	if !keep {
-		ep.candidate.meter.Load().Close()
+		m.Close()
 	}
 	b.mu.Unlock()
 	b.metrics.moved(from, connectivity.Shutdown)

@@ -107,7 +107,7 @@ var hedges = map[string]string{
 // they use half of it: of 100 rounds none lowered p99.9 by less than 2.0, and half of them
 // by 15. The calls of all rounds count together, and up to five are made, of which all
 // would have to be worse than the worst of those.
-func TestHedgingHalvesTheTailForSixPercentMoreCalls(t *testing.T) {
+func TestHedgingHalvesTail(t *testing.T) {
 	if race.Enabled {
 		t.Skip("takes minutes under the race detector, which has TestStress")
 	}
