@@ -152,7 +152,7 @@ func newClient(t *testing.T, cluster *testserver.Cluster, config string) *client
 }
 
 // Attempt counts an attempt.
-func (c *client) Attempt(string, int) { c.attempts.Add(1) }
+func (c *client) Attempt(interceptor.Observed) { c.attempts.Add(1) }
 
 // load makes 250 calls a second for d, however long they take.
 func (c *client) load(ctx context.Context, t *testing.T, d time.Duration) {
