@@ -51,7 +51,7 @@ func TestSchema(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(withoutDescriptions(t, got), withoutDescriptions(t, want)) {
-		t.Error("schema.json is not what the messages say: run go generate ./stackfile")
+		t.Error("schema.json is not what the messages say: run go generate ./... in resolver/file")
 	}
 }
 
