@@ -25,6 +25,7 @@ import (
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/childpolicy"
+	"github.com/belfry-go/belfry/internal/seldom"
 	"github.com/belfry-go/belfry/internal/simenv"
 	"github.com/belfry-go/belfry/internal/slab"
 	"github.com/belfry-go/belfry/limit"
@@ -101,8 +102,10 @@ var errNoEndpoints = errors.New("no children to pick from")
 // call that picked such an endpoint until the next picker.
 type policy struct {
 	// Immutable.
-	cc       balancer.ClientConn
-	opts     balancer.BuildOptions
+	cc                            balancer.ClientConn
+	opts                          balancer.BuildOptions
+	putAsides, returns, ejections seldom.Log // what is logged of them
+
 	target   string // the channel's, by which, and by id, it knows its calls
 	id       uint64
 	children balancer.Builder
@@ -169,6 +172,7 @@ type policy struct {
 	homesWell  int                // and how many of them are well
 	published  connectivity.State // what cc was told last; SHUTDOWN before
 	seating    seating
+	hope       hope
 	ramps      ramps
 	measuring  bool // measureMedian will be called
 }
@@ -299,6 +303,7 @@ func (b *policy) ExitIdle() {
 func (b *policy) Close() {
 	b.mu.Lock()
 	b.inhibit, b.closed = true, true
+	b.hope.endLocked()
 	b.mu.Unlock()
 	b.queue.dismiss(true)
 	live.Delete(b)
@@ -330,8 +335,12 @@ func (b *policy) forAll(f func(*endpoint)) {
 	b.publishLocked()
 }
 
-// stateLocked returns the state of the channel: the best of the endpoints'.
+// stateLocked returns the state of the channel: the best of the endpoints', unless there is
+// hope of a better one.
 func (b *policy) stateLocked() connectivity.State {
+	if b.hopesLocked() {
+		return connectivity.Connecting
+	}
 	if b.count[connectivity.Ready] == 0 && b.seating.seated[ejected] && b.seating.count[ejected] > 0 {
 		return connectivity.Ready // All that is left is used.
 	}

@@ -31,17 +31,17 @@ type candidate struct {
 	laps   atomic.Uint32                  // how often tally.picks has begun at 0 again
 }
 
-// measure is a meter and what the policy has to know besides.
+// measure is a meter and what the policy has to know besides, in one cache line.
 type measure struct {
 	load.Meter
 	timeless bool // it has no use for the time
 	// quiet is whether it need not be told of a start, nor of an answer unless an
 	// attempt was given up before.
 	quiet bool
-	room  *room
 	// health is what the attempts so far were, of everAnswered, everFailed and
 	// everGivenUp.
 	health atomic.Uint32
+	room   *room
 
 	failures atomic.Uint64
 	failure  atomic.Pointer[failure]
@@ -51,6 +51,8 @@ type measure struct {
 
 	// accrual judges the endpoint; nil if the config has none.
 	accrual atomic.Pointer[accrual]
+
+	ep atomic.Pointer[endpoint] // which has it; nil while it is kept
 }
 
 const (
@@ -67,7 +69,9 @@ type failure struct {
 
 // failed counts a failure, and notes one in 100 ms at most, because that allocates.
 func (m *measure) failed(now load.Instant, err error) {
-	m.note(everFailed)
+	if m.note(everFailed) {
+		m.judge()
+	}
 	m.failures.Add(1)
 	if f := m.failure.Load(); f == nil || time.Duration(now-f.at) >= noteAfter {
 		m.failure.Store(&failure{now, err})

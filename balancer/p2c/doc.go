@@ -119,10 +119,14 @@
 //
 // # Endpoints that fail
 //
-// The metric makes an endpoint that fails dear, and tries it again now and then. With
-// failureAccrual it gets no calls at all for a while: it is put aside after five failures in
-// a row, or when a fifth of its attempts in ten seconds fail. Then one call tries it, and if
-// that fails it is aside for longer.
+// The metric makes an endpoint that fails dear, and tries it again now and then. While all
+// that is READY has only failed and other endpoints connect, the channel is CONNECTING, and
+// calls wait, for half a second at most. Without that an endpoint that fails at once and is
+// READY before the others would get all calls until they are.
+//
+// With failureAccrual an endpoint that fails gets no calls at all for a while: it is put aside
+// after five failures in a row, or when a fifth of its attempts in ten seconds fail. Then one
+// call tries it, and if that fails it is aside for longer.
 //
 //	{"failureAccrual": {"failures": 5, "successRate": 0.8, "baseTime": "3s", "maxAside": 0.5}}
 //

@@ -61,6 +61,7 @@ type endpoint struct {
 	draining    bool            // discovery says that it is about to leave
 	ejectedFrom *balancer.State // the child's report before a parent or a health check took the endpoint out; nil if none has
 	condition   condition
+	failing     bool   // counted in policy.hope
 	other       int    // the place in policy.seating.others
 	weight      uint32 // relative capacity, at least 1
 	cold        bool   // its share is to rise when it is READY
@@ -89,6 +90,7 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep.candidate.weight.Store(1)
 	ep.candidate.changed()
 	if m := b.recallLocked(e); m != nil {
+		m.ep.Store(ep)
 		ep.candidate.meter.Store(m)
 	} else {
 		ep.measureLocked(b.picker, b.metric)
@@ -113,8 +115,10 @@ func (ep *endpoint) measureLocked(p *picker, m load.Metric) {
 		fresh.accrual.Store(old.accrual.Load())
 		old.Close()
 	}
+	fresh.ep.Store(ep)
 	ep.candidate.meter.Store(fresh)
 	ep.candidate.changed()
+	ep.judgeLocked()
 }
 
 // UpdateState receives the reports of the child. It may be called from any
@@ -127,6 +131,7 @@ func (ep *endpoint) UpdateState(s balancer.State) {
 		return
 	}
 	from := ep.moveLocked(s)
+	ejected := ep.ejectedFrom != nil && from == connectivity.Ready
 	// A picker that was READY may have failed a pick, or its SubConn may be
 	// another now. One that has become READY wakes no call that is not woken by
 	// the state of the channel.
@@ -134,6 +139,12 @@ func (ep *endpoint) UpdateState(s balancer.State) {
 	b.mu.Unlock()
 
 	b.metrics.moved(from, s.ConnectivityState)
+	if ejected {
+		if more, ok := b.ejections.May(b.now()); ok {
+			_, err := s.Picker.Pick(balancer.PickInfo{})
+			logger.Warningf("%s: endpoint %s is ejected by an outlier detector or a health check: %v%s", b.opts.Target.String(), ep.addr, err, more)
+		}
+	}
 	if s.ConnectivityState == connectivity.Idle {
 		// Endpoints connect eagerly. The child holds its lock here.
 		go ep.call(func() { ep.child.ExitIdle() })
@@ -162,6 +173,7 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 		ep.rampLocked()
 	}
 	b.seatLocked(ep)
+	ep.judgeLocked()
 	if to == connectivity.Ready && from != connectivity.Ready {
 		ep.accrual().reconnectedLocked()
 	}
@@ -226,8 +238,10 @@ func (ep *endpoint) close(keep bool) {
 		a.stopLocked()
 	}
 	ep.settleLocked("")
+	m := ep.candidate.meter.Load()
+	m.ep.CompareAndSwap(ep, nil)
 	if !keep {
-		ep.candidate.meter.Load().Close()
+		m.Close()
 	}
 	b.mu.Unlock()
 	b.metrics.moved(from, connectivity.Shutdown)

@@ -353,9 +353,12 @@ func admitted(c *candidate) (*candidate, error) {
 
 // admit gives the room that an endpoint has to those who wait.
 func (q *queue) admit(c *candidate) {
-	if q.waiting.Load() == 0 {
-		return
+	if q.waiting.Load() > 0 {
+		q.admitWaiting(c)
 	}
+}
+
+func (q *queue) admitWaiting(c *candidate) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if f := c.meter.Load().room.found.Load(); f != nil {

@@ -283,14 +283,17 @@ func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 // not each of them is counted.
 func (p *picker) rest(s *selection, busy bool) bool {
 	idle := p.idle.Load()
-	switch round := uint32(int(p.ready.size.Load())+s.count-1) / uint32(s.count); {
+	switch {
 	case busy && idle != 0:
 		p.idle.Store(0)
 	case busy:
 	case idle >= idleRounds:
 		return true
-	case round <= 1 || s.random.below(round) == 0:
-		p.idle.Store(idle + 1)
+	default:
+		round := uint32(int(p.ready.size.Load())+s.count-1) / uint32(s.count)
+		if round <= 1 || s.random.below(round) == 0 {
+			p.idle.Store(idle + 1)
+		}
 	}
 	return false
 }
@@ -508,6 +511,9 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 func (k *pick) answered() {
 	if k.meter.note(everAnswered) {
 		k.candidate.changed()
+		if k.meter.health.Load()&everFailed != 0 {
+			k.meter.judge()
+		}
 	}
 }
 

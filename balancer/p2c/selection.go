@@ -102,22 +102,25 @@ func (s *selection) choose(now load.Instant) *candidate {
 	if rest || weighted {
 		count = s.drawn
 	}
-	// There are no branches in this loop: which costs are equal no processor can guess. The
-	// bits of numbers above 0 are in the order of the numbers.
+	like := likeness{least: least, limit: min(limit*least, math.MaxFloat32), errors: min(errors*least, math.MaxFloat32)}
+	if rest {
+		like.time = p.config.equalTime
+		if !s.call.stream && skipped == 0 {
+			// As a rule most are equal, so that a few draws among all find one.
+			for range 2 {
+				if i := s.random.below(uint32(count)); like.has(s.costs[i], s.details[i]) {
+					return s.seen[i]
+				}
+			}
+		}
+	}
+	// There are no branches in this loop: which costs are equal no processor can guess.
 	var equal [maxChoices + maxMemory]uint8
 	var equals uint32
-	most := math.Float32bits(limit)
-	short := float32(0)
-	if rest {
-		short = p.config.equalTime
-	}
 	for i, cost := range s.costs[:count] {
-		e := math.Float32frombits(uint32(s.details[i] >> 32))
-		part := math.Float32frombits(min(math.Float32bits(errors*e), most))
-		within := max(math.Float32bits(least*part), math.Float32bits(short*e))
 		equal[equals] = uint8(i)
 		var is uint32
-		if math.Float32bits(cost) <= math.Float32bits(least+math.Float32frombits(within)) {
+		if like.has(cost, s.details[i]) {
 			is = 1
 		}
 		equals += is &^ (skipped >> i)
@@ -131,6 +134,19 @@ func (s *selection) choose(now load.Instant) *candidate {
 		return s.seen[equal[s.random.below(equals)]]
 	}
 	return s.leastBusy(equal[:equals], rest, weighted)
+}
+
+// likeness says which costs are equal to the least: those above it by less than their relative
+// error times errors, up to limit, or times time.
+type likeness struct{ least, limit, errors, time float32 }
+
+// has reports whether a cost is equal. The bits of numbers above 0 are in the order of the
+// numbers.
+func (l *likeness) has(cost float32, detail uint64) bool {
+	e := math.Float32frombits(uint32(detail >> 32))
+	within := min(math.Float32bits(l.errors*e), math.Float32bits(l.limit))
+	within = max(within, math.Float32bits(l.time*e))
+	return math.Float32bits(cost) <= math.Float32bits(l.least+math.Float32frombits(within))
 }
 
 // measure asks what the candidates cost, ranks them, and returns the sum of their queues.

@@ -45,27 +45,29 @@ var steps = []struct{ title, config string }{
 		"methodConfig": [{"name": [{}], "layers": [
 			{"name": "limit", "concurrency": {"limit": 10}}
 		]}]}`},
-	{"a tenth of a second for each call, waiting included", `{
+	{"a tenth of a second for each call, waiting included; the queue serves the oldest call first, which is nearly out of time, so permits are wasted", `{
 		"methodConfig": [{"name": [{}], "layers": [
 			{"timeout": {"call": "0.1s"}},
 			{"name": "limit", "concurrency": {"limit": 10}}
 		]}]}`},
-	{"a limit of minus twenty, which is refused: the config of before stays, under which more and more calls reach the limit too late", `{
-		"methodConfig": [{"name": [{}], "layers": [
-			{"timeout": {"call": "0.1s"}},
-			{"name": "limit", "concurrency": {"limit": -20}}
-		]}]}`},
-	{"of those that wait, the one that came last goes first", `{
+	{"of those that wait, the one that came last goes first, and has most of its time left", `{
 		"methodConfig": [{"name": [{}], "layers": [
 			{"timeout": {"call": "0.1s"}},
 			{"name": "limit", "concurrency": {"limit": 10, "discipline": "DISCIPLINE_LIFO"}}
 		]}]}`},
-	{"who would have to wait is refused, but for five", `{
+	{"a call that would have to wait is refused; five may wait", `{
 		"methodConfig": [{"name": [{}], "layers": [
 			{"loadShed": {}},
 			{"timeout": {"call": "0.1s"}},
 			{"buffer": {"size": 5}},
 			{"name": "limit", "concurrency": {"limit": 10}}
+		]}]}`},
+	{"a limit of minus twenty, which is refused: all stays as it was", `{
+		"methodConfig": [{"name": [{}], "layers": [
+			{"loadShed": {}},
+			{"timeout": {"call": "0.1s"}},
+			{"buffer": {"size": 5}},
+			{"name": "limit", "concurrency": {"limit": -20}}
 		]}]}`},
 	{"forty calls at a time", `{
 		"methodConfig": [{"name": [{}], "layers": [
@@ -176,15 +178,15 @@ func (o *observer) add(what string) {
 }
 
 // Ended is called for each call that was admitted.
-func (o *observer) Ended(_ string, _ interceptor.Kind, _ interceptor.Outcome, err error) {
-	if _, refused := interceptor.AsRefusal(err); !refused { // Those are counted below.
-		o.add(status.Code(err).String())
+func (o *observer) Ended(_ interceptor.Observed, e interceptor.ObservedEnd) {
+	if _, refused := interceptor.AsRefusal(e.Err); !refused { // Those are counted below.
+		o.add(status.Code(e.Err).String())
 	}
 }
 
 // Refused is called for each call that a layer refused or cut short.
-func (o *observer) Refused(_, layer string, reason interceptor.Reason) {
-	o.add(fmt.Sprintf("%s by %s", reason, layer))
+func (o *observer) Refused(_ interceptor.Observed, r *interceptor.Refusal) {
+	o.add(fmt.Sprintf("%s by %s", r.Reason, r.Layer))
 }
 
 // take returns the counts since it was last called.

@@ -159,8 +159,8 @@ func shareChart(w workload, all []series) template.HTML {
 	}
 	group := (chartWidth - chartLeft - chartRight) / float64(len(w.maxima))
 	width := group * 0.8 / float64(len(all))
-	// Beyond some thirty endpoints there is no room to name each.
-	every := (len(w.maxima) + 29) / 30
+	// Beyond some twenty endpoints there is no room to name each.
+	every := (len(w.maxima) + 19) / 20
 	for e, m := range w.maxima {
 		left := chartLeft + group*float64(e) + group*0.1
 		if e%every == 0 {

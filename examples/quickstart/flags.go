@@ -53,13 +53,18 @@ func defaultReport() string {
 
 // known are the policies that have a name, in the order in which they run.
 var known = []policy{
-	{"round_robin", lbConfig(`"round_robin": {}`)},
-	{"least_request_experimental", lbConfig(`"least_request_experimental": {}`)},
-	{"pendingRequests", lbConfig(`"belfry.p2c": {"load": {"pendingRequests": {}}}`)},
+	{"round_robin", lbConfig(`"round_robin": {}`),
+		"grpc's: each endpoint in turn, whatever it takes."},
+	{"least_request_experimental", lbConfig(`"least_request_experimental": {}`),
+		"grpc's: of two endpoints drawn at random, the one with fewer calls in flight."},
+	{"pendingRequests", lbConfig(`"belfry.p2c": {"load": {"pendingRequests": {}}}`),
+		"belfry's with the metric of the one above."},
 	// As in Tower's example, whose latencies the first estimate has to suit: with
 	// the default of 1 s all endpoints look alike for seconds.
-	{"peakEwma", lbConfig(`"belfry.p2c": {"load": {"peakEwma": {"decay": "10s", "defaultRtt": "0.030s"}}}`)},
-	{"default", lbConfig(`"belfry.p2c": {}`)},
+	{"peakEwma", lbConfig(`"belfry.p2c": {"load": {"peakEwma": {"decay": "10s", "defaultRtt": "0.030s"}}}`),
+		"belfry's with Tower's metric: of two endpoints, the one with the lower recent latency times its calls in flight."},
+	{"default", lbConfig(`"belfry.p2c": {}`),
+		"belfry's as it is: of eight endpoints and the two best of before, the one where one more call is expected to take the least."},
 }
 
 // lbConfig returns the service config that chooses a policy.
@@ -100,9 +105,9 @@ func parseFlags(args []string, out io.Writer) (*options, error) {
 		workers  = fs.Int("workers", 0, "calls that each endpoint works on at a time, the others waiting in a\nFIFO queue before it; 0: all at once, without a queue")
 		addTimer = fs.Bool("add-timer", false, "add 1.2ms to each latency, as the timer of Tower's runtime does, so that\np50 and mean compare with Tower's too")
 		inFlight = fs.Int("in-flight", 500, "calls in flight at a time")
-		calls    = fs.Int("calls", 100_000, "calls per policy")
+		calls    = fs.Int("calls", 100_000, "calls per policy in each run")
 		names    = fs.String("policies", strings.Join(knownNames(), ","), "`names` of the policies to run, in this order; empty for none but those\nof -service-config")
-		count    = fs.Int("count", 1, "how often to run all policies in turn; the table then shows medians")
+		count    = fs.Int("count", 1, "how often to run all policies in turn; the table shows medians")
 		seed     = fs.Uint64("seed", 1, "seed of the latencies, which are the same for every policy; repeated runs\n(-count) take the next ones")
 		html     = fs.String("html", defaultReport(), "`path` of the report with charts, or "+noReport)
 	)
@@ -112,7 +117,7 @@ func parseFlags(args []string, out io.Writer) (*options, error) {
 		if !ok || name == "" || strings.ContainsAny(name, "{}\n") {
 			return errors.New("must be name=JSON")
 		}
-		extra = append(extra, policy{name, config})
+		extra = append(extra, policy{name, config, "Given by -service-config."})
 		return nil
 	})
 
@@ -166,7 +171,7 @@ func parseFlags(args []string, out io.Writer) (*options, error) {
 func printUsage(fs *flag.FlagSet, out io.Writer) {
 	fmt.Fprint(out, usageHead)
 	for _, p := range known {
-		fmt.Fprintf(out, "  %-27s %s\n", p.name, p.config)
+		fmt.Fprintf(out, "  %s\n      %s\n      %s\n", p.name, p.about, p.config)
 	}
 	fmt.Fprint(out, "\nFlags:\n\n")
 	fs.SetOutput(out)

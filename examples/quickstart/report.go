@@ -29,9 +29,9 @@ type report struct {
 	Legend      []legendEntry
 	Percentiles template.HTML
 	Shares      template.HTML
-	Heading     []string
-	Rows        [][]string
-	Parameters  [][2]string
+	Figures     tableView
+	ByEndpoint  tableView
+	Policies    []policyView
 }
 
 type legendEntry struct {
@@ -39,20 +39,29 @@ type legendEntry struct {
 	Name  string
 }
 
+// A tableView is a table for the template.
+type tableView struct {
+	Heading []string
+	Rows    [][]string
+}
+
+// A policyView is a policy for the template.
+type policyView struct{ Name, About, Config string }
+
 // writeReport writes the report as one HTML page that needs nothing else: no
 // network, no script.
 func writeReport(out io.Writer, o *options, runs []*run, when time.Time) error {
 	summaries := summarize(runs)
 	w := o.workload
-	t := newTable(w, summaries)
+	figures, byEndpoint := newFigures(summaries), newShares(w, summaries)
 	r := report{
 		Description: describe(w, o.count),
 		When:        when.Format("2006-01-02 15:04:05 MST"),
 		Machine:     fmt.Sprintf("%s, %s/%s, GOMAXPROCS %d", runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.GOMAXPROCS(0)),
 		Ratios:      ratios(runs),
 		Notes:       notes(w, o.count, summaries),
-		Heading:     t.heading,
-		Rows:        t.rows,
+		Figures:     tableView{figures.heading, figures.rows},
+		ByEndpoint:  tableView{byEndpoint.heading, byEndpoint.rows},
 	}
 	groups := byPolicy(runs)
 	all := make([]series, len(summaries))
@@ -67,7 +76,7 @@ func writeReport(out io.Writer, o *options, runs []*run, when time.Time) error {
 	r.Percentiles = percentileChart(all)
 	r.Shares = shareChart(w, all)
 	for _, p := range o.policies {
-		r.Parameters = append(r.Parameters, [2]string{p.name, p.config})
+		r.Policies = append(r.Policies, policyView{p.name, p.about, p.config})
 	}
 	return reportTemplate.Execute(out, r)
 }

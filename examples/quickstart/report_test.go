@@ -91,11 +91,12 @@ func render(t *testing.T, o *options, runs []*run) []byte {
 	return page.Bytes()
 }
 
-func TestReportHasACurveAndBarsForEachPolicy(t *testing.T) {
+// Report has a curve and bars for each policy.
+func TestReportHasEachPolicy(t *testing.T) {
 	o := &options{workload: workload{maxima: []time.Duration{time.Millisecond, time.Second}, calls: 1000, inFlight: 10}, count: 1}
 	var runs []*run
 	for i := range 12 { // more than there are colours
-		p := policy{fmt.Sprintf("policy %d", i), "{}"}
+		p := policy{fmt.Sprintf("policy %d", i), "{}", "It is one."}
 		o.policies = append(o.policies, p)
 		runs = append(runs, runOf(p.name, 0, upTo(1000, time.Duration(i+1)*time.Microsecond)))
 	}
@@ -105,14 +106,17 @@ func TestReportHasACurveAndBarsForEachPolicy(t *testing.T) {
 		t.Errorf("got %d curves and %d bars, want 12 and 24", elements["path"], elements["rect"])
 	}
 	for _, p := range o.policies {
-		if n := bytes.Count(page, []byte("<td>"+p.name+"</td>")); n != 2 {
-			t.Errorf("%s has %d rows, want one of figures and one of its config", p.name, n)
+		for _, want := range []string{"<td>" + p.name + "</td>", `<th scope="col">` + p.name + "</th>", "<dt>" + p.name + "</dt>\n<dd>It is one.</dd>"} {
+			if n := bytes.Count(page, []byte(want)); n != 1 {
+				t.Errorf("report has %q %d times, want its figures, its column of shares, and what it is, once", want, n)
+			}
 		}
 	}
 }
 
-func TestReportEscapesNamesAndConfigs(t *testing.T) {
-	p := policy{`<b>&"x"`, `{"a": "</code><script>"}`}
+// Report escapes names and configs.
+func TestReportEscapes(t *testing.T) {
+	p := policy{`<b>&"x"`, `{"a": "</code><script>"}`, "<i>"}
 	o := &options{workload: workload{maxima: []time.Duration{time.Millisecond, 0}, calls: 3}, count: 1, policies: []policy{p}}
 	r := runOf(p.name, 0, upTo(3, time.Millisecond))
 	r.policy, r.errors, r.example = p, 1, errors.New("<i>")
@@ -132,7 +136,7 @@ func TestReportOfExtremesIsValid(t *testing.T) {
 		"far apart":     {1, time.Hour},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := policy{"p", "{}"}
+			p := policy{"p", "{}", ""}
 			r := runOf("p", 0, latencies)
 			r.errors = 1
 			many := workload{maxima: make([]time.Duration, 200), calls: 10}
@@ -143,7 +147,8 @@ func TestReportOfExtremesIsValid(t *testing.T) {
 	}
 }
 
-func TestProgressBarShowsTheRunAndClearsItsLine(t *testing.T) {
+// Progress bar shows the run and clears its line.
+func TestProgressBar(t *testing.T) {
 	s := start{policy: policy{name: "least_request_experimental"}, done: new(atomic.Int64)}
 	s.done.Store(50)
 	line := bar(s, 200)

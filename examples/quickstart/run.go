@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"runtime"
+	"runtime/metrics"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -41,6 +42,7 @@ type workload struct {
 type policy struct {
 	name   string
 	config string // service config JSON
+	about  string // one sentence
 }
 
 // A run is what came of one workload under one policy.
@@ -52,7 +54,8 @@ type run struct {
 	errors    int             // calls that failed, those that an interrupt ended left out
 	example   error           // one of their errors
 	elapsed   time.Duration
-	complete  bool // not interrupted
+	busy      float64 // the share of the processors' time that was used, from 0 to 1
+	complete  bool    // not interrupted
 }
 
 // A start is a moment at which the run of a policy begins.
@@ -100,8 +103,8 @@ func (w workload) run(ctx context.Context, s start) (*run, error) {
 	}
 	defer cluster.Close()
 
-	// This is all there is to using belfry: a source that says which endpoints
-	// exist, and a service config that says how to choose among them.
+	// This is all that a program needs to use belfry: a source that says which
+	// endpoints exist, and a service config that says how to choose among them.
 	source, err := discover.List(cluster.Endpoints()...)
 	if err != nil {
 		return nil, err
@@ -119,12 +122,26 @@ func (w workload) run(ctx context.Context, s start) (*run, error) {
 		}
 		return nil, err
 	}
-	runtime.GC() // what the last run left behind is not this one's to clear away
+	used, had := processors()
 	w.load(ctx, conn, s.done, r)
+	usedThen, hadThen := processors()
+	r.busy = (usedThen - used) / max(hadThen-had, 1e-9)
 	for _, server := range cluster.Servers() {
 		r.served = append(r.served, int(server.Stats().Started))
 	}
 	return r, nil
+}
+
+// processors returns how many seconds of processors the program has used and had since
+// it began. Go counts them when it collects garbage, so it does that; what one run leaves
+// behind is not the next one's to clear away anyway. A goroutine that waits for the
+// processor of a busy machine counts as using it.
+func processors() (used, had float64) {
+	runtime.GC()
+	s := []metrics.Sample{{Name: "/cpu/classes/total:cpu-seconds"}, {Name: "/cpu/classes/idle:cpu-seconds"}}
+	metrics.Read(s)
+	had = s[0].Value.Float64()
+	return had - s[1].Value.Float64(), had
 }
 
 // dial returns a channel to the endpoints of a source, balanced by a policy.

@@ -57,7 +57,8 @@ type summary struct {
 	answered int
 	errors   int
 	example  error
-	complete bool // no run was interrupted
+	busy     float64 // the share of the processors' time, from 0 to 1
+	complete bool    // no run was interrupted
 }
 
 // summarize returns a summary for each policy, in the order of the runs. Runs in
@@ -85,6 +86,7 @@ func summarize(runs []*run) []summary {
 		s.rate = median(g, func(r *run) float64 {
 			return float64(len(r.latencies)+r.errors) / max(r.elapsed.Seconds(), 1e-9)
 		})
+		s.busy = median(g, func(r *run) float64 { return r.busy })
 		of := func(f func(l []time.Duration) time.Duration) time.Duration {
 			return time.Duration(median(g, func(r *run) float64 { return float64(f(r.latencies)) }))
 		}

@@ -24,7 +24,7 @@ func upTo(n int, unit time.Duration) []time.Duration {
 // quarters of the calls on the first.
 func runOf(name string, round int, latencies []time.Duration) *run {
 	n := len(latencies)
-	return &run{policy: policy{name, "{}"}, round: round, latencies: latencies, served: []int{3 * n / 4, n - 3*n/4}, elapsed: time.Second, complete: true}
+	return &run{policy: policy{name: name, config: "{}"}, round: round, latencies: latencies, served: []int{3 * n / 4, n - 3*n/4}, elapsed: time.Second, complete: true}
 }
 
 func TestPercentileIsTheNearestRank(t *testing.T) {
@@ -50,7 +50,8 @@ func TestPercentileIsTheNearestRank(t *testing.T) {
 	}
 }
 
-func TestSummaryIsTheMedianOfTheRuns(t *testing.T) {
+// Summary is the median of the runs.
+func TestSummaryIsMedian(t *testing.T) {
 	runs := []*run{
 		runOf("a", 0, upTo(100, time.Millisecond)),
 		runOf("b", 0, upTo(100, time.Second)),
@@ -74,7 +75,8 @@ func TestSummaryIsTheMedianOfTheRuns(t *testing.T) {
 	}
 }
 
-func TestInterruptedRunCountsOnlyIfThereIsNoCompleteOne(t *testing.T) {
+// Interrupted run counts only if there is no complete one.
+func TestSummaryOfInterruptedRuns(t *testing.T) {
 	cut := runOf("a", 1, upTo(100, time.Second))
 	cut.complete = false
 	if s := summarize([]*run{runOf("a", 0, upTo(100, time.Millisecond)), cut})[0]; s.runs != 1 || !s.complete || s.p50 != 50*time.Millisecond {
@@ -88,7 +90,8 @@ func TestInterruptedRunCountsOnlyIfThereIsNoCompleteOne(t *testing.T) {
 	}
 }
 
-func TestRatiosCompareRunsOfOneRound(t *testing.T) {
+// Ratios compare runs of one round.
+func TestRatiosOfOneRound(t *testing.T) {
 	runs := []*run{
 		runOf("peakEwma", 0, upTo(100, 4*time.Millisecond)), runOf("default", 0, upTo(100, time.Millisecond)),
 		runOf("peakEwma", 1, upTo(100, 40*time.Millisecond)), runOf("default", 1, upTo(100, 10*time.Millisecond)),
@@ -102,9 +105,11 @@ func TestRatiosCompareRunsOfOneRound(t *testing.T) {
 	}
 }
 
-func TestTableIsAlignedAndHasAColumnPerEndpoint(t *testing.T) {
+// Tables are aligned and notes say what they do not.
+func TestTablesAndNotes(t *testing.T) {
 	w := workload{maxima: []time.Duration{time.Millisecond, 500 * time.Millisecond}, calls: 100, inFlight: 10, seed: 1}
 	slow := runOf("least_request_experimental", 0, upTo(100, 1500*time.Microsecond))
+	slow.busy = 0.95
 	failed := runOf("broken", 0, nil)
 	failed.served, failed.errors, failed.example = []int{100, 0}, 100, errors.New("no luck")
 	var out strings.Builder
@@ -112,20 +117,43 @@ func TestTableIsAlignedAndHasAColumnPerEndpoint(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := `2 endpoints, 100 calls per policy, 10 in flight, seed 1.
-Latencies in ms, as the client sees them; then each endpoint, by its maximum latency, with its share of the calls in %.
+Latencies in ms, as the client sees them:
 
-policy                      calls/s  mean   p50  p90  p99  p99.9  errors   1ms 500ms
-least_request_experimental      100  75.8  75.0  135  148    150       0  75.0  25.0
-broken                          100     -     -    -    -      -     100   100  0.00
+policy                      calls/s  mean   p50  p90  p99  p99.9  errors
+least_request_experimental      100  75.8  75.0  135  148    150       0
+broken                          100     -     -    -    -      -     100
+
+Shares of the calls in %, by the endpoints' maximum latencies:
+
+policy                       1ms  500ms
+least_request_experimental  75.0   25.0
+broken                       100   0.00
 
 broken: 100 calls failed, one of them with: no luck
+
+The processors were the bound of least_request_experimental (95 % of their time). Client and servers share them, so these latencies include waiting for a processor, which no policy can shorten. That raises p50 most. With a smaller -in-flight they are not the bound.
+
+One run is noise where other programs run: -count 3 shows medians.
 `
 	if got := out.String(); got != want {
 		t.Errorf("got:\n%s\nwant:\n%s", got, want)
 	}
 }
 
-func TestMillisecondsHaveThreeDigits(t *testing.T) {
+// Shares fold after ten endpoints.
+func TestSharesFold(t *testing.T) {
+	r := runOf("a", 0, upTo(2, time.Second))
+	r.served = make([]int, 25)
+	r.served[24] = 2
+	w := workload{maxima: make([]time.Duration, 25)}
+	tables := foldedShares(w, summarize([]*run{r}))
+	if len(tables) != 3 || len(tables[0].heading) != 11 || len(tables[2].heading) != 6 || tables[2].rows[0][5] != "100" {
+		t.Errorf("got %v, want tables of 10, 10 and 5 endpoints, the last with all calls", tables)
+	}
+}
+
+// Milliseconds have three digits.
+func TestFormatMillis(t *testing.T) {
 	for d, want := range map[time.Duration]string{
 		0:                        "0.00",
 		123 * time.Microsecond:   "0.12",

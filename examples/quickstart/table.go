@@ -16,21 +16,21 @@ import (
 type table struct {
 	heading []string
 	rows    [][]string
-	shares  int // the columns from this one on are shares of the calls
 }
 
-// newTable returns the table of the summaries, which are of the same cluster.
-func newTable(w workload, summaries []summary) table {
-	t := table{heading: []string{"policy", "calls/s", "mean", "p50", "p90", "p99", "p99.9", "errors"}}
-	t.shares = len(t.heading)
-	for _, m := range w.maxima {
-		t.heading = append(t.heading, formatMaximum(m))
+// nameOf is the first cell of a policy's row.
+func nameOf(s summary) string {
+	if !s.complete {
+		return s.policy.name + " (interrupted)"
 	}
+	return s.policy.name
+}
+
+// newFigures returns the table of the latencies.
+func newFigures(summaries []summary) table {
+	t := table{heading: []string{"policy", "calls/s", "mean", "p50", "p90", "p99", "p99.9", "errors"}}
 	for _, s := range summaries {
-		row := []string{s.policy.name, fmt.Sprintf("%.0f", s.rate)}
-		if !s.complete {
-			row[0] += " (interrupted)"
-		}
+		row := []string{nameOf(s), fmt.Sprintf("%.0f", s.rate)}
 		for _, d := range []time.Duration{s.mean, s.p50, s.p90, s.p99, s.p999} {
 			if s.answered == 0 {
 				row = append(row, "-")
@@ -38,17 +38,53 @@ func newTable(w workload, summaries []summary) table {
 				row = append(row, formatMillis(d))
 			}
 		}
-		row = append(row, fmt.Sprint(s.errors))
-		for _, share := range s.share {
-			row = append(row, formatShare(share))
+		t.rows = append(t.rows, append(row, fmt.Sprint(s.errors)))
+	}
+	return t
+}
+
+// newShares returns the table of the shares that the endpoints got of the calls, a
+// row for each endpoint.
+func newShares(w workload, summaries []summary) table {
+	t := table{heading: []string{"endpoint"}}
+	for _, s := range summaries {
+		t.heading = append(t.heading, s.policy.name)
+	}
+	for i, m := range w.maxima {
+		row := []string{formatMaximum(m)}
+		for _, s := range summaries {
+			row = append(row, formatShare(s.share[i]))
 		}
 		t.rows = append(t.rows, row)
 	}
 	return t
 }
 
+// foldedShares returns the same for a terminal: a row for each policy, and a table for
+// every so many endpoints, which is as wide as the table of the latencies.
+func foldedShares(w workload, summaries []summary) []table {
+	const columns = 10
+	var tables []table
+	for from := 0; from < len(w.maxima); from += columns {
+		to := min(from+columns, len(w.maxima))
+		t := table{heading: []string{"policy"}}
+		for _, m := range w.maxima[from:to] {
+			t.heading = append(t.heading, formatMaximum(m))
+		}
+		for _, s := range summaries {
+			row := []string{nameOf(s)}
+			for _, share := range s.share[from:to] {
+				row = append(row, formatShare(share))
+			}
+			t.rows = append(t.rows, row)
+		}
+		tables = append(tables, t)
+	}
+	return tables
+}
+
 // write writes the table as text, in columns.
-func (t table) write(out io.Writer) error {
+func (t table) write(b *strings.Builder) {
 	widths := make([]int, len(t.heading))
 	all := append([][]string{t.heading}, t.rows...)
 	for _, row := range all {
@@ -56,23 +92,17 @@ func (t table) write(out io.Writer) error {
 			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
 		}
 	}
-	var b strings.Builder
 	for _, row := range all {
 		for i, cell := range row {
 			pad := strings.Repeat(" ", widths[i]-utf8.RuneCountInString(cell))
-			switch {
-			case i == 0:
+			if i == 0 {
 				b.WriteString(cell + pad)
-			case i <= t.shares:
+			} else {
 				b.WriteString("  " + pad + cell)
-			default: // many narrow columns that belong together
-				b.WriteString(" " + pad + cell)
 			}
 		}
 		b.WriteByte('\n')
 	}
-	_, err := io.WriteString(out, b.String())
-	return err
 }
 
 // formatMillis returns a latency in milliseconds, without the unit, to three
@@ -117,18 +147,20 @@ func writeResults(out io.Writer, w workload, count int, runs []*run) error {
 		_, err := io.WriteString(out, b.String())
 		return err
 	}
-	fmt.Fprintf(&b, "%s\nLatencies in ms, as the client sees them; then each endpoint, by its maximum latency, with its share of the calls in %%.\n\n", describe(w, count))
-	if err := newTable(w, summaries).write(&b); err != nil {
-		return err
+	fmt.Fprintf(&b, "%s\nLatencies in ms, as the client sees them:\n\n", describe(w, count))
+	newFigures(summaries).write(&b)
+	b.WriteString("\nShares of the calls in %, by the endpoints' maximum latencies:\n")
+	for _, t := range foldedShares(w, summaries) {
+		b.WriteByte('\n')
+		t.write(&b)
 	}
 	for _, n := range notes(w, count, summaries) {
-		fmt.Fprintf(&b, "\n%s", n)
+		fmt.Fprintf(&b, "\n%s\n", n)
 	}
 	if r := ratios(runs); r != "" {
-		fmt.Fprintf(&b, "\n%s", r)
+		fmt.Fprintf(&b, "\n%s\n", r)
 	}
-	b.WriteByte('\n')
-	_, err := io.WriteString(out, strings.TrimRight(b.String(), "\n")+"\n")
+	_, err := io.WriteString(out, b.String())
 	return err
 }
 
@@ -162,5 +194,21 @@ func notes(w workload, count int, summaries []summary) []string {
 			ns = append(ns, fmt.Sprintf("%s: %d calls failed, one of them with: %v", s.policy.name, s.errors, s.example))
 		}
 	}
+	var bound []string
+	for _, s := range summaries {
+		if s.busy >= boundBusy {
+			bound = append(bound, fmt.Sprintf("%s (%.0f %% of their time)", s.policy.name, 100*s.busy))
+		}
+	}
+	if len(bound) > 0 {
+		ns = append(ns, "The processors were the bound of "+strings.Join(bound, ", ")+
+			". Client and servers share them, so these latencies include waiting for a processor, which no policy can shorten. That raises p50 most. With a smaller -in-flight they are not the bound.")
+	}
+	if count == 1 {
+		ns = append(ns, "One run is noise where other programs run: -count 3 shows medians.")
+	}
 	return ns
 }
+
+// boundBusy is the share of the processors' time from which on calls wait for them.
+const boundBusy = 0.9

@@ -93,9 +93,9 @@
 // to 2.7 times the unloaded one, and those clients get more than their share (Jain's index
 // is 0.95 with AIMD and Gradient2). When the work takes twice as long, one client
 // that gave 1.2 times the load has 99 % of the new goodput from ten seconds later on. 20 clients
-// have that, too, but are unequal for more than a minute (0.77), because each learns it from
-// a few calls; with 2.4 times the load they are unequal for long without any change (0.87
-// after a minute, 0.97 after 30).
+// have that, too, but are unequal in the five minutes after (0.75), because each learns it from
+// a few calls. Where they give 2.4 times the load from the beginning they are less so (0.92,
+// and 0.97 after 30 minutes; with -long).
 //
 // Auto does not share a server well where a client for each worker or more want all of it:
 // each may have one call at a time at least. With 100 clients for 20 workers the latency is

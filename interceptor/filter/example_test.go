@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
@@ -49,4 +50,24 @@ func Example() {
 	// Output:
 	// called /helloworld.Greeter/SayHello for [blue]
 	// PermissionDenied belfry: filter: FILTER: rejected: not for this tenant
+}
+
+// A Gate decides before the call has waited for anything, and sees the request.
+func ExampleNewGate() {
+	gate, err := filter.NewGate(filter.Config{}, func(ctx context.Context, a *interceptor.Admission, req any) error {
+		if s, ok := req.(string); ok && s == "" {
+			return status.Error(codes.InvalidArgument, "the request is empty")
+		}
+		return nil
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	stack, err := interceptor.NewStack(gate)
+	if err != nil {
+		log.Fatal(err)
+	}
+	err = stack.Wrap(echo{}).Invoke(context.Background(), "/helloworld.Greeter/SayHello", "", nil)
+	fmt.Println(status.Code(err))
+	// Output: InvalidArgument
 }

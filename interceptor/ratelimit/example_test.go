@@ -10,6 +10,7 @@ import (
 	"log"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -72,4 +73,56 @@ func ExampleConfig_keyBy() {
 	// called /helloworld.Greeter/SayHello
 	// called /helloworld.Greeter/SayHello
 	// belfry: ratelimit: RATE_LIMIT ("a"): more than 1 in 1m0s
+}
+
+// A limiter of golang.org/x/time/rate, which the program may use elsewhere too.
+func ExampleFromRate() {
+	limiter := rate.NewLimiter(rate.Every(time.Hour), 1)
+	stack, err := interceptor.NewStack(ratelimit.FromRate(limiter))
+	if err != nil {
+		log.Fatal(err)
+	}
+	conn := stack.Wrap(echo{})
+	for range 2 {
+		err := conn.Invoke(context.Background(), "/shop.Orders/Get", nil, nil, interceptor.WithWait(interceptor.None))
+		if refusal, ok := interceptor.AsRefusal(err); ok {
+			fmt.Println("refused:", refusal.Reason)
+		}
+	}
+	// Output:
+	// called /shop.Orders/Get
+	// refused: RATE_LIMIT
+}
+
+// store stands in for one that many processes share.
+type store map[string]int
+
+func (s store) Take(_ context.Context, key string) (ratelimit.Decision, error) {
+	if s[key] == 0 {
+		return ratelimit.Decision{RetryAfter: time.Minute}, nil
+	}
+	s[key]--
+	return ratelimit.Decision{OK: true}, nil
+}
+
+func (s store) Refund(key string) { s[key]++ }
+
+// A limiter that decides elsewhere, for each tenant.
+func ExampleFromLimiter() {
+	stack, err := interceptor.NewStack(
+		ratelimit.FromLimiter(store{"blue": 1}, interceptor.KeyBy{Metadata: "tenant"}))
+	if err != nil {
+		log.Fatal(err)
+	}
+	conn := stack.Wrap(echo{})
+	ctx := metadata.AppendToOutgoingContext(context.Background(), "tenant", "blue")
+	for range 2 {
+		err := conn.Invoke(ctx, "/shop.Orders/Get", nil, nil, interceptor.WithWait(interceptor.None))
+		if refusal, ok := interceptor.AsRefusal(err); ok {
+			fmt.Println(refusal.Key, "is refused, and may try again in", refusal.RetryAfter)
+		}
+	}
+	// Output:
+	// called /shop.Orders/Get
+	// blue is refused, and may try again in 1m0s
 }

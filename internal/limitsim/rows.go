@@ -186,6 +186,11 @@ func Rows() []Row {
 	later.MaxLatency = 2.3
 	many := Scenario{Workers: 20, Clients: 20, Load: 1.2}
 	again(add("20 clients, 20 workers, 1.2 x", many, 4, together), later)
+	doubled := many
+	doubled.Load = 2.4
+	row := add("20 clients, 20 workers, 2.4 x", doubled, 2, Demands{MinGoodput: 0.985})
+	row.Long = true
+	again(row, row.Demands)
 	shared := many
 	shared.Shared = true
 	again(add("20 clients, 20 shared cores, 1.2 x", shared, 4, together), later)
@@ -208,8 +213,8 @@ func Rows() []Row {
 	}
 	change := func(name string, load float64, c Change, ideal int64, d Demands) *Row {
 		c.At = -10 * s
-		row := add(name+", 10 s later", Scenario{Workers: 20, Load: load, Length: m, Changes: []Change{c}}, ideal, d)
-		row.Phases = 6
+		row := add(name+", 10 s later", Scenario{Workers: 20, Load: load, Changes: []Change{c}}, ideal, d)
+		row.Phases = 3
 		return row
 	}
 	change("workers halve at 1.2 x", 1.2, Change{Workers: 10}, 18, overload).Capacity = 0.5

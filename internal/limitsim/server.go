@@ -3,7 +3,11 @@
 
 package limitsim
 
-import "math"
+import (
+	"math"
+
+	"github.com/belfry-go/belfry/internal/agenda"
+)
 
 // server does the work of calls. FIFO, as many as it has workers are in service and the
 // others wait in one queue. With shared cores all are in service and share the cores
@@ -23,7 +27,7 @@ type server struct {
 	clock      float64 // nanoseconds of work
 	clockAt    int64   // when clock was brought up to date
 	running    []*call // a heap by call.doneAt
-	waiting    fifo[*call]
+	waiting    agenda.Queue[*call]
 	completion uint64 // the number of the valid completion event
 	complete   func(uint64)
 }
@@ -51,7 +55,7 @@ func (s *server) schedule() {
 	s.completion = 0
 	if rate := s.rate(); rate > 0 && len(s.running) > 0 {
 		left := math.Ceil(max(s.running[0].doneAt-s.clock, 0) / rate)
-		s.completion = s.run.agenda.add(s.run.now+int64(left), s.complete)
+		s.completion = s.run.agenda.Add(s.run.now+int64(left), s.complete)
 	}
 }
 
@@ -69,7 +73,7 @@ func (s *server) receive(c *call) bool {
 		return false
 	}
 	s.advance()
-	s.waiting.push(c)
+	s.waiting.Push(c)
 	before := len(s.running)
 	first := s.first()
 	s.fill()
@@ -80,7 +84,7 @@ func (s *server) receive(c *call) bool {
 }
 
 // excess returns how many calls there are beyond the workers.
-func (s *server) excess() int { return s.waiting.len() + max(len(s.running)-s.workers, 0) }
+func (s *server) excess() int { return s.waiting.Len() + max(len(s.running)-s.workers, 0) }
 
 func (s *server) first() *call {
 	if len(s.running) == 0 {
@@ -91,8 +95,8 @@ func (s *server) first() *call {
 
 // fill begins the work of calls that wait while workers are free.
 func (s *server) fill() {
-	for s.waiting.len() > 0 && (s.shared || len(s.running) < s.workers) {
-		c := s.waiting.pop()
+	for s.waiting.Len() > 0 && (s.shared || len(s.running) < s.workers) {
+		c := s.waiting.Pop()
 		c.doneAt = s.clock + c.work
 		s.push(c)
 	}

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"github.com/belfry-go/belfry/internal/agenda"
 	"github.com/belfry-go/belfry/limit"
 )
 
@@ -115,8 +116,8 @@ type run struct {
 	rng      *rand.Rand
 	mean     float64
 	now      int64
-	agenda   agenda
-	sent     fifo[*call] // In order of their deadlines.
+	agenda   agenda.Agenda[func(number uint64)]
+	sent     agenda.Queue[*call] // In order of their deadlines.
 	server   server
 	clients  []client
 	free     []*call
@@ -154,20 +155,20 @@ func Run(sc Scenario, maker Maker, seed uint64) (results []Result) {
 		c.starter, _ = c.limit.(limit.Starter)
 		c.again = func(uint64) { r.call(c) }
 		for range sc.Callers {
-			r.agenda.add(start+int64(r.rng.Float64()*r.mean), c.again)
+			r.agenda.Add(start+int64(r.rng.Float64()*r.mean), c.again)
 		}
 	}
 	if sc.Load > 0 {
 		between := r.mean / (sc.Load * float64(sc.Workers))
 		var arrive func(uint64)
 		arrive = func(uint64) {
-			r.agenda.add(r.now+int64(r.rng.ExpFloat64()*between), arrive)
+			r.agenda.Add(r.now+int64(r.rng.ExpFloat64()*between), arrive)
 			r.call(&r.clients[r.rng.IntN(len(r.clients))])
 		}
-		r.agenda.add(start, arrive)
+		r.agenda.Add(start, arrive)
 	}
 	for _, ch := range sc.Changes {
-		r.agenda.add(r.from+int64(ch.At), func(uint64) {
+		r.agenda.Add(r.from+int64(ch.At), func(uint64) {
 			r.server.change(func(s *server) {
 				s.stalled = ch.Stalled
 				if ch.Workers > 0 {
@@ -181,7 +182,7 @@ func Run(sc Scenario, maker Maker, seed uint64) (results []Result) {
 	}
 	var look func(uint64)
 	look = func(uint64) {
-		r.agenda.add(r.now+int64(100*time.Millisecond), look)
+		r.agenda.Add(r.now+int64(100*time.Millisecond), look)
 		if r.counts() {
 			r.looks++
 			for i := range r.clients {
@@ -189,13 +190,13 @@ func Run(sc Scenario, maker Maker, seed uint64) (results []Result) {
 			}
 		}
 	}
-	r.agenda.add(start+1, look)
+	r.agenda.Add(start+1, look)
 	for {
-		next := r.agenda.heap[0].at
-		for r.sent.len() > 0 && r.sent.front().sent+int64(deadline) <= next {
-			r.expire(r.sent.pop())
+		next := r.agenda.Next().At
+		for r.sent.Len() > 0 && (*r.sent.Front()).sent+int64(deadline) <= next {
+			r.expire(r.sent.Pop())
 		}
-		if next = r.agenda.heap[0].at; next > r.to {
+		if next = r.agenda.Next().At; next > r.to {
 			results = append(results, r.result())
 			if sc.Again == 0 || len(results) == 2 {
 				return results
@@ -203,9 +204,9 @@ func Run(sc Scenario, maker Maker, seed uint64) (results []Result) {
 			r.from = start + int64(sc.Again)
 			r.to = r.from + int64(sc.Length)
 		}
-		e := r.agenda.pop()
-		r.now = e.at
-		e.do(e.number)
+		e := r.agenda.Pop()
+		r.now = e.At
+		e.Do(e.Number)
 	}
 }
 
@@ -237,7 +238,7 @@ func (r *run) call(cl *client) {
 			r.refused++
 		}
 		if r.sc.Callers > 0 {
-			r.agenda.add(r.now+int64(r.rng.ExpFloat64()*10*r.mean), cl.again)
+			r.agenda.Add(r.now+int64(r.rng.ExpFloat64()*10*r.mean), cl.again)
 		}
 		return
 	}
@@ -254,13 +255,13 @@ func (r *run) call(cl *client) {
 		if r.counts() {
 			r.rejected++
 		}
-		r.agenda.add(r.now+int64(rejection), func(uint64) {
+		r.agenda.Add(r.now+int64(rejection), func(uint64) {
 			r.end(c, limit.Dropped)
 			r.free = append(r.free, c)
 		})
 		return
 	}
-	r.sent.push(c)
+	r.sent.Push(c)
 }
 
 // answered takes a call that the server has done.
@@ -288,11 +289,11 @@ func (r *run) end(c *call, result limit.Result) {
 	cl.limited = false
 	c.client = nil
 	if r.sc.Callers > 0 {
-		r.agenda.add(r.now, cl.again)
+		r.agenda.Add(r.now, cl.again)
 	}
 }
 
-// result returns what was measured, and begins anew.
+// result returns what was measured, and starts again.
 func (r *run) result() Result {
 	seconds := time.Duration(r.to - r.from).Seconds()
 	res := Result{

@@ -27,7 +27,8 @@ func checkNear(t *testing.T, what string, got, want, tolerance float64) {
 	}
 }
 
-func TestARunDependsOnNothingButItsSeed(t *testing.T) {
+// A run depends on nothing but its seed.
+func TestRunIsDetermined(t *testing.T) {
 	for _, name := range []string{"speeds 1:2:4", "2 of 20 replaced by cold ones", "processor sharing, antagonists"} {
 		for _, p := range []Policy{policy(t, "oracle"), policy(t, "default"), policy(t, "peakEwma")} {
 			t.Run(name+"/"+p.Name, func(t *testing.T) {
@@ -178,7 +179,8 @@ func TestDeadlinesEndCallsThatGetNoAnswer(t *testing.T) {
 	}
 }
 
-func TestBadScenariosAreErrorsThatNameTheField(t *testing.T) {
+// Bad scenarios are errors that name the field.
+func TestBadScenarios(t *testing.T) {
 	for field, spoil := range map[string]func(*Scenario){
 		"Clients":  func(s *Scenario) { s.Clients = 0 },
 		"Servers":  func(s *Scenario) { s.Servers = -1 },
@@ -206,46 +208,5 @@ func TestBadScenariosAreErrorsThatNameTheField(t *testing.T) {
 	}
 	if _, err := Run(base(), Policy{Name: "x", Balancer: "belfry.p2c", Config: `{"choiceCount":1}`}, Options{Calls: 1}); err == nil || !strings.Contains(err.Error(), "choiceCount") {
 		t.Errorf("error is %v, want that of the policy's config", err)
-	}
-}
-
-func TestAgendaIsInOrderOfTimeThenOfScheduling(t *testing.T) {
-	r := rand.New(rand.NewPCG(1, 1))
-	var a agenda
-	var last event
-	for range 20_000 {
-		if a.len() == 0 || r.IntN(5) < 3 {
-			at := last.at + r.Int64N(50)
-			if number := a.add(at, nil); number == 0 {
-				t.Fatal("an event has the number 0, which stands for none")
-			}
-			continue
-		}
-		e := a.pop()
-		if e.before(&last) {
-			t.Fatalf("event %d at %d comes after event %d at %d", e.number, e.at, last.number, last.at)
-		}
-		last = e
-	}
-}
-
-func TestFIFOKeepsTheOrder(t *testing.T) {
-	r := rand.New(rand.NewPCG(1, 1))
-	var q fifo[int]
-	pushed, popped := 0, 0
-	for range 20_000 {
-		if q.len() == 0 || r.IntN(2) == 0 {
-			q.push(pushed)
-			pushed++
-			continue
-		}
-		front := *q.front()
-		if got := q.pop(); front != popped || got != popped {
-			t.Fatalf("front and pop returned %d and %d, want %d", front, got, popped)
-		}
-		popped++
-	}
-	if got, want := q.len(), pushed-popped; got != want {
-		t.Errorf("length is %d, want %d", got, want)
 	}
 }

@@ -120,7 +120,7 @@ func newBalanced(c *cluster, p Policy, client int) (*balanced, error) {
 		Uint64: c.choice.Uint64,
 		AfterFunc: func(d time.Duration, f func()) func() {
 			stopped := false
-			c.agenda.add(c.now+int64(d), action(func() {
+			c.agenda.Add(c.now+int64(d), action(func() {
 				if !stopped {
 					f()
 				}

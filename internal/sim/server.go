@@ -6,6 +6,8 @@ package sim
 import (
 	"math"
 	"slices"
+
+	"github.com/belfry-go/belfry/internal/agenda"
 )
 
 // behaviour is what a server does with the calls that reach it.
@@ -41,7 +43,7 @@ type server struct {
 	clock      float64 // nanoseconds of work
 	clockAt    int64   // when clock was brought up to date
 	running    []*call // a heap by call.doneAt
-	waiting    fifo[*call]
+	waiting    agenda.Queue[*call]
 	completion uint64 // the number of the valid completion event
 
 	// What the oracle knows beyond that: see oracle.
@@ -75,7 +77,7 @@ func (s *server) schedule() {
 	s.completion = 0
 	if rate := s.rate(); rate > 0 && len(s.running) > 0 {
 		left := math.Ceil(max(s.running[0].doneAt-s.clock, 0) / rate)
-		s.completion = s.cluster.agenda.add(s.cluster.now+int64(left), s)
+		s.completion = s.cluster.agenda.Add(s.cluster.now+int64(left), s)
 	}
 }
 
@@ -105,7 +107,7 @@ func (s *server) receive(c *call) {
 	}
 	s.advance()
 	if s.workers > 0 && !s.sharing && len(s.running) >= s.workers {
-		s.waiting.push(c)
+		s.waiting.Push(c)
 		return
 	}
 	s.begin(c)
@@ -121,8 +123,8 @@ func (s *server) fire(number uint64) {
 	// Times are whole nanoseconds, and the clock is not: half of one is nothing.
 	for len(s.running) > 0 && s.running[0].doneAt <= s.clock+0.5 {
 		s.popRunning().reply()
-		if s.waiting.len() > 0 {
-			s.begin(s.waiting.pop())
+		if s.waiting.Len() > 0 {
+			s.begin(s.waiting.Pop())
 		}
 	}
 	s.schedule()

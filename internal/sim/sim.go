@@ -13,6 +13,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/belfry-go/belfry/internal/agenda"
 )
 
 // Options are what a run has besides its scenario and its policy.
@@ -134,7 +136,7 @@ type cluster struct {
 	scenario Scenario
 	options  Options
 	now      int64
-	agenda   agenda
+	agenda   agenda.Agenda[handler]
 	err      error // ends the run
 
 	// Streams of random numbers apart, so that what a policy draws changes
@@ -145,8 +147,8 @@ type cluster struct {
 	byAddr  map[string]*server // those that ever were
 	clients []*client
 	zones   []zone
-	expiry  fifo[expiry] // the deadlines of the calls in flight, in order
-	idle    []*call      // to be used again
+	expiry  agenda.Queue[expiry] // the deadlines of the calls in flight, in order
+	idle    []*call              // to be used again
 	callID  uint64
 
 	rate    float64 // arrivals per nanosecond, of an open loop
@@ -258,7 +260,7 @@ func (c *cluster) update() {
 }
 
 // after schedules f.
-func (c *cluster) after(d time.Duration, f func()) { c.agenda.add(c.now+int64(d), action(f)) }
+func (c *cluster) after(d time.Duration, f func()) { c.agenda.Add(c.now+int64(d), action(f)) }
 
 // start makes the clients, and schedules the faults and the first calls.
 func (c *cluster) start(p Policy) error {
@@ -309,16 +311,16 @@ func (c *cluster) close() {
 func (c *cluster) run() error {
 	for c.err == nil && (c.now < c.end || c.measured > 0) {
 		switch {
-		case c.expiry.len() > 0 && (c.agenda.len() == 0 || c.expiry.front().at <= c.agenda.next().at):
-			e := c.expiry.pop()
+		case c.expiry.Len() > 0 && (c.agenda.Len() == 0 || c.expiry.Front().at <= c.agenda.Next().At):
+			e := c.expiry.Pop()
 			if e.call.id == e.id && !e.call.over {
 				c.now = e.at
 				e.call.finish(errDeadline)
 			}
-		case c.agenda.len() > 0:
-			e := c.agenda.pop()
-			c.now = e.at
-			e.fire(e.number)
+		case c.agenda.Len() > 0:
+			e := c.agenda.Pop()
+			c.now = e.At
+			e.Do.fire(e.Number)
 		default:
 			return errors.New("all calls wait for ever: they need a deadline")
 		}
@@ -326,11 +328,11 @@ func (c *cluster) run() error {
 	return c.err
 }
 
-// setRate changes the rate of an open loop. Waiting for the next arrival begins
-// anew, which is the same for an exponential law.
+// setRate changes the rate of an open loop. Waiting for the next arrival starts
+// again, which is the same for an exponential law.
 func (c *cluster) setRate(perNanosecond float64) {
 	c.rate = perNanosecond
-	c.arrival = c.agenda.add(c.now+c.exponential(1/c.rate), c)
+	c.arrival = c.agenda.Add(c.now+c.exponential(1/c.rate), c)
 }
 
 // fire is the next arrival of an open loop.
@@ -339,7 +341,7 @@ func (c *cluster) fire(number uint64) {
 		return
 	}
 	cl := c.caller()
-	c.arrival = c.agenda.add(c.now+c.exponential(1/c.rate), c)
+	c.arrival = c.agenda.Add(c.now+c.exponential(1/c.rate), c)
 	c.send(cl)
 }
 
@@ -427,9 +429,9 @@ func (c *cluster) send(cl *client) {
 	if c.options.called != nil {
 		c.options.called(time.Duration(c.now), cl.zone, s)
 	}
-	c.agenda.add(c.now+k.there, k)
+	c.agenda.Add(c.now+k.there, k)
 	if sc.Deadline > 0 {
-		c.expiry.push(expiry{c.now + int64(sc.Deadline), k, k.id})
+		c.expiry.Push(expiry{c.now + int64(sc.Deadline), k, k.id})
 	}
 }
 
@@ -452,8 +454,8 @@ func (k *call) fire(uint64) {
 
 // reply sends the reply off, with a report of the server's load.
 func (k *call) reply() {
-	k.requests = len(k.server.running) + k.server.waiting.len()
-	k.cluster.agenda.add(k.cluster.now+k.back, k)
+	k.requests = len(k.server.running) + k.server.waiting.Len()
+	k.cluster.agenda.Add(k.cluster.now+k.back, k)
 }
 
 // What a policy gets to see of calls that fail.
