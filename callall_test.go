@@ -66,7 +66,8 @@ func forBoth(t *testing.T, test func(*testing.T, callAllFunc)) {
 	}
 }
 
-func TestCallAllKeepsTheOrderOfRequests(t *testing.T) {
+// CallAll keeps the order of requests.
+func TestCallAllOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var p probe
 		start := time.Now()
@@ -91,7 +92,8 @@ func TestCallAllKeepsTheOrderOfRequests(t *testing.T) {
 	})
 }
 
-func TestCallAllUnorderedYieldsResultsAsTheyCome(t *testing.T) {
+// CallAll unordered yields results as they come.
+func TestCallAllUnorderedOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var p probe
 		start := time.Now()
@@ -117,7 +119,8 @@ func TestCallAllWithoutRequestsEnds(t *testing.T) {
 	})
 }
 
-func TestCallAllYieldsResultsWhileTheNextRequestIsNotThereYet(t *testing.T) {
+// CallAll yields results while the next request is not there yet.
+func TestCallAllResultsBeforeNextRequest(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
 		start := time.Now()
@@ -168,7 +171,8 @@ func TestCallAllDoesNotEndAtAnError(t *testing.T) {
 	})
 }
 
-func TestCallAllPullsARequestOnlyWhenThereIsRoom(t *testing.T) {
+// CallAll pulls a request only when there is room.
+func TestCallAllPullsWhenThereIsRoom(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		for _, concurrency := range []int{1, 2, 5} {
 			var p probe
@@ -204,7 +208,8 @@ func TestCallAllPullsARequestOnlyWhenThereIsRoom(t *testing.T) {
 	})
 }
 
-func TestCallAllUsesAllOfItsConcurrency(t *testing.T) {
+// CallAll uses all of its concurrency.
+func TestCallAllConcurrency(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
 		start := time.Now()
@@ -218,7 +223,8 @@ func TestCallAllUsesAllOfItsConcurrency(t *testing.T) {
 	})
 }
 
-func TestCallAllStopsWhenTheConsumerBreaks(t *testing.T) {
+// CallAll stops when the consumer breaks.
+func TestCallAllConsumerBreaks(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
 		endless := func(yield func(int) bool) {
@@ -238,7 +244,8 @@ func TestCallAllStopsWhenTheConsumerBreaks(t *testing.T) {
 	})
 }
 
-func TestCallAllStopsWhenTheConsumerPanics(t *testing.T) {
+// CallAll stops when the consumer panics.
+func TestCallAllConsumerPanics(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
 		func() {
@@ -285,7 +292,8 @@ func TestCallAllEndsWithItsContext(t *testing.T) {
 	})
 }
 
-func TestCallAllAddsNoErrorWhenItsContextEndsAfterTheLastCall(t *testing.T) {
+// CallAll adds no error when its context ends after the last call.
+func TestCallAllContextEndsAfterLastCall(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
@@ -307,7 +315,8 @@ func TestCallAllAddsNoErrorWhenItsContextEndsAfterTheLastCall(t *testing.T) {
 	})
 }
 
-func TestCallAllWithAnEndedContextCallsNothing(t *testing.T) {
+// CallAll with an ended context calls nothing.
+func TestCallAllContextEndedBefore(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		cause := errors.New("giving up")
 		ctx, cancel := context.WithCancelCause(t.Context())
@@ -326,7 +335,8 @@ func TestCallAllWithAnEndedContextCallsNothing(t *testing.T) {
 	})
 }
 
-func TestCallAllWithRequestsThatHeedTheContextCanBeLeftWhileTheyBlock(t *testing.T) {
+// CallAll with requests that heed the context can be left while they block.
+func TestCallAllBreakWhileRequestsBlock(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
@@ -416,7 +426,7 @@ func TestCallAllWithAChannel(t *testing.T) {
 }
 
 // The request is there when the loop has been left already.
-func TestCallAllDoesNotCallWhatComesAfterABreak(t *testing.T) {
+func TestCallAllBreakCallsNothingMore(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
 		for range callAll(t.Context(), 4, func(yield func(int) bool) {
@@ -433,7 +443,8 @@ func TestCallAllDoesNotCallWhatComesAfterABreak(t *testing.T) {
 	})
 }
 
-func TestCallAllPullsNothingAfterABreak(t *testing.T) {
+// CallAll pulls nothing after a break.
+func TestCallAllBreakPullsNothingMore(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
 		pulled := 0
@@ -449,7 +460,8 @@ func TestCallAllPullsNothingAfterABreak(t *testing.T) {
 	})
 }
 
-func TestCallAllPassesOnThePanicOfACall(t *testing.T) {
+// CallAll passes on the panic of a call.
+func TestCallAllPanicOfCall(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
 		boom := errors.New("boom")
@@ -488,7 +500,8 @@ func TestCallAllPassesOnThePanicOfACall(t *testing.T) {
 
 func panickingCall(err error) { panic(err) }
 
-func TestCallAllPassesOnThePanicOfTheRequests(t *testing.T) {
+// CallAll passes on the panic of the requests.
+func TestCallAllPanicOfRequests(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		defer func() {
 			if err, ok := recover().(*belfry.PanicError); !ok || err.Value != "no more" || err.Unwrap() != nil {
@@ -524,7 +537,8 @@ func TestCallAllPassesOnGoexit(t *testing.T) {
 	})
 }
 
-func TestCallAllRefusesAConcurrencyOutOfRange(t *testing.T) {
+// CallAll refuses a concurrency out of range.
+func TestCallAllBadConcurrency(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		for _, concurrency := range []int{-1, 0, 1_000_001} {
 			var p probe
@@ -543,7 +557,8 @@ func TestCallAllRefusesAConcurrencyOutOfRange(t *testing.T) {
 	})
 }
 
-func TestCallAllCanBeRangedOverAgain(t *testing.T) {
+// CallAll can be ranged over again.
+func TestCallAllRangedOverAgain(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
 		results := callAll(t.Context(), 2, slices.Values([]int{1, 2, 3}), p.call)
@@ -562,7 +577,8 @@ func TestCallAllCanBeRangedOverAgain(t *testing.T) {
 	})
 }
 
-func TestCallAllCallsEveryRequestOnceUnderRandomTimes(t *testing.T) {
+// CallAll calls every request once under random times.
+func TestCallAllRandomTimes(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d; the check is exact, so it never fails by chance", seed)
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {

@@ -9,7 +9,10 @@
 // So belfry invents no call abstraction. It decorates calls with gRPC's own
 // interceptors, balances inside gRPC's own balancer API, discovers through
 // gRPC's own resolver API and is configured with gRPC's own service config. A
-// program takes belfry up by adding dial options, and drops it by removing them.
+// program adopts belfry by adding dial options, and drops it by removing them.
+//
+// The directory docs of the module has pages on Kubernetes, on choosing layers and
+// policies, on failures, on observability, and on moving from other libraries.
 //
 //	stub ─► layers: shed ► timeout ► limit ► retry ► …       interceptor/…      what may happen to a call
 //	           │ one call, maybe several attempts

@@ -369,8 +369,8 @@ func packageNamed(name string) string {
 		return "google.golang.org/grpc/resolver"
 	case "belfry":
 		return module
-	case "p2c", "discover", "load", "limit", "orca":
-		return module + map[string]string{"p2c": "/balancer/p2c", "discover": "/resolver/discover", "load": "/load", "limit": "/limit", "orca": "/orca"}[name]
+	case "p2c", "discover", "load", "limit", "orca", "debug":
+		return module + map[string]string{"p2c": "/balancer/p2c", "discover": "/resolver/discover", "load": "/load", "limit": "/limit", "orca": "/orca", "debug": "/debug"}[name]
 	case "interceptor":
 		return module + "/interceptor"
 	}

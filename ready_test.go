@@ -83,7 +83,8 @@ func (c *fakeConn) WaitForStateChange(ctx context.Context, source connectivity.S
 	}
 }
 
-func TestWaitReadyReturnsAtOnceWhenReadyEvenIfContextHasEnded(t *testing.T) {
+// WaitReady returns at once when ready even if context has ended.
+func TestWaitReadyContextEnded(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	conn := newFakeConn(connectivity.Ready)
@@ -95,7 +96,8 @@ func TestWaitReadyReturnsAtOnceWhenReadyEvenIfContextHasEnded(t *testing.T) {
 	}
 }
 
-func TestWaitReadyConnectsAndWaitsThroughFailures(t *testing.T) {
+// WaitReady connects and waits through failures.
+func TestWaitReadyThroughFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn := newFakeConn(connectivity.Idle)
 		go func() {
@@ -121,7 +123,8 @@ func TestWaitReadyConnectsAndWaitsThroughFailures(t *testing.T) {
 	})
 }
 
-func TestWaitReadyNamesTheLastStateWhenTheDeadlinePasses(t *testing.T) {
+// WaitReady names the last state when the deadline passes.
+func TestWaitReadyDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn := newFakeConn(connectivity.Idle)
 		go func() {
@@ -144,7 +147,8 @@ func TestWaitReadyNamesTheLastStateWhenTheDeadlinePasses(t *testing.T) {
 	})
 }
 
-func TestWaitReadyWrapsTheCauseOfACancellation(t *testing.T) {
+// WaitReady wraps the cause of a cancellation.
+func TestWaitReadyCancelled(t *testing.T) {
 	cause := errors.New("giving up")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(cause)
@@ -160,7 +164,8 @@ func TestWaitReadyWrapsTheCauseOfACancellation(t *testing.T) {
 	}
 }
 
-func TestWaitReadyFailsAtOnceWhenClosed(t *testing.T) {
+// WaitReady fails at once when closed.
+func TestWaitReadyClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		if err := belfry.WaitReady(t.Context(), newFakeConn(connectivity.Shutdown)); !errors.Is(err, belfry.ErrClosed) {
 			t.Errorf("WaitReady of a closed connection = %v, want ErrClosed", err)
@@ -177,7 +182,7 @@ func TestWaitReadyFailsAtOnceWhenClosed(t *testing.T) {
 }
 
 // All of them connect at once, and WaitReady returns when the last is READY.
-func TestWaitReadyWaitsForAllThatAStackWraps(t *testing.T) {
+func TestWaitReadyThroughStack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		made, a, b := newFakeConn(connectivity.Idle), newFakeConn(connectivity.Idle), newFakeConn(connectivity.Idle)
 		m, err := maker.New(maker.Config{}, func(context.Context, string, any) (string, error) { return "", nil },
@@ -229,7 +234,7 @@ func TestWaitReadyNeedsAState(t *testing.T) {
 }
 
 // Nothing listens, so the error says why nobody answers.
-func TestWaitReadySaysWhyNothingIsReady(t *testing.T) {
+func TestWaitReadySaysWhy(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	conn, err := grpc.NewClient("passthrough:///orders",
@@ -256,7 +261,8 @@ func TestWaitReadySaysWhyNothingIsReady(t *testing.T) {
 	}
 }
 
-func TestWaitReadyWithRealConnection(t *testing.T) {
+// WaitReady with real connection.
+func TestWaitReadyRealConnection(t *testing.T) {
 	lis := bufconn.Listen(1 << 16)
 	server := grpc.NewServer()
 	served := make(chan error, 1)

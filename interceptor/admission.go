@@ -74,7 +74,7 @@ func (a *Admission) Now() Instant {
 func (a *Admission) Waited(layer string, since Instant) {
 	a.now = Now()
 	if o := a.prog.obs; o != nil {
-		o.Waited(a.method, layer, a.now.Sub(since))
+		o.Waited((*Call)(a).observed(), layer, a.now.Sub(since))
 	}
 }
 

@@ -525,7 +525,7 @@ func TestPooledCall(t *testing.T) {
 			if err := c.Invoke(t.Context(), "/m", nil, nil); status.Code(err) != codes.Internal {
 				t.Fatalf("a call through a forgetful gate: %v, want INTERNAL", err)
 			}
-			if got, want := obs.log.take(), []string{"inflight +1", "inflight -1"}; !slices.Equal(got, want) {
+			if got, want := obs.log.take(), []string{"inflight +1", "ended /m unary not_sent Internal", "inflight -1"}; !slices.Equal(got, want) {
 				t.Fatalf("observed %q of it, want %q", got, want)
 			}
 		}

@@ -69,7 +69,7 @@ func (b *boundary) again(ctx context.Context, o *Origin, w Wait) (*Call, error) 
 
 // readmit asks the gates inside b to admit the fork.
 func (b *boundary) readmit(ctx context.Context, f *Call, w Wait) (err error) {
-	f.attempt = int(f.root.attempts.Load()) + 1
+	f.attempt, f.ctx = int(f.root.attempts.Load())+1, ctx
 	admitted := false
 	defer func() {
 		if !admitted {
@@ -96,13 +96,13 @@ func (b *boundary) readmit(ctx context.Context, f *Call, w Wait) (err error) {
 	}
 	if err != nil {
 		if ctx.Err() != context.Canceled || cutShort(ctx) { // Nobody wants it any more.
-			f.prog.refused(f.method, err)
+			f.refused(err)
 		}
 		return err
 	}
 	f.attempt = int(f.root.attempts.Add(1))
 	if o := f.prog.obs; o != nil {
-		o.Admitted(f.method, f.kind, f.attempt)
+		o.Admitted(f.observed())
 	}
 	admitted = true
 	return nil
@@ -130,7 +130,7 @@ func (b *boundary) fork(o *Origin) *Call {
 func (b *boundary) detach(o *Origin) *Call {
 	c := o.call
 	f := b.fork(o)
-	f.attempt, f.now, f.admitted, f.wait = c.attempt, c.now, true, c.wait
+	f.attempt, f.ctx, f.now, f.admitted, f.wait = c.attempt, c.ctx, c.now, true, c.wait
 	lo := c.from(b.id)
 	f.tickets = append(f.tickets, c.tickets[lo:]...)
 	clear(c.tickets[lo:])

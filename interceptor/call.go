@@ -43,7 +43,9 @@ type callState struct {
 	// Set at the start and not changed.
 	prog *program
 	target
+	ctx     context.Context // As the stack, or [Again], was given it.
 	kind    Kind
+	static  bool // Generated code makes it.
 	attempt int
 	root    *Call    // The call that this is an attempt of; itself if it is the first.
 	parent  *Call    // What this was forked from; nil if it was not.
@@ -89,12 +91,14 @@ type callState struct {
 	wantTrailer bool
 
 	// What became of it.
-	fate    attempt.Fate // When it was handed to the connection; see also fates.
-	stream  grpc.ClientStream
-	sentAt  Instant
-	trailer metadata.MD
-	peer    peer.Peer
-	err     error // How it ended; errPanic before that.
+	fate   attempt.Fate // When it was handed to the connection; see also fates.
+	stream grpc.ClientStream
+	sentAt Instant
+	// For the observer: when it entered the stack, and when it was handed to the connection.
+	began, departed Instant
+	trailer         metadata.MD
+	peer            peer.Peer
+	err             error // How it ended; errPanic before that.
 
 	// Also used from all its attempts.
 	fates     atomic.Uint32 // What became of them, and of a stream later: an attempt.Fate.

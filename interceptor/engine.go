@@ -32,6 +32,7 @@ type program struct {
 	next       Next
 	boundaries int // Layers in the call path; boundary i is inside the i-th, counted from 1.
 	obs        Observer
+	name       string // of the stack
 	advice     []string
 	calls      sync.Pool // *Call of unary calls
 
@@ -110,6 +111,11 @@ func (p *program) take(layers []Layer) error {
 		switch l := l.(type) {
 		case off:
 			continue
+		case *named:
+			if p.name != "" {
+				return fmt.Errorf("interceptor: layer %d: a stack has one name, this is the second", i)
+			}
+			p.name = l.name
 		case *observe:
 			if p.obs != nil {
 				return fmt.Errorf("interceptor: layer %d: a stack has one observer, this is the second", i)
@@ -117,6 +123,9 @@ func (p *program) take(layers []Layer) error {
 			p.obs = l.o
 		}
 		p.layers = append(p.layers, l)
+	}
+	if p.name == "" {
+		p.name = stackName
 	}
 	return nil
 }
@@ -193,15 +202,32 @@ func innermost(ctx context.Context, c *Call) error {
 	if ctx.Err() != nil {
 		return Ended(ctx, stackName)
 	}
-	if o := c.prog.obs; o != nil {
-		o.Attempt(c.method, c.attempt)
-	}
 	c.departs()
 	ctx = c.inSeries(ctx)
+	if o := c.prog.obs; o != nil {
+		return c.sendObserved(ctx, o)
+	}
 	if c.perCall != nil {
 		return c.sendAs(ctx, c.perCall)
 	}
 	return c.send(ctx)
+}
+
+// sendObserved is innermost for a stack with an observer. The end of a stream's attempt is
+// told by its scope.
+func (c *Call) sendObserved(ctx context.Context, o Observer) (err error) {
+	o.Attempt(c.observed())
+	c.departed = Now()
+	if c.kind == Unary {
+		err = errPanic
+		defer func() { c.attemptEnded(ctx, o, c.fate, err, c.peer.Addr) }()
+	}
+	if c.perCall != nil {
+		err = c.sendAs(ctx, c.perCall)
+	} else {
+		err = c.send(ctx)
+	}
+	return err
 }
 
 // send hands the attempt to the connection.
@@ -490,6 +516,8 @@ func (c *Call) prepare(opts []grpc.CallOption) (w Wait, err error) {
 		case *carriedWait:
 			w = min(w, o.call.wait)
 			c.fronts = append(c.fronts, o.call.prog.stack)
+		case grpc.StaticMethodCallOption:
+			c.static = true
 		case grpc.OnFinishCallOption:
 			c.finish = append(c.finish, o.OnFinish)
 			mine++
@@ -530,7 +558,7 @@ func (p *program) admit(ctx context.Context, c *Call, w Wait) error {
 		return errForgotten(p)
 	}
 	if p.obs != nil {
-		p.obs.Admitted(c.method, c.kind, 0)
+		p.obs.Admitted(c.observed())
 	}
 	return nil
 }
@@ -563,10 +591,10 @@ func (c *Call) refusedBy(ctx context.Context, err error) error {
 }
 
 // begin returns an unused Call for a unary call, whose target the caller sets.
-func (s *Stack) begin(method string, opts []grpc.CallOption) (*Call, error) {
+func (s *Stack) begin(ctx context.Context, method string, opts []grpc.CallOption) (*Call, error) {
 	p := s.prog.Load().of(method)
 	if err := s.enter(); err != nil {
-		return nil, p.turnAway(method, opts, err)
+		return nil, p.turnAway(Observed{Context: ctx, Method: method}, opts, err)
 	}
 	return p.calls.Get().(*Call), nil
 }
@@ -586,13 +614,14 @@ func (c *Call) invoke(ctx context.Context, method string, req, reply any, opts [
 
 func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
 	p := c.prog
+	c.ctx = ctx
 	ctx = c.withMethodConfig(ctx, 0)
 	defer p.stack.leave(callOne)
 	defer func() { c.over(ctx) }()
 	defer func() { c.settleAll(ctx, 0) }()
 	w, err := c.prepare(opts)
 	if p.obs != nil {
-		p.obs.InFlight(1)
+		c.enters(p.obs)
 	}
 	if err == nil {
 		err = p.admit(ctx, c, w)
@@ -605,8 +634,14 @@ func (c *Call) run(ctx context.Context, opts []grpc.CallOption) error {
 	return c.err
 }
 
+// enters tells the observer that the call is in the stack.
+func (c *Call) enters(o Observer) {
+	c.began = Now()
+	o.InFlight(c.observed(), 1)
+}
+
 // turnAway ends a call that the stack refuses because it drains.
-func (p *program) turnAway(method string, opts []grpc.CallOption, err error) error {
+func (p *program) turnAway(c Observed, opts []grpc.CallOption, err error) error {
 	for _, o := range opts {
 		switch o := o.(type) {
 		case grpc.OnFinishCallOption:
@@ -615,7 +650,13 @@ func (p *program) turnAway(method string, opts []grpc.CallOption, err error) err
 			o.Fill(nil, 0, false)
 		}
 	}
-	p.refused(method, err)
+	if p.obs != nil {
+		c.Stack = p.name
+		if r, ok := AsRefusal(err); ok {
+			p.obs.Refused(c, r)
+		}
+		p.obs.Ended(c, ObservedEnd{Outcome: NotSent, Err: err})
+	}
 	return err
 }
 
@@ -640,21 +681,22 @@ func (c *Call) tell(o Outcome, err error) {
 		f(err)
 	}
 	if obs := c.prog.obs; obs != nil {
-		c.prog.refused(c.method, err)
-		if c.admitted {
-			obs.Ended(c.method, c.kind, o, err)
+		c.refused(err)
+		if err == io.EOF {
+			err = nil
 		}
-		obs.InFlight(-1)
+		obs.Ended(c.observed(), ObservedEnd{Took: Now().Sub(c.began), Outcome: o, Err: err})
+		obs.InFlight(c.observed(), -1)
 	}
 }
 
 // refused tells the observer about err if it is a refusal. That of a further attempt
 // was told when it was refused, not when the call ends with it.
-func (p *program) refused(method string, err error) {
-	if p.obs == nil {
+func (c *Call) refused(err error) {
+	if c.prog.obs == nil {
 		return
 	}
 	if r, ok := AsRefusal(err); ok && !r.Further {
-		p.obs.Refused(method, r.Layer, r.Reason)
+		c.prog.obs.Refused(c.observed(), r)
 	}
 }

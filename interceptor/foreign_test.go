@@ -209,8 +209,8 @@ type refusalLog struct {
 	log *eventLog
 }
 
-func (l *refusalLog) Refused(_, layer string, r interceptor.Reason) {
-	l.log.add("refused %s %s", layer, r)
+func (l *refusalLog) Refused(_ interceptor.Observed, r *interceptor.Refusal) {
+	l.log.add("refused %s %s", r.Layer, r.Reason)
 }
 
 // lazyStream is opened by its first SendMsg.

@@ -35,6 +35,9 @@ type Slot interface {
 	Pass()
 }
 
+// Seen is the call as observers are told about it.
+func (i *Internals) Seen() Observed { return (*Call)(i).observed() }
+
 // Slot returns the slot that the call waits in, nil if it has none. A gate reads it on
 // the call's own goroutine before it parks the call.
 func (i *Internals) Slot() Slot { return i.slot }
@@ -187,7 +190,7 @@ func (i *Internals) LastOutcome(ctx context.Context, err error) Outcome {
 }
 
 // ReportRefusal tells the observer that a further attempt was refused with err.
-func (i *Internals) ReportRefusal(err error) { i.prog.refused(i.method, err) }
+func (i *Internals) ReportRefusal(err error) { (*Call)(i).refused(err) }
 
 // Repeatable prepares a stream of which the layer may make further attempts, before the
 // layer passes it on: the first attempt then has its own results for Header, Trailer and

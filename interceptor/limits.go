@@ -5,7 +5,6 @@ package interceptor
 
 import (
 	"iter"
-	"slices"
 
 	"github.com/belfry-go/belfry/limit"
 )
@@ -35,19 +34,10 @@ type LimitReporter interface {
 // that is in several places are yielded once.
 func Limits(stacks ...*Stack) iter.Seq[LimitState] {
 	return func(yield func(LimitState) bool) {
-		var seen []Layer
-		for _, s := range stacks {
-			for _, l := range s.prog.Load().layers {
-				l = bare(l)
-				r, ok := l.(LimitReporter)
-				if !ok || slices.ContainsFunc(seen, func(m Layer) bool { return same(l, m) }) {
-					continue
-				}
-				seen = append(seen, l)
-				for state := range r.Limits() {
-					if !yield(state) {
-						return
-					}
+		for r := range layersOf[LimitReporter](stacks...) {
+			for state := range r.Limits() {
+				if !yield(state) {
+					return
 				}
 			}
 		}

@@ -185,7 +185,7 @@ func (s *Stack) StreamClientInterceptor() grpc.StreamClientInterceptor { return 
 // unary returns the unary interceptor. once says that gRPC does not repeat by a policy.
 func (s *Stack) unary(once bool) grpc.UnaryClientInterceptor {
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		c, err := s.begin(method, opts)
+		c, err := s.begin(ctx, method, opts)
 		if err != nil {
 			return err
 		}
@@ -222,7 +222,7 @@ func (w *wrapped) Conns() iter.Seq[grpc.ClientConnInterface] {
 }
 
 func (w *wrapped) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
-	c, err := w.stack.begin(method, opts)
+	c, err := w.stack.begin(ctx, method, opts)
 	if err != nil {
 		return err
 	}
@@ -254,6 +254,21 @@ func (p *program) String() string {
 		names[i] = nameOf(l)
 	}
 	return "[" + strings.Join(names, " > ") + "]"
+}
+
+// Name returns the name that [Named] has given the stack, "stack" if none has.
+func (s *Stack) Name() string { return s.prog.Load().title() }
+
+func (p *program) title() string {
+	if p.choose == nil {
+		return p.name
+	}
+	for _, q := range p.lists {
+		if q.name != stackName {
+			return q.name
+		}
+	}
+	return stackName
 }
 
 // Layers returns the layers of the stack, the outermost first; with several lists

@@ -6,6 +6,7 @@ package interceptor
 import (
 	"context"
 	"io"
+	"net"
 	"reflect"
 	"slices"
 	"sync"
@@ -136,14 +137,14 @@ func (sc *streamCall) show() {
 func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, t *target, opts []grpc.CallOption) (_ grpc.ClientStream, err error) {
 	p := s.prog.Load().of(method)
 	if err := s.enter(); err != nil {
-		return nil, p.turnAway(method, opts, err)
+		return nil, p.turnAway(Observed{Context: ctx, Method: method, Kind: kindOf(desc)}, opts, err)
 	}
 	sc := new(streamCall)
 	sc.told.Add(1)
 	c := &sc.Call
 	c.init(p)
 	c.desc = desc
-	c.kind, c.method, c.target = kindOf(desc), method, *t
+	c.ctx, c.kind, c.method, c.target = ctx, kindOf(desc), method, *t
 	ctx = c.withMethodConfig(ctx, 0)
 	w, err := c.prepare(opts)
 	sc.scope.root = sc
@@ -159,7 +160,7 @@ func (s *Stack) open(ctx context.Context, desc *grpc.StreamDesc, method string, 
 		}
 	}()
 	if p.obs != nil {
-		p.obs.InFlight(1)
+		c.enters(p.obs)
 	}
 	if err == nil {
 		err = p.admit(ctx, c, w)
@@ -345,9 +346,21 @@ func (s *scope) end(err error, superseded bool) error {
 		_ = in.end(err, true)
 	}
 	e := s.endOf(err, superseded)
+	if o := s.call.prog.obs; o != nil && s.innermost() && s.call.departed != 0 {
+		s.observe(o, e)
+	}
 	defer s.ended(e.Outcome, e.Err) // Even if a Releaser panics.
 	releaseAll(s.tickets, e)
 	return err
+}
+
+// observe tells the observer how the stream of an attempt ended.
+func (s *scope) observe(o Observer, e End) {
+	var endpoint net.Addr
+	if s.finished.Load() { // gRPC has written it.
+		endpoint = s.call.peer.Addr
+	}
+	o.AttemptEnded(s.call.observed(), ObservedEnd{Took: Now().Sub(s.call.departed), Outcome: e.Outcome, Err: e.Err, Peer: endpoint})
 }
 
 // firstEnd returns how a stream has ended that has ended with first, and of which an

@@ -64,8 +64,8 @@ type inFlight struct {
 	n, ended int
 }
 
-func (o *inFlight) InFlight(delta int) { o.n += delta }
-func (o *inFlight) Ended(string, interceptor.Kind, interceptor.Outcome, error) {
+func (o *inFlight) InFlight(_ interceptor.Observed, delta int) { o.n += delta }
+func (o *inFlight) Ended(interceptor.Observed, interceptor.ObservedEnd) {
 	o.ended++
 }
 

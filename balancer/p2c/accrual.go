@@ -142,6 +142,7 @@ type accrual struct {
 	ring     [buckets]bucket
 
 	// Guarded by policy.mu. They are of the time aside that is, or was last.
+	why     string
 	since   int64
 	until   int64
 	back    int64         // since when it is back; 0 if it never was aside
@@ -336,14 +337,16 @@ func (b *policy) putAside(a *accrual, k *pick, err error, reason, why string) {
 		a.last = 0
 	}
 	a.aside.Store(true)
-	a.since = now
+	a.why, a.since = why, now
 	a.forget()
 	d := a.waitLocked(cfg, k, err)
 	b.seatLocked(ep)
 	b.mu.Unlock()
 
 	b.metrics.putAside(reason)
-	logger.Warningf("%s: endpoint %s is put aside for %v: %s", b.opts.Target.String(), ep.addr, d.Round(time.Millisecond), why)
+	if more, ok := b.putAsides.May(now); ok {
+		logger.Warningf("%s: endpoint %s is put aside for %v: %s%s", b.opts.Target.String(), ep.addr, d.Round(time.Millisecond), why, more)
+	}
 }
 
 // waitLocked starts the time after which a call may try the endpoint.
@@ -457,9 +460,11 @@ func (a *accrual) tried(k *pick) {
 		b.mu.Unlock()
 		return
 	}
-	away := a.returnLocked()
+	away, now := a.returnLocked(), a.back
 	b.mu.Unlock()
-	logger.Warningf("%s: endpoint %s is back after %v: it answered", b.opts.Target.String(), ep.addr, away.Round(time.Millisecond))
+	if more, ok := b.returns.May(now); ok {
+		logger.Warningf("%s: endpoint %s is back after %v: it answered%s", b.opts.Target.String(), ep.addr, away.Round(time.Millisecond), more)
+	}
 }
 
 // returnLocked brings the endpoint back.

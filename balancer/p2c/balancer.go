@@ -26,6 +26,7 @@ import (
 
 	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/childpolicy"
+	"github.com/belfry-go/belfry/internal/seldom"
 	"github.com/belfry-go/belfry/internal/simenv"
 	"github.com/belfry-go/belfry/internal/slab"
 	"github.com/belfry-go/belfry/limit"
@@ -103,8 +104,10 @@ var errNoEndpoints = errors.New("no children to pick from")
 // call that picked such an endpoint until the next picker.
 type policy struct {
 	// Immutable.
-	cc       balancer.ClientConn
-	opts     balancer.BuildOptions
+	cc                            balancer.ClientConn
+	opts                          balancer.BuildOptions
+	putAsides, returns, ejections seldom.Log // what is logged of them
+
 	target   string // the channel's, by which, and by id, it knows its calls
 	id       uint64
 	children balancer.Builder

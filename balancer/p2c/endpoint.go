@@ -127,6 +127,7 @@ func (ep *endpoint) UpdateState(s balancer.State) {
 		return
 	}
 	from := ep.moveLocked(s)
+	ejected := ep.ejectedFrom != nil && from == connectivity.Ready
 	// A picker that was READY may have failed a pick, or its SubConn may be
 	// another now. One that has become READY wakes no call that is not woken by
 	// the state of the channel.
@@ -134,6 +135,12 @@ func (ep *endpoint) UpdateState(s balancer.State) {
 	b.mu.Unlock()
 
 	b.metrics.moved(from, s.ConnectivityState)
+	if ejected {
+		if more, ok := b.ejections.May(b.now()); ok {
+			_, err := s.Picker.Pick(balancer.PickInfo{})
+			logger.Warningf("%s: endpoint %s is ejected by an outlier detector or a health check: %v%s", b.opts.Target.String(), ep.addr, err, more)
+		}
+	}
 	if s.ConnectivityState == connectivity.Idle {
 		// Endpoints connect eagerly. The child holds its lock here.
 		go ep.call(ep.child.ExitIdle)

@@ -21,6 +21,8 @@ import (
 type Snapshot struct {
 	// Target is the target of the channel, as it was given to grpc.NewClient.
 	Target string
+	// CanonicalTarget is the target with its scheme, as metrics name it.
+	CanonicalTarget string
 	// Locality is the locality that the policy balances within, if a parent policy
 	// divides the endpoints by locality.
 	Locality string
@@ -90,6 +92,8 @@ type EndpointSnapshot struct {
 	// AsideUntil is when the next call tries an endpoint that is put aside, and zero for one
 	// that is not. In a panic it gets calls nonetheless.
 	AsideUntil time.Time
+	// AsideWhy is why it was put aside, "" for one that is not.
+	AsideWhy string
 	// Draining is whether discovery says that the endpoint is about to leave.
 	Draining bool
 	// ShareAllowed is the part of its share of the calls that the endpoint may get now: 1, or
@@ -179,7 +183,7 @@ const shareAfter = time.Second
 func (b *policy) snapshot() Snapshot {
 	b.mu.Lock()
 	p := b.picker
-	s := Snapshot{Target: b.target, Locality: b.metrics.locality, State: b.published, Home: b.home, PrefersHome: b.ready.home.Load() > 0}
+	s := Snapshot{Target: b.target, CanonicalTarget: b.opts.Target.String(), Locality: b.metrics.locality, State: b.published, Home: b.home, PrefersHome: b.ready.home.Load() > 0}
 	s.Panic = b.seating.seated[aside] && b.seating.count[aside] > 0
 	eps := b.all.Load()
 	now, wall := load.Instant(b.now()), time.Now()
@@ -189,6 +193,7 @@ func (b *policy) snapshot() Snapshot {
 			e := &s.Endpoints[i]
 			e.Zone, e.Weight, e.Draining, e.ShareAllowed = ep.zone, ep.weight, ep.draining, ep.partLocked()
 			if a := ep.accrual(); a != nil && a.aside.Load() {
+				e.AsideWhy = a.why
 				e.AsideUntil = wall.Add(time.Duration(a.until - int64(now)))
 			}
 		}

@@ -148,7 +148,7 @@ type client struct {
 }
 
 // Attempt is called by the stack for each attempt, the first included.
-func (c *client) Attempt(string, int) { c.attempts.Add(1) }
+func (c *client) Attempt(interceptor.Observed) { c.attempts.Add(1) }
 
 // load makes a call every gap, however long they take, until ctx ends.
 func (c *client) load(ctx context.Context, gap time.Duration) {

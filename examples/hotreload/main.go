@@ -55,7 +55,7 @@ var steps = []struct{ title, config string }{
 			{"timeout": {"call": "0.1s"}},
 			{"name": "limit", "concurrency": {"limit": 10, "discipline": "DISCIPLINE_LIFO"}}
 		]}]}`},
-	{"who would have to wait is refused, but for five", `{
+	{"a call that would have to wait is refused; five may wait", `{
 		"methodConfig": [{"name": [{}], "layers": [
 			{"loadShed": {}},
 			{"timeout": {"call": "0.1s"}},
@@ -178,15 +178,15 @@ func (o *observer) add(what string) {
 }
 
 // Ended is called for each call that was admitted.
-func (o *observer) Ended(_ string, _ interceptor.Kind, _ interceptor.Outcome, err error) {
-	if _, refused := interceptor.AsRefusal(err); !refused { // Those are counted below.
-		o.add(status.Code(err).String())
+func (o *observer) Ended(_ interceptor.Observed, e interceptor.ObservedEnd) {
+	if _, refused := interceptor.AsRefusal(e.Err); !refused { // Those are counted below.
+		o.add(status.Code(e.Err).String())
 	}
 }
 
 // Refused is called for each call that a layer refused or cut short.
-func (o *observer) Refused(_, layer string, reason interceptor.Reason) {
-	o.add(fmt.Sprintf("%s by %s", reason, layer))
+func (o *observer) Refused(_ interceptor.Observed, r *interceptor.Refusal) {
+	o.add(fmt.Sprintf("%s by %s", r.Reason, r.Layer))
 }
 
 // take returns the counts since it was last called.

@@ -20,7 +20,8 @@ func TestMain(m *testing.M) {
 
 func TestSignals(t *testing.T) { signaltest.Run(t, "ten calls at a time", "-step", "1h") }
 
-func TestEachConfigChangesWhatHappensToCalls(t *testing.T) {
+// Each config changes what happens to calls.
+func TestEachConfigShows(t *testing.T) {
 	// On a busy machine 400 ms may be too short for as many calls as a step needs.
 	for step := 400 * time.Millisecond; ; step *= 2 {
 		var out bytes.Buffer

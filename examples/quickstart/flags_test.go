@@ -52,7 +52,8 @@ func TestDefaultReportIsTheUsersOwn(t *testing.T) {
 	}
 }
 
-func TestServiceConfigsOfKnownPoliciesAreValid(t *testing.T) {
+// Service configs of known policies are valid.
+func TestKnownPoliciesAreValid(t *testing.T) {
 	for _, p := range known {
 		if err := checkConfig(p); err != nil {
 			t.Error(err)
@@ -76,7 +77,8 @@ func TestFlagsSetTheWorkload(t *testing.T) {
 	}
 }
 
-func TestBadFlagsAreErrorsThatNameFlagValueAndRule(t *testing.T) {
+// Bad flags are errors that name flag value and rule.
+func TestBadFlags(t *testing.T) {
 	missing := filepath.Join(t.TempDir(), "missing", "report.html")
 	for _, test := range []struct {
 		args []string
@@ -119,7 +121,8 @@ func TestBadFlagsAreErrorsThatNameFlagValueAndRule(t *testing.T) {
 	}
 }
 
-func TestHelpNamesEveryFlagAndPolicy(t *testing.T) {
+// Help names every flag and policy.
+func TestHelp(t *testing.T) {
 	var out bytes.Buffer
 	if _, err := parseFlags([]string{"-h"}, &out); !errors.Is(err, flag.ErrHelp) {
 		t.Fatalf("got error %v, want flag.ErrHelp", err)

@@ -65,7 +65,7 @@ func quickstart(ctx context.Context, args []string, stdout, stderr, bar io.Write
 	p := newProgress(bar, o.workload)
 	runs, err := measure(ctx, o.workload, o.policies, o.count, p.begin)
 	p.stop()
-	// What was measured before an error is shown all the same.
+	// What was measured before an error is shown too.
 	if err == nil || len(runs) > 0 {
 		err = errors.Join(err, show(o, runs, stdout))
 	}

@@ -25,7 +25,8 @@ func threeServers(args ...string) []string {
 	return append([]string{"-max", "0s,1ms,20ms", "-in-flight", "20", "-calls", "200"}, args...)
 }
 
-func TestRunShowsATableAndWritesAReportOfIt(t *testing.T) {
+// Run shows a table and writes a report of it.
+func TestRunWritesTableAndReport(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "report.html")
 	var stdout, stderr, bar bytes.Buffer
 	args := threeServers("-policies", "round_robin,default", "-html", path,
@@ -53,7 +54,8 @@ func TestRunShowsATableAndWritesAReportOfIt(t *testing.T) {
 	checkPage(t, page)
 }
 
-func TestRunCountsEveryCallOnceAtTheClientAndAtTheServers(t *testing.T) {
+// Run counts every call once at the client and at the servers.
+func TestRunCountsEveryCallOnce(t *testing.T) {
 	o, err := parseFlags(threeServers("-policies", "round_robin,peakEwma", "-count", "2", "-html", "none"), t.Output())
 	if err != nil {
 		t.Fatal(err)
@@ -94,7 +96,8 @@ func TestRunCountsEveryCallOnceAtTheClientAndAtTheServers(t *testing.T) {
 	}
 }
 
-func TestInterruptedRunStopsAtOnceAndShowsWhatItMeasured(t *testing.T) {
+// Interrupted run stops at once and shows what it measured.
+func TestInterruptShowsWhatWasMeasured(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	path := filepath.Join(t.TempDir(), "report.html")
@@ -123,7 +126,8 @@ func TestInterruptedRunStopsAtOnceAndShowsWhatItMeasured(t *testing.T) {
 	checkPage(t, page)
 }
 
-func TestCallsEndedByAnInterruptAreNeitherLatenciesNorErrors(t *testing.T) {
+// Calls ended by an interrupt are neither latencies nor errors.
+func TestInterruptedCallsDoNotCount(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	w := workload{maxima: []time.Duration{time.Hour}, inFlight: 5, calls: 100, seed: 1}
@@ -140,7 +144,8 @@ func TestCallsEndedByAnInterruptAreNeitherLatenciesNorErrors(t *testing.T) {
 	}
 }
 
-func TestInterruptBeforeTheFirstCallIsSaidAndWritesNoReport(t *testing.T) {
+// Interrupt before the first call is said and writes no report.
+func TestInterruptBeforeFirstCall(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	path := filepath.Join(t.TempDir(), "report.html")
@@ -156,7 +161,8 @@ func TestInterruptBeforeTheFirstCallIsSaidAndWritesNoReport(t *testing.T) {
 	}
 }
 
-func TestUnwritableReportFailsAfterTheTableIsShown(t *testing.T) {
+// Unwritable report fails after the table is shown.
+func TestUnwritableReport(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "gone")
 	if err := os.Mkdir(dir, 0o777); err != nil {
 		t.Fatal(err)

@@ -91,7 +91,8 @@ func render(t *testing.T, o *options, runs []*run) []byte {
 	return page.Bytes()
 }
 
-func TestReportHasACurveAndBarsForEachPolicy(t *testing.T) {
+// Report has a curve and bars for each policy.
+func TestReportHasEachPolicy(t *testing.T) {
 	o := &options{workload: workload{maxima: []time.Duration{time.Millisecond, time.Second}, calls: 1000, inFlight: 10}, count: 1}
 	var runs []*run
 	for i := range 12 { // more than there are colours
@@ -113,7 +114,8 @@ func TestReportHasACurveAndBarsForEachPolicy(t *testing.T) {
 	}
 }
 
-func TestReportEscapesNamesAndConfigs(t *testing.T) {
+// Report escapes names and configs.
+func TestReportEscapes(t *testing.T) {
 	p := policy{`<b>&"x"`, `{"a": "</code><script>"}`, "<i>"}
 	o := &options{workload: workload{maxima: []time.Duration{time.Millisecond, 0}, calls: 3}, count: 1, policies: []policy{p}}
 	r := runOf(p.name, 0, upTo(3, time.Millisecond))
@@ -145,7 +147,8 @@ func TestReportOfExtremesIsValid(t *testing.T) {
 	}
 }
 
-func TestProgressBarShowsTheRunAndClearsItsLine(t *testing.T) {
+// Progress bar shows the run and clears its line.
+func TestProgressBar(t *testing.T) {
 	s := start{policy: policy{name: "least_request_experimental"}, done: new(atomic.Int64)}
 	s.done.Store(50)
 	line := bar(s, 200)

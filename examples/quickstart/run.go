@@ -103,8 +103,8 @@ func (w workload) run(ctx context.Context, s start) (*run, error) {
 	}
 	defer cluster.Close()
 
-	// This is all there is to using belfry: a source that says which endpoints
-	// exist, and a service config that says how to choose among them.
+	// This is all that a program needs to use belfry: a source that says which
+	// endpoints exist, and a service config that says how to choose among them.
 	source, err := discover.List(cluster.Endpoints()...)
 	if err != nil {
 		return nil, err

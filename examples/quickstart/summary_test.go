@@ -50,7 +50,8 @@ func TestPercentileIsTheNearestRank(t *testing.T) {
 	}
 }
 
-func TestSummaryIsTheMedianOfTheRuns(t *testing.T) {
+// Summary is the median of the runs.
+func TestSummaryIsMedian(t *testing.T) {
 	runs := []*run{
 		runOf("a", 0, upTo(100, time.Millisecond)),
 		runOf("b", 0, upTo(100, time.Second)),
@@ -74,7 +75,8 @@ func TestSummaryIsTheMedianOfTheRuns(t *testing.T) {
 	}
 }
 
-func TestInterruptedRunCountsOnlyIfThereIsNoCompleteOne(t *testing.T) {
+// Interrupted run counts only if there is no complete one.
+func TestSummaryOfInterruptedRuns(t *testing.T) {
 	cut := runOf("a", 1, upTo(100, time.Second))
 	cut.complete = false
 	if s := summarize([]*run{runOf("a", 0, upTo(100, time.Millisecond)), cut})[0]; s.runs != 1 || !s.complete || s.p50 != 50*time.Millisecond {
@@ -88,7 +90,8 @@ func TestInterruptedRunCountsOnlyIfThereIsNoCompleteOne(t *testing.T) {
 	}
 }
 
-func TestRatiosCompareRunsOfOneRound(t *testing.T) {
+// Ratios compare runs of one round.
+func TestRatiosOfOneRound(t *testing.T) {
 	runs := []*run{
 		runOf("peakEwma", 0, upTo(100, 4*time.Millisecond)), runOf("default", 0, upTo(100, time.Millisecond)),
 		runOf("peakEwma", 1, upTo(100, 40*time.Millisecond)), runOf("default", 1, upTo(100, 10*time.Millisecond)),
@@ -102,7 +105,8 @@ func TestRatiosCompareRunsOfOneRound(t *testing.T) {
 	}
 }
 
-func TestTablesAreAlignedAndNotesSayWhatTheyDoNot(t *testing.T) {
+// Tables are aligned and notes say what they do not.
+func TestTablesAndNotes(t *testing.T) {
 	w := workload{maxima: []time.Duration{time.Millisecond, 500 * time.Millisecond}, calls: 100, inFlight: 10, seed: 1}
 	slow := runOf("least_request_experimental", 0, upTo(100, 1500*time.Microsecond))
 	slow.busy = 0.95
@@ -136,7 +140,8 @@ One run is noise where other programs run: -count 3 shows medians.
 	}
 }
 
-func TestSharesFoldAfterTenEndpoints(t *testing.T) {
+// Shares fold after ten endpoints.
+func TestSharesFold(t *testing.T) {
 	r := runOf("a", 0, upTo(2, time.Second))
 	r.served = make([]int, 25)
 	r.served[24] = 2
@@ -147,7 +152,8 @@ func TestSharesFoldAfterTenEndpoints(t *testing.T) {
 	}
 }
 
-func TestMillisecondsHaveThreeDigits(t *testing.T) {
+// Milliseconds have three digits.
+func TestFormatMillis(t *testing.T) {
 	for d, want := range map[time.Duration]string{
 		0:                        "0.00",
 		123 * time.Microsecond:   "0.12",

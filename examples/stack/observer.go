@@ -4,7 +4,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -37,18 +36,18 @@ func (o *observer) count(what string) {
 }
 
 // Refused is called when a layer refuses a call or a further attempt.
-func (o *observer) Refused(_, layer string, reason interceptor.Reason) {
-	o.count(fmt.Sprintf("%-11s refused, %s", layer, reason))
+func (o *observer) Refused(_ interceptor.Observed, r *interceptor.Refusal) {
+	o.count(fmt.Sprintf("%-11s refused, %s", r.Layer, r.Reason))
 }
 
 // Waited is called when a gate has waited.
-func (o *observer) Waited(_, layer string, _ time.Duration) {
+func (o *observer) Waited(_ interceptor.Observed, layer string, _ time.Duration) {
 	o.count(fmt.Sprintf("%-11s had to wait", layer))
 }
 
 // Attempt is called when an attempt is sent.
-func (o *observer) Attempt(_ string, attempt int) {
-	if attempt == 0 {
+func (o *observer) Attempt(c interceptor.Observed) {
+	if c.Attempt == 0 {
 		o.count("calls sent")
 	} else {
 		o.count("further attempts sent")
@@ -56,12 +55,12 @@ func (o *observer) Attempt(_ string, attempt int) {
 }
 
 // HedgeFired is called when a hedge starts an extra attempt.
-func (o *observer) HedgeFired(_ context.Context, _, layer string) {
+func (o *observer) HedgeFired(_ interceptor.Observed, layer string) {
 	o.count(fmt.Sprintf("%-11s extra attempts", layer))
 }
 
 // HedgeWon is called when the result of an extra attempt is the call's.
-func (o *observer) HedgeWon(_ context.Context, _, layer string) {
+func (o *observer) HedgeWon(_ interceptor.Observed, layer string) {
 	o.count(fmt.Sprintf("%-11s extra attempts that won", layer))
 }
 

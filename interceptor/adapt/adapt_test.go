@@ -52,8 +52,8 @@ type waits struct {
 	got []string
 }
 
-func (w *waits) Waited(method, layer string, d time.Duration) {
-	w.got = append(w.got, fmt.Sprintf("%s %s %v", method, layer, d))
+func (w *waits) Waited(c interceptor.Observed, layer string, d time.Duration) {
+	w.got = append(w.got, fmt.Sprintf("%s %s %v", c.Method, layer, d))
 }
 
 func TestAdapt(t *testing.T) {
@@ -130,7 +130,7 @@ func TestAdapt(t *testing.T) {
 // badObserver panics when a gate has waited.
 type badObserver struct{ interceptor.NopObserver }
 
-func (badObserver) Waited(string, string, time.Duration) { panic("observer") }
+func (badObserver) Waited(interceptor.Observed, string, time.Duration) { panic("observer") }
 
 // What a limiter has granted is given back even if the observer panics when it is told of
 // the wait.

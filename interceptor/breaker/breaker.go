@@ -5,6 +5,7 @@ package breaker
 
 import (
 	"context"
+	"iter"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -18,6 +19,7 @@ import (
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/keyed"
 	"github.com/belfry-go/belfry/internal/layercheck"
+	"github.com/belfry-go/belfry/internal/seldom"
 )
 
 // Config says when a circuit opens, for how long, and what closes it. The zero
@@ -224,6 +226,7 @@ type Layer struct {
 	name     string
 	onChange func(Change)
 	random   func() float64 // In [0, 1); of tests if not math/rand's.
+	log      seldom.Log
 
 	settings atomic.Pointer[settings]
 	all      *circuit             // If there is one for all calls.
@@ -346,6 +349,29 @@ func (b *Layer) States() map[string]State {
 		states[k] = c.current(now)
 	}
 	return states
+}
+
+// Readings yields the state of each circuit.
+func (b *Layer) Readings() iter.Seq[interceptor.Reading] {
+	return func(yield func(interceptor.Reading) bool) {
+		now, byMethod := interceptor.Now(), b.settings.Load().KeyBy.Method
+		read := func(c *circuit) bool {
+			state := c.current(now)
+			return yield(interceptor.Reading{
+				Layer: b.name, Key: c.key, ByMethod: byMethod,
+				What: interceptor.ReadingCircuit, Value: float64(state), Text: state.String(),
+			})
+		}
+		if b.keys == nil {
+			read(b.all)
+			return
+		}
+		for _, c := range b.keys.All() {
+			if !read(c) {
+				return
+			}
+		}
+	}
 }
 
 // Trip opens the circuit of key, see [Layer.State], for d, or until Reset if d is not

@@ -4,12 +4,14 @@
 package breaker
 
 import (
+	"fmt"
 	"math"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/grpclog"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/retryafter"
@@ -334,6 +336,7 @@ func (c *circuit) changeLocked(to State, cause Cause, openFor time.Duration) (wo
 	old := c.state.Load()
 	word = (old>>2+1)<<2 | uint64(to)
 	c.state.Store(word)
+	c.breaker.logChange(c.key, stateOf(old), to, cause, openFor)
 	if f := c.breaker.onChange; f != nil && stateOf(old) != to {
 		f(Change{Key: c.key, From: stateOf(old), To: to, Cause: cause, OpenFor: openFor})
 	}
@@ -351,3 +354,29 @@ func (c *circuit) reset() {
 	defer c.mu.Unlock()
 	c.closeLocked(c.breaker.settings.Load(), CauseReset)
 }
+
+// logChange logs that a circuit has opened or closed. A probe that fails changes nothing for
+// an operator.
+func (b *Layer) logChange(key string, from, to State, cause Cause, openFor time.Duration) {
+	if from == to || to == HalfOpen || from == HalfOpen && to == Open {
+		return
+	}
+	more, ok := b.log.May(int64(interceptor.Now()))
+	if !ok {
+		return
+	}
+	of := ""
+	if key != "" {
+		of = fmt.Sprintf(" of %q", key)
+	}
+	switch {
+	case to == Closed:
+		logger.Warningf("breaker %q: the circuit%s is closed: %s%s", b.name, of, cause, more)
+	case openFor > 0:
+		logger.Warningf("breaker %q: the circuit%s is open for %v: %s%s", b.name, of, openFor.Round(time.Millisecond), cause, more)
+	default:
+		logger.Warningf("breaker %q: the circuit%s is open until Reset: %s%s", b.name, of, cause, more)
+	}
+}
+
+var logger = grpclog.Component("belfry")

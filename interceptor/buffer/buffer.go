@@ -6,6 +6,7 @@ package buffer
 import (
 	"context"
 	"fmt"
+	"iter"
 	"math"
 	"sync"
 	"sync/atomic"
@@ -143,6 +144,13 @@ func (l *Layer) String() string { return l.name }
 
 // Traits says that the buffer decides how long calls wait inside it.
 func (l *Layer) Traits() interceptor.Traits { return interceptor.Governs }
+
+// Readings yields how many calls wait.
+func (l *Layer) Readings() iter.Seq[interceptor.Reading] {
+	return func(yield func(interceptor.Reading) bool) {
+		yield(interceptor.Reading{Layer: l.name, What: interceptor.ReadingWaiting, Value: float64(l.Waiting())})
+	}
+}
 
 // WrapGate returns the gate. A stack calls WrapGateOver instead.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate { return l.WrapGateOver(inner, 0) }

@@ -20,6 +20,7 @@ import (
 	"github.com/belfry-go/belfry/internal/codeset"
 	"github.com/belfry-go/belfry/internal/keyed"
 	"github.com/belfry-go/belfry/internal/layercheck"
+	"github.com/belfry-go/belfry/internal/seldom"
 	"github.com/belfry-go/belfry/limit"
 )
 
@@ -210,6 +211,8 @@ type Layer struct {
 	cost     func(context.Context, *interceptor.Admission) int64 // Nil: 1.
 	priority interceptor.PriorityFunc
 	custom   limit.Algorithm
+
+	log seldom.Log // Of limits that are halved.
 
 	settings atomic.Pointer[settings]
 

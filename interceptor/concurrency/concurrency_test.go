@@ -629,10 +629,12 @@ func (o *observer) add(format string, args ...any) {
 	o.events = append(o.events, fmt.Sprintf(format, args...))
 }
 func (o *observer) Limit(l interceptor.LimitState) { o.add("limit %s%s %v", l.Layer, l.Key, l.Limit) }
-func (o *observer) Waited(_, layer string, d time.Duration) {
+func (o *observer) Waited(_ interceptor.Observed, layer string, d time.Duration) {
 	o.add("waited %s %v", layer, d)
 }
-func (o *observer) Refused(_, layer string, r interceptor.Reason) { o.add("refused %s %s", layer, r) }
+func (o *observer) Refused(_ interceptor.Observed, r *interceptor.Refusal) {
+	o.add("refused %s %s", r.Layer, r.Reason)
+}
 
 func TestObserver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

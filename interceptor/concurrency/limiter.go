@@ -4,11 +4,14 @@
 package concurrency
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"google.golang.org/grpc/grpclog"
 
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/internal/waitlist"
@@ -34,6 +37,7 @@ type limiter struct {
 	mu        sync.Mutex
 	algorithm limit.Algorithm // Nil for a fixed limit.
 	last      limit.Sample    // What it learnt last.
+	logged    int64           // The highest limit since the last line that was logged.
 }
 
 // refusals are the refusals of one configuration. Each is made when it is first needed.
@@ -396,6 +400,12 @@ func (lim *limiter) sample(token int64, e interceptor.End) {
 		return
 	}
 	s.Limited = lim.limited.Load() && lim.limited.Swap(false)
+	var halved func()
+	defer func() {
+		if halved != nil {
+			halved()
+		}
+	}()
 	lim.mu.Lock()
 	defer lim.mu.Unlock()
 	if lim.algorithm == nil {
@@ -404,10 +414,40 @@ func (lim *limiter) sample(token int64, e interceptor.End) {
 	s.InFlight = lim.permits.inUse()
 	lim.algorithm.OnSample(s)
 	lim.last = s
-	if n := limitOf(lim.algorithm); n != lim.permits.limit.Load() {
+	if n, was := limitOf(lim.algorithm), lim.permits.limit.Load(); n != was {
 		lim.permits.setLimit(n)
+		halved = lim.halvedLocked(n, was)
 	}
 }
+
+// halvedLocked returns what logs that the limit has fallen to half of what it was since the
+// last line, nil if it has not. Caller must hold lim.mu.
+func (lim *limiter) halvedLocked(n, was int64) (log func()) {
+	high := max(lim.logged, was)
+	if lim.logged = max(high, n); n > high/2 {
+		return nil
+	}
+	lim.logged = n
+	why := ""
+	if e, ok := lim.algorithm.(limit.Explainer); ok {
+		why = e.Explain().Lowered
+	}
+	return func() {
+		l := lim.layer
+		if more, ok := l.log.May(int64(interceptor.Now())); ok {
+			logger.Warningf("concurrency %q: the limit%s has fallen from %d to %d: %s%s", l.name, ofKey(lim.key), high, n, cmp.Or(why, "the algorithm does not say why"), more)
+		}
+	}
+}
+
+func ofKey(key string) string {
+	if key == "" {
+		return ""
+	}
+	return fmt.Sprintf(" of %q", key)
+}
+
+var logger = grpclog.Component("belfry")
 
 // limitOf returns a's limit, within what the layer can enforce.
 func limitOf(a limit.Algorithm) int64 { return min(max(a.Limit(), 1), maxLimit) }

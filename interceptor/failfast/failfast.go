@@ -5,6 +5,7 @@ package failfast
 
 import (
 	"context"
+	"iter"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -139,6 +140,18 @@ func (l *Layer) Traits() interceptor.Traits { return interceptor.Governs }
 
 // bound is how long a call waits at most.
 func (l *Layer) bound() time.Duration { return time.Duration(l.after.Load()) }
+
+// Readings yields whether calls are refused without waiting, and how many wait.
+func (l *Layer) Readings() iter.Seq[interceptor.Reading] {
+	return func(yield func(interceptor.Reading) bool) {
+		failing := 0.0
+		if l.Failing() {
+			failing = 1
+		}
+		_ = yield(interceptor.Reading{Layer: l.name, What: interceptor.ReadingFailing, Value: failing}) &&
+			yield(interceptor.Reading{Layer: l.name, What: interceptor.ReadingWaiting, Value: float64(l.Waiting())})
+	}
+}
 
 // WrapGate returns the gate.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {

@@ -365,7 +365,7 @@ type waits struct {
 	d []time.Duration
 }
 
-func (w *waits) Waited(_, _ string, d time.Duration) { w.d = append(w.d, d) }
+func (w *waits) Waited(_ interceptor.Observed, _ string, d time.Duration) { w.d = append(w.d, d) }
 
 func TestSlowGateIsSeenAsWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -6,6 +6,7 @@ package hedge
 import (
 	"cmp"
 	"context"
+	"iter"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -316,6 +317,36 @@ func (l *Layer) Config() Config {
 
 // Budget returns the budget that the layer spends.
 func (l *Layer) Budget() *budget.Budget { return l.maker.Budget }
+
+// Readings yields the balance of the budget, and for each method that is known well enough
+// what Delay returns.
+func (l *Layer) Readings() iter.Seq[interceptor.Reading] {
+	return func(yield func(interceptor.Reading) bool) {
+		for r := range l.maker.Readings() {
+			if !yield(r) {
+				return
+			}
+		}
+		delay := func(method string, d time.Duration) bool {
+			return yield(interceptor.Reading{
+				Layer: l.maker.Name, Key: method, ByMethod: method != "",
+				What: interceptor.ReadingDelay, Value: d.Seconds(), Text: d.String(),
+			})
+		}
+		set, now := l.set.Load(), interceptor.Now()
+		if set.isFixed {
+			delay("", set.fixed)
+			return
+		}
+		for _, seen := range l.seen {
+			for method, w := range seen.All() {
+				if d, ok := set.percentileOf(w, now); ok && !delay(method, d) {
+					return
+				}
+			}
+		}
+	}
+}
 
 // Delay returns how long a call of the method that starts now would wait before an extra
 // attempt. ok is false while too few latencies of the method are known, and its calls are

@@ -590,11 +590,13 @@ func (e *events) add(format string, args ...any) {
 	e.log = append(e.log, fmt.Sprintf(format, args...))
 }
 
-func (e *events) Refused(_, layer string, r interceptor.Reason) { e.add("refused %s %s", layer, r) }
-func (e *events) Attempt(_ string, n int)                       { e.add("attempt %d", n) }
-func (e *events) HedgeFired(_ context.Context, _, layer string) { e.add("fired %s", layer) }
-func (e *events) HedgeWon(_ context.Context, _, layer string)   { e.add("won %s", layer) }
-func (e *events) Budget(layer string, balance float64)          { e.add("budget %s %.2f", layer, balance) }
+func (e *events) Refused(_ interceptor.Observed, r *interceptor.Refusal) {
+	e.add("refused %s %s", r.Layer, r.Reason)
+}
+func (e *events) Attempt(c interceptor.Observed)                  { e.add("attempt %d", c.Attempt) }
+func (e *events) HedgeFired(_ interceptor.Observed, layer string) { e.add("fired %s", layer) }
+func (e *events) HedgeWon(_ interceptor.Observed, layer string)   { e.add("won %s", layer) }
+func (e *events) Budget(layer string, balance float64)            { e.add("budget %s %.2f", layer, balance) }
 
 func TestBudgetBoundsHedges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -186,7 +186,7 @@ func (r *race) run(now interceptor.Instant) (*try, error) {
 	case r.panicked != nil:
 		panic(r.panicked)
 	case r.err == nil && r.best != &r.first:
-		r.HedgeWon(r.ctx)
+		r.HedgeWon()
 	case r.refusal != nil:
 		return r.best, r.Refused(r.ctx, r.refusal, r.err)
 	}
@@ -338,7 +338,7 @@ func (r *race) another(v verdict, follows bool) verdict {
 	if follows {
 		reason = status.Code(v.err).String()
 	}
-	a, err := r.Make(t.ctx, further.Plan{Delay: v.after, After: v.err, Reason: reason, Run: func(ctx context.Context, c *interceptor.Call) error {
+	a, err := r.Make(t.ctx, further.Plan{Hedge: true, Delay: v.after, After: v.err, Reason: reason, Run: func(ctx context.Context, c *interceptor.Call) error {
 		if !r.start(t, c, !follows) {
 			return interceptor.Ended(ctx, r.layer.maker.Name)
 		}
@@ -377,7 +377,7 @@ func (r *race) start(t *try, c *interceptor.Call, slow bool) (started bool) {
 	if closed {
 		return false
 	}
-	r.HedgeFired(r.ctx)
+	r.HedgeFired()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.madeLocked(t)

@@ -26,7 +26,7 @@ type reasons struct {
 	log []string
 }
 
-func (r *reasons) Further(_ context.Context, _, layer string, f interceptor.FurtherAttempt) {
+func (r *reasons) Further(_ interceptor.Observed, layer string, f interceptor.FurtherAttempt) {
 	r.log = append(r.log, fmt.Sprintf("%s %d %s %v", layer, f.Attempt, f.Reason, f.After))
 }
 
@@ -42,11 +42,11 @@ func (r *traces) add(ctx context.Context, what string) {
 	r.log = append(r.log, fmt.Sprint(what, " of call ", ctx.Value(traceKey{})))
 }
 
-func (r *traces) Further(ctx context.Context, _, _ string, _ interceptor.FurtherAttempt) {
-	r.add(ctx, "further attempt")
+func (r *traces) Further(c interceptor.Observed, _ string, _ interceptor.FurtherAttempt) {
+	r.add(c.Context, "further attempt")
 }
-func (r *traces) HedgeFired(ctx context.Context, _, _ string) { r.add(ctx, "hedge") }
-func (r *traces) HedgeWon(ctx context.Context, _, _ string)   { r.add(ctx, "win") }
+func (r *traces) HedgeFired(c interceptor.Observed, _ string) { r.add(c.Context, "hedge") }
+func (r *traces) HedgeWon(c interceptor.Observed, _ string)   { r.add(c.Context, "win") }
 
 // A tracer finds the call of an extra attempt in the context.
 func TestObserverContext(t *testing.T) {

@@ -188,8 +188,8 @@ func (s *stream) Repeat(_ *replay.Lane, err error) (*replay.Lane, error) {
 	r.extra = append(r.extra, &failed) // It counts.
 	var t try
 	t.ctx, t.cancel = context.WithCancel(r.ctx)
-	a, refused := r.Make(t.ctx, further.Plan{Delay: after, After: err, Reason: status.Code(err).String(), Run: func(ctx context.Context, c *interceptor.Call) error {
-		r.HedgeFired(r.ctx)
+	a, refused := r.Make(t.ctx, further.Plan{Hedge: true, Delay: after, After: err, Reason: status.Code(err).String(), Run: func(ctx context.Context, c *interceptor.Call) error {
+		r.HedgeFired()
 		return r.next(ctx, c)
 	}})
 	switch {

@@ -7,6 +7,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -54,6 +56,7 @@ func points(t *testing.T, r sdk.Reader) map[string]float64 {
 			case metricdata.Histogram[float64]:
 				for _, p := range d.DataPoints {
 					put(m.Name, p.Attributes, p.Sum)
+					put(m.Name+".count", p.Attributes, float64(p.Count))
 				}
 			default:
 				t.Fatalf("%s: data of type %T", m.Name, d)
@@ -76,7 +79,7 @@ func TestInstruments(t *testing.T) {
 		}
 		return nil, nil
 	})
-	stack, err := interceptor.NewStack(interceptor.Observe(obs), allow)
+	stack, err := interceptor.NewStack(interceptor.Named("orders"), interceptor.Observe(obs), allow)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,32 +90,40 @@ func TestInstruments(t *testing.T) {
 	unary := stack.UnaryClientInterceptor()
 	ctx := context.Background()
 	for _, method := range []string{"/s/ok", "/s/ok", "/s/bad"} {
-		unary(ctx, method, nil, nil, nil, invoker)
+		unary(ctx, method, nil, nil, nil, invoker, grpc.StaticMethod())
 	}
-	unary(context.WithValue(ctx, open{}, true), "/s/ok", nil, nil, nil, invoker)
-	obs.Waited("/s/ok", "limit", 1500*time.Millisecond)
-	obs.Budget("retry", 12.5)
-	obs.HedgeFired(t.Context(), "/s/ok", "hedge")
-	obs.HedgeWon(t.Context(), "/s/ok", "hedge")
-	obs.Further(t.Context(), "/s/ok", "retry", interceptor.FurtherAttempt{Attempt: 1, Reason: "Unavailable"})
-	obs.Attempt("/s/ok", 2)
+	unary(ctx, "/s/ok", nil, nil, nil, invoker) // Not by generated code.
+	unary(context.WithValue(ctx, open{}, true), "/s/ok", nil, nil, nil, invoker, grpc.StaticMethod())
+	c := interceptor.Observed{Context: ctx, Stack: "orders", Method: "/s/ok", Static: true, Attempt: 1}
+	obs.Waited(c, "limit", 1500*time.Millisecond)
+	obs.HedgeWon(c, "hedge")
+	obs.Further(c, "retry", interceptor.FurtherAttempt{Attempt: 1, Reason: "Unavailable", Delay: 250 * time.Millisecond})
+	obs.Further(c, "hedge", interceptor.FurtherAttempt{Hedge: true, Attempt: 2, Reason: "SLOW"})
+	obs.Attempt(c)
 
 	got := points(t, reader)
+	const ok, bad, unknown = ",grpc.method=s/ok", ",grpc.method=s/bad", ",grpc.method=other"
 	want := map[string]float64{
-		"belfry.admitted{belfry.attempt=first,belfry.kind=unary,rpc.method=/s/ok}":                         2,
-		"belfry.admitted{belfry.attempt=first,belfry.kind=unary,rpc.method=/s/bad}":                        1,
-		"belfry.attempts{belfry.attempt=first,rpc.method=/s/ok}":                                           2,
-		"belfry.attempts{belfry.attempt=further,rpc.method=/s/ok}":                                         1,
-		"belfry.attempts{belfry.attempt=first,rpc.method=/s/bad}":                                          1,
-		"belfry.calls{belfry.kind=unary,belfry.outcome=ok,rpc.grpc.status=OK,rpc.method=/s/ok}":            2,
-		"belfry.calls{belfry.kind=unary,belfry.outcome=failed,rpc.grpc.status=NotFound,rpc.method=/s/bad}": 1,
-		"belfry.refused{belfry.layer=breaker,belfry.reason=BREAKER_OPEN,rpc.method=/s/ok}":                 1,
-		"belfry.in_flight{}": 0,
-		"belfry.wait{belfry.layer=limit,rpc.method=/s/ok}":                                       1.5,
-		"belfry.budget.balance{belfry.layer=retry}":                                              12.5,
-		"belfry.hedges.fired{belfry.layer=hedge,rpc.method=/s/ok}":                               1,
-		"belfry.further_attempts{belfry.layer=retry,belfry.reason=Unavailable,rpc.method=/s/ok}": 1,
-		"belfry.hedges.won{belfry.layer=hedge,rpc.method=/s/ok}":                                 1,
+		"belfry.attempt.started{belfry.attempt=first,belfry.stack=orders" + ok + "}":                                                     2,
+		"belfry.attempt.started{belfry.attempt=further,belfry.stack=orders" + ok + "}":                                                   1,
+		"belfry.attempt.started{belfry.attempt=first,belfry.stack=orders" + bad + "}":                                                    1,
+		"belfry.attempt.started{belfry.attempt=first,belfry.stack=orders" + unknown + "}":                                                1,
+		"belfry.attempt.duration.count{belfry.attempt=first,belfry.outcome=ok,belfry.stack=orders" + ok + ",grpc.status=OK}":             2,
+		"belfry.attempt.duration.count{belfry.attempt=first,belfry.outcome=ok,belfry.stack=orders" + unknown + ",grpc.status=OK}":        1,
+		"belfry.attempt.duration.count{belfry.attempt=first,belfry.outcome=failed,belfry.stack=orders" + bad + ",grpc.status=NOT_FOUND}": 1,
+		"belfry.call.duration.count{belfry.kind=unary,belfry.outcome=ok,belfry.stack=orders" + ok + ",grpc.status=OK}":                   2,
+		"belfry.call.duration.count{belfry.kind=unary,belfry.outcome=ok,belfry.stack=orders" + unknown + ",grpc.status=OK}":              1,
+		"belfry.call.duration.count{belfry.kind=unary,belfry.outcome=failed,belfry.stack=orders" + bad + ",grpc.status=NOT_FOUND}":       1,
+		"belfry.call.duration.count{belfry.kind=unary,belfry.outcome=not_sent,belfry.stack=orders" + ok + ",grpc.status=UNAVAILABLE}":    1,
+		"belfry.refused{belfry.layer=breaker,belfry.reason=BREAKER_OPEN,belfry.stack=orders" + ok + "}":                                  1,
+		"belfry.in_flight{belfry.stack=orders}":                                                           0,
+		"belfry.wait{belfry.layer=limit,belfry.stack=orders" + ok + "}":                                   1.5,
+		"belfry.wait.count{belfry.layer=limit,belfry.stack=orders" + ok + "}":                             1,
+		"belfry.call.retries{belfry.layer=retry,belfry.reason=Unavailable,belfry.stack=orders" + ok + "}": 1,
+		"belfry.call.retry_delay{belfry.layer=retry,belfry.stack=orders" + ok + "}":                       0.25,
+		"belfry.call.retry_delay.count{belfry.layer=retry,belfry.stack=orders" + ok + "}":                 1,
+		"belfry.call.hedges{belfry.layer=hedge,belfry.reason=SLOW,belfry.stack=orders" + ok + "}":         1,
+		"belfry.call.hedges_won{belfry.layer=hedge,belfry.stack=orders" + ok + "}":                        1,
 	}
 	for k, v := range want {
 		if g, ok := got[k]; !ok || g != v {
@@ -120,10 +131,11 @@ func TestInstruments(t *testing.T) {
 		}
 	}
 	for k := range got {
-		if _, ok := want[k]; !ok {
+		if _, ok := want[k]; !ok && !strings.Contains(k, ".duration{") {
 			t.Errorf("unexpected point %s", k)
 		}
 	}
+	runtime.KeepAlive(stack)
 }
 
 type open struct{}
@@ -135,19 +147,23 @@ func TestMaxMethods(t *testing.T) {
 		t.Fatal(err)
 	}
 	const further = 50
+	call := func(i int) interceptor.Observed {
+		return interceptor.Observed{Context: t.Context(), Stack: "s", Method: fmt.Sprintf("/s/m%d", i), Static: true}
+	}
 	for range 2 {
 		for i := range otelobserver.MaxMethods + further {
-			obs.Attempt(fmt.Sprintf("/s/m%d", i), 0)
+			obs.Attempt(call(i))
 		}
 	}
-	obs.Refused("/s/m0", "limit", interceptor.ReasonConcurrency)
-	obs.Refused("/s/new", "limit", interceptor.ReasonConcurrency)
+	r := interceptor.Refuse("limit", interceptor.ReasonConcurrency, "")
+	obs.Refused(call(0), r)
+	obs.Refused(call(otelobserver.MaxMethods+further), r)
 	got := points(t, reader)
 	for name, want := range map[string]float64{
-		"belfry.attempts{belfry.attempt=first,rpc.method=/s/m0}":                        2,
-		"belfry.attempts{belfry.attempt=first,rpc.method=other}":                        2 * further,
-		"belfry.refused{belfry.layer=limit,belfry.reason=CONCURRENCY,rpc.method=/s/m0}": 1,
-		"belfry.refused{belfry.layer=limit,belfry.reason=CONCURRENCY,rpc.method=other}": 1,
+		"belfry.attempt.started{belfry.attempt=first,belfry.stack=s,grpc.method=s/m0}":                  2,
+		"belfry.attempt.started{belfry.attempt=first,belfry.stack=s,grpc.method=other}":                 2 * further,
+		"belfry.refused{belfry.layer=limit,belfry.reason=CONCURRENCY,belfry.stack=s,grpc.method=s/m0}":  1,
+		"belfry.refused{belfry.layer=limit,belfry.reason=CONCURRENCY,belfry.stack=s,grpc.method=other}": 1,
 	} {
 		if got[name] != want {
 			t.Errorf("%s = %v, want %v", name, got[name], want)
@@ -155,6 +171,20 @@ func TestMaxMethods(t *testing.T) {
 	}
 	if n := len(got); n != otelobserver.MaxMethods+3 {
 		t.Errorf("%d points, want %d", n, otelobserver.MaxMethods+3)
+	}
+}
+
+// Fifty thousand names that no generated code has cost what one costs.
+func TestForwardedMethodsAreOne(t *testing.T) {
+	obs, reader := newObserver(t)
+	for i := range 50_000 {
+		c := interceptor.Observed{Context: t.Context(), Stack: "proxy", Method: fmt.Sprintf("/s/m%d", i)}
+		obs.Attempt(c)
+		obs.Ended(c, interceptor.ObservedEnd{})
+	}
+	got := points(t, reader)
+	if n := got["belfry.attempt.started{belfry.attempt=first,belfry.stack=proxy,grpc.method=other}"]; n != 50_000 || len(got) != 3 {
+		t.Errorf("%d points, %v attempts of other methods, want 3 points and 50000", len(got), n)
 	}
 }
 

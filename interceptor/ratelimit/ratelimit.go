@@ -6,6 +6,7 @@ package ratelimit
 import (
 	"context"
 	"fmt"
+	"iter"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -287,6 +288,13 @@ const traits = interceptor.Waits | interceptor.Decides
 // Traits says that calls may wait in the layer, and that it decides when they are
 // sent.
 func (l *Layer) Traits() interceptor.Traits { return traits }
+
+// Readings yields how many calls wait.
+func (l *Layer) Readings() iter.Seq[interceptor.Reading] {
+	return func(yield func(interceptor.Reading) bool) {
+		yield(interceptor.Reading{Layer: l.name, What: interceptor.ReadingWaiting, Value: float64(l.Waiting())})
+	}
+}
 
 // WrapGate returns the gate that takes tokens.
 func (l *Layer) WrapGate(inner interceptor.Gate) interceptor.Gate {

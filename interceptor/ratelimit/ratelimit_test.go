@@ -1114,9 +1114,11 @@ func (w *watcher) add(format string, args ...any) {
 	w.log = append(w.log, fmt.Sprintf(format, args...))
 }
 
-func (w *watcher) Waited(_, layer string, d time.Duration) { w.add("%s waited %v", layer, d) }
-func (w *watcher) Refused(_, layer string, r interceptor.Reason) {
-	w.add("%s refused %s", layer, r)
+func (w *watcher) Waited(_ interceptor.Observed, layer string, d time.Duration) {
+	w.add("%s waited %v", layer, d)
+}
+func (w *watcher) Refused(_ interceptor.Observed, r *interceptor.Refusal) {
+	w.add("%s refused %s", r.Layer, r.Reason)
 }
 
 func testQueueIsObserved(t *testing.T) {

@@ -104,8 +104,8 @@ type further struct {
 	log []string
 }
 
-func (f *further) Further(_ context.Context, method, layer string, a interceptor.FurtherAttempt) {
-	f.log = append(f.log, fmt.Sprintf("%s %s %d %s %v %v", method, layer, a.Attempt, a.Reason, a.Delay, a.After))
+func (f *further) Further(c interceptor.Observed, layer string, a interceptor.FurtherAttempt) {
+	f.log = append(f.log, fmt.Sprintf("%s %s %d %s %v %v", c.Method, layer, a.Attempt, a.Reason, a.Delay, a.After))
 }
 
 func TestObserverFurther(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"iter"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -255,6 +256,9 @@ func (l *Layer) Config() Config {
 	c.Codes, c.Methods = slices.Clone(c.Codes), slices.Clone(c.Methods)
 	return c
 }
+
+// Readings yields the balance of the budget.
+func (l *Layer) Readings() iter.Seq[interceptor.Reading] { return l.maker.Readings() }
 
 // Budget returns the budget that the layer spends.
 func (l *Layer) Budget() *budget.Budget { return l.maker.Budget }

@@ -636,11 +636,13 @@ func (e *events) add(format string, args ...any) {
 	e.log = append(e.log, fmt.Sprintf(format, args...))
 }
 
-func (e *events) Refused(_, layer string, r interceptor.Reason) { e.add("refused %s %s", layer, r) }
-func (e *events) Attempt(_ string, n int)                       { e.add("attempt %d", n) }
-func (e *events) Budget(layer string, balance float64)          { e.add("budget %s %.1f", layer, balance) }
-func (e *events) Ended(_ string, _ interceptor.Kind, o interceptor.Outcome, err error) {
-	e.add("ended %s %s", o, status.Code(err))
+func (e *events) Refused(_ interceptor.Observed, r *interceptor.Refusal) {
+	e.add("refused %s %s", r.Layer, r.Reason)
+}
+func (e *events) Attempt(c interceptor.Observed)       { e.add("attempt %d", c.Attempt) }
+func (e *events) Budget(layer string, balance float64) { e.add("budget %s %.1f", layer, balance) }
+func (e *events) Ended(_ interceptor.Observed, end interceptor.ObservedEnd) {
+	e.add("ended %s %s", end.Outcome, status.Code(end.Err))
 }
 
 func TestBudgetSpentReturnsServersError(t *testing.T) {

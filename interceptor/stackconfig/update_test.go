@@ -679,7 +679,7 @@ type counter struct {
 	n  int
 }
 
-func (c *counter) Attempt(string, int) {
+func (c *counter) Attempt(interceptor.Observed) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.n++

@@ -5,6 +5,7 @@ package throttle
 
 import (
 	"context"
+	"iter"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -228,9 +229,34 @@ func (t *Layer) Stats(key string) Stats {
 			return Stats{}
 		}
 	}
-	s, now := t.settings.Load(), interceptor.Now()
+	return c.stats(t.settings.Load(), interceptor.Now())
+}
+
+func (c *counts) stats(s *settings, now interceptor.Instant) Stats {
 	requests, accepts := c.window(s).Sum(int64(now))
 	return Stats{Requests: requests, Accepts: accepts, Probability: c.probability(s, now, requests, accepts)}
+}
+
+// Readings yields the probability with which the calls of each key are refused now.
+func (t *Layer) Readings() iter.Seq[interceptor.Reading] {
+	return func(yield func(interceptor.Reading) bool) {
+		s, now := t.settings.Load(), interceptor.Now()
+		read := func(key string, c *counts) bool {
+			return yield(interceptor.Reading{
+				Layer: t.name, Key: key, ByMethod: s.KeyBy.Method,
+				What: interceptor.ReadingRefusing, Value: c.stats(s, now).Probability,
+			})
+		}
+		if t.keys == nil {
+			read("", t.all)
+			return
+		}
+		for key, c := range t.keys.All() {
+			if !read(key, c) {
+				return
+			}
+		}
+	}
 }
 
 // String returns the layer's name.

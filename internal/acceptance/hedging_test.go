@@ -107,7 +107,7 @@ var hedges = map[string]string{
 // they use half of it: of 100 rounds none lowered p99.9 by less than 2.0, and half of them
 // by 15. The calls of all rounds count together, and up to five are made, of which all
 // would have to be worse than the worst of those.
-func TestHedgingHalvesTheTailForSixPercentMoreCalls(t *testing.T) {
+func TestHedgingHalvesTail(t *testing.T) {
 	if race.Enabled {
 		t.Skip("takes minutes under the race detector, which has TestStress")
 	}
@@ -152,7 +152,7 @@ func newClient(t *testing.T, cluster *testserver.Cluster, config string) *client
 }
 
 // Attempt counts an attempt.
-func (c *client) Attempt(string, int) { c.attempts.Add(1) }
+func (c *client) Attempt(interceptor.Observed) { c.attempts.Add(1) }
 
 // load makes 250 calls a second for d, however long they take.
 func (c *client) load(ctx context.Context, t *testing.T, d time.Duration) {

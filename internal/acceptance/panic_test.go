@@ -41,30 +41,35 @@ func (o *panicky) panic(in string) {
 	}
 }
 
-func (o *panicky) Admitted(_ string, _ interceptor.Kind, attempt int) {
-	if o.panic("Admitted"); attempt > 0 {
+func (o *panicky) Admitted(c interceptor.Observed) {
+	if o.panic("Admitted"); c.Attempt > 0 {
 		o.panic("Admitted further")
 	}
 }
 
-func (o *panicky) InFlight(delta int) {
+func (o *panicky) InFlight(_ interceptor.Observed, delta int) {
 	if o.panic("InFlight"); delta < 0 {
 		o.panic("InFlight -1")
 	}
 }
 
-func (o *panicky) Refused(string, string, interceptor.Reason)                 { o.panic("Refused") }
-func (o *panicky) Waited(_, layer string, _ time.Duration)                    { o.panic("Waited at " + layer) }
-func (o *panicky) Attempt(string, int)                                        { o.panic("Attempt") }
-func (o *panicky) Ended(string, interceptor.Kind, interceptor.Outcome, error) { o.panic("Ended") }
-func (o *panicky) Further(context.Context, string, string, interceptor.FurtherAttempt) {
+func (o *panicky) Refused(interceptor.Observed, *interceptor.Refusal) { o.panic("Refused") }
+func (o *panicky) Waited(_ interceptor.Observed, layer string, _ time.Duration) {
+	o.panic("Waited at " + layer)
+}
+func (o *panicky) Attempt(interceptor.Observed)                        { o.panic("Attempt") }
+func (o *panicky) Ended(interceptor.Observed, interceptor.ObservedEnd) { o.panic("Ended") }
+func (o *panicky) AttemptEnded(interceptor.Observed, interceptor.ObservedEnd) {
+	o.panic("AttemptEnded")
+}
+func (o *panicky) Further(interceptor.Observed, string, interceptor.FurtherAttempt) {
 	o.panic("Further")
 }
-func (o *panicky) HedgeFired(context.Context, string, string) { o.panic("HedgeFired") }
-func (o *panicky) HedgeWon(context.Context, string, string)   { o.panic("HedgeWon") }
-func (o *panicky) Budget(string, float64)                     { o.panic("Budget") }
-func (o *panicky) Limit(interceptor.LimitState)               { o.panic("Limit") }
-func (o *panicky) Observes(*interceptor.Stack)                {}
+func (o *panicky) HedgeFired(interceptor.Observed, string) { o.panic("HedgeFired") }
+func (o *panicky) HedgeWon(interceptor.Observed, string)   { o.panic("HedgeWon") }
+func (o *panicky) Budget(string, float64)                  { o.panic("Budget") }
+func (o *panicky) Limit(interceptor.LimitState)            { o.panic("Limit") }
+func (o *panicky) Observes(*interceptor.Stack)             {}
 
 // flaky fails one call of three, and takes its time for one of four.
 type flaky struct{}

@@ -21,7 +21,7 @@ import (
 // Ten servers fail every call for ten seconds, and every call may be retried. In
 // virtual time, so the numbers are those of any run but for the jitter of
 // back-offs.
-func TestARetryStormIsBoundedByTheBudgetAndOverWithIt(t *testing.T) {
+func TestRetryStormIsBounded(t *testing.T) {
 	const (
 		perSecond = 200
 		storm     = 10 * time.Second

@@ -66,7 +66,7 @@ func refusesFirst(l net.Listener, streams *atomic.Int32) error {
 }
 
 // A stack turns gRPC's retryPolicy off, but not that gRPC repeats what no server has seen.
-func TestWhatNoServerHasSeenIsRepeatedByGRPC(t *testing.T) {
+func TestTransparentRetryOfGRPC(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

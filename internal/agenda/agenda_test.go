@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-func TestAgendaIsInOrderOfTimeThenOfScheduling(t *testing.T) {
+// Agenda is in order of time then of scheduling.
+func TestAgendaOrder(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 1))
 	var a Agenda[func()]
 	var last Event[func()]

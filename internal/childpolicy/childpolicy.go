@@ -84,8 +84,8 @@ func New(cc balancer.ClientConn, opts balancer.BuildOptions) *Child {
 	return &Child{cc: cc, opts: opts}
 }
 
-// Update gives the child a state. If the policy is another than before it takes the place
-// of that, and connects anew.
+// Update gives the child a state. A policy of another kind replaces the one before, and
+// connects again.
 func (c *Child) Update(p Policy, state resolver.State) error {
 	if name := p.Builder.Name(); name != c.name {
 		c.Close()

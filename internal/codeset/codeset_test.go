@@ -22,7 +22,8 @@ func TestASetHasWhatItIsMadeOf(t *testing.T) {
 	}
 }
 
-func TestOKAndUnknownNumbersAreRejected(t *testing.T) {
+// OK and unknown numbers are rejected.
+func TestRejectsOKAndUnknownNumbers(t *testing.T) {
 	for _, c := range []codes.Code{codes.OK, 17, 1 << 20} {
 		if _, bad := Of(codes.Internal, c, codes.OK); bad != 1 {
 			t.Errorf("Of(Internal, %v, OK): code %d is bad, want 1", c, bad)

@@ -203,7 +203,7 @@ func TestServersThatDoNotKnow(t *testing.T) {
 }
 
 // An answer counts only if it is one to the question: others may be forged.
-func TestAnswersToOtherQuestionsAreIgnored(t *testing.T) {
+func TestOtherAnswersAreIgnored(t *testing.T) {
 	s := dnstest.New(t)
 	s.Set("orders.", 30, dnstest.Addr("10.0.0.1"))
 	s.Override(func(q dnsmessage.Question, network string) *dnstest.Reply {

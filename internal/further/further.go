@@ -9,6 +9,7 @@ package further
 import (
 	"context"
 	"fmt"
+	"iter"
 	"strings"
 	"sync"
 	"time"
@@ -164,6 +165,7 @@ type Call struct {
 
 // Plan describes a further attempt to make.
 type Plan struct {
+	Hedge  bool          // whether a hedge makes it
 	Delay  time.Duration // How long to wait before it.
 	After  error         // What the attempt before it failed with; nil if it did not.
 	Reason string        // Why it is made.
@@ -233,9 +235,16 @@ func (c *Call) announce(ctx context.Context, f *interceptor.Call, p Plan) {
 	}()
 	f.Internals().SetWhy(attempt.Why{Layer: c.Maker.Name, Reason: p.Reason, Delay: p.Delay})
 	if ctx.Err() == nil { // Otherwise nobody wants the attempt any more.
-		c.Observer().Further(ctx, c.Method(), c.Maker.Name, interceptor.FurtherAttempt{Attempt: f.Attempt(), Reason: p.Reason, Delay: p.Delay, After: p.After})
+		c.Observer().Further(f.Internals().Seen(), c.Maker.Name, interceptor.FurtherAttempt{Hedge: p.Hedge, Attempt: f.Attempt(), Reason: p.Reason, Delay: p.Delay, After: p.After})
 	}
 	told = true
+}
+
+// Readings yields the balance of the budget.
+func (m *Maker) Readings() iter.Seq[interceptor.Reading] {
+	return func(yield func(interceptor.Reading) bool) {
+		yield(interceptor.Reading{Layer: m.Name, What: interceptor.ReadingBudget, Value: m.Budget.Balance()})
+	}
 }
 
 // A payment is what the budget got for a further attempt. The attempt holds it as a ticket.
@@ -269,15 +278,15 @@ func (p *payment) end(sent bool) {
 // Release ends the attempt.
 func (p *payment) Release(_ int64, e interceptor.End) { p.end(e.Outcome.Sent()) }
 
-// HedgeFired tells the observer and the call's report of an extra attempt. ctx is that of the call.
-func (c *Call) HedgeFired(ctx context.Context) {
-	c.Observer().HedgeFired(ctx, c.Method(), c.Maker.Name)
+// HedgeFired tells the observer and the call's report of an extra attempt.
+func (c *Call) HedgeFired() {
+	c.Observer().HedgeFired(c.Internals().Seen(), c.Maker.Name)
 	c.Internals().PerCall().Record.Hedge(false)
 }
 
 // HedgeWon tells them that the call's result is an extra attempt's.
-func (c *Call) HedgeWon(ctx context.Context) {
-	c.Observer().HedgeWon(ctx, c.Method(), c.Maker.Name)
+func (c *Call) HedgeWon() {
+	c.Observer().HedgeWon(c.Internals().Seen(), c.Maker.Name)
 	c.Internals().PerCall().Record.Hedge(true)
 }
 

@@ -16,7 +16,7 @@
 // clients at random, and take the server an exponential time of mean 10 ms. The server has
 // workers and one queue before them, first come first served, or cores that all its calls
 // share. A call that finds its client's limit reached is refused at once. A client gives
-// up after 1 s with DEADLINE_EXCEEDED, and the server does the work all the same. There is
+// up after 1 s with DEADLINE_EXCEEDED, and the server does the work anyway. There is
 // no network. The clients begin at the same moment, with limits of 20.
 //
 // Goodput is what was served in time, in parts of the capacity. Latency is the mean of

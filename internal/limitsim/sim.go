@@ -293,7 +293,7 @@ func (r *run) end(c *call, result limit.Result) {
 	}
 }
 
-// result returns what was measured, and begins anew.
+// result returns what was measured, and starts again.
 func (r *run) result() Result {
 	seconds := time.Duration(r.to - r.from).Seconds()
 	res := Result{

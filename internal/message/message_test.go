@@ -16,7 +16,8 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-func TestACopyOfAProtocolBufferReplacesWhatWasThere(t *testing.T) {
+// A copy of a protocol buffer replaces what was there.
+func TestCopyReplacesProto(t *testing.T) {
 	src, dst := wrapperspb.Int32(0), wrapperspb.Int32(7)
 	if n := NewLike(dst).(*wrapperspb.Int32Value); n == dst || n.Value != 0 {
 		t.Errorf("NewLike = %v, want a new, empty message", n)
@@ -28,7 +29,7 @@ func TestACopyOfAProtocolBufferReplacesWhatWasThere(t *testing.T) {
 }
 
 // What a message refers to is not copied, so that a large reply costs what a small one does.
-func TestACopyOfALargeProtocolBuffer(t *testing.T) {
+func TestCopyLargeProto(t *testing.T) {
 	src := protodesc.ToFileDescriptorProto(wrapperspb.File_google_protobuf_wrappers_proto)
 	src.ProtoReflect().SetUnknown(protowire.AppendVarint(protowire.AppendTag(nil, 5000, protowire.VarintType), 7))
 	src.Options.ProtoReflect().SetUnknown(protowire.AppendVarint(protowire.AppendTag(nil, 5000, protowire.VarintType), 8))
@@ -42,7 +43,8 @@ func TestACopyOfALargeProtocolBuffer(t *testing.T) {
 	}
 }
 
-func TestADynamicMessageKeepsItsType(t *testing.T) {
+// A dynamic message keeps its type.
+func TestNewOfDynamicMessage(t *testing.T) {
 	m := dynamicpb.NewMessage((*wrapperspb.StringValue)(nil).ProtoReflect().Descriptor())
 	if err := proto.Unmarshal([]byte("\x0a\x01x"), m); err != nil {
 		t.Fatal(err)
@@ -57,7 +59,7 @@ func TestADynamicMessageKeepsItsType(t *testing.T) {
 }
 
 // The race detector is the judge.
-func TestAMessageIsMadeLikeOneThatIsBeingWritten(t *testing.T) {
+func TestNewDuringWrite(t *testing.T) {
 	m := new(wrapperspb.StringValue)
 	done := make(chan struct{})
 	go func() {
@@ -74,7 +76,8 @@ func TestAMessageIsMadeLikeOneThatIsBeingWritten(t *testing.T) {
 	<-done
 }
 
-func TestACopyOfOtherMessagesReplacesWhatWasThere(t *testing.T) {
+// A copy of other messages replaces what was there.
+func TestCopyReplacesOtherTypes(t *testing.T) {
 	type msg struct{ A, B int }
 	dst := &msg{A: 1}
 	src := NewLike(dst).(*msg)

@@ -4,6 +4,7 @@
 package quantile
 
 import (
+	"iter"
 	"sync/atomic"
 	"time"
 
@@ -46,6 +47,9 @@ func (m *Methods) SetWindow(window time.Duration) {
 func (m *Methods) Get(method string, now interceptor.Instant) *Window {
 	return m.windows.Get(method, int64(now))
 }
+
+// All yields the methods that have a Window.
+func (m *Methods) All() iter.Seq2[string, *Window] { return m.windows.All() }
 
 // Peek returns the Window of a method if it has one.
 func (m *Methods) Peek(method string) (*Window, bool) { return m.windows.Peek(method) }

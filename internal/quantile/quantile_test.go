@@ -29,7 +29,8 @@ func TestAnEmptyWindowHasNoQuantile(t *testing.T) {
 	check(t, New(time.Second), 0.5, 0, 0)
 }
 
-func TestQuantilesAreThoseOfTheDataToOnePercent(t *testing.T) {
+// Quantiles are those of the data to one percent.
+func TestQuantilesOfData(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
@@ -47,7 +48,8 @@ func TestQuantilesAreThoseOfTheDataToOnePercent(t *testing.T) {
 	}
 }
 
-func TestTheNinthOfTenIsTheNinetiethPercentile(t *testing.T) {
+// The ninth of ten is the ninetieth percentile.
+func TestQuantileNearestRank(t *testing.T) {
 	w := New(time.Minute)
 	for range 8 {
 		w.Record(time.Millisecond)
@@ -58,7 +60,8 @@ func TestTheNinthOfTenIsTheNinetiethPercentile(t *testing.T) {
 	check(t, w, 0.9, 10*time.Millisecond, 10)
 }
 
-func TestLatenciesOutOfRangeCountAsTheNearest(t *testing.T) {
+// Latencies out of range count as the nearest.
+func TestQuantileOutOfRange(t *testing.T) {
 	w := New(time.Minute)
 	w.Record(-time.Second)
 	check(t, w, 1, 0, 1)
@@ -68,7 +71,8 @@ func TestLatenciesOutOfRangeCountAsTheNearest(t *testing.T) {
 	check(t, w, 1, time.Hour, 3)
 }
 
-func TestWindowForgetsOlderLatencies(t *testing.T) {
+// Window forgets older latencies.
+func TestQuantileForgets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := New(10 * time.Second)
 		for range 10 { // One a second.
@@ -113,7 +117,8 @@ func TestAChangedWindowKeepsItsData(t *testing.T) {
 	})
 }
 
-func TestAnAnswerIsUsedAgainWhileLittleHasChanged(t *testing.T) {
+// An answer is used again while little has changed.
+func TestQuantileCachesAnswer(t *testing.T) {
 	w := New(time.Hour)
 	for range 320 {
 		w.Record(time.Millisecond)
@@ -129,7 +134,7 @@ func TestAnAnswerIsUsedAgainWhileLittleHasChanged(t *testing.T) {
 }
 
 // What is made costs what is used: there may be a window for each of many methods.
-func TestWindowIsAsLargeAsWhatItHolds(t *testing.T) {
+func TestQuantileWindowSize(t *testing.T) {
 	const windows = 100
 	kept := make([]*Window, windows)
 	size := func(fill func(w *Window)) int64 {
@@ -155,7 +160,8 @@ func TestWindowIsAsLargeAsWhatItHolds(t *testing.T) {
 	runtime.KeepAlive(kept)
 }
 
-func TestEveryLatencyIsToldToOnePercent(t *testing.T) {
+// Every latency is told to one percent.
+func TestQuantileResolution(t *testing.T) {
 	for v := uint64(0); v < uint64(time.Hour/time.Microsecond); v += 1 + v/300 {
 		h := new(histogram)
 		h.record(v)
@@ -172,7 +178,8 @@ func TestEveryLatencyIsToldToOnePercent(t *testing.T) {
 	}
 }
 
-func TestConcurrentRecordsAreAllCounted(t *testing.T) {
+// Concurrent records are all counted.
+func TestQuantileConcurrentRecords(t *testing.T) {
 	w := New(time.Hour)
 	var wg sync.WaitGroup
 	for range 8 {
@@ -189,7 +196,8 @@ func TestConcurrentRecordsAreAllCounted(t *testing.T) {
 	}
 }
 
-func TestNewPanicsOnAWindowThatIsNotPositive(t *testing.T) {
+// New panics on a window that is not positive.
+func TestQuantileBadWindow(t *testing.T) {
 	defer func() {
 		if recover() == nil {
 			t.Error("New(0) did not panic")

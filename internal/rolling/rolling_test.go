@@ -18,7 +18,8 @@ func sum(t *testing.T, w *Window, now int64, all, noted int64) {
 	}
 }
 
-func TestAnEventIsSeenForTheSpanAndThenNotAnyMore(t *testing.T) {
+// An event is seen for the span and then not any more.
+func TestRollingSpan(t *testing.T) {
 	w := New(20 * time.Second)
 	start := int64(time.Hour)
 	w.Add(start, true)
@@ -31,7 +32,8 @@ func TestAnEventIsSeenForTheSpanAndThenNotAnyMore(t *testing.T) {
 	sum(t, w, start+int64(365*24*time.Hour), 0, 0)
 }
 
-func TestSumAgreesWithAModelOverRandomTimes(t *testing.T) {
+// Sum agrees with a model over random times.
+func TestRollingRandomTimes(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
@@ -67,7 +69,8 @@ func TestSumAgreesWithAModelOverRandomTimes(t *testing.T) {
 	}
 }
 
-func TestAnEventThatIsAWholeWindowLateIsDropped(t *testing.T) {
+// An event that is a whole window late is dropped.
+func TestRollingLateEvent(t *testing.T) {
 	w := New(20 * time.Second)
 	late := int64(time.Hour)
 	now := late + int64(20*time.Second)
@@ -91,7 +94,8 @@ func TestEventsCountAfterAnyPause(t *testing.T) {
 	}
 }
 
-func TestABucketThatIsFullKeepsItsRatio(t *testing.T) {
+// A bucket that is full keeps its ratio.
+func TestRollingFullBucketKeepsRatio(t *testing.T) {
 	w := New(time.Minute)
 	w.add(0, countMask-1, 7)
 	w.Add(0, true)
@@ -100,7 +104,8 @@ func TestABucketThatIsFullKeepsItsRatio(t *testing.T) {
 	sum(t, w, 0, countMask, 8)
 }
 
-func TestResizedKeepsWhatTheNewSpanReaches(t *testing.T) {
+// Resized keeps what the new span reaches.
+func TestRollingResized(t *testing.T) {
 	w := New(20 * time.Second)
 	start := int64(time.Hour)
 	for i := range int64(20) {
@@ -114,7 +119,8 @@ func TestResizedKeepsWhatTheNewSpanReaches(t *testing.T) {
 	}
 }
 
-func TestNoEventIsLostByAddingConcurrently(t *testing.T) {
+// No event is lost by adding concurrently.
+func TestRollingConcurrentAdds(t *testing.T) {
 	w := New(time.Minute)
 	var wg sync.WaitGroup
 	for g := range 8 {

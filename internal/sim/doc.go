@@ -32,7 +32,7 @@
 // come first served. The work of a call takes a lognormal time of mean 10 ms,
 // exp(0.6 z - 0.18) times that with z standard normal. The network takes 0.25 ms
 // plus exponential 0.05 ms each way. A client gives up after 1 s with
-// DEADLINE_EXCEEDED, while the server goes on. Calls are measured after 30 s, in
+// DEADLINE_EXCEEDED, and the server continues. Calls are measured after 30 s, in
 // which the policies get to know the servers. The latency is the one that the
 // client sees. The load is given as a share of what the servers can do in the
 // long run, with what the faults leave of them.
@@ -41,6 +41,6 @@
 // the shares of the servers: one caller who makes one call after the other, servers
 // of other sizes and weights, methods of unlike cost, heavy-tailed work.
 //
-// A server that is stopped or slowed down in the middle of a call goes on with
+// A server that is stopped or slowed down in the middle of a call continues with
 // what is left of it.
 package sim

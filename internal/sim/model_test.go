@@ -27,7 +27,8 @@ func checkNear(t *testing.T, what string, got, want, tolerance float64) {
 	}
 }
 
-func TestARunDependsOnNothingButItsSeed(t *testing.T) {
+// A run depends on nothing but its seed.
+func TestRunIsDetermined(t *testing.T) {
 	for _, name := range []string{"speeds 1:2:4", "2 of 20 replaced by cold ones", "processor sharing, antagonists"} {
 		for _, p := range []Policy{policy(t, "oracle"), policy(t, "default"), policy(t, "peakEwma")} {
 			t.Run(name+"/"+p.Name, func(t *testing.T) {
@@ -178,7 +179,8 @@ func TestDeadlinesEndCallsThatGetNoAnswer(t *testing.T) {
 	}
 }
 
-func TestBadScenariosAreErrorsThatNameTheField(t *testing.T) {
+// Bad scenarios are errors that name the field.
+func TestBadScenarios(t *testing.T) {
 	for field, spoil := range map[string]func(*Scenario){
 		"Clients":  func(s *Scenario) { s.Clients = 0 },
 		"Servers":  func(s *Scenario) { s.Servers = -1 },

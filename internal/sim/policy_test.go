@@ -78,7 +78,7 @@ func few(n int) Scenario {
 // A server that fails at once is always idle and always fast. Where it is taken
 // at its word it draws two of n parts of the calls of an open loop, and of a
 // closed loop, where each call that comes back is sent again, nearly all.
-func TestAServerThatFailsAtOnceGetsNoMoreThanItsShare(t *testing.T) {
+func TestFailingServerGetsFewCalls(t *testing.T) {
 	loads := []struct {
 		name   string
 		change func(*Scenario)
@@ -109,7 +109,8 @@ func TestAServerThatFailsAtOnceGetsNoMoreThanItsShare(t *testing.T) {
 	}
 }
 
-func TestABlackHoleGetsAlmostNothingAfterItsFirstCalls(t *testing.T) {
+// A black hole gets almost nothing after its first calls.
+func TestBlackHoleGetsFewCalls(t *testing.T) {
 	s := few(10)
 	s.faults = func(c *cluster) {
 		c.after(5*time.Second, func() { c.servers[0].behaviour = silent })
@@ -124,7 +125,8 @@ func TestABlackHoleGetsAlmostNothingAfterItsFirstCalls(t *testing.T) {
 	}
 }
 
-func TestANewcomerIsNeitherFloodedNorStarved(t *testing.T) {
+// A newcomer is neither flooded nor starved.
+func TestNewcomerGetsItsShare(t *testing.T) {
 	for _, clients := range []int{1, 10} {
 		s := few(9)
 		s.Clients = clients
@@ -150,7 +152,7 @@ func TestANewcomerIsNeitherFloodedNorStarved(t *testing.T) {
 // A server that failed, was slow or silent for 10 s is well again. The default
 // forgets by the number of calls, peakEwma by time: 1 s of latency needs 23 s to
 // count for 100 ms, and 46 s to count for 10.
-func TestARecoveredServerComesBackToItsShare(t *testing.T) {
+func TestRecoveredServerGetsItsShare(t *testing.T) {
 	const end = 12 * time.Second
 	for _, c := range []struct {
 		policy string

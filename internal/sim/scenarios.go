@@ -44,7 +44,7 @@ type Scenario struct {
 	// Network and Jitter are the constant part of the one-way delay and the mean
 	// of its exponential part.
 	Network, Jitter time.Duration
-	// Deadline is when a client gives a call up; the server goes on. 0 is never.
+	// Deadline is when a client gives a call up; the server continues. 0 is never.
 	Deadline time.Duration
 	// WarmUp passes before calls are measured, or WarmUpCalls are sent, whichever
 	// comes first if WarmUpCalls is not 0.

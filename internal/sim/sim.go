@@ -328,8 +328,8 @@ func (c *cluster) run() error {
 	return c.err
 }
 
-// setRate changes the rate of an open loop. Waiting for the next arrival begins
-// anew, which is the same for an exponential law.
+// setRate changes the rate of an open loop. Waiting for the next arrival starts
+// again, which is the same for an exponential law.
 func (c *cluster) setRate(perNanosecond float64) {
 	c.rate = perNanosecond
 	c.arrival = c.agenda.Add(c.now+c.exponential(1/c.rate), c)

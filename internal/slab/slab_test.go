@@ -8,7 +8,8 @@ import (
 	"unsafe"
 )
 
-func TestEachValueIsNewZeroAndNextToTheOneBefore(t *testing.T) {
+// Each value is new zero and next to the one before.
+func TestSlabValues(t *testing.T) {
 	type line [8]uint64
 	var s Slab[line]
 	seen := make(map[*line]bool)

@@ -17,7 +17,8 @@ import (
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
-func TestClusterServersAreReachedByTheirEndpoints(t *testing.T) {
+// Cluster servers are reached by their endpoints.
+func TestClusterEndpoints(t *testing.T) {
 	for name, where := range map[string][]Option{"loopback": {}, "memory": {InMemory()}} {
 		t.Run(name, func(t *testing.T) {
 			c := NewCluster(t, 3, func(int) []Option { return where })
@@ -52,7 +53,8 @@ func TestClusterServersAreReachedByTheirEndpoints(t *testing.T) {
 	}
 }
 
-func TestClusterServersHaveModelsOfTheirOwn(t *testing.T) {
+// Cluster servers have models of their own.
+func TestClusterModels(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := NewCluster(t, 3, func(i int) []Option {
 			return []Option{InMemory(), ServiceTime(Fixed(time.Duration(i+1) * time.Second))}
@@ -72,14 +74,16 @@ func TestClusterServersHaveModelsOfTheirOwn(t *testing.T) {
 	})
 }
 
-func TestClusterServersDrawDifferentServiceTimes(t *testing.T) {
+// Cluster servers draw different service times.
+func TestClusterSeeds(t *testing.T) {
 	c := NewCluster(t, 2, nil)
 	if a, b := c.Server(0).seed, c.Server(1).seed; a == b {
 		t.Errorf("seeds of two servers: got %d twice", a)
 	}
 }
 
-func TestBadClusterIsAnErrorAndLeavesNothing(t *testing.T) {
+// Bad cluster is an error and leaves nothing.
+func TestClusterBad(t *testing.T) {
 	if _, err := StartCluster(-1, nil); err == nil || !strings.Contains(err.Error(), "n is -1, must not be negative") {
 		t.Errorf("StartCluster(-1): got error %v, want one that says so", err)
 	}
@@ -98,7 +102,8 @@ func TestBadClusterIsAnErrorAndLeavesNothing(t *testing.T) {
 	}
 }
 
-func TestCloseOfAClusterStopsAllServers(t *testing.T) {
+// Close of a cluster stops all servers.
+func TestClusterClose(t *testing.T) {
 	c := NewCluster(t, 3, nil)
 	var clients []testingv1.TestServiceClient
 	ctx := testContext(t)

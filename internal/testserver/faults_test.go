@@ -25,7 +25,8 @@ import (
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
-func TestFailAnswersAtOnceAndSparesTheQueue(t *testing.T) {
+// Fail answers at once and spares the queue.
+func TestFailSparesQueue(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		begin := time.Now()
 		c.start(t.Context())
@@ -46,7 +47,7 @@ func TestFailAnswersAtOnceAndSparesTheQueue(t *testing.T) {
 
 // A fraction f of n calls fails within 6.2 standard deviations of f*n, but for a
 // chance below 1e-9; two fractions are tried.
-func TestFailAndRejectHitTheirFraction(t *testing.T) {
+func TestFailFraction(t *testing.T) {
 	const n = 1500
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -102,7 +103,7 @@ func TestFailAfterHeadersEndsRetries(t *testing.T) {
 
 // A request above the server's limit is RESOURCE_EXHAUSTED to a server that
 // reads it.
-func TestRejectAnswersBeforeTheRequestIsRead(t *testing.T) {
+func TestRejectBeforeRequest(t *testing.T) {
 	s := New(t, GRPC(grpc.MaxRecvMsgSize(1024)))
 	client := dial(t, s)
 	ctx := testContext(t)
@@ -127,7 +128,8 @@ func TestRejectAnswersBeforeTheRequestIsRead(t *testing.T) {
 	must(t, unary(ctx, client, nil))
 }
 
-func TestUnknownMethodIsUnimplementedAndNotCounted(t *testing.T) {
+// Unknown method is unimplemented and not counted.
+func TestUnknownMethod(t *testing.T) {
 	s := New(t)
 	conn := Dial(t, s)
 	err := conn.Invoke(testContext(t), methodPrefix+"Unknown", &testingv1.UnaryRequest{}, &testingv1.UnaryResponse{})
@@ -137,7 +139,8 @@ func TestUnknownMethodIsUnimplementedAndNotCounted(t *testing.T) {
 	}
 }
 
-func TestBlackHoleAnswersNothingUntilHealed(t *testing.T) {
+// BlackHole answers nothing until healed.
+func TestBlackHoleUntilHealed(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		begin := time.Now()
 		c.start(t.Context()) // in progress when the black hole opens
@@ -160,7 +163,8 @@ func TestBlackHoleAnswersNothingUntilHealed(t *testing.T) {
 	}, ServiceTime(Fixed(10*ms)))
 }
 
-func TestBlackHoleHoldsHeadersOfCallsInProgress(t *testing.T) {
+// BlackHole holds headers of calls in progress.
+func TestBlackHoleHoldsHeaders(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		begin := time.Now()
 		stream, err := c.client.ServerStream(t.Context(), &testingv1.ServerStreamRequest{Behaviour: &testingv1.Behaviour{HeadersBeforeFailure: true}})
@@ -227,7 +231,8 @@ func TestHealthChecksFollowSetServing(t *testing.T) {
 	}
 }
 
-func TestBadFaultsNameFieldValueAndRule(t *testing.T) {
+// Bad faults name field value and rule.
+func TestFaultsBad(t *testing.T) {
 	s := New(t)
 	tests := []struct {
 		err  error
@@ -252,7 +257,8 @@ func TestBadFaultsNameFieldValueAndRule(t *testing.T) {
 	must(t, unary(testContext(t), dial(t, s), nil))
 }
 
-func TestGoAwayMovesNewCallsAndLeavesThoseInFlight(t *testing.T) {
+// GOAWAY moves new calls and leaves those in flight.
+func TestGoAwayMovesNewCalls(t *testing.T) {
 	for _, option := range []Option{InMemory(), Listen("127.0.0.1:0")} {
 		s := New(t, option)
 		client := dial(t, s)
@@ -306,7 +312,8 @@ func TestGoAwayDuringCallsLosesNone(t *testing.T) {
 	}
 }
 
-func TestCloseConnectionsLosesCallsInFlight(t *testing.T) {
+// CloseConnections loses calls in flight.
+func TestCloseConnections(t *testing.T) {
 	s := New(t)
 	client := dial(t, s)
 	ctx := testContext(t)
@@ -327,7 +334,8 @@ var quickReconnect = grpc.WithConnectParams(grpc.ConnectParams{
 	MinConnectTimeout: time.Second,
 })
 
-func TestStopRefusesAndRestartServesOnTheSameAddress(t *testing.T) {
+// Stop refuses and restart serves on the same address.
+func TestStopAndRestart(t *testing.T) {
 	for _, option := range []Option{InMemory(), Listen("127.0.0.1:0"), Listen("localhost:0")} {
 		s := New(t, option)
 		client := testingv1.NewTestServiceClient(Dial(t, s, quickReconnect))
@@ -395,7 +403,8 @@ func TestAStoppedServerKeepsItsPort(t *testing.T) {
 	}
 }
 
-func TestRestartWaitsForItsPortAsLongAsItMay(t *testing.T) {
+// Restart waits for its port as long as it may.
+func TestRestartWaitsForPort(t *testing.T) {
 	s := New(t)
 	s.Stop()
 	squatter := New(t, Listen(s.Addr()))
@@ -435,7 +444,8 @@ func TestGracefulStopEndsWithItsContext(t *testing.T) {
 	}, ServiceTime(Fixed(time.Hour)))
 }
 
-func TestStopHastensAGracefulStopAndAGoAway(t *testing.T) {
+// Stop hastens a GracefulStop and a GOAWAY.
+func TestStopDuringGracefulStop(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		c.start(t.Context())
 		must(t, c.server.GoAway())

@@ -16,7 +16,7 @@ import (
 // exceeds sqrt(ln(2/alpha)/(2n)) with probability at most alpha (Dvoretzky,
 // Kiefer and Wolfowitz, with Massart's constant). alpha is 1e-9 for each of the
 // models, so the false-failure rate of this test is at most 4e-9.
-func TestModelsDrawFromTheirDistribution(t *testing.T) {
+func TestModelDistributions(t *testing.T) {
 	const n = 200_000
 	limit := math.Sqrt(math.Log(2/1e-9) / (2 * n))
 	seed := rand.Uint64()
@@ -56,7 +56,7 @@ func TestModelsDrawFromTheirDistribution(t *testing.T) {
 // The mean of n exponential samples is within 6.2 standard errors of the true
 // one but for a chance below 1e-9; the lognormal's standard deviation at sigma
 // 0.6 is 0.66 means, and its sum of 200,000 is normal for this purpose.
-func TestModelsHaveTheMeanTheyAreNamedFor(t *testing.T) {
+func TestModelMeans(t *testing.T) {
 	const n = 200_000
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -75,7 +75,8 @@ func TestModelsHaveTheMeanTheyAreNamedFor(t *testing.T) {
 	}
 }
 
-func TestDrawsDependOnTheSeedTheNumberAndThePurpose(t *testing.T) {
+// Draws depend on the seed the number and the purpose.
+func TestDrawsAreDetermined(t *testing.T) {
 	draw := func(seed, n, purpose uint64) time.Duration {
 		r := randOf(seed, n, purpose)
 		return Exponential(time.Second).Draw(&r)
@@ -91,7 +92,8 @@ func TestDrawsDependOnTheSeedTheNumberAndThePurpose(t *testing.T) {
 	}
 }
 
-func TestModelsStayWithinTheRangeOfTime(t *testing.T) {
+// Models stay within the range of time.
+func TestModelRanges(t *testing.T) {
 	m := Lognormal(math.MaxInt64, 10)
 	for i := range 1000 {
 		r := randOf(1, uint64(i), forServiceTime)
@@ -101,7 +103,8 @@ func TestModelsStayWithinTheRangeOfTime(t *testing.T) {
 	}
 }
 
-func TestBadOptionsNameFieldValueAndRule(t *testing.T) {
+// Bad options name field value and rule.
+func TestOptionsBad(t *testing.T) {
 	tests := []struct {
 		option Option
 		want   string

@@ -8,10 +8,10 @@ import (
 	"syscall"
 )
 
-// bind takes an address without listening on it, and returns what gives it back, or
-// nil if it cannot be had. Connections to it are refused, the system gives its port
-// to nobody who asks for any, and whoever asks for this port, as Restart does, may
-// listen on it.
+// bind takes an address without listening on it, and returns a function that frees it,
+// or nil if the address is taken. Until then connections to it are refused, and the
+// system gives its port to no one who asks for any port. Who asks for this port, as
+// Restart does, may listen on it.
 func bind(addr *net.TCPAddr) (free func()) {
 	family, sa := syscall.AF_INET6, syscall.Sockaddr(&syscall.SockaddrInet6{Port: addr.Port, Addr: [16]byte(addr.IP.To16())})
 	if ip := addr.IP.To4(); ip != nil {

@@ -9,8 +9,8 @@ import (
 	"sync/atomic"
 )
 
-// A queue is the one FIFO queue before a server's workers. Calls stand in it in
-// the order in which they called acquire, and leave it early only when they are
+// A queue is the one FIFO queue before a server's workers. It holds calls in
+// the order in which they called acquire. A call leaves it early only when it is
 // cancelled.
 type queue struct {
 	length atomic.Int64 // calls that wait, for Stats
@@ -51,7 +51,7 @@ func (q *queue) acquire(arrived moment, stop <-chan struct{}, changed func()) (m
 	q.mu.Lock()
 	select {
 	case m := <-w.turn:
-		// The turn came at the same time; whoever stands behind gets it.
+		// The turn came at the same time. The next call gets it.
 		q.mu.Unlock()
 		q.release(m)
 	default:

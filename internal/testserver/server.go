@@ -40,8 +40,8 @@ type config struct {
 	grpc        []grpc.ServerOption
 }
 
-// Name sets the server's name, which stands in its responses and errors, and is
-// its address if it is in memory. Default: "server", in a Cluster "server-0" and
+// Name sets the server's name. Responses and errors contain it, and it is the
+// server's address in memory. Default: "server", in a Cluster "server-0" and
 // so on. It must not be empty.
 func Name(name string) Option {
 	return func(c *config) error {
@@ -89,7 +89,7 @@ func Seed(seed uint64) Option {
 	}
 }
 
-// KeepWorking makes the work of a call go on, and keep its worker, after the
+// KeepWorking makes the work of a call continue, and keep its worker, after the
 // client has given up, as in a server that does not look at its context. By
 // default a call that is cancelled gives its worker, or its place in the queue,
 // to the next.
@@ -329,8 +329,7 @@ func (s *Server) NewClient(opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 }
 
 // GoAway sends GOAWAY on all open connections: clients start no more calls on
-// them, and those in flight go on to their end, upon which the connections
-// close. New connections are served. GoAway returns at once; a connection in the
+// them, those in flight finish, and then the connections close. New connections are served. GoAway returns at once; a connection in the
 // middle of its handshake delays the GOAWAY of the others until that is over.
 func (s *Server) GoAway() error {
 	s.life.Lock()
@@ -372,7 +371,7 @@ func (s *Server) Stop() {
 }
 
 // GracefulStop stops the server as a well-behaved one stops: the port refuses
-// connections, open ones get a GOAWAY, and calls in flight go on to their end.
+// connections, open ones get a GOAWAY, and calls in flight finish.
 // If ctx ends first, the rest is a Stop, and the error is the context's.
 func (s *Server) GracefulStop(ctx context.Context) error {
 	s.life.Lock()

@@ -126,7 +126,8 @@ func forEachKind(t *testing.T, f func(t *testing.T, streams bool, do func(*testi
 	}
 }
 
-func TestNoBehaviourIsOneResponseAtOnce(t *testing.T) {
+// No behaviour is one response at once.
+func TestBehaviourNone(t *testing.T) {
 	for _, b := range []*testingv1.Behaviour{nil, {}} {
 		forEachKind(t, func(t *testing.T, _ bool, do func(*testingv1.Behaviour) answer) {
 			begin := time.Now()
@@ -207,7 +208,8 @@ func TestBehaviourSetsStatusHeadersAndTrailers(t *testing.T) {
 	}
 }
 
-func TestStatusComesAfterTheMessagesOfAStream(t *testing.T) {
+// Status comes after the messages of a stream.
+func TestBehaviourStatusOfStream(t *testing.T) {
 	forEachKind(t, func(t *testing.T, streams bool, do func(*testingv1.Behaviour) answer) {
 		a := do(&testingv1.Behaviour{
 			Status:        &testingv1.Status{Code: int32(codes.Aborted)},
@@ -224,7 +226,8 @@ func TestStatusComesAfterTheMessagesOfAStream(t *testing.T) {
 	})
 }
 
-func TestHeadersComeWithTheFirstMessage(t *testing.T) {
+// Headers come with the first message.
+func TestBehaviourHeaders(t *testing.T) {
 	for _, early := range []bool{false, true} {
 		forEachKind(t, func(t *testing.T, _ bool, do func(*testingv1.Behaviour) answer) {
 			a := do(&testingv1.Behaviour{
@@ -249,7 +252,7 @@ func TestHeadersComeWithTheFirstMessage(t *testing.T) {
 }
 
 // When headers are sent ahead of the delay the client sees them meanwhile.
-func TestHeadersBeforeFailureDoNotWaitForTheDelay(t *testing.T) {
+func TestBehaviourHeadersBeforeFailure(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		begin := time.Now()
 		stream, err := c.client.ServerStream(t.Context(), &testingv1.ServerStreamRequest{Behaviour: &testingv1.Behaviour{
@@ -269,7 +272,8 @@ func TestHeadersBeforeFailureDoNotWaitForTheDelay(t *testing.T) {
 	})
 }
 
-func TestDeadlineIsObservedAndEndsADelay(t *testing.T) {
+// Deadline is observed and ends a delay.
+func TestBehaviourDeadline(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -287,7 +291,8 @@ func TestDeadlineIsObservedAndEndsADelay(t *testing.T) {
 	})
 }
 
-func TestImpossibleBehaviourIsInvalidArgument(t *testing.T) {
+// Impossible behaviour is invalid argument.
+func TestBehaviourImpossible(t *testing.T) {
 	tests := []struct {
 		b    *testingv1.Behaviour
 		want string
@@ -310,7 +315,8 @@ func TestImpossibleBehaviourIsInvalidArgument(t *testing.T) {
 	}
 }
 
-func TestClientStreamAnswersAfterItsLastRequest(t *testing.T) {
+// ClientStream answers after its last request.
+func TestClientStreamAnswer(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		stream, err := c.client.ClientStream(t.Context())
 		must(t, err)
@@ -331,7 +337,8 @@ func TestClientStreamAnswersAfterItsLastRequest(t *testing.T) {
 	})
 }
 
-func TestClientStreamStatusDoesNotWaitForTheLastRequest(t *testing.T) {
+// ClientStream status does not wait for the last request.
+func TestClientStreamEarlyStatus(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		stream, err := c.client.ClientStream(t.Context())
 		must(t, err)
@@ -361,7 +368,8 @@ func TestBidiAnswersEachRequestAsItAsks(t *testing.T) {
 	})
 }
 
-func TestCodesBeyondGRPCsAreSentAndCountAsUnknown(t *testing.T) {
+// Codes beyond gRPC are sent and count as unknown.
+func TestBehaviourUnknownCodes(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		if err := unary(t.Context(), c.client, &testingv1.Behaviour{Status: &testingv1.Status{Code: 99}}); err == nil {
 			t.Error("status 99: got no error")
@@ -398,7 +406,8 @@ func loadReport(t *testing.T, trailer metadata.MD) map[string]any {
 	return fields
 }
 
-func TestLoadIsReportedWithEveryCall(t *testing.T) {
+// Load is reported with every call.
+func TestLoadReports(t *testing.T) {
 	report := func(st Stats) orca.ServerMetrics {
 		return orca.ServerMetrics{
 			AppUtilization: 0.5,
@@ -416,7 +425,8 @@ func TestLoadIsReportedWithEveryCall(t *testing.T) {
 	}, ReportLoad(report))
 }
 
-func TestMeasuredLoadReportsTheLastFullSecond(t *testing.T) {
+// Measured load reports the last full second.
+func TestMeasuredLoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := New(t, InMemory(), Workers(2), ServiceTime(Fixed(100*ms)), ReportLoad(MeasuredLoad()))
 		client := dial(t, s)
@@ -443,7 +453,8 @@ func TestMeasuredLoadReportsTheLastFullSecond(t *testing.T) {
 	})
 }
 
-func TestRegisteredServicesAndOptionsSurviveGoAwayAndRestart(t *testing.T) {
+// Registered services and options survive GOAWAY and restart.
+func TestRegisterSurvivesRestart(t *testing.T) {
 	const method = "/belfry.testing.v1.Other/Call"
 	var intercepted int
 	s := New(t, InMemory(),
@@ -482,7 +493,8 @@ func TestRegisteredServicesAndOptionsSurviveGoAwayAndRestart(t *testing.T) {
 	}
 }
 
-func TestWaitReturnsOnTheEventOrSaysWhatItSaw(t *testing.T) {
+// Wait returns on the event or says what it saw.
+func TestWait(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()

@@ -84,7 +84,7 @@ func TestOverloadShowsAsQueueing(t *testing.T) {
 }
 
 // On the wall clock only bounds from below hold without exception.
-func TestQueueOnARealPortTakesAtLeastItsTime(t *testing.T) {
+func TestQueueOnRealPort(t *testing.T) {
 	s := New(t, Workers(1), ServiceTime(Fixed(10*ms)))
 	client := dial(t, s)
 	ctx := testContext(t)
@@ -101,7 +101,8 @@ func TestQueueOnARealPortTakesAtLeastItsTime(t *testing.T) {
 	}
 }
 
-func TestSpeedAppliesToWorkInProgress(t *testing.T) {
+// Speed applies to work in progress.
+func TestSpeedDuringWork(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		begin := time.Now()
 		c.start(t.Context())
@@ -114,7 +115,8 @@ func TestSpeedAppliesToWorkInProgress(t *testing.T) {
 	}, ServiceTime(Fixed(10*ms)))
 }
 
-func TestSpeedChangesManyTimesDuringOneCall(t *testing.T) {
+// Speed changes many times during one call.
+func TestSpeedManyChanges(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		begin := time.Now()
 		c.start(t.Context())
@@ -128,7 +130,8 @@ func TestSpeedChangesManyTimesDuringOneCall(t *testing.T) {
 	}, ServiceTime(Fixed(80*ms)))
 }
 
-func TestStallHoldsEverythingUntilResume(t *testing.T) {
+// Stall holds everything until resume.
+func TestStallUntilResume(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		begin := time.Now()
 		c.start(t.Context())
@@ -157,7 +160,8 @@ func TestStallForEndsByItself(t *testing.T) {
 	}, ServiceTime(Fixed(10*ms)))
 }
 
-func TestStallOutlastsAStallForAndResumeEndsBoth(t *testing.T) {
+// Stall outlasts a StallFor and resume ends both.
+func TestStallAndStallFor(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		begin := time.Now()
 		c.start(t.Context())
@@ -172,7 +176,8 @@ func TestStallOutlastsAStallForAndResumeEndsBoth(t *testing.T) {
 	}, ServiceTime(Fixed(10*ms)))
 }
 
-func TestCancelledCallGivesItsWorkerAndItsPlaceToTheNext(t *testing.T) {
+// Cancelled call gives its worker and its place to the next.
+func TestQueueCancelledCall(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		begin := time.Now()
 		atWork, cancelWork := context.WithCancel(t.Context())
@@ -199,7 +204,8 @@ func TestCancelledCallGivesItsWorkerAndItsPlaceToTheNext(t *testing.T) {
 	}, Workers(1), ServiceTime(Fixed(10*ms)))
 }
 
-func TestKeepWorkingHoldsTheWorkerOfACancelledCall(t *testing.T) {
+// KeepWorking holds the worker of a cancelled call.
+func TestKeepWorking(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		begin := time.Now()
 		ctx, cancel := context.WithTimeout(t.Context(), 4*ms)
@@ -241,7 +247,8 @@ func TestStopEndsWorkThatIsKept(t *testing.T) {
 	}, Workers(1), ServiceTime(Fixed(time.Hour)), KeepWorking())
 }
 
-func TestEachBidiMessageIsAPieceOfWork(t *testing.T) {
+// Each bidi message is a piece of work.
+func TestQueueBidiMessages(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		begin := time.Now()
 		stream, err := c.client.Bidi(t.Context())
@@ -281,7 +288,8 @@ func TestSeedDecidesServiceTimes(t *testing.T) {
 	}
 }
 
-func TestWorkBeyondTheRangeOfTimeNeverEnds(t *testing.T) {
+// Work beyond the range of time never ends.
+func TestWorkThatNeverEnds(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T, c *calls) {
 		must(t, c.server.SetSpeed(1e-9))
 		ctx, cancel := context.WithTimeout(t.Context(), 1000*time.Hour)

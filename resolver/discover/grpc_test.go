@@ -384,6 +384,18 @@ func TestProxyThatCollapsesEndpointsIsLogged(t *testing.T) {
 				t.Fatalf("state = %v, want TRANSIENT_FAILURE", s)
 			}
 		}
+
+		// Through grpc's own resolver, which is between with a proxy, a channel with
+		// two sources is seen too.
+		list := must(discover.List(ep("192.0.2.1:443")))
+		two, err := grpc.NewClient("belfry:///orders", grpc.WithTransportCredentials(insecure.NewCredentials()),
+			discover.WithSource(list), discover.WithSource(list))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer two.Close()
+		_, err = call(ctx, two)
+		wantError(t, err, "has 2 sources")
 		return
 	}
 	cmd := exec.CommandContext(testContext(t), os.Args[0], "-test.run=^"+t.Name()+"$")

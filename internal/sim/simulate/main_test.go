@@ -18,7 +18,8 @@ import (
 
 func TestMain(m *testing.M) { leaktest.Main(m) }
 
-func TestTableHasARowPerScenarioAndAColumnPerPolicy(t *testing.T) {
+// Table has a row per scenario and a column per policy.
+func TestTableHasEachCell(t *testing.T) {
 	args := []string{"-scenarios", "^homogeneous", "-policies", "oracle,default,random", "-calls", "100", "-warmup", "100ms", "-runs", "2", "-parallel", "2"}
 	var out strings.Builder
 	if err := run(args, &out, io.Discard); err != nil {
@@ -36,7 +37,8 @@ $`)
 	}
 }
 
-func TestChartHasABarForEachScenarioAndPolicyButTheFirst(t *testing.T) {
+// Chart has a bar for each scenario and policy but the first.
+func TestChartHasEachBar(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "chart.svg")
 	args := []string{"-scenarios", "^homogeneous", "-policies", "oracle,default,random", "-calls", "100", "-warmup", "100ms", "-svg", path}
 	if err := run(args, io.Discard, io.Discard); err != nil {
@@ -65,7 +67,8 @@ func TestFailedCallsAreInTheTable(t *testing.T) {
 	}
 }
 
-func TestBadFlagsAreErrorsThatNameTheFlag(t *testing.T) {
+// Bad flags are errors that name the flag.
+func TestBadFlags(t *testing.T) {
 	for _, c := range []struct{ flag, value string }{
 		{"calls", "0"}, {"runs", "-1"}, {"warmup", "-1s"}, {"parallel", "0"},
 		{"scenarios", "("}, {"scenarios", "no such"}, {"policies", "oracle,nosuch"}, {"seed", "x"},

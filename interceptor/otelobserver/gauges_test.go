@@ -56,7 +56,7 @@ func TestLimits(t *testing.T) {
 			func(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error {
 				time.Sleep(takes)
 				return err
-			})
+			}, grpc.StaticMethod())
 	}
 	want := func(t *testing.T, what string, got, want map[string]float64) {
 		t.Helper()
@@ -79,9 +79,9 @@ func TestLimits(t *testing.T) {
 			}
 			synctest.Wait()
 			want(t, "while two calls run and one waits", limits(t, reader), map[string]float64{
-				"belfry.limit{belfry.layer=concurrency}":         2,
-				"belfry.limit.in_use{belfry.layer=concurrency}":  2,
-				"belfry.limit.waiting{belfry.layer=concurrency}": 1,
+				"belfry.limit{belfry.layer=concurrency,belfry.stack=stack}":         2,
+				"belfry.limit.in_use{belfry.layer=concurrency,belfry.stack=stack}":  2,
+				"belfry.limit.waiting{belfry.layer=concurrency,belfry.stack=stack}": 1,
 			})
 			for range 3 {
 				if err := <-done; err != nil {
@@ -89,9 +89,9 @@ func TestLimits(t *testing.T) {
 				}
 			}
 			want(t, "after they have ended", limits(t, reader), map[string]float64{
-				"belfry.limit{belfry.layer=concurrency}":         2,
-				"belfry.limit.in_use{belfry.layer=concurrency}":  0,
-				"belfry.limit.waiting{belfry.layer=concurrency}": 0,
+				"belfry.limit{belfry.layer=concurrency,belfry.stack=stack}":         2,
+				"belfry.limit.in_use{belfry.layer=concurrency,belfry.stack=stack}":  0,
+				"belfry.limit.waiting{belfry.layer=concurrency,belfry.stack=stack}": 0,
 			})
 			runtime.KeepAlive(stack)
 			runtime.KeepAlive(other)
@@ -101,7 +101,7 @@ func TestLimits(t *testing.T) {
 		obs, reader := newObserver(t)
 		stack := newStack(t, interceptor.Observe(obs), concurrency.Config{Limit: 5})
 		other := newStack(t, interceptor.Observe(obs), concurrency.Config{Limit: 50})
-		if got := limits(t, reader)["belfry.limit{belfry.layer=concurrency}"]; got != 55 {
+		if got := limits(t, reader)["belfry.limit{belfry.layer=concurrency,belfry.stack=stack}"]; got != 55 {
 			t.Errorf("limit %v, want the sum of 5 and 50", got)
 		}
 		runtime.KeepAlive(stack)
@@ -117,12 +117,12 @@ func TestLimits(t *testing.T) {
 			invoke(stack, "/s/b", time.Second, nil)
 			got := limits(t, reader)
 			for name, want := range map[string]float64{
-				"belfry.limit{belfry.layer=concurrency,rpc.method=/s/a}":                               18,
-				"belfry.limit{belfry.layer=concurrency,rpc.method=/s/b}":                               20,
-				"belfry.limit.last_sample{belfry.layer=concurrency,rpc.method=/s/a}":                   0.25,
-				"belfry.limit.last_sample{belfry.layer=concurrency,rpc.method=/s/b}":                   1,
-				"belfry.limit.lowered{belfry.layer=concurrency,belfry.reason=drop,rpc.method=/s/a}":    1,
-				"belfry.limit.lowered{belfry.layer=concurrency,belfry.reason=latency,rpc.method=/s/a}": 0,
+				"belfry.limit{belfry.layer=concurrency,belfry.stack=stack,grpc.method=s/a}":                               18,
+				"belfry.limit{belfry.layer=concurrency,belfry.stack=stack,grpc.method=s/b}":                               20,
+				"belfry.limit.last_sample{belfry.layer=concurrency,belfry.stack=stack,grpc.method=s/a}":                   0.25,
+				"belfry.limit.last_sample{belfry.layer=concurrency,belfry.stack=stack,grpc.method=s/b}":                   1,
+				"belfry.limit.lowered{belfry.layer=concurrency,belfry.reason=drop,belfry.stack=stack,grpc.method=s/a}":    1,
+				"belfry.limit.lowered{belfry.layer=concurrency,belfry.reason=latency,belfry.stack=stack,grpc.method=s/a}": 0,
 			} {
 				if got[name] != want {
 					t.Errorf("%s = %v, want %v", name, got[name], want)
@@ -153,7 +153,7 @@ func TestLimits(t *testing.T) {
 		if n := len(got); n != 4*(otelobserver.MaxMethods+1) {
 			t.Errorf("%d points, want four for each of %d methods and for the others", n, otelobserver.MaxMethods)
 		}
-		if n := got["belfry.limit{belfry.layer=concurrency,rpc.method=other}"]; n != 20*more {
+		if n := got["belfry.limit{belfry.layer=concurrency,belfry.stack=stack,grpc.method=other}"]; n != 20*more {
 			t.Errorf("limit %v of the other methods, want the sum of %d limits of 20", n, more)
 		}
 		runtime.KeepAlive(stack)
