@@ -196,6 +196,11 @@ func (b *policy) UpdateClientConnState(ccs balancer.ClientConnState) error {
 	if err := b.configure(cfg); err != nil {
 		return err
 	}
+	for _, ep := range b.endpoints.All() {
+		if ep.setConnections(cfg) {
+			b.attributes = nil // All are to be updated.
+		}
+	}
 	b.setHome(cfg.zones.homeOf(ccs.ResolverState))
 	err := b.updateEndpoints(ccs.ResolverState)
 	b.forgetRecalled()
@@ -250,7 +255,7 @@ func (b *policy) configure(cfg *config) error {
 			ep.measureLocked(b.picker, b.metric)
 		}
 	}
-	if old == nil || !reflect.DeepEqual(old.config.limit, cfg.limit) {
+	if old == nil || !reflect.DeepEqual(old.config.limit, cfg.limit) || old.config.connections != cfg.connections {
 		for _, ep := range b.endpoints.All() {
 			ep.limitLocked(cfg.limit)
 		}
@@ -296,7 +301,7 @@ func (b *policy) UpdateSubConnState(sc balancer.SubConn, s balancer.SubConnState
 
 // ExitIdle implements balancer.Balancer.
 func (b *policy) ExitIdle() {
-	b.forAll(func(ep *endpoint) { ep.call(ep.child.ExitIdle) })
+	b.forAll(func(ep *endpoint) { ep.call(func() { ep.child.ExitIdle() }) })
 }
 
 // Close implements balancer.Balancer. Attempts in flight go on; their Done finds

@@ -67,6 +67,20 @@
 // twenty times slower, 96 % of the calls succeeded with a limit for each, and less than
 // half with one limit for all (TestEndpointLimitOfOneSlowEndpoint in internal/acceptance).
 //
+// # Connections
+//
+// A server may bound how many streams a connection has at a time (the setting
+// MAX_CONCURRENT_STREAMS of HTTP/2), and gRPC lets calls beyond that wait, where no policy
+// sees them. With maxConnectionsPerSubchannel above 1, the name that gRFC A105 has for it, an
+// endpoint gets another connection when the streams of those that it has are used up:
+//
+//	{"maxConnectionsPerSubchannel": 4}
+//
+// The policy reads the setting from what the server sends, and counts the calls on each
+// connection, so it knows how many streams are free and does not infer it from times. While
+// an endpoint has none free, it is full: calls go to others. Where all are full calls wait
+// as with endpointLimit, but in any number. Connections that are idle are closed again.
+//
 // # Zones
 //
 // With zones the policy prefers endpoints in the caller's zone: those elsewhere cost twice
@@ -184,7 +198,7 @@
 // # Metrics
 //
 // With a stats plugin, such as grpc's OpenTelemetry plugin, the policy records
-// belfry.lb.p2c.picks, .tried_picks, .away_picks, .full_picks by result, .endpoints by state, .endpoint_conditions by
+// belfry.lb.p2c.picks, .tried_picks, .away_picks, .added_connections, .full_picks by result, .endpoints by state, .endpoint_conditions by
 // condition, .put_aside by reason, .panics and .dropped_samples by
 // reason. They are off until enabled by name.
 package p2c
