@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/balancer/pickfirst"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/grpclog"
+	"google.golang.org/grpc/orca"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
 
@@ -63,6 +64,7 @@ func (builder) Build(cc balancer.ClientConn, opts balancer.BuildOptions) balance
 			t := time.AfterFunc(d, f)
 			return func() { t.Stop() }
 		},
+		reports: orca.RegisterOOBListener,
 	}
 	b.ramps.parts = 1
 	b.watcher, _ = cc.(childpolicy.Watcher)
@@ -131,6 +133,7 @@ type policy struct {
 	after     func(d time.Duration, f func()) (stop func())
 	wallClock func(limit.Instant) time.Time // nil for the machine's
 	metrics   *metrics
+	reports   func(balancer.SubConn, orca.OOBListener, orca.OOBListenerOptions) (stop func())
 
 	outOfBand atomic.Int64 // how often servers are asked for reports, in nanoseconds; 0 for never
 
@@ -193,6 +196,11 @@ func (b *policy) UpdateClientConnState(ccs balancer.ClientConnState) error {
 	if err := b.configure(cfg); err != nil {
 		return err
 	}
+	for _, ep := range b.endpoints.All() {
+		if ep.setConnections(cfg) {
+			b.attributes = nil // All are to be updated.
+		}
+	}
 	b.setHome(cfg.zones.homeOf(ccs.ResolverState))
 	err := b.updateEndpoints(ccs.ResolverState)
 	b.forgetRecalled()
@@ -212,6 +220,9 @@ func (b *policy) firstUpdate(state resolver.State) {
 		b.now, b.random = e.Now, e.Uint64
 		if e.AfterFunc != nil {
 			b.after = e.AfterFunc
+		}
+		if e.Reports != nil {
+			b.reports = e.Reports
 		}
 		b.wallClock = func(at limit.Instant) time.Time { return time.Unix(0, int64(at)) }
 	}
@@ -244,7 +255,7 @@ func (b *policy) configure(cfg *config) error {
 			ep.measureLocked(b.picker, b.metric)
 		}
 	}
-	if old == nil || !reflect.DeepEqual(old.config.limit, cfg.limit) {
+	if old == nil || !reflect.DeepEqual(old.config.limit, cfg.limit) || old.config.connections != cfg.connections {
 		for _, ep := range b.endpoints.All() {
 			ep.limitLocked(cfg.limit)
 		}
@@ -290,7 +301,7 @@ func (b *policy) UpdateSubConnState(sc balancer.SubConn, s balancer.SubConnState
 
 // ExitIdle implements balancer.Balancer.
 func (b *policy) ExitIdle() {
-	b.forAll(func(ep *endpoint) { ep.call(ep.child.ExitIdle) })
+	b.forAll(func(ep *endpoint) { ep.call(func() { ep.child.ExitIdle() }) })
 }
 
 // Close implements balancer.Balancer. Attempts in flight go on; their Done finds

@@ -59,20 +59,21 @@ const (
 type config struct {
 	serviceconfig.LoadBalancingConfig
 
-	message   *configv1.P2C // as it was given
-	choices   int
-	memory    int
-	failures  codeSet
-	metric    metricConfig
-	limit     *limitConfig     // nil if endpoints have none
-	zones     *zonesConfig     // nil if zones do not count
-	accrual   *accrualConfig   // nil if endpoints are not put aside
-	slowStart *slowStartConfig // nil if endpoints get their share at once
-	timeless  bool             // the metric has no use for the time
-	counts    bool             // a load is the number of attempts in flight
-	exact     bool             // loads have no errors
-	classless bool             // all calls are of one class
-	twoExact  bool             // chooseOfTwo will do where weights are equal
+	message     *configv1.P2C // as it was given
+	choices     int
+	memory      int
+	failures    codeSet
+	metric      metricConfig
+	limit       *limitConfig     // nil if endpoints have none
+	zones       *zonesConfig     // nil if zones do not count
+	accrual     *accrualConfig   // nil if endpoints are not put aside
+	slowStart   *slowStartConfig // nil if endpoints get their share at once
+	connections int              // how many an endpoint may have
+	timeless    bool             // the metric has no use for the time
+	counts      bool             // a load is the number of attempts in flight
+	exact       bool             // loads have no errors
+	classless   bool             // all calls are of one class
+	twoExact    bool             // chooseOfTwo will do where weights are equal
 
 	equalAtRest    float32
 	equalUnderLoad float32
@@ -145,6 +146,14 @@ func parseConfig(js json.RawMessage) (*config, error) {
 	}
 	if c.slowStart, err = newSlowStartConfig(m.GetSlowStart()); err != nil {
 		return nil, err
+	}
+	c.connections = 1
+	if m.MaxConnectionsPerSubchannel != nil {
+		v := m.GetMaxConnectionsPerSubchannel()
+		if v < 1 || v > maxConnections {
+			return nil, configError("maxConnectionsPerSubchannel", v, fmt.Sprintf("between 1 and %d", maxConnections))
+		}
+		c.connections = int(v)
 	}
 	if m.ChoiceCount != nil {
 		if v := m.GetChoiceCount(); v < minChoices || v > maxChoices {

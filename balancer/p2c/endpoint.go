@@ -26,8 +26,11 @@ type endpoint struct {
 
 	policy *policy
 	id     uint64
-	addr   string // the first of its addresses
-	child  balancer.Balancer
+	addr   string            // the first of its addresses
+	child  balancer.Balancer // changes under childMu
+
+	// connections is child if there may be several, else nil; changes under childMu.
+	connections *connections
 
 	// Used only by the methods of balancer.Balancer of the policy. See listing.
 	state    resolver.Endpoint // what the child has; none if it is to be called again
@@ -92,13 +95,14 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	} else {
 		ep.measureLocked(b.picker, b.metric)
 	}
+	ep.candidate.meter.Load().room.leaving.set(false)
 	ep.limitLocked(b.picker.config.limit)
 	ep.accrueLocked(b.picker.config.accrual)
 	ep.weight = 1
 	ep.cold = b.all.Load() != nil
 	b.mu.Unlock()
 	b.metrics.moved(connectivity.Shutdown, connectivity.Connecting)
-	ep.child = b.children.Build(ep, b.opts)
+	ep.newChild(b.picker.config)
 	return ep
 }
 
@@ -143,7 +147,7 @@ func (ep *endpoint) UpdateState(s balancer.State) {
 	}
 	if s.ConnectivityState == connectivity.Idle {
 		// Endpoints connect eagerly. The child holds its lock here.
-		go ep.call(ep.child.ExitIdle)
+		go ep.call(func() { ep.child.ExitIdle() })
 	}
 }
 
@@ -194,6 +198,8 @@ func (ep *endpoint) setDraining(drains bool) {
 		return
 	}
 	ep.draining = drains
+	leaving := &ep.candidate.meter.Load().room.leaving
+	defer leaving.set(drains) // with mu held, under which nothing is locked that it calls
 	b.seatLocked(ep)
 	if drains {
 		logger.Infof("%s: endpoint %s is draining: it gets no new calls while another is READY", b.opts.Target.String(), ep.addr)

@@ -73,10 +73,27 @@ func newLimitConfig(m *configv1.EndpointLimit) (*limitConfig, error) {
 	return c, nil
 }
 
+// limited reports whether an endpoint can be full.
+func (c *config) limited() bool { return c.limit != nil || c.connections > 1 }
+
+// maxWaiting is how many calls may wait for an endpoint that is not full.
+func (c *config) maxWaiting() int {
+	if c.limit == nil {
+		return math.MaxInt // as in gRPC, where they would wait
+	}
+	return c.limit.maxWaiting
+}
+
 // room is the limit of an endpoint. It lives as long as what is known of the endpoint.
 type room struct {
 	most  atomic.Int64               // how many attempts and streams may be in flight
 	found atomic.Pointer[foundLimit] // the algorithm that finds most; nil if none does
+
+	// connections is where streams must be free, too; nil if the endpoint has one
+	// connection at most.
+	connections atomic.Pointer[connections]
+
+	leaving leaving
 }
 
 // state returns the limit, 0 if there is none, and what its algorithm thinks.
@@ -213,7 +230,7 @@ func (p *picker) hold(ctx context.Context, c *candidate, now load.Instant, track
 			return other, now, nil
 		}
 	}
-	c, err := q.wait(ctx, p.config.limit.maxWaiting, track)
+	c, err := q.wait(ctx, p.config.maxWaiting(), track)
 	p.policy.metrics.full(err == errFull)
 	return c, p.now(), err
 }
@@ -266,7 +283,7 @@ func takeAny(slots []atomic.Pointer[candidate]) *candidate {
 	return nil
 }
 
-var errFull = status.Error(codes.Unavailable, Name+": every endpoint has as many attempts in flight as endpointLimit allows")
+var errFull = status.Error(codes.Unavailable, Name+": every endpoint has as many attempts in flight as endpointLimit, or maxConnectionsPerSubchannel and the server, allow")
 
 // wait waits until an endpoint has room, as long as the call may. An error of
 // ErrNoSubConnAvailable lets gRPC ask the next picker, or end the call with its context.
@@ -394,22 +411,42 @@ func (q *queue) dismiss(closed bool) {
 // hasRoom reports whether one more attempt may be in flight to the endpoint.
 func (c *candidate) hasRoom() bool {
 	attempts, streams := c.tally.read()
-	return int64(attempts+streams) < c.meter.Load().room.most.Load()
+	r := c.meter.Load().room
+	if int64(attempts+streams) >= r.most.Load() {
+		return false
+	}
+	conns := r.connections.Load()
+	return conns == nil || conns.free.Load() > 0
 }
 
 // take counts an attempt if there is room for it.
 func (c *candidate) take() bool {
 	r := c.meter.Load().room
+	conns := r.connections.Load()
+	if conns != nil && !conns.take() {
+		return false
+	}
 	for {
 		w := c.tally.word.Load()
 		if attempts, streams := tallied(w); int64(attempts+streams) >= r.most.Load() {
 			if f := r.found.Load(); f != nil && !f.limited.Load() {
 				f.limited.Store(true)
 			}
+			if conns != nil {
+				conns.free.Add(1)
+			}
 			return false
 		}
 		if c.tally.word.CompareAndSwap(w, w+oneAttempt) {
 			return true
 		}
+	}
+}
+
+// untake gives back what take has counted for an attempt that was not made.
+func (c *candidate) untake() {
+	c.tally.add(-oneAttempt)
+	if conns := c.meter.Load().room.connections.Load(); conns != nil {
+		conns.free.Add(1)
 	}
 }

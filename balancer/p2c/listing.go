@@ -68,6 +68,7 @@ func (b *policy) updateEndpoints(state resolver.State) error {
 	for _, ep := range d.touched {
 		if ep.listings == 0 {
 			b.endpoints.Delete(ep.first)
+			ep.candidate.meter.Load().room.leaving.set(true)
 			ep.close(false)
 			d.members = true
 		}

@@ -72,6 +72,13 @@ var (
 		Labels:         []string{"grpc.target"},
 		OptionalLabels: []string{"grpc.lb.locality"},
 	})
+	addedConnectionsMetric = estats.RegisterInt64UpDownCount(estats.MetricDescriptor{
+		Name:           "belfry.lb.p2c.added_connections",
+		Description:    "EXPERIMENTAL. Number of connections besides the first of each endpoint.",
+		Unit:           "{connection}",
+		Labels:         []string{"grpc.target"},
+		OptionalLabels: []string{"grpc.lb.locality"},
+	})
 	droppedSamplesMetric = estats.RegisterInt64Count(estats.MetricDescriptor{
 		Name:           "belfry.lb.p2c.dropped_samples",
 		Description:    "EXPERIMENTAL. Number of attempts whose latency is not known, by reason: cancelled by the caller, or never sent.",
@@ -161,6 +168,9 @@ func (m *metrics) putAside(reason string) {
 
 // panicked records that n more policies use endpoints that are put aside.
 func (m *metrics) panicked(n int64) { panicsMetric.Record(m.recorder, n, m.target...) }
+
+// connected records that endpoints have n more connections besides their first.
+func (m *metrics) connected(n int64) { addedConnectionsMetric.Record(m.recorder, n, m.target...) }
 
 // sampleDropped records an attempt whose latency does not count.
 func (m *metrics) sampleDropped(o load.Outcome) {

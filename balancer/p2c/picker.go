@@ -94,7 +94,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		// It has just left. The channel gets a new picker, and then it picks again.
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
-	limited := p.config.limit != nil
+	limited := p.config.limited()
 	if limited && !(trial && c.take()) {
 		var err error
 		if c, now, err = p.hold(info.Ctx, c, now, track, tried); err != nil {
@@ -105,7 +105,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	result, err := child.Picker.Pick(info)
 	if err != nil {
 		if limited {
-			c.tally.add(-oneAttempt)
+			c.untake()
 			b.queue.admit(c)
 		}
 		return result, err

@@ -70,6 +70,9 @@ type EndpointSnapshot struct {
 	// for a fixed one.
 	Limit     int64
 	Algorithm limit.State
+	// Connections is the number of READY connections. See the field
+	// maxConnectionsPerSubchannel of the config.
+	Connections int
 	// Load is what one more attempt costs, according to the metric. The unit is the
 	// metric's: nanoseconds for expectedLatency and peakEwma, attempts for pendingRequests.
 	Load float64
@@ -115,7 +118,8 @@ const (
 	Draining PassedOver = "draining"
 	// OnlyFailed is an endpoint that has answered nothing yet, but failed.
 	OnlyFailed PassedOver = "all attempts have failed"
-	// Full is an endpoint with as many attempts and streams as its Limit.
+	// Full is an endpoint with as many attempts and streams as its Limit, or as its
+	// Connections take.
 	Full PassedOver = "full"
 	// CostsMore is an endpoint whose Load is above that of the cheapest by more than the
 	// metric's error.
@@ -227,6 +231,11 @@ func (b *policy) snapshot() Snapshot {
 		e.Latency, e.Samples = details.Latency, details.Samples
 		e.Failures = m.failures.Load()
 		e.Limit, e.Algorithm = m.room.state()
+		if conns := m.room.connections.Load(); conns != nil {
+			e.Connections = conns.ready()
+		} else if e.State == connectivity.Ready {
+			e.Connections = 1
+		}
 		if f := m.failure.Load(); f != nil {
 			e.LastFailure, e.FailedAt = f.err, wall.Add(time.Duration(f.at-now))
 		}
@@ -241,7 +250,7 @@ func (b *policy) snapshot() Snapshot {
 			e.PassedOver = Aside
 		case !seated:
 			e.PassedOver = NotReady
-		case e.Limit > 0 && int64(e.InFlight+e.Streams) >= e.Limit:
+		case !c.hasRoom():
 			e.PassedOver = Full
 		case m.onlyFailed():
 			e.PassedOver = OnlyFailed

@@ -28,6 +28,7 @@ type tracker struct {
 	current atomic.Pointer[pick] // the last attempt's
 	err     error                // the call's, set before ended
 	ended   atomic.Bool
+	leaving atomic.Pointer[leaving] // of a stream that is to be told; nil for others
 }
 
 func newTracker(ctx context.Context, method string, cc *grpc.ClientConn) *tracker {
@@ -85,6 +86,20 @@ func (t *tracker) await(k *pick) {
 	}
 }
 
+// follow tells a stream that is open when its endpoint is about to leave.
+func (t *tracker) follow(o attempt.LeaveOption) {
+	k := t.current.Load()
+	if k == nil {
+		return
+	}
+	l := &k.meter.room.leaving
+	t.leaving.Store(l)
+	l.add(t, o)
+	if t.ended.Load() { // It may not have seen leaving.
+		l.remove(t)
+	}
+}
+
 // end is called when the call has ended, with its true status. Only its first
 // call counts: of a stream that could not be made both grpc and trackStream say
 // so.
@@ -94,6 +109,9 @@ func (t *tracker) end(err error) {
 	}
 	t.err = err
 	t.ended.Store(true)
+	if l := t.leaving.Load(); l != nil {
+		l.remove(t)
+	}
 	if k := t.current.Load(); k != nil && k.state.Load()&pickAwaiting != 0 {
 		k.finish(k.doneAt, classify(t.attempt.Context, err, k.picker.config.failures), err)
 	}
@@ -133,6 +151,9 @@ func (i *interceptors) stream(ctx context.Context, desc *grpc.StreamDesc, cc *gr
 		return nil, err
 	}
 	i.check(t, cc)
+	if o := attempt.LeaveOptionOf(opts); o != nil {
+		t.follow(o)
+	}
 	return &trackedStream{ClientStream: s, track: t, many: desc.ServerStreams}, nil
 }
 

@@ -23,6 +23,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/failfast"
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/interceptor/maxage"
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/throttle"
@@ -39,6 +40,7 @@ var kinds = map[string]kind{
 	"rateLimit":   kindOf(ratelimit.New, ratelimit.WithName, priority(ratelimit.WithPriority)),
 	"concurrency": kindOf(concurrency.New, concurrency.WithName, priority(concurrency.WithPriority), supplied("costFunc", "WithCostFunc", concurrency.WithCost)),
 	"buffer":      kindOf(buffer.New, buffer.WithName, priority(buffer.WithPriority)),
+	"maxAge":      kindOf(maxage.New, maxage.WithName),
 	"loadShed":    kindOf(loadshed.New, loadshed.WithName),
 	"failFast":    kindOf(failfast.New, failfast.WithName),
 	"throttle":    kindOf(throttle.New, throttle.WithName),

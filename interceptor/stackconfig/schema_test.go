@@ -22,6 +22,7 @@ import (
 	"github.com/belfry-go/belfry/interceptor/failfast"
 	"github.com/belfry-go/belfry/interceptor/hedge"
 	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/interceptor/maxage"
 	"github.com/belfry-go/belfry/interceptor/ratelimit"
 	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/interceptor/throttle"
@@ -52,6 +53,7 @@ var schema = []struct {
 	{budget.Config{}, &configv1.Budget{}, ""},
 	{retry.Config{}, &configv1.Retry{}, "budget idempotent_func policy"},
 	{retry.Backoff{}, &configv1.Backoff{}, ""},
+	{maxage.Config{}, &configv1.MaxAge{}, ""},
 	{hedge.Config{}, &configv1.Hedge{}, "budget idempotent_func policy"},
 }
 

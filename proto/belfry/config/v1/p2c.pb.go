@@ -110,9 +110,21 @@ type P2C struct {
 	FailureAccrual *FailureAccrual `protobuf:"bytes,15,opt,name=failure_accrual,json=failureAccrual,proto3" json:"failure_accrual,omitempty"`
 	// Lets the share of an endpoint that is new, or was away, rise over time. Unset: off,
 	// which costs nothing.
-	SlowStart     *SlowStart `protobuf:"bytes,16,opt,name=slow_start,json=slowStart,proto3" json:"slow_start,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	SlowStart *SlowStart `protobuf:"bytes,16,opt,name=slow_start,json=slowStart,proto3" json:"slow_start,omitempty"`
+	// How many connections an endpoint may have (gRFC A105). A server may bound the streams
+	// of a connection: SETTINGS_MAX_CONCURRENT_STREAMS, of which a unary call takes one, too.
+	// When they are used up, the endpoint is full: calls go to others, and it gets another
+	// connection. If all are full calls wait for a stream or a connection, first come first
+	// served. A connection without calls for 30 to 60 seconds is closed, unless it is the
+	// last. To go from 1 to more, or back, connects all endpoints again.
+	//
+	// Useful where a proxy or a virtual address stands for many servers; one server bounds
+	// streams for its own sake, and several connections go around that.
+	//
+	// From 1 to 10 connections. Unset: 1, which costs nothing.
+	MaxConnectionsPerSubchannel *uint32 `protobuf:"varint,17,opt,name=max_connections_per_subchannel,json=maxConnectionsPerSubchannel,proto3,oneof" json:"max_connections_per_subchannel,omitempty"`
+	unknownFields               protoimpl.UnknownFields
+	sizeCache                   protoimpl.SizeCache
 }
 
 func (x *P2C) Reset() {
@@ -234,6 +246,13 @@ func (x *P2C) GetSlowStart() *SlowStart {
 		return x.SlowStart
 	}
 	return nil
+}
+
+func (x *P2C) GetMaxConnectionsPerSubchannel() uint32 {
+	if x != nil && x.MaxConnectionsPerSubchannel != nil {
+		return *x.MaxConnectionsPerSubchannel
+	}
+	return 0
 }
 
 // Zones prefers the endpoints of the caller's zone while they have capacity. An endpoint
@@ -1070,8 +1089,9 @@ type Reports struct {
 	//
 	// At least 0.1s. Unset: never.
 	OutOfBand *durationpb.Duration `protobuf:"bytes,5,opt,name=out_of_band,json=outOfBand,proto3" json:"out_of_band,omitempty"`
-	// keep while reports are in use, in place of keep_samples: with the queues of the servers
-	// known, latencies say how fast they are, and that changes sooner.
+	// keep, in place of keep_samples, where all that servers have is from other clients: with
+	// the queues known, latencies say how fast servers are, and that changes sooner. Where
+	// servers have less from others, keep lies between the two.
 	//
 	// From 1 to 1e6 samples. Default 6.
 	KeepSamples   *float64 `protobuf:"fixed64,6,opt,name=keep_samples,json=keepSamples,proto3,oneof" json:"keep_samples,omitempty"`
@@ -1375,7 +1395,7 @@ var File_belfry_config_v1_p2c_proto protoreflect.FileDescriptor
 
 const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\n" +
-	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1cbelfry/config/v1/stack.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xea\x05\n" +
+	"\x1abelfry/config/v1/p2c.proto\x12\x10belfry.config.v1\x1a\x1cbelfry/config/v1/stack.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xd7\x06\n" +
 	"\x03P2C\x12&\n" +
 	"\fchoice_count\x18\x01 \x01(\rH\x00R\vchoiceCount\x88\x01\x01\x12\x1b\n" +
 	"\x06memory\x18\x02 \x01(\rH\x01R\x06memory\x88\x01\x01\x12*\n" +
@@ -1392,12 +1412,14 @@ const file_belfry_config_v1_p2c_proto_rawDesc = "" +
 	"\x05zones\x18\x0e \x01(\v2\x17.belfry.config.v1.ZonesR\x05zones\x12I\n" +
 	"\x0ffailure_accrual\x18\x0f \x01(\v2 .belfry.config.v1.FailureAccrualR\x0efailureAccrual\x12:\n" +
 	"\n" +
-	"slow_start\x18\x10 \x01(\v2\x1b.belfry.config.v1.SlowStartR\tslowStartB\x0f\n" +
+	"slow_start\x18\x10 \x01(\v2\x1b.belfry.config.v1.SlowStartR\tslowStart\x12H\n" +
+	"\x1emax_connections_per_subchannel\x18\x11 \x01(\rH\x05R\x1bmaxConnectionsPerSubchannel\x88\x01\x01B\x0f\n" +
 	"\r_choice_countB\t\n" +
 	"\a_memoryB\x10\n" +
 	"\x0e_equal_at_restB\x13\n" +
 	"\x11_equal_under_loadB\x10\n" +
-	"\x0e_explore_every\"\xc9\x01\n" +
+	"\x0e_explore_everyB!\n" +
+	"\x1f_max_connections_per_subchannel\"\xc9\x01\n" +
 	"\x05Zones\x12\x12\n" +
 	"\x04home\x18\x01 \x01(\tR\x04home\x12\x19\n" +
 	"\bhome_env\x18\x02 \x01(\tR\ahomeEnv\x12 \n" +

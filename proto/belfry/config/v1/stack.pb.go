@@ -72,7 +72,7 @@ func (x RateLimit_Algorithm) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RateLimit_Algorithm.Descriptor instead.
 func (RateLimit_Algorithm) EnumDescriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{6, 0}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{7, 0}
 }
 
 // Discipline is interceptor/concurrency.Discipline.
@@ -128,7 +128,7 @@ func (x Concurrency_Discipline) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Concurrency_Discipline.Descriptor instead.
 func (Concurrency_Discipline) EnumDescriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{7, 0}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{8, 0}
 }
 
 // Jitter is interceptor/retry.Jitter.
@@ -184,7 +184,7 @@ func (x Backoff_Jitter) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Backoff_Jitter.Descriptor instead.
 func (Backoff_Jitter) EnumDescriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{19, 0}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{20, 0}
 }
 
 // Stack configures the layers around the calls of a client, by method, for example
@@ -436,6 +436,7 @@ type Layer struct {
 	//	*Layer_Breaker
 	//	*Layer_Retry
 	//	*Layer_Hedge
+	//	*Layer_MaxAge
 	Kind          isLayer_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -593,6 +594,15 @@ func (x *Layer) GetHedge() *Hedge {
 	return nil
 }
 
+func (x *Layer) GetMaxAge() *MaxAge {
+	if x != nil {
+		if x, ok := x.Kind.(*Layer_MaxAge); ok {
+			return x.MaxAge
+		}
+	}
+	return nil
+}
+
 type isLayer_Kind interface {
 	isLayer_Kind()
 }
@@ -658,6 +668,11 @@ type Layer_Hedge struct {
 	Hedge *Hedge `protobuf:"bytes,13,opt,name=hedge,proto3,oneof"`
 }
 
+type Layer_MaxAge struct {
+	// Ends long streams, at a place where they can be opened again.
+	MaxAge *MaxAge `protobuf:"bytes,14,opt,name=max_age,json=maxAge,proto3,oneof"`
+}
+
 func (*Layer_Shared) isLayer_Kind() {}
 
 func (*Layer_Provided) isLayer_Kind() {}
@@ -682,6 +697,79 @@ func (*Layer_Retry) isLayer_Kind() {}
 
 func (*Layer_Hedge) isLayer_Kind() {}
 
+func (*Layer_MaxAge) isLayer_Kind() {}
+
+// MaxAge is interceptor/maxage.Config.
+type MaxAge struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Age   *durationpb.Duration   `protobuf:"bytes,1,opt,name=age,proto3" json:"age,omitempty"`
+	// 0 is none.
+	Jitter *float64 `protobuf:"fixed64,2,opt,name=jitter,proto3,oneof" json:"jitter,omitempty"`
+	// 0 leaves the streams of an endpoint that leaves until they are as old as age.
+	Drain         *durationpb.Duration `protobuf:"bytes,3,opt,name=drain,proto3,oneof" json:"drain,omitempty"`
+	Grace         *durationpb.Duration `protobuf:"bytes,4,opt,name=grace,proto3" json:"grace,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MaxAge) Reset() {
+	*x = MaxAge{}
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MaxAge) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MaxAge) ProtoMessage() {}
+
+func (x *MaxAge) ProtoReflect() protoreflect.Message {
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MaxAge.ProtoReflect.Descriptor instead.
+func (*MaxAge) Descriptor() ([]byte, []int) {
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *MaxAge) GetAge() *durationpb.Duration {
+	if x != nil {
+		return x.Age
+	}
+	return nil
+}
+
+func (x *MaxAge) GetJitter() float64 {
+	if x != nil && x.Jitter != nil {
+		return *x.Jitter
+	}
+	return 0
+}
+
+func (x *MaxAge) GetDrain() *durationpb.Duration {
+	if x != nil {
+		return x.Drain
+	}
+	return nil
+}
+
+func (x *MaxAge) GetGrace() *durationpb.Duration {
+	if x != nil {
+		return x.Grace
+	}
+	return nil
+}
+
 // Timeout is interceptor/timeout.Config.
 type Timeout struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -698,7 +786,7 @@ type Timeout struct {
 
 func (x *Timeout) Reset() {
 	*x = Timeout{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[4]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -710,7 +798,7 @@ func (x *Timeout) String() string {
 func (*Timeout) ProtoMessage() {}
 
 func (x *Timeout) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[4]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -723,7 +811,7 @@ func (x *Timeout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timeout.ProtoReflect.Descriptor instead.
 func (*Timeout) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{4}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Timeout) GetCall() *durationpb.Duration {
@@ -782,7 +870,7 @@ type AdaptiveTimeout struct {
 
 func (x *AdaptiveTimeout) Reset() {
 	*x = AdaptiveTimeout{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[5]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -794,7 +882,7 @@ func (x *AdaptiveTimeout) String() string {
 func (*AdaptiveTimeout) ProtoMessage() {}
 
 func (x *AdaptiveTimeout) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[5]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -807,7 +895,7 @@ func (x *AdaptiveTimeout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdaptiveTimeout.ProtoReflect.Descriptor instead.
 func (*AdaptiveTimeout) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{5}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *AdaptiveTimeout) GetPercentile() float64 {
@@ -874,7 +962,7 @@ type RateLimit struct {
 
 func (x *RateLimit) Reset() {
 	*x = RateLimit{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[6]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -886,7 +974,7 @@ func (x *RateLimit) String() string {
 func (*RateLimit) ProtoMessage() {}
 
 func (x *RateLimit) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[6]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -899,7 +987,7 @@ func (x *RateLimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RateLimit.ProtoReflect.Descriptor instead.
 func (*RateLimit) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{6}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RateLimit) GetLimit() int64 {
@@ -1082,7 +1170,7 @@ type Concurrency struct {
 
 func (x *Concurrency) Reset() {
 	*x = Concurrency{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[7]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1094,7 +1182,7 @@ func (x *Concurrency) String() string {
 func (*Concurrency) ProtoMessage() {}
 
 func (x *Concurrency) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[7]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1107,7 +1195,7 @@ func (x *Concurrency) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Concurrency.ProtoReflect.Descriptor instead.
 func (*Concurrency) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{7}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Concurrency) GetBound() isConcurrency_Bound {
@@ -1379,7 +1467,7 @@ type Auto struct {
 
 func (x *Auto) Reset() {
 	*x = Auto{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[8]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1391,7 +1479,7 @@ func (x *Auto) String() string {
 func (*Auto) ProtoMessage() {}
 
 func (x *Auto) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[8]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1404,7 +1492,7 @@ func (x *Auto) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Auto.ProtoReflect.Descriptor instead.
 func (*Auto) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{8}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Auto) GetInitial() int64 {
@@ -1450,7 +1538,7 @@ type Aimd struct {
 
 func (x *Aimd) Reset() {
 	*x = Aimd{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[9]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1462,7 +1550,7 @@ func (x *Aimd) String() string {
 func (*Aimd) ProtoMessage() {}
 
 func (x *Aimd) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[9]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1475,7 +1563,7 @@ func (x *Aimd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Aimd.ProtoReflect.Descriptor instead.
 func (*Aimd) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{9}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Aimd) GetInitial() int64 {
@@ -1539,7 +1627,7 @@ type Gradient2 struct {
 
 func (x *Gradient2) Reset() {
 	*x = Gradient2{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[10]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1551,7 +1639,7 @@ func (x *Gradient2) String() string {
 func (*Gradient2) ProtoMessage() {}
 
 func (x *Gradient2) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[10]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1564,7 +1652,7 @@ func (x *Gradient2) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gradient2.ProtoReflect.Descriptor instead.
 func (*Gradient2) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{10}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Gradient2) GetInitial() int64 {
@@ -1653,7 +1741,7 @@ type Vegas struct {
 
 func (x *Vegas) Reset() {
 	*x = Vegas{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[11]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1665,7 +1753,7 @@ func (x *Vegas) String() string {
 func (*Vegas) ProtoMessage() {}
 
 func (x *Vegas) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[11]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1678,7 +1766,7 @@ func (x *Vegas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Vegas.ProtoReflect.Descriptor instead.
 func (*Vegas) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{11}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Vegas) GetInitial() int64 {
@@ -1748,7 +1836,7 @@ type Buffer struct {
 
 func (x *Buffer) Reset() {
 	*x = Buffer{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[12]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1760,7 +1848,7 @@ func (x *Buffer) String() string {
 func (*Buffer) ProtoMessage() {}
 
 func (x *Buffer) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[12]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1773,7 +1861,7 @@ func (x *Buffer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Buffer.ProtoReflect.Descriptor instead.
 func (*Buffer) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{12}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Buffer) GetSize() int64 {
@@ -1842,7 +1930,7 @@ type LoadShed struct {
 
 func (x *LoadShed) Reset() {
 	*x = LoadShed{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[13]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1854,7 +1942,7 @@ func (x *LoadShed) String() string {
 func (*LoadShed) ProtoMessage() {}
 
 func (x *LoadShed) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[13]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1867,7 +1955,7 @@ func (x *LoadShed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadShed.ProtoReflect.Descriptor instead.
 func (*LoadShed) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{13}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{14}
 }
 
 // FailFast is interceptor/failfast.Config.
@@ -1880,7 +1968,7 @@ type FailFast struct {
 
 func (x *FailFast) Reset() {
 	*x = FailFast{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[14]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +1980,7 @@ func (x *FailFast) String() string {
 func (*FailFast) ProtoMessage() {}
 
 func (x *FailFast) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[14]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +1993,7 @@ func (x *FailFast) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FailFast.ProtoReflect.Descriptor instead.
 func (*FailFast) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{14}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *FailFast) GetAfter() *durationpb.Duration {
@@ -1940,7 +2028,7 @@ type Throttle struct {
 
 func (x *Throttle) Reset() {
 	*x = Throttle{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[15]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1952,7 +2040,7 @@ func (x *Throttle) String() string {
 func (*Throttle) ProtoMessage() {}
 
 func (x *Throttle) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[15]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1965,7 +2053,7 @@ func (x *Throttle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Throttle.ProtoReflect.Descriptor instead.
 func (*Throttle) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{15}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Throttle) GetK() float64 {
@@ -2114,7 +2202,7 @@ type Breaker struct {
 
 func (x *Breaker) Reset() {
 	*x = Breaker{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[16]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2126,7 +2214,7 @@ func (x *Breaker) String() string {
 func (*Breaker) ProtoMessage() {}
 
 func (x *Breaker) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[16]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2139,7 +2227,7 @@ func (x *Breaker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Breaker.ProtoReflect.Descriptor instead.
 func (*Breaker) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{16}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Breaker) GetConsecutiveFailures() int64 {
@@ -2319,7 +2407,7 @@ type Budget struct {
 
 func (x *Budget) Reset() {
 	*x = Budget{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[17]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2331,7 +2419,7 @@ func (x *Budget) String() string {
 func (*Budget) ProtoMessage() {}
 
 func (x *Budget) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[17]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2344,7 +2432,7 @@ func (x *Budget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Budget.ProtoReflect.Descriptor instead.
 func (*Budget) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{17}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Budget) GetTtl() *durationpb.Duration {
@@ -2402,7 +2490,7 @@ type Retry struct {
 
 func (x *Retry) Reset() {
 	*x = Retry{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[18]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2414,7 +2502,7 @@ func (x *Retry) String() string {
 func (*Retry) ProtoMessage() {}
 
 func (x *Retry) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[18]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2427,7 +2515,7 @@ func (x *Retry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retry.ProtoReflect.Descriptor instead.
 func (*Retry) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{18}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Retry) GetMaxAttempts() int64 {
@@ -2520,7 +2608,7 @@ type Backoff struct {
 
 func (x *Backoff) Reset() {
 	*x = Backoff{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[19]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2532,7 +2620,7 @@ func (x *Backoff) String() string {
 func (*Backoff) ProtoMessage() {}
 
 func (x *Backoff) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[19]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2545,7 +2633,7 @@ func (x *Backoff) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Backoff.ProtoReflect.Descriptor instead.
 func (*Backoff) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{19}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Backoff) GetInitial() *durationpb.Duration {
@@ -2610,7 +2698,7 @@ type Hedge struct {
 
 func (x *Hedge) Reset() {
 	*x = Hedge{}
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[20]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2622,7 +2710,7 @@ func (x *Hedge) String() string {
 func (*Hedge) ProtoMessage() {}
 
 func (x *Hedge) ProtoReflect() protoreflect.Message {
-	mi := &file_belfry_config_v1_stack_proto_msgTypes[20]
+	mi := &file_belfry_config_v1_stack_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2635,7 +2723,7 @@ func (x *Hedge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hedge.ProtoReflect.Descriptor instead.
 func (*Hedge) Descriptor() ([]byte, []int) {
-	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{20}
+	return file_belfry_config_v1_stack_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Hedge) GetMaxExtraLoad() float64 {
@@ -2772,7 +2860,7 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	"\n" +
 	"MethodName\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12\x16\n" +
-	"\x06method\x18\x02 \x01(\tR\x06method\"\x90\x05\n" +
+	"\x06method\x18\x02 \x01(\tR\x06method\"\xc5\x05\n" +
 	"\x05Layer\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\x06shared\x18\x02 \x01(\tH\x00R\x06shared\x12\x1c\n" +
@@ -2788,8 +2876,16 @@ const file_belfry_config_v1_stack_proto_rawDesc = "" +
 	" \x01(\v2\x1a.belfry.config.v1.ThrottleH\x00R\bthrottle\x125\n" +
 	"\abreaker\x18\v \x01(\v2\x19.belfry.config.v1.BreakerH\x00R\abreaker\x12/\n" +
 	"\x05retry\x18\f \x01(\v2\x17.belfry.config.v1.RetryH\x00R\x05retry\x12/\n" +
-	"\x05hedge\x18\r \x01(\v2\x17.belfry.config.v1.HedgeH\x00R\x05hedgeB\x06\n" +
-	"\x04kind\"\xd4\x02\n" +
+	"\x05hedge\x18\r \x01(\v2\x17.belfry.config.v1.HedgeH\x00R\x05hedge\x123\n" +
+	"\amax_age\x18\x0e \x01(\v2\x18.belfry.config.v1.MaxAgeH\x00R\x06maxAgeB\x06\n" +
+	"\x04kind\"\xce\x01\n" +
+	"\x06MaxAge\x12+\n" +
+	"\x03age\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x03age\x12\x1b\n" +
+	"\x06jitter\x18\x02 \x01(\x01H\x00R\x06jitter\x88\x01\x01\x124\n" +
+	"\x05drain\x18\x03 \x01(\v2\x19.google.protobuf.DurationH\x01R\x05drain\x88\x01\x01\x12/\n" +
+	"\x05grace\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x05graceB\t\n" +
+	"\a_jitterB\b\n" +
+	"\x06_drain\"\xd4\x02\n" +
 	"\aTimeout\x12-\n" +
 	"\x04call\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x04call\x12=\n" +
 	"\badaptive\x18\x02 \x01(\v2!.belfry.config.v1.AdaptiveTimeoutR\badaptive\x125\n" +
@@ -3019,7 +3115,7 @@ func file_belfry_config_v1_stack_proto_rawDescGZIP() []byte {
 }
 
 var file_belfry_config_v1_stack_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_belfry_config_v1_stack_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_belfry_config_v1_stack_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_belfry_config_v1_stack_proto_goTypes = []any{
 	(RateLimit_Algorithm)(0),    // 0: belfry.config.v1.RateLimit.Algorithm
 	(Concurrency_Discipline)(0), // 1: belfry.config.v1.Concurrency.Discipline
@@ -3028,91 +3124,96 @@ var file_belfry_config_v1_stack_proto_goTypes = []any{
 	(*MethodConfig)(nil),        // 4: belfry.config.v1.MethodConfig
 	(*MethodName)(nil),          // 5: belfry.config.v1.MethodName
 	(*Layer)(nil),               // 6: belfry.config.v1.Layer
-	(*Timeout)(nil),             // 7: belfry.config.v1.Timeout
-	(*AdaptiveTimeout)(nil),     // 8: belfry.config.v1.AdaptiveTimeout
-	(*RateLimit)(nil),           // 9: belfry.config.v1.RateLimit
-	(*Concurrency)(nil),         // 10: belfry.config.v1.Concurrency
-	(*Auto)(nil),                // 11: belfry.config.v1.Auto
-	(*Aimd)(nil),                // 12: belfry.config.v1.Aimd
-	(*Gradient2)(nil),           // 13: belfry.config.v1.Gradient2
-	(*Vegas)(nil),               // 14: belfry.config.v1.Vegas
-	(*Buffer)(nil),              // 15: belfry.config.v1.Buffer
-	(*LoadShed)(nil),            // 16: belfry.config.v1.LoadShed
-	(*FailFast)(nil),            // 17: belfry.config.v1.FailFast
-	(*Throttle)(nil),            // 18: belfry.config.v1.Throttle
-	(*Breaker)(nil),             // 19: belfry.config.v1.Breaker
-	(*Budget)(nil),              // 20: belfry.config.v1.Budget
-	(*Retry)(nil),               // 21: belfry.config.v1.Retry
-	(*Backoff)(nil),             // 22: belfry.config.v1.Backoff
-	(*Hedge)(nil),               // 23: belfry.config.v1.Hedge
-	nil,                         // 24: belfry.config.v1.Stack.SharedLayersEntry
-	nil,                         // 25: belfry.config.v1.Stack.BudgetsEntry
-	(*durationpb.Duration)(nil), // 26: google.protobuf.Duration
+	(*MaxAge)(nil),              // 7: belfry.config.v1.MaxAge
+	(*Timeout)(nil),             // 8: belfry.config.v1.Timeout
+	(*AdaptiveTimeout)(nil),     // 9: belfry.config.v1.AdaptiveTimeout
+	(*RateLimit)(nil),           // 10: belfry.config.v1.RateLimit
+	(*Concurrency)(nil),         // 11: belfry.config.v1.Concurrency
+	(*Auto)(nil),                // 12: belfry.config.v1.Auto
+	(*Aimd)(nil),                // 13: belfry.config.v1.Aimd
+	(*Gradient2)(nil),           // 14: belfry.config.v1.Gradient2
+	(*Vegas)(nil),               // 15: belfry.config.v1.Vegas
+	(*Buffer)(nil),              // 16: belfry.config.v1.Buffer
+	(*LoadShed)(nil),            // 17: belfry.config.v1.LoadShed
+	(*FailFast)(nil),            // 18: belfry.config.v1.FailFast
+	(*Throttle)(nil),            // 19: belfry.config.v1.Throttle
+	(*Breaker)(nil),             // 20: belfry.config.v1.Breaker
+	(*Budget)(nil),              // 21: belfry.config.v1.Budget
+	(*Retry)(nil),               // 22: belfry.config.v1.Retry
+	(*Backoff)(nil),             // 23: belfry.config.v1.Backoff
+	(*Hedge)(nil),               // 24: belfry.config.v1.Hedge
+	nil,                         // 25: belfry.config.v1.Stack.SharedLayersEntry
+	nil,                         // 26: belfry.config.v1.Stack.BudgetsEntry
+	(*durationpb.Duration)(nil), // 27: google.protobuf.Duration
 }
 var file_belfry_config_v1_stack_proto_depIdxs = []int32{
 	4,  // 0: belfry.config.v1.Stack.method_config:type_name -> belfry.config.v1.MethodConfig
-	24, // 1: belfry.config.v1.Stack.shared_layers:type_name -> belfry.config.v1.Stack.SharedLayersEntry
-	20, // 2: belfry.config.v1.Stack.budget:type_name -> belfry.config.v1.Budget
-	25, // 3: belfry.config.v1.Stack.budgets:type_name -> belfry.config.v1.Stack.BudgetsEntry
+	25, // 1: belfry.config.v1.Stack.shared_layers:type_name -> belfry.config.v1.Stack.SharedLayersEntry
+	21, // 2: belfry.config.v1.Stack.budget:type_name -> belfry.config.v1.Budget
+	26, // 3: belfry.config.v1.Stack.budgets:type_name -> belfry.config.v1.Stack.BudgetsEntry
 	5,  // 4: belfry.config.v1.MethodConfig.name:type_name -> belfry.config.v1.MethodName
 	6,  // 5: belfry.config.v1.MethodConfig.layers:type_name -> belfry.config.v1.Layer
-	7,  // 6: belfry.config.v1.Layer.timeout:type_name -> belfry.config.v1.Timeout
-	9,  // 7: belfry.config.v1.Layer.rate_limit:type_name -> belfry.config.v1.RateLimit
-	10, // 8: belfry.config.v1.Layer.concurrency:type_name -> belfry.config.v1.Concurrency
-	15, // 9: belfry.config.v1.Layer.buffer:type_name -> belfry.config.v1.Buffer
-	16, // 10: belfry.config.v1.Layer.load_shed:type_name -> belfry.config.v1.LoadShed
-	17, // 11: belfry.config.v1.Layer.fail_fast:type_name -> belfry.config.v1.FailFast
-	18, // 12: belfry.config.v1.Layer.throttle:type_name -> belfry.config.v1.Throttle
-	19, // 13: belfry.config.v1.Layer.breaker:type_name -> belfry.config.v1.Breaker
-	21, // 14: belfry.config.v1.Layer.retry:type_name -> belfry.config.v1.Retry
-	23, // 15: belfry.config.v1.Layer.hedge:type_name -> belfry.config.v1.Hedge
-	26, // 16: belfry.config.v1.Timeout.call:type_name -> google.protobuf.Duration
-	8,  // 17: belfry.config.v1.Timeout.adaptive:type_name -> belfry.config.v1.AdaptiveTimeout
-	26, // 18: belfry.config.v1.Timeout.lifetime:type_name -> google.protobuf.Duration
-	26, // 19: belfry.config.v1.Timeout.first_response:type_name -> google.protobuf.Duration
-	26, // 20: belfry.config.v1.Timeout.message:type_name -> google.protobuf.Duration
-	26, // 21: belfry.config.v1.Timeout.idle:type_name -> google.protobuf.Duration
-	26, // 22: belfry.config.v1.AdaptiveTimeout.min:type_name -> google.protobuf.Duration
-	26, // 23: belfry.config.v1.AdaptiveTimeout.window:type_name -> google.protobuf.Duration
-	26, // 24: belfry.config.v1.RateLimit.per:type_name -> google.protobuf.Duration
-	0,  // 25: belfry.config.v1.RateLimit.algorithm:type_name -> belfry.config.v1.RateLimit.Algorithm
-	11, // 26: belfry.config.v1.Concurrency.auto:type_name -> belfry.config.v1.Auto
-	12, // 27: belfry.config.v1.Concurrency.aimd:type_name -> belfry.config.v1.Aimd
-	13, // 28: belfry.config.v1.Concurrency.gradient2:type_name -> belfry.config.v1.Gradient2
-	14, // 29: belfry.config.v1.Concurrency.vegas:type_name -> belfry.config.v1.Vegas
-	1,  // 30: belfry.config.v1.Concurrency.discipline:type_name -> belfry.config.v1.Concurrency.Discipline
-	26, // 31: belfry.config.v1.Concurrency.max_wait:type_name -> google.protobuf.Duration
-	26, // 32: belfry.config.v1.Concurrency.codel_target:type_name -> google.protobuf.Duration
-	26, // 33: belfry.config.v1.Concurrency.codel_interval:type_name -> google.protobuf.Duration
-	26, // 34: belfry.config.v1.Aimd.timeout:type_name -> google.protobuf.Duration
-	26, // 35: belfry.config.v1.Gradient2.window:type_name -> google.protobuf.Duration
-	26, // 36: belfry.config.v1.Vegas.window:type_name -> google.protobuf.Duration
-	26, // 37: belfry.config.v1.Buffer.max_wait:type_name -> google.protobuf.Duration
-	26, // 38: belfry.config.v1.FailFast.after:type_name -> google.protobuf.Duration
-	26, // 39: belfry.config.v1.Throttle.window:type_name -> google.protobuf.Duration
-	26, // 40: belfry.config.v1.Throttle.key_idle:type_name -> google.protobuf.Duration
-	26, // 41: belfry.config.v1.Breaker.slow_call:type_name -> google.protobuf.Duration
-	26, // 42: belfry.config.v1.Breaker.window:type_name -> google.protobuf.Duration
-	26, // 43: belfry.config.v1.Breaker.open_for:type_name -> google.protobuf.Duration
-	26, // 44: belfry.config.v1.Breaker.max_open_for:type_name -> google.protobuf.Duration
-	26, // 45: belfry.config.v1.Breaker.key_idle:type_name -> google.protobuf.Duration
-	26, // 46: belfry.config.v1.Budget.ttl:type_name -> google.protobuf.Duration
-	22, // 47: belfry.config.v1.Retry.backoff:type_name -> belfry.config.v1.Backoff
-	26, // 48: belfry.config.v1.Retry.max_server_delay:type_name -> google.protobuf.Duration
-	26, // 49: belfry.config.v1.Backoff.initial:type_name -> google.protobuf.Duration
-	26, // 50: belfry.config.v1.Backoff.max:type_name -> google.protobuf.Duration
-	2,  // 51: belfry.config.v1.Backoff.jitter:type_name -> belfry.config.v1.Backoff.Jitter
-	26, // 52: belfry.config.v1.Hedge.delay:type_name -> google.protobuf.Duration
-	26, // 53: belfry.config.v1.Hedge.min_delay:type_name -> google.protobuf.Duration
-	26, // 54: belfry.config.v1.Hedge.window:type_name -> google.protobuf.Duration
-	26, // 55: belfry.config.v1.Hedge.max_server_delay:type_name -> google.protobuf.Duration
-	6,  // 56: belfry.config.v1.Stack.SharedLayersEntry.value:type_name -> belfry.config.v1.Layer
-	20, // 57: belfry.config.v1.Stack.BudgetsEntry.value:type_name -> belfry.config.v1.Budget
-	58, // [58:58] is the sub-list for method output_type
-	58, // [58:58] is the sub-list for method input_type
-	58, // [58:58] is the sub-list for extension type_name
-	58, // [58:58] is the sub-list for extension extendee
-	0,  // [0:58] is the sub-list for field type_name
+	8,  // 6: belfry.config.v1.Layer.timeout:type_name -> belfry.config.v1.Timeout
+	10, // 7: belfry.config.v1.Layer.rate_limit:type_name -> belfry.config.v1.RateLimit
+	11, // 8: belfry.config.v1.Layer.concurrency:type_name -> belfry.config.v1.Concurrency
+	16, // 9: belfry.config.v1.Layer.buffer:type_name -> belfry.config.v1.Buffer
+	17, // 10: belfry.config.v1.Layer.load_shed:type_name -> belfry.config.v1.LoadShed
+	18, // 11: belfry.config.v1.Layer.fail_fast:type_name -> belfry.config.v1.FailFast
+	19, // 12: belfry.config.v1.Layer.throttle:type_name -> belfry.config.v1.Throttle
+	20, // 13: belfry.config.v1.Layer.breaker:type_name -> belfry.config.v1.Breaker
+	22, // 14: belfry.config.v1.Layer.retry:type_name -> belfry.config.v1.Retry
+	24, // 15: belfry.config.v1.Layer.hedge:type_name -> belfry.config.v1.Hedge
+	7,  // 16: belfry.config.v1.Layer.max_age:type_name -> belfry.config.v1.MaxAge
+	27, // 17: belfry.config.v1.MaxAge.age:type_name -> google.protobuf.Duration
+	27, // 18: belfry.config.v1.MaxAge.drain:type_name -> google.protobuf.Duration
+	27, // 19: belfry.config.v1.MaxAge.grace:type_name -> google.protobuf.Duration
+	27, // 20: belfry.config.v1.Timeout.call:type_name -> google.protobuf.Duration
+	9,  // 21: belfry.config.v1.Timeout.adaptive:type_name -> belfry.config.v1.AdaptiveTimeout
+	27, // 22: belfry.config.v1.Timeout.lifetime:type_name -> google.protobuf.Duration
+	27, // 23: belfry.config.v1.Timeout.first_response:type_name -> google.protobuf.Duration
+	27, // 24: belfry.config.v1.Timeout.message:type_name -> google.protobuf.Duration
+	27, // 25: belfry.config.v1.Timeout.idle:type_name -> google.protobuf.Duration
+	27, // 26: belfry.config.v1.AdaptiveTimeout.min:type_name -> google.protobuf.Duration
+	27, // 27: belfry.config.v1.AdaptiveTimeout.window:type_name -> google.protobuf.Duration
+	27, // 28: belfry.config.v1.RateLimit.per:type_name -> google.protobuf.Duration
+	0,  // 29: belfry.config.v1.RateLimit.algorithm:type_name -> belfry.config.v1.RateLimit.Algorithm
+	12, // 30: belfry.config.v1.Concurrency.auto:type_name -> belfry.config.v1.Auto
+	13, // 31: belfry.config.v1.Concurrency.aimd:type_name -> belfry.config.v1.Aimd
+	14, // 32: belfry.config.v1.Concurrency.gradient2:type_name -> belfry.config.v1.Gradient2
+	15, // 33: belfry.config.v1.Concurrency.vegas:type_name -> belfry.config.v1.Vegas
+	1,  // 34: belfry.config.v1.Concurrency.discipline:type_name -> belfry.config.v1.Concurrency.Discipline
+	27, // 35: belfry.config.v1.Concurrency.max_wait:type_name -> google.protobuf.Duration
+	27, // 36: belfry.config.v1.Concurrency.codel_target:type_name -> google.protobuf.Duration
+	27, // 37: belfry.config.v1.Concurrency.codel_interval:type_name -> google.protobuf.Duration
+	27, // 38: belfry.config.v1.Aimd.timeout:type_name -> google.protobuf.Duration
+	27, // 39: belfry.config.v1.Gradient2.window:type_name -> google.protobuf.Duration
+	27, // 40: belfry.config.v1.Vegas.window:type_name -> google.protobuf.Duration
+	27, // 41: belfry.config.v1.Buffer.max_wait:type_name -> google.protobuf.Duration
+	27, // 42: belfry.config.v1.FailFast.after:type_name -> google.protobuf.Duration
+	27, // 43: belfry.config.v1.Throttle.window:type_name -> google.protobuf.Duration
+	27, // 44: belfry.config.v1.Throttle.key_idle:type_name -> google.protobuf.Duration
+	27, // 45: belfry.config.v1.Breaker.slow_call:type_name -> google.protobuf.Duration
+	27, // 46: belfry.config.v1.Breaker.window:type_name -> google.protobuf.Duration
+	27, // 47: belfry.config.v1.Breaker.open_for:type_name -> google.protobuf.Duration
+	27, // 48: belfry.config.v1.Breaker.max_open_for:type_name -> google.protobuf.Duration
+	27, // 49: belfry.config.v1.Breaker.key_idle:type_name -> google.protobuf.Duration
+	27, // 50: belfry.config.v1.Budget.ttl:type_name -> google.protobuf.Duration
+	23, // 51: belfry.config.v1.Retry.backoff:type_name -> belfry.config.v1.Backoff
+	27, // 52: belfry.config.v1.Retry.max_server_delay:type_name -> google.protobuf.Duration
+	27, // 53: belfry.config.v1.Backoff.initial:type_name -> google.protobuf.Duration
+	27, // 54: belfry.config.v1.Backoff.max:type_name -> google.protobuf.Duration
+	2,  // 55: belfry.config.v1.Backoff.jitter:type_name -> belfry.config.v1.Backoff.Jitter
+	27, // 56: belfry.config.v1.Hedge.delay:type_name -> google.protobuf.Duration
+	27, // 57: belfry.config.v1.Hedge.min_delay:type_name -> google.protobuf.Duration
+	27, // 58: belfry.config.v1.Hedge.window:type_name -> google.protobuf.Duration
+	27, // 59: belfry.config.v1.Hedge.max_server_delay:type_name -> google.protobuf.Duration
+	6,  // 60: belfry.config.v1.Stack.SharedLayersEntry.value:type_name -> belfry.config.v1.Layer
+	21, // 61: belfry.config.v1.Stack.BudgetsEntry.value:type_name -> belfry.config.v1.Budget
+	62, // [62:62] is the sub-list for method output_type
+	62, // [62:62] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_belfry_config_v1_stack_proto_init() }
@@ -3133,15 +3234,17 @@ func file_belfry_config_v1_stack_proto_init() {
 		(*Layer_Breaker)(nil),
 		(*Layer_Retry)(nil),
 		(*Layer_Hedge)(nil),
+		(*Layer_MaxAge)(nil),
 	}
-	file_belfry_config_v1_stack_proto_msgTypes[6].OneofWrappers = []any{
+	file_belfry_config_v1_stack_proto_msgTypes[4].OneofWrappers = []any{}
+	file_belfry_config_v1_stack_proto_msgTypes[7].OneofWrappers = []any{
 		(*RateLimit_PerMethod)(nil),
 		(*RateLimit_PerMetadata)(nil),
 		(*RateLimit_KeyFunc)(nil),
 		(*RateLimit_PriorityMetadata)(nil),
 		(*RateLimit_PriorityFunc)(nil),
 	}
-	file_belfry_config_v1_stack_proto_msgTypes[7].OneofWrappers = []any{
+	file_belfry_config_v1_stack_proto_msgTypes[8].OneofWrappers = []any{
 		(*Concurrency_Limit)(nil),
 		(*Concurrency_Auto)(nil),
 		(*Concurrency_Aimd)(nil),
@@ -3153,29 +3256,29 @@ func file_belfry_config_v1_stack_proto_init() {
 		(*Concurrency_PerMetadata)(nil),
 		(*Concurrency_KeyFunc)(nil),
 	}
-	file_belfry_config_v1_stack_proto_msgTypes[12].OneofWrappers = []any{
+	file_belfry_config_v1_stack_proto_msgTypes[13].OneofWrappers = []any{
 		(*Buffer_PriorityMetadata)(nil),
 		(*Buffer_PriorityFunc)(nil),
 	}
-	file_belfry_config_v1_stack_proto_msgTypes[15].OneofWrappers = []any{
+	file_belfry_config_v1_stack_proto_msgTypes[16].OneofWrappers = []any{
 		(*Throttle_PerMethod)(nil),
 		(*Throttle_PerMetadata)(nil),
 		(*Throttle_KeyFunc)(nil),
 	}
-	file_belfry_config_v1_stack_proto_msgTypes[16].OneofWrappers = []any{
+	file_belfry_config_v1_stack_proto_msgTypes[17].OneofWrappers = []any{
 		(*Breaker_PerMethod)(nil),
 		(*Breaker_PerMetadata)(nil),
 		(*Breaker_KeyFunc)(nil),
 	}
-	file_belfry_config_v1_stack_proto_msgTypes[17].OneofWrappers = []any{}
-	file_belfry_config_v1_stack_proto_msgTypes[20].OneofWrappers = []any{}
+	file_belfry_config_v1_stack_proto_msgTypes[18].OneofWrappers = []any{}
+	file_belfry_config_v1_stack_proto_msgTypes[21].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_belfry_config_v1_stack_proto_rawDesc), len(file_belfry_config_v1_stack_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   23,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
