@@ -224,6 +224,7 @@ type expectedParams struct {
 	methods      int     // and the one of all others
 	exponent     float64 // theta
 	inFlight     string  // what reports have it in; none if empty
+	reportsKeep  float64 // keep where all that servers have is from others
 	expiry       float64 // of reports, in ticks
 	blackout     float64
 	discounts    [256]float32
@@ -277,7 +278,7 @@ func (e *ExpectedLatency) Reconfigure(c ExpectedLatencyConfig) error {
 		exponent:     c.QueueExponent,
 	}
 	if r := c.Reports; r.InFlight != "" {
-		p.inFlight, p.exponent, p.keep = r.InFlight, r.QueueExponent, 1-1/r.KeepSamples
+		p.inFlight, p.exponent, p.reportsKeep = r.InFlight, r.QueueExponent, 1-1/r.KeepSamples
 		p.expiry, p.blackout = float64(r.Expiry>>tickBits), float64(r.Blackout>>tickBits)
 	}
 	for q := range p.discounts {
@@ -635,7 +636,7 @@ const (
 func (m *expectedMeter) failed(s *Sample) bool {
 	e := m.metric
 	p := e.params.Load()
-	latency := p.penalty * e.cost()
+	latency := p.penalty * e.cost(p, s.Now)
 	if latency == 0 {
 		latency = p.firstFailure
 	}
@@ -675,16 +676,16 @@ func (m *expectedMeter) givenUp(now Instant, t Ticket) bool {
 // cost returns what the average endpoint costs. Its q attempts in flight are, on
 // average, half a latency old, and with many of them their ages outweigh the
 // samples that it has, of which it keeps 1/(1-keep).
-func (e *ExpectedLatency) cost() float64 {
+func (e *ExpectedLatency) cost(p *expectedParams, now Instant) float64 {
 	_, queue := fleetMeans(e.queue.means.Load())
-	samples := 1/(1-e.params.Load().keep) + 1
+	samples := 1/(1-e.keep(p, now)) + 1
 	return math.Float64frombits(e.unit.Load()) * (queue + 1) * (1 + queue/2/samples)
 }
 
 // sample takes in a latency of the endpoint, which stands for n of the channel, and returns
 // whether that changed the mean by more than a fiftieth.
 func (m *expectedMeter) sample(p *expectedParams, now Instant, latency float64, n int) (changed bool) {
-	f := expNeg(m.metric.unheard(p.rate, now, m.heard.Load())) * p.keep
+	f := expNeg(m.metric.unheard(p.rate, now, m.heard.Load())) * m.metric.keep(p, now)
 	for {
 		old := m.mean.Load()
 		s, n := floats32(old)

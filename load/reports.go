@@ -25,9 +25,10 @@ type ReportsConfig struct {
 	// QueueExponent takes the place of that of [ExpectedLatencyConfig]. Default 0.7, from
 	// 0 to 1.
 	QueueExponent float64
-	// KeepSamples takes the place of that of [ExpectedLatencyConfig]: with the queues of
-	// the servers known, latencies say how fast they are, and that changes sooner. Default
-	// 6, from 1 to 1e6.
+	// KeepSamples takes the place of that of [ExpectedLatencyConfig] where all that servers
+	// have is from other clients. With the queues known, latencies say how fast servers are,
+	// and that changes sooner. Where they have less, it lies between the two. Default 6,
+	// from 1 to 1e6.
 	KeepSamples float64
 	// Expiry is for how long after the last report of any server reports count. Default
 	// 10 s, must be above 0.
@@ -147,6 +148,20 @@ func (m *expectedMeter) others(p *expectedParams, now Instant) float64 {
 		return mean
 	}
 	return mean + (own-mean)*expNeg(since32(tick, last)/(reportHalf*latency))
+}
+
+// keep returns 1 - 1/KeepSamples. What servers have from others, as a part of all that they
+// have, decides between the two.
+func (e *ExpectedLatency) keep(p *expectedParams, now Instant) float64 {
+	if p.inFlight == "" {
+		return p.keep
+	}
+	others, ok := e.reporting.others(p, uint32(uint64(now)>>tickBits))
+	if !ok || others <= 0 {
+		return p.keep
+	}
+	_, own := fleetMeans(e.queue.means.Load())
+	return p.keep + (p.reportsKeep-p.keep)*others/(others+own)
 }
 
 // reportHalf is the part of a latency after which 1/e of a report is left.

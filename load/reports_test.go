@@ -81,6 +81,47 @@ func TestReportsCountPerWeight(t *testing.T) {
 	}
 }
 
+// One client alone learns nothing from reports, so its estimates keep as many samples as without.
+func TestReportsOfOthersAloneShortenTheMemory(t *testing.T) {
+	// samples is how many samples an endpoint has after a hundred, each sent beside one other
+	// attempt of this client.
+	samples := func(c ExpectedLatencyConfig, requests float64) float64 {
+		m := must(NewExpectedLatency(c)).NewMeter(Endpoint{})
+		now := Instant(time.Hour)
+		for range 100 {
+			q := Query{Now: now, InFlight: 1, Weight: 1}
+			ticket := m.Start(&Attempt{Query: q})
+			now += Instant(time.Millisecond)
+			m.Finish(&Sample{Now: now, Ticket: ticket, Report: &Report{Named: map[string]float64{"belfry.in_flight": requests}}, InFlight: 1})
+		}
+		return m.Inspect(Query{Now: now, Weight: 1}).Samples
+	}
+	without := DefaultExpectedLatencyConfig()
+	without.ForgetRounds = 1e6
+	with := without
+	with.Reports = DefaultReportsConfig()
+	kept := func(c ExpectedLatencyConfig) float64 { return c.KeepSamples * (1 - math.Pow(1-1/c.KeepSamples, 100)) }
+	all := with
+	all.KeepSamples = with.Reports.KeepSamples
+	half := with
+	half.KeepSamples = 2 / (1/without.KeepSamples + 1/all.KeepSamples)
+	for _, test := range []struct {
+		name     string
+		config   ExpectedLatencyConfig
+		requests float64
+		want     ExpectedLatencyConfig
+	}{
+		{"without reports", without, 1000, without},
+		{"nothing from others", with, 1, without},
+		{"as much from others", with, 2, half},
+		{"nearly all from others", with, 1000, all},
+	} {
+		if got, want := samples(test.config, test.requests), kept(test.want); math.Abs(got-want) > want/50 {
+			t.Errorf("%s: %.2f samples count, want %.2f", test.name, got, want)
+		}
+	}
+}
+
 func TestReportValue(t *testing.T) {
 	r := &Report{CPU: 1, Memory: 2, Application: 3, QPS: 4, EPS: 5, Named: map[string]float64{"x": 6, "zero": 0}}
 	for name, want := range map[string]float64{

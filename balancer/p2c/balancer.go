@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/balancer/pickfirst"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/grpclog"
+	"google.golang.org/grpc/orca"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
 
@@ -63,6 +64,7 @@ func (builder) Build(cc balancer.ClientConn, opts balancer.BuildOptions) balance
 			t := time.AfterFunc(d, f)
 			return func() { t.Stop() }
 		},
+		reports: orca.RegisterOOBListener,
 	}
 	b.ramps.parts = 1
 	b.watcher, _ = cc.(childpolicy.Watcher)
@@ -131,6 +133,7 @@ type policy struct {
 	after     func(d time.Duration, f func()) (stop func())
 	wallClock func(limit.Instant) time.Time // nil for the machine's
 	metrics   *metrics
+	reports   func(balancer.SubConn, orca.OOBListener, orca.OOBListenerOptions) (stop func())
 
 	outOfBand atomic.Int64 // how often servers are asked for reports, in nanoseconds; 0 for never
 
@@ -217,6 +220,9 @@ func (b *policy) firstUpdate(state resolver.State) {
 		b.now, b.random = e.Now, e.Uint64
 		if e.AfterFunc != nil {
 			b.after = e.AfterFunc
+		}
+		if e.Reports != nil {
+			b.reports = e.Reports
 		}
 		b.wallClock = func(at limit.Instant) time.Time { return time.Unix(0, int64(at)) }
 	}

@@ -66,7 +66,7 @@ func (o *outOfBand) moved(to connectivity.State) {
 		o.stop = nil
 	}
 	if every := time.Duration(o.ep.policy.outOfBand.Load()); to == connectivity.Ready && every > 0 {
-		o.stop = orca.RegisterOOBListener(o.subConn, o, orca.OOBListenerOptions{ReportInterval: every})
+		o.stop = o.ep.policy.reports(o.subConn, o, orca.OOBListenerOptions{ReportInterval: every})
 	}
 }
 

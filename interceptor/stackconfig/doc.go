@@ -3,7 +3,8 @@
 
 // Package stackconfig makes a stack of layers from data, and changes it while calls run:
 // service-async's make_via_ref for gRPC. Use it to change what happens to calls without
-// a new release: from a file, a flag, a control plane.
+// a new release: from a flag, a control plane, or a file, which package
+// resolver/file/stackfile follows.
 //
 //	config, err := stackconfig.Parse([]byte(`{
 //		"methodConfig": [

@@ -16,6 +16,7 @@ import (
 	_ "google.golang.org/grpc/balancer/roundrobin" // registers round_robin
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/experimental/balancer/weight"
+	"google.golang.org/grpc/orca"
 	"google.golang.org/grpc/resolver"
 
 	"github.com/belfry-go/belfry/balancer/aperture"
@@ -40,7 +41,8 @@ type Policy struct {
 // seed but round_robin, which is grpc's own and begins at an endpoint of its
 // choice.
 //
-// reports is the default with reports that servers send with their replies.
+// reports is the default with reports that servers send with their replies, and outOfBand has
+// them ten times a second from each server as well.
 //
 // aside is the default that puts endpoints aside that fail, and slowStart the one that lets
 // the share of newcomers rise over five seconds.
@@ -62,6 +64,7 @@ func Policies() []Policy {
 		{"aside", p2c.Name, `{"failureAccrual":{}}`},
 		{"slowStart", p2c.Name, `{"slowStart":{"window":"5s"}}`},
 		{"reports", p2c.Name, `{"load":{"expectedLatency":{"reports":{}}}}`},
+		{"outOfBand", p2c.Name, `{"load":{"expectedLatency":{"reports":{"outOfBand":"0.1s"}}}}`},
 		{"zones", p2c.Name, `{"zones":{}}`},
 		{"aperture", aperture.Name, `{"ordinal":$ordinal,"peers":$peers}`},
 		{"random_subsetting", randomsubsetting.Name, `{"subsetSize":12,"childPolicy":[{"belfry.p2c":{}}]}`},
@@ -127,6 +130,7 @@ func newBalanced(c *cluster, p Policy, client int) (*balanced, error) {
 			}))
 			return func() { stopped = true }
 		},
+		Reports: b.listen,
 	})
 	b.state.ResolverState = place.SetHome(b.state.ResolverState, zoneName(client%len(c.zones)))
 	if parser, ok := builder.(balancer.ConfigParser); ok {
@@ -163,6 +167,30 @@ func (b *balanced) update() error {
 	}
 	b.picker = published.Picker
 	return nil
+}
+
+// listen hands the reports of a server to the policy, as grpc's producer does.
+func (b *balanced) listen(sc balancer.SubConn, l orca.OOBListener, o orca.OOBListenerOptions) (stop func()) {
+	c, s := b.cluster, b.cluster.byAddr[sc.(*lbtest.SubConn).Address.Addr]
+	stopped := false
+	var next func()
+	next = func() {
+		if stopped {
+			return
+		}
+		requests := len(s.running) + s.waiting.Len()
+		if s.behaviour != silent {
+			c.after(c.scenario.transit(), func() {
+				if !stopped {
+					l.OnLoadReport(&orcapb.OrcaLoadReport{NamedMetrics: map[string]float64{"belfry.in_flight": float64(requests)}})
+				}
+			})
+		}
+		c.after(o.ReportInterval, next)
+	}
+	// Each connection was made at another time.
+	c.after(time.Duration(c.choice.Int64N(int64(o.ReportInterval))), next)
+	return func() { stopped = true }
 }
 
 func zoneName(zone int) string { return fmt.Sprintf("zone-%d", zone) }

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc/attributes"
+	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/orca"
 	"google.golang.org/grpc/resolver"
 )
 
@@ -25,6 +27,9 @@ type Env struct {
 	// AfterFunc calls f after d, unless stop is called before. Nil stands for
 	// time.AfterFunc.
 	AfterFunc func(d time.Duration, f func()) (stop func())
+
+	// Reports takes the place of orca.RegisterOOBListener. Nil stands for that.
+	Reports func(balancer.SubConn, orca.OOBListener, orca.OOBListenerOptions) (stop func())
 }
 
 type key struct{}

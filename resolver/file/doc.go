@@ -25,6 +25,8 @@
 // An empty list, [], says that there are no endpoints. An empty file says
 // nothing and is an error.
 //
+// Package stackfile, beside this one, follows a file with a stack and a balancing config.
+//
 // # Changes
 //
 // A change is seen when the directory reports it, some 100 ms after the last
@@ -35,6 +37,15 @@
 // A file that is missing, cannot be read, is not valid, or has an unknown field
 // or a bad entry is reported once, and the last set stays, whole, until the file
 // is good. As long as it has never been good, calls fail with the reason.
+//
+// # Editors
+//
+// endpoints.schema.json beside this package is the JSON schema of the list. For editors
+// with the YAML language server this is the first line of the file:
+//
+//	# yaml-language-server: $schema=https://raw.githubusercontent.com/belfry-go/belfry/main/resolver/file/endpoints.schema.json
+//
+// # In a target
 //
 // To name the file in a target, register a scheme for it:
 //

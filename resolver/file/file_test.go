@@ -4,11 +4,13 @@
 package file
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -16,12 +18,14 @@ import (
 
 	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/resolver/discover"
+	"github.com/belfry-go/belfry/resolver/file/internal/follow"
+	"github.com/santhosh-tekuri/jsonschema/v6"
 	"google.golang.org/grpc/resolver"
 )
 
 func TestMain(m *testing.M) {
 	// Tests that mean the reading without a report make it shorter.
-	readEvery = time.Hour
+	follow.ReadEvery = time.Hour
 	leaktest.Main(m)
 }
 
@@ -172,6 +176,57 @@ func TestParse(t *testing.T) {
 	}
 }
 
+// The schema for editors has the fields of an entry, and accepts what parse accepts.
+func TestSchema(t *testing.T) {
+	text, err := os.ReadFile("endpoints.schema.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	parsed, err := jsonschema.UnmarshalJSON(bytes.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := jsonschema.NewCompiler()
+	if err := c.AddResource("endpoints", parsed); err != nil {
+		t.Fatal(err)
+	}
+	schema, err := c.Compile("endpoints")
+	if err != nil {
+		t.Fatal(err)
+	}
+	properties := schema.Items.(*jsonschema.Schema).OneOf[1].Properties
+	for i := range reflect.TypeFor[entry]().NumField() {
+		if name := reflect.TypeFor[entry]().Field(i).Tag.Get("json"); properties[name] == nil {
+			t.Errorf("the schema has no field %s", name)
+		}
+	}
+	if got, want := len(properties), reflect.TypeFor[entry]().NumField(); got != want {
+		t.Errorf("the schema has %d fields, want %d", got, want)
+	}
+	for text, good := range map[string]bool{
+		"[]": true, "- a:1": true, "- {address: a:1, weight: 2, zone: z, key: k, draining: true, serverName: s}": true,
+		"- {addresses: [a:1, b:1]}": true, "{}": false, "- {}": false, "- 1": false, "- null": false, "- ''": false,
+		"- {address: a:1, addresses: [b:1]}": false, "- {address: a:1, wieght: 2}": false, "- {address: a:1, weight: 0}": false,
+		"- {address: a:1, zone: ''}": false, "- {zone: z}": false, "- {address: a:1, weight: 1.5}": false,
+		"- {address: a:1, key: ''}": false, "- {address: a:1, serverName: ''}": false, "- {addresses: []}": false,
+	} {
+		js, err := follow.JSON([]byte(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(js))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := schema.Validate(doc); (err == nil) != good {
+			t.Errorf("the schema says of %q: %v, want good: %t", text, err, good)
+		}
+		if _, err := parse("f", []byte(text)); (err == nil) != good {
+			t.Errorf("parse says of %q: %v, want good: %t", text, err, good)
+		}
+	}
+}
+
 func TestFollowsTheFile(t *testing.T) {
 	t.Run("through changes, and keeps the last set while it is broken", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "endpoints.yaml")
@@ -230,8 +285,8 @@ func TestFollowsTheFile(t *testing.T) {
 	})
 
 	t.Run("where no change is reported", func(t *testing.T) {
-		readEvery = time.Millisecond
-		defer func() { readEvery = time.Hour }()
+		follow.ReadEvery = time.Millisecond
+		defer func() { follow.ReadEvery = time.Hour }()
 		elsewhere := filepath.Join(t.TempDir(), "list")
 		dir := filepath.Join(t.TempDir(), "not-there-yet")
 		all := watch(t, filepath.Join(dir, "endpoints.yaml"))
@@ -248,8 +303,8 @@ func TestFollowsTheFile(t *testing.T) {
 
 // An error is reported once, however often the file is read.
 func TestBrokenFileIsReportedOnce(t *testing.T) {
-	readEvery = time.Millisecond
-	defer func() { readEvery = time.Hour }()
+	follow.ReadEvery = time.Millisecond
+	defer func() { follow.ReadEvery = time.Hour }()
 	path := filepath.Join(t.TempDir(), "endpoints.yaml")
 	all := watch(t, path)
 	wantError(t, all, "no such file")

@@ -2,12 +2,14 @@ module github.com/belfry-go/belfry/balancer/p2c/xdstest
 
 go 1.25.0
 
-replace github.com/belfry-go/belfry => ../../..
+replace (
+	github.com/belfry-go/belfry => ../../..
+	github.com/belfry-go/belfry/examples/xds => ../../../examples/xds
+)
 
 require (
 	github.com/belfry-go/belfry v0.0.0-00010101000000-000000000000
-	github.com/cncf/xds/go v0.0.0-20260202195803-dba9d589def2
-	github.com/envoyproxy/go-control-plane/envoy v1.37.0
+	github.com/belfry-go/belfry/examples/xds v0.0.0-00010101000000-000000000000
 	go.opentelemetry.io/otel v1.46.0
 	go.opentelemetry.io/otel/sdk/metric v1.46.0
 	google.golang.org/grpc v1.84.0
@@ -19,6 +21,10 @@ require (
 	cloud.google.com/go/auth v0.20.0 // indirect
 	cloud.google.com/go/compute/metadata v0.9.0 // indirect
 	github.com/cespare/xxhash/v2 v2.3.0 // indirect
+	github.com/cncf/xds/go v0.0.0-20260202195803-dba9d589def2 // indirect
+	github.com/envoyproxy/go-control-plane v0.14.0 // indirect
+	github.com/envoyproxy/go-control-plane/envoy v1.37.0 // indirect
+	github.com/envoyproxy/go-control-plane/ratelimit v0.1.0 // indirect
 	github.com/envoyproxy/protoc-gen-validate v1.3.3 // indirect
 	github.com/felixge/httpsnoop v1.1.0 // indirect
 	github.com/go-jose/go-jose/v4 v4.1.4 // indirect

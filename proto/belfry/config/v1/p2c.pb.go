@@ -1089,8 +1089,9 @@ type Reports struct {
 	//
 	// At least 0.1s. Unset: never.
 	OutOfBand *durationpb.Duration `protobuf:"bytes,5,opt,name=out_of_band,json=outOfBand,proto3" json:"out_of_band,omitempty"`
-	// keep while reports are in use, in place of keep_samples: with the queues of the servers
-	// known, latencies say how fast they are, and that changes sooner.
+	// keep, in place of keep_samples, where all that servers have is from other clients: with
+	// the queues known, latencies say how fast servers are, and that changes sooner. Where
+	// servers have less from others, keep lies between the two.
 	//
 	// From 1 to 1e6 samples. Default 6.
 	KeepSamples   *float64 `protobuf:"fixed64,6,opt,name=keep_samples,json=keepSamples,proto3,oneof" json:"keep_samples,omitempty"`

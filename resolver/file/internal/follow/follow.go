@@ -1,0 +1,129 @@
+// Copyright 2026 The belfry Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package follow reads a file, and again after each change of it: what a list of
+// endpoints and a stack from a file share.
+package follow
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"google.golang.org/grpc/grpclog"
+	"sigs.k8s.io/yaml"
+)
+
+var logger = grpclog.Component("belfry-file")
+
+// ReadEvery is how often a file is read where no change of it is reported. Tests
+// change it before they follow a file.
+var ReadEvery = 5 * time.Second
+
+const (
+	// quiet is how long the directory must be quiet before the file is read, so
+	// that a writer who writes in place may finish. quietMax bounds it.
+	quiet    = 100 * time.Millisecond
+	quietMax = time.Second
+
+	// maxSize is the largest file that is read, in bytes: a million endpoints.
+	maxSize = 64 << 20
+)
+
+// Texts yields the text of the file at path, and again after every change, until ctx
+// ends. A file that cannot be read is an error, which is yielded once, and the text
+// is yielded again when it can be read. The path must be absolute, as the working
+// directory may be another later.
+func Texts(ctx context.Context, path string) iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
+		dir := filepath.Dir(path)
+		var changes chan fsnotify.Event // nil: nobody reports any
+		var lost chan error
+		watcher, err := fsnotify.NewWatcher()
+		if err != nil {
+			logger.Warningf("%s: changes are seen within %v only: %v", path, ReadEvery, err)
+		} else {
+			defer watcher.Close()
+			changes, lost = watcher.Events, watcher.Errors
+		}
+		read := time.NewTicker(ReadEvery)
+		defer read.Stop()
+		settled := time.NewTimer(0)
+		defer settled.Stop()
+		settled.Stop()
+		var busySince time.Time // of changes that the file has not been read after; zero: none
+
+		var last []byte // nil: not read yet, or an error since
+		var lastErr string
+		for {
+			if watcher != nil {
+				// Each time: the directory may be another by now. It is watched, not
+				// the file, because a file that is renamed over it is another file.
+				_ = watcher.Add(dir)
+			}
+			if text, err := readFile(path); err != nil {
+				last = nil
+				if err.Error() != lastErr {
+					lastErr = err.Error()
+					if !yield(nil, err) {
+						return
+					}
+				}
+			} else if last == nil || !bytes.Equal(text, last) {
+				last, lastErr = text, ""
+				if !yield(text, nil) {
+					return
+				}
+			}
+			busySince = time.Time{}
+		wait:
+			for {
+				select {
+				case <-ctx.Done():
+					return
+				case <-changes:
+				case <-lost: // Too many changes to report.
+				case <-read.C:
+					if busySince.IsZero() {
+						break wait
+					}
+					continue
+				case <-settled.C:
+					break wait
+				}
+				now := time.Now()
+				if busySince.IsZero() {
+					busySince = now
+				}
+				settled.Reset(min(quiet, busySince.Add(quietMax).Sub(now)))
+			}
+		}
+	}
+}
+
+func readFile(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxSize+1))
+	switch {
+	case err != nil:
+		return nil, err
+	case len(text) > maxSize:
+		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxSize)
+	}
+	return text, nil
+}
+
+// JSON returns the JSON of a text in YAML, or in JSON, which is YAML too. A key that
+// occurs twice is an error.
+func JSON(text []byte) (json.RawMessage, error) { return yaml.YAMLToJSONStrict(text) }
