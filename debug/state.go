@@ -17,17 +17,26 @@ import (
 
 	"github.com/belfry-go/belfry/balancer/p2c"
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/resolver/discover"
 )
 
 // The state is what the page shows, as JSON. Times are milliseconds.
 type state struct {
 	Time         time.Time `json:"time"`
+	Sources      []source  `json:"failingSources"`
 	Policies     []policy  `json:"policies"`
 	MorePolicies int       `json:"morePolicies,omitempty"`
 	Stacks       []stack   `json:"stacks"`
 	MoreStacks   int       `json:"moreStacks,omitempty"`
 	Refused      []count   `json:"refused"`
 	Refusals     []refusal `json:"refusals"`
+}
+
+// A source is one that fails.
+type source struct {
+	Target string    `json:"target"`
+	Error  string    `json:"error"`
+	Since  time.Time `json:"since"`
 }
 
 type policy struct {
@@ -85,7 +94,12 @@ type figure struct {
 
 func (p *Page) state() state {
 	now := time.Now()
-	s := state{Time: now, Policies: []policy{}, Stacks: []stack{}}
+	s := state{Time: now, Sources: []source{}, Policies: []policy{}, Stacks: []stack{}}
+	for _, src := range discover.Sources() {
+		if src.Err != nil && len(s.Sources) < MaxPolicies {
+			s.Sources = append(s.Sources, source{short(src.Target), short(src.Err.Error()), src.Since})
+		}
+	}
 	for _, snapshot := range p2c.Snapshots() {
 		if len(s.Policies) == MaxPolicies {
 			s.MorePolicies++

@@ -43,6 +43,7 @@
 //	belfry.reading              gauge      1          belfry.layer, belfry.reading             what a layer of your own reads; greatest
 //	belfry.endpoints            gauge      {endpoint} grpc.target, grpc.lb.locality,           endpoints of the policy belfry.p2c
 //	                                                  belfry.state
+//	belfry.source.failing       gauge      {channel}  grpc.target                              channels whose source of endpoints fails
 //
 // and with [WithEndpoints], of each endpoint of the policy belfry.p2c:
 //

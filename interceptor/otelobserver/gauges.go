@@ -18,6 +18,7 @@ import (
 
 	"github.com/belfry-go/belfry/balancer/p2c"
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/resolver/discover"
 )
 
 // gauges report what the layers of all stacks, and the policies, are doing when the metrics
@@ -28,10 +29,10 @@ type gauges struct {
 	keys      names
 	endpoints int // how many are reported one by one
 
-	limit, inUse, waiting, circuits, layerWaiting, byState, endpointInFlight, aside metric.Int64ObservableGauge
-	baseline, latency, last, lower, refusing, budget, failing, delay, reading       metric.Float64ObservableGauge
-	endpointLatency, share                                                          metric.Float64ObservableGauge
-	failures                                                                        metric.Int64ObservableCounter
+	limit, inUse, waiting, circuits, layerWaiting, byState, sourceFailing, endpointInFlight, aside metric.Int64ObservableGauge
+	baseline, latency, last, lower, refusing, budget, failing, delay, reading                      metric.Float64ObservableGauge
+	endpointLatency, share                                                                         metric.Float64ObservableGauge
+	failures                                                                                       metric.Int64ObservableCounter
 }
 
 func (g *gauges) init(m metric.Meter, o *Observer, endpoints int) error {
@@ -63,6 +64,7 @@ func (g *gauges) init(m metric.Meter, o *Observer, endpoints int) error {
 	number(&g.delay, "belfry.hedge.delay", "s", "Time before an extra attempt.")
 	number(&g.reading, "belfry.reading", "1", "What a third-party layer reads.")
 	count(&g.byState, "belfry.endpoints", "{endpoint}", "Endpoints, by state.")
+	count(&g.sourceFailing, "belfry.source.failing", "{channel}", "Channels whose source of endpoints fails.")
 	if endpoints > 0 {
 		count(&g.endpointInFlight, "belfry.endpoint.in_flight", "{call}", "Attempts in flight and open streams of an endpoint.")
 		number(&g.endpointLatency, "belfry.endpoint.latency", "s", "How long a call takes at an endpoint that finds nothing else in flight.")
@@ -97,6 +99,7 @@ func (g *gauges) observe(_ context.Context, o metric.Observer) error {
 	g.observeLimits(o, byName)
 	g.observeReadings(o, byName)
 	g.observeEndpoints(o)
+	g.observeSources(o)
 	return nil
 }
 
@@ -276,6 +279,20 @@ func (g *gauges) observeEndpoints(o metric.Observer) {
 	for k, n := range groups {
 		o.ObserveInt64(g.byState, n, metric.WithAttributeSet(attribute.NewSet(
 			attribute.String("grpc.target", k.target), attribute.String("grpc.lb.locality", k.locality), attribute.String("belfry.state", k.state))))
+	}
+}
+
+// observeSources reports how many channels of a target have a source that fails.
+func (g *gauges) observeSources(o metric.Observer) {
+	failing := map[string]int64{}
+	for _, s := range discover.Sources() {
+		target := g.observer.targets.reported(s.Target)
+		if failing[target] += 0; s.Err != nil {
+			failing[target]++
+		}
+	}
+	for target, n := range failing {
+		o.ObserveInt64(g.sourceFailing, n, metric.WithAttributeSet(attribute.NewSet(attribute.String("grpc.target", target))))
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"reflect"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/grpclog"
@@ -58,6 +59,8 @@ type bridge struct {
 	nudge           chan struct{} // capacity 1
 	events          chan watchEvent
 	watchDone       chan struct{}
+
+	failing atomic.Pointer[SourceState] // how the watch failed; nil if it goes well
 
 	// Owned by loop.
 
@@ -109,7 +112,11 @@ func newBridge(src Source, target resolver.Target, cc resolver.ClientConn, opts 
 		set:             newPublishedSet(),
 		proxied:         isDelegating(cc),
 	}
-	context.AfterFunc(ctx, b.expectEnd)
+	live.Store(b, nil)
+	context.AfterFunc(ctx, func() {
+		live.Delete(b)
+		b.expectEnd()
+	})
 	go b.watch(ctx, src)
 	go b.loop(ctx)
 	return b
@@ -182,6 +189,7 @@ func (b *bridge) loop(ctx context.Context) {
 
 // hear acts upon what the source has to tell.
 func (b *bridge) hear(n news, now time.Time) {
+	b.note(n, now)
 	if n.err != nil {
 		b.report(n.err, now)
 	}
