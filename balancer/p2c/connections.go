@@ -342,6 +342,7 @@ func (k *connection) NewSubConn(addrs []resolver.Address, opts balancer.NewSubCo
 		//lint:ignore SA1019 see above
 		opts.CredsBundle = &tap{connection: k, subConn: s, creds: build.DialCreds, bundle: build.CredsBundle}
 	}
+	//lint:ignore SA1019 grpc has no other way to make one
 	sc, err := k.ClientConn.NewSubConn(addrs, opts)
 	if err == nil {
 		c.mu.Lock()
