@@ -116,7 +116,6 @@ func TestSoakPolicy(t *testing.T) {
 	type server struct {
 		addr     string
 		draining bool
-		fails    float64
 	}
 	var list []*server
 	made := 0
