@@ -35,7 +35,7 @@ func TestLocal(t *testing.T) {
 		"ready, with the stack *: [loadshed > timeout > retry > buffer > backends]\n",
 		"server-3 was added, and answers\n", "the config has changed\n", "leaving\n", "none failed\n",
 		// Metrics of the stack, of gRPC and of the policy.
-		`"belfry.calls"`, `"grpc.client.call.duration"`, `"belfry.lb.p2c.picks"`,
+		`"belfry.call.duration"`, `"grpc.client.call.duration"`, `"belfry.lb.p2c.picks"`,
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the output lacks %q:\n%s", want, &out)
