@@ -138,7 +138,7 @@ func policyOf(s *p2c.Snapshot, now time.Time) policy {
 	}
 	eps := s.Endpoints
 	for i := range eps {
-		p.States[stateOf(&eps[i])]++
+		p.States[eps[i].Condition()]++
 	}
 	if len(eps) > MaxEndpoints {
 		slices.SortStableFunc(eps, func(a, b p2c.EndpointSnapshot) int {
@@ -151,7 +151,7 @@ func policyOf(s *p2c.Snapshot, now time.Time) policy {
 	for i := range eps {
 		e := &eps[i]
 		out := endpoint{
-			Address: short(strings.Join(e.Addresses[:min(len(e.Addresses), 8)], ", ")), State: stateOf(e), Weight: e.Weight, Zone: short(e.Zone),
+			Address: short(strings.Join(e.Addresses[:min(len(e.Addresses), 8)], ", ")), State: e.Condition(), Weight: e.Weight, Zone: short(e.Zone),
 			InFlight: e.InFlight, Streams: e.Streams, Limit: e.Limit, Load: finite(e.Load), Latency: ms(e.Latency),
 			Share: finite(e.Share), ShareAllowed: finite(e.ShareAllowed), Picks: e.Picks, Failures: e.Failures,
 			AsideWhy: short(e.AsideWhy), PassedOver: string(e.PassedOver),
@@ -170,22 +170,10 @@ func policyOf(s *p2c.Snapshot, now time.Time) policy {
 	return p
 }
 
-func stateOf(e *p2c.EndpointSnapshot) string {
-	switch {
-	case e.State != connectivity.Ready:
-		return e.State.String()
-	case !e.AsideUntil.IsZero():
-		return "ASIDE"
-	case e.Draining:
-		return "DRAINING"
-	}
-	return e.State.String()
-}
-
 // trouble orders endpoints: those that get no calls first.
 func trouble(e *p2c.EndpointSnapshot) int {
 	switch {
-	case stateOf(e) != connectivity.Ready.String():
+	case e.Condition() != connectivity.Ready.String():
 		return 2
 	case e.Failures > 0:
 		return 1

@@ -106,6 +106,20 @@ type EndpointSnapshot struct {
 	PassedOver PassedOver
 }
 
+// Condition is the state as reports for people name it: ASIDE or DRAINING for a READY endpoint
+// that failure accrual has put aside or that is about to leave, else State.
+func (e *EndpointSnapshot) Condition() string {
+	switch {
+	case e.State != connectivity.Ready:
+		return e.State.String()
+	case !e.AsideUntil.IsZero():
+		return "ASIDE"
+	case e.Draining:
+		return "DRAINING"
+	}
+	return e.State.String()
+}
+
 // PassedOver says why an endpoint is passed over. It is empty for one that is not.
 type PassedOver string
 

@@ -14,8 +14,6 @@ import (
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
 
-	"google.golang.org/grpc/connectivity"
-
 	"github.com/belfry-go/belfry/balancer/p2c"
 	"github.com/belfry-go/belfry/interceptor"
 	"github.com/belfry-go/belfry/resolver/discover"
@@ -255,7 +253,7 @@ func (g *gauges) observeEndpoints(o metric.Observer) {
 		target := g.observer.targets.as(s.Target, func() string { return s.CanonicalTarget })
 		for i := range s.Endpoints {
 			e := &s.Endpoints[i]
-			groups[group{target, s.Locality, stateOf(e)}]++
+			groups[group{target, s.Locality, e.Condition()}]++
 			if left == 0 || len(e.Addresses) == 0 {
 				continue
 			}
@@ -294,17 +292,4 @@ func (g *gauges) observeSources(o metric.Observer) {
 	for target, n := range failing {
 		o.ObserveInt64(g.sourceFailing, n, metric.WithAttributeSet(attribute.NewSet(attribute.String("grpc.target", target))))
 	}
-}
-
-// stateOf returns the state of an endpoint as it is reported.
-func stateOf(e *p2c.EndpointSnapshot) string {
-	switch {
-	case e.State != connectivity.Ready:
-		return e.State.String()
-	case !e.AsideUntil.IsZero():
-		return "ASIDE"
-	case e.Draining:
-		return "DRAINING"
-	}
-	return e.State.String()
 }
