@@ -30,6 +30,17 @@ func refusesFirst(l net.Listener, streams *atomic.Int32) error {
 		return err
 	}
 	defer conn.Close()
+	return serveHTTP2(conn, func(f *http2.Framer, id uint32) error {
+		if streams.Add(1) == 1 {
+			return f.WriteRSTStream(id, http2.ErrCodeRefusedStream)
+		}
+		return writeHeaders(f, id, true, "grpc-status", "5")
+	})
+}
+
+// serveHTTP2 reads from a client's connection until that breaks, and calls opened with the
+// number of each stream.
+func serveHTTP2(conn net.Conn, opened func(f *http2.Framer, id uint32) error) error {
 	if _, err := io.ReadFull(conn, make([]byte, len(http2.ClientPreface))); err != nil {
 		return err
 	}
@@ -48,21 +59,25 @@ func refusesFirst(l net.Listener, streams *atomic.Int32) error {
 				err = f.WriteSettingsAck()
 			}
 		case *http2.HeadersFrame:
-			if streams.Add(1) == 1 {
-				err = f.WriteRSTStream(frame.StreamID, http2.ErrCodeRefusedStream)
-				break
-			}
-			var block bytes.Buffer
-			e := hpack.NewEncoder(&block)
-			for _, h := range [][2]string{{":status", "200"}, {"content-type", "application/grpc"}, {"grpc-status", "5"}} {
-				e.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
-			}
-			err = f.WriteHeaders(http2.HeadersFrameParam{StreamID: frame.StreamID, BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true})
+			err = opened(f, frame.StreamID)
 		}
 		if err != nil {
 			return err
 		}
 	}
+}
+
+// writeHeaders writes the headers of an answer, and others by name and value.
+func writeHeaders(f *http2.Framer, id uint32, end bool, more ...string) error {
+	var block bytes.Buffer
+	e := hpack.NewEncoder(&block)
+	fields := append([]string{":status", "200", "content-type", "application/grpc"}, more...)
+	for i := 0; i < len(fields); i += 2 {
+		if err := e.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]}); err != nil {
+			return err
+		}
+	}
+	return f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block.Bytes(), EndStream: end, EndHeaders: true})
 }
 
 // A stack turns gRPC's retryPolicy off, but not that gRPC repeats what no server has seen.

@@ -4,7 +4,6 @@
 package acceptance
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -17,7 +16,6 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
-	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -62,57 +60,32 @@ type refuser struct {
 }
 
 func (r *refuser) serve(conn net.Conn) error {
-	if _, err := io.ReadFull(conn, make([]byte, len(http2.ClientPreface))); err != nil {
-		return err
-	}
-	f := http2.NewFramer(conn, conn)
-	if err := f.WriteSettings(); err != nil {
-		return err
-	}
 	var refusing sync.WaitGroup
 	defer refusing.Wait()
-	for {
-		frame, err := f.ReadFrame()
-		if err != nil {
-			return err
-		}
-		switch frame := frame.(type) {
-		case *http2.SettingsFrame:
-			if !frame.IsAck() {
-				err = f.WriteSettingsAck()
-			}
-		case *http2.HeadersFrame:
-			id := frame.StreamID
-			refusing.Go(func() {
-				f := http2.NewFramer(conn, nil)
-				refuse := func() { f.WriteRSTStream(id, http2.ErrCodeRefusedStream) }
-				breaks := func() { // gRPC cannot write the answer to the ping.
-					r.broken.Store(true)
-					f.WritePing(false, [8]byte{})
-					time.Sleep(time.Second)
-				}
+	return serveHTTP2(conn, func(_ *http2.Framer, id uint32) error {
+		refusing.Go(func() {
+			f := http2.NewFramer(conn, nil)
+			refuse := func() { f.WriteRSTStream(id, http2.ErrCodeRefusedStream) }
+			breaks := func() { // gRPC cannot write the answer to the ping.
+				r.broken.Store(true)
+				f.WritePing(false, [8]byte{})
 				time.Sleep(time.Second)
-				switch {
-				case r.headers && id == 1:
-					refuse()
-				case r.headers:
-					var block bytes.Buffer
-					e := hpack.NewEncoder(&block)
-					e.WriteField(hpack.HeaderField{Name: ":status", Value: "200"})
-					e.WriteField(hpack.HeaderField{Name: "content-type", Value: "application/grpc"})
-					f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block.Bytes(), EndHeaders: true})
-					breaks()
-					breaks() // It notices when it writes again.
-				default:
-					breaks() // It notices when it writes the headers of the second stream.
-					refuse()
-				}
-			})
-		}
-		if err != nil {
-			return err
-		}
-	}
+			}
+			time.Sleep(time.Second)
+			switch {
+			case r.headers && id == 1:
+				refuse()
+			case r.headers:
+				writeHeaders(f, id, false)
+				breaks()
+				breaks() // It notices when it writes again.
+			default:
+				breaks() // It notices when it writes the headers of the second stream.
+				refuse()
+			}
+		})
+		return nil
+	})
 }
 
 func (r *refuser) TagRPC(ctx context.Context, _ *stats.RPCTagInfo) context.Context   { return ctx }
