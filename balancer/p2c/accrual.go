@@ -377,8 +377,15 @@ func (a *accrual) waitLocked(cfg *accrualConfig, k *pick, err error) time.Durati
 	}
 	r := random(b.random())
 	d += time.Duration(float64(d) * 0.5 * float64(r.below(1<<20)) / (1 << 20))
-	a.stopLocked()
 	a.until = b.now() + int64(d)
+	a.offerAfterLocked(d)
+	return d
+}
+
+// offerAfterLocked sets the timer to offer the endpoint, in the place of the one that is set.
+func (a *accrual) offerAfterLocked(d time.Duration) {
+	b := a.ep.policy
+	a.stopLocked()
 	a.stop = b.after(d, func() {
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -386,7 +393,6 @@ func (a *accrual) waitLocked(cfg *accrualConfig, k *pick, err error) time.Durati
 			a.offerLocked()
 		}
 	})
-	return d
 }
 
 // leastAside is the least time that a server can ask for: at none each call would try it.
@@ -426,14 +432,7 @@ func (a *accrual) offerLocked() {
 			}
 		}
 	}
-	a.stopLocked()
-	a.stop = b.after(max(a.last, cfg.baseTime), func() {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		if !b.closed && !a.ep.gone && a.aside.Load() {
-			a.offerLocked()
-		}
-	})
+	a.offerAfterLocked(max(a.last, cfg.baseTime))
 }
 
 // withdrawLocked takes an offer back that no call has taken.
