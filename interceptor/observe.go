@@ -33,7 +33,7 @@ type Observer interface {
 	// or refused a further attempt. r must not be changed.
 	Refused(c Observed, r *Refusal)
 	// Attempt is called when an attempt is handed to the connection, and AttemptEnded when
-	// that has ended. A hedge may go on after its call has ended.
+	// that has ended. A hedge may continue after its call has ended.
 	Attempt(c Observed)
 	AttemptEnded(c Observed, e ObservedEnd)
 	// Ended is called once for each call, also one that was refused, when it is over.

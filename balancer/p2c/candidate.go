@@ -31,7 +31,7 @@ type candidate struct {
 	laps   atomic.Uint32                  // how often tally.picks has begun at 0 again
 }
 
-// measure is a meter and what the policy has to know besides, in one cache line.
+// measure is a meter and what the policy has to know besides.
 type measure struct {
 	load.Meter
 	timeless bool // it has no use for the time

@@ -337,9 +337,7 @@ func (k *connection) NewSubConn(addrs []resolver.Address, opts balancer.NewSubCo
 	}
 	build := c.ep.policy.opts
 	if build.DialCreds != nil || build.CredsBundle != nil { // there are, but in tests without a network
-		// Deprecated for the sake of attributes, which reach only the credentials of the
-		// channel. This is the one way to one's own.
-		//lint:ignore SA1019 see above
+		//lint:ignore SA1019 attributes, which are to replace it, reach only the credentials of the channel
 		opts.CredsBundle = &tap{connection: k, subConn: s, creds: build.DialCreds, bundle: build.CredsBundle}
 	}
 	//lint:ignore SA1019 grpc has no other way to make one

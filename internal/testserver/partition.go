@@ -12,7 +12,7 @@ import (
 
 // DropPackets makes the network between the server and its clients lose all packets, until
 // Heal. Nothing is refused and nothing closes: what is written gets no answer, and neither
-// does a new connection. After Heal all of them go on where they stopped, because TCP sends
+// does a new connection. After Heal all of them continue where they stopped, because TCP sends
 // again what was lost.
 func (s *Server) DropPackets() { s.change(func(c *condition) { c.drops = true }) }
 
