@@ -454,8 +454,8 @@ func (b *policy) trial(tried *attempt.Tried) *candidate {
 			continue
 		}
 		c := o.a.ep.candidate
-		// One that is not READY is offered again when it is.
-		if o.a.aside.Load() && o.row == o.a.row() && isReady(c) && c.hasRoom() && !o.taken.Swap(true) {
+		// One that is not READY is offered again when it is, and one without room later.
+		if !o.taken.Swap(true) && o.a.aside.Load() && o.row == o.a.row() && isReady(c) && c.hasRoom() {
 			return c
 		}
 	}
@@ -515,6 +515,13 @@ func (a *accrual) againLocked(cfg *accrualConfig, k *pick, err error) {
 	d := a.waitLocked(cfg, k, err)
 	if logger.V(2) {
 		logger.Infof("%s: endpoint %s stays aside for %v", a.ep.policy.opts.Target.String(), a.ep.addr, d.Round(time.Millisecond))
+	}
+}
+
+// resumeLocked offers the endpoint if its time has passed while it was draining or ejected.
+func (a *accrual) resumeLocked() {
+	if a.until <= a.ep.policy.now() {
+		a.offerLocked()
 	}
 }
 

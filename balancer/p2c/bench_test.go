@@ -33,6 +33,7 @@ var subjects = []subject{
 	{"constant", Name, `{"load":{"constant":{}}}`},
 	{"pendingRequests-fixed", Name, `{"load":{"pendingRequests":{}},"endpointLimit":{"fixed":100}}`},
 	{"pendingRequests-auto", Name, `{"load":{"pendingRequests":{}},"endpointLimit":{"auto":{}}}`},
+	{"expectedLatency-connections", Name, `{"maxConnectionsPerSubchannel":2}`},
 }
 
 var peers = []subject{
