@@ -144,6 +144,13 @@ func TestThroughXDSChurnUnderLoad(t *testing.T) {
 		})
 	}
 
+	calls.Go(func() { // Policies come, go, and know again what they knew.
+		for loading.Err() == nil {
+			p2c.SnapshotsOf(c.conn)
+			time.Sleep(100 * time.Microsecond)
+		}
+	})
+
 	var last []*testserver.Server
 	for range updates {
 		random.Shuffle(len(servers), func(i, j int) { servers[i], servers[j] = servers[j], servers[i] })
