@@ -9,6 +9,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -305,12 +306,15 @@ func TestWorkThatNeverEnds(t *testing.T) {
 // noted is a model that notes what it draws.
 type noted struct {
 	Model
-	draws *[]time.Duration
+	mu    sync.Mutex // guards draws
+	draws []time.Duration
 }
 
-func (m noted) Draw(r *Rand) time.Duration {
+func (m *noted) Draw(r *Rand) time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	d := m.Model.Draw(r)
-	*m.draws = append(*m.draws, d)
+	m.draws = append(m.draws, d)
 	return d
 }
 
@@ -354,7 +358,7 @@ func TestQueueWaitsAsErlangSays(t *testing.T) {
 			return arrivals
 		}
 		t.Run(fmt.Sprint(workers), func(t *testing.T) {
-			var work []time.Duration
+			model := &noted{Model: Exponential(mean)}
 			inVirtualTime(t, func(t *testing.T, c *calls) {
 				arrivals := arrive(sent)
 				begin := time.Now()
@@ -363,15 +367,15 @@ func TestQueueWaitsAsErlangSays(t *testing.T) {
 					c.start(t.Context())
 				}
 				ends := c.ends(begin)
-				for i, wait := range reckon(workers, arrivals, work) {
-					if want := arrivals[i] + wait + work[i]; ends[i] != want {
+				for i, wait := range reckon(workers, arrivals, model.draws) {
+					if want := arrivals[i] + wait + model.draws[i]; ends[i] != want {
 						t.Fatalf("call %d ended after %v, want %v", i, ends[i], want)
 					}
 				}
-			}, Workers(workers), ServiceTime(noted{Exponential(mean), &work}), Seed(1))
+			}, Workers(workers), ServiceTime(model), Seed(1))
 
 			r := &Rand{uint64(workers)}
-			work = make([]time.Duration, reckoned)
+			work := make([]time.Duration, reckoned)
 			for i := range work {
 				work[i] = Exponential(mean).Draw(r)
 			}
