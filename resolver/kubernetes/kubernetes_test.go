@@ -10,7 +10,9 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -201,6 +203,64 @@ func TestErrorsAreReportedOnce(t *testing.T) {
 	}
 }
 
+// client-go says nothing of an API server that refuses connections after it was well.
+func TestRefusedConnectionsAreReported(t *testing.T) {
+	api := startAPIServer(t)
+	cfg := api.config()
+	var down atomic.Bool
+	cfg.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if down.Load() {
+			return nil, &net.OpError{Op: "dial", Net: network, Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+		}
+		return new(net.Dialer).DialContext(ctx, network, addr)
+	}
+	channel := enginetest.Dial(t, newSource(t, cfg, "prod/orders:grpc"))
+	channel.WaitSet(t, set{})
+	down.Store(true)
+	api.disconnect()
+	channel.WaitError(t, "connection refused")
+	down.Store(false)
+	channel.WaitWell(t) // although no pod says so
+}
+
+// While the API server is out of order calls go on with the last set, each error is
+// reported once, and the source catches up. The flag -outage says how long that is.
+func TestOutages(t *testing.T) {
+	api := startAPIServer(t)
+	addrs := enginetest.Serve(t, 2)
+	proxy := enginetest.NewProxy(t)
+	target := func() string { return api.http.Listener.Addr().String() }
+	proxy.ForwardTo(target())
+	n := 0
+	change := func() set {
+		n++
+		host, port, _ := strings.Cut(addrs[n%2], ":")
+		var number int32
+		fmt.Sscan(port, &number)
+		key := fmt.Sprint("pod-", n)
+		api.put(sliceWith("orders", map[string]int32{"grpc": number}, pod(key, host, "")))
+		return set{key: addrs[n%2] + "*1@"}
+	}
+	want := change()
+	channel := enginetest.Dial(t, newSource(t, &rest.Config{Host: "http://" + proxy.Addr()}, "prod/orders:grpc"))
+	channel.WaitSet(t, want)
+	channel.Load(4)
+	channel.Survive(t, change, append(proxy.Disturb(target), enginetest.Disturbance{
+		Name: "too many requests",
+		Begin: func() {
+			api.breakWith(func(w http.ResponseWriter) {
+				fail(w, http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests)
+			})
+		},
+		End:  func() { api.breakWith(nil) },
+		Told: "TooManyRequests",
+	}, enginetest.Disturbance{
+		Name:  "restarted without its history",
+		Begin: api.disconnect,
+		End:   api.compact,
+	})...)
+}
+
 // At rest the channel has what the API server has, and no call has failed, after
 // 1,000 changes: pods come, drain and go, move between slices, and the server is
 // disturbed in every way.
@@ -307,6 +367,6 @@ func TestRandomChanges(t *testing.T) {
 	for model["pod-9"] != addrs[9]+"*1@z" {
 		change(9)
 	}
-	channel.WaitServed(t, addrs[9])
-	t.Logf("the first call to a new pod was answered %v after it was ready", time.Since(began))
+	channel.WaitShare(t, addrs[9], len(model))
+	t.Logf("a new pod had its share of the calls %v after it was ready", time.Since(began))
 }
