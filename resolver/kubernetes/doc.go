@@ -46,6 +46,15 @@
 // client-go tries again after 0.8 s at first and after 30 s at most. A connection
 // that is dead without being closed is found within 45 s.
 //
+// # Tests
+//
+// The tests run on a server of their own that speaks the protocol of the API server, and,
+// where kube-apiserver and etcd are in PATH, on these: testdata/apiserver.sh builds them.
+// The flag -outage=10s makes every outage that long, as it does in the tests of all
+// sources.
+//
+// # Services
+//
 // A service that does not exist cannot be told from one without pods: both have no
 // endpoints.
 package kubernetes

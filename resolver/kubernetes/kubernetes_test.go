@@ -261,6 +261,53 @@ func TestOutages(t *testing.T) {
 	})...)
 }
 
+// A store has the slices of an API server.
+type store interface {
+	put(slices ...*discoveryv1.EndpointSlice)
+	remove(name string)
+}
+
+// randomPod changes a pod in one of the ways that happen, and notes it in the model. The
+// pod has two slices of its own, and pod 0 is always ready.
+func randomPod(rng *rand.Rand, api store, i int, addr string, model set) {
+	host, port, _ := strings.Cut(addr, ":")
+	var number int32
+	fmt.Sscan(port, &number)
+	key := fmt.Sprint("pod-", i)
+	slice := func(half int, conditions ...string) *discoveryv1.EndpointSlice {
+		s := sliceWith(fmt.Sprintf("orders-%d-%d", i, half), map[string]int32{"grpc": number, "other": 1})
+		for _, c := range conditions {
+			s.Endpoints = append(s.Endpoints, pod(key, host, c, inZone("z")))
+		}
+		return s
+	}
+	const ready, draining, unready = "rsT", "Rst", "RST"
+	shown := addr + "*1@z"
+	switch kind := rng.IntN(7); {
+	case kind == 0 || i == 0: // pod-0 stays, so that calls need not fail.
+		api.put(slice(0, ready))
+		model[key] = shown
+	case kind == 1: // in both slices, one of them out of date
+		api.put(slice(0, ready), slice(1, draining))
+		model[key] = shown
+	case kind == 2:
+		api.put(slice(0), slice(1, draining))
+		model[key] = shown + " draining"
+	case kind == 3:
+		api.put(slice(0, unready), slice(1))
+		delete(model, key)
+	case kind == 4:
+		api.remove(fmt.Sprintf("orders-%d-0", i))
+		api.remove(fmt.Sprintf("orders-%d-1", i))
+		delete(model, key)
+	default: // It moves.
+		half := rng.IntN(2)
+		api.put(slice(half, ready))
+		api.put(slice(1 - half))
+		model[key] = shown
+	}
+}
+
 // At rest the channel has what the API server has, and no call has failed, after
 // 1,000 changes: pods come, drain and go, move between slices, and the server is
 // disturbed in every way.
@@ -272,44 +319,7 @@ func TestRandomChanges(t *testing.T) {
 	// Each server has a port of its own, and so each pod a slice.
 	addrs := enginetest.Serve(t, 10)
 	model := set{}
-	change := func(i int) {
-		host, port, _ := strings.Cut(addrs[i], ":")
-		var number int32
-		fmt.Sscan(port, &number)
-		key := fmt.Sprint("pod-", i)
-		slice := func(half int, conditions ...string) *discoveryv1.EndpointSlice {
-			s := sliceWith(fmt.Sprintf("orders-%d-%d", i, half), map[string]int32{"grpc": number, "other": 1})
-			for _, c := range conditions {
-				s.Endpoints = append(s.Endpoints, pod(key, host, c, inZone("z")))
-			}
-			return s
-		}
-		const ready, draining, unready = "rsT", "Rst", "RST"
-		shown := addrs[i] + "*1@z"
-		switch kind := rng.IntN(7); {
-		case kind == 0 || i == 0: // pod-0 stays, so that calls need not fail.
-			api.put(slice(0, ready))
-			model[key] = shown
-		case kind == 1: // in both slices, one of them out of date
-			api.put(slice(0, ready), slice(1, draining))
-			model[key] = shown
-		case kind == 2:
-			api.put(slice(0), slice(1, draining))
-			model[key] = shown + " draining"
-		case kind == 3:
-			api.put(slice(0, unready), slice(1))
-			delete(model, key)
-		case kind == 4:
-			api.remove(fmt.Sprintf("orders-%d-0", i))
-			api.remove(fmt.Sprintf("orders-%d-1", i))
-			delete(model, key)
-		default: // It moves.
-			half := rng.IntN(2)
-			api.put(slice(half, ready))
-			api.put(slice(1 - half))
-			model[key] = shown
-		}
-	}
+	change := func(i int) { randomPod(rng, api, i, addrs[i], model) }
 	for range 3 {
 		for i := range addrs {
 			change(i)
