@@ -100,7 +100,7 @@ func TestReason(t *testing.T) {
 			"It does less. belfry's policy of its kind, `kin`, is ahead of it: 0.80 in ratio to it."},
 		{"busy processors", tail, []*row{
 			busy(rowOf("base", base, []float64{10}, []float64{20}), 0.97), busy(rowOf("peer", peer, []float64{5}, []float64{90}), 0.3)},
-			"The processors were the bound of base (97 %), and less so of it (30 %)"},
+			"The processors were the bound (97 % busy under base, 30 % under this one)"},
 		{"a proxy", tail, []*row{rowOf("base", base, []float64{10}, []float64{20}), rowOf("peer", neighbour, []float64{5}, []float64{90})},
 			"All calls go through it"},
 		{"the median for the tail", tail, []*row{rowOf("base", base, []float64{10}, []float64{20}), rowOf("peer", peer, []float64{5}, []float64{90})},

@@ -93,9 +93,9 @@ var reasons = []reason{
 		},
 	},
 	{ // Busy processors.
-		when: func(w win) bool { return w.base.busy >= boundBusy && w.peer.busy < w.base.busy },
+		when: func(w win) bool { return w.base.busy >= boundBusy },
 		text: func(w win) string {
-			return fmt.Sprintf("The processors were the bound of %s (%.0f %%), and less so of it (%.0f %%): what calls wait for a processor is in the figures, and no policy can shorten it.", w.base.name, 100*w.base.busy, 100*w.peer.busy)
+			return fmt.Sprintf("The processors were the bound (%.0f %% busy under %s, %.0f %% under this one): what calls wait for a processor is in the figures, and no policy can shorten it.", 100*w.base.busy, w.base.name, 100*w.peer.busy)
 		},
 	},
 	{ // Proxies see what a client cannot.
