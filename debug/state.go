@@ -41,6 +41,7 @@ type source struct {
 
 type policy struct {
 	Target    string         `json:"target"`
+	Channel   string         `json:"channel,omitempty"`
 	Locality  string         `json:"locality,omitempty"`
 	State     string         `json:"state"`
 	Picks     uint64         `json:"picks"`
@@ -133,7 +134,7 @@ func (p *Page) state() state {
 // policyOf keeps the endpoints that an operator looks for.
 func policyOf(s *p2c.Snapshot, now time.Time) policy {
 	p := policy{
-		Target: short(s.Target), Locality: short(s.Locality), State: s.State.String(), Picks: s.Picks, Waiting: s.Waiting,
+		Target: short(s.Target), Channel: short(s.Channel), Locality: short(s.Locality), State: s.State.String(), Picks: s.Picks, Waiting: s.Waiting,
 		Panic: s.Panic, Home: short(s.Home), States: map[string]int{},
 	}
 	eps := s.Endpoints

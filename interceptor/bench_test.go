@@ -126,39 +126,12 @@ func BenchmarkUnary(b *testing.B) {
 	// The baseline: gRPC's own way to chain, with interceptors that only pass on.
 	for _, n := range []int{1, 3, 6, 10} {
 		b.Run(fmt.Sprintf("grpc_chain_of_%d", n), func(b *testing.B) {
-			unary := chain(n)
+			unary := calltest.Chain(n)
 			b.ReportAllocs()
 			for b.Loop() {
 				unary(ctx, calltest.Method, nil, nil, nil, calltest.Noop, opts...)
 			}
 		})
-	}
-}
-
-// chain composes n passing interceptors as grpc.WithChainUnaryInterceptor does,
-// which makes a closure per interceptor and call.
-func chain(n int) grpc.UnaryClientInterceptor {
-	pass := func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		return next(ctx, m, req, reply, cc, opts...)
-	}
-	ics := make([]grpc.UnaryClientInterceptor, n)
-	for i := range ics {
-		ics[i] = pass
-	}
-	if n == 1 {
-		return pass
-	}
-	return func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		return ics[0](ctx, m, req, reply, cc, invokerFrom(ics, 0, invoker), opts...)
-	}
-}
-
-func invokerFrom(ics []grpc.UnaryClientInterceptor, cur int, last grpc.UnaryInvoker) grpc.UnaryInvoker {
-	if cur == len(ics)-1 {
-		return last
-	}
-	return func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, opts ...grpc.CallOption) error {
-		return ics[cur+1](ctx, m, req, reply, cc, invokerFrom(ics, cur+1, last), opts...)
 	}
 }
 

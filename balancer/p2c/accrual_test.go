@@ -386,6 +386,57 @@ func TestAccrual(t *testing.T) {
 		}
 	})
 
+	for name, away := range map[string]struct{ begin, end func(w *world) }{
+		"drains": {
+			func(w *world) { w.start(accruing(``), drainingEndpoint("a", true), one("b"), one("c")) },
+			func(w *world) { w.start(accruing(``), one("a"), one("b"), one("c")) },
+		},
+		"is ejected": {func(w *world) { w.sick("a") }, func(w *world) { w.healthy("a") }},
+	} {
+		run("one whose time passes while it "+name+" is tried after it", accruing(``), list("a", "b", "c"), func(t *testing.T, w *world) {
+			w.serve(100, failing("a"))
+			away.begin(w)
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			away.end(w)
+			if addr, done := w.mustPick(); addr != "a" {
+				t.Errorf("the next call went to %s, want a, whose time aside has passed", addr)
+			} else {
+				done(success)
+			}
+		})
+	}
+
+	limited := func(n int) string {
+		return fmt.Sprintf(`{"endpointLimit":{"fixed":%d},"load":{"constant":{}},"failureAccrual":{"failures":1}}`, n)
+	}
+	run("one whose time passes while it has no room is tried later", limited(2), list("a", "b"), func(t *testing.T, w *world) {
+		var ends []func(balancer.DoneInfo)
+		for len(ends) < 2 {
+			addr, done := w.mustPick()
+			if addr == "a" {
+				ends = append(ends, done)
+			} else {
+				done(success)
+			}
+		}
+		ends[0](failureDone)
+		w.start(limited(1), one("a"), one("b"))
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if got := w.counts(100); got["a"] != 0 {
+			t.Fatalf("calls by endpoint are %v, want none to a, which has no room", got)
+		}
+		ends[1](success)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if addr, done := w.mustPick(); addr != "a" {
+			t.Errorf("the next call went to %s, want a, which has room again", addr)
+		} else {
+			done(success)
+		}
+	})
+
 	run("an idle channel remembers it", accruing(``), ten(), func(t *testing.T, w *world) {
 		w.serve(1000, failing("a"))
 		ep := w.endpoint("a")

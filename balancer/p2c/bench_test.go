@@ -16,7 +16,6 @@ import (
 	_ "google.golang.org/grpc/balancer/leastrequest"
 	"google.golang.org/grpc/balancer/roundrobin"
 	"google.golang.org/grpc/balancer/weightedroundrobin"
-	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/resolver"
 
 	"github.com/belfry-go/belfry/internal/test/lbtest"
@@ -34,6 +33,7 @@ var subjects = []subject{
 	{"constant", Name, `{"load":{"constant":{}}}`},
 	{"pendingRequests-fixed", Name, `{"load":{"pendingRequests":{}},"endpointLimit":{"fixed":100}}`},
 	{"pendingRequests-auto", Name, `{"load":{"pendingRequests":{}},"endpointLimit":{"auto":{}}}`},
+	{"expectedLatency-connections", Name, `{"maxConnectionsPerSubchannel":2}`},
 }
 
 var peers = []subject{
@@ -43,34 +43,18 @@ var peers = []subject{
 }
 
 // endpoints returns n endpoints of one address each.
-func endpoints(n int) []resolver.Endpoint {
-	es := make([]resolver.Endpoint, n)
-	for i := range es {
-		es[i].Addresses = []resolver.Address{{Addr: fmt.Sprintf("10.%d.%d.%d:443", i>>16, i>>8&255, i&255)}}
-	}
-	return es
-}
+func endpoints(n int) []resolver.Endpoint { return lbtest.Endpoints(n) }
 
 // start builds the policy and brings n endpoints to READY.
 func (s subject) start(tb testing.TB, n int) (*lbtest.Channel, balancer.Balancer) {
 	tb.Helper()
-	builder := balancer.Get(s.policy)
-	cc := &lbtest.Channel{}
-	b := builder.Build(cc, balancer.BuildOptions{})
-	state := balancer.ClientConnState{ResolverState: resolver.State{Endpoints: endpoints(n)}}
-	if p, ok := builder.(balancer.ConfigParser); ok {
-		cfg, err := p.ParseConfig(json.RawMessage(s.config))
-		if err != nil {
-			tb.Fatal(err)
-		}
-		state.BalancerConfig = cfg
-	}
-	if err := b.UpdateClientConnState(state); err != nil {
+	state, err := lbtest.State(s.policy, s.config, endpoints(n))
+	if err != nil {
 		tb.Fatal(err)
 	}
-	cc.Drain()
-	if s, _ := cc.State(); s.ConnectivityState != connectivity.Ready {
-		tb.Fatalf("state of the channel is %v, want READY", s.ConnectivityState)
+	cc, b, err := lbtest.Start(s.policy, state)
+	if err != nil {
+		tb.Fatal(err)
 	}
 	return cc, b
 }

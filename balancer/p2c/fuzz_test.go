@@ -34,6 +34,7 @@ func FuzzPolicy(f *testing.F) {
 	f.Add([]byte{6, 22, 38, 54, 1, 1, 7, 23, 1, 1, 1})                        // all ejected, two let in
 	f.Add([]byte{9, 25, 41, 57, 1, 1, 9, 1, 8, 1, 8, 1, 2, 2})                // draining, removed
 	f.Add([]byte{1, 1, 4, 20, 36, 52, 1, 2, 5, 1, 10, 1, 26, 1, 42, 1, 8, 5}) // connections, configs
+	f.Add([]byte{106})                                                        // two of another zone
 	r := rand.New(rand.NewPCG(1, 2))
 	for range 20 {
 		ops := make([]byte, 120)
@@ -322,14 +323,25 @@ func (m *history) finish() {
 	time.Sleep(2 * time.Minute)
 	synctest.Wait()
 	got := make(map[string]int)
-	// One pick in 200 explores. That none of 5000 does happens in one of 1e10 histories.
-	for n := 0; n < 5000 && len(got) < len(m.listed); n++ {
+	// One that has only failed gets a call where a pick explores, one in 200, and draws it,
+	// as one of two at least. That none of 25 times as many does happens in 1 of 1e10 histories.
+	var all uint32
+	least := m.listed[0].weight
+	for _, l := range m.listed {
+		all += l.weight
+		least = min(least, l.weight)
+	}
+	for n := uint32(0); n < 25*200*all/(2*least) && len(got) < len(m.listed); n++ {
 		addr, done := m.mustPick()
 		time.Sleep(20 * time.Millisecond)
 		done(success)
 		got[addr]++
 	}
 	if len(got) < len(m.listed) {
-		m.t.Errorf("calls by endpoint are %v, want all %d", got, len(m.listed))
+		var listed []string
+		for _, l := range m.listed {
+			listed = append(listed, fmt.Sprintf("%s of weight %d", l.addr, l.weight))
+		}
+		m.t.Errorf("calls by endpoint are %v, want all of %v, with %s", got, listed, fuzzConfigs[m.config].js)
 	}
 }

@@ -91,6 +91,9 @@ func (b *policy) seatLocked(ep *endpoint) {
 			b.watcher.Avoid(ep.addr, avoids(now))
 		}
 		ep.condition = now
+		if now == aside {
+			ep.accrual().resumeLocked()
+		}
 	}
 	if b.home != "" {
 		defer b.weighHomeLocked()

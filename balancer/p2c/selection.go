@@ -298,7 +298,8 @@ func compare(open, open2 float64, queue, queue2 float32) int {
 
 // unheard returns the candidate that was not heard of for the longest, of those
 // with nothing in flight that were not heard of for config.exploreAfter. One that
-// has only failed so far is tried again too.
+// has only failed so far is tried again too, and one of another zone for the first time:
+// calls that all have room at home would never tell what it is like.
 func (s *selection) unheard(now load.Instant) *candidate {
 	after := uint32(s.picker.config.exploreAfter >> heardBits)
 	tick := uint32(uint64(now) >> heardBits)
@@ -310,7 +311,8 @@ func (s *selection) unheard(now load.Instant) *candidate {
 		}
 		heard := c.heard.Load()
 		silent := int32(tick - heard)
-		if heard == 0 && s.costs[i] < avoided || heard != 0 && silent < int32(after) {
+		cheap := s.costs[i] < avoided && (s.away>>i&1 == 0 || s.picker.config.timeless)
+		if heard == 0 && cheap || heard != 0 && silent < int32(after) {
 			continue
 		}
 		if oldest == nil || silent > longest {

@@ -5,6 +5,7 @@ package p2c
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -23,6 +24,8 @@ type Snapshot struct {
 	Target string
 	// CanonicalTarget is the target with its scheme, as metrics name it.
 	CanonicalTarget string
+	// Channel is how channelz and the log of gRPC name the channel, such as "Channel #3".
+	Channel string
 	// Locality is the locality that the policy balances within, if a parent policy
 	// divides the endpoints by locality.
 	Locality string
@@ -202,6 +205,9 @@ func (b *policy) snapshot() Snapshot {
 	b.mu.Lock()
 	p := b.picker
 	s := Snapshot{Target: b.target, CanonicalTarget: b.opts.Target.String(), Locality: b.metrics.locality, State: b.published, Home: b.home, PrefersHome: b.ready.home.Load() > 0}
+	if c, ok := b.opts.ChannelzParent.(fmt.Stringer); ok {
+		s.Channel = c.String()
+	}
 	s.Panic = b.seating.seated[aside] && b.seating.count[aside] > 0
 	eps := b.all.Load()
 	now, wall := load.Instant(b.now()), time.Now()
@@ -243,14 +249,14 @@ func (b *policy) snapshot() Snapshot {
 		e.InFlight, e.Streams = q.InFlight, q.Streams
 		e.Load = estimates[i].Cost
 		e.Latency, e.Samples = details.Latency, details.Samples
-		e.Failures = m.failures.Load()
+		e.Failures = m.room.failures.Load()
 		e.Limit, e.Algorithm = m.room.state()
 		if conns := m.room.connections.Load(); conns != nil {
 			e.Connections = conns.ready()
 		} else if e.State == connectivity.Ready {
 			e.Connections = 1
 		}
-		if f := m.failure.Load(); f != nil {
+		if f := m.room.failure.Load(); f != nil {
 			e.LastFailure, e.FailedAt = f.err, wall.Add(time.Duration(f.at-now))
 		}
 		if e.State == connectivity.TransientFailure {

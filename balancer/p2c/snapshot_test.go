@@ -158,7 +158,7 @@ func TestSnapshot(t *testing.T) {
 			}
 		}
 		for i, conn := range conns {
-			if got := SnapshotsOf(conn); len(got) != 1 || got[0].Target != target || got[0].Picks != uint64(i+1) || len(got[0].Endpoints) != 2 {
+			if got := SnapshotsOf(conn); len(got) != 1 || got[0].Target != target || !strings.HasPrefix(got[0].Channel, "Channel #") || got[0].Picks != uint64(i+1) || len(got[0].Endpoints) != 2 {
 				t.Errorf("channel %d: %+v, want one snapshot with %d picks", i, got, i+1)
 			}
 		}

@@ -129,6 +129,25 @@ func TestZones(t *testing.T) {
 			}
 		})
 	})
+	t.Run("now_and_then_a_call_learns_what_other_zones_are_like", func(t *testing.T) {
+		bubble(t, func(t *testing.T, w *world) {
+			w.start(`{"zones":{"home":"a"}}`, threeZones(1)...)
+			got := make(map[string]int)
+			const n = 10_000
+			for range n {
+				addr, done := w.mustPick()
+				time.Sleep(time.Millisecond)
+				done(success)
+				got[addr[:1]]++
+			}
+			// 50 picks explore; that one zone gets none of them happens in 1 of 1e14 runs: an
+			// endpoint that was not heard of comes first.
+			if got["b"] == 0 || got["c"] == 0 || got["a"] < n-10 {
+				t.Errorf("calls by zone are %v, want one or two to each away", got)
+			}
+		})
+	})
+
 	t.Run("all_zones_count_alike_while_home_lacks_endpoints", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r := &fakeRecorder{values: make(map[string]int64)}

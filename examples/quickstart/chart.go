@@ -9,6 +9,8 @@ import (
 	"math"
 	"strings"
 	"time"
+
+	"github.com/belfry-go/belfry/internal/loadgen"
 )
 
 // The charts are SVG that takes its colours from the style of the page: series
@@ -65,7 +67,7 @@ func percentileChart(all []series) template.HTML {
 	longest := 0
 	for _, s := range all {
 		if n := len(s.latencies); n > 0 {
-			lo = min(lo, millis(percentile(s.latencies, 0.01)))
+			lo = min(lo, millis(loadgen.Percentile(s.latencies, 0.01)))
 			hi = max(hi, millis(s.latencies[n-1]))
 			longest = max(longest, n)
 		}
@@ -120,10 +122,10 @@ func percentileChart(all []series) template.HTML {
 			if k == 0 {
 				command = "M"
 			}
-			fmt.Fprintf(b, "%s%.1f %.1f ", command, x(q), y(millis(percentile(s.latencies, q))))
+			fmt.Fprintf(b, "%s%.1f %.1f ", command, x(q), y(millis(loadgen.Percentile(s.latencies, q))))
 		}
 		b.addf(`"><title>%s: p50 %s ms, p99 %s ms, p99.9 %s ms</title></path>`, template.HTMLEscapeString(s.name),
-			formatMillis(percentile(s.latencies, p50)), formatMillis(percentile(s.latencies, p99)), formatMillis(percentile(s.latencies, p999)))
+			formatMillis(loadgen.Percentile(s.latencies, p50)), formatMillis(loadgen.Percentile(s.latencies, p99)), formatMillis(loadgen.Percentile(s.latencies, p999)))
 	}
 	return b.finish()
 }

@@ -6,10 +6,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"runtime"
-	"runtime/metrics"
-	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -22,6 +18,7 @@ import (
 	"github.com/belfry-go/belfry"
 	// Registers belfry.p2c.
 	_ "github.com/belfry-go/belfry/balancer/p2c"
+	"github.com/belfry-go/belfry/internal/loadgen"
 	"github.com/belfry-go/belfry/internal/testserver"
 	"github.com/belfry-go/belfry/resolver/discover"
 
@@ -122,26 +119,14 @@ func (w workload) run(ctx context.Context, s start) (*run, error) {
 		}
 		return nil, err
 	}
-	used, had := processors()
+	used, had := loadgen.Processors()
 	w.load(ctx, conn, s.done, r)
-	usedThen, hadThen := processors()
+	usedThen, hadThen := loadgen.Processors()
 	r.busy = (usedThen - used) / max(hadThen-had, 1e-9)
 	for _, server := range cluster.Servers() {
 		r.served = append(r.served, int(server.Stats().Started))
 	}
 	return r, nil
-}
-
-// processors returns how many seconds of processors the program has used and had since
-// it began. Go counts them when it collects garbage, so it does that; what one run leaves
-// behind is not the next one's to clear away anyway. A goroutine that waits for the
-// processor of a busy machine counts as using it.
-func processors() (used, had float64) {
-	runtime.GC()
-	s := []metrics.Sample{{Name: "/cpu/classes/total:cpu-seconds"}, {Name: "/cpu/classes/idle:cpu-seconds"}}
-	metrics.Read(s)
-	had = s[0].Value.Float64()
-	return had - s[1].Value.Float64(), had
 }
 
 // dial returns a channel to the endpoints of a source, balanced by a policy.
@@ -204,16 +189,8 @@ func connect(ctx context.Context, conn *grpc.ClientConn, cluster *testserver.Clu
 }
 
 // load keeps w.inFlight calls in flight until w.calls have been made or ctx
-// ends, in a closed loop: a goroutine for each call in flight, which makes the
-// next one as soon as the last has been answered. If ctx ends it closes conn.
+// ends, in a closed loop. If ctx ends it closes conn.
 func (w workload) load(ctx context.Context, conn *grpc.ClientConn, done *atomic.Int64, r *run) {
-	client := testingv1.NewTestServiceClient(conn)
-	const unanswered = -1
-	latencies := slices.Repeat([]time.Duration{unanswered}, w.calls)
-	var next atomic.Int64
-	var mu sync.Mutex // guards r.errors and r.example
-	var calls sync.WaitGroup
-
 	// The calls do not carry ctx: each would enter itself with it and out again, in
 	// a map under a lock that all share. Closing the channel ends them as well.
 	closed := make(chan struct{})
@@ -222,40 +199,15 @@ func (w workload) load(ctx context.Context, conn *grpc.ClientConn, done *atomic.
 		conn.Close()
 	})
 
-	began := time.Now()
-	for range min(w.inFlight, w.calls) {
-		calls.Go(func() {
-			request := &testingv1.UnaryRequest{}
-			for {
-				i := int(next.Add(1)) - 1
-				if i >= w.calls {
-					return
-				}
-				sent := time.Now()
-				_, err := client.Unary(context.Background(), request)
-				latency := time.Since(sent)
-				switch {
-				case err == nil:
-					latencies[i] = latency
-				case ctx.Err() != nil:
-					return
-				default:
-					mu.Lock()
-					r.errors, r.example = r.errors+1, err
-					mu.Unlock()
-				}
-				done.Add(1)
-			}
-		})
-	}
-	calls.Wait()
-	r.elapsed = time.Since(began)
+	client, request := testingv1.NewTestServiceClient(conn), &testingv1.UnaryRequest{}
+	got := loadgen.Closed(ctx, w.inFlight, w.calls, done, func() error {
+		_, err := client.Unary(context.Background(), request)
+		return err
+	})
 	if !keep() {
 		<-closed
 	}
 
-	latencies = slices.DeleteFunc(latencies, func(l time.Duration) bool { return l == unanswered })
-	slices.Sort(latencies)
-	r.latencies = latencies
-	r.complete = len(latencies)+r.errors == w.calls
+	r.latencies, r.errors, r.example, r.elapsed = got.Latencies, got.Errors, got.Example, got.Elapsed
+	r.complete = len(r.latencies)+r.errors == w.calls
 }

@@ -5,10 +5,11 @@ package main
 
 import (
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/belfry-go/belfry/internal/loadgen"
 )
 
 // The percentiles that are shown.
@@ -18,18 +19,6 @@ const (
 	p99  = 0.99
 	p999 = 0.999
 )
-
-// percentile returns the q-quantile of ascending latencies by the nearest-rank
-// method: an observed value, that at least the share q of all does not exceed.
-// It is 0 if there are none.
-func percentile(ascending []time.Duration, q float64) time.Duration {
-	if len(ascending) == 0 {
-		return 0
-	}
-	// A product such as 0.999*100000 may come out a little above the whole number.
-	rank := int(math.Ceil(q*float64(len(ascending)) - 1e-6))
-	return ascending[max(rank, 1)-1]
-}
 
 func mean(latencies []time.Duration) time.Duration {
 	if len(latencies) == 0 {
@@ -91,7 +80,7 @@ func summarize(runs []*run) []summary {
 			return time.Duration(median(g, func(r *run) float64 { return float64(f(r.latencies)) }))
 		}
 		quantile := func(q float64) time.Duration {
-			return of(func(l []time.Duration) time.Duration { return percentile(l, q) })
+			return of(func(l []time.Duration) time.Duration { return loadgen.Percentile(l, q) })
 		}
 		s.mean = of(mean)
 		s.p50, s.p90, s.p99, s.p999 = quantile(p50), quantile(p90), quantile(p99), quantile(p999)
@@ -124,9 +113,7 @@ func median(runs []*run, f func(*run) float64) float64 {
 	for i, r := range runs {
 		values[i] = f(r)
 	}
-	slices.Sort(values)
-	n := len(values)
-	return (values[(n-1)/2] + values[n/2]) / 2
+	return loadgen.Median(values)
 }
 
 // compared are the policies whose p99 is set in ratio.
@@ -148,17 +135,15 @@ func ratios(runs []*run) string {
 				if a.round != b.round || a.policy.name != pair[0] || b.policy.name != pair[1] || !a.complete || !b.complete {
 					continue
 				}
-				if over := percentile(b.latencies, p99); over > 0 && len(a.latencies) > 0 {
-					rs = append(rs, float64(percentile(a.latencies, p99))/float64(over))
+				if over := loadgen.Percentile(b.latencies, p99); over > 0 && len(a.latencies) > 0 {
+					rs = append(rs, float64(loadgen.Percentile(a.latencies, p99))/float64(over))
 				}
 			}
 		}
 		if len(rs) == 0 {
 			continue
 		}
-		slices.Sort(rs)
-		r := (rs[(len(rs)-1)/2] + rs[len(rs)/2]) / 2
-		parts = append(parts, fmt.Sprintf("%s / %s %.2f", pair[0], pair[1], r))
+		parts = append(parts, fmt.Sprintf("%s / %s %.2f", pair[0], pair[1], loadgen.Median(rs)))
 	}
 	if len(parts) == 0 {
 		return ""

@@ -27,29 +27,6 @@ func runOf(name string, round int, latencies []time.Duration) *run {
 	return &run{policy: policy{name: name, config: "{}"}, round: round, latencies: latencies, served: []int{3 * n / 4, n - 3*n/4}, elapsed: time.Second, complete: true}
 }
 
-func TestPercentileIsTheNearestRank(t *testing.T) {
-	ls := upTo(1000, time.Millisecond)
-	for _, test := range []struct {
-		of   []time.Duration
-		q    float64
-		want time.Duration
-	}{
-		{ls, 0, 1 * time.Millisecond},
-		{ls, p50, 500 * time.Millisecond},
-		{ls, p90, 900 * time.Millisecond},
-		{ls, p99, 990 * time.Millisecond},
-		{ls, p999, 999 * time.Millisecond},
-		{ls, 1, 1000 * time.Millisecond},
-		{upTo(3, time.Second), p50, 2 * time.Second},
-		{upTo(1, time.Second), p999, time.Second},
-		{nil, p50, 0},
-	} {
-		if got := percentile(test.of, test.q); got != test.want {
-			t.Errorf("percentile %v of %d latencies is %v, want %v", test.q, len(test.of), got, test.want)
-		}
-	}
-}
-
 // Summary is the median of the runs.
 func TestSummaryIsMedian(t *testing.T) {
 	runs := []*run{

@@ -78,7 +78,7 @@ func BenchmarkUnary(b *testing.B) {
 		})
 	}
 	// The baseline: gRPC's own way to chain six interceptors that only pass on.
-	run("baseline_grpc_chain_of_6", chain(6))
+	run("baseline_grpc_chain_of_6", calltest.Chain(6))
 	for name, unary := range unaryCases(b) {
 		run(name, unary)
 	}
@@ -105,30 +105,6 @@ func BenchmarkUnary(b *testing.B) {
 type nothing struct{ grpc.ClientConnInterface }
 
 func (nothing) Invoke(context.Context, string, any, any, ...grpc.CallOption) error { return nil }
-
-// chain composes n passing interceptors as grpc.WithChainUnaryInterceptor does,
-// which makes a closure for each interceptor and call.
-func chain(n int) grpc.UnaryClientInterceptor {
-	pass := func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		return next(ctx, method, req, reply, cc, opts...)
-	}
-	all := make([]grpc.UnaryClientInterceptor, n)
-	for i := range all {
-		all[i] = pass
-	}
-	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, last grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		return all[0](ctx, method, req, reply, cc, invokerFrom(all, 0, last), opts...)
-	}
-}
-
-func invokerFrom(all []grpc.UnaryClientInterceptor, i int, last grpc.UnaryInvoker) grpc.UnaryInvoker {
-	if i == len(all)-1 {
-		return last
-	}
-	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, opts ...grpc.CallOption) error {
-		return all[i+1](ctx, method, req, reply, cc, invokerFrom(all, i+1, last), opts...)
-	}
-}
 
 // over is a stream that has ended.
 type over struct{ grpc.ClientStream }

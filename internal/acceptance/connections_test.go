@@ -12,6 +12,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
@@ -37,10 +38,26 @@ type bounded struct {
 }
 
 func withBounded(t *testing.T, lb string, streams []uint32, f func(t *testing.T, b *bounded), specs ...interceptor.Spec) {
+	withBoundedOver(t, nil, lb, streams, f, specs...)
+}
+
+// secure returns the credentials of servers, and the options of a channel to them.
+type secure func(t *testing.T) (credentials.TransportCredentials, []grpc.DialOption)
+
+// withBoundedOver is withBounded over connections that are encrypted, unless over is nil.
+func withBoundedOver(t *testing.T, over secure, lb string, streams []uint32, f func(t *testing.T, b *bounded), specs ...interceptor.Spec) {
 	synctest.Test(t, func(t *testing.T) {
+		var server credentials.TransportCredentials
+		var client []grpc.DialOption
+		if over != nil {
+			server, client = over(t)
+		}
 		b := &bounded{t: t, r: manual.NewBuilderWithScheme("bounded")}
 		b.Cluster = testserver.NewCluster(t, len(streams), func(i int) []testserver.Option {
 			opts := []testserver.Option{testserver.InMemory()}
+			if server != nil {
+				opts = append(opts, testserver.GRPC(grpc.Creds(server)))
+			}
 			if streams[i] > 0 {
 				opts = append(opts, testserver.GRPC(grpc.MaxConcurrentStreams(streams[i])))
 			}
@@ -52,7 +69,8 @@ func withBounded(t *testing.T, lb string, streams []uint32, f func(t *testing.T,
 			t.Fatal(err)
 		}
 		b.r.InitialState(resolver.State{Endpoints: b.Endpoints()})
-		opts := append(append(b.DialOptions(), stack.DialOptions()...), p2c.DialOptions()...)
+		opts := append(append(b.DialOptions(), client...), stack.DialOptions()...)
+		opts = append(opts, p2c.DialOptions()...)
 		b.conn, err = grpc.NewClient("bounded:///"+t.Name(), append(opts, grpc.WithResolvers(b.r), grpc.WithNoProxy(),
 			grpc.WithDefaultServiceConfig(service(lb)))...)
 		if err != nil {

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"go.opentelemetry.io/otel/sdk/metric"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
@@ -21,12 +22,33 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry/balancer/p2c"
+	"github.com/belfry-go/belfry/debug"
+	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/breaker"
+	"github.com/belfry-go/belfry/interceptor/concurrency"
+	"github.com/belfry-go/belfry/interceptor/hedge"
+	"github.com/belfry-go/belfry/interceptor/loadshed"
+	"github.com/belfry-go/belfry/interceptor/otelobserver"
+	"github.com/belfry-go/belfry/interceptor/ratelimit"
+	"github.com/belfry-go/belfry/interceptor/retry"
+	"github.com/belfry-go/belfry/interceptor/throttle"
+	"github.com/belfry-go/belfry/interceptor/timeout"
 	"github.com/belfry-go/belfry/internal/place"
 	"github.com/belfry-go/belfry/internal/simenv"
+	"github.com/belfry-go/belfry/internal/test/calltest"
 	"github.com/belfry-go/belfry/internal/test/lbtest"
+	"github.com/belfry-go/belfry/internal/test/race"
+	"github.com/belfry-go/belfry/limit"
 )
 
-var soakCalls = flag.Int("soak.calls", 100_000, "calls of the soak tests; the one with real servers makes a hundredth")
+var soakCalls = flag.Int("soak.calls", soakDefault(), "calls of the soak tests; the one with real servers makes a hundredth")
+
+func soakDefault() int {
+	if race.Enabled { // Twenty times slower.
+		return 20_000
+	}
+	return 100_000
+}
 
 // heap returns the bytes that are in use after a collection.
 func heap() int64 {
@@ -96,11 +118,11 @@ func (s *timers) pass(d time.Duration) {
 }
 
 // The policy alone, with endpoints that come under ever new addresses, drain, fail and go, and
-// methods of ever new names.
+// methods of ever new names: of 100,000 calls some 10,000 and 50,000.
 func TestSoakPolicy(t *testing.T) {
 	const (
-		endpoints = 50
-		turnover  = 1000 // calls between two changes of the list
+		endpoints = 100
+		turnover  = 250 // calls between two changes
 		inFlight  = 100
 	)
 	r := rand.New(rand.NewPCG(1, 2))
@@ -157,17 +179,19 @@ func TestSoakPolicy(t *testing.T) {
 	for n := range *soakCalls {
 		if n%turnover == 0 {
 			switch i := r.IntN(len(list)); r.IntN(4) {
-			case 0, 1: // One drains, and the one that drains is replaced.
+			case 0, 1: // Half of them drain, and those that drained are replaced.
 				list = slices.DeleteFunc(list, func(s *server) bool {
 					if s.draining {
 						delete(failing, s.addr)
 					}
 					return s.draining
 				})
+				for _, s := range list[:endpoints/2] {
+					s.draining = true
+				}
 				for len(list) < endpoints {
 					add()
 				}
-				list[r.IntN(len(list))].draining = true
 				update()
 			case 2:
 				failing[list[i].addr] = r.Float64()
@@ -180,7 +204,7 @@ func TestSoakPolicy(t *testing.T) {
 			}
 		}
 		state, _ := channel.State()
-		result, err := state.Picker.Pick(balancer.PickInfo{FullMethodName: fmt.Sprintf("/soak.S/M%d", n%1000+n/1000), Ctx: context.Background()})
+		result, err := state.Picker.Pick(balancer.PickInfo{FullMethodName: fmt.Sprintf("/soak.S/M%d", n/2+r.IntN(1000)), Ctx: context.Background()})
 		if err != nil {
 			t.Fatalf("call %d: %v", n, err)
 		}
@@ -208,6 +232,48 @@ func TestSoakPolicy(t *testing.T) {
 	if n := len(clock.pending); n != 0 {
 		t.Errorf("%d timers are left", n)
 	}
+}
+
+// Layers that tell methods apart, and those who watch them, under ever new names of methods.
+func TestSoakStack(t *testing.T) {
+	observer, err := otelobserver.New(metric.NewMeterProvider(metric.WithReader(metric.NewManualReader())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := debug.New()
+	byMethod := interceptor.KeyBy{Method: true}
+	stack, err := interceptor.NewStack(
+		interceptor.Observe(observer, page),
+		timeout.Config{Timeout: time.Second},
+		loadshed.Config{},
+		concurrency.Config{Auto: &limit.AutoConfig{}, KeyBy: byMethod, MaxKeys: 500},
+		ratelimit.Config{Limit: 1000, KeyBy: byMethod, MaxKeys: 500},
+		breaker.Config{KeyBy: byMethod, MaxKeys: 500},
+		throttle.Config{KeyBy: byMethod, MaxKeys: 500},
+		retry.Config{},
+		hedge.Config{},
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	down := status.Error(codes.Unavailable, "down")
+	n := 0
+	conn := stack.Wrap(calltest.Server(func(context.Context) error {
+		if n++; n%7 == 0 {
+			return down
+		}
+		return nil
+	}))
+	names := max(*soakCalls/2, 10)
+	var readings []int64
+	for i := range names {
+		_ = conn.Invoke(context.Background(), fmt.Sprintf("/soak.S/M%d", i), nil, nil)
+		if (i+1)%(names/10) == 0 {
+			readings = append(readings, heap())
+		}
+	}
+	flat(t, readings[2:], 512<<10) // at first it fills up to MaxKeys
+	runtime.KeepAlive(stack)
 }
 
 // Everything, with real servers of which some are listed, draining, failing, silent or down.

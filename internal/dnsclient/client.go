@@ -60,6 +60,10 @@ func (c *Config) Lookup(ctx context.Context, name string, typ dnsmessage.Type) (
 			if err == nil || errors.Is(err, ErrNoRecords) {
 				return a, err
 			}
+			// A network's error repeats the server, and has a local port that is another each time.
+			if op := (*net.OpError)(nil); errors.As(err, &op) {
+				err = op.Err
+			}
 			last = fmt.Errorf("%s of %s from %s: %w", strings.TrimPrefix(typ.String(), "Type"), name, server, err)
 			if ctx.Err() != nil {
 				return Answer{}, last

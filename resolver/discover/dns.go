@@ -111,6 +111,19 @@ func DNSMinInterval(d time.Duration) DNSOption {
 	})
 }
 
+// DNSGroups publishes the SRV records of every priority, each as an endpoint of the
+// group that is numbered as its priority; see [Group]. It is for the policy
+// belfry.priority, which fails over from one priority to the next when the servers
+// cannot be reached. Other policies ignore groups and would call the spare servers
+// like all others. By default only the best priority that has an address is
+// published. Targets other than services have no priorities.
+func DNSGroups() DNSOption {
+	return dnsOption(func(s *dnsSource) error {
+		s.groups = true
+		return nil
+	})
+}
+
 // DNS returns a source of the endpoints that DNS knows for a target, and looks
 // again before the TTL of the answer ends, so that it sees a change at the latest
 // one TTL after it. (gRPC's own "dns" scheme looks again only when a connection
@@ -124,8 +137,8 @@ func DNSMinInterval(d time.Duration) DNSOption {
 //   - "_service._proto.domain", such as "_grpc._tcp.orders.prod.svc.cluster.local":
 //     each SRV record is an endpoint, with its port, its weight, and the addresses
 //     of its target; a target with several addresses of one family is as many
-//     endpoints. Only the records of the best priority are used; the next ones
-//     are when none of these has an address;
+//     endpoints. Only the records of the best priority of which one has an
+//     address are used, unless [DNSGroups] is given;
 //   - "address:port" with an IP address, or "localhost:port": a fixed endpoint,
 //     without DNS.
 //
@@ -133,8 +146,9 @@ func DNSMinInterval(d time.Duration) DNSOption {
 // which is read again for each look. The name that has answered is kept until it
 // no longer exists. Hosts files are not read.
 //
-// An answer that there is no such name or record, and every error, is reported,
-// and the last set stays; the next look comes with the backoff of [WithBackoff].
+// An answer that there is no such name or record is an error. The last set stays,
+// the error is reported, once until there is an answer, and the next look comes with
+// the backoff of [WithBackoff].
 // If only the A or the AAAA records cannot be had, the last ones are used. The
 // interval is the TTL less up to a tenth, at least [DNSMinInterval] and at most
 // 5 minutes. It is cut short, to the least interval, when a connection fails.
@@ -183,6 +197,7 @@ type dnsSource struct {
 	port        string // "": SRV records say it
 	server      string // "": those of resolv.conf
 	minInterval time.Duration
+	groups      bool // SRV records of all priorities count
 }
 
 // Watch implements [Source].
@@ -300,21 +315,36 @@ func (w *dnsWatch) services(ctx context.Context, config dnsclient.Config, name s
 		return nil, 0, err
 	}
 	srv, ttl := answer.SRV, answer.TTL
+	// Servers rotate their records.
+	slices.SortStableFunc(srv, func(a, b dnsclient.SRV) int {
+		return cmp.Or(cmp.Compare(a.Priority, b.Priority), strings.Compare(a.Target, b.Target), cmp.Compare(a.Port, b.Port))
+	})
 	if !completeGlue(srv) {
 		if ttl, err = w.addAddresses(ctx, config, srv, ttl); err != nil {
 			return nil, 0, err
 		}
 	}
-	slices.SortStableFunc(srv, func(a, b dnsclient.SRV) int { return cmp.Compare(a.Priority, b.Priority) })
+	var all []resolver.Endpoint
+	seen := make(map[string]bool) // An endpoint with several priorities has the best.
 	for len(srv) > 0 {
 		group := srv
 		if i := slices.IndexFunc(srv, func(r dnsclient.SRV) bool { return r.Priority != srv[0].Priority }); i >= 0 {
 			group = srv[:i]
 		}
 		srv = srv[len(group):]
-		if endpoints := serviceEndpoints(group); len(endpoints) > 0 {
+		endpoints := serviceEndpoints(group)
+		if !w.groups && len(endpoints) > 0 {
 			return endpoints, ttl, nil
 		}
+		for _, ep := range endpoints {
+			if id := addressID(ep); !seen[id] {
+				seen[id] = true
+				all = append(all, SetGroup(ep, uint32(group[0].Priority)))
+			}
+		}
+	}
+	if len(all) > 0 {
+		return all, ttl, nil
 	}
 	return nil, 0, fmt.Errorf("%w: no target of the service has an address", dnsclient.ErrNoRecords)
 }
@@ -347,10 +377,10 @@ const maxDNSQuestions = 16
 // while it is being set up, is left out; one that cannot be asked for is an error.
 func (w *dnsWatch) addAddresses(ctx context.Context, config dnsclient.Config, srv []dnsclient.SRV, ttl time.Duration) (time.Duration, error) {
 	var (
-		wg    sync.WaitGroup
-		mu    sync.Mutex // guards ttl and first
-		first error
-		room  = make(chan struct{}, maxDNSQuestions)
+		wg   sync.WaitGroup
+		mu   sync.Mutex // guards ttl
+		errs = make([]error, len(srv))
+		room = make(chan struct{}, maxDNSQuestions)
 	)
 	for i := range srv {
 		srv[i].Addrs = nil
@@ -362,18 +392,19 @@ func (w *dnsWatch) addAddresses(ctx context.Context, config dnsclient.Config, sr
 			defer func() { <-room }()
 			addrs, t, err := w.addresses(ctx, config, srv[i].Target)
 			srv[i].Addrs = addrs
-			mu.Lock()
-			defer mu.Unlock()
 			switch {
 			case err == nil:
+				mu.Lock()
+				defer mu.Unlock()
 				ttl = min(ttl, t)
-			case !errors.Is(err, dnsclient.ErrNoRecords) && first == nil:
-				first = err
+			case !errors.Is(err, dnsclient.ErrNoRecords):
+				errs[i] = err
 			}
 		})
 	}
 	wg.Wait()
-	return ttl, first
+	// The first in their order, which is the same in the next look.
+	return ttl, cmp.Or(errs...)
 }
 
 // weightScale makes room for a weight of 0, which is less than 1 and not never,

@@ -17,6 +17,7 @@ import (
 
 	"github.com/belfry-go/belfry/internal/dnsclient"
 	"github.com/belfry-go/belfry/internal/dnstest"
+	"github.com/belfry-go/belfry/internal/test/enginetest"
 	"github.com/belfry-go/belfry/resolver/discover"
 	"golang.org/x/net/dns/dnsmessage"
 	"google.golang.org/grpc/resolver"
@@ -116,8 +117,9 @@ func TestDNSHosts(t *testing.T) {
 				time.Sleep(30 * time.Second)
 				synctest.Wait()
 				wantSets(t, cc, one)
-				if errs := cc.errors(); len(errs) < 3 || len(errs) > 6 || !strings.Contains(errs[0], "watching belfry:///orders: DNS: ") {
-					t.Errorf("errors %q, want one for each look, with growing intervals", errs)
+				wantErrors(t, cc, "watching belfry:///orders: DNS: ") // once
+				if n := len(s.Questions()); n < 6 || n > 56 {
+					t.Errorf("%d questions in 30 s, want 2 to 8 for each of 3 to 7 looks", n)
 				}
 				s.Override(nil)
 				s.Set("orders.", 5, dnstest.Addr("10.0.0.2"))
@@ -257,6 +259,18 @@ func TestDNSServices(t *testing.T) {
 				t.Errorf("%d sets, want that the last is kept", n)
 			}
 		})
+	})
+	t.Run("have a group for each priority, if asked for", func(t *testing.T) {
+		s := dnstest.New(t)
+		s.Set(service, 5, dnstest.SRV("spare.", 80, 20, 1), dnstest.SRV("a.", 80, 10, 1), dnstest.SRV("gone.", 80, 0, 1), dnstest.SRV("a.", 80, 30, 1))
+		s.Set("a.", 5, dnstest.Addr("10.0.0.1"))
+		s.Set("spare.", 5, dnstest.Addr("10.0.0.2"))
+		w := enginetest.Watch(t, must(discover.DNS("_grpc._tcp.orders", discover.DNSServer(s.Addr), discover.DNSGroups())))
+		w.WaitSet(t, enginetest.Set{"10.0.0.1:80": "10.0.0.1:80*100@ group 10", "10.0.0.2:80": "10.0.0.2:80*100@ group 20"})
+		s.Set("a.", 5)
+		s.Set("gone.", 0, dnstest.Addr("10.0.0.3"))
+		w = enginetest.Watch(t, must(discover.DNS("_grpc._tcp.orders", discover.DNSServer(s.Addr), discover.DNSGroups())))
+		w.WaitSet(t, enginetest.Set{"10.0.0.3:80": "10.0.0.3:80*100@", "10.0.0.2:80": "10.0.0.2:80*100@ group 20"})
 	})
 	t.Run("do not shrink when a target cannot be asked for", func(t *testing.T) {
 		s := dnstest.New(t)

@@ -126,6 +126,7 @@ type model struct {
 
 	running    bool
 	lastErr    bool // the last thing yielded was an error
+	told       bool // an error has come since the watch began
 	synced     bool // the running watch was
 	failures   int
 	restartAt  time.Duration
@@ -149,7 +150,7 @@ func newModel() *model {
 }
 
 func (m *model) start() {
-	m.running, m.lastErr, m.synced, m.restartAt = true, false, false, never
+	m.running, m.lastErr, m.told, m.synced, m.restartAt = true, false, false, false, never
 	m.next, m.began, m.syncBy = map[string]resolver.Endpoint{}, m.now, m.now+15*time.Second
 }
 
@@ -215,7 +216,7 @@ func (m *model) final() {
 
 func (m *model) err(msg string) {
 	if m.running {
-		m.lastErr = true
+		m.lastErr, m.told = true, true
 		m.report(msg)
 		m.notQuiet()
 	}
@@ -310,7 +311,10 @@ func (m *model) sleep(d time.Duration) {
 				m.promote()
 			default:
 				m.syncBy = at + 15*time.Second
-				m.report("the source has delivered no endpoints within 15s")
+				if !m.told {
+					m.told = true
+					m.report("the source has delivered no endpoints within 15s")
+				}
 			}
 		}
 	}

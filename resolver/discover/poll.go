@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc/resolver"
+
+	"github.com/belfry-go/belfry/internal/told"
 )
 
 // FullSets returns a source from one that delivers its whole set each time,
@@ -92,8 +94,8 @@ const (
 // is taken as in [FullSets]; an empty one without an error means that there are
 // no endpoints.
 //
-// If f fails, the error is reported, the last set stays, and f is called again
-// with the backoff of [WithBackoff], or after interval if that is shorter.
+// If f fails, the error is reported, once until f succeeds, the last set stays, and f is called again with the backoff of [WithBackoff], or after
+// interval if that is shorter.
 // When a connection fails or is lost, f is called early, but not within a tenth
 // of interval (at least 1 s, at most 30 s) of the last call, nor during a
 // backoff.
@@ -130,19 +132,25 @@ type poller struct {
 func (p poller) poll(ctx context.Context) iter.Seq2[[]resolver.Endpoint, error] {
 	env := watchEnvOf(ctx)
 	return func(yield func([]resolver.Endpoint, error) bool) {
-		for failures := 0; ; {
+		failures := 0
+		var reported told.Errors // since the last set
+		for {
 			// This call answers the nudges so far.
 			select {
 			case <-env.nudge:
 			default:
 			}
 			endpoints, wait, err := p.call(ctx)
-			if ctx.Err() != nil || !yield(endpoints, err) {
+			if ctx.Err() != nil {
+				return
+			}
+			if (err == nil || reported.First(err.Error())) && !yield(endpoints, err) {
 				return
 			}
 			spacing := min(p.spacing, wait)
 			if err == nil {
 				failures = 0
+				reported.Forget()
 			} else {
 				failures++
 				wait = min(wait, retryDelay(env.backoff, failures))

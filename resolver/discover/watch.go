@@ -196,6 +196,7 @@ type follower struct {
 
 	syncBy  time.Time // when next is due to be synced; zero: never
 	quietAt time.Time // when next is taken for complete unless it changes; zero: never
+	told    bool      // why next is not complete: an error has come since it began
 }
 
 // follow returns a follower of src.
@@ -226,7 +227,7 @@ type fault struct {
 func (f *follower) handle(ev watchEvent, now time.Time) (n news) {
 	switch ev.kind {
 	case eventStart:
-		f.next, f.quietAt, f.syncBy = newSnapshot(), time.Time{}, time.Time{}
+		f.next, f.quietAt, f.syncBy, f.told = newSnapshot(), time.Time{}, time.Time{}, false
 		if f.syncTimeout > 0 {
 			f.syncBy = now.Add(f.syncTimeout)
 		}
@@ -250,7 +251,7 @@ func (f *follower) handle(ev watchEvent, now time.Time) (n news) {
 			}
 		}
 	case eventError:
-		n.err = ev.err
+		n.err, f.told = ev.err, true
 	case eventFailed:
 		f.next = nil // What it had not completed is forgotten.
 		n.err = ev.err
@@ -351,7 +352,10 @@ func (f *follower) expire(now time.Time) (n news) {
 		f.promote()
 		n.synced = true
 	default:
-		n.err = fmt.Errorf("the source has delivered no endpoints within %v", f.syncTimeout)
+		// Calls fail with what was told last, and an error of the source says more.
+		if !f.told {
+			n.err, f.told = fmt.Errorf("the source has delivered no endpoints within %v", f.syncTimeout), true
+		}
 		f.syncBy = now.Add(f.syncTimeout)
 	}
 	return n

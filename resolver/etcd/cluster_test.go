@@ -7,11 +7,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -19,15 +17,17 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
+
+	"github.com/belfry-go/belfry/internal/test/enginetest"
 )
 
 // A cluster is an etcd of several members in this process. Clients reach each
 // member through a proxy of its own, whose address stays.
 type cluster struct {
 	configs []*embed.Config
-	members []*embed.Etcd // nil: not running
-	proxies []*proxy      // for what is tested: they can be cut and stalled
-	back    []*proxy      // for the test itself
+	members []*embed.Etcd       // nil: not running
+	proxies []*enginetest.Proxy // for what is tested: they can be cut and stalled
+	back    []*enginetest.Proxy // for the test itself
 }
 
 var clusters int
@@ -54,8 +54,8 @@ func startCluster(t *testing.T, n int) *cluster {
 		cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
 		initial = append(initial, cfg.Name+"="+peer.String())
 		c.configs = append(c.configs, cfg)
-		c.proxies = append(c.proxies, newProxy(t))
-		c.back = append(c.back, newProxy(t))
+		c.proxies = append(c.proxies, enginetest.NewProxy(t))
+		c.back = append(c.back, enginetest.NewProxy(t))
 	}
 	for _, cfg := range c.configs {
 		cfg.InitialCluster = strings.Join(initial, ",")
@@ -83,7 +83,7 @@ func (c *cluster) start(t *testing.T, i int) {
 	}
 	c.members[i] = m
 	c.connect(i)
-	c.back[i].forwardTo(m.Clients[0].Addr().String())
+	c.back[i].ForwardTo(m.Clients[0].Addr().String())
 }
 
 func (c *cluster) waitReady(t *testing.T, i int) {
@@ -99,8 +99,8 @@ func (c *cluster) waitReady(t *testing.T, i int) {
 func (c *cluster) stop(i int) {
 	if m := c.members[i]; m != nil {
 		c.members[i] = nil
-		c.proxies[i].forwardTo("")
-		c.back[i].forwardTo("")
+		c.proxies[i].ForwardTo("")
+		c.back[i].ForwardTo("")
 		// Close alone hands its lead over first, which takes seconds if nobody can
 		// take it.
 		m.Server.HardStop()
@@ -110,12 +110,12 @@ func (c *cluster) stop(i int) {
 
 // connect undoes what cut did to a member that runs.
 func (c *cluster) connect(i int) {
-	c.proxies[i].forwardTo(c.members[i].Clients[0].Addr().String())
+	c.proxies[i].ForwardTo(c.members[i].Clients[0].Addr().String())
 }
 
 // cut breaks the connections of what is tested to a member, and lets it make no
 // more.
-func (c *cluster) cut(i int) { c.proxies[i].forwardTo("") }
+func (c *cluster) cut(i int) { c.proxies[i].ForwardTo("") }
 
 // leader returns the member that leads, or -1.
 func (c *cluster) leader() int {
@@ -147,7 +147,7 @@ func (c *cluster) client(t *testing.T, members ...int) *clientv3.Client {
 	var addrs []string
 	for i, p := range c.proxies {
 		if len(members) == 0 || slices.Contains(members, i) {
-			addrs = append(addrs, p.addr())
+			addrs = append(addrs, p.Addr())
 		}
 	}
 	return newClient(t, addrs)
@@ -158,7 +158,7 @@ func (c *cluster) admin(t *testing.T) *clientv3.Client {
 	t.Helper()
 	var addrs []string
 	for _, p := range c.back {
-		addrs = append(addrs, p.addr())
+		addrs = append(addrs, p.Addr())
 	}
 	return newClient(t, addrs)
 }
@@ -171,128 +171,6 @@ func newClient(t *testing.T, addrs []string) *clientv3.Client {
 	}
 	t.Cleanup(func() { client.Close() })
 	return client
-}
-
-// A proxy forwards connections.
-type proxy struct {
-	l    net.Listener
-	done sync.WaitGroup
-
-	// mu guards the fields below.
-	mu      sync.Mutex
-	target  string // "": nowhere
-	stalled chan struct{}
-	conns   map[net.Conn]struct{}
-}
-
-func newProxy(t *testing.T) *proxy {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := &proxy{l: l, conns: make(map[net.Conn]struct{})}
-	p.done.Go(p.serve)
-	t.Cleanup(func() {
-		l.Close()
-		p.resume()
-		p.forwardTo("")
-		p.done.Wait()
-	})
-	return p
-}
-
-func (p *proxy) addr() string { return p.l.Addr().String() }
-
-// forwardTo breaks all connections, and forwards those to come to target, or
-// closes them if it is empty.
-func (p *proxy) forwardTo(target string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.target = target
-	for c := range p.conns {
-		c.Close()
-	}
-}
-
-// stall lets no byte pass, and closes nothing, until resume.
-func (p *proxy) stall() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.stalled = make(chan struct{})
-}
-
-func (p *proxy) resume() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.stalled != nil {
-		close(p.stalled)
-		p.stalled = nil
-	}
-}
-
-func (p *proxy) serve() {
-	for {
-		in, err := p.l.Accept()
-		if err != nil {
-			return
-		}
-		p.done.Go(func() { p.forward(in) })
-	}
-}
-
-func (p *proxy) forward(in net.Conn) {
-	defer in.Close()
-	p.mu.Lock()
-	target := p.target
-	p.mu.Unlock()
-	if target == "" {
-		return
-	}
-	out, err := net.Dial("tcp", target)
-	if err != nil {
-		return
-	}
-	defer out.Close()
-	p.mu.Lock()
-	if p.target != target {
-		p.mu.Unlock()
-		return
-	}
-	p.conns[in], p.conns[out] = struct{}{}, struct{}{}
-	p.mu.Unlock()
-	var both sync.WaitGroup
-	both.Go(func() { p.copy(out, in) })
-	both.Go(func() { p.copy(in, out) })
-	both.Wait()
-	p.mu.Lock()
-	delete(p.conns, in)
-	delete(p.conns, out)
-	p.mu.Unlock()
-}
-
-func (p *proxy) copy(dst, src net.Conn) {
-	// Both, so that the other direction ends too.
-	defer dst.Close()
-	defer src.Close()
-	buf := make([]byte, 32<<10)
-	for {
-		n, err := src.Read(buf)
-		p.mu.Lock()
-		stalled := p.stalled
-		p.mu.Unlock()
-		if stalled != nil {
-			<-stalled
-		}
-		if n > 0 {
-			if _, err := dst.Write(buf[:n]); err != nil {
-				return
-			}
-		}
-		if err != nil {
-			return
-		}
-	}
 }
 
 // retry calls f until it succeeds: etcd refuses what comes while it elects a

@@ -16,6 +16,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/resolver"
 
+	"github.com/belfry-go/belfry/internal/told"
 	"github.com/belfry-go/belfry/resolver/discover"
 )
 
@@ -79,7 +80,7 @@ type watch struct {
 
 	known  map[string]struct{} // the keys that have an endpoint
 	synced bool
-	told   string // the error that was reported last; "" after a read without one
+	told   told.Errors // since the last read without one
 }
 
 // run ends when ctx is done. It reads all keys, watches them until it is time to
@@ -117,7 +118,7 @@ func (w *watch) read(ctx context.Context) (revision int64, err error) {
 	}
 	switch err := w.replace(ctx, got); {
 	case err == nil:
-		w.told = ""
+		w.told.Forget()
 	case !w.synced:
 		return 0, err
 	default:
@@ -219,12 +220,11 @@ func (w *watch) tell(ctx context.Context, changes []discover.Change) {
 	}
 }
 
-// report yields an error, unless it is the one that was reported last.
+// report yields an error, unless it was reported already.
 func (w *watch) report(ctx context.Context, err error) {
-	if ctx.Err() != nil || err.Error() == w.told {
+	if ctx.Err() != nil || !w.told.First(err.Error()) {
 		return
 	}
-	w.told = err.Error()
 	if !w.yield(discover.Change{}, err) {
 		w.stop()
 	}

@@ -99,7 +99,7 @@ func TestRegister(t *testing.T) {
 		fresh := startCluster(t, 1)
 		far := fresh.client(t)
 		register(t, far, "moved", "a:1", time.Second)
-		fresh.proxies[0].forwardTo(c.members[0].Clients[0].Addr().String())
+		fresh.proxies[0].ForwardTo(c.members[0].Clients[0].Addr().String())
 		w := enginetest.Watch(t, newSource(client, "moved"))
 		w.WaitSet(t, set{"a:1": "a:1*1@"})
 	})

@@ -17,6 +17,7 @@
 //   - address: 10.0.0.2:8080
 //     weight: 2                    # from 1 up; by default 1
 //     zone: a
+//     group: 1                     # of the policy belfry.priority; by default 0, the first
 //     draining: true               # about to leave: no new calls; by default false
 //   - key: pod-3                   # by default the addresses
 //     addresses: ["10.0.0.3:8080", "[fd00::3]:8080"]

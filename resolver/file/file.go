@@ -60,6 +60,7 @@ type entry struct {
 	Key        *string  `json:"key"`
 	Weight     *uint32  `json:"weight"`
 	Zone       *string  `json:"zone"`
+	Group      uint32   `json:"group"`
 	Draining   bool     `json:"draining"`
 	ServerName *string  `json:"serverName"`
 }
@@ -118,6 +119,9 @@ func parseEntry(raw json.RawMessage) (resolver.Endpoint, error) {
 	}
 	if e.Zone != nil {
 		opts = append(opts, discover.Zone(*e.Zone))
+	}
+	if e.Group != 0 {
+		opts = append(opts, discover.Group(e.Group))
 	}
 	if e.Draining {
 		opts = append(opts, discover.Draining())

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -16,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/belfry-go/belfry/internal/test/enginetest"
 	"github.com/belfry-go/belfry/internal/test/leaktest"
 	"github.com/belfry-go/belfry/resolver/discover"
 	"github.com/belfry-go/belfry/resolver/file/internal/follow"
@@ -79,6 +81,9 @@ func show(set map[string]resolver.Endpoint) string {
 			addrs = append(addrs, strings.TrimSuffix(a.Addr+"/"+a.ServerName, "/"))
 		}
 		part := fmt.Sprintf("%s=%s*%d@%s", k, strings.Join(addrs, "+"), discover.WeightOf(ep), discover.ZoneOf(ep))
+		if g := discover.GroupOf(ep); g != 0 {
+			part += fmt.Sprint("^", g)
+		}
 		if discover.IsDraining(ep) {
 			part += "!"
 		}
@@ -132,11 +137,12 @@ func TestParse(t *testing.T) {
 - address: 10.0.0.2:8080
   weight: 2
   zone: a
+  group: 1
   draining: true
 - key: pod-3
   addresses: ["10.0.0.3:8080", "[fd00::3]:8080"]
   serverName: orders.internal
-`, "10.0.0.1:8080=10.0.0.1:8080*1@ 10.0.0.2:8080=10.0.0.2:8080*2@a! pod-3=10.0.0.3:8080/orders.internal+[fd00::3]:8080/orders.internal*1@"},
+`, "10.0.0.1:8080=10.0.0.1:8080*1@ 10.0.0.2:8080=10.0.0.2:8080*2@a^1! pod-3=10.0.0.3:8080/orders.internal+[fd00::3]:8080/orders.internal*1@"},
 		{"JSON", `["10.0.0.1:8080", {"address": "10.0.0.2:8080", "weight": 2}]`, "10.0.0.1:8080=10.0.0.1:8080*1@ 10.0.0.2:8080=10.0.0.2:8080*2@"},
 		{"none", `[]`, ""},
 	} {
@@ -204,10 +210,10 @@ func TestSchema(t *testing.T) {
 		t.Errorf("the schema has %d fields, want %d", got, want)
 	}
 	for text, good := range map[string]bool{
-		"[]": true, "- a:1": true, "- {address: a:1, weight: 2, zone: z, key: k, draining: true, serverName: s}": true,
+		"[]": true, "- a:1": true, "- {address: a:1, weight: 2, zone: z, key: k, group: 1, draining: true, serverName: s}": true,
 		"- {addresses: [a:1, b:1]}": true, "{}": false, "- {}": false, "- 1": false, "- null": false, "- ''": false,
 		"- {address: a:1, addresses: [b:1]}": false, "- {address: a:1, wieght: 2}": false, "- {address: a:1, weight: 0}": false,
-		"- {address: a:1, zone: ''}": false, "- {zone: z}": false, "- {address: a:1, weight: 1.5}": false,
+		"- {address: a:1, zone: ''}": false, "- {address: a:1, group: -1}": false, "- {zone: z}": false, "- {address: a:1, weight: 1.5}": false,
 		"- {address: a:1, key: ''}": false, "- {address: a:1, serverName: ''}": false, "- {addresses: []}": false,
 	} {
 		js, err := follow.JSON([]byte(text))
@@ -314,6 +320,100 @@ func TestBrokenFileIsReportedOnce(t *testing.T) {
 	time.Sleep(20 * time.Millisecond)
 	write(t, path, "- a:1")
 	wantSet(t, all, "a:1=a:1*1@")
+}
+
+// While calls run, 1,000 random changes: the file is replaced, written in place, broken,
+// or removed in between. Then it is broken, gone, half written, or without its directory
+// for as long as the flag -outage says. No call fails, each error is reported once, and at
+// rest the channel has what the file has.
+func TestFileUnderLoad(t *testing.T) {
+	// Nobody reports that a directory is back.
+	follow.ReadEvery = 100 * time.Millisecond
+	defer func() { follow.ReadEvery = time.Hour }()
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	dir := filepath.Join(t.TempDir(), "mounted")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "endpoints.yaml")
+	addrs := enginetest.Serve(t, 10)
+	weights := make([]int, len(addrs)) // 0: not there
+	weights[0] = 1
+	var text strings.Builder
+	change := func() enginetest.Set {
+		// The first stays, so that calls need not fail.
+		i := 1 + rng.IntN(len(addrs)-1)
+		weights[i] = (weights[i] + 1 + rng.IntN(2)) % 3
+		set := enginetest.Set{}
+		text.Reset()
+		for _, i := range rng.Perm(len(addrs)) {
+			if w := weights[i]; w > 0 {
+				fmt.Fprintf(&text, "- {address: %q, weight: %d, zone: z}\n", addrs[i], w)
+				set[addrs[i]] = fmt.Sprintf("%s*%d@z", addrs[i], w)
+			}
+		}
+		return set
+	}
+	replaced := func() enginetest.Set {
+		set := change()
+		write(t, path, text.String())
+		return set
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	set := replaced()
+	src, err := New(path)
+	must(err)
+	channel := enginetest.Dial(t, src)
+	channel.WaitSet(t, set)
+	channel.Load(4)
+	for n := range 1000 {
+		set = change()
+		switch rng.IntN(8) {
+		case 0:
+			must(os.WriteFile(path, []byte(text.String()), 0o600))
+		case 1:
+			write(t, path, "- {")
+		case 2:
+			must(os.RemoveAll(path))
+		default:
+			write(t, path, text.String())
+		}
+		if n%100 == 99 {
+			write(t, path, text.String())
+			channel.WaitSet(t, set)
+		}
+	}
+
+	in := func(name, told string, begin func()) enginetest.Disturbance {
+		return enginetest.Disturbance{Name: name, Told: told, Begin: begin, End: func() {}}
+	}
+	away := dir + "-away"
+	channel.Survive(t, replaced,
+		in("broken", "yaml", func() { write(t, path, "- {") }),
+		in("empty", "is empty: write []", func() { write(t, path, "") }),
+		in("gone", "no such file", func() { must(os.Remove(path)) }),
+		in("half written", "file:", func() {
+			must(os.WriteFile(path, []byte(text.String()[:text.Len()/2]+"\n- null\n"), 0o600))
+		}),
+		enginetest.Disturbance{
+			Name: "without its directory", Told: "no such file",
+			Begin: func() { must(os.Rename(dir, away)) },
+			End:   func() { must(os.Rename(away, dir)) },
+		},
+		enginetest.Disturbance{
+			Name: "in a directory made again", Told: "no such file",
+			Begin: func() { must(os.RemoveAll(dir)) },
+			End:   func() { must(os.Mkdir(dir, 0o700)) },
+		},
+	)
 }
 
 func TestNewNeedsAPath(t *testing.T) {

@@ -42,10 +42,18 @@
 // # Staleness and failures
 //
 // A change is seen as soon as the API server tells of it. While it cannot be
-// reached the last set stays, the error is reported, and client-go tries again
-// after 0.8 s at first and after 30 s at most. A connection that is dead without
-// being closed is found within 45 s. An error with the same text is reported once
-// in five minutes.
+// reached the last set stays, each error is reported once until it answers, and
+// client-go tries again after 0.8 s at first and after 30 s at most. A connection
+// that is dead without being closed is found within 45 s.
+//
+// # Tests
+//
+// The tests run on a server of their own that speaks the protocol of the API server, and,
+// where kube-apiserver and etcd are in PATH, on these: testdata/apiserver.sh builds them.
+// The flag -outage=10s makes every outage that long, as it does in the tests of all
+// sources.
+//
+// # Services
 //
 // A service that does not exist cannot be told from one without pods: both have no
 // endpoints.

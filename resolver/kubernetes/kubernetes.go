@@ -13,7 +13,6 @@ import (
 	"net/url"
 	"strings"
 	"sync"
-	"time"
 
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -21,15 +20,15 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/apimachinery/pkg/util/validation"
+	apiwatch "k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/belfry-go/belfry/internal/told"
 	"github.com/belfry-go/belfry/resolver/discover"
 )
-
-// repeatEvery is the least time between two reports of the same error.
-const repeatEvery = 5 * time.Minute
 
 // An Option changes what [New] makes.
 type Option interface{ apply(*source) error }
@@ -146,11 +145,25 @@ func (s source) Watch(ctx context.Context) iter.Seq2[discover.Change, error] {
 			}
 		}
 		failed := make(chan error)
-		informer := cache.NewSharedIndexInformer(
-			cache.NewFilteredListWatchFromClient(s.client, "endpointslices", s.namespace, func(o *metav1.ListOptions) {
-				o.LabelSelector = discoveryv1.LabelServiceName + "=" + s.service
-			}),
-			&discoveryv1.EndpointSlice{}, 0, cache.Indexers{})
+		answered := make(chan struct{}, 1)
+		lists := cache.NewFilteredListWatchFromClient(s.client, "endpointslices", s.namespace, func(o *metav1.ListOptions) {
+			o.LabelSelector = discoveryv1.LabelServiceName + "=" + s.service
+		})
+		start := lists.WatchFuncWithContext
+		lists.WatchFuncWithContext = func(ctx context.Context, o metav1.ListOptions) (apiwatch.Interface, error) {
+			w, err := start(ctx, o)
+			switch {
+			case err == nil:
+				select {
+				case answered <- struct{}{}:
+				default:
+				}
+			case utilnet.IsConnectionRefused(err) || apierrors.IsTooManyRequests(err):
+				err = &unavailable{err}
+			}
+			return w, err
+		}
+		informer := cache.NewSharedIndexInformer(lists, &discoveryv1.EndpointSlice{}, 0, cache.Indexers{})
 		err := informer.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
 			// The API server ends every watch after some minutes. Any other EOF is
 			// wrapped in the error of a request.
@@ -188,6 +201,8 @@ func (s source) Watch(ctx context.Context) iter.Seq2[discover.Change, error] {
 				return
 			case err := <-failed:
 				w.report(ctx, err)
+			case <-answered:
+				w.recovered(ctx)
 			case <-changed:
 				if informer.HasSynced() {
 					w.update(ctx, informer.GetStore().List())
@@ -205,9 +220,17 @@ type watch struct {
 
 	set map[string]backend // as last yielded; nil before the first
 
-	told   string // what was reported last
-	toldAt time.Time
+	failing bool // an error was reported, and no set is complete since
+	faulty  bool // the slices have an error in them
+
+	told told.Errors // since the API server answered last
 }
+
+// unavailable hides from client-go that the API server cannot be reached, or has too much
+// to do: client-go would go on trying without a word, and after the end of the watch too.
+type unavailable struct{ err error }
+
+func (e *unavailable) Error() string { return e.err.Error() }
 
 // update yields what the slices change.
 func (w *watch) update(ctx context.Context, slices []any) {
@@ -225,37 +248,56 @@ func (w *watch) update(ctx context.Context, slices []any) {
 				changes = append(changes, discover.Remove(key))
 			}
 		}
-		// Later sets are not synced: an endpoint that moves from one slice to
-		// another may be in neither for a moment, which the resolver sits out.
-		if w.set == nil {
+		// Later sets are not synced, but to say that all is well again: an endpoint
+		// that moves from one slice to another may be in neither for a moment, which
+		// the resolver sits out.
+		if w.set == nil || w.failing && err == nil {
 			changes = append(changes, discover.Synced())
+			w.failing = false
 		}
 		w.set = next
-		if len(changes) > 0 && ctx.Err() == nil && !w.yield(discover.Batch(changes...), nil) {
-			w.stop()
-		}
+		w.tell(ctx, changes)
 	}
-	if err != nil {
+	if w.faulty = err != nil; err != nil {
 		w.report(ctx, err)
 	}
 }
 
-// report yields an error, unless it was reported a short while ago.
+// recovered is called when the API server has answered. If nothing has changed while it
+// did not, nothing else says that the set is good again.
+func (w *watch) recovered(ctx context.Context) {
+	w.told.Forget()
+	if w.failing && !w.faulty && w.set != nil {
+		w.failing = false
+		w.tell(ctx, []discover.Change{discover.Synced()})
+	}
+}
+
+func (w *watch) tell(ctx context.Context, changes []discover.Change) {
+	if len(changes) > 0 && ctx.Err() == nil && !w.yield(discover.Batch(changes...), nil) {
+		w.stop()
+	}
+}
+
+// report yields an error, unless it was reported already.
 func (w *watch) report(ctx context.Context, err error) {
-	what := err.Error()
+	what, cause := err.Error(), err
+	if hidden := (*unavailable)(nil); errors.As(err, &hidden) {
+		cause = hidden.err
+	}
 	// The whole text has a port or a timeout in it that is another each time.
 	var request *url.Error
 	var operation *net.OpError
 	switch {
-	case errors.As(err, &operation):
+	case errors.As(cause, &operation):
 		what = operation.Op + ": " + operation.Err.Error()
-	case errors.As(err, &request):
+	case errors.As(cause, &request):
 		what = request.Err.Error()
 	}
-	if ctx.Err() != nil || what == w.told && time.Since(w.toldAt) < repeatEvery {
+	w.failing = true
+	if ctx.Err() != nil || !w.told.First(what) {
 		return
 	}
-	w.told, w.toldAt = what, time.Now()
 	if !w.yield(discover.Change{}, fmt.Errorf("kubernetes: %s/%s: %w", w.namespace, w.service, err)) {
 		w.stop()
 	}

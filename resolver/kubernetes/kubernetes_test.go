@@ -10,7 +10,9 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -201,6 +203,111 @@ func TestErrorsAreReportedOnce(t *testing.T) {
 	}
 }
 
+// client-go says nothing of an API server that refuses connections after it was well.
+func TestRefusedConnectionsAreReported(t *testing.T) {
+	api := startAPIServer(t)
+	cfg := api.config()
+	var down atomic.Bool
+	cfg.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if down.Load() {
+			return nil, &net.OpError{Op: "dial", Net: network, Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+		}
+		return new(net.Dialer).DialContext(ctx, network, addr)
+	}
+	channel := enginetest.Dial(t, newSource(t, cfg, "prod/orders:grpc"))
+	channel.WaitSet(t, set{})
+	down.Store(true)
+	api.disconnect()
+	channel.WaitError(t, "connection refused")
+	down.Store(false)
+	channel.WaitWell(t) // although no pod says so
+}
+
+// While the API server is out of order calls go on with the last set, each error is
+// reported once, and the source catches up. The flag -outage says how long that is.
+func TestOutages(t *testing.T) {
+	api := startAPIServer(t)
+	addrs := enginetest.Serve(t, 2)
+	proxy := enginetest.NewProxy(t)
+	target := func() string { return api.http.Listener.Addr().String() }
+	proxy.ForwardTo(target())
+	n := 0
+	change := func() set {
+		n++
+		host, port, _ := strings.Cut(addrs[n%2], ":")
+		var number int32
+		fmt.Sscan(port, &number)
+		key := fmt.Sprint("pod-", n)
+		api.put(sliceWith("orders", map[string]int32{"grpc": number}, pod(key, host, "")))
+		return set{key: addrs[n%2] + "*1@"}
+	}
+	want := change()
+	channel := enginetest.Dial(t, newSource(t, &rest.Config{Host: "http://" + proxy.Addr()}, "prod/orders:grpc"))
+	channel.WaitSet(t, want)
+	channel.Load(4)
+	channel.Survive(t, change, append(proxy.Disturb(target), enginetest.Disturbance{
+		Name: "too many requests",
+		Begin: func() {
+			api.breakWith(func(w http.ResponseWriter) {
+				fail(w, http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests)
+			})
+		},
+		End:  func() { api.breakWith(nil) },
+		Told: "TooManyRequests",
+	}, enginetest.Disturbance{
+		Name:  "restarted without its history",
+		Begin: api.disconnect,
+		End:   api.compact,
+	})...)
+}
+
+// A store has the slices of an API server.
+type store interface {
+	put(slices ...*discoveryv1.EndpointSlice)
+	remove(name string)
+}
+
+// randomPod changes a pod in one of the ways that happen, and notes it in the model. The
+// pod has two slices of its own, and pod 0 is always ready.
+func randomPod(rng *rand.Rand, api store, i int, addr string, model set) {
+	host, port, _ := strings.Cut(addr, ":")
+	var number int32
+	fmt.Sscan(port, &number)
+	key := fmt.Sprint("pod-", i)
+	slice := func(half int, conditions ...string) *discoveryv1.EndpointSlice {
+		s := sliceWith(fmt.Sprintf("orders-%d-%d", i, half), map[string]int32{"grpc": number, "other": 1})
+		for _, c := range conditions {
+			s.Endpoints = append(s.Endpoints, pod(key, host, c, inZone("z")))
+		}
+		return s
+	}
+	const ready, draining, unready = "rsT", "Rst", "RST"
+	shown := addr + "*1@z"
+	switch kind := rng.IntN(7); {
+	case kind == 0 || i == 0: // pod-0 stays, so that calls need not fail.
+		api.put(slice(0, ready))
+		model[key] = shown
+	case kind == 1: // in both slices, one of them out of date
+		api.put(slice(0, ready), slice(1, draining))
+		model[key] = shown
+	case kind == 2:
+		api.put(slice(0), slice(1, draining))
+		model[key] = shown + " draining"
+	case kind == 3:
+		api.put(slice(0, unready), slice(1))
+		delete(model, key)
+	case kind == 4:
+		api.remove(fmt.Sprintf("orders-%d-0", i))
+		api.remove(fmt.Sprintf("orders-%d-1", i))
+		delete(model, key)
+	default: // It moves.
+		half := rng.IntN(2)
+		api.put(slice(half, ready))
+		api.put(slice(1 - half))
+		model[key] = shown
+	}
+}
+
 // At rest the channel has what the API server has, and no call has failed, after
 // 1,000 changes: pods come, drain and go, move between slices, and the server is
 // disturbed in every way.
@@ -212,44 +319,7 @@ func TestRandomChanges(t *testing.T) {
 	// Each server has a port of its own, and so each pod a slice.
 	addrs := enginetest.Serve(t, 10)
 	model := set{}
-	change := func(i int) {
-		host, port, _ := strings.Cut(addrs[i], ":")
-		var number int32
-		fmt.Sscan(port, &number)
-		key := fmt.Sprint("pod-", i)
-		slice := func(half int, conditions ...string) *discoveryv1.EndpointSlice {
-			s := sliceWith(fmt.Sprintf("orders-%d-%d", i, half), map[string]int32{"grpc": number, "other": 1})
-			for _, c := range conditions {
-				s.Endpoints = append(s.Endpoints, pod(key, host, c, inZone("z")))
-			}
-			return s
-		}
-		const ready, draining, unready = "rsT", "Rst", "RST"
-		shown := addrs[i] + "*1@z"
-		switch kind := rng.IntN(7); {
-		case kind == 0 || i == 0: // pod-0 stays, so that calls need not fail.
-			api.put(slice(0, ready))
-			model[key] = shown
-		case kind == 1: // in both slices, one of them out of date
-			api.put(slice(0, ready), slice(1, draining))
-			model[key] = shown
-		case kind == 2:
-			api.put(slice(0), slice(1, draining))
-			model[key] = shown + " draining"
-		case kind == 3:
-			api.put(slice(0, unready), slice(1))
-			delete(model, key)
-		case kind == 4:
-			api.remove(fmt.Sprintf("orders-%d-0", i))
-			api.remove(fmt.Sprintf("orders-%d-1", i))
-			delete(model, key)
-		default: // It moves.
-			half := rng.IntN(2)
-			api.put(slice(half, ready))
-			api.put(slice(1 - half))
-			model[key] = shown
-		}
-	}
+	change := func(i int) { randomPod(rng, api, i, addrs[i], model) }
 	for range 3 {
 		for i := range addrs {
 			change(i)
@@ -307,6 +377,6 @@ func TestRandomChanges(t *testing.T) {
 	for model["pod-9"] != addrs[9]+"*1@z" {
 		change(9)
 	}
-	channel.WaitServed(t, addrs[9])
-	t.Logf("the first call to a new pod was answered %v after it was ready", time.Since(began))
+	channel.WaitShare(t, addrs[9], len(model))
+	t.Logf("a new pod had its share of the calls %v after it was ready", time.Since(began))
 }

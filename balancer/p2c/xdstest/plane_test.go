@@ -112,7 +112,7 @@ func TestThroughXDSWeightsDoNotSkewWhatIsInFlight(t *testing.T) {
 // No call fails, and in the end the policies have what the control plane has.
 func TestThroughXDSChurnUnderLoad(t *testing.T) {
 	t.Parallel()
-	const updates = 100
+	const updates = 1000
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))

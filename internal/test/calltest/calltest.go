@@ -63,6 +63,34 @@ func Takes(d time.Duration) Server {
 // Noop is an invoker that does nothing, for counting and timing what a stack does.
 func Noop(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
 
+// Chain composes n interceptors that only pass calls on, as grpc.WithChainUnaryInterceptor
+// does, which makes a closure for each interceptor and call: what a stack is compared with.
+func Chain(n int) grpc.UnaryClientInterceptor {
+	pass := func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		return next(ctx, method, req, reply, cc, opts...)
+	}
+	return ChainOf(slices.Repeat([]grpc.UnaryClientInterceptor{pass}, n)...)
+}
+
+// ChainOf composes interceptors as grpc.WithChainUnaryInterceptor does, the first outermost.
+func ChainOf(all ...grpc.UnaryClientInterceptor) grpc.UnaryClientInterceptor {
+	if len(all) == 1 {
+		return all[0]
+	}
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, last grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		return all[0](ctx, method, req, reply, cc, invokerFrom(all, 0, last), opts...)
+	}
+}
+
+func invokerFrom(all []grpc.UnaryClientInterceptor, i int, last grpc.UnaryInvoker) grpc.UnaryInvoker {
+	if i == len(all)-1 {
+		return last
+	}
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, opts ...grpc.CallOption) error {
+		return all[i+1](ctx, method, req, reply, cc, invokerFrom(all, i+1, last), opts...)
+	}
+}
+
 // Stack is a stack of the layers of specs, the first outermost.
 func Stack(t testing.TB, specs ...interceptor.Spec) *interceptor.Stack {
 	t.Helper()

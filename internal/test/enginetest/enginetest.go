@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/peer"
@@ -123,6 +124,24 @@ func (v *view) WaitError(t *testing.T, text string) {
 	}
 }
 
+// WaitWell waits until the channel's source does not fail.
+func (c *Channel) WaitWell(t *testing.T) {
+	t.Helper()
+	var err error
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		err = nil
+		for _, s := range discover.Sources() {
+			if s.Target == c.target {
+				err = s.Err
+			}
+		}
+		if err == nil {
+			return
+		}
+	}
+	t.Fatalf("the source still fails: %v", err)
+}
+
 // Known reports whether there was a complete set yet.
 func (v *view) Known() bool {
 	v.mu.Lock()
@@ -186,34 +205,45 @@ func (w *Watcher) Stop() {
 func Serve(t *testing.T, n int) (addrs []string) {
 	t.Helper()
 	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		addr, err := ServeAt(t, "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
-		s := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
-			var m emptypb.Empty
-			if err := stream.RecvMsg(&m); err != nil {
-				return err
-			}
-			return stream.SendMsg(&m)
-		}))
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			_ = s.Serve(l) // ends with Stop
-		}()
-		t.Cleanup(func() { s.Stop(); <-done })
-		addrs = append(addrs, l.Addr().String())
+		addrs = append(addrs, addr)
 	}
 	return addrs
+}
+
+// ServeAt is Serve of one server at an address that may not be free. It returns the
+// address.
+func ServeAt(t *testing.T, addr string) (string, error) {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return "", err
+	}
+	s := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		var m emptypb.Empty
+		if err := stream.RecvMsg(&m); err != nil {
+			return err
+		}
+		return stream.SendMsg(&m)
+	}))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = s.Serve(l) // ends with Stop
+	}()
+	t.Cleanup(func() { s.Stop(); <-done })
+	return l.Addr().String(), nil
 }
 
 // A Channel is a gRPC channel under load.
 type Channel struct {
 	*view
-	conn  *grpc.ClientConn
-	stop  chan struct{}
-	calls sync.WaitGroup
+	target string
+	conn   *grpc.ClientConn
+	stop   chan struct{}
+	calls  sync.WaitGroup
 
 	// failuresMu guards failures.
 	failuresMu sync.Mutex
@@ -222,14 +252,15 @@ type Channel struct {
 }
 
 // Dial makes a channel that finds its endpoints through src. Load begins with
-// the first complete set that is not empty.
+// the first complete set that is not empty. What fails is tried again sooner than by
+// default.
 func Dial(t *testing.T, src discover.Source, opts ...grpc.DialOption) *Channel {
 	t.Helper()
 	target := fmt.Sprintf("%s:///%s-%d", discover.Scheme, "enginetest", channels.Add(1))
-	c := &Channel{view: newView(), stop: make(chan struct{})}
+	c := &Channel{view: newView(), target: target, stop: make(chan struct{})}
 	views.Store(target, c.view)
 	conn, err := grpc.NewClient(target, append([]grpc.DialOption{
-		discover.WithSource(src),
+		discover.WithSource(src, discover.WithBackoff(backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.5, MaxDelay: time.Second})),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithNoProxy(),
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"` + policy + `": {}}]}`),
@@ -281,15 +312,23 @@ func (c *Channel) Call() (string, error) {
 	return p.Addr.String(), nil
 }
 
-// WaitServed makes calls until the server at addr has answered one.
-func (c *Channel) WaitServed(t *testing.T, addr string) {
+// WaitShare makes calls until the server at addr has answered at least half of what is
+// its share among n.
+func (c *Channel) WaitShare(t *testing.T, addr string, n int) {
 	t.Helper()
+	const share = 20
 	for end := time.Now().Add(patience); ; {
-		if got, err := c.Call(); err == nil && got == addr {
+		answered := 0
+		for range share * n {
+			if got, err := c.Call(); err == nil && got == addr {
+				answered++
+			}
+		}
+		if answered >= share/2 {
 			return
 		}
 		if time.Now().After(end) {
-			t.Fatalf("no call went to %s", addr)
+			t.Fatalf("%s answered %d of the last %d calls, want its share among %d", addr, answered, share*n, n)
 		}
 	}
 }

@@ -7,6 +7,8 @@
 package lbtest
 
 import (
+	"encoding/json"
+	"fmt"
 	"sync"
 
 	"google.golang.org/grpc/balancer"
@@ -14,6 +16,52 @@ import (
 	estats "google.golang.org/grpc/experimental/stats"
 	"google.golang.org/grpc/resolver"
 )
+
+// Endpoints returns n endpoints of one address each.
+func Endpoints(n int) []resolver.Endpoint {
+	es := make([]resolver.Endpoint, n)
+	for i := range es {
+		es[i].Addresses = []resolver.Address{{Addr: fmt.Sprintf("10.%d.%d.%d:443", i>>16, i>>8&255, i&255)}}
+	}
+	return es
+}
+
+// State returns what a resolver and a service config say to the policy of a name in gRPC's
+// registry: endpoints, also as the flat list that older policies read, and a config in JSON.
+func State(policy, config string, endpoints []resolver.Endpoint) (balancer.ClientConnState, error) {
+	state := balancer.ClientConnState{ResolverState: resolver.State{Endpoints: endpoints}}
+	for _, e := range endpoints {
+		state.ResolverState.Addresses = append(state.ResolverState.Addresses, e.Addresses...)
+	}
+	builder := balancer.Get(policy)
+	if builder == nil {
+		return state, fmt.Errorf("lbtest: no policy %q is registered", policy)
+	}
+	parser, ok := builder.(balancer.ConfigParser)
+	if !ok {
+		return state, nil
+	}
+	parsed, err := parser.ParseConfig(json.RawMessage(config))
+	state.BalancerConfig = parsed
+	return state, err
+}
+
+// Start builds the policy of a name in gRPC's registry and gives it what State returned. It
+// returns when all endpoints are READY. The caller closes the policy.
+func Start(policy string, state balancer.ClientConnState) (*Channel, balancer.Balancer, error) {
+	cc := &Channel{}
+	b := balancer.Get(policy).Build(cc, balancer.BuildOptions{})
+	if err := b.UpdateClientConnState(state); err != nil {
+		b.Close()
+		return nil, nil, err
+	}
+	cc.Drain()
+	if s, _ := cc.State(); s.ConnectivityState != connectivity.Ready {
+		b.Close()
+		return nil, nil, fmt.Errorf("lbtest: the channel of %s is %v, must be READY", policy, s.ConnectivityState)
+	}
+	return cc, b, nil
+}
 
 // Channel is a balancer.ClientConn. A policy may call it from anywhere; what it
 // asks for happens when the caller runs Drain, on the caller's goroutine, as a

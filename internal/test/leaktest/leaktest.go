@@ -20,11 +20,12 @@ import (
 // goleak alone waits less than half a second.
 const patience = 30 * time.Second
 
-// Main runs the tests and exits: with code 1 if they pass and goroutines are left.
-func Main(m *testing.M) {
+// Main runs the tests and exits: with code 1 if they pass and goroutines are left, but for
+// those that options ignore.
+func Main(m *testing.M, options ...goleak.Option) {
 	code := m.Run()
 	if code == 0 {
-		if err := find(patience); err != nil {
+		if err := find(patience, options...); err != nil {
 			fmt.Fprintf(os.Stderr, "leaktest: %v\n", err)
 			code = 1
 		}
@@ -33,9 +34,9 @@ func Main(m *testing.M) {
 }
 
 // find returns an error if goroutines are left after d.
-func find(d time.Duration) error {
+func find(d time.Duration, options ...goleak.Option) error {
 	for end := time.Now().Add(d); ; {
-		if err := goleak.Find(); err == nil || time.Now().After(end) {
+		if err := goleak.Find(options...); err == nil || time.Now().After(end) {
 			return err
 		}
 	}
