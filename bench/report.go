@@ -83,7 +83,7 @@ func (p *page) summary(add printer) {
 			case len(c.missed) == 0:
 				add("- **Holds** in all of %d: %s", c.tried, c.text)
 			default:
-				add("- **Holds in %d of %d**: %s", c.tried-c.places(), c.tried, c.text)
+				add("- **Holds in %d of %d**: %s", c.tried-c.failed, c.tried, c.text)
 				for _, m := range c.missed {
 					add("  - %s", m)
 				}
@@ -110,9 +110,6 @@ func (p *page) summary(add printer) {
 	}
 	add("")
 }
-
-// places returns in how many places the claim does not hold.
-func (c claim) places() int { return min(len(c.missed), c.tried) }
 
 func (p *page) versions(add printer) {
 	add("## Versions\n")

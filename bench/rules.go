@@ -169,6 +169,7 @@ type claim struct {
 	text   string
 	missed []string // where it does not hold, with the figure and the reason
 	tried  int      // in how many places it was looked at
+	failed int      // in how many of them it does not hold
 }
 
 // claims compares the sections with what belfry claims.
@@ -207,6 +208,7 @@ func againstFailsafe(s *section) claim {
 				}
 				c.tried++
 				if ratio := g.better(i, r, b); !(ratio > 1) {
+					c.failed++
 					c.missed = append(c.missed, win{s, g, i, r, b, ratio}.miss(r.name))
 				}
 			}
@@ -245,6 +247,7 @@ func throughput(s *section) claim {
 			if r.less != "" {
 				text += " " + r.less
 			}
+			c.failed++
 			c.missed = append(c.missed, text)
 		}
 	}
@@ -260,6 +263,7 @@ func tail(s *section) claim {
 			continue
 		}
 		c.tried++
+		before := len(c.missed)
 		for _, r := range g.rows {
 			if r == b || r.role != peer && r.role != ours || !r.measured() {
 				continue
@@ -267,6 +271,9 @@ func tail(s *section) claim {
 			if ratio := g.better(p99, r, b); ratio < 1-margin {
 				c.missed = append(c.missed, win{s, g, p99, r, b, ratio}.miss(r.name))
 			}
+		}
+		if len(c.missed) > before {
+			c.failed++
 		}
 	}
 	return c
