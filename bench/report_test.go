@@ -143,7 +143,7 @@ func TestClaims(t *testing.T) {
 			2, []string{"rows: failsafe-go b, ns 0.90. One repeat"}},
 		{"throughput", of("calls", callMetrics,
 			rowOf(rrName, peer, []float64{100}, []float64{130}), rowOf("p2c", base, []float64{120}, []float64{138}), rowOf("hedge", ours, []float64{94}, []float64{175})),
-			2, []string{"hedge: 0.94 times the calls of round_robin. The processors are the bound: a call of its own takes 175 allocations, a bare one 130."}},
+			2, []string{"hedge: 0.94 times the calls of round_robin. The processors are the bound, so a call that costs more is made less often. Allocations: 175, bare 130."}},
 		{"tail", of("cluster", clusterMetrics,
 			rowOf("default", base, []float64{10}, []float64{20}), rowOf("close", peer, []float64{9}, []float64{19.5}),
 			rowOf("better", peer, []float64{10}, []float64{15}), rowOf("oracle", bound, []float64{5}, []float64{8}), rowOf("proxy", neighbour, []float64{5}, []float64{8})),

@@ -233,8 +233,14 @@ func throughput(s *section) claim {
 				continue
 			}
 			text := fmt.Sprintf("%s: %s times the calls of round_robin.", r.name, formatRatio(ratio))
-			if allocations := g.metric("allocations"); allocations >= 0 {
-				text += fmt.Sprintf(" The processors are the bound: a call of its own takes %.0f allocations, a bare one %.0f.", r.median(allocations), rr.median(allocations))
+			if n := (win{s, g, calls, rr, r, ratio}).lost(); n > 0 {
+				text += fmt.Sprintf(" Within the noise: in %d of %d repeats it was the other way round.", n, len(r.values[calls]))
+			}
+			text += " The processors are the bound, so a call that costs more is made less often."
+			for _, name := range []string{"CPU, µs", "allocations"} {
+				if i := g.metric(name); i >= 0 {
+					text += fmt.Sprintf(" %s: %s, bare %s.", upperFirst(name), formatValue(r.median(i), 3), formatValue(rr.median(i), 3))
+				}
 			}
 			if r.less != "" {
 				text += " " + r.less
