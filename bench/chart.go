@@ -160,7 +160,7 @@ func (b bars) save(path string) error {
 			chart.Offset = width * vg.Length(float64(side-1)/2-float64(i))
 		}
 		p.Add(chart)
-		p.Legend.Add(s.name, chart)
+		p.Legend.Add(s.name+strings.Repeat(" ", 2+len(s.name)/3), chart) // as for the labels
 	}
 	labels := make([]string, n)
 	for k, l := range b.labels {
