@@ -169,6 +169,7 @@ type claim struct {
 	text   string
 	missed []string // where it does not hold, with the figure and the reason
 	tried  int      // in how many places it was looked at
+	failed int      // in how many of them it does not hold
 }
 
 // claims compares the sections with what belfry claims.
@@ -207,6 +208,7 @@ func againstFailsafe(s *section) claim {
 				}
 				c.tried++
 				if ratio := g.better(i, r, b); !(ratio > 1) {
+					c.failed++
 					c.missed = append(c.missed, win{s, g, i, r, b, ratio}.miss(r.name))
 				}
 			}
@@ -233,12 +235,19 @@ func throughput(s *section) claim {
 				continue
 			}
 			text := fmt.Sprintf("%s: %s times the calls of round_robin.", r.name, formatRatio(ratio))
-			if allocations := g.metric("allocations"); allocations >= 0 {
-				text += fmt.Sprintf(" The processors are the bound: a call of its own takes %.0f allocations, a bare one %.0f.", r.median(allocations), rr.median(allocations))
+			if n := (win{s, g, calls, rr, r, ratio}).lost(); n > 0 {
+				text += fmt.Sprintf(" Within the noise: in %d of %d repeats it was the other way round.", n, len(r.values[calls]))
+			}
+			text += " The processors are the bound, so a call that costs more is made less often."
+			for _, name := range []string{"CPU, µs", "allocations"} {
+				if i := g.metric(name); i >= 0 {
+					text += fmt.Sprintf(" %s: %s, bare %s.", upperFirst(name), formatValue(r.median(i), 3), formatValue(rr.median(i), 3))
+				}
 			}
 			if r.less != "" {
 				text += " " + r.less
 			}
+			c.failed++
 			c.missed = append(c.missed, text)
 		}
 	}
@@ -254,6 +263,7 @@ func tail(s *section) claim {
 			continue
 		}
 		c.tried++
+		before := len(c.missed)
 		for _, r := range g.rows {
 			if r == b || r.role != peer && r.role != ours || !r.measured() {
 				continue
@@ -261,6 +271,9 @@ func tail(s *section) claim {
 			if ratio := g.better(p99, r, b); ratio < 1-margin {
 				c.missed = append(c.missed, win{s, g, p99, r, b, ratio}.miss(r.name))
 			}
+		}
+		if len(c.missed) > before {
+			c.failed++
 		}
 	}
 	return c

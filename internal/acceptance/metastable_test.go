@@ -28,9 +28,8 @@ var (
 // (Bronson et al., "Metastable failures in distributed systems", HotOS 2021). Servers work
 // on what their clients have given up, as real ones do, so retries can hold them down. Here
 // a trigger hits two servers at half of their capacity, for two seconds, and ten seconds
-// after it at most half of the calls may fail: fewer is not down. The adaptive limit may
-// still be at one or two then, with a tenth to a third of the calls refused for their
-// deadline while they wait for it: with one seed in ten after a retry storm. In virtual time:
+// after it at most a quarter of the calls may fail. In 600 runs of the first three triggers two had
+// more than one in a hundred, and 9 % at most, because the limit was still at one or two. In virtual time:
 // a seed decides the arrivals and the servers' work, but not which goroutine runs first.
 func TestMetastable(t *testing.T) {
 	const (
@@ -127,7 +126,7 @@ func TestMetastable(t *testing.T) {
 					failed.Store(0)
 					load(1, 3*time.Second)
 					wg.Wait()
-					if n, bad := calls.Load(), failed.Load(); bad*2 > n {
+					if n, bad := calls.Load(), failed.Load(); bad*4 > n {
 						t.Errorf("seed %d: ten seconds after the trigger, by whose end %d calls had failed, %d of %d calls fail", seed, hit, bad, n)
 					}
 				})
