@@ -24,7 +24,8 @@ func tiny() plan {
 		quick: true, repeats: 1, seed: 1,
 		sizes: []int{3, 12}, buildMost: time.Minute,
 		callsTime: 20 * time.Millisecond, inFlight: 4,
-		clusterRepeats: 1, warmUp: 50 * time.Millisecond, measured: 100 * time.Millisecond, rate: 0.1,
+		clusterRepeats: 1, warmUp: 20 * time.Millisecond, measured: 50 * time.Millisecond, rate: 0.1,
+		scenarios: []scenario{{name: "all at once", clients: 2, load: 0.5, speeds: []float64{0.5}, down: []int{1}, stalls: true}},
 	}
 }
 
@@ -69,7 +70,7 @@ func TestSections(t *testing.T) {
 
 func TestFlags(t *testing.T) {
 	for _, c := range []struct{ args, want string }{
-		{"-only nothing", `-only has "nothing", must be of pick, interceptors`},
+		{"-only nothing", `-only has "nothing", must be of pick, interceptors, calls, cluster`},
 		{"now", `unexpected argument "now"`},
 	} {
 		if err := run(t.Context(), strings.Fields(c.args), &strings.Builder{}); err == nil || !strings.Contains(err.Error(), c.want) {
@@ -84,5 +85,22 @@ func TestPlans(t *testing.T) {
 		if p.repeats%2 == 0 || p.clusterRepeats%2 == 0 {
 			t.Errorf("%s: %d repeats, %d of the cluster, want odd numbers", name, p.repeats, p.clusterRepeats)
 		}
+	}
+}
+
+// TestOracle checks that the oracle knows the servers.
+func TestOracle(t *testing.T) {
+	l := newLedger(4, 2)
+	l.set(0, func(e *entry) { e.down = true })
+	l.set(1, func(e *entry) { e.speed = 0.5 })
+	places := []place{{server: 0}, {server: 1}, {server: 2}, {server: 3}}
+	got := make([]int, 4)
+	for range 6 {
+		got[l.choose(places).server]++
+	}
+	// Two each for the workers of the two that are fast and up. One more there costs 1.5,
+	// and then 2, as the first at the one that is slow.
+	if got[0] != 0 || got[1] != 0 || got[2] != 3 || got[3] != 3 {
+		t.Errorf("calls by server: got %v, want [0 0 3 3]", got)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/font"
@@ -159,16 +160,19 @@ func (b bars) save(path string) error {
 			chart.Offset = width * vg.Length(float64(side-1)/2-float64(i))
 		}
 		p.Add(chart)
-		p.Legend.Add(s.name, chart)
+		p.Legend.Add(s.name+strings.Repeat(" ", 2+len(s.name)/3), chart) // as for the labels
 	}
 	labels := make([]string, n)
 	for k, l := range b.labels {
-		labels[n-1-k] = l
+		// Readers often have a wider font than the one that the text is placed by. Spaces at
+		// its end keep it off the bars.
+		labels[n-1-k] = l + strings.Repeat(" ", 2+len(l)/3)
 	}
 	p.NominalY(labels...)
-	p.Y.Max += float64(len(b.series)) / 4 * float64(barWidth/(width*vg.Length(side)+barWidth)) // room for the legend
+	pitch, legend := width*vg.Length(side)+barWidth/2, vg.Length(len(b.series))*5*vg.Millimeter
+	p.Y.Max += float64(legend / pitch) // room for the legend
 
-	c := vgsvg.New(24*vg.Centimeter, vg.Length(n)*(width*vg.Length(side)+barWidth/2)+vg.Length(len(b.series)+6)*5*vg.Millimeter)
+	c := vgsvg.New(26*vg.Centimeter, vg.Length(n)*pitch+legend+3*vg.Centimeter)
 	p.Draw(draw.New(c))
 	f, err := os.Create(path)
 	if err != nil {

@@ -100,7 +100,7 @@ func failsafeSix() []failsafe.Policy[any] {
 		failsafetimeout.New[any](time.Hour),
 		failsafegrpc.NewRetryPolicyBuilder[any]().WithBudget(budget.New()).Build(),
 		bulkhead.NewBuilder[any](1000).WithMaxWaitTime(time.Second).Build(),
-		ratelimiter.NewSmoothWithMaxRate[any](time.Nanosecond),
+		ratelimiter.NewBursty[any](1e9, time.Second),
 		circuitbreaker.NewWithDefaults[any](),
 		adaptivethrottler.NewWithDefaults[any](),
 	}

@@ -6,9 +6,12 @@
 //	cd bench && go run . -quick   # two minutes
 //	cd bench && go run .          # half an hour
 //
-// It measures what a pick and the build of a policy take, and what an interceptor
-// takes. Run it on a machine that does nothing else: all rows of a table are
-// measured in turn in each repeat, so noise meets them alike, but it remains noise.
+// It measures what a pick and the build of a policy take; what an interceptor
+// takes; whole calls on loopback; and the latencies of a cluster whose servers are
+// unequal, slow, stall or fail, under an open load. Run it on a machine that does
+// nothing else: all rows of a table are measured in turn in each repeat, so noise
+// meets them alike, but it remains noise. haproxy and nginx take part if they are
+// installed.
 //
 // Peers run their published code, as a dependency. The module is one of its own so
 // that users of belfry do not get these dependencies.
@@ -41,7 +44,7 @@ func main() {
 }
 
 // keys are what -only may name, in the order of the page.
-var keys = []string{"pick", "interceptors"}
+var keys = []string{"pick", "interceptors", "calls", "cluster"}
 
 // run is the program.
 func run(ctx context.Context, args []string, progress io.Writer) error {
@@ -108,6 +111,10 @@ func (p plan) section(ctx context.Context, key string, progress func(string)) (s
 		return []*section{pick, build}, nil, err
 	case "interceptors":
 		s, err = interceptors(ctx, p, progress)
+	case "calls":
+		s, err = wholeCalls(ctx, p, progress)
+	case "cluster":
+		s, missing, err = clusters(ctx, p, progress)
 	}
 	return []*section{s}, missing, err
 }

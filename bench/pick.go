@@ -73,9 +73,9 @@ func policies() []policy {
 	}
 }
 
-// wrrConfig makes weights count after a second of reports, and be drawn up as often as may be.
+// wrrConfig makes weights count after half a second of reports, and be drawn up as often as may be.
 // The defaults are 10 s and 1 s, which would need longer runs.
-const wrrConfig = `{"blackoutPeriod":"1s","weightUpdatePeriod":"0.1s"}`
+const wrrConfig = `{"blackoutPeriod":"0.5s","weightUpdatePeriod":"0.1s"}`
 
 var pickMetrics = []metric{
 	{name: "ns", digits: 3, judged: true},

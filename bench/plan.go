@@ -24,6 +24,7 @@ type plan struct {
 	callsTime time.Duration // of whole calls, in each repeat
 	inFlight  int
 
+	scenarios      []scenario
 	clusterRepeats int // odd
 	warmUp         time.Duration
 	measured       time.Duration // after the warm-up, in each repeat
@@ -36,7 +37,7 @@ func full() plan {
 		repeats: 5, seed: 1,
 		benchTime: 100 * time.Millisecond, sizes: []int{10, 100, 1000, 10_000}, buildMost: 10 * time.Second,
 		callsTime: 2 * time.Second, inFlight: 64,
-		clusterRepeats: 3, warmUp: 2 * time.Second, measured: 4 * time.Second, rate: 1,
+		scenarios: scenarios(), clusterRepeats: 3, warmUp: 2 * time.Second, measured: 3500 * time.Millisecond, rate: 1,
 	}
 }
 
@@ -46,7 +47,7 @@ func quick() plan {
 		quick: true, repeats: 3, seed: 1,
 		benchTime: 10 * time.Millisecond, sizes: []int{10, 100, 1000}, buildMost: 10 * time.Second,
 		callsTime: 300 * time.Millisecond, inFlight: 64,
-		clusterRepeats: 1, warmUp: 400 * time.Millisecond, measured: 600 * time.Millisecond, rate: 1,
+		scenarios: scenarios(), clusterRepeats: 1, warmUp: 400 * time.Millisecond, measured: 600 * time.Millisecond, rate: 1,
 	}
 }
 

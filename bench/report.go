@@ -61,7 +61,7 @@ func (p *page) head(add printer) {
 		add("| %s | %s |", mod.path, mod.version)
 	}
 	add("| repeats | %d, of the cluster %d; seeds from %d on |\n", p.plan.repeats, p.plan.clusterRepeats, p.plan.seed)
-	add("Figures are medians of the repeats, and all rows of a table are measured in turn in each of them. Ratios are medians of the ratios within a repeat, so they hold on machines where the figures do not. In the column “ratio” the first figure of the row is set in ratio to that of the row in bold.\n")
+	add("Figures are medians of the repeats, and all rows of a table are measured in turn in each of them. Ratios are medians of the ratios within a repeat, so they hold on machines where the figures do not. The column “ratio” sets the first figure of the row, or in the cluster the p99, in ratio to that of the row in bold.\n")
 	if p.plan.quick {
 		add("**This is a quick run**: it shows that the program works. Its figures are noise where rows are close.\n")
 	}
@@ -83,7 +83,7 @@ func (p *page) summary(add printer) {
 			case len(c.missed) == 0:
 				add("- **Holds** in all of %d: %s", c.tried, c.text)
 			default:
-				add("- **Holds in %d of %d**: %s", c.tried-c.places(), c.tried, c.text)
+				add("- **Holds in %d of %d**: %s", c.tried-c.failed, c.tried, c.text)
 				for _, m := range c.missed {
 					add("  - %s", m)
 				}
@@ -110,9 +110,6 @@ func (p *page) summary(add printer) {
 	}
 	add("")
 }
-
-// places returns in how many places the claim does not hold.
-func (c claim) places() int { return min(len(c.missed), c.tried) }
 
 func (p *page) versions(add printer) {
 	add("## Versions\n")
@@ -178,8 +175,13 @@ func (g *group) write(add printer) {
 	}
 }
 
-// ratioMetric is the metric of the column “ratio”.
-func (g *group) ratioMetric() int { return max(g.metric("p99, ms"), 0) }
+// ratioMetric is the metric of the column “ratio”: the p99 where that is what is compared.
+func (g *group) ratioMetric() int {
+	if i := g.metric("p99, ms"); i >= 0 && g.metrics[i].judged {
+		return i
+	}
+	return 0
+}
 
 // formatValue returns v with so many significant digits, without an exponent.
 func formatValue(v float64, digits int) string {

@@ -100,7 +100,7 @@ func TestReason(t *testing.T) {
 			"It does less. belfry's policy of its kind, `kin`, is ahead of it: 0.80 in ratio to it."},
 		{"busy processors", tail, []*row{
 			busy(rowOf("base", base, []float64{10}, []float64{20}), 0.97), busy(rowOf("peer", peer, []float64{5}, []float64{90}), 0.3)},
-			"The processors were the bound of base (97 %), and less so of it (30 %)"},
+			"The processors were the bound (97 % busy under base, 30 % under this one)"},
 		{"a proxy", tail, []*row{rowOf("base", base, []float64{10}, []float64{20}), rowOf("peer", neighbour, []float64{5}, []float64{90})},
 			"All calls go through it"},
 		{"the median for the tail", tail, []*row{rowOf("base", base, []float64{10}, []float64{20}), rowOf("peer", peer, []float64{5}, []float64{90})},
@@ -143,16 +143,19 @@ func TestClaims(t *testing.T) {
 			2, []string{"rows: failsafe-go b, ns 0.90. One repeat"}},
 		{"throughput", of("calls", callMetrics,
 			rowOf(rrName, peer, []float64{100}, []float64{130}), rowOf("p2c", base, []float64{120}, []float64{138}), rowOf("hedge", ours, []float64{94}, []float64{175})),
-			2, []string{"hedge: 0.94 times the calls of round_robin. The processors are the bound: a call of its own takes 175 allocations, a bare one 130."}},
+			2, []string{"hedge: 0.94 times the calls of round_robin. The processors are the bound, so a call that costs more is made less often. Allocations: 175, bare 130."}},
 		{"tail", of("cluster", clusterMetrics,
 			rowOf("default", base, []float64{10}, []float64{20}), rowOf("close", peer, []float64{9}, []float64{19.5}),
-			rowOf("better", peer, []float64{10}, []float64{15}), rowOf("oracle", bound, []float64{5}, []float64{8}), rowOf("proxy", neighbour, []float64{5}, []float64{8})),
-			1, []string{"rows: better, p99, ms 0.75. One repeat"}},
+			rowOf("better", peer, []float64{10}, []float64{15}), rowOf("better too", ours, []float64{10}, []float64{16}), rowOf("oracle", bound, []float64{5}, []float64{8}), rowOf("proxy", neighbour, []float64{5}, []float64{8})),
+			1, []string{"rows, p99 in ratio to the default's: better 0.75, better too 0.80. One repeat"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			all := claims(c.sections)
 			if len(all) != 1 {
 				t.Fatalf("%d claims, want 1", len(all))
+			}
+			if all[0].failed != 1 {
+				t.Errorf("failed in %d places, want 1", all[0].failed)
 			}
 			if all[0].tried != c.tried || len(all[0].missed) != len(c.missed) {
 				t.Fatalf("looked at %d, missed %q; want %d, %q", all[0].tried, all[0].missed, c.tried, c.missed)

@@ -93,9 +93,9 @@ var reasons = []reason{
 		},
 	},
 	{ // Busy processors.
-		when: func(w win) bool { return w.base.busy >= boundBusy && w.peer.busy < w.base.busy },
+		when: func(w win) bool { return w.base.busy >= boundBusy },
 		text: func(w win) string {
-			return fmt.Sprintf("The processors were the bound of %s (%.0f %%), and less so of it (%.0f %%): what calls wait for a processor is in the figures, and no policy can shorten it.", w.base.name, 100*w.base.busy, 100*w.peer.busy)
+			return fmt.Sprintf("The processors were the bound (%.0f %% busy under %s, %.0f %% under this one): what calls wait for a processor is in the figures, and no policy can shorten it.", 100*w.base.busy, w.base.name, 100*w.peer.busy)
 		},
 	},
 	{ // Proxies see what a client cannot.
@@ -169,6 +169,7 @@ type claim struct {
 	text   string
 	missed []string // where it does not hold, with the figure and the reason
 	tried  int      // in how many places it was looked at
+	failed int      // in how many of them it does not hold
 }
 
 // claims compares the sections with what belfry claims.
@@ -207,6 +208,7 @@ func againstFailsafe(s *section) claim {
 				}
 				c.tried++
 				if ratio := g.better(i, r, b); !(ratio > 1) {
+					c.failed++
 					c.missed = append(c.missed, win{s, g, i, r, b, ratio}.miss(r.name))
 				}
 			}
@@ -233,12 +235,19 @@ func throughput(s *section) claim {
 				continue
 			}
 			text := fmt.Sprintf("%s: %s times the calls of round_robin.", r.name, formatRatio(ratio))
-			if allocations := g.metric("allocations"); allocations >= 0 {
-				text += fmt.Sprintf(" The processors are the bound: a call of its own takes %.0f allocations, a bare one %.0f.", r.median(allocations), rr.median(allocations))
+			if n := (win{s, g, calls, rr, r, ratio}).lost(); n > 0 {
+				text += fmt.Sprintf(" Within the noise: in %d of %d repeats it was the other way round.", n, len(r.values[calls]))
+			}
+			text += " The processors are the bound, so a call that costs more is made less often."
+			for _, name := range []string{"CPU, µs", "allocations"} {
+				if i := g.metric(name); i >= 0 {
+					text += fmt.Sprintf(" %s: %s, bare %s.", upperFirst(name), formatValue(r.median(i), 3), formatValue(rr.median(i), 3))
+				}
 			}
 			if r.less != "" {
 				text += " " + r.less
 			}
+			c.failed++
 			c.missed = append(c.missed, text)
 		}
 	}
@@ -254,13 +263,25 @@ func tail(s *section) claim {
 			continue
 		}
 		c.tried++
+		var reasons []string
+		ahead := make(map[string][]string) // by reason
 		for _, r := range g.rows {
 			if r == b || r.role != peer && r.role != ours || !r.measured() {
 				continue
 			}
 			if ratio := g.better(p99, r, b); ratio < 1-margin {
-				c.missed = append(c.missed, win{s, g, p99, r, b, ratio}.miss(r.name))
+				why := win{s, g, p99, r, b, ratio}.why()
+				if ahead[why] == nil {
+					reasons = append(reasons, why)
+				}
+				ahead[why] = append(ahead[why], r.name+" "+formatRatio(ratio))
 			}
+		}
+		for _, why := range reasons {
+			c.missed = append(c.missed, fmt.Sprintf("%s, p99 in ratio to the default's: %s. %s", g.name, strings.Join(ahead[why], ", "), why))
+		}
+		if len(reasons) > 0 {
+			c.failed++
 		}
 	}
 	return c

@@ -134,10 +134,7 @@ func (a *Admission) waitMayHelp(ctx context.Context, err error) bool {
 	if r.RetryAfter == 0 {
 		return true
 	}
-	end := a.bound
-	if t, ok := ctx.Deadline(); ok && (end == 0 || InstantOf(t) < end) {
-		end = InstantOf(t)
-	}
+	end := a.Internals().Deadline(ctx)
 	// A RetryAfter may be rounded up by an eighth.
 	return end == 0 || a.Now().Add(r.RetryAfter-r.RetryAfter/9) <= end
 }

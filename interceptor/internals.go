@@ -81,6 +81,16 @@ func (i *Internals) Bound(deadline Instant) (before Instant) {
 	return before
 }
 
+// Deadline returns the deadline of the call: that of ctx, or an earlier one of a layer
+// outside; zero if there is none.
+func (i *Internals) Deadline(ctx context.Context) Instant {
+	end := i.bound
+	if t, ok := ctx.Deadline(); ok && (end == 0 || InstantOf(t) < end) {
+		end = InstantOf(t)
+	}
+	return end
+}
+
 // SetBound restores a bound that [Internals.Bound] returned.
 func (i *Internals) SetBound(b Instant) { i.bound = b }
 

@@ -65,7 +65,8 @@ type AutoConfig struct {
 // drains off.
 //
 // A call that its caller gave up counts with the time that it had taken, if that is longer
-// than base: it would have taken at least that long.
+// than base: it would have taken at least that long. A window with more such calls than others
+// shrinks the limit, but does not enter the mean, which would be too long for many windows more.
 type Auto struct {
 	bounds
 	drains bool
@@ -250,8 +251,11 @@ func (a *Auto) adjust(now Instant) {
 	if a.mean == 0 {
 		a.mean = mean
 	}
-	a.mean += (mean - a.mean) * part
-	ratio, most := a.ratio(), a.most()
+	ratio, most := mean/a.base, a.most()
+	if w.cut <= w.n {
+		a.mean += (mean - a.mean) * part
+		ratio = a.ratio()
+	} // Otherwise nobody knows by how much calls take too long, so it is not remembered.
 	if a.phase == steady && !a.suspect && a.restore == 0 && a.weight >= autoMemory && ratio > autoSuspect*most && 3*a.chance(a.last) < math.Log(autoSuspect) {
 		a.suspect = true
 		a.schedule(now)

@@ -94,6 +94,9 @@ func TestAuto(t *testing.T) {
 			f.round(20, 100*ms, limit.GivenUp, true)
 		}
 		check(t, "after ten times the usual latency", f.Limit(), 1, 16)
+		if got := f.Explain().Latency; got > 20*ms {
+			t.Errorf("latency %v after calls that were given up, want 10 to 20 ms: nobody knows how long they would have taken", got)
+		}
 	})
 	t.Run("bounds", func(t *testing.T) {
 		f := newAutoFeed(t, limit.AutoConfig{Initial: 30, Min: 25, Max: 40})

@@ -24,10 +24,10 @@ import (
 // reused.
 type ages struct {
 	weights [2]atomic.Int64 // and number
-	older   atomic.Int64    // those of the attempts before
 	starts  [2]atomic.Int64 // weight times start, in age units, modulo 2^64
 	epoch   atomic.Uint32   // number of the current generation
 	began   atomic.Uint32   // when it began, in epochUnitBits
+	older   atomic.Int64    // the weights of the attempts before, and their number
 }
 
 const (

@@ -337,17 +337,8 @@ func (e *ExpectedLatency) v(p *expectedParams) float64 {
 	return max(v, p.minSpread)
 }
 
-// scale returns G/g: what the latencies of a method are multiplied by.
-func (e *ExpectedLatency) scale(m *method) float64 {
-	mean := m.fleet.mean()
-	unit := math.Float64frombits(e.unit.Load())
-	if mean <= 0 || unit <= 0 {
-		return 1
-	}
-	return unit / mean
-}
-
-// expectedMeter is the state of one endpoint.
+// expectedMeter is the state of one endpoint. A call to one that has nothing else in flight needs
+// the first of its four cache lines.
 //
 // What is in flight is counted exactly: it is zero when nothing is. The rest may
 // lose an update to a race, which costs one sample or misjudges one pick, and is
@@ -362,6 +353,7 @@ type expectedMeter struct {
 	reported  atomic.Uint64 // requests of others per weight, and the tick of the report; 0 before the first
 	reporting atomic.Uint32 // the tick of the first report
 	weight    atomic.Uint32 // that of the last attempt as float32 bits, 0 before the first; only with reports
+	_         [24]byte
 }
 
 // Times of samples are kept in units of about a millisecond. They wrap: after 26
@@ -397,7 +389,7 @@ func (m *expectedMeter) Load(q Query) Estimate {
 // queue returns the attempts in flight that count for a call, per weight, without
 // those of slow methods and so many that are left out.
 func (m *expectedMeter) queue(q *Query, left int) float64 {
-	if q.Class == slowClass {
+	if q.Class == slowClass || q.InFlight == 0 { // what is in flight stands in other cache lines
 		return q.queue()
 	}
 	_, slow := split(m.ages[slow].total())
@@ -437,7 +429,7 @@ func (m *expectedMeter) latency(p *expectedParams, q *Query) (sum, number float6
 		number += n * f
 	}
 	if q.InFlight == 0 {
-		return sum, number, w // what is in flight stands in other cache lines
+		return sum, number, w
 	}
 	w = m.waiting(p, q.Now)
 	return sum + w.sum, number, w
@@ -522,7 +514,7 @@ func (m *expectedMeter) Start(a *Attempt) Ticket {
 	case method.fleet.means.Load() == 0 && e.unit.Load() != 0:
 		kind = unknown
 	}
-	weight := max(uint32(min(weightOne*p.discount(queue)*e.scale(method)+0.5, maxWeight)), 1)
+	weight := max(uint32(min(weightOne*p.discount(queue)*method.scaled()+0.5, maxWeight)), 1)
 	epoch := m.ages[kind].add(weight, a.Now, e.maxAge(p, kind))
 	return Ticket{
 		Started: a.Now,
@@ -586,10 +578,10 @@ func (m *expectedMeter) completed(now Instant, t Ticket) bool {
 	divided := latency * p.discount(t.queue())
 	n := method.fleet.turn(now)
 	if n > 0 {
-		m.spread(p, now, min(divided*e.scale(method), p.sampleLimit*e.g()))
+		m.spread(p, now, min(divided*method.scaled(), p.sampleLimit*e.g()))
 		e.learn(method, t, latency, divided, n)
 	}
-	return m.sample(p, now, min(divided*e.scale(method), p.sampleLimit*e.g()), n)
+	return m.sample(p, now, min(divided*method.scaled(), p.sampleLimit*e.g()), n)
 }
 
 // learn takes a latency, which stands for n, into what all endpoints share.
@@ -597,7 +589,9 @@ func (e *ExpectedLatency) learn(method *method, t Ticket, latency, divided float
 	method.fleet.observe(divided, t.queue())
 	all := e.methods.Load()
 	all.called(method, n)
-	e.unit.Store(math.Float64bits(all.unit()))
+	unit := all.unit()
+	e.unit.Store(math.Float64bits(unit))
+	all.rescale(unit)
 	share := e.queue.observe(divided, t.queue())
 	if e.slow(method) != e.anySlow.Load() {
 		e.anySlow.Store(slices.ContainsFunc(all.all, e.slow))
@@ -642,7 +636,7 @@ func (m *expectedMeter) failed(s *Sample) bool {
 	}
 	method := e.methods.Load().all[s.Ticket.method()]
 	if !s.Responded { // the life of a stream after its first response is no latency
-		waited := s.Ticket.latency(s.Now) * p.discount(s.Ticket.queue()) * e.scale(method)
+		waited := s.Ticket.latency(s.Now) * p.discount(s.Ticket.queue()) * method.scaled()
 		if g := math.Float64frombits(e.unit.Load()); g > 0 {
 			waited = min(waited, p.sampleLimit*g)
 		}
@@ -663,7 +657,7 @@ func (m *expectedMeter) givenUp(now Instant, t Ticket) bool {
 	if k := t.kind(); k == streams || k == unknown {
 		limit = p.streamLimit / p.ageLimit * limit
 	}
-	age := min(min(t.latency(now), limit)*p.discount(t.queue())*e.scale(method), p.sampleLimit*g)
+	age := min(min(t.latency(now), limit)*p.discount(t.queue())*method.scaled(), p.sampleLimit*g)
 	s, n := floats32(m.mean.Load())
 	f := expNeg(e.unheard(p.rate, now, m.heard.Load()))
 	prior := p.prior * (1 + p.spreadPrior*e.v(p))

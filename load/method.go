@@ -16,7 +16,16 @@ type method struct {
 
 	fleet fleet         // the means of its divided latencies and of the attempts in flight when they were sent
 	count atomic.Uint64 // its samples, halved now and then, as float64 bits
-	_     [16]byte
+	scale atomic.Uint64 // G/g to 1/256, as float64 bits; 0 for 1
+	_     [8]byte
+}
+
+// scaled returns G/g: what the latencies of the method are multiplied by.
+func (m *method) scaled() float64 {
+	if w := m.scale.Load(); w != 0 {
+		return math.Float64frombits(w)
+	}
+	return 1
 }
 
 // methods is the table of a channel. It is not changed but replaced.
@@ -92,6 +101,19 @@ func (t *methods) unit() float64 {
 		return last
 	}
 	return math.Exp(sum / weight)
+}
+
+// rescale sets the scales of the methods that another unit changes, for all cores read them.
+func (t *methods) rescale(unit float64) {
+	for _, m := range t.all {
+		g, old := m.fleet.mean(), m.scaled()
+		if g <= 0 {
+			continue
+		}
+		if scale := unit / g; math.Abs(scale-old) > old/256 {
+			m.scale.Store(math.Float64bits(scale))
+		}
+	}
 }
 
 // called counts n samples of the method among those of all.

@@ -15,9 +15,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -29,13 +31,17 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/grpclog"
 	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/status"
 
 	"github.com/belfry-go/belfry"
 	"github.com/belfry-go/belfry/debug"
 	"github.com/belfry-go/belfry/interceptor"
+	"github.com/belfry-go/belfry/interceptor/breaker"
+	"github.com/belfry-go/belfry/interceptor/budget"
 	"github.com/belfry-go/belfry/interceptor/buffer"
 	"github.com/belfry-go/belfry/interceptor/concurrency"
 	"github.com/belfry-go/belfry/interceptor/otelobserver"
+	"github.com/belfry-go/belfry/interceptor/retry"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 	"github.com/belfry-go/belfry/resolver/discover"
@@ -82,15 +88,7 @@ func dial(t *testing.T, target string, stack *interceptor.Stack, src discover.So
 // One endpoint is slow, one fails, a limit is too low, and the source of another channel is
 // down. The page, the metrics, the log and the alerts each name all four.
 func TestIncident(t *testing.T) {
-	registry := prometheus.NewRegistry()
-	exporter, err := otelprom.New(otelprom.WithRegisterer(registry), otelprom.WithoutScopeInfo())
-	if err != nil {
-		t.Fatal(err)
-	}
-	obs, err := otelobserver.New(sdk.NewMeterProvider(sdk.WithReader(exporter)), otelobserver.WithEndpoints(100))
-	if err != nil {
-		t.Fatal(err)
-	}
+	registry, obs := observer(t)
 	page := debug.New()
 	newStack := func(name string, specs ...interceptor.Spec) *interceptor.Stack {
 		s, err := interceptor.NewStack(append(specs, interceptor.Named(name), interceptor.Observe(obs, page))...)
@@ -203,9 +201,7 @@ func TestIncident(t *testing.T) {
 		return len(f) == 1 && f[0].Target == "belfry:///users" && strings.Contains(f[0].Error, "registry is down")
 	})
 
-	w := httptest.NewRecorder()
-	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
-	metrics := w.Body.String()
+	metrics := scrape(registry)
 	for _, want := range []string{
 		`(?m)^belfry_endpoint_aside(_ratio)?\{belfry_endpoint="` + failing.Addr() + `".*target="belfry:///orders".*\} 1$`,
 		`(?m)^belfry_endpoint_latency_seconds\{belfry_endpoint="` + slow.Addr() + `"`,
@@ -235,6 +231,81 @@ func TestIncident(t *testing.T) {
 		"BelfryRefusing":      `belfry_stack="tight",belfry_reason="QUEUE_FULL"`,
 		"BelfrySourceFailing": `grpc_target="belfry:///users"`,
 	}, "BelfryCircuitOpen", "BelfryBudgetSpent")
+}
+
+// held is a connection whose calls end when it is closed, and fail at once if it is nil.
+type held chan struct{}
+
+func (h held) Invoke(context.Context, string, any, any, ...grpc.CallOption) error {
+	if h == nil {
+		return status.Error(codes.Unavailable, "down")
+	}
+	<-h
+	return nil
+}
+
+func (h held) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+	return nil, status.Error(codes.Unimplemented, "no streams")
+}
+
+// Calls wait for a limit, a circuit is open, and a budget is spent.
+func TestAlertsOfLayers(t *testing.T) {
+	var metrics string
+	synctest.Test(t, func(t *testing.T) {
+		registry, obs := observer(t)
+		wrap := func(name string, conn held, specs ...interceptor.Spec) grpc.ClientConnInterface {
+			s, err := interceptor.NewStack(append(specs, interceptor.Named(name), interceptor.Observe(obs))...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s.Wrap(conn)
+		}
+		ctx := t.Context()
+		conn := make(held)
+		waits := wrap("waits", conn, concurrency.Config{Limit: 1})
+		var callers sync.WaitGroup
+		for range 2 {
+			callers.Go(func() { waits.Invoke(ctx, "/s/m", nil, nil) })
+		}
+		open := wrap("open", nil, breaker.Config{ConsecutiveFailures: 1})
+		spent := wrap("spent", nil, retry.Config{MaxAttempts: 2, AllMethods: true, Budget: budget.Config{TTL: time.Minute, Ratio: 0.001, MinPerSecond: 1}})
+		for range 100 {
+			open.Invoke(ctx, "/s/m", nil, nil)
+			spent.Invoke(ctx, "/s/m", nil, nil)
+		}
+		synctest.Wait()
+		metrics = scrape(registry)
+		close(conn)
+		callers.Wait()
+		runtime.KeepAlive([]any{waits, open, spent})
+	})
+	fires(t, metrics, map[string]string{
+		"BelfryCallsWait":   `belfry_stack="waits"`,
+		"BelfryCircuitOpen": `belfry_stack="open"`,
+		"BelfryBudgetSpent": `belfry_stack="spent"`,
+	}, "BelfryEndpointsDown", "BelfryEndpointSlow", "BelfrySourceFailing")
+}
+
+// observer returns an observer, and where Prometheus has its metrics from.
+func observer(t *testing.T) (*prometheus.Registry, *otelobserver.Observer) {
+	t.Helper()
+	registry := prometheus.NewRegistry()
+	exporter, err := otelprom.New(otelprom.WithRegisterer(registry), otelprom.WithoutScopeInfo())
+	if err != nil {
+		t.Fatal(err)
+	}
+	obs, err := otelobserver.New(sdk.NewMeterProvider(sdk.WithReader(exporter)), otelobserver.WithEndpoints(100))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return registry, obs
+}
+
+// scrape returns what Prometheus would read.
+func scrape(registry *prometheus.Registry) string {
+	w := httptest.NewRecorder()
+	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
+	return w.Body.String()
 }
 
 // dashboardKnows checks that the dashboard asks for metrics that there are. Those that nothing

@@ -116,6 +116,9 @@ func newAccrualConfig(m *configv1.FailureAccrual) (*accrualConfig, error) {
 // left.
 func (c *config) usesEjected() bool { return c.accrual != nil && c.accrual.useEjected }
 
+// slow reports whether endpoints are put aside that are slow.
+func (c *config) slow() bool { return c.accrual != nil && c.accrual.slow > 0 }
+
 // durationBetween returns a duration of a config, or the default if it is unset.
 func durationBetween(field string, m *durationpb.Duration, unset, least, most time.Duration) (time.Duration, error) {
 	if m == nil {
@@ -137,10 +140,7 @@ func durationBetween(field string, m *durationpb.Duration, unset, least, most ti
 type accrual struct {
 	ep *endpoint // nil while it is kept
 
-	// run is the number of failures in a row, below, and above it the number of the row. An
-	// attempt remembers which row there was when it was picked: its answer ends that one only.
-	run   atomic.Uint64
-	first atomic.Uint32 // of the rows that count
+	first atomic.Uint32 // of the rows that count, see candidate.run
 	voids atomic.Uint32 // attempts whose end said nothing
 	aside atomic.Bool   // written with policy.mu held
 	slow  atomic.Uint32 // attempts in a row that were slow
@@ -166,11 +166,68 @@ type bucket struct {
 	failures uint32
 }
 
-// rowOf returns the number of the row.
-func rowOf(run uint64) uint32 { return uint32(run >> 32) }
+// A run is the number of failures in a row, below, and above it the number of the row. An
+// attempt remembers which row there was when it was picked: its answer ends that one only.
+//
+// It stands in the candidate, where a pick has read it already. The lower half is 0 if an
+// answer changes nothing.
+type run struct{ word atomic.Uint64 }
+
+const (
+	rowAt  = 32
+	oneRow = 1 << rowAt
+
+	// runAside is set while the endpoint is aside.
+	runAside = 1 << 31
+)
+
+func rowOf(word uint64) uint32 { return uint32(word >> rowAt) }
+
+func failuresOf(word uint64) uint32 { return uint32(word) &^ runAside }
 
 // row returns the number of the row now.
-func (a *accrual) row() uint32 { return rowOf(a.run.Load()) }
+func (r *run) row() uint32 { return rowOf(r.word.Load()) }
+
+// quiet reports whether an answer changes nothing.
+func (r *run) quiet() bool { return uint32(r.word.Load()) == 0 }
+
+// fail counts a failure of the row, and starts one if there is none.
+func (r *run) fail() uint32 {
+	for {
+		w := r.word.Load()
+		next := w + 1
+		if failuresOf(w) == 0 {
+			next += oneRow
+		}
+		if r.word.CompareAndSwap(w, next) {
+			return failuresOf(next)
+		}
+	}
+}
+
+// end ends the row, unless it is another by now.
+func (r *run) end(word uint64) {
+	if failuresOf(word) != 0 {
+		r.word.CompareAndSwap(word, word&^math.MaxUint32)
+	}
+}
+
+// next starts another row with so many failures, and returns its number.
+func (r *run) next(failures uint32, aside bool) uint32 {
+	for {
+		w := r.word.Load()
+		next := uint64(rowOf(w)+1)<<rowAt | uint64(failures)
+		if aside {
+			next |= runAside
+		}
+		if r.word.CompareAndSwap(w, next) {
+			return rowOf(next)
+		}
+	}
+}
+
+// run returns the endpoint's.
+func (a *accrual) run() *run { return &a.ep.candidate.run }
 
 // accrual returns the endpoint's, nil if the config has none.
 func (ep *endpoint) accrual() *accrual { return ep.candidate.meter.Load().accrual.Load() }
@@ -195,10 +252,12 @@ func (ep *endpoint) accrueLocked(cfg *accrualConfig) {
 		}
 	case old == nil || old.ep != ep:
 		a := &accrual{ep: ep}
+		failures := uint32(0)
 		if old != nil && old.aside.Load() && cfg.failures > 0 {
-			a.run.Store(uint64(cfg.failures - 1))
+			failures = cfg.failures - 1
 			a.last = old.last
 		}
+		a.first.Store(a.run().next(failures, false))
 		m.accrual.Store(a)
 	}
 }
@@ -215,16 +274,6 @@ func (a *accrual) keepsakeLocked() *accrual {
 func isReady(c *candidate) bool {
 	s := c.child.Load()
 	return s != nil && s.ConnectivityState == connectivity.Ready
-}
-
-// accrues notes what accrue needs to know of the start.
-func (k *pick) accrues() {
-	if a := k.meter.accrual.Load(); a != nil {
-		k.row = a.row()
-	}
-	if k.picker.config.accrual.slow > 0 {
-		k.began = load.Instant(k.picker.policy.now())
-	}
 }
 
 // accrue is told how the attempt of a pick ended, or that it was answered. It is called once
@@ -250,13 +299,13 @@ func (k *pick) accrue(o load.Outcome, err error) {
 
 // answered is told of an answer.
 func (a *accrual) answered(k *pick) {
-	w := a.run.Load()
+	w := a.run().word.Load()
 	switch {
 	case rowOf(w) != k.row: // It was sent before.
 	case a.aside.Load():
 		a.tried(k)
-	case uint32(w) != 0:
-		a.run.CompareAndSwap(w, w&^math.MaxUint32)
+	default:
+		a.run().end(w)
 	}
 }
 
@@ -264,7 +313,7 @@ func (a *accrual) answered(k *pick) {
 func (a *accrual) failed(k *pick, err error, refused bool) {
 	cfg := k.picker.config.accrual
 	if a.aside.Load() {
-		if a.row() == k.row {
+		if a.run().row() == k.row {
 			a.triedInVain(k, err)
 		}
 		return
@@ -275,7 +324,7 @@ func (a *accrual) failed(k *pick, err error, refused bool) {
 	}
 	row := uint32(0)
 	if !refused {
-		row = a.count()
+		row = a.run().fail()
 	}
 	ended, failures, bad := a.rate(cfg)
 	switch {
@@ -283,20 +332,6 @@ func (a *accrual) failed(k *pick, err error, refused bool) {
 		a.ep.policy.putAside(a, k, err, "failures", fmt.Sprintf("%d attempts in a row failed, the last with %v", row, err))
 	case bad:
 		a.ep.policy.putAside(a, k, err, "success_rate", fmt.Sprintf("%d of %d attempts failed, the last with %v", failures, ended, err))
-	}
-}
-
-// count counts a failure of the row, and starts one if there is none.
-func (a *accrual) count() uint32 {
-	for {
-		w := a.run.Load()
-		next := w + 1
-		if uint32(w) == 0 {
-			next = uint64(rowOf(w)+1)<<32 | 1
-		}
-		if a.run.CompareAndSwap(w, next) {
-			return uint32(next)
-		}
 	}
 }
 
@@ -325,13 +360,7 @@ func (a *accrual) rate(cfg *accrualConfig) (ended, failures uint32, bad bool) {
 
 // forget forgets what was counted, and makes what earlier attempts say count for nothing.
 func (a *accrual) forget() {
-	for {
-		w := a.run.Load()
-		if next := rowOf(w) + 1; a.run.CompareAndSwap(w, uint64(next)<<32) {
-			a.first.Store(next)
-			break
-		}
-	}
+	a.first.Store(a.run().next(0, a.aside.Load()))
 	a.slow.Store(0)
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -423,7 +452,7 @@ func (a *accrual) offerLocked() {
 		return
 	}
 	if a.offered == nil || a.offered.taken.Load() {
-		o := &offer{a: a, row: a.row()}
+		o := &offer{a: a, row: a.run().row()}
 		a.offered = o
 		for {
 			o.next = b.offers.Load()
@@ -447,7 +476,7 @@ func (a *accrual) withdrawLocked() {
 func (b *policy) trial(tried *attempt.Tried) *candidate {
 	for {
 		o := b.offers.Load()
-		if o == nil || tried != nil && tried.Has(o.a.ep.id) {
+		if o == nil || tried != nil && tried.Has(o.a.ep.candidate.id()) {
 			return nil
 		}
 		if !b.offers.CompareAndSwap(o, o.next) {
@@ -455,7 +484,7 @@ func (b *policy) trial(tried *attempt.Tried) *candidate {
 		}
 		c := o.a.ep.candidate
 		// One that is not READY is offered again when it is, and one without room later.
-		if !o.taken.Swap(true) && o.a.aside.Load() && o.row == o.a.row() && isReady(c) && c.hasRoom() {
+		if !o.taken.Swap(true) && o.a.aside.Load() && o.row == o.a.run().row() && isReady(c) && c.hasRoom() {
 			return c
 		}
 	}
@@ -466,7 +495,7 @@ func (b *policy) trial(tried *attempt.Tried) *candidate {
 func (a *accrual) tried(k *pick) {
 	b, ep := a.ep.policy, a.ep
 	b.mu.Lock()
-	if !a.aside.Load() || a.row() != k.row || ep.gone || b.closed {
+	if !a.aside.Load() || a.run().row() != k.row || ep.gone || b.closed {
 		b.mu.Unlock()
 		return
 	}
@@ -504,7 +533,7 @@ func (a *accrual) triedInVain(k *pick, err error) {
 	defer b.mu.Unlock()
 	cfg := b.picker.config.accrual
 	// In a panic others fail than the one that tries.
-	if a.aside.Load() && a.row() == k.row && a.offered != nil && a.offered.taken.Load() && cfg != nil && !b.closed && !a.ep.gone {
+	if a.aside.Load() && a.run().row() == k.row && a.offered != nil && a.offered.taken.Load() && cfg != nil && !b.closed && !a.ep.gone {
 		a.againLocked(cfg, k, err)
 	}
 }

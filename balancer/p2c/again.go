@@ -28,7 +28,7 @@ func (p *picker) chooseAgain(now load.Instant, call call, tried *attempt.Tried) 
 	}
 	look := func(c *candidate) {
 		s := &others
-		if c != nil && tried.Has(c.id) {
+		if c != nil && tried.Has(c.id()) {
 			s = &before
 		}
 		if s.count < d && !s.has(c) {
@@ -58,7 +58,7 @@ func (p *picker) chooseAgain(now load.Instant, call call, tried *attempt.Tried) 
 	}
 	others.drawn, before.drawn = others.count, before.count
 	c, back := others.choose(now), before.choose(now)
-	if c == nil || back != nil && tried.Times(back.id) == 1 && p.price(back, now, dearer) < p.price(c, now, 1) {
+	if c == nil || back != nil && tried.Times(back.id()) == 1 && p.price(back, now, dearer) < p.price(c, now, 1) {
 		return back
 	}
 	return c

@@ -24,17 +24,21 @@ type candidate struct {
 	tally  tally
 	meter  atomic.Pointer[measure]
 	child  atomic.Pointer[balancer.State] // the last report of the endpoint's child
-	id     uint64                         // the endpoint's
-	heard  atomic.Uint32                  // when the endpoint was heard of last, in heardBits
-	weight atomic.Uint32                  // at least 1
-	slot   atomic.Int32                   // in the READY set, or notReady
-	laps   atomic.Uint32                  // how often tally.picks has begun at 0 again
+	run    run
+	heard  atomic.Uint32 // when the endpoint was heard of last, in heardBits
+	weight atomic.Uint32 // at least 1
+	slot   atomic.Int32  // in the READY set, or notReady
+	laps   atomic.Uint32 // how often tally.picks has begun at 0 again
 }
 
-// measure is a meter and what the policy has to know besides.
+// id names the endpoint in what calls remember of those that they tried.
+func (c *candidate) id() uint64 { return c.meter.Load().id }
+
+// measure is a meter and what the policy has to know besides, in one cache line.
 type measure struct {
 	load.Meter
-	timeless bool // it has no use for the time
+	id       uint64 // see candidate.id. It stays when the meter is replaced.
+	timeless bool   // it has no use for the time
 	// quiet is whether it need not be told of a start, nor of an answer unless an
 	// attempt was given up before.
 	quiet bool
@@ -42,9 +46,6 @@ type measure struct {
 	// everGivenUp.
 	health atomic.Uint32
 	room   *room
-
-	failures atomic.Uint64
-	failure  atomic.Pointer[failure]
 
 	// pushback is until when the server asked not to be called, 0 if it did not.
 	pushback atomic.Int64
@@ -72,9 +73,9 @@ func (m *measure) failed(now load.Instant, err error) {
 	if m.note(everFailed) {
 		m.judge()
 	}
-	m.failures.Add(1)
-	if f := m.failure.Load(); f == nil || time.Duration(now-f.at) >= noteAfter {
-		m.failure.Store(&failure{now, err})
+	m.room.failures.Add(1)
+	if f := m.room.failure.Load(); f == nil || time.Duration(now-f.at) >= noteAfter {
+		m.room.failure.Store(&failure{now, err})
 	}
 }
 

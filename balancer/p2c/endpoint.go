@@ -25,7 +25,6 @@ type endpoint struct {
 	balancer.ClientConn // the channel's; UpdateState is intercepted
 
 	policy *policy
-	id     uint64
 	addr   string            // the first of its addresses
 	child  balancer.Balancer // changes under childMu
 
@@ -72,7 +71,7 @@ type endpoint struct {
 }
 
 func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
-	ep := &endpoint{ClientConn: b.cc, policy: b, id: identities.Add(1), addr: e.Addresses[0].Addr}
+	ep := &endpoint{ClientConn: b.cc, policy: b, addr: e.Addresses[0].Addr}
 	ep.addresses = ep.room[:0]
 	for _, a := range e.Addresses {
 		ep.addresses = append(ep.addresses, a.Addr)
@@ -84,7 +83,6 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	b.mu.Lock()
 	b.count[connectivity.Connecting]++
 	ep.candidate = b.candidates.New()
-	ep.candidate.id = ep.id
 	ep.candidate.slot.Store(notReady)
 	ep.candidate.tally.add(tallyOffset)
 	ep.candidate.weight.Store(1)
@@ -109,11 +107,14 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 // measureLocked gives the endpoint a meter of a metric. Attempts in flight finish
 // on the meter that they started on.
 func (ep *endpoint) measureLocked(p *picker, m load.Metric) {
-	fresh := &measure{Meter: m.NewMeter(load.Endpoint{Address: ep.addr}), timeless: p.config.timeless, quiet: quietMetric(m), room: &room{}}
+	fresh := &measure{Meter: m.NewMeter(load.Endpoint{Address: ep.addr}), timeless: p.config.timeless, quiet: quietMetric(m)}
 	if old := ep.candidate.meter.Load(); old != nil {
+		fresh.id = old.id
 		fresh.room = old.room
 		fresh.accrual.Store(old.accrual.Load())
 		old.Close()
+	} else {
+		fresh.id, fresh.room = identities.Add(1), &room{}
 	}
 	fresh.ep.Store(ep)
 	ep.candidate.meter.Store(fresh)

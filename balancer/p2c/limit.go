@@ -94,6 +94,9 @@ type room struct {
 	connections atomic.Pointer[connections]
 
 	leaving leaving
+
+	failures atomic.Uint64
+	failure  atomic.Pointer[failure] // the last that was noted
 }
 
 // state returns the limit, 0 if there is none, and what its algorithm thinks.
@@ -252,7 +255,7 @@ func (p *picker) takeOther(now load.Instant, tried *attempt.Tried) *candidate {
 		c := slots[(first+i)%n].Load()
 		switch {
 		case c == nil || !c.hasRoom():
-		case tried != nil && tried.Has(c.id):
+		case tried != nil && tried.Has(c.id()):
 			again = c
 		default:
 			if cost := p.price(c, now, 1); best == nil || cost < least {

@@ -23,7 +23,8 @@ import (
 // nothing.
 
 // picker picks the least loaded of a few READY endpoints: config.choices of them
-// at random, and those that were the least loaded at the last pick.
+// at random, and those that were the least loaded at the last pick. With no more
+// endpoints than that it looks at them all.
 //
 // It holds the READY set itself, not a copy, so it stays good while endpoints
 // come and go; there is a new picker for a new config.
@@ -69,7 +70,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		call.class = p.metric.Class(info.FullMethodName, call.stream)
 	}
 	var c *candidate
-	if p.config.accrual != nil {
+	if p.config.accrual != nil && b.offers.Load() != nil {
 		c = b.trial(tried)
 	}
 	trial := c != nil
@@ -130,8 +131,9 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	if p.config.timeless && !k.meter.timeless { // the metric has just changed
 		now = k.now()
 	}
-	if p.config.accrual != nil {
-		k.accrues()
+	k.row = c.run.row()
+	if p.config.slow() {
+		k.began = load.Instant(b.now())
 	}
 	if !k.meter.quiet {
 		a := &k.attempt
@@ -157,10 +159,10 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		b.metrics.pickedAway()
 	}
 	if tried != nil {
-		if tried.Has(c.id) {
+		if tried.Has(k.meter.id) {
 			b.metrics.pickedTried()
 		}
-		tried.Add(c.id)
+		tried.Add(k.meter.id)
 	}
 	result.Done = h.done
 	return result, nil
@@ -188,20 +190,27 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		for range d {
 			s.add(v.slots[v.draw(&s.random)].Load())
 		}
-	case n <= d:
+	case n <= d+m:
 		for i := range v.slots {
 			s.add(v.slots[i].Load())
 		}
 		m = 0 // it has seen them all
 	default:
+		if m > 0 && p.idle.Load() >= idleRounds {
+			d = min(d, restChoices)
+		}
 		// d distinct indexes by Floyd's algorithm (Bentley, "Programming Pearls: a
 		// sample of brilliance", CACM 1987): d random numbers, whatever n.
 		var index [maxChoices]uint32
 		var taken uint64 // the indexes modulo 64
-		r := s.random
+		r, bits, count := s.random, uint64(0), 0
 		for i := range uint32(d) {
+			// One random number is enough for two indexes, with a bias below n/2^32.
+			if bits <<= 32; i&1 == 0 {
+				bits = r.next()
+			}
 			last := uint32(n-d) + i
-			k := r.below(last + 1)
+			k := uint32(bits >> 32 * uint64(last+1) >> 32)
 			again := taken>>(k&63)&1 != 0
 			if n > 64 && again { // in this order: the first is foreseen
 				again = slices.Contains(index[:i], k)
@@ -212,18 +221,21 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 			index[i] = k
 			taken |= 1 << (k & 63)
 		}
-		s.random = r
 		for _, k := range index[:d] {
-			s.add(v.slots[k].Load())
+			if c := v.slots[k].Load(); c != nil {
+				s.seen[count] = c
+				count++
+			}
 		}
+		s.random, s.count = r, count
 	}
 	if p.config.zones != nil {
 		s.drawHome(v)
 	}
 	s.drawn = s.count
 	for i := range m {
-		if c := p.remembered[i].Load(); c != nil && c.slot.Load() != notReady && !s.has(c) {
-			s.add(c)
+		if c := p.remembered[i].Load(); c != nil && c.slot.Load() != notReady {
+			s.add(c) // It may be among the drawn, which does no harm.
 		}
 	}
 	best := s.choose(now)
@@ -302,6 +314,10 @@ func (p *picker) rest(s *selection, busy bool) bool {
 // nothing in flight have to look at, on average.
 const idleRounds = 4
 
+// restChoices is how many endpoints a pick draws at most while the channel is at rest. More only
+// help to find one with less in flight. The cheapest are remembered.
+const restChoices = 4
+
 // rememberCheapest makes the next pick look again at the m cheapest of this one.
 func (p *picker) rememberCheapest(s *selection, m int) {
 	var last *candidate
@@ -363,7 +379,7 @@ type pick struct {
 	began load.Instant
 	mark  uint8
 
-	row uint32 // see accrual.run; began is set, too
+	row uint32 // see run; began is set, too
 
 	// Of a pick with a tracker.
 	track  *tracker
@@ -413,7 +429,7 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	case !info.BytesSent:
 		outcome := classifyUnsent(k.ctx, info, k.picker.config.failures)
 		if outcome == load.NotSent && k.tried != nil {
-			k.tried.Remove(k.candidate.id)
+			k.tried.Remove(k.meter.id)
 		}
 		k.finish(now, outcome, info.Err)
 	case info.Err == nil && k.track != nil:
@@ -422,7 +438,7 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	default:
 		outcome := classifyDone(k.ctx, info, k.state.Load()&pickResponded != 0, k.picker.config.failures)
 		if outcome == load.NotSent && k.tried != nil {
-			k.tried.Remove(k.candidate.id)
+			k.tried.Remove(k.meter.id)
 		}
 		k.finish(now, outcome, info.Err)
 	}
@@ -488,8 +504,11 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	if k.limit != nil {
 		k.limit.end(k, o, err)
 	}
-	if k.picker.config.accrual != nil && before&pickAnswered == 0 {
-		k.accrue(o, err)
+	if accrual := k.picker.config.accrual; accrual != nil && before&pickAnswered == 0 {
+		// An answer changes nothing as a rule.
+		if o != load.Completed || err != nil || accrual.slow > 0 || !k.candidate.run.quiet() {
+			k.accrue(o, err)
+		}
 	}
 	if responded {
 		k.candidate.tally.add(-oneStream)

@@ -366,7 +366,7 @@ func TestMemoryForgetsWhatLeftReady(t *testing.T) {
 // addrForTest returns the address of an endpoint of one address.
 func (c *candidate) addrForTest(w *world) string {
 	for e, ep := range w.p.endpoints.All() {
-		if ep.id == c.id {
+		if ep.candidate == c {
 			return e.Addresses[0].Addr
 		}
 	}
@@ -520,7 +520,7 @@ func TestAPickAddsToWhatTheCallTriedAndNotSentTakesItBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !tried.Has(w.endpoint(first).id) {
+		if !tried.Has(w.endpoint(first).candidate.id()) {
 			t.Error("the picked endpoint does not count as tried")
 		}
 		second, _, err := w.pickWith(ctx)
@@ -531,7 +531,7 @@ func TestAPickAddsToWhatTheCallTriedAndNotSentTakesItBack(t *testing.T) {
 			t.Errorf("both attempts went to %s", first)
 		}
 		done(balancer.DoneInfo{}) // the connection was not READY any more
-		if tried.Has(w.endpoint(first).id) {
+		if tried.Has(w.endpoint(first).candidate.id()) {
 			t.Error("an endpoint to which nothing was sent counts as tried")
 		}
 	})

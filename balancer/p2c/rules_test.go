@@ -162,10 +162,22 @@ var measuring = []string{`{}`, `{"choiceCount":2,"memory":0}`, `{"load":{"peakEw
 
 func TestAtRest(t *testing.T) {
 	t.Run("equal_endpoints_get_equal_shares", func(t *testing.T) {
+		// The first latency of an endpoint may be so long that it is left out for some hundred
+		// calls, so that one run alone says little.
+		const runs, most = 20, 2
 		for _, config := range []string{`{}`, `{"choiceCount":2,"memory":0}`, pendingConfig} {
-			counts := newBench(t, config, endpoints(10)...).callers(1, 1000, 10*time.Millisecond)
-			if lo, hi := slices.Min(counts), slices.Max(counts); lo < 50 || hi > 200 {
-				t.Errorf("%s: the endpoints got %v of 1000 calls, want 50 to 200 each", config, counts)
+			uneven := 0
+			for seed := range uint64(runs) {
+				w := newBench(t, config, endpoints(10)...)
+				w.random = rand.New(rand.NewPCG(seed, 1))
+				counts := w.callers(1, 1000, 10*time.Millisecond)
+				if lo, hi := slices.Min(counts), slices.Max(counts); lo < 50 || hi > 200 {
+					t.Logf("%s: the endpoints got %v of 1000 calls", config, counts)
+					uneven++
+				}
+			}
+			if uneven > most {
+				t.Errorf("%s: in %d of %d runs an endpoint got less than 50 or more than 200 of 1000 calls, want in %d at most", config, uneven, runs, most)
 			}
 		}
 	})

@@ -249,14 +249,14 @@ func (b *policy) snapshot() Snapshot {
 		e.InFlight, e.Streams = q.InFlight, q.Streams
 		e.Load = estimates[i].Cost
 		e.Latency, e.Samples = details.Latency, details.Samples
-		e.Failures = m.failures.Load()
+		e.Failures = m.room.failures.Load()
 		e.Limit, e.Algorithm = m.room.state()
 		if conns := m.room.connections.Load(); conns != nil {
 			e.Connections = conns.ready()
 		} else if e.State == connectivity.Ready {
 			e.Connections = 1
 		}
-		if f := m.failure.Load(); f != nil {
+		if f := m.room.failure.Load(); f != nil {
 			e.LastFailure, e.FailedAt = f.err, wall.Add(time.Duration(f.at-now))
 		}
 		if e.State == connectivity.TransientFailure {

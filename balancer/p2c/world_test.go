@@ -297,7 +297,7 @@ func (b *policy) totalLoad() int {
 func tried(eps ...*endpoint) context.Context {
 	var t attempt.Tried
 	for _, ep := range eps {
-		t.Add(ep.id)
+		t.Add(ep.candidate.id())
 	}
 	return &attempt.Context{Context: context.Background(), Info: attempt.Info{Method: "/s/m", Tried: &t}}
 }

@@ -16,6 +16,10 @@
 // free waits as long as its [interceptor.Wait] allows: outermost or in a buffer it
 // queues, inside a load shed it is refused at once, with code UNAVAILABLE and reason
 // CONCURRENCY, or QUEUE_FULL if the queue is bounded ([Config.MaxWaiters]) and full.
+// Where the limit is adaptive, a call does not wait until its deadline: when what is left is
+// four times the latency of the server without a queue, or half of what was left when it came,
+// it is refused. Otherwise a queue would send calls with too little time, which the
+// server works on in vain.
 //
 // # Who goes first
 //

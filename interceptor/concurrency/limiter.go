@@ -253,6 +253,9 @@ func (lim *limiter) wait(ctx context.Context, a *interceptor.Admission, w interc
 			w, over = bound, maxWaitOver
 		}
 	}
+	if bound := lim.leave(ctx, a, since); bound < w {
+		w, over = bound, noneInTime
+	}
 	parked, done := a.Park(ctx)
 	defer done()
 	wt := newWaiter(cost, l.rank(ctx, a), since, a.Internals().Slot())
@@ -286,6 +289,31 @@ func (lim *limiter) wait(ctx context.Context, a *interceptor.Admission, w interc
 		return lim.refuse(wt.why)
 	}
 	return nil
+}
+
+// lastChance is how many times the latency of the server without a queue a call needs.
+const lastChance = 4
+
+// leave returns how long a call may wait and still have the time that the server needs. A
+// server works on what expires, too: if calls were sent with less, it might do nothing else,
+// and the algorithm would see only calls that say nothing. But a call may wait for half of
+// what it has left, whatever the algorithm thinks.
+func (lim *limiter) leave(ctx context.Context, a *interceptor.Admission, now interceptor.Instant) interceptor.Wait {
+	end := a.Internals().Deadline(ctx)
+	if end == 0 {
+		return interceptor.Forever
+	}
+	lim.mu.Lock()
+	defer lim.mu.Unlock()
+	e, ok := lim.algorithm.(limit.Explainer)
+	if !ok {
+		return interceptor.Forever
+	}
+	needs := e.Explain().Baseline
+	if needs <= 0 {
+		return interceptor.Forever
+	}
+	return end.Add(-min(lastChance*needs, end.Sub(now)/2)).Wait()
 }
 
 // refuse returns the refusal for a reason.

@@ -86,3 +86,37 @@ func TestSamplesLimited(t *testing.T) {
 		checkRest(t, l)
 	})
 }
+
+// explainer knows how long calls take without a queue.
+type explainer struct{ recorder }
+
+func (*explainer) Explain() limit.State { return limit.State{Baseline: 10 * ms} }
+
+// A call does not wait until the server has too little time for it.
+func TestWaitLeavesTimeForTheServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLayer(t, concurrency.Config{}, concurrency.WithAlgorithm(&explainer{recorder{n: 1}}))
+		c := calltest.Stack(t, l).Wrap(calltest.Takes(time.Second))
+		running := invoke(t.Context(), c)
+		synctest.Wait()
+		for _, tc := range []struct{ left, want time.Duration }{
+			{100 * ms, 60 * ms},
+			{20 * ms, 10 * ms}, // At least half.
+		} {
+			ctx, cancel := context.WithTimeout(t.Context(), tc.left)
+			began := time.Now()
+			err := c.Invoke(ctx, calltest.Method, nil, nil)
+			cancel()
+			if r, ok := interceptor.AsRefusal(err); !ok || r.Reason != interceptor.ReasonConcurrency {
+				t.Errorf("with %v left: %v, want a refusal", tc.left, err)
+			}
+			if got := time.Since(began); got != tc.want {
+				t.Errorf("with %v left it waited for %v, want %v", tc.left, got, tc.want)
+			}
+		}
+		if err := <-running; err != nil {
+			t.Error(err)
+		}
+		checkRest(t, l)
+	})
+}

@@ -23,7 +23,7 @@ func TestReportsDoNoHarmToAClientThatIsAlone(t *testing.T) {
 	// p99 is that of the first seeds, on average.
 	p99 := func(t *testing.T, s Scenario, name string) (sum time.Duration) {
 		t.Helper()
-		const seeds = 3
+		const seeds = 12
 		for seed := range uint64(seeds) {
 			sum += mustRun(t, s, policy(t, name), Options{Calls: 10_000, Seed: seed + 1}).Percentile(0.99)
 		}

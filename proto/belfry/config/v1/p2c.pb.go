@@ -42,9 +42,10 @@ const (
 // default.
 type P2C struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many distinct READY endpoints a pick looks at, drawn at random. More
-	// choices find a less loaded endpoint and cost a little time for each; with
-	// fewer READY endpoints than this, a pick looks at them all.
+	// How many distinct READY endpoints a pick looks at, drawn at random, besides those
+	// that it remembers. More choices find a less loaded endpoint and cost a little time
+	// for each. With no more READY endpoints than both together, a pick looks at them all.
+	// While nothing is in flight, a pick with a memory draws 4 at most.
 	//
 	// From 2 to 16. Unset: 8 with expected_latency, 12 if it uses reports, 2 with the
 	// other metrics, which herd towards a seemingly idle endpoint when they see many.
