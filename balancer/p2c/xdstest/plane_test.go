@@ -171,9 +171,15 @@ func TestThroughXDSChurnUnderLoad(t *testing.T) {
 	for _, s := range last {
 		want[s.Addr()] = true
 	}
+	got := map[string]bool{}
+	defer func() {
+		if t.Failed() {
+			t.Logf("the policies have %v, the control plane %v", got, want)
+		}
+	}()
 	// The client has taken the last update; the policies get it in their own time.
 	c.until("the policies have what the control plane has", 1, func(map[string]int) bool {
-		got := map[string]bool{}
+		clear(got)
 		for _, s := range p2c.SnapshotsOf(c.conn) {
 			for _, e := range s.Endpoints {
 				got[e.Addresses[0]] = true
