@@ -262,9 +262,9 @@ func (ep *endpoint) accrueLocked(cfg *accrualConfig) {
 	}
 }
 
-// keepsakeLocked returns what is kept of it while the channel is idle: it holds no endpoint, and
+// keptLocked returns what is kept of it while the channel is idle: it holds no endpoint, and
 // with that no closed channel in memory.
-func (a *accrual) keepsakeLocked() *accrual {
+func (a *accrual) keptLocked() *accrual {
 	k := &accrual{last: a.last}
 	k.aside.Store(a.aside.Load())
 	return k
@@ -554,8 +554,8 @@ func (a *accrual) resumeLocked() {
 	}
 }
 
-// amnestyLocked lets a call try the endpoint now, and the time aside start from the least.
-func (a *accrual) amnestyLocked() {
+// tryNowLocked lets a call try the endpoint now, and the time aside start from the least.
+func (a *accrual) tryNowLocked() {
 	a.last = 0
 	a.until = a.ep.policy.now()
 	a.offerLocked()

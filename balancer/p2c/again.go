@@ -10,7 +10,7 @@ import (
 
 // chooseAgain is chooseAny for a call that has tried endpoints, without memory. It looks
 // at as many others, and at those on its way that the call has tried. The least loaded of
-// these is chosen if it still is the least loaded at dearer times its load, and the call
+// these is chosen if it still is the least loaded at costlier times its load, and the call
 // has not returned to it before: an endpoint that hangs may look cheap for long beside one
 // whose streams last, and all attempts would go to it.
 func (p *picker) chooseAgain(now load.Instant, call call, tried *attempt.Tried) *candidate {
@@ -58,13 +58,13 @@ func (p *picker) chooseAgain(now load.Instant, call call, tried *attempt.Tried) 
 	}
 	others.drawn, before.drawn = others.count, before.count
 	c, back := others.choose(now), before.choose(now)
-	if c == nil || back != nil && tried.Times(back.id()) == 1 && p.price(back, now, dearer) < p.price(c, now, 1) {
+	if c == nil || back != nil && tried.Times(back.id()) == 1 && p.price(back, now, costlier) < p.price(c, now, 1) {
 		return back
 	}
 	return c
 }
 
-// dearer is how many times as much an endpoint costs a call that has tried it. Simulated
+// costlier is how many times as much an endpoint costs a call that has tried it. Simulated
 // in virtual time, two endpoints, retries at once, calls of 10 ms in the mean:
 //
 //   - One fails at once, and looks idle to pendingRequests. Of 6,000 calls with three
@@ -72,7 +72,7 @@ func (p *picker) chooseAgain(now load.Instant, call call, tried *attempt.Tried) 
 //     never picked again. The default metric needs none.
 //   - Each fails a tenth, and one is 15 times slower. The mean latency by the default
 //     metric is 19 ms at 1, 26 at 4, 32 at 8, 34 at 10, and 52 if the call never goes back.
-const dearer = 10
+const costlier = 10
 
 // price returns the load of a candidate times a factor. By pendingRequests an idle endpoint
 // counts as one with an attempt in flight, because it would cost nothing however dear.

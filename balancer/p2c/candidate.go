@@ -229,9 +229,9 @@ func (p *picker) pushedBack(m *measure, cost float32, good time.Duration) (float
 		cost++ // an idle endpoint would cost nothing however dear
 	}
 	if p.config.timeless { // there is no clock by which it would end
-		return cost * dearer, 0
+		return cost * costlier, 0
 	}
-	return cost * dearer, min(good, max(left, 1<<tickBits))
+	return cost * costlier, min(good, max(left, 1<<tickBits))
 }
 
 // mostPushback bounds for how long a server can ask not to be called, because one that is

@@ -52,7 +52,7 @@ type endpoint struct {
 	candidate *candidate
 
 	addresses []string
-	room      [1]string // for addresses, of which there is one as a rule
+	address   [1]string // backs addresses where there is one
 	counts    counts    // guarded by policy.countMu
 
 	// Guarded by policy.mu.
@@ -60,7 +60,7 @@ type endpoint struct {
 	draining    bool            // discovery says that it is about to leave
 	ejectedFrom *balancer.State // the child's report before a parent or a health check took the endpoint out; nil if none has
 	condition   condition
-	failing     bool   // counted in policy.hope
+	failing     bool   // counted in policy.grace
 	other       int    // the place in policy.seating.others
 	weight      uint32 // relative capacity, at least 1
 	cold        bool   // its share is to rise when it is READY
@@ -72,7 +72,7 @@ type endpoint struct {
 
 func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep := &endpoint{ClientConn: b.cc, policy: b, addr: e.Addresses[0].Addr}
-	ep.addresses = ep.room[:0]
+	ep.addresses = ep.address[:0]
 	for _, a := range e.Addresses {
 		ep.addresses = append(ep.addresses, a.Addr)
 	}
@@ -244,7 +244,7 @@ func (ep *endpoint) close(keep bool) {
 	if !keep {
 		m.Close()
 	} else if a := m.accrual.Load(); a != nil && a.ep == ep {
-		m.accrual.CompareAndSwap(a, a.keepsakeLocked())
+		m.accrual.CompareAndSwap(a, a.keptLocked())
 	}
 	b.mu.Unlock()
 	b.metrics.moved(from, connectivity.Shutdown)

@@ -116,10 +116,10 @@ func (b *policy) keepMeters() {
 
 // recallMeters finds what was kept for the channel, before the policy has had an endpoint.
 func (b *policy) recallMeters(cfg *config, endpoints []resolver.Endpoint) {
-	if b.opts.ChannelzParent == nil || b.met || len(endpoints) == 0 {
+	if b.opts.ChannelzParent == nil || b.started || len(endpoints) == 0 {
 		return
 	}
-	b.met = true
+	b.started = true
 	if p := kept.take(b.opts.ChannelzParent, endpoints); p != nil && cfg.metric.adopt(p.metric) {
 		b.metric, b.now, b.recalled = p.metric, p.now, p.meters
 	}

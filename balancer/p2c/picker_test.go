@@ -848,7 +848,7 @@ func TestStressAgainstAModel(t *testing.T) {
 					}
 					a, done, err := w.pick()
 					switch {
-					case err == balancer.ErrNoSubConnAvailable && w.hopes():
+					case err == balancer.ErrNoSubConnAvailable && w.inGrace():
 					case err != nil && n > 0:
 						t.Fatalf("round %d: pick failed with %d endpoints READY: %v", round, n, err)
 					case err == nil && n == 0:

@@ -133,7 +133,7 @@ func (b *policy) panickedLocked() {
 	logger.Warningf("%s: the panic has ended: %d of %d endpoints are put aside", b.opts.Target.String(), s.count[aside], all)
 	for _, ep := range s.others {
 		if ep.condition == aside {
-			ep.accrual().amnestyLocked()
+			ep.accrual().tryNowLocked()
 		}
 	}
 }

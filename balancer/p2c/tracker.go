@@ -157,6 +157,14 @@ func (i *interceptors) stream(ctx context.Context, desc *grpc.StreamDesc, cc *gr
 	return &trackedStream{ClientStream: s, track: t, many: desc.ServerStreams}, nil
 }
 
+// untracked logs a warning, once, if a call without a tracker is a stream. It is called for
+// some of the calls without a tracker.
+func (b *policy) untracked(method string) {
+	if !b.warned.Load() && attempt.Streams(method) && !b.warned.Swap(true) {
+		logger.Warningf("%s: %s is a stream, and the channel has no p2c.DialOptions: all its life counts as its latency", b.opts.Target.String(), method)
+	}
+}
+
 // trackedStream sees the first response: the headers, or a message.
 type trackedStream struct {
 	grpc.ClientStream

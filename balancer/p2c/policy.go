@@ -5,7 +5,6 @@ package p2c
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"reflect"
@@ -24,7 +23,6 @@ import (
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
 
-	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/childpolicy"
 	"github.com/belfry-go/belfry/internal/seldom"
 	"github.com/belfry-go/belfry/internal/simenv"
@@ -88,10 +86,6 @@ var countedStates = []connectivity.State{
 	connectivity.Ready, connectivity.Connecting, connectivity.Idle, connectivity.TransientFailure,
 }
 
-// errNoEndpoints is what calls fail with when the resolver has given none. The
-// text is grpc-go's, for those who look for it.
-var errNoEndpoints = errors.New("no children to pick from")
-
 // policy is the balancer of one channel: a petiole with a pick_first child for
 // each endpoint.
 //
@@ -124,7 +118,7 @@ type policy struct {
 	attributes *attributes.Attributes // what the children got of them; nil before the first
 	metric     load.Metric
 	updated    bool                // an update was received
-	met        bool                // an endpoint was listed
+	started    bool                // the resolver has listed an endpoint
 	recalled   map[string]*measure // kept from an earlier policy, until the first endpoints are there
 
 	// Set before there is an endpoint.
@@ -175,7 +169,7 @@ type policy struct {
 	homesWell  int                // and how many of them are well
 	published  connectivity.State // what cc was told last; SHUTDOWN before
 	seating    seating
-	hope       hope
+	grace      grace
 	ramps      ramps
 	measuring  bool // measureMedian will be called
 }
@@ -309,21 +303,13 @@ func (b *policy) ExitIdle() {
 func (b *policy) Close() {
 	b.mu.Lock()
 	b.inhibit, b.closed = true, true
-	b.hope.endLocked()
+	b.grace.endLocked()
 	b.mu.Unlock()
 	b.queue.dismiss(true)
 	live.Delete(b)
 	b.keepMeters()
 	for _, ep := range b.endpoints.All() {
 		ep.close(b.opts.ChannelzParent != nil)
-	}
-}
-
-// untracked is told of some of the calls without a tracker, and logs the first that is a
-// stream.
-func (b *policy) untracked(method string) {
-	if !b.warned.Load() && attempt.Streams(method) && !b.warned.Swap(true) {
-		logger.Warningf("%s: %s is a stream, and the channel has no p2c.DialOptions: all its life counts as its latency", b.opts.Target.String(), method)
 	}
 }
 
@@ -344,7 +330,7 @@ func (b *policy) forAll(f func(*endpoint)) {
 // stateLocked returns the state of the channel: the best of the endpoints', unless there is
 // hope of a better one.
 func (b *policy) stateLocked() connectivity.State {
-	if b.hopesLocked() {
+	if b.inGraceLocked() {
 		return connectivity.Connecting
 	}
 	if b.count[connectivity.Ready] == 0 && b.seating.seated[ejected] && b.seating.count[ejected] > 0 {
@@ -387,25 +373,4 @@ func (b *policy) reportLocked(wake bool) {
 	if !b.inhibit && (wake || b.stateLocked() != b.published) {
 		b.publishLocked()
 	}
-}
-
-// fallbackPicker is the picker of a channel that has no READY endpoint. It asks
-// the children whose state is the channel's, in turn: those that failed say why,
-// those that connect make the call wait.
-type fallbackPicker struct {
-	endpoints []*endpoint
-	state     connectivity.State
-	next      atomic.Uint32
-}
-
-func (p *fallbackPicker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
-	n := uint32(len(p.endpoints))
-	first := p.next.Add(1)
-	for i := range n {
-		s := p.endpoints[(first+i)%n].reported.Load()
-		if s.ConnectivityState == p.state {
-			return s.Picker.Pick(info)
-		}
-	}
-	return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 }
