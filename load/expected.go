@@ -133,7 +133,8 @@ func (c ExpectedLatencyConfig) validate() error {
 //     multiplied alike. They have no latency yet, but they took that long already,
 //     so an endpoint that answers nothing costs more by the moment; nothing has to
 //     time out first. An age counts up to old times the mean latency, the undivided
-//     one.
+//     one, and of a method that takes more than SlowMethod times G only from that mean
+//     on.
 //   - G is the latency of the average call of the channel: the geometric mean of
 //     the methods' means g, each weighed by how often the method is called. They are
 //     moving means of at most 200 samples. A newcomer costs what the average
@@ -458,6 +459,11 @@ func (m *expectedMeter) waiting(p *expectedParams, now Instant) (w waiting) {
 			limit *= p.streamLimit / p.ageLimit
 		}
 		sum, weight, old, left := a.sum(now, heard, limit, generation, sign)
+		if kind == slow {
+			// What little they say before that would keep the many calls of other
+			// methods away.
+			sum = max(sum-weight*generation/p.ageLimit, 0)
+		}
 		w.sum += sum
 		w.weight += weight
 		if kind != slow { // those are left out anyway
