@@ -147,7 +147,7 @@ func TestClaims(t *testing.T) {
 		{"tail", of("cluster", clusterMetrics,
 			rowOf("default", base, []float64{10}, []float64{20}), rowOf("close", peer, []float64{9}, []float64{19.5}),
 			rowOf("better", peer, []float64{10}, []float64{15}), rowOf("better too", ours, []float64{10}, []float64{16}), rowOf("oracle", bound, []float64{5}, []float64{8}), rowOf("proxy", neighbour, []float64{5}, []float64{8})),
-			1, []string{"rows: better, p99, ms 0.75. One repeat", "rows: better too, p99, ms 0.80. One repeat"}},
+			1, []string{"rows, p99 in ratio to the default's: better 0.75, better too 0.80. One repeat"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			all := claims(c.sections)

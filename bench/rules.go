@@ -263,16 +263,24 @@ func tail(s *section) claim {
 			continue
 		}
 		c.tried++
-		before := len(c.missed)
+		var reasons []string
+		ahead := make(map[string][]string) // by reason
 		for _, r := range g.rows {
 			if r == b || r.role != peer && r.role != ours || !r.measured() {
 				continue
 			}
 			if ratio := g.better(p99, r, b); ratio < 1-margin {
-				c.missed = append(c.missed, win{s, g, p99, r, b, ratio}.miss(r.name))
+				why := win{s, g, p99, r, b, ratio}.why()
+				if ahead[why] == nil {
+					reasons = append(reasons, why)
+				}
+				ahead[why] = append(ahead[why], r.name+" "+formatRatio(ratio))
 			}
 		}
-		if len(c.missed) > before {
+		for _, why := range reasons {
+			c.missed = append(c.missed, fmt.Sprintf("%s, p99 in ratio to the default's: %s. %s", g.name, strings.Join(ahead[why], ", "), why))
+		}
+		if len(reasons) > 0 {
 			c.failed++
 		}
 	}

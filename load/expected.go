@@ -135,8 +135,9 @@ func (c ExpectedLatencyConfig) validate() error {
 //   - A is the sum of the ages of its attempts in flight, divided and multiplied in the
 //     same way. They have no latency yet, but they took that long already. So an
 //     endpoint that does not answer costs more and more, before any timeout. An age
-//     counts up to old times the mean latency, which is not divided. An attempt of about
-//     twice that age does not count at all, not in q either, once the endpoint has
+//     counts up to old times the mean latency, which is not divided. That of an attempt of
+//     a slow method counts only from this mean on. An attempt of about twice the age up to
+//     which it counts does not count at all, not in q either, once the endpoint has
 //     answered another one.
 //   - G is the latency of the average call of the channel: the geometric mean of
 //     the methods' means g, each weighted by how often the method is called. They are
@@ -463,6 +464,11 @@ func (m *expectedMeter) waiting(p *expectedParams, now Instant) (w waiting) {
 			limit *= p.streamLimit / p.ageLimit
 		}
 		sum, weight, old, left := a.sum(now, heard, limit, generation, sign)
+		if kind == slow {
+			// The ages count only from the mean latency on. Before, they would keep the many
+			// calls of other methods away.
+			sum = max(sum-weight*generation/p.ageLimit, 0)
+		}
 		w.sum += sum
 		w.weight += weight
 		if kind != slow { // queue leaves all of these out

@@ -516,10 +516,18 @@ func TestExpectedLatency(t *testing.T) {
 				now += 10 * ms
 			}
 		}
-		call(a, "/x/Export", now, 10*sec)
-		now += 10 * sec
+		for range 2 { // The first says how the method compares to others.
+			call(a, "/x/Export", now, 10*sec)
+			now += 10 * sec
+		}
 		near(t, "cost after a call of a method that takes 10s", a.Load(now), b.Load(now), 0.1)
+		young, old := now+5*sec, now+50*sec // The mean is 10 s.
+		free, freeLater := a.Load(young), a.Load(old)
 		export := attempt(a, "/x/Export", now, e.Class("/x/Export", false))
+		near(t, "cost of a Get with an Export in flight for half its mean", a.Load(young), free, 1e-6)
+		if got := a.Load(old); got < 1.05*freeLater {
+			t.Errorf("cost of a Get with an Export in flight for five times its mean is %v, want more than %v, that of one without", got, freeLater)
+		}
 		near(t, "cost of the next Get with one in flight", a.Load(now+100*ms), b.Load(now+100*ms), 0.1)
 		q := a.query(now + 100*ms)
 		if q.Class = e.Class("/x/Export", false); q.Class != slowClass {

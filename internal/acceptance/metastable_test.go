@@ -27,10 +27,10 @@ var (
 // A system is metastable if it stays down by itself after what brought it down is gone
 // (Bronson et al., "Metastable failures in distributed systems", HotOS 2021). Servers work
 // on what their clients have given up, as real ones do, so retries can hold them down. Here
-// a trigger hits two servers at half of their capacity, for two seconds, and ten seconds
-// after it at most a quarter of the calls may fail. In 600 runs of the first three triggers two had
-// more than one in a hundred, and 9 % at most, because the limit was still at one or two. In virtual time:
-// a seed decides the arrivals and the servers' work, but not which goroutine runs first.
+// a trigger hits two servers at half of their capacity, for two seconds, and half a minute
+// after it no more than one in twenty calls may fail. Of seeds 1 to 500 none had more than one
+// in a hundred with any trigger. In virtual time: a seed decides the arrivals and the servers'
+// work, but not which goroutine runs first.
 func TestMetastable(t *testing.T) {
 	const (
 		servers   = 2
@@ -120,14 +120,14 @@ func TestMetastable(t *testing.T) {
 					wg.Wait()
 					trigger(c, load)
 					hit := failed.Load()
-					load(1, 10*time.Second)
+					load(1, 30*time.Second)
 					wg.Wait()
 					calls.Store(0)
 					failed.Store(0)
-					load(1, 3*time.Second)
+					load(1, 10*time.Second)
 					wg.Wait()
-					if n, bad := calls.Load(), failed.Load(); bad*4 > n {
-						t.Errorf("seed %d: ten seconds after the trigger, by whose end %d calls had failed, %d of %d calls fail", seed, hit, bad, n)
+					if n, bad := calls.Load(), failed.Load(); bad*20 > n {
+						t.Errorf("seed %d: half a minute after the trigger, by whose end %d calls had failed, %d of %d calls fail", seed, hit, bad, n)
 					}
 				})
 			}

@@ -896,8 +896,10 @@ type ExpectedLatency struct {
 	// From 1 to 1e6 times. Default 10.
 	FailurePenalty *float64 `protobuf:"fixed64,6,opt,name=failure_penalty,json=failurePenalty,proto3,oneof" json:"failure_penalty,omitempty"`
 	// old: the age of a call in flight counts up to this many times the mean
-	// latency of all endpoints, which is not divided. A call of about twice that age
-	// does not count any more once the endpoint has answered another one.
+	// latency of all endpoints, which is not divided. The age of a call of a slow method
+	// counts only from the mean latency of slow methods on. A call of about twice the age
+	// up to which it counts does not count any more once the endpoint has answered another
+	// one.
 	//
 	// From 1 to 1e6 times. Default 20.
 	AgeLimit *float64 `protobuf:"fixed64,7,opt,name=age_limit,json=ageLimit,proto3,oneof" json:"age_limit,omitempty"`
