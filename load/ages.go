@@ -94,7 +94,7 @@ func (a *ages) remove(epoch, weight uint32, started Instant) {
 //
 // sign is whether a silent attempt is a sign that the endpoint does not answer. If not,
 // all old attempts are left out. If it is, those are left out that were old already when
-// the endpoint was last heard of.
+// the endpoint last answered or failed.
 func (a *ages) sum(now, heard Instant, limit, generation float64, sign bool) (sum, weight float64, old, left int) {
 	total := a.total()
 	if total == 0 {

@@ -305,10 +305,10 @@ func compare(open, open2 float64, queue, queue2 float32) int {
 	return 0
 }
 
-// unheard returns the candidate that was heard of the longest time ago, of those with
-// nothing in flight that were not heard of for config.exploreAfter; nil if there is none. An
-// endpoint that was never heard of counts only if it has only failed, or if it is in another
-// zone: while home has room, no call would go there.
+// unheard returns the candidate that answered or failed the longest time ago, of those with
+// nothing in flight for which that is longer than config.exploreAfter; nil if there is none.
+// Of endpoints for which no such time is known, only two kinds count: those that have only
+// failed, and those in another zone, to which no call would go while home has room.
 func (s *selection) unheard(now load.Instant) *candidate {
 	after := uint32(s.picker.config.exploreAfter >> heardBits)
 	tick := uint32(uint64(now) >> heardBits)
