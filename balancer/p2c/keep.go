@@ -123,6 +123,8 @@ func (b *policy) recallMeters(cfg *config, endpoints []resolver.Endpoint) {
 	}
 	b.started = true
 	if p := kept.take(b.opts.ChannelzParent, endpoints); p != nil && cfg.metric.adopt(p.metric) {
+		b.mu.Lock() // A snapshot may be made already, and looks at the clock.
+		defer b.mu.Unlock()
 		b.metric, b.now, b.recalled = p.metric, p.now, p.meters
 	}
 }

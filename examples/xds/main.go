@@ -78,7 +78,7 @@ func run(ctx context.Context, out io.Writer) (err error) {
 
 	// A program has its bootstrap in the file that GRPC_XDS_BOOTSTRAP names, imports
 	// google.golang.org/grpc/xds for its scheme, and needs no resolver.
-	resolver, err := xds.NewXDSResolverWithConfigForTesting(plane.Bootstrap())
+	resolver, err := xds.NewXDSResolverWithConfigForTesting(controlplane.Bootstrap(plane.Addr()))
 	if err != nil {
 		return err
 	}

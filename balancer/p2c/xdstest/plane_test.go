@@ -5,16 +5,20 @@ package xdstest
 
 import (
 	"context"
+	"maps"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/xds"
 
 	"github.com/belfry-go/belfry/balancer/p2c"
 	"github.com/belfry-go/belfry/examples/xds/controlplane"
+	"github.com/belfry-go/belfry/internal/test/enginetest"
 	"github.com/belfry-go/belfry/internal/testserver"
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
@@ -140,6 +144,13 @@ func TestThroughXDSChurnUnderLoad(t *testing.T) {
 		})
 	}
 
+	calls.Go(func() { // Policies come, go, and know again what they knew.
+		for loading.Err() == nil {
+			p2c.SnapshotsOf(c.conn)
+			time.Sleep(100 * time.Microsecond)
+		}
+	})
+
 	var last []*testserver.Server
 	for range updates {
 		random.Shuffle(len(servers), func(i, j int) { servers[i], servers[j] = servers[j], servers[i] })
@@ -156,26 +167,103 @@ func TestThroughXDSChurnUnderLoad(t *testing.T) {
 			t.Fatalf("waiting for the client to take an update: %v", err)
 		}
 	}
-	c.servers = last
-	c.allReady()
-	stop()
-	calls.Wait()
-
 	want := map[string]bool{}
 	for _, s := range last {
 		want[s.Addr()] = true
 	}
 	got := map[string]bool{}
-	for _, s := range p2c.SnapshotsOf(c.conn) {
-		for _, e := range s.Endpoints {
-			got[e.Addresses[0]] = true
-			if !want[e.Addresses[0]] {
-				t.Errorf("the policy has %s, which the control plane has not", e.Addresses[0])
+	defer func() {
+		if t.Failed() {
+			t.Logf("the policies have %v, the control plane %v", got, want)
+		}
+	}()
+	// The client has taken the last update; the policies get it in their own time.
+	c.until("the policies have what the control plane has", 1, func(map[string]int) bool {
+		clear(got)
+		for _, s := range p2c.SnapshotsOf(c.conn) {
+			for _, e := range s.Endpoints {
+				got[e.Addresses[0]] = true
 			}
 		}
+		return maps.Equal(got, want)
+	})
+	stop()
+	calls.Wait()
+}
+
+// While the control plane is down, slow, silent or answers nonsense, calls go on, and the
+// channel catches up. Endpoints that are nonsense are refused, and those before stay. The
+// flag -outage says how long each lasts.
+func TestThroughXDSOutages(t *testing.T) {
+	t.Parallel()
+	servers := newServers(t, 3)
+	refused := make(chan string, 1)
+	p := startPlane(t, must(controlplane.WRRLocality(must(controlplane.P2C(`{}`)))), func(_, message string) {
+		select {
+		case refused <- message:
+		default: // told before
+		}
+	})
+	if err := p.Set(locality("a", 1, 0, servers[:2])); err != nil {
+		t.Fatal(err)
 	}
-	if len(got) != len(want) {
-		t.Errorf("the policies have %d endpoints, want %d", len(got), len(want))
+	proxy := enginetest.NewProxy(t)
+	proxy.ForwardTo(p.Addr())
+	builder, err := xds.NewXDSResolverWithConfigForTesting(controlplane.Bootstrap(proxy.Addr()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := dial(t, servers, builder.Scheme(), p.service, grpc.WithResolvers(builder))
+	c.counts(10)
+	var made atomic.Int64
+	loading, stop := context.WithCancel(testContext(t))
+	var calls sync.WaitGroup
+	defer calls.Wait()
+	defer stop()
+	for range 4 {
+		calls.Go(func() {
+			for loading.Err() == nil {
+				if _, err := c.client.Unary(t.Context(), &testingv1.UnaryRequest{}); err != nil {
+					t.Errorf("call: %v", err)
+					return
+				}
+				made.Add(1)
+				time.Sleep(time.Millisecond)
+			}
+		})
+	}
+	refusedEndpoints := enginetest.Disturbance{Name: "endpoints that are nonsense", End: func() {}, Begin: func() {
+		if err := p.Set(locality("a", 1, 1, servers[:1])); err != nil { // No locality has priority 0.
+			t.Error(err)
+		}
+		select {
+		case message := <-refused:
+			t.Logf("refused: %s", message)
+		case <-loading.Done():
+			t.Error("the client took endpoints without a first priority")
+		}
+	}}
+	// A server that is added while the control plane is out of order gets calls afterwards.
+	for n, d := range append(proxy.Disturb(p.Addr), refusedEndpoints) {
+		d.Begin()
+		before := made.Load()
+		time.Sleep(*enginetest.Outage)
+		for ; made.Load() < before+10; time.Sleep(time.Millisecond) {
+			if loading.Err() != nil {
+				t.Fatalf("%s: no calls meanwhile", d.Name)
+			}
+		}
+		now := servers[n%2 : n%2+2]
+		if err := p.Set(locality("a", 1, 0, now)); err != nil {
+			t.Fatal(err)
+		}
+		d.End()
+		if err := p.Wait(testContext(t)); err != nil {
+			t.Fatalf("%s: waiting for the client to catch up: %v", d.Name, err)
+		}
+		c.until("the endpoints after "+d.Name+" get all calls", 20, func(m map[string]int) bool {
+			return m[now[0].Name()]+m[now[1].Name()] == 20 && m[now[0].Name()] > 0 && m[now[1].Name()] > 0
+		})
 	}
 }
 

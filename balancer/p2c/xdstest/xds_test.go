@@ -139,7 +139,7 @@ func refuseNothing(t *testing.T) func(typeURL, message string) {
 // dialPlane opens a channel that learns of its servers from the control plane.
 func dialPlane(t *testing.T, p plane, servers []*testserver.Server, opts ...grpc.DialOption) *channel {
 	t.Helper()
-	builder, err := xds.NewXDSResolverWithConfigForTesting(p.Bootstrap())
+	builder, err := xds.NewXDSResolverWithConfigForTesting(controlplane.Bootstrap(p.Addr()))
 	if err != nil {
 		t.Fatal(err)
 	}

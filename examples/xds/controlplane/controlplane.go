@@ -134,11 +134,14 @@ func (s *Server) accept(version string) {
 	s.changed = make(chan struct{})
 }
 
+// Addr returns the address that the control plane listens on.
+func (s *Server) Addr() string { return s.listener.Addr().String() }
+
 // Bootstrap returns the bootstrap config of clients, as in the file that GRPC_XDS_BOOTSTRAP
-// names.
-func (s *Server) Bootstrap() []byte {
+// names, which reach the control plane at addr: Addr, or that of a proxy before it.
+func Bootstrap(addr string) []byte {
 	return fmt.Appendf(nil, `{"xds_servers":[{"server_uri":%q,"channel_creds":[{"type":"insecure"}],"server_features":["xds_v3"]}],"node":{"id":%q}}`,
-		s.listener.Addr(), node)
+		addr, node)
 }
 
 // Close ends the control plane and its streams.
