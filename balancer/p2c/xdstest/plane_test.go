@@ -140,6 +140,7 @@ func TestThroughXDSChurnUnderLoad(t *testing.T) {
 					t.Errorf("call: %v", err)
 					return
 				}
+				time.Sleep(time.Millisecond) // The load is there to be disturbed, not to fill the machine.
 			}
 		})
 	}
@@ -147,7 +148,7 @@ func TestThroughXDSChurnUnderLoad(t *testing.T) {
 	calls.Go(func() { // Policies come, go, and know again what they knew.
 		for loading.Err() == nil {
 			p2c.SnapshotsOf(c.conn)
-			time.Sleep(100 * time.Microsecond)
+			time.Sleep(time.Millisecond)
 		}
 	})
 
