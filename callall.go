@@ -14,74 +14,75 @@ import (
 	"google.golang.org/grpc"
 )
 
-// maxConcurrency bounds the memory that CallAll sets aside, 8 bytes for each.
+// maxConcurrency bounds the memory that CallAll reserves: 8 bytes for each call at a time.
 const maxConcurrency = 1_000_000
 
 // A Result is how the call for one request of [CallAll] ended.
 type Result[Req, Res any] struct {
 	Request  Req
 	Response Res   // meaningful if Err is nil
-	Err      error // the call's error as it is, or why the call was not made
+	Err      error // the error that the call returned, or why the call was not made
 }
 
-// CallAll makes a call for each request, at most concurrency of them at a time,
-// and yields the position of each request, counted from 0, with its result, in
-// the order of the requests. [CallAllUnordered] yields results as they come.
-// It is Tower's call_all with a bound.
+// CallAll makes a call for each request, at most concurrency of them at a time.
+// It yields the index of each request, counted from 0, and its result, in the
+// order of the requests. [CallAllUnordered] yields results as they come. It is
+// Tower's call_all with a bound.
 //
-// A failed call is a result like any other; a consumer that wants to stop at an
-// error breaks out of its loop. To call a method of a generated stub, pass
-// [Bind](client.Method).
+// A failed call is a result like any other. To stop at an error, break out of
+// the loop. To call a method of a generated stub, pass [Bind](client.Method).
 //
 // # Bounds
 //
-// A request takes one of the concurrency places when it is pulled and leaves it
-// when the loop body is done with its result. So no more than concurrency
-// requests are anywhere between, a slow consumer slows the calls down, and with
-// a concurrency of 1 nothing is called before the result of the call before it
-// has been dealt with. In order, a slow call holds the place of the results
-// that wait for it. concurrency is from 1 to 1,000,000; if it is not, the
-// sequence is one result with an error that says so, for position 0.
+// There are as many places as concurrency says. A request takes a place before
+// it is pulled, and leaves it when the loop body is done with its result. So a
+// slow consumer slows the calls down, and with a concurrency of 1 a call starts
+// only after the loop body is done with the result before it. CallAll keeps the
+// order, so the results that wait for a slow call keep their places meanwhile.
+//
+// concurrency is from 1 to 1,000,000. Otherwise no call is made, and the
+// sequence is one result, for index 0, with an error that says so.
 //
 // # The end
 //
 // The sequence ends when the requests have ended and all results are yielded. The
-// error of a call does not end it. It ends early in three cases, and whichever it
-// is, no further call is made, the calls in flight find their context cancelled,
-// and all goroutines have returned before the loop is left:
+// error of a call does not end it. It ends early in three cases. In each of them
+// no further call is made, the context of the calls in flight is cancelled, and
+// all goroutines have returned before the loop is left:
 //
 //   - The consumer breaks out of the loop, or panics. The results of the calls
 //     in flight are lost.
-//   - ctx ends. The calls in flight end with whatever error they make of it and
-//     are yielded; the next request, if there is one, is pulled but not called,
-//     and its error wraps ctx.Err() and has the status code CANCELLED or
-//     DEADLINE_EXCEEDED. A sequence without such an error was called in full.
+//   - ctx ends. The calls in flight are yielded with the error that they return.
+//     The next request, if there is one, is pulled but not called. Its error
+//     wraps ctx.Err() and has the status code CANCELLED or DEADLINE_EXCEEDED. If
+//     no result has such an error, a call was made for every request.
 //   - A call or the request sequence panics: the loop panics with a
 //     [*PanicError]. If it calls [runtime.Goexit], so does the loop.
 //
-// The context of the calls ends with the loop, also when all went well. A stream
-// that a call returns as its response must be read to its end in the loop body.
+// The context of the calls ends with the loop in any case. So read a stream that
+// a call returns as its response to its end in the loop body.
 //
-// Calls must heed their context, as gRPC's do, because the loop waits for them.
+// The loop waits for its calls, so calls must return when their context ends, as
+// gRPC's do.
 //
 // # Requests
 //
 // reqs is a channel or a sequence. From a channel requests are received until it
-// is closed. The wait for the next one ends with the loop, however that ends, and
-// with ctx. If ctx ends it, the last result has the error of a request that was not
-// called, and the zero Request. A loop that ends early has received one request at
-// most that it has not called.
+// is closed. The wait for the next request ends with the loop and with ctx. If ctx
+// ends it, the last result has the zero Request and the error of a request that was
+// not called. A loop that ends early has received at most one request that it has
+// not called.
 //
-// The loop waits for a sequence to return. One that blocks must itself return
-// when ctx ends, and a consumer of it cancels ctx before it breaks out of the loop.
-// For requests from a channel, pass the channel.
+// The loop waits for a sequence to return. A sequence that blocks must return when
+// ctx ends, and its consumer must cancel ctx before it breaks out of the loop. For
+// requests from a channel, pass the channel itself.
 //
 // # Concurrency
 //
-// reqs is pulled on a goroutine of its own, so results are yielded while the next
-// request is not there yet. call is called from one goroutine for each request.
-// Nothing runs until the returned sequence is ranged over; it may be ranged
-// over as often as reqs may.
+// reqs is pulled on a goroutine of its own, so results are yielded while the loop
+// waits for the next request. Each call runs on a goroutine of its own. Nothing
+// runs until the returned sequence is ranged over. It may be ranged over as often
+// as reqs may.
 func CallAll[Req, Res any, Reqs Requests[Req]](ctx context.Context, concurrency int, reqs Reqs, call func(context.Context, Req) (Res, error)) iter.Seq2[int, Result[Req, Res]] {
 	return callAll(ctx, concurrency, reqs, call, true)
 }
@@ -97,9 +98,10 @@ func CallAllUnordered[Req, Res any, Reqs Requests[Req]](ctx context.Context, con
 	return callAll(ctx, concurrency, reqs, call, false)
 }
 
-// Bind makes of a generated stub's method what [CallAll] calls. opts are the
-// options of each call; those that receive something, such as grpc.Header,
-// would be written to by several calls at once and must not be among them.
+// Bind turns a method of a generated stub into a function for [CallAll]. opts are
+// the options of each call. An option that receives something, such as
+// grpc.Header, must not be among them, because several calls would write to it at
+// the same time.
 func Bind[Req, Res any](method func(context.Context, Req, ...grpc.CallOption) (Res, error), opts ...grpc.CallOption) func(context.Context, Req) (Res, error) {
 	return func(ctx context.Context, req Req) (Res, error) {
 		return method(ctx, req, opts...)
@@ -109,8 +111,8 @@ func Bind[Req, Res any](method func(context.Context, Req, ...grpc.CallOption) (R
 // A PanicError is what [CallAll] panics with when a call or the request
 // sequence has panicked on a goroutine of its own.
 type PanicError struct {
-	Value any    // what it panicked with
-	Stack []byte // where, as of [debug.Stack]
+	Value any    // the argument of panic
+	Stack []byte // where it panicked, as [debug.Stack] formats it
 }
 
 // Error returns the value and the stack.
@@ -165,25 +167,25 @@ func callAll[Req, Res any](ctx context.Context, concurrency int, reqs any, call 
 	}
 }
 
-// callAllRun is one loop over the results. Three kinds of goroutine meet in it:
-// the consumer, one producer that pulls the requests, and one for each call.
+// callAllRun is one loop over the results. Three kinds of goroutine use it: the
+// consumer, one producer that pulls the requests, and one for each call.
 type callAllRun[Req, Res any] struct {
 	ctx     context.Context // the caller's
 	callCtx context.Context // derived from it, cancelled by stop
 	call    func(context.Context, Req) (Res, error)
 	ordered bool
 
-	// places holds a token for each request between being pulled and its result
-	// having been dealt with.
+	// places holds a token for each place that is taken: from before the request is
+	// pulled until the loop body is done with its result.
 	places chan struct{}
 
-	// queue hands slots to the consumer: in order as soon as they are made, else
-	// when their calls have ended. It has room for as many as there are places,
-	// so sending never blocks. The producer closes it when nothing else runs.
+	// queue hands slots to the consumer: when they are made if the results are
+	// ordered, else when their calls have ended. It has as much room as there are
+	// places, so sending never blocks. The producer closes it when nothing else runs.
 	queue chan *callSlot[Req, Res]
 
-	// stop closes stopped and cancels callCtx: the consumer wants no more, or a
-	// goroutine broke. It may be called more than once.
+	// stop closes stopped and cancels callCtx. It is called when the consumer leaves
+	// the loop or a goroutine breaks, and may be called more than once.
 	stop    func()
 	stopped chan struct{}
 
@@ -200,10 +202,10 @@ type callAllRun[Req, Res any] struct {
 type callSlot[Req, Res any] struct {
 	index  int
 	result Result[Req, Res]
-	done   chan struct{} // closed when result is there
+	done   chan struct{} // closed when result is set
 }
 
-// next returns the next slot whose result is there, or nil if no more will be.
+// next waits for the next slot with a result. It returns nil if there is none.
 func (r *callAllRun[Req, Res]) next() *callSlot[Req, Res] {
 	select {
 	case s := <-r.queue:
@@ -240,8 +242,8 @@ func (r *callAllRun[Req, Res]) sequence(reqs any) iter.Seq[Req] {
 	return reqs.(func(func(Req) bool))
 }
 
-// receive returns the requests of a channel, and one that will not be called if ctx
-// ends before the channel does.
+// receive returns the requests of a channel. If ctx ends before the channel is
+// closed, one request follows that will not be called.
 func (r *callAllRun[Req, Res]) receive(reqs <-chan Req) iter.Seq[Req] {
 	return func(yield func(Req) bool) {
 		for {
@@ -288,7 +290,7 @@ func (r *callAllRun[Req, Res]) takePlace() bool {
 	case r.places <- struct{}{}:
 	case <-r.stopped:
 	}
-	return !r.hasStopped() // with both ready, the choice was random
+	return !r.hasStopped() // if both cases were ready, select took either
 }
 
 func (r *callAllRun[Req, Res]) hasStopped() bool {
@@ -302,7 +304,7 @@ func (r *callAllRun[Req, Res]) hasStopped() bool {
 
 // start starts the call for a request and reports whether more may follow.
 func (r *callAllRun[Req, Res]) start(index int, req Req) bool {
-	if r.hasStopped() { // while the request was pulled
+	if r.hasStopped() { // stopped while the request was pulled
 		return false
 	}
 	s := &callSlot[Req, Res]{index: index, done: make(chan struct{})}

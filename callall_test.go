@@ -24,8 +24,8 @@ import (
 	"github.com/belfry-go/belfry"
 )
 
-// A probe is a call that counts: each takes as many seconds as its request
-// says, unless its context ends first.
+// A probe counts its calls. A call takes as many seconds as its request says,
+// unless its context ends first.
 type probe struct {
 	started, ended, inFlight, peak atomic.Int64
 }
@@ -51,7 +51,7 @@ func (p *probe) call(ctx context.Context, seconds int) (string, error) {
 
 type callAllFunc = func(context.Context, int, iter.Seq[int], func(context.Context, int) (string, error)) iter.Seq2[int, belfry.Result[int, string]]
 
-// callAlls are the two functions, for what holds of both.
+// callAlls are the two functions, for tests of both.
 var callAlls = map[string]callAllFunc{
 	"ordered":   belfry.CallAll[int, string, iter.Seq[int]],
 	"unordered": belfry.CallAllUnordered[int, string, iter.Seq[int]],
@@ -66,7 +66,6 @@ func forBoth(t *testing.T, test func(*testing.T, callAllFunc)) {
 	}
 }
 
-// CallAll keeps the order of requests.
 func TestCallAllOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var p probe
@@ -84,7 +83,7 @@ func TestCallAllOrder(t *testing.T) {
 			t.Errorf("results are of the requests %v, want %v", requests, want)
 		}
 		if want := []int{0, 1, 2}; !slices.Equal(indexes, want) {
-			t.Errorf("positions are %v, want %v", indexes, want)
+			t.Errorf("indexes are %v, want %v", indexes, want)
 		}
 		if got, want := time.Since(start), 3*time.Second; got != want {
 			t.Errorf("took %v, want %v: all calls at the same time", got, want)
@@ -92,7 +91,6 @@ func TestCallAllOrder(t *testing.T) {
 	})
 }
 
-// CallAll unordered yields results as they come.
 func TestCallAllUnorderedOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var p probe
@@ -119,7 +117,7 @@ func TestCallAllWithoutRequestsEnds(t *testing.T) {
 	})
 }
 
-// CallAll yields results while the next request is not there yet.
+// CallAll yields results while it waits for the next request.
 func TestCallAllResultsBeforeNextRequest(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
@@ -171,7 +169,7 @@ func TestCallAllDoesNotEndAtAnError(t *testing.T) {
 	})
 }
 
-// CallAll pulls a request only when there is room.
+// CallAll pulls a request only when a place is free.
 func TestCallAllPullsWhenThereIsRoom(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		for _, concurrency := range []int{1, 2, 5} {
@@ -223,7 +221,6 @@ func TestCallAllConcurrency(t *testing.T) {
 	})
 }
 
-// CallAll stops when the consumer breaks.
 func TestCallAllConsumerBreaks(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
@@ -244,7 +241,6 @@ func TestCallAllConsumerBreaks(t *testing.T) {
 	})
 }
 
-// CallAll stops when the consumer panics.
 func TestCallAllConsumerPanics(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
@@ -315,7 +311,6 @@ func TestCallAllContextEndsAfterLastCall(t *testing.T) {
 	})
 }
 
-// CallAll with an ended context calls nothing.
 func TestCallAllContextEndedBefore(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		cause := errors.New("giving up")
@@ -326,7 +321,7 @@ func TestCallAllContextEndedBefore(t *testing.T) {
 		for i, r := range callAll(ctx, 4, slices.Values([]int{1, 2}), p.call) {
 			n++
 			if i != 0 || r.Request != 1 || !errors.Is(r.Err, context.Canceled) || !errors.Is(r.Err, cause) {
-				t.Errorf("result %d = %+v, want position 0 and an error that wraps context.Canceled and its cause", i, r)
+				t.Errorf("result %d = %+v, want index 0 and an error that wraps context.Canceled and its cause", i, r)
 			}
 		}
 		if n != 1 || p.started.Load() != 0 {
@@ -335,7 +330,7 @@ func TestCallAllContextEndedBefore(t *testing.T) {
 	})
 }
 
-// CallAll with requests that heed the context can be left while they block.
+// A loop can be left while its requests block, if they return when the context ends.
 func TestCallAllBreakWhileRequestsBlock(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -411,7 +406,7 @@ func TestCallAllWithAChannel(t *testing.T) {
 				errs = append(errs, r.Err)
 			}
 			if len(errs) != 2 || errs[0] != nil || status.Code(errs[1]) != codes.DeadlineExceeded {
-				t.Errorf("errors are %v, want none of the call, and DEADLINE_EXCEEDED of what was not there in time", errs)
+				t.Errorf("errors are %v, want none for the call, and DEADLINE_EXCEEDED for the request that did not arrive in time", errs)
 			}
 		})
 		run("closed_after_its_context_has_ended", func(t *testing.T, ch chan int, p *probe) {
@@ -425,7 +420,7 @@ func TestCallAllWithAChannel(t *testing.T) {
 	}
 }
 
-// The request is there when the loop has been left already.
+// The request arrives after the loop has been left.
 func TestCallAllBreakCallsNothingMore(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
@@ -443,7 +438,6 @@ func TestCallAllBreakCallsNothingMore(t *testing.T) {
 	})
 }
 
-// CallAll pulls nothing after a break.
 func TestCallAllBreakPullsNothingMore(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
@@ -460,7 +454,6 @@ func TestCallAllBreakPullsNothingMore(t *testing.T) {
 	})
 }
 
-// CallAll passes on the panic of a call.
 func TestCallAllPanicOfCall(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe
@@ -500,7 +493,6 @@ func TestCallAllPanicOfCall(t *testing.T) {
 
 func panickingCall(err error) { panic(err) }
 
-// CallAll passes on the panic of the requests.
 func TestCallAllPanicOfRequests(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		defer func() {
@@ -537,7 +529,6 @@ func TestCallAllPassesOnGoexit(t *testing.T) {
 	})
 }
 
-// CallAll refuses a concurrency out of range.
 func TestCallAllBadConcurrency(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		for _, concurrency := range []int{-1, 0, 1_000_001} {
@@ -547,7 +538,7 @@ func TestCallAllBadConcurrency(t *testing.T) {
 				n++
 				want := fmt.Sprintf("belfry: CallAll: concurrency is %d, must be from 1 to 1000000", concurrency)
 				if i != 0 || r.Err == nil || r.Err.Error() != want {
-					t.Errorf("result %d has the error %v, want position 0 and %q", i, r.Err, want)
+					t.Errorf("result %d has the error %v, want index 0 and %q", i, r.Err, want)
 				}
 			}
 			if n != 1 || p.started.Load() != 0 {
@@ -557,7 +548,6 @@ func TestCallAllBadConcurrency(t *testing.T) {
 	})
 }
 
-// CallAll can be ranged over again.
 func TestCallAllRangedOverAgain(t *testing.T) {
 	forBoth(t, func(t *testing.T, callAll callAllFunc) {
 		var p probe

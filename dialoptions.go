@@ -10,13 +10,13 @@ import (
 	"github.com/belfry-go/belfry/interceptor"
 )
 
-// DialOptions returns the options for grpc.NewClient that put everything in its place:
-// telemetry, then the layers of stack, then the balancing policy belfry.p2c with its default
-// config. stack may be nil. It is safe for concurrent use.
+// DialOptions returns the options for grpc.NewClient in the right order: telemetry, then the
+// layers of stack, then the balancing policy belfry.p2c with its default config. Without a
+// stack (nil) there are no layers. It is safe for concurrent use.
 //
-// telemetry is what has to see calls and not attempts, with all that they wait: grpc's
-// OpenTelemetry plugin, or another interceptor that measures or traces. Given after the
-// stack, such a plugin takes each attempt for a call, and sees nothing of what calls wait.
+// telemetry is what measures or traces calls: grpc's OpenTelemetry plugin, or an interceptor.
+// It comes before the stack: behind it, it would see each attempt as a call, and would not see
+// how long calls wait in the layers.
 //
 //	conn, err := grpc.NewClient(target, append(belfry.DialOptions(stack, opentelemetry.DialOption(otelOptions)), creds)...)
 func DialOptions(stack *interceptor.Stack, telemetry ...grpc.DialOption) []grpc.DialOption {

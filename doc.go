@@ -4,9 +4,9 @@
 // Package belfry is Tower for gRPC in Go: balancing, discovery and resilience
 // for gRPC clients, built from gRPC's own parts.
 //
-// In Tower everything is a Service. In gRPC-Go the same thing exists already and
-// every generated stub accepts it: [google.golang.org/grpc.ClientConnInterface].
-// So belfry invents no call abstraction. It decorates calls with gRPC's own
+// In Tower everything is a Service. gRPC-Go has the same thing already, and every
+// generated stub accepts it: [google.golang.org/grpc.ClientConnInterface]. So
+// belfry adds no abstraction of a call. It decorates calls with gRPC's own
 // interceptors, balances inside gRPC's own balancer API, discovers through
 // gRPC's own resolver API and is configured with gRPC's own service config. A
 // program adopts belfry by adding dial options, and drops it by removing them.
@@ -15,7 +15,7 @@
 // policies, on failures, on observability, and on moving from other libraries.
 //
 //	stub ─► layers: shed ► timeout ► limit ► retry ► …       interceptor/…      what may happen to a call
-//	           │ one call, maybe several attempts
+//	           │ one call, one attempt or several
 //	           ▼
 //	      grpc.ClientConn ─► a few endpoints, the least load  balancer/p2c       where an attempt goes
 //	           ▲                      ▲
@@ -23,9 +23,10 @@
 //	  resolver/discover             load                       which endpoints exist, how busy each one is
 //
 // Each part is a package of its own and works without the others. This package
-// has the two helpers that belong to no part: [WaitReady] makes a connection
-// connect and waits until it can carry calls, and [CallAll] makes a call for
-// each of a sequence of requests, several at a time:
+// has what needs several parts, or none. [DialOptions] puts a stack of layers and
+// the balancing policy into one list of options, in the right order. [WaitReady]
+// makes a connection connect and waits until it can carry calls. [CallAll] makes
+// a call for each of a sequence of requests, several at a time:
 //
 //	if err := belfry.WaitReady(ctx, conn); err != nil {
 //		return err

@@ -191,7 +191,7 @@ func anchors(text string) []string {
 	return found
 }
 
-// given is what blocks may use without declaring it.
+// given declares what blocks may use without a declaration.
 const given = `
 import (
 	"context"
@@ -302,7 +302,7 @@ func complete(pkg, name, block string) (file string, run []string, err error) {
 		if err != nil {
 			return "", nil, err
 		}
-		// Variables that only the reader uses.
+		// Variables that the block itself does not use.
 		body := f.Decls[0].(*ast.FuncDecl).Body
 		var use strings.Builder
 		for _, s := range body.List {

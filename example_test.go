@@ -21,7 +21,7 @@ import (
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
-// greeter greets everyone but the one who has no name.
+// greeter greets everyone who gives a name.
 type greeter struct {
 	testingv1.UnimplementedTestServiceServer
 }
@@ -130,11 +130,11 @@ func ExampleCallAll_channel() {
 
 	requests := make(chan int)
 	go func() {
-		requests <- 21 // And then nothing for a while.
+		requests <- 21 // No further request comes.
 	}()
 	for _, r := range belfry.CallAll(context.Background(), 4, requests, double) {
 		fmt.Println(r.Response, r.Err)
-		break // Does not wait for another request.
+		break // The loop does not wait for another request.
 	}
 	// Output:
 	// 42 <nil>
@@ -144,7 +144,7 @@ func ExampleCallAllUnordered() {
 	seen := make(chan struct{})
 	call := func(_ context.Context, name string) (string, error) {
 		if name == "slow" {
-			<-seen // Until the other's result has been seen.
+			<-seen // Waits until the other result has been yielded.
 		}
 		return "done", nil
 	}

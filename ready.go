@@ -21,38 +21,40 @@ import (
 // carries no gRPC status.
 var ErrClosed = errors.New("belfry: connection is closed")
 
-// WaitReady makes conn connect and waits until it is READY, so that the first
-// call need not wait for a connection, or a program finds out at its start that
-// there is none. It returns nil at once if conn is READY already.
+// WaitReady makes conn connect and waits until it is READY. Then the first call
+// need not wait for a connection, and a program that cannot connect learns so at
+// its start. WaitReady returns nil at once if conn is READY already.
 //
-// conn is a *grpc.ClientConn, or anything in front of some: what the Wrap of a
-// stack returns, a Steer, a Maker. Then WaitReady makes all connections behind
-// it connect and waits for each of them; those of a Maker are the ones that it
-// has made, which may be none. What else carries calls can take part by either
-// of two methods,
+// conn is a *grpc.ClientConn, or something that uses several: what the Wrap of a
+// stack returns, a steer.Steer, a maker.Maker. WaitReady then makes all these
+// connections connect, and waits for each of them. A Maker may not have made any
+// yet. Any other type needs one of two sets of methods, or WaitReady returns an
+// error:
 //
-//	Conns() iter.Seq[grpc.ClientConnInterface] // the connections it uses
-//	GetState() connectivity.State              // and Connect and WaitForStateChange, as of *grpc.ClientConn
+//	Conns() iter.Seq[grpc.ClientConnInterface] // the connections that it uses
 //
-// and is an error otherwise.
+//	Connect()                                  // as *grpc.ClientConn has them
+//	GetState() connectivity.State
+//	WaitForStateChange(context.Context, connectivity.State) bool
 //
 // Failed attempts to connect do not end the wait: gRPC tries again with
-// backoff, and a connection that falls idle meanwhile is made to connect again.
-// ctx bounds the wait; give it a deadline.
+// backoff, and WaitReady makes a connection that becomes IDLE connect again. Only
+// ctx bounds the wait, so give it a deadline.
 //
-// It returns [ErrClosed] if a connection is or gets closed. When ctx ends first,
-// the error wraps ctx.Err(), and its cause if it has one, names the last state
-// seen, and why a *grpc.ClientConn was in TRANSIENT_FAILURE last: what its balancing
-// policy or its resolver says. Its status code is DEADLINE_EXCEEDED or CANCELLED.
+// WaitReady returns [ErrClosed] if a connection is closed. If ctx ends first, the
+// error wraps ctx.Err(), and the cause of ctx if it has one. The error names the
+// last state of the connection. If a *grpc.ClientConn was in TRANSIENT_FAILURE, it
+// also has the reason that the balancing policy or the resolver gave last. Its
+// status code is DEADLINE_EXCEEDED or CANCELLED.
 //
-// To learn the reason, WaitReady makes a call that cannot leave the client, of the
-// method /belfry.WaitReady/Reason, each time the connection fails. The connection's
-// interceptors see it.
+// To learn the reason, WaitReady makes a call of the method
+// /belfry.WaitReady/Reason each time the connection fails. The call never leaves
+// the client, but the connection's interceptors see it.
 //
-// A READY connection may lose its server at any time: WaitReady tells that
-// calls can be made, not that they will succeed.
+// A READY connection may lose its server at any time: after WaitReady calls can be
+// made, but they may still fail.
 //
-// It may be called for one connection from many goroutines.
+// WaitReady is safe for concurrent use, also for one connection.
 func WaitReady(ctx context.Context, conn grpc.ClientConnInterface) error {
 	// All connect at the same time.
 	err := each(conn, func(c connectable) error {
@@ -116,9 +118,9 @@ func waitReady(ctx context.Context, conn connectable) error {
 	}
 }
 
-// reasonOf returns why calls of conn fail without being sent, or "" if it cannot
-// tell. gRPC tells only a call, so it makes one, which its credentials keep from
-// being sent if conn has become READY.
+// reasonOf returns why calls of conn fail without being sent, or "" if that is not
+// known. gRPC gives the reason only to a call, so reasonOf makes one. Its
+// credentials keep it from being sent if conn has become READY.
 func reasonOf(ctx context.Context, conn *grpc.ClientConn) string {
 	ctx, cancel := context.WithTimeout(ctx, maxReasonWait)
 	defer cancel()
@@ -129,10 +131,10 @@ func reasonOf(ctx context.Context, conn *grpc.ClientConn) string {
 	return ""
 }
 
-// maxReasonWait bounds what interceptors may do about a call for the reason.
+// maxReasonWait bounds a call for the reason, which interceptors may delay or repeat.
 const maxReasonWait = time.Second
 
-// unsendable is credentials that no call can have.
+// unsendable is credentials that fail, so that no call is sent with them.
 type unsendable struct{}
 
 func (unsendable) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
@@ -141,7 +143,7 @@ func (unsendable) GetRequestMetadata(context.Context, ...string) (map[string]str
 
 func (unsendable) RequireTransportSecurity() bool { return false }
 
-// contextError says what the end of a context prevented.
+// contextError is the error of something that the end of a context prevented.
 type contextError struct {
 	what  string
 	err   error // the context's Err
@@ -162,7 +164,7 @@ func (e *contextError) Error() string {
 
 func (e *contextError) Unwrap() []error { return []error{e.err, e.cause} }
 
-// GRPCStatus gives the error the code that a call ended by the same context has.
+// GRPCStatus returns the status code of a call that the same context ends.
 func (e *contextError) GRPCStatus() *status.Status {
 	return status.New(status.FromContextError(e.err).Code(), e.Error())
 }

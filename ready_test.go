@@ -83,7 +83,7 @@ func (c *fakeConn) WaitForStateChange(ctx context.Context, source connectivity.S
 	}
 }
 
-// WaitReady returns at once when ready even if context has ended.
+// WaitReady returns nil for a READY connection even if the context has ended.
 func TestWaitReadyContextEnded(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -103,7 +103,7 @@ func TestWaitReadyThroughFailures(t *testing.T) {
 		go func() {
 			for _, state := range []connectivity.State{
 				connectivity.TransientFailure, connectivity.Connecting,
-				connectivity.Idle, // the server said goodbye: connect again
+				connectivity.Idle, // the server sent GOAWAY: connect again
 				connectivity.TransientFailure, connectivity.Ready,
 			} {
 				time.Sleep(time.Second)
@@ -147,7 +147,6 @@ func TestWaitReadyDeadline(t *testing.T) {
 	})
 }
 
-// WaitReady wraps the cause of a cancellation.
 func TestWaitReadyCancelled(t *testing.T) {
 	cause := errors.New("giving up")
 	ctx, cancel := context.WithCancelCause(t.Context())
@@ -164,7 +163,6 @@ func TestWaitReadyCancelled(t *testing.T) {
 	}
 }
 
-// WaitReady fails at once when closed.
 func TestWaitReadyClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		if err := belfry.WaitReady(t.Context(), newFakeConn(connectivity.Shutdown)); !errors.Is(err, belfry.ErrClosed) {
@@ -181,7 +179,7 @@ func TestWaitReadyClosed(t *testing.T) {
 	})
 }
 
-// All of them connect at once, and WaitReady returns when the last is READY.
+// All connections connect at the same time, and WaitReady returns when the last is READY.
 func TestWaitReadyThroughStack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		made, a, b := newFakeConn(connectivity.Idle), newFakeConn(connectivity.Idle), newFakeConn(connectivity.Idle)
@@ -226,14 +224,14 @@ func TestWaitReadyThroughStack(t *testing.T) {
 }
 
 func TestWaitReadyNeedsAState(t *testing.T) {
-	type stranger struct{ grpc.ClientConnInterface }
-	err := belfry.WaitReady(t.Context(), stranger{})
-	if err == nil || !strings.Contains(err.Error(), "stranger has neither a state") {
+	type noState struct{ grpc.ClientConnInterface }
+	err := belfry.WaitReady(t.Context(), noState{})
+	if err == nil || !strings.Contains(err.Error(), "noState has neither a state") {
 		t.Errorf("WaitReady = %v, want an error that names the type", err)
 	}
 }
 
-// Nothing listens, so the error says why nobody answers.
+// No server listens, so the error says "connection refused".
 func TestWaitReadySaysWhy(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
@@ -261,7 +259,6 @@ func TestWaitReadySaysWhy(t *testing.T) {
 	}
 }
 
-// WaitReady with real connection.
 func TestWaitReadyRealConnection(t *testing.T) {
 	lis := bufconn.Listen(1 << 16)
 	server := grpc.NewServer()

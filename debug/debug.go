@@ -79,7 +79,7 @@ func (p *Page) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.Set("Content-Type", "application/json")
 		e := json.NewEncoder(w)
 		e.SetIndent("", "  ")
-		e.Encode(p.state())
+		_ = e.Encode(p.state())
 	case query.Has("events"):
 		p.stream(w, r)
 	default:
@@ -118,7 +118,7 @@ func (p *Page) stream(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return
 		}
-		out.SetWriteDeadline(time.Now().Add(10 * every)) // A viewer that does not read.
+		_ = out.SetWriteDeadline(time.Now().Add(10 * every)) // A viewer that does not read.
 		if _, err := fmt.Fprintf(w, "data: %s\n\n", b); err != nil {
 			return
 		}

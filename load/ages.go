@@ -13,21 +13,20 @@ import (
 //
 // For attempts of weight w_i that started at s_i the sum of the weighted ages at
 // time t is t*W - T with W the sum of w_i and T the sum of w_i*s_i. To bound
-// single ages, the attempts are kept in two such sums by generation: the current
-// one and the one before. When the current generation is as old as the limit, a
-// new one begins in the place of the older. Of the attempts that were in it only the
-// weights are known from then on.
+// single ages, there are two such sums: one of the current generation of attempts
+// and one of the generation before. When the current generation is as old as the
+// limit, a new one replaces the older of the two. Of the attempts of the replaced
+// generation only the weights are known from then on.
 //
-// The weights are exact: together they are zero when nothing is in flight. A race
-// between a new generation and the start or end of an attempt may leave a sum a little
-// off. It counts wrong by at most one limit, and is cleared when its generation is
-// reused.
+// The weights are exact: their sum is zero when nothing is in flight. A race between
+// a new generation and the start or end of an attempt may make a sum of starts wrong,
+// by one limit at most. It is cleared when a new generation replaces its own.
 type ages struct {
-	weights [2]atomic.Int64 // and number
-	starts  [2]atomic.Int64 // weight times start, in age units, modulo 2^64
-	epoch   atomic.Uint32   // number of the current generation
-	began   atomic.Uint32   // when it began, in epochUnitBits
-	older   atomic.Int64    // the weights of the attempts before, and their number
+	weights [2]atomic.Int64 // the sums of the weights, and the numbers of attempts, of both generations
+	starts  [2]atomic.Int64 // the sums of weight times start, in age units, modulo 2^64
+	epoch   atomic.Uint32   // the number of the current generation
+	began   atomic.Uint32   // when it began, in units of 2^epochUnitBits ns
+	older   atomic.Int64    // the sum of the weights, and the number, of attempts of earlier generations
 }
 
 const (
@@ -36,23 +35,23 @@ const (
 	weightOne = 1 << 16
 	maxWeight = 1 << 22
 
-	// The weights of attempts are summed above the number of the attempts: two
-	// numbers in one word cost one atomic addition.
+	// A word holds the sum of the weights of attempts above the number of attempts.
+	// Two numbers in one word cost one atomic addition.
 	countBits = 20
 
-	// Ages are summed in units of 1024 ns. 10,000 attempts of weight 1 can be an
-	// hour old before their sum overflows.
+	// Ages are summed in units of 1024 ns. 10,000 attempts of weight 1 may be an hour old
+	// without an overflow of the sum.
 	ageUnitBits = 10
 
-	// The beginning of a generation is kept in units of 65 microseconds. They wrap
-	// after 78 hours, and what comes of that is one generation that ends too late.
+	// The beginning of a generation is kept in units of 65 us. They wrap after 78 hours.
+	// Then one generation ends too late.
 	epochUnitBits = 16
 )
 
 // add counts an attempt and returns its generation.
 func (a *ages) add(weight uint32, started Instant, limit float64) uint32 {
 	began, now := a.began.Load(), uint32(uint64(started)>>epochUnitBits)
-	const little = 1 << 16 // A start that was read a little before began is not past it.
+	const little = 1 << 16 // another goroutine may have read its start a little before began
 	if d := now - began; d < math.MaxUint32-little && float64(d)*(1<<epochUnitBits) > limit && a.began.CompareAndSwap(began, now) {
 		next := a.epoch.Load() + 1
 		a.older.Add(a.weights[next&1].Swap(0))
@@ -61,41 +60,41 @@ func (a *ages) add(weight uint32, started Instant, limit float64) uint32 {
 	}
 	epoch := a.epoch.Load()
 	w := int64(weight)<<countBits + 1
-	// In this order, and in remove in the other, an attempt half counted has a
-	// negative age, which counts as none, and not an enormous one.
+	// In this order, and in the reverse order in remove, an attempt that is half counted
+	// has a negative age, which counts as 0. Otherwise it would have an enormous age.
 	a.starts[epoch&1].Add(int64(weight) * (int64(started) >> ageUnitBits))
 	a.weights[epoch&1].Add(w)
 	return epoch
 }
 
-// total returns the weights and number of all attempts.
+// total returns the sum of the weights, and the number, of all attempts.
 func (a *ages) total() int64 { return a.older.Load() + a.weights[0].Load() + a.weights[1].Load() }
 
-// split returns the weights in a sum of them, and the number. After a race both may be
-// below zero.
+// split returns the two numbers in a word: the sum of the weights, and the number of
+// attempts. After a race both may be below zero.
 func split(sum int64) (weights int64, number int) {
 	n := sum << (64 - countBits) >> (64 - countBits)
 	return (sum - n) >> countBits, int(n)
 }
 
-// remove takes an attempt out again.
+// remove removes an attempt that add has counted.
 func (a *ages) remove(epoch, weight uint32, started Instant) {
 	w := int64(weight)<<countBits + 1
 	if a.epoch.Load()-epoch > 1 {
-		a.older.Add(-w) // its generation is gone
+		a.older.Add(-w) // its generation was replaced
 		return
 	}
 	a.weights[epoch&1].Add(-w)
 	a.starts[epoch&1].Add(-int64(weight) * (int64(started) >> ageUnitBits))
 }
 
-// sum returns the weighted ages in nanoseconds, each up to the limit, the weight of
-// the attempts in it, the number of old attempts, and of those that are left out. An
-// attempt is old after two generations.
+// sum returns the sum of the weighted ages in nanoseconds, each up to the limit, and the
+// sum of the weights of these attempts. It also returns the number of old attempts, and
+// how many of them it left out. An attempt is old after two generations.
 //
-// Old attempts are left out if the endpoint was heard of after they had become old,
-// because then they are no sign that it does not answer, and in any case if silence is
-// no sign of that.
+// sign is whether a silent attempt is a sign that the endpoint does not answer. If not,
+// all old attempts are left out. If it is, those are left out that were old already when
+// the endpoint last answered or failed.
 func (a *ages) sum(now, heard Instant, limit, generation float64, sign bool) (sum, weight float64, old, left int) {
 	total := a.total()
 	if total == 0 {
@@ -105,8 +104,7 @@ func (a *ages) sum(now, heard Instant, limit, generation float64, sign bool) (su
 	since := func(t Instant) float64 {
 		return float64(int32(uint32(uint64(t)>>epochUnitBits)-began)) * (1 << epochUnitBits)
 	}
-	// All attempts of the current generation started within one of its beginning, and
-	// so on.
+	// All attempts of a generation started within the time generation after its beginning.
 	current := int(a.epoch.Load() & 1)
 	stale := since(now) > 2*generation
 	counts := [2]bool{true, true}
@@ -139,8 +137,8 @@ func (a *ages) sum(now, heard Instant, limit, generation float64, sign bool) (su
 	return sum, float64(counted) / weightOne, max(old, 0), max(left, 0)
 }
 
-// generation returns the weighted ages of the attempts of one, each up to the
-// limit, and their weight in fixed point.
+// generation returns the sum of the weighted ages of the attempts of generation i, each
+// up to the limit, and the sum of their weights in fixed point.
 func (a *ages) generation(i int, now Instant, limit float64) (float64, int64) {
 	const unit = float64(1<<ageUnitBits) / weightOne
 	w, _ := split(a.weights[i].Load())

@@ -8,9 +8,9 @@ import (
 	"testing"
 )
 
-// BenchmarkMeter is what one pick asks of one endpoint: a reading, or an attempt
-// from its start to its end. Parallel goroutines share one endpoint, which is the
-// worst there is; time advances by 1 us an operation.
+// BenchmarkMeter measures what one pick asks of one endpoint: a Load, or a Start and a
+// Finish. Parallel goroutines share one endpoint, which is the worst case. Time advances
+// by 1 us an operation.
 func BenchmarkMeter(b *testing.B) {
 	for _, kind := range metrics {
 		b.Run(kind.name, func(b *testing.B) {

@@ -5,15 +5,15 @@ package load
 
 import "math"
 
-// Constant is the same load for every endpoint and for ever. With it a policy
-// that picks the least of a few chooses at random, in proportion to the weights.
+// Constant is the same load for every endpoint, always. With it the policy picks at
+// random, in proportion to the weights.
 type Constant struct {
 	MetricBase
 	load float64
 }
 
-// NewConstant returns a Metric whose endpoints have the given load, which must
-// be finite and not negative.
+// NewConstant returns a Metric whose endpoints have the given load, in no unit. The load
+// must be finite and at least 0; otherwise the error is a *[ConfigError].
 func NewConstant(load float64) (*Constant, error) {
 	if !(load >= 0 && load <= math.MaxFloat64) {
 		return nil, &ConfigError{"load", load, "finite and at least 0"}

@@ -13,8 +13,8 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-// lastLatency is a metric of one's own: an endpoint costs what its last answer
-// took, times what is in flight. Calls of some methods do not count.
+// lastLatency is a custom metric: an endpoint costs the latency of its last answer,
+// times the attempts in flight plus one. Calls of some methods do not count.
 type lastLatency struct {
 	load.MetricBase
 	ignored string // prefix of their names
@@ -89,5 +89,5 @@ func ExampleRegister() {
 	// Output:
 	// cost at rest: 30
 	// with one in flight: 60
-	// load: name: lastLatencie, must be a registered metric, of which there are ["lastLatency"]
+	// load: name: lastLatencie, must be one of the registered metrics ["lastLatency"]
 }

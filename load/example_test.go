@@ -10,8 +10,8 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-// A Meter is told when attempts start and end, and says what one more would cost.
-// What is in flight the policy counts.
+// A Meter is told when attempts start and end, and says what one more would cost. The
+// policy counts the attempts in flight.
 func Example() {
 	metric := load.NewPendingRequests()
 	meter := metric.NewMeter(load.Endpoint{Address: "10.0.0.1:443"})
@@ -58,8 +58,8 @@ func ExamplePeakEWMA() {
 	// 10s later: 2.207s
 }
 
-// An endpoint that does not answer costs more by the moment, and a newcomer costs
-// what the average endpoint does.
+// An endpoint that does not answer costs more and more, and a new endpoint costs what the
+// average endpoint costs.
 func ExampleExpectedLatency() {
 	metric, err := load.NewExpectedLatency(load.DefaultExpectedLatencyConfig())
 	if err != nil {

@@ -17,63 +17,65 @@ import (
 // ExpectedLatencyConfig are the parameters of [ExpectedLatency]. Start from
 // [DefaultExpectedLatencyConfig].
 type ExpectedLatencyConfig struct {
-	// PriorSamples (n0) is how many samples the mean of all endpoints counts as
-	// beside an endpoint's own, where latencies do not vary. Default 1, above 0, at
-	// most 1000.
+	// PriorSamples (n0) is the weight of the mean of all endpoints in the estimate of one
+	// endpoint, in samples, where latencies do not vary. Default 1, above 0, at most
+	// 1000.
 	PriorSamples float64
-	// SpreadPrior is how much more the prior counts where latencies vary: n0 times
+	// SpreadPrior is how much this weight grows where latencies vary: it is n0 times
 	// 1 + SpreadPrior*v, with v the variance of the latencies of one endpoint, divided
 	// by the square of their mean. Default 0.5, from 0 to 100.
 	SpreadPrior float64
-	// MinSpread is the least v that is believed. Default 0.25, from 0 to 100.
+	// MinSpread is the least v: a smaller measured one counts as this. Default 0.25,
+	// from 0 to 100.
 	MinSpread float64
-	// QueueExponent (theta) says how much of a latency is owed to the attempts that
-	// were in flight when it began: it is divided by (pending+1)^theta, so that
-	// queueing is not counted twice. Default 0.5, from 0 (none) to 1 (all).
+	// QueueExponent (theta) is how much of a latency is due to the attempts that were in
+	// flight when it began. The latency is divided by (pending+1)^theta, so that waiting
+	// behind them is not counted twice. Default 0.5, from 0 (nothing) to 1 (all).
 	QueueExponent float64
-	// KeepSamples (keep) is the number of samples in which the weight of older
-	// ones falls to 1/e. Default 32, from 1 to 1e6.
+	// KeepSamples (keep) is the number of samples in which the weight of older ones
+	// falls to 1/e. Default 32, from 1 to 1e6.
 	KeepSamples float64
-	// ForgetRounds (ticks) is the number of rounds, of one sample per endpoint of
-	// the channel each, in which an endpoint without samples of its own is
-	// forgotten to 1/e. Default 40, above 0, at most 1e6.
+	// ForgetRounds (ticks) is the number of rounds after which the weight of an
+	// endpoint's samples has fallen to 1/e, if it gets no new ones. A round is as many
+	// samples of the channel as it has endpoints. Default 40, above 0, at most 1e6.
 	ForgetRounds float64
-	// ForgetAfter (tau) is the time in which an endpoint without samples is
-	// forgotten to 1/e, resolved to about a millisecond. Default 60 s, must be
-	// above 0.
+	// ForgetAfter (tau) is the time after which the weight of an endpoint's samples has
+	// fallen to 1/e, if it gets no new ones. It is measured to about a millisecond.
+	// Default 60 s, must be above 0.
 	ForgetAfter time.Duration
-	// FailurePenalty (fail) is what a failed attempt counts as, however fast it
-	// failed, as a multiple of what an average endpoint costs. Default 10, from 1
-	// to 1e6.
+	// FailurePenalty (fail) is the latency that a failed attempt counts as at least, as
+	// a multiple of what an average endpoint costs. Default 10, from 1 to 1e6.
 	FailurePenalty float64
-	// FirstFailure is what a failed attempt counts as at least while no latency is
-	// known yet. Default 1 s, must be above 0.
+	// FirstFailure is the latency that a failed attempt counts as at least while no
+	// latency is known. Default 1 s, must be above 0.
 	FirstFailure time.Duration
-	// SampleLimit bounds the latency of one attempt, as a multiple of the average,
-	// so that one answer after an hour is forgotten in minutes. Default 20, from 1
-	// to 1e6.
+	// SampleLimit bounds the latency of one attempt, as a multiple of the latency of the
+	// average call, so that one answer after an hour is forgotten in minutes. Default
+	// 20, from 1 to 1e6.
 	SampleLimit float64
-	// AgeLimit (old) bounds the age at which an attempt in flight counts, as a
-	// multiple of the mean latency. Default 20, from 1 to 1e6.
+	// AgeLimit (old) bounds the age of an attempt in flight, as a multiple of the mean
+	// latency. Default 20, from 1 to 1e6.
 	AgeLimit float64
-	// StreamAgeLimit bounds it for streams that have no response yet: a stream may
-	// have nothing to say. Default 1, from 0 to 1e6. A stream that is older than
-	// AgeLimit counts as one that is open.
+	// StreamAgeLimit bounds the age of streams without a response, because a server may
+	// have nothing to send, and of attempts of a method that was never answered. It is a
+	// multiple of the mean time to a first response. A stream older than AgeLimit counts
+	// as an open stream. Default 1, from 0 to 1e6.
 	StreamAgeLimit float64
-	// SlowMethod is how many times the average latency a method takes whose attempts
-	// in flight do not count for others: an upload of ten seconds does not make a
-	// server busy for lookups of a millisecond. Default 64, from 1 to 1e6.
+	// SlowMethod is the multiple of the latency of the average call above which a method
+	// is slow. The attempts in flight of slow methods do not count for other calls: an
+	// upload of ten seconds does not make a server busy for lookups of a millisecond.
+	// Default 64, from 1 to 1e6.
 	SlowMethod float64
 	// MaxMethods is the number of methods that have a mean of their own. All others
 	// share one. Default 100, from 0 to 10,000.
 	MaxMethods int
-	// Reports says what is taken from the reports of servers. Default the zero value:
-	// nothing.
+	// Reports says how the reports of servers are used. The default, the zero value, is
+	// not at all.
 	Reports ReportsConfig
 }
 
-// DefaultExpectedLatencyConfig returns the defaults. They were chosen by
-// simulation over some forty kinds of clusters and faults.
+// DefaultExpectedLatencyConfig returns the defaults. They were chosen in a simulation
+// of some forty kinds of clusters and faults.
 func DefaultExpectedLatencyConfig() ExpectedLatencyConfig {
 	return ExpectedLatencyConfig{
 		PriorSamples:   1,
@@ -113,97 +115,102 @@ func (c ExpectedLatencyConfig) validate() error {
 	)
 }
 
-// ExpectedLatency is what one more attempt to an endpoint is expected to take:
+// ExpectedLatency is how long one more attempt to an endpoint is expected to take, in
+// nanoseconds:
 //
 //	load = L * (q + 1)
 //	L    = (S*f + A + n*G) / (N*f + n)
 //
-// Per endpoint:
+// For each endpoint:
 //
 //   - q is the number of attempts in flight to the endpoint, divided by its weight. If
-//     servers report the requests that they have, those of other clients are added: see
-//     [ReportsConfig]. What a server reports drifts to the mean of all within half a
-//     latency. Latencies are divided for one's own attempts alone.
-//   - S and N are the sum and the number of its latencies. Each latency is
-//     divided by (q+1)^theta, with the attempts in flight when it began: the
-//     price of a latency per attempt in flight. And it is multiplied by G/g, with g
-//     the mean of such divided latencies of its method: a slow method does not make
-//     its endpoint look slow. It counts up to SampleLimit times G.
-//   - A is the sum of the ages of its attempts in flight, each divided and
-//     multiplied alike. They have no latency yet, but they took that long already,
-//     so an endpoint that answers nothing costs more by the moment; nothing has to
-//     time out first. An age counts up to old times the mean latency, the undivided
-//     one.
+//     servers report their requests in flight, those of other clients are added: see
+//     [ReportsConfig]. A reported number approaches the mean of all servers: its distance
+//     falls to 1/e in half a latency.
+//   - S and N are the sum and the number of its latencies. Each latency is divided by
+//     (q+1)^theta, where q counts this client's attempts that were in flight when the
+//     latency began. So waiting behind them is not counted twice. Then it is multiplied
+//     by G/g, with g the mean of the divided latencies of its method. So a slow method
+//     does not make its endpoint look slow. It counts up to SampleLimit times G.
+//   - A is the sum of the ages of its attempts in flight, divided and multiplied in the
+//     same way. They have no latency yet, but they took that long already. So an
+//     endpoint that does not answer costs more and more, before any timeout. An age
+//     counts up to old times the mean latency, which is not divided. That of an attempt of
+//     a slow method counts only from this mean on. An attempt of about twice the age up to
+//     which it counts does not count at all, not in q either, once the endpoint has
+//     answered another one.
 //   - G is the latency of the average call of the channel: the geometric mean of
-//     the methods' means g, each weighed by how often the method is called. They are
-//     moving means of at most 200 samples. A newcomer costs what the average
-//     endpoint does, so it is neither flooded nor starved.
+//     the methods' means g, each weighted by how often the method is called. They are
+//     moving means of at most 200 samples. A new endpoint costs what the average
+//     endpoint costs, so it gets neither too many nor too few calls.
 //   - n = n0*(1 + SpreadPrior*v), with v the variance of the latencies of one
-//     endpoint, divided by the square of their mean: where single latencies say little,
-//     the prior counts more. It is the same for all endpoints, and learnt from those of
-//     at least four samples. How much endpoints differ from each other is not in it.
-//   - f forgets: exp(-t/tau - c/(ticks*n)), t after and c samples of the whole
-//     channel after the endpoint's last sample, with n endpoints. At each sample
-//     S and N are multiplied by f*(1-1/keep). An endpoint that is not heard of
-//     drifts back to the average and is tried again.
+//     endpoint, divided by the square of their mean. Where single latencies say little,
+//     the prior G counts more. v is the same for all endpoints. It is learnt from
+//     endpoints with at least four samples, and does not include how much endpoints
+//     differ from each other.
+//   - f = exp(-t/tau - c/(ticks*m)) forgets, where t is the time since the endpoint's
+//     last sample, c the number of samples of the whole channel since then, and m the
+//     number of endpoints. At each sample S and N are multiplied by f*(1-1/keep). An
+//     endpoint without samples approaches the average, and is tried again.
 //
-// The standard error of L, as a part of it, is sqrt(v/(N*f + n)). Costs that differ
-// by less are equal, see [Estimate].
+// The standard error of L, divided by L, is sqrt(v/(N*f + n)). The policy treats costs
+// as equal that differ by no more than a few errors, see [Estimate].
 //
 // A failure counts as a latency of at least fail times what an average endpoint
-// costs, its attempts in flight included. An attempt never sent counts as none.
+// costs, its attempts in flight included. An attempt that was not sent does not count.
 //
-// Of an attempt cancelled by its caller, or whose caller's deadline passed, only
-// the age is known. It counts as a latency, up to the same limit as the ages in
-// flight, if it is above the L that the samples alone make, and as none otherwise:
-// to be given up early says nothing, and to be given up late must not undo what
-// the age said a moment before. Where calls are hedged, the attempts at a server
-// that stalls end no other way.
+// Of an attempt that its caller cancelled, or whose deadline passed, only the age is
+// known. The age counts as a latency, up to the same limit as the ages in flight, if it
+// is above the L of the samples alone. Otherwise it does not count. So a call that is
+// given up early changes nothing, and one that is given up late does not make the
+// endpoint cheaper than its age made it a moment before. Where calls are hedged, all
+// attempts to a server that stalls end like this.
 //
-// A stream is an attempt in flight until its first response, and that is its
-// latency. Until then its age counts up to StreamAgeLimit; when it has waited for
-// longer than AgeLimit it says nothing any more.
+// A stream is an attempt in flight until its first response, and the time until then is
+// its latency. Until then its age counts up to StreamAgeLimit. A stream that has waited
+// for longer than AgeLimit does not count.
 //
-// Attempts of a method that takes more than SlowMethod times G do not count in the
-// q of others. For such a method itself, the class 1, all attempts count.
+// Attempts of a slow method, which takes more than SlowMethod times G, do not count in
+// the q of other calls. For calls of class 1 all attempts count. These are the unary
+// calls of slow methods, and of methods that were never answered.
 //
 // L is the posterior mean of an exponential law under a conjugate prior, with
 // right-censored observations. The formula and its constants are belfry's own.
 type ExpectedLatency struct {
 	MetricBase
 
-	// These are read at every pick, and written now and then.
+	// These are read at every pick, and written much less often.
 	params    atomic.Pointer[expectedParams]
 	methods   atomic.Pointer[methods]
 	anySlow   atomic.Bool
 	unit      atomic.Uint64        // G as float64 bits, 0 before the first latency
 	spread    atomic.Uint64        // v, and the number of samples that it covers, two float32
-	queue     fleet                // its second mean is that of the attempts in flight
-	undivided [kinds]atomic.Uint64 // the mean latencies as they are, as float64 bits
+	queue     fleet                // only the mean of the attempts in flight is used
+	undivided [kinds]atomic.Uint64 // the mean latencies, not divided, as float64 bits
 	reporting reporting
 	// samples counts the samples of the channel.
 	samples atomic.Uint64
-	// perSample is 1/(ticks*n) as float64 bits: what one sample of the channel
-	// takes from the memory of each endpoint.
+	// perSample is 1/(ticks*m) as float64 bits: how much each endpoint forgets at one
+	// sample of the channel.
 	perSample atomic.Uint64
 
-	// mu guards meters, setting params and perSample by size, which belong
-	// together, and replacing methods.
+	// mu guards size and meters, writing params and perSample, which must fit together,
+	// and replacing methods.
 	mu     sync.Mutex
-	size   int // endpoints of the channel
+	size   int // m
 	meters slab.Slab[expectedMeter]
 }
 
-// Kinds of attempts, by how their ages are bounded.
+// Kinds of attempts in flight. Their ages have different bounds.
 const (
-	usual   = iota
-	slow    // of a slow method
-	streams // streams without a response
-	unknown // of a method that was not answered yet, when others were
+	usual   = iota // all others
+	slow           // of a slow method
+	streams        // streams without a response
+	unknown        // of a method that was never answered, while other methods were
 	kinds
 )
 
-// slowClass is the class of calls of a slow method.
+// slowClass is the class of unary calls of methods that are slow or may be.
 const slowClass Class = 1
 
 // expectedParams are the parameters in the form in which the hot path needs
@@ -213,7 +220,7 @@ type expectedParams struct {
 	spreadPrior  float64
 	minSpread    float64
 	keep         float64 // 1 - 1/keep
-	rate         float64 // 1/tau, per unit of heard
+	rate         float64 // 1/tau, per 2^heardUnitBits ns
 	rounds       float64 // 1/ticks
 	penalty      float64 // fail
 	firstFailure float64
@@ -221,13 +228,13 @@ type expectedParams struct {
 	ageLimit     float64 // old
 	streamLimit  float64
 	slowMethod   float64
-	methods      int     // and the one of all others
-	exponent     float64 // theta
-	inFlight     string  // what reports have it in; none if empty
-	reportsKeep  float64 // keep where all that servers have is from others
-	expiry       float64 // of reports, in ticks
-	blackout     float64
-	discounts    [256]float32
+	methods      int          // MaxMethods, and one more for all other methods
+	exponent     float64      // theta
+	inFlight     string       // the metric of a report that has the requests in flight; "" without reports
+	reportsKeep  float64      // keep where all requests of the servers are from other clients
+	expiry       float64      // in ticks
+	blackout     float64      // in ticks
+	discounts    [256]float32 // discounts[q] is (q+1)^-theta
 }
 
 // discount returns (queue+1)^-theta.
@@ -243,8 +250,8 @@ func (p *expectedParams) discount(queue float64) float64 {
 	return d
 }
 
-// NewExpectedLatency returns the Metric, or an error that names the field, its
-// value and the rule it breaks.
+// NewExpectedLatency returns the Metric. If a field is out of its range the error is a
+// *[ConfigError].
 func NewExpectedLatency(c ExpectedLatencyConfig) (*ExpectedLatency, error) {
 	e := &ExpectedLatency{}
 	e.methods.Store(&methods{all: []*method{{}}})
@@ -254,9 +261,9 @@ func NewExpectedLatency(c ExpectedLatencyConfig) (*ExpectedLatency, error) {
 	return e, nil
 }
 
-// Reconfigure changes the parameters while attempts run. The Meters keep what
-// they know. On error nothing changes. Methods that have a mean of their own keep
-// it.
+// Reconfigure changes the parameters while attempts are in flight. The Meters keep what
+// they know, and methods that have a mean of their own keep it. If a field is out of its
+// range the error is a *[ConfigError], and nothing changes.
 func (e *ExpectedLatency) Reconfigure(c ExpectedLatencyConfig) error {
 	if err := c.validate(); err != nil {
 		return err
@@ -291,7 +298,7 @@ func (e *ExpectedLatency) Reconfigure(c ExpectedLatencyConfig) error {
 	return nil
 }
 
-// resizeLocked counts d more endpoints.
+// resizeLocked adds d to the number of endpoints, and sets perSample.
 func (e *ExpectedLatency) resizeLocked(d int) {
 	e.size += d
 	perSample := e.params.Load().rounds / float64(max(e.size, 1))
@@ -308,7 +315,8 @@ func (e *ExpectedLatency) NewMeter(Endpoint) Meter {
 	return m
 }
 
-// Class returns 1 for a method that is slow, see ExpectedLatency, and else 0.
+// Class returns 1 for a unary call of a method that is slow, or that was never answered
+// and so may be slow. For other calls it returns 0. See [ExpectedLatency].
 func (e *ExpectedLatency) Class(name string, stream bool) Class {
 	if !stream && e.special(name) {
 		return slowClass
@@ -316,8 +324,7 @@ func (e *ExpectedLatency) Class(name string, stream bool) Class {
 	return 0
 }
 
-// special reports whether the method is slow, or may be, because it was not
-// answered yet.
+// special reports whether the method is slow, or was never answered and so may be slow.
 func (e *ExpectedLatency) special(name string) bool {
 	m := e.methods.Load().find(name)
 	return m == nil || m.fleet.means.Load() == 0 || e.anySlow.Load() && e.slow(m)
@@ -327,37 +334,36 @@ func (e *ExpectedLatency) slow(m *method) bool {
 	return m.fleet.mean() > e.params.Load().slowMethod*math.Float64frombits(e.unit.Load())
 }
 
-// g returns G, at least 1: before the first latency the prior is one nanosecond,
-// so that every endpoint costs as many as it has attempts in flight.
+// g returns G, at least 1. Before the first latency it is one nanosecond, so that the cost
+// of an endpoint is its number of attempts in flight plus one.
 func (e *ExpectedLatency) g() float64 { return max(math.Float64frombits(e.unit.Load()), 1) }
 
-// v returns the variance of latencies in units of their mean squared.
+// v returns the variance of latencies, divided by the square of their mean.
 func (e *ExpectedLatency) v(p *expectedParams) float64 {
 	v, _ := floats32(e.spread.Load())
 	return max(v, p.minSpread)
 }
 
-// expectedMeter is the state of one endpoint. A call to one that has nothing else in flight needs
-// the first of its four cache lines.
+// expectedMeter is the state of one endpoint, in four cache lines. An attempt to an
+// endpoint with nothing else in flight uses only the first.
 //
-// What is in flight is counted exactly: it is zero when nothing is. The rest may
-// lose an update to a race, which costs one sample or misjudges one pick, and is
-// overwritten soon.
+// The weights of attempts in flight are exact. An update of another field may be lost in a
+// race. That costs one sample or makes one pick worse, and the next update replaces it.
 type expectedMeter struct {
 	MeterBase
 	metric *ExpectedLatency
 	mean   atomic.Uint64 // S and N, two float32
-	heard  atomic.Uint64 // the last sample: when, in heardUnitBits, and which of the channel's, 32 bits each
+	heard  atomic.Uint64 // the last sample: its time in units of 2^heardUnitBits ns, and its number in the channel, 32 bits each
 	ages   [kinds]ages
 
-	reported  atomic.Uint64 // requests of others per weight, and the tick of the report; 0 before the first
+	reported  atomic.Uint64 // requests of other clients per weight, and the tick of the report; 0 before the first
 	reporting atomic.Uint32 // the tick of the first report
-	weight    atomic.Uint32 // that of the last attempt as float32 bits, 0 before the first; only with reports
+	weight    atomic.Uint32 // the weight at the last attempt as float32 bits, 0 before the first; set only with reports
 	_         [24]byte
 }
 
-// Times of samples are kept in units of about a millisecond. They wrap: after 26
-// days without a sample an endpoint's last one counts as new.
+// Times of samples are kept in units of about a millisecond. They wrap: after 26 days
+// without a sample the last one of an endpoint counts as new.
 const heardUnitBits = 20
 
 // Load implements [Meter].
@@ -380,16 +386,16 @@ func (m *expectedMeter) Load(q Query) Estimate {
 		estimate.Good = reportGood
 	}
 	if waiting.weight > 0 {
-		// Ages add up to a fiftieth of the cost in this time.
+		// In this time the ages grow by a fiftieth of the cost.
 		estimate.Good = min(max(time.Duration(sum/(50*waiting.weight)), 1<<tickBits), estimate.Good)
 	}
 	return estimate
 }
 
-// queue returns the attempts in flight that count for a call, per weight, without
-// those of slow methods and so many that are left out.
+// queue returns the number of attempts in flight that count for a call, per weight. For
+// calls of class 0 that is without attempts of slow methods, and without left others.
 func (m *expectedMeter) queue(q *Query, left int) float64 {
-	if q.Class == slowClass || q.InFlight == 0 { // what is in flight stands in other cache lines
+	if q.Class == slowClass || q.InFlight == 0 { // does not read the other cache lines
 		return q.queue()
 	}
 	_, slow := split(m.ages[slow].total())
@@ -397,11 +403,11 @@ func (m *expectedMeter) queue(q *Query, left int) float64 {
 	return perWeight(max(q.InFlight-left, 0), q.Weight)
 }
 
-// restGood is how long an Estimate is good with nothing in flight. Then it changes
-// by what others do, and by what is forgotten.
+// restGood is how long an Estimate is good at most. Without attempts in flight it changes
+// by the samples of other endpoints, and because samples are forgotten.
 const restGood = 16 * time.Millisecond
 
-// reportGood is how long an Estimate is good while reports are forgotten.
+// reportGood is how long an Estimate is good at most if reports are used.
 const reportGood = time.Millisecond / 2
 
 // Inspect implements [Meter].
@@ -416,8 +422,8 @@ func (m *expectedMeter) Inspect(q Query) Details {
 	return Details{Latency: time.Duration(sum / number), Samples: n}
 }
 
-// latency returns L as a sum of times and a number of samples, and what of it is of
-// the attempts in flight.
+// latency returns L as a sum of times and a number of samples, L = sum/number, and the part
+// that comes from the attempts in flight.
 func (m *expectedMeter) latency(p *expectedParams, q *Query) (sum, number float64, w waiting) {
 	e := m.metric
 	prior := p.prior * (1 + p.spreadPrior*e.v(p))
@@ -435,12 +441,12 @@ func (m *expectedMeter) latency(p *expectedParams, q *Query) (sum, number float6
 	return sum + w.sum, number, w
 }
 
-// waiting is what the attempts in flight say of their endpoint.
+// waiting is what follows from the attempts in flight. See ages.sum.
 type waiting struct {
-	sum    float64 // of their ages
-	weight float64 // of those whose ages are in it
-	old    int     // the number of old ones
-	left   int     // the number of those that are left out
+	sum    float64 // of the weighted ages, in nanoseconds
+	weight float64 // of the attempts in sum
+	old    int     // the number of old attempts
+	left   int     // how many of the old attempts are left out
 }
 
 func (m *expectedMeter) waiting(p *expectedParams, now Instant) (w waiting) {
@@ -458,9 +464,14 @@ func (m *expectedMeter) waiting(p *expectedParams, now Instant) (w waiting) {
 			limit *= p.streamLimit / p.ageLimit
 		}
 		sum, weight, old, left := a.sum(now, heard, limit, generation, sign)
+		if kind == slow {
+			// The ages count only from the mean latency on. Before, they would keep the many
+			// calls of other methods away.
+			sum = max(sum-weight*generation/p.ageLimit, 0)
+		}
 		w.sum += sum
 		w.weight += weight
-		if kind != slow { // those are left out anyway
+		if kind != slow { // queue leaves all of these out
 			w.old += old
 			w.left += left
 		}
@@ -468,9 +479,9 @@ func (m *expectedMeter) waiting(p *expectedParams, now Instant) (w waiting) {
 	return w
 }
 
-// maxAge returns the age up to which an attempt in flight counts, in nanoseconds.
-// What is not known of a kind is taken from the usual one. While no latency is known
-// there is no limit.
+// maxAge returns the age up to which an attempt in flight counts, in nanoseconds. A kind
+// without a mean latency has the limit of the usual one. While no latency is known there
+// is no limit.
 func (e *ExpectedLatency) maxAge(p *expectedParams, kind int) float64 {
 	for _, u := range []*atomic.Uint64{&e.undivided[kind], &e.undivided[usual]} {
 		if mean := math.Float64frombits(u.Load()); mean > 0 {
@@ -480,17 +491,16 @@ func (e *ExpectedLatency) maxAge(p *expectedParams, kind int) float64 {
 	return math.MaxInt64
 }
 
-// unheard returns how much is gone of the memory of an endpoint that was heard of
-// last at heard, because then f = exp(-unheard). The two are apart so that each can
-// be inlined.
+// unheard returns -ln(f) of an endpoint whose last sample is heard. It is a function
+// without the exponential so that it can be inlined.
 func (e *ExpectedLatency) unheard(rate float64, now Instant, heard uint64) float64 {
 	t := since32(uint32(now>>heardUnitBits), uint32(heard>>32))
 	c := since32(uint32(e.samples.Load()), uint32(heard))
 	return t*rate + c*math.Float64frombits(e.perSample.Load())
 }
 
-// since32 returns a-b modulo 2^32 if that is below 2^31, and otherwise 0, because
-// then a was read a little before b.
+// since32 returns a-b modulo 2^32 if that is below 2^31. Otherwise a was read a little
+// before b, and it returns 0.
 func since32(a, b uint32) float64 { return float64(max(int32(a-b), 0)) }
 
 // Start implements [Meter].
@@ -523,14 +533,14 @@ func (m *expectedMeter) Start(a *Attempt) Ticket {
 	}
 }
 
-// What Start put into a Ticket.
+// The parts of a Ticket, as Start has set them.
 func (t Ticket) queue() float64 { return float64(math.Float32frombits(uint32(t.A >> 32))) }
 func (t Ticket) weight() uint32 { return uint32(t.A) }
 func (t Ticket) epoch() uint32  { return uint32(t.B >> 32) }
 func (t Ticket) method() int    { return int(uint32(t.B) >> 2) }
 func (t Ticket) kind() int      { return int(t.B & 3) }
 
-// answered ends the age of an attempt.
+// answered removes the age of an attempt that has an answer or has ended.
 func (m *expectedMeter) answered(t Ticket) {
 	m.ages[t.kind()].remove(t.epoch(), t.weight(), t.Started)
 }
@@ -576,7 +586,7 @@ func (m *expectedMeter) completed(now Instant, t Ticket) bool {
 	method := e.methods.Load().all[t.method()]
 	latency := t.latency(now)
 	divided := latency * p.discount(t.queue())
-	n := method.fleet.turn(now)
+	n := method.fleet.countOf(now)
 	if n > 0 {
 		m.spread(p, now, min(divided*method.scaled(), p.sampleLimit*e.g()))
 		e.learn(method, t, latency, divided, n)
@@ -584,7 +594,7 @@ func (m *expectedMeter) completed(now Instant, t Ticket) bool {
 	return m.sample(p, now, min(divided*method.scaled(), p.sampleLimit*e.g()), n)
 }
 
-// learn takes a latency, which stands for n, into what all endpoints share.
+// learn adds a latency, which counts for n samples, to what all endpoints share.
 func (e *ExpectedLatency) learn(method *method, t Ticket, latency, divided float64, n int) {
 	method.fleet.observe(divided, t.queue())
 	all := e.methods.Load()
@@ -597,7 +607,7 @@ func (e *ExpectedLatency) learn(method *method, t Ticket, latency, divided float
 		e.anySlow.Store(slices.ContainsFunc(all.all, e.slow))
 	}
 	if t.kind() == unknown {
-		return // how its method compares to others is known from now on
+		return // this kind has no mean: the next attempts of the method are of another kind
 	}
 	u := &e.undivided[t.kind()]
 	mean := math.Float64frombits(u.Load())
@@ -607,8 +617,8 @@ func (e *ExpectedLatency) learn(method *method, t Ticket, latency, divided float
 	u.Store(math.Float64bits(mean + (latency-mean)*share))
 }
 
-// spread takes a latency of the endpoint into the variance v of all. The mean of the c
-// samples before is off by v/c itself.
+// spread adds a latency of the endpoint to the variance v of all endpoints. The mean of the
+// known samples before it has a variance of v/known itself, which is divided out.
 func (m *expectedMeter) spread(p *expectedParams, now Instant, latency float64) {
 	e := m.metric
 	s, c := floats32(m.mean.Load())
@@ -623,8 +633,8 @@ func (m *expectedMeter) spread(p *expectedParams, now Instant, latency float64) 
 }
 
 const (
-	spreadSamples = 4  // what must be known of an endpoint
-	spreadLimit   = 20 // a latency counts up to so many times the endpoint's mean
+	spreadSamples = 4  // how many samples an endpoint must have
+	spreadLimit   = 20 // a latency counts up to this many times the endpoint's mean
 )
 
 func (m *expectedMeter) failed(s *Sample) bool {
@@ -635,14 +645,14 @@ func (m *expectedMeter) failed(s *Sample) bool {
 		latency = p.firstFailure
 	}
 	method := e.methods.Load().all[s.Ticket.method()]
-	if !s.Responded { // the life of a stream after its first response is no latency
+	if !s.Responded { // after its first response the duration of a stream is not a latency
 		waited := s.Ticket.latency(s.Now) * p.discount(s.Ticket.queue()) * method.scaled()
 		if g := math.Float64frombits(e.unit.Load()); g > 0 {
 			waited = min(waited, p.sampleLimit*g)
 		}
 		latency = max(latency, waited)
 	}
-	return m.sample(p, s.Now, latency, method.fleet.turn(s.Now))
+	return m.sample(p, s.Now, latency, method.fleet.countOf(s.Now))
 }
 
 func (m *expectedMeter) givenUp(now Instant, t Ticket) bool {
@@ -650,7 +660,7 @@ func (m *expectedMeter) givenUp(now Instant, t Ticket) bool {
 	p := e.params.Load()
 	g := math.Float64frombits(e.unit.Load())
 	if g == 0 {
-		return false // no latency is known yet, so none is late
+		return false // no latency is known that this one could exceed
 	}
 	method := e.methods.Load().all[t.method()]
 	limit := e.maxAge(p, t.kind())
@@ -662,22 +672,22 @@ func (m *expectedMeter) givenUp(now Instant, t Ticket) bool {
 	f := expNeg(e.unheard(p.rate, now, m.heard.Load()))
 	prior := p.prior * (1 + p.spreadPrior*e.v(p))
 	if age*(n*f+prior) > s*f+prior*g {
-		return m.sample(p, now, age, method.fleet.turn(now))
+		return m.sample(p, now, age, method.fleet.countOf(now))
 	}
 	return false
 }
 
-// cost returns what the average endpoint costs. Its q attempts in flight are, on
-// average, half a latency old, and with many of them their ages outweigh the
-// samples that it has, of which it keeps 1/(1-keep).
+// cost returns what the average endpoint costs, in nanoseconds. Its attempts in flight are
+// half a latency old on average. If there are many, their ages weigh more than the samples
+// that it keeps, which are 1/(1-keep).
 func (e *ExpectedLatency) cost(p *expectedParams, now Instant) float64 {
 	_, queue := fleetMeans(e.queue.means.Load())
 	samples := 1/(1-e.keep(p, now)) + 1
 	return math.Float64frombits(e.unit.Load()) * (queue + 1) * (1 + queue/2/samples)
 }
 
-// sample takes in a latency of the endpoint, which stands for n of the channel, and returns
-// whether that changed the mean by more than a fiftieth.
+// sample adds a latency to the samples of the endpoint. It counts for n samples of the
+// channel. sample reports whether it changed the mean by more than a fiftieth.
 func (m *expectedMeter) sample(p *expectedParams, now Instant, latency float64, n int) (changed bool) {
 	f := expNeg(m.metric.unheard(p.rate, now, m.heard.Load())) * m.metric.keep(p, now)
 	for {
@@ -698,12 +708,12 @@ func (m *expectedMeter) sample(p *expectedParams, now Instant, latency float64, 
 	return changed
 }
 
-// With less than fewSamples each one changes what an endpoint costs.
+// Of an endpoint with less than fewSamples, each sample counts as a change of the mean.
 const fewSamples = 4
 
-// expNeg returns exp(-x) for x >= 0 within 0.02 %: 2^y with the integer part of
-// y as the exponent and a polynomial for the fraction. It is several times
-// faster than math.Exp, which is exact to the last bit.
+// expNeg returns exp(-x) for x >= 0 within 0.02 %. It computes 2^-y: the integer part of y
+// is the exponent, and a polynomial gives the fraction. It is several times faster than
+// math.Exp, which is exact to the last bit.
 func expNeg(x float64) float64 {
 	y := x * math.Log2E
 	if !(y < 1000) {

@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// reference is the formula of ExpectedLatency written down: a list of the
-// attempts in flight, exact powers and exponentials, no grouping.
+// reference is the formula of ExpectedLatency as it stands in its comment: with a list
+// of the attempts in flight, exact powers and exponentials, and no generations.
 type reference struct {
 	c         ExpectedLatencyConfig
 	endpoints []*referenceEndpoint
@@ -65,8 +65,8 @@ func (r *reference) forgetting(e *referenceEndpoint, now Instant) float64 {
 	return math.Exp(-float64(now-e.heard)/float64(r.c.ForgetAfter) - rounds)
 }
 
-// cost returns the cost with the sum of ages multiplied by agesTimes, and how
-// much of it is a rounding of each age by a microsecond.
+// cost returns the cost with the sum of ages multiplied by agesTimes, and by how much it
+// changes if each age changes by a microsecond.
 func (r *reference) cost(e *referenceEndpoint, now Instant, agesTimes float64) (cost, rounding float64) {
 	limit := math.Inf(1)
 	if r.mean > 0 {
@@ -136,11 +136,11 @@ func (r *reference) cancelled(e *referenceEndpoint, now Instant, a *referenceAtt
 	return age, (e.s*f + r.c.PriorSamples*r.mean) / (e.n*f + r.c.PriorSamples)
 }
 
-// compare drives a metric and the reference side by side through random attempts
-// to five endpoints, and checks each cost against the reference's: at least that
-// with the ages as they are, at most that with them times agesAtMost, within 2 %.
-// attempt says how long the next attempt takes and how it ends; respond is
-// whether some have a first response on the way.
+// compare makes the same random attempts to five endpoints with a metric and with the
+// reference. It checks, within 2 %, that each cost is between that of the reference and
+// that of the reference with ages multiplied by agesAtMost. attempt returns how long the
+// next attempt takes and how it ends. respond is whether some attempts have a first
+// response before their end.
 func compare(t *testing.T, r *rand.Rand, c ExpectedLatencyConfig, attempt func() (Instant, Outcome), respond bool, agesAtMost float64) {
 	t.Helper()
 	const endpoints = 5
@@ -175,7 +175,7 @@ func compare(t *testing.T, r *rand.Rand, c ExpectedLatencyConfig, attempt func()
 			}
 			e := want.endpoints[f.endpoint]
 			if f.outcome == Cancelled {
-				// Whether a cancelled attempt counts must not hang on rounding.
+				// Whether a cancelled attempt counts must not depend on rounding.
 				if age, expected := want.cancelled(e, f.end, e.attempts[f.id]); relative(age, expected) < 0.05 {
 					f.outcome = NotSent
 				}
@@ -336,7 +336,7 @@ func TestTheSpreadIsThatOfOneEndpoint(t *testing.T) {
 		}
 		return m[0].Meter.Load(m[0].query(now)).Error
 	}
-	const kept = 30 // samples, half forgotten ones counted as half
+	const kept = 30 // samples; half forgotten ones count as half
 	if got, most := latencies(time.Millisecond, 20*time.Millisecond, time.Millisecond, 20*time.Millisecond), 0.03; got > most {
 		t.Errorf("of two endpoints whose latencies do not vary the error is %.3f, want at most %v", got, most)
 	}
@@ -405,8 +405,8 @@ func TestAgeLimitBoundsWhatSilenceCosts(t *testing.T) {
 	}
 }
 
-// Beyond its window of 200 samples the mean that bounds ages is made of every
-// eighth. After 1600 samples of another latency, 200 of them taken for eight each,
+// After the window of 200 samples only every eighth sample counts in the mean that
+// bounds ages. After 1600 samples of another latency, 200 of them taken for eight each,
 // the older one weighs less than a thousandth.
 func TestAgeLimitFollowsTheLatencies(t *testing.T) {
 	_, m := known(t, 2, func(c *ExpectedLatencyConfig) { c.AgeLimit = 20 })
@@ -423,7 +423,7 @@ func TestAgeLimitFollowsTheLatencies(t *testing.T) {
 	}
 }
 
-// The loser of a hedge at a server that stalls leaves what it saw of the stall.
+// The loser of a hedge makes a server that stalls cost more, also after it has ended.
 func TestAnAttemptCancelledLateCountsAsALatencyOfItsAge(t *testing.T) {
 	_, m := known(t, 2, func(*ExpectedLatencyConfig) {})
 	run(m[1], 10*ms, 50*time.Millisecond, Cancelled)
@@ -516,10 +516,18 @@ func TestExpectedLatency(t *testing.T) {
 				now += 10 * ms
 			}
 		}
-		call(a, "/x/Export", now, 10*sec)
-		now += 10 * sec
+		for range 2 { // The first says how the method compares to others.
+			call(a, "/x/Export", now, 10*sec)
+			now += 10 * sec
+		}
 		near(t, "cost after a call of a method that takes 10s", a.Load(now), b.Load(now), 0.1)
+		young, old := now+5*sec, now+50*sec // The mean is 10 s.
+		free, freeLater := a.Load(young), a.Load(old)
 		export := attempt(a, "/x/Export", now, e.Class("/x/Export", false))
+		near(t, "cost of a Get with an Export in flight for half its mean", a.Load(young), free, 1e-6)
+		if got := a.Load(old); got < 1.05*freeLater {
+			t.Errorf("cost of a Get with an Export in flight for five times its mean is %v, want more than %v, that of one without", got, freeLater)
+		}
 		near(t, "cost of the next Get with one in flight", a.Load(now+100*ms), b.Load(now+100*ms), 0.1)
 		q := a.query(now + 100*ms)
 		if q.Class = e.Class("/x/Export", false); q.Class != slowClass {
@@ -531,7 +539,7 @@ func TestExpectedLatency(t *testing.T) {
 	t.Run("one_sample_is_bounded", func(t *testing.T) {
 		_, m := known(t, 2, func(c *ExpectedLatencyConfig) { c.SampleLimit = 20 })
 		run(m[1], 10*ms, time.Hour, Completed)
-		// An hour is in the mean of the two by now.
+		// The mean of both endpoints includes the hour.
 		if got, limit := m[1].Load(10*ms+Instant(time.Hour)), 20.0*float64(time.Hour); got > limit {
 			t.Errorf("cost is %v, want at most %v", time.Duration(got), time.Duration(limit))
 		}
@@ -547,12 +555,12 @@ func TestExpectedLatency(t *testing.T) {
 	})
 	t.Run("an_old_silent_attempt_counts_until_the_endpoint_is_heard_of", func(t *testing.T) {
 		_, m := known(t, 2, func(*ExpectedLatencyConfig) {})
-		m[1].Start(10 * ms) // and never ends
+		m[1].Start(10 * ms) // never ends
 		now := 10*ms + sec
 		if got := m[1].Load(now); got < 20*10e6 {
 			t.Errorf("cost of a second of silence is %v, want at least %v", time.Duration(got), 20*10*time.Millisecond)
 		}
-		for range 2 { // the first answer may be to an attempt that was sent beside it
+		for range 2 { // the attempt of the first answer may have been sent at the same time
 			run(m[1], now, 10*time.Millisecond, Completed)
 			now += sec
 		}

@@ -5,30 +5,30 @@ package load
 
 import "sync/atomic"
 
-// fleetWindow bounds the moving means: they cover at most so many samples.
+// fleetWindow is the largest number of samples that a moving mean covers.
 const fleetWindow = 200
 
-// A fleet is what the endpoints of one channel share: the mean of their
-// latencies, or of what the metric makes of them, and of the attempts that were
-// in flight when those were sent.
+// A fleet is what the endpoints of one channel share: a moving mean of their
+// latencies, as the metric scales them, and a moving mean of the attempts in flight
+// when those attempts were sent.
 //
-// It serves as the measure of what an average endpoint costs. A failure is
-// charged a multiple of that cost, and not of a latency alone, because an
-// endpoint that fails at once has no pending attempts: where the others carry
-// Q attempts each, an endpoint without any would still look Q times cheaper.
+// Together they give what an average endpoint costs. A failure counts as a multiple of
+// that cost and not of a latency, because an endpoint that fails at once has nothing
+// in flight. Where the others have Q attempts in flight each, it would still look Q
+// times cheaper.
 type fleet struct {
-	// means holds three numbers in one word so that they change together: the
-	// mean latency in nanoseconds as a float32, the mean of the attempts in flight
-	// as a float32 without its last 8 bits, and in their place the number of
-	// samples that the means cover.
+	// means holds three numbers in one word, so that they change together: the mean
+	// latency in nanoseconds as a float32, the mean of the attempts in flight as a
+	// float32 without its last 8 bits, and in these 8 bits the number of samples that
+	// the means cover.
 	means atomic.Uint64
 
-	every  atomic.Uint32 // it learns from one sample in 1<<every
-	learnt atomic.Uint32 // in which tick it last did, and above that how often in that tick
+	every  atomic.Uint32 // one sample in 1<<every is learnt from
+	learnt atomic.Uint32 // the tick of the last one, and in the bits above how many there were in that tick
 }
 
-// Numbers that all endpoints share are written a few times in a tick of 131 us at
-// most, or each core would wait for the others at each call.
+// Numbers that all endpoints share are written only a few times in a tick of 131 us.
+// Otherwise all cores would wait for each other at each call.
 const (
 	tickBits = 17
 	inTick   = 8
@@ -38,10 +38,10 @@ const (
 	learntMask = 1<<learntBits - 1
 )
 
-// turn returns how many samples the one of now stands for: 0 if nothing is learnt
-// from it. Which one is learnt from is decided by a hash of the time (Knuth, "The
+// countOf returns for how many samples the current one counts: 1<<every, or 0 if nothing is
+// learnt from it. A hash of the time decides which samples are learnt from (Knuth, "The
 // art of computer programming", 6.4).
-func (f *fleet) turn(now Instant) int {
+func (f *fleet) countOf(now Instant) int {
 	every := f.every.Load()
 	if every > 0 && uint64(now)*0x9e3779b97f4a7c15>>(64-every) != 0 {
 		return 0
@@ -64,8 +64,8 @@ func (f *fleet) turn(now Instant) int {
 
 const fleetCountMask = 0xff
 
-// observe adds the latency of a completed attempt to the means, and returns its
-// share in them.
+// observe adds the latency of a completed attempt, and the attempts that were pending
+// when it was sent, to the means. It returns the share of the new sample in the means.
 func (f *fleet) observe(latency, pending float64) (share float64) {
 	for {
 		old := f.means.Load()
@@ -96,8 +96,8 @@ func (f *fleet) mean() float64 {
 	return mean
 }
 
-// cost returns what the average endpoint costs: its latency times its attempts
-// in flight and one more.
+// cost returns what the average endpoint costs, in nanoseconds: its latency times the
+// number of its attempts in flight plus one.
 func (f *fleet) cost() float64 {
 	mean, queue := fleetMeans(f.means.Load())
 	return mean * (queue + 1)

@@ -14,24 +14,25 @@ import (
 // of one Metric share the origin.
 type Instant int64
 
-// A Metric makes the Meters of one channel. What its endpoints share, such as
-// the mean latency of them all, lives in it. It is safe for concurrent use.
+// A Metric makes the Meters of one channel, and holds what its endpoints share, such
+// as the mean latency of all of them. It is safe for concurrent use.
 //
-// An implementation embeds [MetricBase], so that it still compiles when a method
-// is added here. [Register] gives it a name for the service config.
+// An implementation embeds [MetricBase], so that it still compiles when a later
+// version adds a method. [Register] gives it a name for the service config.
 type Metric interface {
 	// NewMeter returns the Meter of one more endpoint.
 	NewMeter(Endpoint) Meter
 
-	// Class returns the class of a call. The policy keeps an Estimate for calls of
-	// class 0, and asks for the others each time.
+	// Class returns the class of a call, from the full name of its method and whether
+	// it is a stream. The policy may use an Estimate again for calls of class 0. For
+	// other classes it asks each time.
 	Class(method string, stream bool) Class
 
 	metricBase()
 }
 
-// A Class tells kinds of calls apart for which an endpoint has different costs. A
-// Metric says what its classes are.
+// A Class is a kind of calls. The cost of an endpoint may differ between classes. Each
+// Metric defines its own.
 type Class uint8
 
 // MetricBase is embedded by every Metric. Its Class is 0 for all calls.
@@ -42,55 +43,55 @@ func (MetricBase) Class(string, bool) Class { return 0 }
 
 func (MetricBase) metricBase() {}
 
-// An Endpoint is what a Metric is told of an endpoint when it makes its Meter.
+// An Endpoint describes the endpoint of a new Meter.
 type Endpoint struct {
 	// Address is the first of the endpoint's addresses.
 	Address string
 }
 
 // A Meter measures one endpoint. It is safe for concurrent use, and its methods
-// neither block nor allocate.
+// neither block nor allocate. Close may take a lock.
 //
-// The policy counts what is in flight and tells the Meter at each call, so a
-// Meter keeps no such count. An implementation embeds [MeterBase], which has the
-// methods that most have no use for.
+// The policy counts the attempts in flight and tells the Meter their number, so a
+// Meter need not count them. An implementation embeds [MeterBase], which has the
+// methods that most Meters do not need.
 type Meter interface {
-	// Load says what one more attempt at the endpoint would cost now. The policy
-	// may keep the answer for as long as it says.
+	// Load returns what one more attempt to the endpoint would cost now. Estimate.Good
+	// says for how long the policy may use it again.
 	Load(Query) Estimate
 
-	// Start says that an attempt was sent to the endpoint. Every Start is
-	// followed by exactly one Finish with the Ticket that it returned. The Attempt must
-	// not be kept.
+	// Start is called when an attempt is sent to the endpoint. Every Start is followed
+	// by exactly one Finish with the Ticket that Start returned. The Meter must not keep
+	// the Attempt.
 	Start(*Attempt) Ticket
 
-	// Respond says that the first response of a stream has arrived, its headers or
-	// a message. It is called at most once for an attempt, before its Finish. The
-	// time to the first response is the stream's latency; from then on it is no
-	// attempt in flight any more but an open stream.
+	// Respond is called when the first response of a stream arrives: its headers or a
+	// message. It is called at most once for an attempt, before its Finish. The time to
+	// the first response is the stream's latency. From then on the stream is not an
+	// attempt in flight any more, but an open stream.
 	Respond(Response)
 
-	// Finish says that an attempt ended, and returns whether an Estimate given before,
-	// with nothing in flight, is not good any more. It may come after Close. The Sample
-	// must not be kept.
+	// Finish is called when an attempt ends. It returns true if an Estimate that Load
+	// returned before, with nothing in flight, must not be used again. It may be called
+	// after Close. The Meter must not keep the Sample.
 	Finish(*Sample) bool
 
-	// Report gives the Meter a report that the server sent by itself, and not with
-	// the end of an attempt.
+	// Report is called when the server sends a report out of band, not with the end of
+	// an attempt.
 	Report(OutOfBand)
 
-	// Inspect says what the Meter knows of the endpoint, for people to look at.
+	// Inspect returns what the Meter knows of the endpoint, for snapshots and pages.
 	Inspect(Query) Details
 
-	// Close says that the endpoint is gone: it no longer counts as one of the
-	// channel's endpoints. It is called at most once.
+	// Close is called, at most once, when the endpoint is gone: it is not one of the
+	// channel's endpoints any more.
 	Close()
 
 	meterBase()
 }
 
 // MeterBase is embedded by every Meter. Its Respond, Report and Close do nothing,
-// and its Inspect knows nothing.
+// and its Inspect returns no Details.
 type MeterBase struct{}
 
 // Respond does nothing.
@@ -117,12 +118,11 @@ type Query struct {
 	// Streams is the number of open streams to the endpoint: those that have their
 	// first response.
 	Streams int
-	// Weight is the weight of the endpoint in relation to the mean of the channel,
-	// above 0. 1 is the average endpoint. Endpoints are drawn in proportion to
-	// their weights already; what is left for a Metric is to count InFlight/Weight
-	// where it counts attempts in flight.
+	// Weight is the weight of the endpoint divided by the mean of the channel's
+	// endpoints, above 0. The policy already draws endpoints in proportion to their
+	// weights. A Metric only has to use InFlight/Weight in place of InFlight.
 	Weight float64
-	// Class is that of the call to be sent, as the Metric named it.
+	// Class is what Metric.Class returned for the call.
 	Class Class
 }
 
@@ -136,50 +136,52 @@ func perWeight(n int, weight float64) float64 {
 	return float64(n) / weight
 }
 
-// An Estimate is what one more attempt at an endpoint would cost. The zero value
-// of all fields but Cost is right for a Metric that knows nothing of them.
+// An Estimate is what one more attempt to an endpoint would cost. A Metric that does not
+// know a field other than Cost leaves it 0.
 type Estimate struct {
-	// Cost is finite and never negative. The endpoint with the least is picked. It
-	// may be in any unit.
+	// Cost is finite and at least 0, in any unit. The policy picks the endpoint with
+	// the least cost.
 	Cost float64
-	// Error is the standard error of Cost as a part of it, 0 if it is exact. The
-	// policy takes costs for equal that differ by less.
+	// Error is the standard error of Cost, divided by Cost; 0 if Cost is exact. The
+	// policy treats costs as equal that differ by no more than a few errors.
 	Error float64
-	// Queue is the number of attempts in flight that count for Cost, per weight.
-	// Of endpoints whose costs are equal within their Error, the policy takes the
-	// one with the least, and while it is 0 for all, any of them.
+	// Queue is the number of attempts in flight that count for Cost, divided by the
+	// weight. Of endpoints whose costs are equal within their errors, the policy picks
+	// one with the least Queue. While no endpoint of the channel has any, it picks one
+	// at random.
 	Queue float64
-	// Heard is when the endpoint last answered or failed, or 0 if that does not
-	// matter. The policy now and then tries one that was not heard of for long.
+	// Heard is when the endpoint last answered or failed, or 0 if that does not matter.
+	// Now and then the policy picks an endpoint of which this was long ago.
 	Heard Instant
-	// Good is for how long the policy may use the Estimate again while no attempt to
-	// the endpoint starts or ends. One with nothing in flight it may use again when
-	// nothing is, unless a Finish since has returned true. 0 is not at all.
+	// Good is for how long the policy may use the Estimate again, 0 for not at all. It
+	// may do so while no attempt to the endpoint starts or ends. If nothing was in
+	// flight, it may do so whenever nothing is in flight again, until a Finish returns
+	// true.
 	Good time.Duration
 }
 
 // forever is the Good of an Estimate that only attempts change.
 const forever = time.Duration(math.MaxInt64)
 
-// Details are what a Meter knows of an endpoint. A field is 0 if the Metric has
-// no such thing.
+// Details are what a Meter knows of an endpoint. A field that the Metric does not
+// measure is 0.
 type Details struct {
 	// Latency is how long a call is expected to take if nothing else is in flight.
 	Latency time.Duration
-	// Samples is the number of latencies that Latency stands on, those that are
-	// half forgotten counted as half.
+	// Samples is the number of latencies that Latency follows from. A latency that is
+	// half forgotten counts as half.
 	Samples float64
 }
 
-// An Attempt is what a Meter is told of an attempt when it is sent.
+// An Attempt describes an attempt that is sent.
 type Attempt struct {
-	// Query is what the policy would have asked just before, this attempt not
-	// counted.
+	// Query is that of a Load just before the attempt: it does not count the attempt
+	// itself.
 	Query
 	// Method is the full name of the method, such as "/pkg.Service/Method".
 	Method string
-	// Stream is whether the attempt is a stream that Respond will be called for. It
-	// is known only if the dial options of the policy are in use.
+	// Stream is whether the attempt is a stream, for which Respond will be called.
+	// Without the dial options of the policy it is always false.
 	Stream bool
 }
 
@@ -191,8 +193,8 @@ type Response struct {
 	Ticket Ticket
 }
 
-// A Ticket is what a Meter has to be told again about an attempt when it ends.
-// It is a plain value.
+// A Ticket is what a Meter remembers of an attempt until it ends. Start returns it,
+// and Respond and Finish get it back.
 type Ticket struct {
 	// Started is when the attempt was sent.
 	Started Instant
@@ -208,25 +210,25 @@ type Sample struct {
 	Ticket Ticket
 	// Outcome is how it ended.
 	Outcome Outcome
-	// Responded is whether Respond was called for the attempt, so that its
-	// latency has been taken already.
+	// Responded is whether Respond was called for the attempt. Then its latency is known
+	// already.
 	Responded bool
-	// Report is what the server said of its load with the end of the attempt, nil
-	// if nothing. It must not be kept.
+	// Report is the report that the server sent with the end of the attempt, nil if it
+	// sent none. The Meter must not keep it.
 	Report *Report
-	// InFlight is the number of other attempts in flight to the endpoint. It is known only
-	// beside a Report.
+	// InFlight is the number of other attempts in flight to the endpoint. It is set only
+	// if Report is.
 	InFlight int
-	// Pushback is for how long the server asked not to be tried again, 0 if it did
-	// not.
+	// Pushback is for how long the server asked not to be tried again, from 0 (it did
+	// not ask) to one minute.
 	Pushback time.Duration
 }
 
-// An OutOfBand is a report that a server sent by itself.
+// An OutOfBand is a report that a server sent out of band.
 type OutOfBand struct {
 	// Now is the time.
 	Now Instant
-	// Report is what it said. It must not be kept.
+	// Report is what the server reported. The Meter must not keep it.
 	Report *Report
 	// InFlight is the number of attempts in flight to the endpoint.
 	InFlight int
@@ -235,17 +237,16 @@ type OutOfBand struct {
 // A Report is what a server says of its load, as in the ORCA protocol. A number
 // that the server did not send is 0.
 type Report struct {
-	// CPU, Memory and Application are utilizations: 1 is all there is, and CPU and
-	// Application may be above it.
+	// CPU, Memory and Application are utilizations, at least 0. 1 is full use. CPU and
+	// Application may be above 1.
 	CPU, Memory, Application float64
 	// QPS and EPS are the requests and the errors per second.
 	QPS, EPS float64
-	// Named are the metrics of the server's own by their names. It must not be
-	// changed.
+	// Named are the server's own metrics by their names. The map must not be changed.
 	Named map[string]float64
 }
 
-// Outcome is how an attempt ended, as far as the load of its endpoint goes.
+// Outcome says how an attempt ended, as far as it matters for the endpoint's load.
 type Outcome uint8
 
 const (
@@ -254,15 +255,15 @@ const (
 	// Failed is an attempt that the server or the path to it failed. However fast
 	// it failed, it never makes the endpoint look fast.
 	Failed
-	// Cancelled is an attempt that its caller gave up, such as the loser of a
-	// hedge. It counts as pending until it ends. However early that is, it never
-	// makes the endpoint look fast, and it is no failure. That it took so long may
-	// count: each Metric says how.
+	// Cancelled is an attempt that its caller gave up, such as the loser of a hedge. It
+	// is not a failure, and never makes the endpoint look fast, however early it ends.
+	// Its latency would have been at least the time that it took. Each Metric says
+	// whether that counts.
 	Cancelled
-	// NotSent is an attempt that never left. It undoes the Start.
+	// NotSent is an attempt that was never sent to the server. It undoes the Start.
 	NotSent
-	// Expired is an attempt that was not answered before the deadline that its
-	// caller had set. All it says is that it would have taken longer.
+	// Expired is an attempt that was not answered before the deadline of its caller. Its
+	// latency would have been at least the time that it took.
 	Expired
 )
 
@@ -320,14 +321,13 @@ func checkDuration(field string, d time.Duration) error {
 	return &ConfigError{field, d, "above 0s"}
 }
 
-// latency returns the time from the start of an attempt until now, at least one
-// nanosecond, for a clock that stands still has measured nothing.
+// latency returns the time from the start of an attempt until now, in nanoseconds. It is
+// at least 1, because a coarse clock may return the same time twice.
 func (t Ticket) latency(now Instant) float64 {
 	return float64(max(now-t.Started, 1))
 }
 
-// The penalty of a failure counts as this many times the mean latency unless
-// configured otherwise.
+// A failure counts as a latency of this many times what the average endpoint costs.
 const (
 	defaultFailurePenalty = 10
 	maxFailurePenalty     = 1e6
@@ -337,6 +337,7 @@ func checkFailurePenalty(v float64) error {
 	return checkRange("failurePenalty", v, 1, maxFailurePenalty)
 }
 
+// bits32 packs two numbers into one word, as float32.
 func bits32(hi, lo float64) uint64 {
 	return uint64(math.Float32bits(float32(hi)))<<32 | uint64(math.Float32bits(float32(lo)))
 }

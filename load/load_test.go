@@ -276,14 +276,14 @@ func TestLatencyOfAStreamIsTheTimeToItsFirstResponse(t *testing.T) {
 		m := newMeter(metric)
 		ticket := m.Start(0)
 		m.Respond(10*ms, ticket)
-		near(t, "load of a stream that goes on", m.Load(10*ms), 10e6, 1e-3)
+		near(t, "load of an open stream", m.Load(10*ms), 10e6, 1e-3)
 		m.Finish(10*ms, Sample{Ticket: ticket, Responded: true})
 		near(t, "load after its end", m.Load(10*ms), 10e6, 1e-3)
 	}
 }
 
-// A stream that breaks in its second hour was answered within 10 ms. Its end is
-// a failure like any other and not a latency of two hours.
+// A stream that breaks in its second hour was answered within 10 ms. Its end counts like
+// any other failure, and not as a latency of two hours.
 func TestAStreamThatFailsLateIsNotChargedItsWholeLife(t *testing.T) {
 	for _, metric := range []Metric{
 		must(NewPeakEWMA(PeakEWMAConfig{Decay: 10 * time.Second, DefaultRTT: 1, FailurePenalty: 10})),
@@ -316,14 +316,14 @@ func TestGivenUpEarlyIsNeitherPraiseNorBlame(t *testing.T) {
 	}
 }
 
-// Where calls are hedged the attempts at a slow endpoint end no other way.
+// Where calls are hedged all attempts to a slow endpoint are cancelled.
 func TestCancelledAgainAndAgainIsSlow(t *testing.T) {
 	peak := newMeter(must(NewPeakEWMA(DefaultPeakEWMAConfig())))
 	pending := newMeter(NewPendingRequests())
 	for _, m := range []*counted{peak, pending} {
 		m.Load(0)
 	}
-	for range 200 { // The first estimate is gone.
+	for range 200 { // until the first estimate has no weight
 		run(peak, 0, time.Millisecond, Completed)
 		peak.Load(Instant(1000 * time.Second))
 	}
@@ -373,8 +373,8 @@ func TestNotSentUndoesTheStart(t *testing.T) {
 	})
 }
 
-// An endpoint that fails at once looks fast to Tower's metric and draws the
-// traffic of all. Here it looks worse than a busy one that answers.
+// An endpoint that fails at once looks fast to Tower's metric, and gets most calls. Here
+// it costs more than a busy one that answers.
 func TestFailingAtOnceNeverLooksFast(t *testing.T) {
 	for _, busy := range []int{0, 1, 10, 100} {
 		for _, metric := range []Metric{
@@ -409,8 +409,8 @@ func TestFailingAtOnceNeverLooksFast(t *testing.T) {
 	}
 }
 
-// What a failure is charged follows from what endpoints cost. If the charges
-// counted among those costs, each would raise the next.
+// The latency that a failure counts as follows from what endpoints cost. If it counted in
+// these costs, each failure would make the next one count as more.
 func TestChargesForFailuresDoNotFeedOnThemselves(t *testing.T) {
 	for _, metric := range []Metric{
 		must(NewPeakEWMA(PeakEWMAConfig{Decay: 10 * time.Second, DefaultRTT: 1, FailurePenalty: 10})),
@@ -444,7 +444,7 @@ func TestDeadlineExceededCountsAtLeastTheTimeWaited(t *testing.T) {
 		// ExpectedLatency counts one attempt up to 20 times the mean.
 		run(m, 100*ms, 15*time.Millisecond, Failed)
 		if got, least := m.Load(115*ms), before+float64(15*ms)/40; got < least {
-			t.Errorf("%T: load after waiting 15ms in vain is %v, want at least %v", metric, time.Duration(got), time.Duration(least))
+			t.Errorf("%T: load after 15ms without an answer is %v, want at least %v", metric, time.Duration(got), time.Duration(least))
 		}
 	}
 }

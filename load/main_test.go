@@ -58,8 +58,8 @@ func near(t *testing.T, what string, got, want, tolerance float64) {
 	}
 }
 
-// counted is a Meter and what the policy counts for it. Its methods are the
-// Meter's for a test that has no use for the rest.
+// counted is a Meter with the counts that the policy keeps for it. Its methods are those
+// of the Meter, with the arguments that most tests need.
 type counted struct {
 	Meter
 	of                Metric
@@ -88,8 +88,8 @@ func (m *counted) start(a Attempt) Ticket {
 	return t
 }
 
-// A telling is what a Meter is told, which as an argument of an interface's method would be
-// allocated.
+// A telling holds the arguments of Start and Finish, which would be allocated otherwise
+// because the methods are those of an interface.
 type telling struct {
 	attempt Attempt
 	sample  Sample

@@ -8,15 +8,15 @@ import (
 	"sync/atomic"
 )
 
-// A method is what a channel knows of one method, or of all those that found no
-// place in the table.
+// A method is what a channel knows of one method, or of all methods for which the table
+// has no room.
 type method struct {
 	name  string
 	index uint32
 
-	fleet fleet         // the means of its divided latencies and of the attempts in flight when they were sent
-	count atomic.Uint64 // its samples, halved now and then, as float64 bits
-	scale atomic.Uint64 // G/g to 1/256, as float64 bits; 0 for 1
+	fleet fleet         // the means of its divided latencies, and of the attempts in flight when those attempts were sent
+	count atomic.Uint64 // how many samples it had, as float64 bits; halved when a method has manyCalls
+	scale atomic.Uint64 // G/g within 1/256, as float64 bits; 0 means 1
 	_     [8]byte
 }
 
@@ -28,14 +28,14 @@ func (m *method) scaled() float64 {
 	return 1
 }
 
-// methods is the table of a channel. It is not changed but replaced.
+// methods is the table of a channel. A new method replaces the whole table.
 type methods struct {
-	all    []*method // the first is that of all others
+	all    []*method // the first is for all methods without one of their own
 	byName map[string]*method
 }
 
-// few methods are compared one by one. A name is almost always the same string as
-// last time, and then that is a comparison of two pointers.
+// Up to few methods are compared one by one. A name is almost always the same string as
+// the last time, and then the comparison is one of two pointers.
 const few = 4
 
 func (t *methods) find(name string) *method {
@@ -50,7 +50,7 @@ func (t *methods) find(name string) *method {
 	return t.byName[name]
 }
 
-// method returns the method of a name, which it adds if there is room.
+// method returns the method of a name. It adds the method if the table has room.
 func (e *ExpectedLatency) method(name string) *method {
 	t := e.methods.Load()
 	if m := t.find(name); m != nil {
@@ -82,8 +82,8 @@ func (e *ExpectedLatency) addMethod(name string) *method {
 }
 
 // unit returns the latency of the average call: the geometric mean of the methods'
-// means, each weighed by how often it is called. The arithmetic one would be that
-// of the rarest and slowest, and jump each time one of them ends.
+// means, each weighted by how often the method is called. An arithmetic mean would be
+// that of rare slow methods, and would jump with each of their samples.
 func (t *methods) unit() float64 {
 	var sum, weight float64
 	var last float64
@@ -103,7 +103,8 @@ func (t *methods) unit() float64 {
 	return math.Exp(sum / weight)
 }
 
-// rescale sets the scales of the methods that another unit changes, for all cores read them.
+// rescale sets the scales of methods for a unit. A scale that changes by 1/256 at most is
+// not written, because all cores read it.
 func (t *methods) rescale(unit float64) {
 	for _, m := range t.all {
 		g, old := m.fleet.mean(), m.scaled()
@@ -116,7 +117,8 @@ func (t *methods) rescale(unit float64) {
 	}
 }
 
-// called counts n samples of the method among those of all.
+// called counts n samples of a method. It halves all counts when one is large, so that
+// they follow a change of how often methods are called.
 func (t *methods) called(m *method, n int) {
 	count := math.Float64frombits(m.count.Load()) + float64(n)
 	m.count.Store(math.Float64bits(count))

@@ -15,15 +15,14 @@ import (
 // PeakEWMAConfig are the parameters of [PeakEWMA]. Start from
 // [DefaultPeakEWMAConfig].
 type PeakEWMAConfig struct {
-	// Decay is the time in which the weight of what was seen falls to 1/e.
+	// Decay is the time in which the weight of earlier latencies falls to 1/e.
 	// Default 10 s, must be above 0.
 	Decay time.Duration
-	// DefaultRTT is the latency of an endpoint before its first sample. It decays
+	// DefaultRTT is the estimate of an endpoint before its first sample. It decays
 	// like any other. Default 1 s, must be above 0.
 	DefaultRTT time.Duration
-	// FailurePenalty is what a failed attempt counts as, however fast it failed,
-	// as a multiple of what an average endpoint costs. Default 10, at least 1, at
-	// most 1e6.
+	// FailurePenalty is the latency that a failed attempt counts as at least, as a
+	// multiple of what an average endpoint costs. Default 10, from 1 to 1e6.
 	FailurePenalty float64
 }
 
@@ -43,37 +42,37 @@ func (c PeakEWMAConfig) validate() error {
 }
 
 // PeakEWMA is the peak-sensitive, exponentially weighted moving average of the
-// latency, times the attempts in flight, in proportion to the weight, and one more:
+// latency, in nanoseconds, times the attempts in flight per weight and one more:
 //
 //	load = estimate * (pending/weight + 1)
 //
-// A latency above the estimate replaces it at once. Any other is averaged in by
-// the time since the estimate was last read or updated:
+// A latency above the estimate replaces it at once. A lower one is averaged with it,
+// by the time since the estimate was last read or updated:
 //
 //	estimate = estimate*d + latency*(1-d),  d = exp(-elapsed/decay)
 //
-// Reading lets the estimate decay towards zero, so an endpoint that is not heard
-// of is tried again.
+// The estimate decays towards zero between readings, so an endpoint that gets no calls
+// is tried again.
 //
-// It is Tower's metric, which is Finagle's, with one repair: there, an attempt
-// that fails at once is a fast one, and the endpoint that fails draws the
-// traffic of all. Here a failure counts as a latency of at least FailurePenalty
-// times what an average endpoint costs, its queue included. Of an attempt that its
-// caller cancelled only is known how long it took at least: such times are summed
-// until an attempt is answered, and their sum counts as a latency if it is above
-// the estimate. Without failures and cancellations the two agree.
+// It is Tower's metric, which is Finagle's, with two changes. In Tower an attempt that
+// fails at once is a fast one, and the endpoint that fails gets most calls. Here a
+// failure counts as a latency of at least FailurePenalty times what an average endpoint
+// costs, its attempts in flight included. And of an attempt that its caller cancelled,
+// or whose deadline passed, only the time that it took is known: the latency would have
+// been longer. These times are summed until an attempt is answered, and the sum counts
+// as a latency if it is above the estimate. Without such attempts the two metrics agree.
 type PeakEWMA struct {
 	MetricBase
 	params atomic.Pointer[peakParams]
-	_      [56]byte // params are read at every pick, fleet is written at every finish
+	_      [56]byte // keeps params, which every pick reads, in another cache line than fleet, which ends of attempts write
 	fleet  fleet
 
 	mu     sync.Mutex // guards meters
 	meters slab.Slab[peakMeter]
 }
 
-// NewPeakEWMA returns the Metric, or an error that names the field, its value
-// and the rule it breaks.
+// NewPeakEWMA returns the Metric. If a field is out of its range the error is a
+// *[ConfigError].
 func NewPeakEWMA(c PeakEWMAConfig) (*PeakEWMA, error) {
 	p := &PeakEWMA{}
 	if err := p.Reconfigure(c); err != nil {
@@ -82,8 +81,9 @@ func NewPeakEWMA(c PeakEWMAConfig) (*PeakEWMA, error) {
 	return p, nil
 }
 
-// Reconfigure changes the parameters while attempts run. The Meters keep what
-// they know. On error nothing changes.
+// Reconfigure changes the parameters while attempts are in flight. The Meters keep what
+// they know. If a field is out of its range the error is a *[ConfigError], and nothing
+// changes.
 func (p *PeakEWMA) Reconfigure(c PeakEWMAConfig) error {
 	if err := c.validate(); err != nil {
 		return err
@@ -106,8 +106,8 @@ type peakParams struct {
 	good       time.Duration
 }
 
-// An estimate loses one part in 16,000 while it is not read again, which is less
-// than anyone could tell.
+// An Estimate is good for decay/2^goodBits. In that time it decays by one part in 16,000,
+// which makes no difference to a pick.
 const goodBits = 14
 
 // NewMeter returns the Meter of one more endpoint.
@@ -120,47 +120,48 @@ func (p *PeakEWMA) NewMeter(Endpoint) Meter {
 	return m
 }
 
-// The estimate and its time are two words that must be seen together. Each write
-// puts the same tag into both. A reader that sees two tags stands between the two
-// stores of a writer: the estimate was written just now, so it takes the elapsed
-// time as zero. Or it comes after two writers whose second stores changed places,
-// and then the tags stay apart; therefore Load, which otherwise would never again
-// let the estimate decay, writes it anew. The tag costs the estimate its last 8 of
-// 52 bits, and the time its first: it wraps after 2.3 years.
+// The estimate and its time are two words that a reader must see together. Each write
+// puts the same tag into both. There are two reasons why a reader may see two different
+// tags. It may read between the two stores of a writer. Then the estimate was written
+// just now, and the elapsed time is zero. Or two writers have stored their times in the
+// other order than their estimates. Then the tags would stay different, and the estimate
+// would never decay again; so Load writes it again. The tag takes the last 8 of the 52
+// bits of the estimate, and the first 8 of the time, which wraps after 2.3 years.
 const (
 	tagBits = 8
 	tagMask = 1<<tagBits - 1
 )
 
-// stillBits: a reading less than decay/2^stillBits after the last one that was
-// noted is not noted. It changes the average of the next latency by less than one
-// millionth, and saves the write on the pick path.
+// A reading less than decay/2^stillBits after the last noted one is not noted. That
+// changes the estimate after the next latency by less than one millionth, and saves a
+// write in the pick.
 const stillBits = 20
 
 // peakMeter is the state of one endpoint, one cache line.
 //
-// Tower lets each reading of an estimate store what is left of it. What is left
-// after two readings is what is left after the time of both, so here the estimate
-// stays as the last sample left it, and a reading notes its time alone.
+// In Tower each reading stores the decayed estimate. To decay twice is the same as to
+// decay once for the sum of both times. So here the estimate stays as the last sample
+// left it, and a reading only notes its time.
 type peakMeter struct {
 	MeterBase
 	metric   *PeakEWMA
 	estimate atomic.Uint64 // nanoseconds as float64 bits, tag in the low bits
-	stamp    atomic.Uint64 // Instant << tagBits | tag: when estimate was written; 0 before
-	read     atomic.Int64  // Instant of the last reading
-	// penalized is whether the estimate is what a failure was charged. What a
-	// failure is charged follows from the estimates of all endpoints, and must not
-	// follow from itself, or it would grow with each. They are estimates and not
-	// latencies because they are peaks: the mean latency is several times less.
+	stamp    atomic.Uint64 // when estimate was written: Instant << tagBits | tag; 0 before the first write
+	read     atomic.Int64  // the Instant of the last reading that was noted
+	// penalized is whether the estimate comes from a failure. Such an estimate must not
+	// count in fleet: the latency that a failure counts as is a multiple of the means in
+	// fleet, and would grow with each failure. fleet averages estimates and not
+	// latencies because an estimate is a peak, several times the mean latency.
 	penalized atomic.Bool
 	_         [4]byte
-	// unanswered is how long, in nanoseconds, cancelled attempts have waited together
-	// since an attempt was last answered.
+	// unanswered is the sum of the times, in nanoseconds, of the attempts that were
+	// cancelled or expired since an attempt was last answered.
 	unanswered atomic.Int64
 	_          [16]byte
 }
 
-// current returns the estimate word and, in nanoseconds, its value and its age.
+// current returns the estimate as a word, its value in nanoseconds, and its age in
+// nanoseconds, 0 if that is not known.
 func (m *peakMeter) current(now Instant) (word uint64, value, age float64) {
 	word = m.estimate.Load()
 	stamp := m.stamp.Load()
@@ -177,7 +178,8 @@ func (m *peakMeter) stamped(word uint64) bool {
 	return stamp != 0 && word&tagMask == stamp&tagMask
 }
 
-// write replaces the estimate unless another goroutine did so since it was read.
+// write replaces the estimate, unless another goroutine has replaced word since it was
+// read. It reports whether it did.
 func (m *peakMeter) write(word uint64, value float64, now Instant) bool {
 	tag := (word + 1) & tagMask
 	if !m.estimate.CompareAndSwap(word, math.Float64bits(value)&^tagMask|tag) {
@@ -223,7 +225,7 @@ func (m *peakMeter) Finish(s *Sample) bool {
 		return m.completed(now, s.Ticket)
 	case s.Outcome == Failed:
 		latency := m.metric.params.Load().penalty * m.metric.fleet.cost()
-		if !s.Responded { // the life of a stream after its first response is no latency
+		if !s.Responded { // after its first response the duration of a stream is not a latency
 			latency = max(latency, s.Ticket.latency(now))
 		}
 		return m.sample(now, latency, s.Ticket, true)
@@ -233,10 +235,10 @@ func (m *peakMeter) Finish(s *Sample) bool {
 	return false
 }
 
-// cancelled takes in that an attempt would have taken longer than it has. Of latencies
-// that are known from below, the best estimate of their mean is the sum of what is known
-// over the number of those that ended, so each cancelled attempt adds its time until one
-// is answered.
+// cancelled is told of an attempt whose latency would have been longer than it took. If
+// only lower bounds of some latencies are known, the best estimate of the mean is the sum
+// of all times divided by the number of answers. So the times of such attempts are summed
+// until one is answered.
 func (m *peakMeter) cancelled(now Instant, t Ticket) bool {
 	waited := float64(m.unanswered.Add(max(int64(now-t.Started), 1)))
 	if _, value, age := m.current(now); waited > value*expSmall(age*m.metric.params.Load().rate) {
@@ -252,13 +254,13 @@ func (m *peakMeter) completed(now Instant, t Ticket) bool {
 	return m.sample(now, t.latency(now), t, false)
 }
 
-// sample adds a latency to the estimate, and returns whether that changed it by more
-// than a fiftieth.
+// sample adds a latency to the estimate. It reports whether that changed the estimate by
+// more than a fiftieth.
 func (m *peakMeter) sample(now Instant, latency float64, t Ticket, failed bool) bool {
 	rate := m.metric.params.Load().rate
 	for {
 		word, value, age := m.current(now)
-		// The estimate as the last reading left it, and the time since.
+		// value becomes the estimate at the last reading, and unread the time since then.
 		unread := float64(max(int64(now)-m.read.Load(), 0))
 		if unread > age {
 			unread = age
@@ -275,7 +277,7 @@ func (m *peakMeter) sample(now Instant, latency float64, t Ticket, failed bool) 
 				penalized = failed
 				m.penalized.Store(failed)
 			}
-			if !failed && m.metric.fleet.turn(now) > 0 {
+			if !failed && m.metric.fleet.countOf(now) > 0 {
 				if penalized {
 					next = latency
 				}
@@ -286,9 +288,9 @@ func (m *peakMeter) sample(now Instant, latency float64, t Ticket, failed bool) 
 	}
 }
 
-// expSmall returns exp(-x) for x >= 0. Between two readings of an endpoint in use
-// x is small, and the first terms of the series are exact to nine digits, faster,
-// and short enough to be inlined.
+// expSmall returns exp(-x) for x >= 0. Between two readings of an endpoint in use x is
+// small. Then the first terms of the series are exact to nine digits, and are faster and
+// short enough to be inlined.
 func expSmall(x float64) float64 {
 	if x < 1.0/1024 {
 		return 1 - x*(1-x/2)

@@ -5,19 +5,17 @@ package load
 
 import "sync/atomic"
 
-// PendingRequests is the number of attempts in flight, in proportion to the
-// endpoint's weight. It is also known as least request. A stream counts until
-// its first response. The metric needs no latencies, so it knows nothing of a
-// server that is fast or slow until calls pile up there, and a server that fails
-// at once looks idle to it.
+// PendingRequests is the number of attempts in flight to an endpoint, divided by the
+// endpoint's weight. It is also known as least request. A stream counts until its
+// first response. The metric measures no latencies: it sees that a server is slow only
+// when attempts are waiting there, and a server that fails at once looks idle.
 //
-// Calls do not pile up at a slow server whose attempts are cancelled, such as the
-// losers of hedges: it would look idle, and get several times as many calls. So if
-// attempts were cancelled that had no answer, two or more since one was last
-// answered, the endpoint counts one more as in flight, for the next 16 times that
-// its load is asked for, and twice as many times after each further one, up to
-// 1,024. Times and not a duration, because then it costs no reading of the clock,
-// and an endpoint is tried again after as many calls at any rate.
+// Cancelled attempts, such as the losers of hedges, do not wait at a slow server. The
+// server would look idle, and get several times as many calls. So after two attempts in
+// a row that were cancelled without an answer, the endpoint counts one attempt more for
+// the next 16 calls of Load. Each further one doubles that number, up to 1,024. An
+// answer ends it. The metric counts calls of Load and not time, because it reads no
+// clock.
 type PendingRequests struct{ MetricBase }
 
 // NewPendingRequests returns the Metric.
@@ -26,6 +24,7 @@ func NewPendingRequests() *PendingRequests { return &PendingRequests{} }
 // NewMeter returns the Meter of one more endpoint.
 func (*PendingRequests) NewMeter(Endpoint) Meter { return &pendingMeter{} }
 
+// For how many calls of Load an endpoint counts one attempt more.
 const (
 	leastShunned = 16
 	mostShunned  = 1024
@@ -33,8 +32,8 @@ const (
 
 type pendingMeter struct {
 	MeterBase
-	unanswered atomic.Int64 // Cancelled attempts since one was last answered.
-	shunned    atomic.Int64 // How many more times one more counts as in flight.
+	unanswered atomic.Int64 // cancelled attempts since the last answer
+	shunned    atomic.Int64 // for how many more calls of Load one attempt more counts
 }
 
 func (m *pendingMeter) Load(q Query) Estimate {

@@ -11,23 +11,24 @@ import (
 	"sync"
 )
 
-// registry is the metrics that can be named in a service config.
+// registry holds the metrics that a service config can name.
 var registry struct {
 	mu    sync.Mutex // guards parse
 	parse map[string]func(json.RawMessage) (Metric, error)
 }
 
-// Register makes a Metric of one's own available to the service config of policy
-// belfry.p2c under a name:
+// Register makes your own Metric available to the service config of policy belfry.p2c
+// under a name:
 //
 //	{"loadBalancingConfig":[{"belfry.p2c":{"load":{"custom":{"name":"mine","config":{}}}}}]}
 //
-// parse gets the JSON of config, "{}" if there is none, and returns a new Metric
-// for a channel, or an error that says what is wrong with it. It is called when
-// the config is parsed, to check it, and by each channel that uses it, and must be
-// safe for concurrent use.
+// parse gets the JSON of config, "{}" if there is none. It returns a new Metric for a
+// channel, or an error that says what is wrong with the config. It is called to check
+// each config, and once more by each channel that uses it. It must be safe for
+// concurrent use.
 //
-// Call Register from an init function. It panics if the name is empty or taken.
+// Call Register from an init function. It panics if the name is empty or taken, or if
+// parse is nil.
 func Register(name string, parse func(config json.RawMessage) (Metric, error)) {
 	registry.mu.Lock()
 	defer registry.mu.Unlock()
@@ -43,26 +44,28 @@ func Register(name string, parse func(config json.RawMessage) (Metric, error)) {
 	registry.parse[name] = parse
 }
 
-// New returns a new Metric of those that were registered. The error of an unknown
-// name lists the known ones.
+// New returns a new Metric of a registered name. For an unknown name the error is a
+// *[ConfigError] that lists the registered names; any other is the error of the function
+// that was registered. Empty config means "{}". New is safe for concurrent use.
 func New(name string, config json.RawMessage) (Metric, error) {
 	registry.mu.Lock()
 	parse := registry.parse[name]
 	registry.mu.Unlock()
 	if parse == nil {
-		return nil, &ConfigError{"name", name, fmt.Sprintf("a registered metric, of which there are %q", Registered())}
+		return nil, &ConfigError{"name", name, fmt.Sprintf("one of the registered metrics %q", Registered())}
 	}
 	if len(config) == 0 {
 		config = json.RawMessage("{}")
 	}
 	m, err := parse(config)
 	if err == nil && m == nil {
-		err = fmt.Errorf("load: metric %q: neither a metric nor an error was made", name)
+		err = fmt.Errorf("load: metric %q: its function returned neither a metric nor an error", name)
 	}
 	return m, err
 }
 
-// Registered returns the names of the registered metrics in order.
+// Registered returns the names of the registered metrics, sorted. It is safe for
+// concurrent use.
 func Registered() []string {
 	registry.mu.Lock()
 	defer registry.mu.Unlock()

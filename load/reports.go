@@ -11,35 +11,36 @@ import (
 	"time"
 )
 
-// ReportsConfig says what [ExpectedLatency] takes from the reports of servers. A client
-// of many sends each server few calls, so that its own attempts in flight say little.
+// ReportsConfig says how [ExpectedLatency] uses the reports of servers. Where a server has
+// many clients, each of them has few attempts in flight there, which say little about how
+// busy the server is. The zero value is no reports. [DefaultReportsConfig] returns the
+// defaults of its fields.
 //
-// The names are those of gRFC A114: cpu_utilization, mem_utilization,
-// application_utilization, rps_fractional, eps, or named_metrics. followed by the name of a
-// metric of the server's own.
+// A metric of a report is named as in gRFC A114: cpu_utilization, mem_utilization,
+// application_utilization, rps_fractional, eps, or "named_metrics." followed by the name of
+// one of the server's own metrics.
 type ReportsConfig struct {
-	// InFlight names the number of requests at the server when it sent the report, the
-	// one that it answers not counted. Default "", which is no reports;
-	// [DefaultReportsConfig] has the name that package orca sends.
+	// InFlight is the name of the metric that has the number of requests at the server when
+	// it sent the report. The request that the report answers does not count. Default
+	// "named_metrics.belfry.in_flight", which package orca sends.
 	InFlight string
-	// QueueExponent takes the place of that of [ExpectedLatencyConfig]. Default 0.7, from
-	// 0 to 1.
+	// QueueExponent replaces that of [ExpectedLatencyConfig]. Default 0.7, from 0 to 1.
 	QueueExponent float64
-	// KeepSamples takes the place of that of [ExpectedLatencyConfig] where all that servers
-	// have is from other clients. With the queues known, latencies say how fast servers are,
-	// and that changes sooner. Where they have less, it lies between the two. Default 6,
-	// from 1 to 1e6.
+	// KeepSamples replaces that of [ExpectedLatencyConfig] where all requests of the servers
+	// are from other clients. If a part of them is, the number kept lies between the two.
+	// With the queues known, a change of latencies is a change of how fast servers are, so
+	// fewer samples are better. Default 6, from 1 to 1e6.
 	KeepSamples float64
-	// Expiry is for how long after the last report of any server reports count. Default
+	// Expiry is for how long reports count after the last report of any server. Default
 	// 10 s, must be above 0.
 	Expiry time.Duration
 	// Blackout is for how long after its first report a server counts as the average of
-	// those that report, because a new server has not its usual load yet. Default 0, must
-	// not be below 0.
+	// the servers that report, because a new server does not have its usual load yet.
+	// Default 0, at least 0.
 	Blackout time.Duration
 }
 
-// DefaultReportsConfig returns the defaults for servers that use package orca.
+// DefaultReportsConfig returns the defaults, for servers that use package orca.
 func DefaultReportsConfig() ReportsConfig {
 	return ReportsConfig{InFlight: "named_metrics.belfry.in_flight", QueueExponent: 0.7, KeepSamples: 6, Expiry: 10 * time.Second}
 }
@@ -74,8 +75,8 @@ func (*Report) knows(name string) bool {
 	return strings.HasPrefix(name, named) && len(name) > len(named)
 }
 
-// Value returns the number of a name, as gRFC A114 has them. It reports false if the
-// server did not send it; a standard number that is 0 was not sent.
+// Value returns the number of a metric, by its name as in [ReportsConfig]. It reports false
+// if the server did not send the metric. A standard metric that is 0 counts as not sent.
 func (r *Report) Value(name string) (v float64, ok bool) {
 	switch name {
 	case "cpu_utilization":
@@ -95,7 +96,8 @@ func (r *Report) Value(name string) (v float64, ok bool) {
 	return v, v != 0
 }
 
-// word is a float32 and the tick that it is from, which change together.
+// word packs a number, as a float32, and its tick into one word, so that they change
+// together.
 func word(v float64, tick uint32) uint64 {
 	return uint64(math.Float32bits(float32(v)))<<32 | uint64(tick)
 }
@@ -106,13 +108,13 @@ func unword(w uint64) (v float64, tick uint32) {
 
 // reporting is what a channel knows of the reports of all its servers.
 type reporting struct {
-	// mean is the moving mean of the requests per weight that servers have from others, and
-	// when it was last written. It is 0 before the first report.
+	// mean is the moving mean of the requests per weight that a server has from other
+	// clients, and the tick when it was last written. It is 0 before the first report.
 	mean atomic.Uint64
 }
 
-// others returns the mean number of requests per weight that a server has from others, 0 if
-// there were no reports for too long.
+// others returns the mean number of requests per weight that a server has from other
+// clients. ok is false if there was no report, or none within the expiry.
 func (r *reporting) others(p *expectedParams, tick uint32) (mean float64, ok bool) {
 	w := r.mean.Load()
 	if w == 0 {
@@ -122,9 +124,9 @@ func (r *reporting) others(p *expectedParams, tick uint32) (mean float64, ok boo
 	return mean, since32(tick, last) <= p.expiry
 }
 
-// others returns the number of requests per weight that the server has from other clients,
-// as far as it is known: what it reported last, which drifts to the mean of all servers within half
-// a latency. It is 0 without reports.
+// others returns an estimate of the number of requests per weight that the server has from
+// other clients. It is the number that the server reported last, which approaches the mean of
+// all servers as time passes, see reportHalf. It is 0 without reports.
 func (m *expectedMeter) others(p *expectedParams, now Instant) float64 {
 	if p.inFlight == "" {
 		return 0
@@ -150,8 +152,8 @@ func (m *expectedMeter) others(p *expectedParams, now Instant) float64 {
 	return mean + (own-mean)*expNeg(since32(tick, last)/(reportHalf*latency))
 }
 
-// keep returns 1 - 1/KeepSamples. What servers have from others, as a part of all that they
-// have, decides between the two.
+// keep returns 1 - 1/KeepSamples: that of ReportsConfig if all requests of the servers are
+// from other clients, that of ExpectedLatencyConfig if none is, and in proportion between.
 func (e *ExpectedLatency) keep(p *expectedParams, now Instant) float64 {
 	if p.inFlight == "" {
 		return p.keep
@@ -164,11 +166,12 @@ func (e *ExpectedLatency) keep(p *expectedParams, now Instant) float64 {
 	return p.keep + (p.reportsKeep-p.keep)*others/(others+own)
 }
 
-// reportHalf is the part of a latency after which 1/e of a report is left.
+// reportHalf is the part of a latency in which the distance of a reported number to the mean
+// falls to 1/e.
 const reportHalf = 0.5
 
-// report takes in a report of the server, to which own attempts of this client are in
-// flight.
+// report is told of a report of the server. own is the number of attempts of this client that
+// are in flight there.
 func (m *expectedMeter) report(p *expectedParams, now Instant, r *Report, own int) {
 	if r == nil || p.inFlight == "" {
 		return
@@ -195,7 +198,7 @@ func (m *expectedMeter) report(p *expectedParams, now Instant, r *Report, own in
 	switch {
 	case e.reporting.mean.Load() == 0 || since32(tick, last) > p.expiry:
 		mean = others
-	case tick == last: // one in a tick is enough
+	case tick == last: // one report in a tick is enough
 		return
 	default:
 		mean += (others - mean) / fleetWindow

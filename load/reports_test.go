@@ -27,7 +27,7 @@ func TestReports(t *testing.T) {
 			t.Errorf("%s: queue is %v, want %v", what, got, want)
 		}
 	}
-	// call is a call of 1 s that ends at a time with a report, beside one other in flight.
+	// call makes a call of 1 s that ends with a report, while one other call is in flight.
 	call := func(m Meter, end time.Duration, requests float64) {
 		ticket := m.Start(&Attempt{Query: Query{Now: Instant(end - time.Second), Weight: 1}})
 		m.Finish(&Sample{Now: Instant(end), Ticket: ticket, Report: &Report{Named: map[string]float64{"belfry.in_flight": requests}}, InFlight: 1})
@@ -51,10 +51,10 @@ func TestReports(t *testing.T) {
 	b.Report(OutOfBand{Now: Instant(start + 20*time.Second), Report: &Report{Named: map[string]float64{"belfry.in_flight": 5}}, InFlight: 2})
 	check("out of band", queue(silent, start+20*time.Second), 1+3)
 	a.Finish(&Sample{Now: Instant(start + 20*time.Second), Ticket: a.Start(&Attempt{Query: Query{Now: Instant(start), Weight: 1}}), Report: &Report{Named: map[string]float64{"belfry.in_flight": math.NaN()}}})
-	check("a number that is none", queue(silent, start+20*time.Second), 1+3)
+	check("a report that is not a number", queue(silent, start+20*time.Second), 1+3)
 }
 
-// A server of three times the weight has three times the requests where all are equally busy.
+// If all servers are equally busy, one of three times the weight has three times the requests.
 func TestReportsCountPerWeight(t *testing.T) {
 	c := DefaultExpectedLatencyConfig()
 	c.Reports = DefaultReportsConfig()
@@ -83,8 +83,8 @@ func TestReportsCountPerWeight(t *testing.T) {
 
 // One client alone learns nothing from reports, so its estimates keep as many samples as without.
 func TestReportsOfOthersAloneShortenTheMemory(t *testing.T) {
-	// samples is how many samples an endpoint has after a hundred, each sent beside one other
-	// attempt of this client.
+	// samples returns how many samples an endpoint keeps of a hundred, each of which was sent
+	// while one other attempt of this client was in flight.
 	samples := func(c ExpectedLatencyConfig, requests float64) float64 {
 		m := must(NewExpectedLatency(c)).NewMeter(Endpoint{})
 		now := Instant(time.Hour)

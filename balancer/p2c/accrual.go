@@ -21,12 +21,12 @@ import (
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
-// This file is what the field failureAccrual does: an endpoint whose attempts fail is put
-// aside, tried with one call when its time has passed, and back when that is answered.
+// This file implements the field failureAccrual. An endpoint whose attempts fail is put aside.
+// When its time aside has passed, one call tries it. If that is answered, the endpoint is
+// back.
 //
-// An answer costs one load of a word while there are no failures. The number of attempts
-// that ended is not counted for the rate: it follows from what the picks count, and is read
-// when an attempt fails.
+// While there are no failures, an answer only loads one word. The number of ended attempts,
+// for the rate, follows from the counts of picks. It is read when an attempt fails.
 
 const (
 	defaultRow         = 5
@@ -41,7 +41,7 @@ const (
 	defaultMaxAside    = 0.5
 	maxSlow            = 1_000_000
 
-	// The window is known to a tenth.
+	// The window moves in steps of a tenth.
 	buckets = 10
 
 	measureEvery = time.Second
@@ -60,7 +60,7 @@ type accrualConfig struct {
 	useEjected  bool
 }
 
-// newAccrualConfig returns nil without an error if it has nothing to do.
+// newAccrualConfig returns nil, without an error, if failure accrual is off.
 func newAccrualConfig(m *configv1.FailureAccrual) (*accrualConfig, error) {
 	if m == nil {
 		m = &configv1.FailureAccrual{}
@@ -112,11 +112,10 @@ func newAccrualConfig(m *configv1.FailureAccrual) (*accrualConfig, error) {
 	return c, nil
 }
 
-// usesEjected reports whether endpoints that a parent has taken out are used when no other is
-// left.
+// usesEjected reports whether ejected endpoints are used when no other is left.
 func (c *config) usesEjected() bool { return c.accrual != nil && c.accrual.useEjected }
 
-// slow reports whether endpoints are put aside that are slow.
+// slow reports whether slow endpoints are put aside.
 func (c *config) slow() bool { return c.accrual != nil && c.accrual.slow > 0 }
 
 // durationBetween returns a duration of a config, or the default if it is unset.
@@ -140,36 +139,39 @@ func durationBetween(field string, m *durationpb.Duration, unset, least, most ti
 type accrual struct {
 	ep *endpoint // nil while it is kept
 
-	first atomic.Uint32 // of the rows that count, see candidate.run
-	voids atomic.Uint32 // attempts whose end said nothing
+	first atomic.Uint32 // the first row that counts, see run. Attempts that were sent in earlier rows do not.
+	voids atomic.Uint32 // how many attempts do not count for the rate
 	aside atomic.Bool   // written with policy.mu held
-	slow  atomic.Uint32 // attempts in a row that were slow
+	slow  atomic.Uint32 // how many attempts in a row were slow
 
 	mu       sync.Mutex // guards failures and ring. Nothing is locked under it.
 	failures uint32
 	ring     [buckets]bucket
 
-	// Guarded by policy.mu. They are of the time aside that is, or was last.
+	// Guarded by policy.mu. why, since and until are those of the current or the last time
+	// aside. Times are by policy.now.
 	why     string
 	since   int64
-	until   int64
-	back    int64         // since when it is back; 0 if it never was aside
-	last    time.Duration // the time aside that a further one doubles
-	offered *offer        // to the next call
-	stop    func()        // the timer of the next offer
+	until   int64         // when a call may try the endpoint
+	back    int64         // when the endpoint came back last; 0 if it never did
+	last    time.Duration // the last time aside, which the next one doubles; 0 if that starts from baseTime
+	offered *offer        // the last offer; nil if it was withdrawn or its call has failed
+	stop    func()        // stops the timer of the next offer; nil if no timer is set
 }
 
-// A bucket is what was counted when the first failure of a tenth of the window came.
+// A bucket holds the counts at the first failure of a tenth of the window.
 type bucket struct {
-	tenth    int64 // 0 if there is none
+	tenth    int64 // the number of the tenth, from 1; 0 in an empty bucket
 	ended    uint32
 	failures uint32
 }
 
-// A run is the number of failures in a row, below, and above it the number of the row. An
-// attempt remembers which row there was when it was picked: its answer ends that one only.
+// A run counts failures in a row, which are failures without an answer between them. Rows are
+// numbered: the upper half of the word is the number of the current row, the lower half its
+// number of failures. An attempt remembers the row in which it was sent, and its answer ends
+// only that row.
 //
-// It stands in the candidate, where a pick has read it already. The lower half is 0 if an
+// A run is in the candidate, which a pick has in its cache already. The lower half is 0 if an
 // answer changes nothing.
 type run struct{ word atomic.Uint64 }
 
@@ -185,13 +187,14 @@ func rowOf(word uint64) uint32 { return uint32(word >> rowAt) }
 
 func failuresOf(word uint64) uint32 { return uint32(word) &^ runAside }
 
-// row returns the number of the row now.
+// row returns the number of the current row.
 func (r *run) row() uint32 { return rowOf(r.word.Load()) }
 
 // quiet reports whether an answer changes nothing.
 func (r *run) quiet() bool { return uint32(r.word.Load()) == 0 }
 
-// fail counts a failure of the row, and starts one if there is none.
+// fail counts a failure, and returns how many the row has. Without failures so far it starts
+// a new row.
 func (r *run) fail() uint32 {
 	for {
 		w := r.word.Load()
@@ -205,14 +208,14 @@ func (r *run) fail() uint32 {
 	}
 }
 
-// end ends the row, unless it is another by now.
+// end ends the row if the run still is word.
 func (r *run) end(word uint64) {
 	if failuresOf(word) != 0 {
 		r.word.CompareAndSwap(word, word&^math.MaxUint32)
 	}
 }
 
-// next starts another row with so many failures, and returns its number.
+// next starts a new row with a number of failures, and returns the number of the row.
 func (r *run) next(failures uint32, aside bool) uint32 {
 	for {
 		w := r.word.Load()
@@ -226,10 +229,10 @@ func (r *run) next(failures uint32, aside bool) uint32 {
 	}
 }
 
-// run returns the endpoint's.
+// run returns the run of the endpoint.
 func (a *accrual) run() *run { return &a.ep.candidate.run }
 
-// accrual returns the endpoint's, nil if the config has none.
+// accrual returns the accrual of the endpoint, nil if the config has none.
 func (ep *endpoint) accrual() *accrual { return ep.candidate.meter.Load().accrual.Load() }
 
 func (ep *endpoint) isAside() bool {
@@ -237,8 +240,8 @@ func (ep *endpoint) isAside() bool {
 	return a != nil && a.aside.Load()
 }
 
-// accrueLocked gives the endpoint what it needs for a config. One that was aside when its
-// channel went idle is back, and aside again at its next failure.
+// accrueLocked gives the endpoint an accrual for a config. An endpoint that was aside when its
+// channel went idle is in use again, and is put aside at its next failure.
 func (ep *endpoint) accrueLocked(cfg *accrualConfig) {
 	m := ep.candidate.meter.Load()
 	old := m.accrual.Load()
@@ -262,9 +265,9 @@ func (ep *endpoint) accrueLocked(cfg *accrualConfig) {
 	}
 }
 
-// keepsakeLocked returns what is kept of it while the channel is idle: it holds no endpoint, and
-// with that no closed channel in memory.
-func (a *accrual) keepsakeLocked() *accrual {
+// keptLocked returns the copy that is kept while the channel is idle. The copy has no
+// endpoint, so that it does not keep a closed channel in memory.
+func (a *accrual) keptLocked() *accrual {
 	k := &accrual{last: a.last}
 	k.aside.Store(a.aside.Load())
 	return k
@@ -276,8 +279,8 @@ func isReady(c *candidate) bool {
 	return s != nil && s.ConnectivityState == connectivity.Ready
 }
 
-// accrue is told how the attempt of a pick ended, or that it was answered. It is called once
-// for each.
+// accrue is told how the attempt of a pick ended, or that the first message of its stream has
+// arrived. It is called once for each pick.
 func (k *pick) accrue(o load.Outcome, err error) {
 	a := k.meter.accrual.Load()
 	if a == nil || a.ep == nil {
@@ -301,7 +304,7 @@ func (k *pick) accrue(o load.Outcome, err error) {
 func (a *accrual) answered(k *pick) {
 	w := a.run().word.Load()
 	switch {
-	case rowOf(w) != k.row: // It was sent before.
+	case rowOf(w) != k.row: // the attempt was sent in another row
 	case a.aside.Load():
 		a.tried(k)
 	default:
@@ -314,12 +317,12 @@ func (a *accrual) failed(k *pick, err error, refused bool) {
 	cfg := k.picker.config.accrual
 	if a.aside.Load() {
 		if a.run().row() == k.row {
-			a.triedInVain(k, err)
+			a.trialFailed(k, err)
 		}
 		return
 	}
 	if int32(k.row-a.first.Load()) < 0 {
-		a.voids.Add(1) // It was sent before the endpoint was put aside or came back.
+		a.voids.Add(1) // sent before the endpoint was put aside or came back
 		return
 	}
 	row := uint32(0)
@@ -339,7 +342,7 @@ func (a *accrual) failed(k *pick, err error, refused bool) {
 func (a *accrual) rate(cfg *accrualConfig) (ended, failures uint32, bad bool) {
 	c := a.ep.candidate
 	tenth := a.ep.policy.now()/int64(cfg.window/buckets) + 1
-	attempts, _ := c.tally.read() // this one is still counted
+	attempts, _ := c.tally.read() // includes the attempt that has failed
 	all := c.picks() - uint32(attempts) - a.voids.Load() + 1
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -358,7 +361,7 @@ func (a *accrual) rate(cfg *accrualConfig) (ended, failures uint32, bad bool) {
 	return ended, failures, bad
 }
 
-// forget forgets what was counted, and makes what earlier attempts say count for nothing.
+// forget resets what was counted. Attempts that were sent before do not count any more.
 func (a *accrual) forget() {
 	a.first.Store(a.run().next(0, a.aside.Load()))
 	a.slow.Store(0)
@@ -367,8 +370,8 @@ func (a *accrual) forget() {
 	a.ring = [buckets]bucket{}
 }
 
-// putAside puts an endpoint aside. k is the attempt that decided it and err how it failed, if
-// it was one that failed.
+// putAside puts an endpoint aside. k is the attempt whose end decided that. err is its error,
+// nil if it did not fail but was slow.
 func (b *policy) putAside(a *accrual, k *pick, err error, reason, why string) {
 	ep := a.ep
 	b.mu.Lock()
@@ -394,7 +397,8 @@ func (b *policy) putAside(a *accrual, k *pick, err error, reason, why string) {
 	}
 }
 
-// waitLocked starts the time after which a call may try the endpoint.
+// waitLocked starts a time aside, after which a call may try the endpoint, and returns it. k
+// and err are as in putAside.
 func (a *accrual) waitLocked(cfg *accrualConfig, k *pick, err error) time.Duration {
 	b := a.ep.policy
 	a.last = min(max(2*a.last, cfg.baseTime), cfg.maxTime)
@@ -411,7 +415,8 @@ func (a *accrual) waitLocked(cfg *accrualConfig, k *pick, err error) time.Durati
 	return d
 }
 
-// offerAfterLocked sets the timer to offer the endpoint, in the place of the one that is set.
+// offerAfterLocked sets the timer for the next offer of the endpoint. It replaces one that is
+// set.
 func (a *accrual) offerAfterLocked(d time.Duration) {
 	b := a.ep.policy
 	a.stopLocked()
@@ -424,10 +429,11 @@ func (a *accrual) offerAfterLocked(d time.Duration) {
 	})
 }
 
-// leastAside is the least time that a server can ask for: at none each call would try it.
+// leastAside is the shortest time aside that a server can ask for. With 0 each call would try
+// the endpoint.
 const leastAside = 100 * time.Millisecond
 
-// stopLocked ends the time.
+// stopLocked stops the timer.
 func (a *accrual) stopLocked() {
 	if a.stop != nil {
 		a.stop()
@@ -438,13 +444,13 @@ func (a *accrual) stopLocked() {
 // An offer lets one call try an endpoint.
 type offer struct {
 	a     *accrual
-	row   uint32 // of a
+	row   uint32 // of the run of a when the offer was made; the offer ends with the row
 	taken atomic.Bool
 	next  *offer
 }
 
-// offerLocked lets the next call try the endpoint, and another if that one has no result
-// when as much time has passed again.
+// offerLocked lets the next call try the endpoint. If that call has no result after the last
+// time aside, another call may try it.
 func (a *accrual) offerLocked() {
 	b := a.ep.policy
 	cfg := b.picker.config.accrual
@@ -464,7 +470,7 @@ func (a *accrual) offerLocked() {
 	a.offerAfterLocked(max(a.last, cfg.baseTime))
 }
 
-// withdrawLocked takes an offer back that no call has taken.
+// withdrawLocked withdraws the offer, so that no call takes it any more.
 func (a *accrual) withdrawLocked() {
 	if a != nil && a.offered != nil {
 		a.offered.taken.Store(true)
@@ -472,7 +478,7 @@ func (a *accrual) withdrawLocked() {
 	}
 }
 
-// trial returns an endpoint for a call to try, nil as a rule. It takes no lock.
+// trial returns an endpoint that the call is to try, or nil. It takes no lock.
 func (b *policy) trial(tried *attempt.Tried) *candidate {
 	for {
 		o := b.offers.Load()
@@ -483,15 +489,16 @@ func (b *policy) trial(tried *attempt.Tried) *candidate {
 			continue
 		}
 		c := o.a.ep.candidate
-		// One that is not READY is offered again when it is, and one without room later.
+		// An endpoint that is not READY is offered again when it is READY, and one without room
+		// after its next time.
 		if !o.taken.Swap(true) && o.a.aside.Load() && o.row == o.a.run().row() && isReady(c) && c.hasRoom() {
 			return c
 		}
 	}
 }
 
-// tried is told that an endpoint that is aside has answered a call that was sent since. In a
-// panic that may be any call.
+// tried is told that an endpoint that is aside has answered a call that was sent since it is
+// aside. In a panic that may be any call.
 func (a *accrual) tried(k *pick) {
 	b, ep := a.ep.policy, a.ep
 	b.mu.Lock()
@@ -511,7 +518,7 @@ func (a *accrual) tried(k *pick) {
 	}
 }
 
-// returnLocked brings the endpoint back.
+// returnLocked brings the endpoint back, and returns how long it was aside.
 func (a *accrual) returnLocked() (away time.Duration) {
 	b := a.ep.policy
 	a.stopLocked()
@@ -526,19 +533,19 @@ func (a *accrual) returnLocked() (away time.Duration) {
 	return time.Duration(a.back - a.since)
 }
 
-// triedInVain is told that a call failed that was sent since the endpoint is aside.
-func (a *accrual) triedInVain(k *pick, err error) {
+// trialFailed is told that a call has failed that was sent since the endpoint is aside.
+func (a *accrual) trialFailed(k *pick, err error) {
 	b := a.ep.policy
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	cfg := b.picker.config.accrual
-	// In a panic others fail than the one that tries.
+	// In a panic the call need not be the one that took the offer.
 	if a.aside.Load() && a.run().row() == k.row && a.offered != nil && a.offered.taken.Load() && cfg != nil && !b.closed && !a.ep.gone {
 		a.againLocked(cfg, k, err)
 	}
 }
 
-// againLocked keeps the endpoint aside for another time.
+// againLocked starts a further time aside.
 func (a *accrual) againLocked(cfg *accrualConfig, k *pick, err error) {
 	a.offered = nil
 	d := a.waitLocked(cfg, k, err)
@@ -547,22 +554,24 @@ func (a *accrual) againLocked(cfg *accrualConfig, k *pick, err error) {
 	}
 }
 
-// resumeLocked offers the endpoint if its time has passed while it was draining or ejected.
+// resumeLocked offers the endpoint if its time aside has passed while it was draining or
+// ejected.
 func (a *accrual) resumeLocked() {
 	if a.until <= a.ep.policy.now() {
 		a.offerLocked()
 	}
 }
 
-// amnestyLocked lets a call try the endpoint now, and the time aside start from the least.
-func (a *accrual) amnestyLocked() {
+// tryNowLocked lets a call try the endpoint now. If it fails, the time aside starts from
+// baseTime again.
+func (a *accrual) tryNowLocked() {
 	a.last = 0
 	a.until = a.ep.policy.now()
 	a.offerLocked()
 }
 
-// reconnectedLocked lets a call try the endpoint now if it is aside: it has a new connection,
-// or a parent has let it in again.
+// reconnectedLocked is called when the endpoint has a new connection, or is not ejected any
+// more. If it is aside, a call may try it now.
 func (a *accrual) reconnectedLocked() {
 	if a != nil && a.aside.Load() {
 		a.withdrawLocked()
@@ -571,16 +580,16 @@ func (a *accrual) reconnectedLocked() {
 	}
 }
 
-// slow reports whether the attempt took longer than the config allows. A stream does not: it
-// may have nothing to say.
+// slow reports whether the attempt takes longer than the config allows. A stream is never
+// slow, because its server may have nothing to send.
 func (k *pick) slow() bool {
 	most := k.picker.policy.slowAfter.Load()
 	return most > 0 && k.picker.config.accrual.slow > 0 && (k.track == nil || !k.track.stream) &&
 		k.picker.policy.now()-int64(k.began) >= most
 }
 
-// timed is told of an attempt that ended, whether it was answered, failed or was given up. One
-// that was given up early says nothing.
+// timed is told of the end of an attempt, to count slow ones. An attempt that was given up
+// early changes nothing.
 func (a *accrual) timed(k *pick, o load.Outcome) {
 	switch slow := k.slow(); {
 	case slow:
@@ -594,8 +603,8 @@ func (a *accrual) timed(k *pick, o load.Outcome) {
 	}
 }
 
-// measureMedian sets what slow is, and comes back in a second. It does nothing unless the
-// config asks for it.
+// measureMedian sets slowAfter from the median latency of the endpoints, and sets a timer for
+// the next time. It ends if the config has no slow any more.
 func (b *policy) measureMedian() {
 	b.mu.Lock()
 	p := b.picker
@@ -618,7 +627,7 @@ func (b *policy) measureMedian() {
 		}
 	}
 	slowAfter := int64(0)
-	if len(latencies) >= 3 { // of two nobody knows which is the slow one
+	if len(latencies) >= 3 { // of two, either may be the slow one
 		slices.Sort(latencies)
 		slowAfter = int64(min(cfg.slow*float64(latencies[(len(latencies)-1)/2]), math.MaxInt64/2))
 	}

@@ -53,8 +53,8 @@ func (w *world) serve(n int, end func(addr string) balancer.DoneInfo) map[string
 	return m
 }
 
-// warm is start, and makes calls until each endpoint has answered: one that has only
-// failed is passed over anyway. That one of ten gets none happens in 1 of 1e21 runs.
+// warm is start, and makes calls until each endpoint has answered, because one that has only
+// failed is passed over in any case. That one of ten gets none happens in 1 of 1e21 runs.
 func (w *world) warm(config string, addrs ...string) {
 	w.t.Helper()
 	w.start(config, some(addrs...)...)
@@ -253,7 +253,7 @@ func TestAccrual(t *testing.T) {
 				if addr != "a" {
 					return success
 				}
-				if n++; n < 5 { // A server that says so gets fewer calls anyway.
+				if n++; n < 5 { // a server that sends a pushback gets fewer calls in any case
 					return failureDone
 				}
 				return test.done
@@ -310,8 +310,8 @@ func TestAccrual(t *testing.T) {
 	})
 
 	run("works at one call a minute", accruing(`"maxTime":"600s"`), ten(), func(t *testing.T, w *world) {
-		// Calls try it after 1, 1, 1, 1, 2, 3, ... and in the end every 10 to 15 minutes,
-		// where a tenth of all would go to it: some 145 of a day.
+		// Calls try it after 1, 1, 1, 1, 2, 3, ... and in the end every 10 to 15 minutes. If it
+		// were not aside, a tenth of all calls would go to it: some 145 in a day.
 		failed := w.serve(100, failing("a"))["a"]
 		for range 24 * 60 {
 			time.Sleep(time.Minute)
@@ -612,7 +612,7 @@ func TestSlow(t *testing.T) {
 	})
 }
 
-// What takes part is what should, whatever comes in which order.
+// In any order of changes, the READY set has the endpoints that the rules give.
 func TestSeatingHoldsThroughRandomChanges(t *testing.T) {
 	r := newRand(t)
 	bubble(t, func(t *testing.T, w *world) {

@@ -16,7 +16,8 @@ import (
 	testingv1 "github.com/belfry-go/belfry/proto/belfry/testing/v1"
 )
 
-// Servers that fail are aside for longer than a test takes, so that none depends on the time.
+// With these fields a server that fails is aside for longer than a test takes, so that no test
+// depends on the time.
 const accrualFields = `"load":{"constant":{}},"exploreEvery":0,"failureAccrual":{"baseTime":"600s","maxTime":"600s","window":"600s"}`
 
 // passedOver returns why the endpoint of a server is passed over.
@@ -123,7 +124,7 @@ func TestWireAccrual(t *testing.T) {
 			}
 			return drain(func() error { _, err := s.Recv(); return err })
 		}
-		// These fail after a message: the server has answered.
+		// These streams fail after a message, so the server has answered.
 		late := code(codes.Unavailable)
 		late.ResponseCount = proto.Int32(1)
 		for range 100 {

@@ -59,9 +59,8 @@ func (s subject) start(tb testing.TB, n int) (*lbtest.Channel, balancer.Balancer
 	return cc, b
 }
 
-// BenchmarkPick is Pick plus Done. The floor is what no policy of this kind can
-// do without: two readings of the clock, and the random numbers of the number of
-// choices.
+// BenchmarkPick measures Pick and Done. The floor is what any policy of this kind needs:
+// two readings of the clock, and a random number for each choice.
 func BenchmarkPick(b *testing.B) {
 	for _, choices := range []int{2, 8} {
 		b.Run(fmt.Sprintf("floor-%d", choices), func(b *testing.B) {
@@ -85,7 +84,7 @@ func BenchmarkPick(b *testing.B) {
 	for _, s := range append(subjects[:len(subjects):len(subjects)], peers...) {
 		for _, n := range []int{10, 100, 1000, 10000} {
 			if s.policy != Name && n > 1000 {
-				continue // grpc's own need minutes to get there
+				continue // gRPC's own policies need minutes until all are READY
 			}
 			b.Run(fmt.Sprintf("%s/n=%d", s.name, n), func(b *testing.B) {
 				cc, lb := s.start(b, n)
@@ -139,8 +138,8 @@ func floor(start time.Time, choices int) {
 	}
 }
 
-// BenchmarkReady is the time from one resolver update with n endpoints until the
-// last of them is READY.
+// BenchmarkReady measures the time from a resolver update with n endpoints until the last
+// of them is READY.
 func BenchmarkReady(b *testing.B) {
 	for _, s := range append([]subject{subjects[0]}, peers...) {
 		for _, n := range []int{100, 1000, 10000} {
@@ -160,13 +159,13 @@ func BenchmarkReady(b *testing.B) {
 	}
 }
 
-// BenchmarkUpdate is a resolver update in which the weight of one endpoint of n is another,
-// by a resolver that keeps the rest of its list, as package discover does, and by one that
-// makes all of it anew.
+// BenchmarkUpdate measures a resolver update that changes the weight of one endpoint of n.
+// One resolver keeps the rest of its list (kept), as package discover does. The other makes
+// the whole list again (made).
 func BenchmarkUpdate(b *testing.B) {
 	for _, n := range []int{100, 1000, 10000} {
-		kept, anew := endpoints(n), endpoints(n)
-		for name, other := range map[string][]resolver.Endpoint{"kept": slices.Clone(kept), "anew": anew} {
+		kept, made := endpoints(n), endpoints(n)
+		for name, other := range map[string][]resolver.Endpoint{"kept": slices.Clone(kept), "made": made} {
 			b.Run(fmt.Sprintf("%s/n=%d", name, n), func(b *testing.B) {
 				s := subjects[0]
 				_, lb := s.start(b, n)
@@ -185,7 +184,7 @@ func BenchmarkUpdate(b *testing.B) {
 	}
 }
 
-// BenchmarkSnapshot is a snapshot of a policy with n endpoints.
+// BenchmarkSnapshot measures a snapshot of a policy with n endpoints.
 func BenchmarkSnapshot(b *testing.B) {
 	for _, n := range []int{100, 10000} {
 		b.Run(fmt.Sprintf("n=%d", n), func(b *testing.B) {

@@ -13,47 +13,48 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-// candidate is what a pick needs of an endpoint, together in one cache line. It
-// lives as long as its endpoint. With many endpoints a pick spends its time on
-// fetching these lines, so what the meter said is kept in them for a while.
+// candidate is what a pick needs of an endpoint, in one cache line. It exists as long as
+// its endpoint. With many endpoints a pick spends most of its time on fetching these lines,
+// so each also keeps the last estimate of its meter.
 type candidate struct {
-	// cost is what the meter said, as a float32, and for how long it is good, see
+	// cost is the cost in the last estimate, as a float32, and until when it is good, see
 	// tagBits. It is askTag if the meter must be asked.
 	cost   atomic.Uint64
-	detail atomic.Uint64 // the error of the cost and the queue, two float32
+	detail atomic.Uint64 // the error of the cost, and the queue, two float32
 	tally  tally
 	meter  atomic.Pointer[measure]
 	child  atomic.Pointer[balancer.State] // the last report of the endpoint's child
 	run    run
-	heard  atomic.Uint32 // when the endpoint was heard of last, in heardBits
+	heard  atomic.Uint32 // when the endpoint last answered or failed, in units of 2^heardBits ns
 	weight atomic.Uint32 // at least 1
-	slot   atomic.Int32  // in the READY set, or notReady
-	laps   atomic.Uint32 // how often tally.picks has begun at 0 again
+	slot   atomic.Int32  // its index in the READY set, or notReady
+	laps   atomic.Uint32 // how often the picks in tally have started at 0 again
 }
 
 // id names the endpoint in what calls remember of those that they tried.
 func (c *candidate) id() uint64 { return c.meter.Load().id }
 
-// measure is a meter and what the policy has to know besides, in one cache line.
+// measure is a meter and what else the policy knows of an endpoint, in one cache line. It
+// can be kept for longer than the endpoint exists.
 type measure struct {
 	load.Meter
 	id       uint64 // see candidate.id. It stays when the meter is replaced.
-	timeless bool   // it has no use for the time
-	// quiet is whether it need not be told of a start, nor of an answer unless an
-	// attempt was given up before.
+	timeless bool   // whether the meter does not use the time
+	// quiet is whether the meter need not be told of starts, nor of answers before an
+	// attempt has ended in another way.
 	quiet bool
-	// health is what the attempts so far were, of everAnswered, everFailed and
-	// everGivenUp.
+	// health is how attempts have ended so far: everAnswered, everFailed, everGivenUp.
 	health atomic.Uint32
 	room   *room
 
-	// pushback is until when the server asked not to be called, 0 if it did not.
+	// pushback is until when the server asked not to be called, by policy.now; 0 if it
+	// did not ask.
 	pushback atomic.Int64
 
 	// accrual judges the endpoint; nil if the config has none.
 	accrual atomic.Pointer[accrual]
 
-	ep atomic.Pointer[endpoint] // which has it; nil while it is kept
+	ep atomic.Pointer[endpoint] // that uses it; nil while it is kept
 }
 
 const (
@@ -62,13 +63,14 @@ const (
 	everGivenUp
 )
 
-// A failure is how an attempt failed.
+// A failure is the time and the error of an attempt that failed.
 type failure struct {
 	at  load.Instant
 	err error
 }
 
-// failed counts a failure, and notes one in 100 ms at most, because that allocates.
+// failed counts a failure. It notes the error at most once in noteAfter, because that
+// allocates.
 func (m *measure) failed(now load.Instant, err error) {
 	if m.note(everFailed) {
 		m.judge()
@@ -81,13 +83,12 @@ func (m *measure) failed(now load.Instant, err error) {
 
 const noteAfter = 100 * time.Millisecond
 
-// note notes that an attempt was answered, failed, or was given up, and returns whether it is
-// the first.
+// note sets a bit of health, and reports whether it was not set before.
 func (m *measure) note(what uint32) (first bool) {
 	return m.health.Load()&what == 0 && m.health.Or(what)&what == 0
 }
 
-// onlyFailed reports whether attempts failed, and none was ever answered.
+// onlyFailed reports whether an attempt has failed and none was ever answered.
 func (m *measure) onlyFailed() bool { return m.health.Load()&(everAnswered|everFailed) == everFailed }
 
 // learns reports whether the meter has to be told of the end of an attempt.
@@ -105,33 +106,34 @@ func quietMetric(m load.Metric) bool {
 }
 
 const (
-	// Estimates are good for whole ticks of 131 us, and for a second at most:
-	// whoever asks the meter while an attempt starts may keep what was right before.
+	// Estimates are good for whole ticks of 131 us, and for a second at most, because a
+	// goroutine that asks the meter while an attempt starts may keep the estimate from
+	// before the start.
 	tickBits = 17
 	mostGood = time.Second
 
 	heardBits = 20
 
-	// An endpoint that has only failed so far costs so many times as much, which is
-	// more than any other that has not.
+	// An endpoint that has only failed costs this many times as much. That is more than
+	// any endpoint costs that has not.
 	avoided = 1 << 60
 	maxCost = 1e18
 
-	// special is the detail of an endpoint by pendingRequests whose cost may not be
-	// what is in flight. As numbers it is no error and no queue.
+	// special is the detail of an endpoint with pendingRequests whose cost may differ from
+	// its number of attempts in flight. As two float32 it is an error of 0 and a queue of 0.
 	special = 1 << 63
 )
 
 // tickOf returns the time in ticks. It wraps after six days.
 func tickOf(now load.Instant) uint32 { return uint32(uint64(now) >> tickBits) }
 
-// Of the lower half of candidate.cost the last 8 bits are a tag: 0 if the cost is that with
-// nothing in flight, and else an odd number that counts the starts and ends of attempts. The
-// others are the tick until which the cost is good. So nothing has to be written when an
-// attempt starts or ends.
+// In the lower half of candidate.cost the last 8 bits are a tag: 0 if the cost is that with
+// nothing in flight, else an odd number that counts the starts and ends of attempts. The
+// other bits are the tick until which the cost is good. A cost is good only if its tag is
+// that of now, so a start or an end of an attempt need not write it.
 const (
 	tagBits = 8
-	askTag  = 2 // is never right
+	askTag  = 2 // no tag has this value
 	longest = uint32(mostGood>>tickBits) << tagBits
 )
 
@@ -144,7 +146,7 @@ func (c *candidate) tag() uint8 {
 	return tag
 }
 
-// kept returns what the meter said last, and whether it is still good.
+// kept returns the cost in the last estimate of the meter, and whether it is still good.
 func (c *candidate) kept(tick uint32) (cost float32, good bool) {
 	w := c.cost.Load()
 	return math.Float32frombits(uint32(w >> 32)), uint8(w) == c.tag() && uint32(w)-(tick+1)<<tagBits < longest
@@ -155,7 +157,7 @@ func (c *candidate) query(p *picker, now load.Instant, class load.Class) (q load
 	return q
 }
 
-// fill makes q what a meter is asked.
+// fill sets q to the query for the meter.
 func (c *candidate) fill(q *load.Query, p *picker, now load.Instant, class load.Class) {
 	q.Now, q.Class, q.Weight = now, class, 1
 	q.InFlight, q.Streams = c.tally.read()
@@ -177,10 +179,10 @@ func (c *candidate) look(p *picker, now load.Instant) float32 {
 	return cost
 }
 
-// ask asks the meter, and keeps what it says for calls of class 0.
+// ask asks the meter. If the class is 0, it keeps the answer.
 func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost float32, detail uint64) {
 	m := c.meter.Load()
-	tag := c.tag() // before what it stands for is read
+	tag := c.tag() // before the query reads the attempts in flight
 	e := m.Load(c.query(p, now, class))
 	cost = float32(min(e.Cost, maxCost))
 	if m.onlyFailed() {
@@ -196,7 +198,7 @@ func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost flo
 	if p.config.counts && (e.Good == 0 || cost >= avoided || m.pushback.Load() != 0) {
 		detail = special
 	}
-	// What did not change is not written: the line is read by all cores.
+	// All cores read the line, so it is written only if something has changed.
 	if c.detail.Load() != detail {
 		c.detail.Store(detail)
 	}
@@ -212,12 +214,13 @@ func (c *candidate) ask(p *picker, now load.Instant, class load.Class) (cost flo
 	return cost, detail
 }
 
-// coarse is the bits of an error that are left out, so that it seldom changes. It is
-// right to 3 %.
+// coarse is the bits of an error that are cleared, so that detail seldom changes. That makes
+// the error up to 6 % smaller.
 const coarse = 1<<19 - 1
 
-// pushedBack returns the cost of an endpoint that may have asked not to be called, and for
-// how long it is good.
+// pushedBack returns the cost of an endpoint whose server has asked not to be called, and
+// for how long that cost is good. After the time that the server asked for it changes
+// nothing.
 func (p *picker) pushedBack(m *measure, cost float32, good time.Duration) (float32, time.Duration) {
 	until := m.pushback.Load()
 	left := time.Duration(until - p.policy.now())
@@ -226,16 +229,16 @@ func (p *picker) pushedBack(m *measure, cost float32, good time.Duration) (float
 		return cost, good
 	}
 	if p.config.counts {
-		cost++ // an idle endpoint would cost nothing however dear
+		cost++ // an idle endpoint costs 0, and 0 times a factor is 0
 	}
-	if p.config.timeless { // there is no clock by which it would end
-		return cost * dearer, 0
+	if p.config.timeless { // picks read no clock, so each asks again
+		return cost * costlier, 0
 	}
-	return cost * dearer, min(good, max(left, 1<<tickBits))
+	return cost * costlier, min(good, max(left, 1<<tickBits))
 }
 
-// mostPushback bounds for how long a server can ask not to be called, because one that is
-// mistaken would be lost.
+// mostPushback bounds for how long a server can ask not to be called, so that a mistake does
+// not take it out of use for good.
 const mostPushback = time.Minute
 
 // changed makes the next pick ask the meter.
@@ -245,14 +248,13 @@ func (c *candidate) changed() {
 	}
 }
 
-// open returns the open streams and those that wait for their first response or
-// any other attempt, per weight.
+// open returns the number of open streams and attempts in flight, per weight.
 func (c *candidate) open() float64 {
 	attempts, streams := c.tally.read()
 	return float64(attempts+streams) / float64(c.weight.Load())
 }
 
-// picked counts a pick, and if it is not held already an attempt.
+// picked counts a pick, and an attempt unless take has counted it (held).
 func (c *candidate) picked(held bool) {
 	n := int64(onePick + oneAttempt)
 	if held {
@@ -274,17 +276,17 @@ func (c *candidate) picks() uint32 {
 	}
 }
 
-// tally counts what is in flight to an endpoint, exactly: the attempts, and by
-// themselves the open streams, which have had a response. Above these it counts the
-// picks, in the same word because one atomic write is cheaper than two.
+// tally counts exactly what is in flight to an endpoint: the attempts and, apart from them,
+// the open streams, which have had a response. It counts picks too. All three are in one
+// word, because one atomic write is cheaper than two.
 //
-// Between the response and the end of a stream that both come at this moment, one of
-// the counts may be below zero, so each has an offset.
+// If the response and the end of a stream are counted in the other order, a count is below
+// zero for a moment. So each has an offset.
 type tally struct{ word atomic.Int64 }
 
 const (
-	streamsAt = 24 // up to 16 million attempts in flight
-	picksAt   = 44 // and a million open streams
+	streamsAt = 24 // the bits below: up to 16 million attempts in flight
+	picksAt   = 44 // the bits between: up to a million open streams
 
 	oneAttempt = 1
 	oneStream  = 1 << streamsAt

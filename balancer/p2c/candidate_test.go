@@ -11,7 +11,7 @@ func newCandidate() *candidate {
 	return c
 }
 
-// One word counts picks, attempts and streams, and none of them spills into another.
+// One word counts picks, attempts and streams, and none of the counts changes another.
 func TestTally(t *testing.T) {
 	const lap = 1 << (64 - picksAt)
 	c := newCandidate()
@@ -37,9 +37,9 @@ func TestTally(t *testing.T) {
 	}
 }
 
-// A kept cost is good until its tick, and while an attempt is in flight until one starts or
-// ends, also if the number in flight is the same again. That of an idle endpoint is good when
-// it is idle again.
+// A kept cost is good until its tick. If it was kept with attempts in flight, it is good only
+// until one starts or ends, even if the number in flight is the same again. The cost of an idle
+// endpoint is good whenever the endpoint is idle again.
 func TestKeptCost(t *testing.T) {
 	c := newCandidate()
 	if c.changed(); good(c) {

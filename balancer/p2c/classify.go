@@ -15,13 +15,11 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-// This file says what the end of an attempt means for the load of its endpoint.
-// It is the only place that does.
+// Only this file decides what the end of an attempt means for the load of its endpoint.
 
-// classifyDone returns the outcome of an attempt for which a stream was made, and of
-// which gRPC says how it ended. An error that the client made itself does not speak of
-// the endpoint: of a request that could not be sent nothing was asked, and one whose
-// answer could not be taken was answered.
+// classifyDone returns the outcome of an attempt that got a stream, from what gRPC reports
+// of its end. An error of the client itself says nothing about the endpoint: a request that
+// could not be sent was not sent, and one whose response could not be received was answered.
 func classifyDone(ctx context.Context, info balancer.DoneInfo, responded bool, failures codeSet) load.Outcome {
 	switch {
 	case info.Err == nil || attempt.ServerSpoke(info.Trailer):
@@ -33,23 +31,23 @@ func classifyDone(ctx context.Context, info balancer.DoneInfo, responded bool, f
 	return classify(ctx, info.Err, failures)
 }
 
-// classify returns the outcome of an attempt that was sent and ended with err,
-// which is its true status. ctx is the context of the attempt.
+// classify returns the outcome of an attempt that was sent. err is its true status, and ctx
+// its context.
 func classify(ctx context.Context, err error, failures codeSet) load.Outcome {
 	if err == nil {
 		return load.Completed
 	}
 	switch code := status.Code(err); {
 	case (code == codes.Canceled || code == codes.DeadlineExceeded) && status.Code(context.Cause(ctx)) == codes.DeadlineExceeded:
-		// A layer's deadline is the cause of the end, and says so. It is longer than what the
-		// layer expects of an endpoint, which a caller's may not be.
+		// The deadline of a layer has ended the attempt, and its status is the cause of the
+		// context. Unlike a caller's deadline it is longer than an endpoint should take.
 		return classify(context.Background(), context.Cause(ctx), failures)
 	case code == codes.Canceled && ctx.Err() != nil:
 		return load.Cancelled
 	case code == codes.DeadlineExceeded && expired(ctx):
 		return load.Expired
 	case code == codes.Canceled:
-		// Nobody on this side gave up: the server, or a proxy, reset the stream.
+		// The client did not cancel it, so the server, or a proxy, reset the stream.
 		return load.Failed
 	case failures.has(code):
 		return load.Failed
@@ -58,8 +56,9 @@ func classify(ctx context.Context, err error, failures codeSet) load.Outcome {
 	}
 }
 
-// expired reports whether the deadline of the call has passed, or is about to: the
-// server has the same deadline, and may say so first.
+// expired reports whether the deadline of the call has passed, or passes within toldFirst. The
+// server has the same deadline, and its status may arrive before the client's own clock says
+// so.
 func expired(ctx context.Context) bool {
 	if ctx.Err() == context.DeadlineExceeded {
 		return true
@@ -70,18 +69,17 @@ func expired(ctx context.Context) bool {
 
 const toldFirst = 10 * time.Millisecond
 
-// classifyUnsent returns the outcome of an attempt for which no stream was made.
+// classifyUnsent returns the outcome of an attempt that got no stream.
 func classifyUnsent(ctx context.Context, info balancer.DoneInfo, failures codeSet) load.Outcome {
 	switch {
 	case info.Err == nil:
-		// The zero DoneInfo: the SubConn was not READY any more and grpc picks
-		// again.
+		// The zero DoneInfo: the SubConn was not READY any more, and gRPC picks again.
 		return load.NotSent
 	case ctx.Err() == context.Canceled:
 		return load.Cancelled
 	case status.Code(info.Err) == codes.DeadlineExceeded:
-		// It waited for a stream until its deadline passed: the connection is at
-		// MAX_CONCURRENT_STREAMS, and that is a wait like any other.
+		// It waited for a stream until its deadline, because the connection was at
+		// MAX_CONCURRENT_STREAMS. That counts like any other wait for the endpoint.
 		return classify(ctx, info.Err, failures)
 	default:
 		return load.NotSent

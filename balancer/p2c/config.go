@@ -32,16 +32,15 @@ const (
 	defaultChoices = 2
 	defaultMemory  = 0
 
-	// ExpectedLatency tells endpoints apart well enough for a closer look to pay.
-	// Memory is what breaks the bound of random choices: however good the metric,
-	// under plain two choices the worst endpoint is picked when it is drawn with
-	// one that is no better. Mitzenmacher, Prabhakar, Shah, "Load balancing with
+	// ExpectedLatency tells endpoints apart so well that more choices help. Memory
+	// helps more than further random choices: without it, a pick can only be as good
+	// as the best of its draws. Mitzenmacher, Prabhakar, Shah, "Load balancing with
 	// memory", FOCS 2002.
 	defaultChoicesExpectedLatency = 8
 	defaultMemoryExpectedLatency  = 2
 
-	// With reports an idle server is known for one whoever keeps it so. Few are, and to
-	// find them takes more draws, and more memory so as not to lose them.
+	// Reports show which servers are idle for all clients. There are few of them, so it
+	// takes more draws to find them, and more memory to keep them.
 	defaultChoicesReports = 12
 	defaultMemoryReports  = 8
 
@@ -52,7 +51,7 @@ const (
 	defaultExploreEvery   = 200
 	maxExploreEvery       = 1_000_000
 	defaultExploreAfter   = 10 * time.Second
-	maxExploreAfter       = 10 * 24 * time.Hour // what 32 bits of milliseconds can tell
+	maxExploreAfter       = 10 * 24 * time.Hour // fits in 32 bits of milliseconds
 )
 
 // config is the parsed form of belfry.config.v1.P2C. Immutable.
@@ -69,19 +68,19 @@ type config struct {
 	accrual     *accrualConfig   // nil if endpoints are not put aside
 	slowStart   *slowStartConfig // nil if endpoints get their share at once
 	connections int              // how many an endpoint may have
-	timeless    bool             // the metric has no use for the time
-	counts      bool             // a load is the number of attempts in flight
-	exact       bool             // loads have no errors
-	classless   bool             // all calls are of one class
-	twoExact    bool             // chooseOfTwo will do where weights are equal
+	timeless    bool             // the metric does not use the time
+	counts      bool             // a cost is a number of attempts in flight
+	exact       bool             // costs have no errors
+	classless   bool             // all calls are of class 0
+	twoExact    bool             // chooseOfTwo picks if weights are equal
 
 	equalAtRest    float32
 	equalUnderLoad float32
-	equalTime      float32 // in nanoseconds
-	exploreEvery   uint32  // 0 is never
+	equalTime      float32 // in nanoseconds; 0 if costs have no errors
+	exploreEvery   uint32  // 0 for never
 	exploreAfter   time.Duration
 
-	outOfBand time.Duration // 0 is never
+	outOfBand time.Duration // the interval of reports out of band; 0 for none
 }
 
 // MarshalJSON returns the config as it was given. Some parents, such as
@@ -89,9 +88,9 @@ type config struct {
 // again.
 func (c *config) MarshalJSON() ([]byte, error) { return protojson.Marshal(c.message) }
 
-// parseConfig parses the proto3 JSON form of belfry.config.v1.P2C. Unknown
-// fields are ignored, as the service config demands (gRFC A21), and logged, but for a
-// metric: none that is known would be what was meant.
+// parseConfig parses the proto3 JSON form of belfry.config.v1.P2C. Unknown fields are
+// ignored, as gRFC A21 asks, and logged. An unknown metric is an error, because any other
+// metric would not be what the config asks for.
 func parseConfig(js json.RawMessage) (*config, error) {
 	m := &configv1.P2C{}
 	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(js, m); err != nil {
@@ -189,7 +188,7 @@ func parseConfig(js json.RawMessage) (*config, error) {
 		if d < 0 {
 			return nil, configError("equalTime", d, "at least 0s")
 		}
-		if c.equalTime > 0 { // other costs are no times
+		if c.equalTime > 0 { // with expectedLatency: other costs have no errors
 			c.equalTime = float32(d)
 		}
 	}
@@ -220,8 +219,8 @@ func prefix(path string) string {
 	return path + ": "
 }
 
-// checkUnknown returns an error if load names no metric that is known, and logs the other
-// fields that are not known, each once.
+// checkUnknown returns an error if load names an unknown metric. It logs other unknown fields,
+// each path once in the process.
 func checkUnknown(js json.RawMessage, m *configv1.P2C) error {
 	f := jsonfault.Find(js, m.ProtoReflect().Descriptor(), func(path string, in protoreflect.MessageDescriptor) error {
 		metrics := in.Oneofs().ByName("metric")
@@ -239,11 +238,11 @@ func checkUnknown(js json.RawMessage, m *configv1.P2C) error {
 	return nil
 }
 
-// ignored is the paths of the unknown fields that were logged.
+// ignored holds the paths of the unknown fields that were logged.
 var ignored firsts
 
-// firsts tells what is seen for the first time. It remembers 1,000 things, and takes what
-// comes after them for seen.
+// firsts reports what is seen for the first time. It remembers 1,000 strings. Then it reports
+// all others as seen before.
 type firsts struct {
 	mu   sync.Mutex // guards seen
 	seen map[string]bool
@@ -314,7 +313,7 @@ func (c constant) adopt(m load.Metric) bool {
 	return ok && err == nil && *old == *fresh
 }
 
-// customMetric remembers what a metric was made from.
+// customMetric is a registered metric, and the config that it was made from.
 type customMetric struct {
 	load.Metric
 	from custom
@@ -328,15 +327,15 @@ func (c custom) build() (load.Metric, error) {
 	return &customMetric{m, c}, nil
 }
 
-// adopt keeps a metric whose config is the same. What another would change is
-// not known.
+// adopt keeps a metric only if its config is the same: nothing is known of what another
+// config changes.
 func (c custom) adopt(m load.Metric) bool {
 	old, ok := m.(*customMetric)
 	return ok && old.from == c
 }
 
 func newCustom(m *configv1.Custom) (custom, error) {
-	// The keys of the JSON are in order, so that equal configs have equal texts.
+	// json.Marshal sorts the keys of a map, so that equal configs have equal texts.
 	config, err := json.Marshal(m.GetConfig().AsMap())
 	if m.GetConfig() == nil {
 		config = []byte("{}")
@@ -344,7 +343,8 @@ func newCustom(m *configv1.Custom) (custom, error) {
 	return custom{m.GetName(), string(config)}, err
 }
 
-// newMetricConfig checks the parameters of the metric by building one.
+// newMetricConfig returns the config of the metric. It checks the parameters by building a
+// metric.
 func newMetricConfig(m *configv1.Load) (metricConfig, error) {
 	var c metricConfig
 	var field string
@@ -448,11 +448,10 @@ func setOf(cs ...codes.Code) codeSet {
 	return s
 }
 
-// defaultFailures are the codes by which a server or the path to it says that
-// it could not do the work, rather than that it did and the answer is no. They
-// are linkerd's failures without PERMISSION_DENIED, which is an answer, and with
-// RESOURCE_EXHAUSTED and UNIMPLEMENTED: an endpoint that sheds its load or does
-// not know the method answers fast, and must not draw more.
+// defaultFailures are the codes that say that the server, or the path to it, could not do
+// the work. Other codes are answers. They are linkerd's failures without PERMISSION_DENIED,
+// which is an answer, and with RESOURCE_EXHAUSTED and UNIMPLEMENTED: an endpoint that sheds
+// load or does not know the method answers fast, and must not get more calls for that.
 var defaultFailures = setOf(codes.Unknown, codes.DeadlineExceeded, codes.ResourceExhausted,
 	codes.Unimplemented, codes.Internal, codes.Unavailable, codes.DataLoss)
 

@@ -364,7 +364,7 @@ func TestConfigOfARegisteredMetric(t *testing.T) {
 		}
 	}
 	for js, want := range map[string]string{
-		`{"load":{"custom":{"name":"tset"}}}`:                         `load.custom.name: tset, must be a registered metric, of which there are ["test"]`,
+		`{"load":{"custom":{"name":"tset"}}}`:                         `load.custom.name: tset, must be one of the registered metrics ["test"]`,
 		`{"load":{"custom":{"name":"test","config":{"load":-1}}}}`:    "load.custom.load: -1, must be finite and at least 0",
 		`{"load":{"custom":{"name":"test","config":{"load":"one"}}}}`: "load.custom: ",
 	} {

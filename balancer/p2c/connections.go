@@ -20,23 +20,23 @@ import (
 	"google.golang.org/grpc/resolver"
 )
 
-// This file is what the field maxConnectionsPerSubchannel does: an endpoint whose server
-// allows a connection so many streams at a time (SETTINGS_MAX_CONCURRENT_STREAMS) gets
-// another connection when they are used up. gRFC A105 gives this work to gRPC's
-// subchannels. When grpc-go does it, this file goes.
+// This file implements the field maxConnectionsPerSubchannel. A server may allow a connection
+// only a number of streams at a time (SETTINGS_MAX_CONCURRENT_STREAMS). When the streams of an
+// endpoint's connections are used up, the endpoint gets another connection. gRFC A105 gives
+// this work to gRPC's subchannels. When grpc-go does it, this file can be deleted.
 //
-// Nothing is guessed. The policy reads the setting from the connection, after its
-// encryption: each SubConn has credentials that wrap those of the channel, and the
-// connection that they return looks at the headers of the frames that the server sends.
-// What is in flight the policy counts itself, from a pick to its Done. So it knows for each
-// connection whether one more stream has to wait, for unary calls and streams alike, and
-// a pick reserves a stream at an endpoint as it reserves an attempt of its endpointLimit.
+// The policy reads the setting from the decrypted connection: each SubConn has credentials
+// that wrap those of the channel, and the connection that they return reads the headers of the
+// frames that the server sends. The policy counts the streams in flight itself, from a pick to
+// its Done. So it knows for each connection whether one more stream would have to wait, for
+// unary calls and streams alike. A pick reserves a stream of an endpoint as it reserves an
+// attempt of its endpointLimit.
 
 const (
 	maxConnections = 10 // as in gRFC A105
 
-	// A connection that had no call for one to two of these is closed, unless it is the
-	// endpoint's last.
+	// A connection without a call for one to two of these intervals is closed, unless it is
+	// the last of its endpoint.
 	sweepEvery = 30 * time.Second
 )
 
@@ -47,21 +47,22 @@ const (
 // endpoint.childMu held.
 type connections struct {
 	ep    *endpoint
-	most  int                      // how many connections there may be
-	state balancer.ClientConnState // the last update, for connections to come
-	stop  func()                   // ends the sweep; nil without one
+	most  int                      // the largest number of connections
+	state balancer.ClientConnState // the last update, for further connections
+	stop  func()                   // stops the timer of sweep; nil if no timer is set
 
-	// free is how many more streams the connections take: the sum of what is free in
-	// those that are joined, less what is reserved by picks.
+	// free is how many more streams the connections take: the sum of the free streams of
+	// joined connections, without the streams that picks have reserved.
 	free atomic.Int64
-	// full is set when a pick has found none free, until a connection comes or goes.
+	// full is set when a pick finds no free stream. It is reset when a connection is READY,
+	// is removed, or may be added.
 	full atomic.Bool
 
 	// mu guards the fields below and those of connection that say so. policy.mu and the
-	// locks of the channel may be locked under it; it is locked under those of children.
+	// locks of the channel may be locked under it. It is locked under the locks of children.
 	mu    sync.Mutex
-	all   []*connection // the oldest first; changes with childMu held, too
-	links []link        // those of the picker that was reported last; nil if there was none
+	all   []*connection // the oldest first; childMu is held too when it changes
+	links []link        // of the last picker that was reported; nil if there was none
 }
 
 // newChild makes the child of the endpoint.
@@ -78,8 +79,8 @@ func (ep *endpoint) newChild(cfg *config) {
 	ep.child = ep.connections
 }
 
-// setConnections gives the endpoint another most of its connections. It reports whether
-// it needs another child.
+// setConnections sets the largest number of connections of the endpoint. It reports whether
+// the endpoint has a new child, which needs an update.
 func (ep *endpoint) setConnections(cfg *config) (rebuild bool) {
 	ep.childMu.Lock()
 	defer ep.childMu.Unlock()
@@ -165,7 +166,7 @@ func (c *connections) take() bool {
 	}
 }
 
-// grow makes another connection, unless there are enough or one is on its way.
+// grow adds a connection, unless there are enough or one is connecting.
 func (c *connections) grow() {
 	for _, k := range c.all {
 		if k.transport() == nil {
@@ -180,7 +181,7 @@ func (c *connections) grow() {
 	if c.stop == nil {
 		c.stop = c.ep.policy.after(sweepEvery, c.tick)
 	}
-	_ = k.child.UpdateClientConnState(c.state) // Its state tells.
+	_ = k.child.UpdateClientConnState(c.state) // the state of the child says if it fails
 }
 
 func (c *connections) add() *connection {
@@ -194,7 +195,7 @@ func (c *connections) add() *connection {
 	return k
 }
 
-// changed tells that there are so many connections more.
+// changed records and logs that the number of connections has changed.
 func (c *connections) changed(change int64, why string) {
 	n := len(c.all)
 	c.ep.policy.metrics.connected(change)
@@ -204,7 +205,7 @@ func (c *connections) changed(change int64, why string) {
 // tick is called by the timer.
 func (c *connections) tick() { c.ep.call(c.sweep) }
 
-// sweep closes the youngest connections that had no call since the last sweep.
+// sweep closes the connections without a call since the last sweep, but not the oldest one.
 func (c *connections) sweep() {
 	for i := len(c.all) - 1; i > 0; i-- {
 		if k := c.all[i]; k.idle() {
@@ -217,7 +218,7 @@ func (c *connections) sweep() {
 	}
 }
 
-// remove closes a connection, unless it is the last. Calls on it end by themselves.
+// remove closes a connection, unless it is the last. Its calls may still end on it.
 func (c *connections) remove(k *connection, why string) {
 	c.mu.Lock()
 	i := slices.Index(c.all, k)
@@ -237,8 +238,8 @@ func (c *connections) remove(k *connection, why string) {
 	k.child.Close()
 }
 
-// reportLocked tells the endpoint the state of its connections: READY if one is, and else
-// that of the oldest.
+// reportLocked reports the state of the connections to the endpoint: READY if one is READY,
+// else the state of the oldest.
 func (c *connections) reportLocked() {
 	var links []link
 	for _, k := range c.all {
@@ -263,33 +264,33 @@ func (c *connections) ready() int {
 	return len(c.links)
 }
 
-// connection is what a pick_first child has for a ClientConn.
+// connection is one connection of an endpoint, and the ClientConn of its pick_first child.
 type connection struct {
 	balancer.ClientConn // the endpoint
 	owner               *connections
 	child               balancer.Balancer
-	used                atomic.Bool // since the last sweep
+	used                atomic.Bool // whether it had a call since the last sweep
 
 	// Guarded by owner.mu.
 	closed   bool
 	state    balancer.State
 	subConns map[balancer.SubConn]*subConn
-	joined   *transport // whose streams count as free; nil without one
+	joined   *transport // the transport whose free streams count; nil if there is none
 }
 
-// subConn is the connection of a SubConn.
+// subConn holds the transport of a SubConn.
 type subConn struct {
-	transport *transport // the last, guarded by connections.mu
+	transport *transport // the last one; guarded by connections.mu
 }
 
-// transport returns the connection that is joined.
+// transport returns joined.
 func (k *connection) transport() *transport {
 	k.owner.mu.Lock()
 	defer k.owner.mu.Unlock()
 	return k.joined
 }
 
-// idle reports whether the connection has no calls and had none since it was asked last.
+// idle reports whether the connection has no call, and had none since the last call of idle.
 func (k *connection) idle() bool {
 	if w := k.transport(); w != nil && w.open() > 0 {
 		return false
@@ -302,7 +303,8 @@ func (k *connection) closeLocked() {
 	k.partLocked()
 }
 
-// partLocked takes the free streams of the connection away, before picks know it no more.
+// partLocked removes the free streams of the connection from those of the endpoint. It is called
+// before picks stop using the connection.
 func (k *connection) partLocked() {
 	if w := k.joined; w != nil {
 		k.joined = nil
@@ -311,8 +313,8 @@ func (k *connection) partLocked() {
 	}
 }
 
-// joinLocked makes the free streams of k.joined those of the connection, once picks know it:
-// a pick that reserves one must find it.
+// joinLocked adds the free streams of k.joined to those of the endpoint. It is called after picks
+// can use the connection, because a pick that has reserved a stream must find one.
 func (k *connection) joinLocked() {
 	if w := k.joined; w != nil && w.word.Load()&apart != 0 {
 		open := w.word.And(^apart) &^ apart
@@ -336,7 +338,7 @@ func (k *connection) NewSubConn(addrs []resolver.Address, opts balancer.NewSubCo
 		listener(state)
 	}
 	build := c.ep.policy.opts
-	if build.DialCreds != nil || build.CredsBundle != nil { // there are, but in tests without a network
+	if build.DialCreds != nil || build.CredsBundle != nil { // nil only in tests without a network
 		//lint:ignore SA1019 attributes, which are to replace it, reach only the credentials of the channel
 		opts.CredsBundle = &tap{connection: k, subConn: s, creds: build.DialCreds, bundle: build.CredsBundle}
 	}
@@ -369,19 +371,19 @@ func (k *connection) UpdateState(s balancer.State) {
 		defer k.joinLocked()
 		c.full.Store(false)
 	case connectivity.TransientFailure:
-		// A connection that is lost is IDLE first. One that is ejected stands, and the
-		// policy may use it in need.
+		// A lost connection is IDLE first. So this one is ejected. It is still connected, and the
+		// policy may use it if no other endpoint is left.
 	default:
 		k.partLocked()
 	}
 	c.reportLocked()
 	if was == connectivity.Ready && k.joined == nil && c.links != nil {
-		// Others are left. It is needed again when their streams are used up.
+		// Others are left. A new one is made when their streams are used up.
 		go c.ep.call(func() { c.remove(k, "one was lost") })
 	}
 }
 
-// transportLocked returns the connection that a pick_first picks that is READY.
+// transportLocked returns the transport of the SubConn that a READY pick_first picks.
 func (k *connection) transportLocked(p balancer.Picker) *transport {
 	r, err := p.Pick(balancer.PickInfo{Ctx: context.Background()})
 	if err == nil {
@@ -405,18 +407,19 @@ type link struct {
 	picker     balancer.Picker
 }
 
-// linksPicker is the picker of an endpoint with connections. A pick has reserved a stream.
+// linksPicker is the picker of an endpoint with connections. A pick has reserved a stream
+// before it calls Pick.
 type linksPicker struct {
 	owner *connections
 	links []link // the oldest first
 }
 
 // Pick implements balancer.Picker. It takes the oldest connection with a free stream, as
-// gRFC A105 says, so that those that are not needed become idle.
+// gRFC A105 says, so that connections that are not needed become idle.
 func (p *linksPicker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	at := slices.IndexFunc(p.links, func(l link) bool { return l.transport.enter(l.transport.most.Load()) })
 	if at < 0 {
-		// The server allows fewer than it did. The call waits in gRPC.
+		// The server allows fewer streams than before. The call waits in gRPC.
 		at = slices.IndexFunc(p.links, func(l link) bool { return l.transport.enter(math.MaxInt64) })
 	}
 	if at < 0 {
@@ -426,7 +429,7 @@ func (p *linksPicker) Pick(info balancer.PickInfo) (balancer.PickResult, error) 
 	result, err := l.picker.Pick(info)
 	if err != nil {
 		l.transport.leave()
-		p.owner.free.Add(-1) // It is still reserved, or what was reserved is apart.
+		p.owner.free.Add(-1) // the pick still has a stream reserved, which untake frees
 		return result, err
 	}
 	if !l.connection.used.Load() {
@@ -444,28 +447,28 @@ func (p *linksPicker) Pick(info balancer.PickInfo) (balancer.PickResult, error) 
 	return result, nil
 }
 
-// A transport is one connection to a server. It reads from the frames that the server sends how
-// many streams there may be.
+// A transport is one network connection to a server. It reads from the frames that the server
+// sends how many streams the server allows.
 type transport struct {
 	net.Conn
 	owner *connections
-	most  atomic.Int64 // changes under owner.mu
-	word  atomic.Int64 // the streams that are open, and apart
+	most  atomic.Int64 // how many streams the server allows; changes under owner.mu
+	word  atomic.Int64 // the number of open streams, and the bit apart
 	done  func(balancer.DoneInfo)
 
-	// Used by Read.
-	head     [9]byte // a header, or one setting
-	have     int
-	left     int // of the frame
-	settings bool
-	said     int64 // by the frame, -1 if nothing
+	// Used only by Read.
+	head     [9]byte // of a frame: its header, or one setting
+	have     int     // how many bytes of head are read
+	left     int     // how many bytes of the frame are left
+	settings bool    // whether the frame has settings
+	said     int64   // the number of streams in the frame; -1 if there is none
 }
 
-// apart is a bit of transport.word: the connection is not joined, so what is free in it does not
-// count.
+// apart is a bit of transport.word. It is set while the transport is not joined, so that its free
+// streams do not count.
 const apart = 1 << 62
 
-// unlimited is the most of a server that sets none.
+// unlimited is most if the server sets no limit.
 const unlimited = math.MaxUint32
 
 func newTransport(k *connection, conn net.Conn) *transport {
@@ -478,7 +481,7 @@ func newTransport(k *connection, conn net.Conn) *transport {
 
 func (w *transport) open() int64 { return w.word.Load() &^ apart }
 
-// enter counts a stream, if there are fewer than most.
+// enter counts one more stream if there are fewer than most. It reports whether it did.
 func (w *transport) enter(most int64) bool {
 	for {
 		n := w.word.Load()
@@ -491,14 +494,14 @@ func (w *transport) enter(most int64) bool {
 	}
 }
 
-// leave counts a stream less.
+// leave counts one stream less.
 func (w *transport) leave() {
 	if w.word.Add(-1)&apart == 0 {
 		w.owner.free.Add(1)
 	}
 }
 
-// allow says that the server allows so many streams.
+// allow is called when the server allows n streams.
 func (w *transport) allow(n int64) {
 	c := w.owner
 	c.mu.Lock()
@@ -520,8 +523,8 @@ func (w *transport) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// see looks at what the server has sent: frames of RFC 9113, section 4.1, of which those of
-// section 6.5 count.
+// see reads what the server has sent: frames (RFC 9113, section 4.1), for the settings in them
+// (section 6.5).
 func (w *transport) see(b []byte) {
 	const (
 		frameSettings  = 4
@@ -561,12 +564,12 @@ func (w *transport) see(b []byte) {
 	}
 }
 
-// A tap is the credentials of a SubConn: those of the channel, whose connection it
-// wraps.
+// A tap is the credentials of a SubConn. It wraps those of the channel, and the connections that
+// they return.
 type tap struct {
 	connection *connection
 	subConn    *subConn
-	creds      credentials.TransportCredentials // nil if bundle is not
+	creds      credentials.TransportCredentials // nil if there is a bundle
 	bundle     credentials.Bundle
 }
 

@@ -61,13 +61,13 @@ func TestConnectionsReadSettings(t *testing.T) {
 	}
 }
 
-// What is free is what the connections that are joined have, less what is reserved,
-// whatever comes between a reservation and the end of its call.
+// The number of free streams is that of the joined connections without the reserved ones,
+// whatever happens between a reservation and the end of its call.
 func TestConnectionsCountFreeStreams(t *testing.T) {
 	rnd := newRand(t)
 	for range 200 {
 		c := &connections{ep: &endpoint{policy: &policy{}}}
-		c.full.Store(true) // It does not grow here.
+		c.full.Store(true) // so that take does not call grow
 		var ks []*connection
 		var transports []*transport
 		for range 3 {
@@ -137,8 +137,7 @@ func (fixedPicker) Pick(balancer.PickInfo) (balancer.PickResult, error) {
 	return balancer.PickResult{}, nil
 }
 
-// A pick of an endpoint that may have several connections allocates nothing, and costs an
-// endpoint that may not nothing.
+// Without the setting, picks do not look for free streams.
 func TestConnectionsOffByDefault(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		for _, config := range []string{`{}`, `{"maxConnectionsPerSubchannel":1}`} {

@@ -10,28 +10,27 @@ import (
 	"google.golang.org/grpc"
 )
 
-// DialOptions makes a channel balance by belfry.p2c, and lets the policy see what a picker
-// does not.
+// DialOptions selects the policy belfry.p2c for a channel, and shows the policy what a picker
+// cannot see.
 //
-// The policy is chosen by a default service config, with the default config of the policy,
-// for a channel that has no other: a service config that the resolver delivers replaces it,
-// and so does a [grpc.WithDefaultServiceConfig], before or after these options. It replaces
-// all of it: without a loadBalancingConfig gRPC takes pick_first, so name the policy there
-// too. If calls are balanced by another policy the first of them is logged as a warning.
+// The options select the policy, with its default config, by a default service config. Any
+// other service config replaces this one as a whole: one that the resolver delivers, or a
+// [grpc.WithDefaultServiceConfig] before or after these options. Without a
+// loadBalancingConfig gRPC uses pick_first, so name the policy in such a config too. If
+// another policy balances the calls, a warning is logged once.
 //
-// What a picker does not see is whether a call is a stream, when its first response arrives,
-// and its true end. The policy works without it, but then
+// A picker cannot see whether a call is a stream, when its first response arrives, and its
+// true end. The policy works without that, but then
 //
-//   - the latency of a stream is its whole life, and a stream that goes on looks
-//     like one that is not answered;
+//   - the latency of a stream is its whole duration, and an open stream looks like
+//     one without an answer;
 //   - a call that the server rejects before it has read the request may look like
-//     a fast success, because grpc tells the balancer no error then;
-//   - a retry by grpc's own retryPolicy may go to the endpoint that just failed.
+//     a fast success, because gRPC tells the balancer no error then;
+//   - a retry by gRPC's own retryPolicy may go to the endpoint that just failed.
 //
-// For that the options have a pair of chained interceptors. Give them to grpc.NewClient
-// after other interceptors, so that they see each attempt by itself where
-// another interceptor repeats calls. It costs a unary call one
-// allocation, and one more of grpc's if there is another interceptor.
+// To see it, the options have two chained interceptors. Give the options to grpc.NewClient
+// after other interceptors. Then they see each attempt of an interceptor that repeats calls.
+// They cost a unary call one allocation, and gRPC one more if there is another interceptor.
 func DialOptions() []grpc.DialOption {
 	i := &interceptors{}
 	return []grpc.DialOption{
@@ -41,11 +40,13 @@ func DialOptions() []grpc.DialOption {
 	}
 }
 
-// ifUnset makes an option of gRPC's that is applied only where a field of gRPC's options is
-// nil. gRPC has no such thing: of two default service configs it takes the last, so that the
-// one of a program would be lost, outlier detection and all, if it came before DialOptions.
-// The option holds a function, which is replaced by one that looks first. Should gRPC change
-// what is behind its options, the option is what it was: then the last one counts.
+// ifUnset changes an option of gRPC so that it applies only if a field of gRPC's options is
+// nil. gRPC has no such option: of two default service configs it takes the last. So
+// DialOptions would replace the config that a program gives before it.
+//
+// The option holds a function. ifUnset replaces it by one that looks at the field first. If a
+// version of gRPC has other options inside, ifUnset changes nothing, and the last config
+// counts.
 func ifUnset(option grpc.DialOption, field string) grpc.DialOption {
 	v := reflect.ValueOf(option)
 	if v.Kind() != reflect.Pointer || v.Elem().Kind() != reflect.Struct {

@@ -15,29 +15,31 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-// identities numbers the policies and endpoints of all channels. An identity is part of a
-// call's memory of the endpoints it tried, which may outlive a channel.
+// identities is the last number that was given to a policy or an endpoint of any channel. A
+// call remembers the endpoints that it tried by their numbers, maybe for longer than a channel
+// exists.
 var identities atomic.Uint64
 
-// endpoint is one endpoint that the resolver lists and the child that connects
-// to it. It embeds the ClientConn that it is for the child.
+// endpoint is one endpoint that the resolver lists, and the child that connects to it. It
+// is the ClientConn of the child.
 type endpoint struct {
-	balancer.ClientConn // the channel's; UpdateState is intercepted
+	balancer.ClientConn // of the channel; endpoint has UpdateState and NewSubConn of its own
 
 	policy *policy
 	addr   string            // the first of its addresses
 	child  balancer.Balancer // changes under childMu
 
-	// connections is child if there may be several, else nil; changes under childMu.
+	// connections is the child if the endpoint may have several connections, else nil. It
+	// changes under childMu.
 	connections *connections
 
 	// Used only by the methods of balancer.Balancer of the policy. See listing.
-	state    resolver.Endpoint // what the child has; none if it is to be called again
-	first    resolver.Endpoint // the first of its listings, if the update touched it
-	listings int
-	capacity uint64 // the sum of the weights of the listings
-	at       int    // the place of one of them in policy.list
-	touched  bool   // by the update that is running
+	state    resolver.Endpoint // what the child got last; zero if the child must be called again
+	first    resolver.Endpoint // the first of its listings, if the current update touched it
+	listings int               // how many entries of the list it has
+	capacity uint64            // the sum of the weights of the listings
+	at       int               // the index of one of the listings in policy.list
+	touched  bool              // whether the current update may change it
 
 	// childMu serializes the calls to the child and guards closed. See policy.mu
 	// for the order.
@@ -47,32 +49,32 @@ type endpoint struct {
 	// reported is the child's last report. Never nil.
 	reported atomic.Pointer[balancer.State]
 
-	// candidate is what picks see of it. It outlives meters: a change of the metric
-	// keeps what is in flight.
+	// candidate is what picks need of the endpoint. It stays when a new metric replaces the
+	// meter, so what is in flight stays counted.
 	candidate *candidate
 
 	addresses []string
-	room      [1]string // for addresses, of which there is one as a rule
+	address   [1]string // backs addresses where there is one
 	counts    counts    // guarded by policy.countMu
 
 	// Guarded by policy.mu.
-	gone        bool            // the resolver lists it no more; reports are ignored
+	gone        bool            // the resolver does not list it any more; reports are ignored
 	draining    bool            // discovery says that it is about to leave
-	ejectedFrom *balancer.State // the child's report before a parent or a health check took the endpoint out; nil if none has
+	ejectedFrom *balancer.State // the child's last report before a parent or a health check ejected the endpoint; nil if it is not ejected
 	condition   condition
-	failing     bool   // counted in policy.hope
-	other       int    // the place in policy.seating.others
+	failing     bool   // whether policy.grace counts it
+	other       int    // its index in policy.seating.others
 	weight      uint32 // relative capacity, at least 1
-	cold        bool   // its share is to rise when it is READY
-	ramping     bool   // its share rises since rampFrom
-	rampFrom    int64
+	cold        bool   // whether a slow start begins when it is READY
+	ramping     bool   // whether its share rises, since rampFrom
+	rampFrom    int64  // by policy.now
 	zone        string // "" if it has none
-	home        bool   // its zone is the caller's
+	home        bool   // whether its zone is the caller's
 }
 
 func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	ep := &endpoint{ClientConn: b.cc, policy: b, addr: e.Addresses[0].Addr}
-	ep.addresses = ep.room[:0]
+	ep.addresses = ep.address[:0]
 	for _, a := range e.Addresses {
 		ep.addresses = append(ep.addresses, a.Addr)
 	}
@@ -104,8 +106,8 @@ func (b *policy) newEndpoint(e resolver.Endpoint) *endpoint {
 	return ep
 }
 
-// measureLocked gives the endpoint a meter of a metric. Attempts in flight finish
-// on the meter that they started on.
+// measureLocked gives the endpoint a new meter of a metric. Attempts in flight end on the
+// meter on which they started.
 func (ep *endpoint) measureLocked(p *picker, m load.Metric) {
 	fresh := &measure{Meter: m.NewMeter(load.Endpoint{Address: ep.addr}), timeless: p.config.timeless, quiet: quietMetric(m)}
 	if old := ep.candidate.meter.Load(); old != nil {
@@ -122,7 +124,7 @@ func (ep *endpoint) measureLocked(p *picker, m load.Metric) {
 	ep.judgeLocked()
 }
 
-// UpdateState receives the reports of the child. It may be called from any
+// UpdateState is called when the state of the child changes. It may be called from any
 // goroutine: pick_first leaves IDLE on the goroutine of a call.
 func (ep *endpoint) UpdateState(s balancer.State) {
 	b := ep.policy
@@ -133,9 +135,9 @@ func (ep *endpoint) UpdateState(s balancer.State) {
 	}
 	from := ep.moveLocked(s)
 	ejected := ep.ejectedFrom != nil && from == connectivity.Ready
-	// A picker that was READY may have failed a pick, or its SubConn may be
-	// another now. One that has become READY wakes no call that is not woken by
-	// the state of the channel.
+	// If the child was READY before, a pick may have failed because of this change, and must
+	// be repeated. If the child has become READY, calls wait for it only if the state of the
+	// channel changes too.
 	b.reportLocked(from == connectivity.Ready)
 	b.mu.Unlock()
 
@@ -152,7 +154,7 @@ func (ep *endpoint) UpdateState(s balancer.State) {
 	}
 }
 
-// moveLocked takes over a report and returns the state before it.
+// moveLocked applies a report of the child, and returns the state before it.
 func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 	b := ep.policy
 	before := ep.reported.Load()
@@ -190,7 +192,7 @@ func (ep *endpoint) place(w uint32, zone string) {
 	ep.weighLocked()
 }
 
-// setDraining says whether the endpoint is about to leave.
+// setDraining sets whether the endpoint is about to leave.
 func (ep *endpoint) setDraining(drains bool) {
 	b := ep.policy
 	b.mu.Lock()
@@ -200,7 +202,7 @@ func (ep *endpoint) setDraining(drains bool) {
 	}
 	ep.draining = drains
 	leaving := &ep.candidate.meter.Load().room.leaving
-	defer leaving.set(drains) // with mu held, under which nothing is locked that it calls
+	defer leaving.set(drains) // Leaves does not block, so mu may be held.
 	b.seatLocked(ep)
 	if drains {
 		logger.Infof("%s: endpoint %s is draining: it gets no new calls while another is READY", b.opts.Target.String(), ep.addr)
@@ -224,8 +226,8 @@ func (ep *endpoint) update(ccs balancer.ClientConnState) error {
 	return ep.child.UpdateClientConnState(ccs)
 }
 
-// close takes the endpoint out of the policy and closes the child. The meter is closed
-// unless it is kept.
+// close removes the endpoint from the policy and closes the child. It closes the meter
+// unless keep is set.
 func (ep *endpoint) close(keep bool) {
 	b := ep.policy
 	b.mu.Lock()
@@ -244,7 +246,7 @@ func (ep *endpoint) close(keep bool) {
 	if !keep {
 		m.Close()
 	} else if a := m.accrual.Load(); a != nil && a.ep == ep {
-		m.accrual.CompareAndSwap(a, a.keepsakeLocked())
+		m.accrual.CompareAndSwap(a, a.keptLocked())
 	}
 	b.mu.Unlock()
 	b.metrics.moved(from, connectivity.Shutdown)

@@ -64,7 +64,7 @@ var fuzzConfigs = []struct {
 	{`{"zones":{"home":"a"},"failureAccrual":{"failures":2}}`, false},
 }
 
-// history is what the policy has been told, and what follows for its picks.
+// history is what the policy was told, and the model of what its picks may do.
 type history struct {
 	*world
 	random *rand.Rand
@@ -323,8 +323,9 @@ func (m *history) finish() {
 	time.Sleep(2 * time.Minute)
 	synctest.Wait()
 	got := make(map[string]int)
-	// One that has only failed gets a call where a pick explores, one in 200, and draws it,
-	// as one of two at least. That none of 25 times as many does happens in 1 of 1e10 histories.
+	// An endpoint that has only failed gets a call if a pick explores, which one in 200 does,
+	// and draws it, as one of two at least. That none of 25 times as many picks does so happens
+	// in 1 of 1e10 histories.
 	var all uint32
 	least := m.listed[0].weight
 	for _, l := range m.listed {

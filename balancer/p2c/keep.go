@@ -15,18 +15,18 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-// This file keeps what the meters of a channel know when its policy is closed. gRPC closes
-// it when the channel goes idle, and makes another for the next call. That would meet an
-// endpoint that fails or is slow as a stranger, again after each pause.
+// This file keeps the meters of a channel when its policy is closed. gRPC closes the policy
+// when the channel goes idle, and makes another for the next call. Without what is kept, the
+// new policy would not know which endpoints fail or are slow.
 
 const (
-	keepFor  = 10 * time.Minute
-	keepMost = 100_000 // meters, of all channels
+	keepFor  = 10 * time.Minute // after the policy is closed
+	keepMost = 100_000          // meters of all channels together
 )
 
 var kept keeper
 
-// keeper holds what was kept last, of any channel.
+// keeper holds the meters of the closed policies of all channels.
 type keeper struct {
 	mu      sync.Mutex // guards parcels
 	parcels []*parcel  // the oldest first
@@ -41,7 +41,8 @@ type parcel struct {
 	meters  map[string]*measure // by addressKey
 }
 
-// keep keeps the parcel, and forgets what is too old or too much.
+// keep adds a parcel. It removes parcels that are too old, and the oldest ones while there are
+// too many meters.
 func (k *keeper) keep(p *parcel) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -59,8 +60,8 @@ func (k *keeper) keep(p *parcel) {
 	})
 }
 
-// take returns the parcel of the channel that has the most of the endpoints, nil if there is
-// none. A channel may have several policies, such as one for each locality.
+// take removes and returns the parcel of the channel that has the most of the endpoints, nil
+// if none has any. A channel may have several policies, such as one for each locality.
 func (k *keeper) take(channel channelz.Identifier, endpoints []resolver.Endpoint) *parcel {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -88,7 +89,7 @@ func (k *keeper) take(channel channelz.Identifier, endpoints []resolver.Endpoint
 	return p
 }
 
-// addressKey names an endpoint by its set of addresses.
+// addressKey returns a string that identifies an endpoint: its set of addresses.
 func addressKey(e resolver.Endpoint) string {
 	if len(e.Addresses) == 1 {
 		return e.Addresses[0].Addr
@@ -101,8 +102,8 @@ func addressKey(e resolver.Endpoint) string {
 	return strings.Join(addrs, "\x00")
 }
 
-// keepMeters keeps the meters of a policy that is closed. Tests on a channel without a
-// network have no identity of a channel.
+// keepMeters keeps the meters of a policy that is closed. Without an identity of the channel,
+// as in tests without a network, it keeps nothing.
 func (b *policy) keepMeters() {
 	if b.opts.ChannelzParent == nil || b.endpoints.Len() == 0 {
 		return
@@ -114,12 +115,13 @@ func (b *policy) keepMeters() {
 	kept.keep(p)
 }
 
-// recallMeters finds what was kept for the channel, before the policy has had an endpoint.
+// recallMeters takes the meters that were kept for the channel, at the first update with
+// endpoints.
 func (b *policy) recallMeters(cfg *config, endpoints []resolver.Endpoint) {
-	if b.opts.ChannelzParent == nil || b.met || len(endpoints) == 0 {
+	if b.opts.ChannelzParent == nil || b.started || len(endpoints) == 0 {
 		return
 	}
-	b.met = true
+	b.started = true
 	if p := kept.take(b.opts.ChannelzParent, endpoints); p != nil && cfg.metric.adopt(p.metric) {
 		b.mu.Lock() // A snapshot may be made already, and looks at the clock.
 		defer b.mu.Unlock()
@@ -127,7 +129,7 @@ func (b *policy) recallMeters(cfg *config, endpoints []resolver.Endpoint) {
 	}
 }
 
-// recallLocked returns the meter that was kept for the endpoint, if there is one.
+// recallLocked returns the meter that was kept for the endpoint, nil if there is none.
 func (b *policy) recallLocked(e resolver.Endpoint) *measure {
 	if b.recalled == nil {
 		return nil

@@ -58,7 +58,7 @@ func TestIdle(t *testing.T) {
 	})
 }
 
-// Meters are kept for ten minutes; a channel that was closed is not.
+// Meters are kept for ten minutes. They do not keep a closed channel in memory.
 func TestKeptMetersHoldNoEndpoint(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

@@ -11,12 +11,12 @@ import (
 	"github.com/belfry-go/belfry/internal/attempt"
 )
 
-// leaving is the streams of an endpoint that are to be told when it is about to leave:
-// when discovery marks it as draining, or does not list it any more. Other calls do not
-// touch it.
+// leaving is the streams of an endpoint that are told when the endpoint is about to leave:
+// when discovery marks it as draining, or does not list it any more. Only streams with a
+// LeaveOption use it.
 type leaving struct {
-	mu      sync.Mutex // guards what follows; nothing is called under it
-	leaves  bool
+	mu      sync.Mutex // guards the fields below; nothing is called under it
+	leaves  bool       // whether the endpoint is about to leave
 	streams map[*tracker]attempt.LeaveOption
 }
 
@@ -42,7 +42,7 @@ func (l *leaving) remove(t *tracker) {
 	delete(l.streams, t)
 }
 
-// set says whether the endpoint is about to leave.
+// set sets whether the endpoint is about to leave, and tells the streams if it is.
 func (l *leaving) set(leaves bool) {
 	l.mu.Lock()
 	l.leaves = leaves

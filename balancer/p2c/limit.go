@@ -24,17 +24,16 @@ import (
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
-// This file is what the field endpointLimit does: an endpoint has at most so many
-// attempts in flight, and a call that finds all of them full waits in a queue.
+// This file implements the field endpointLimit. An endpoint has a limit of attempts in
+// flight, and a call that finds all endpoints full waits in a queue.
 //
-// A call waits in Pick, on the goroutine that makes it. The other way, which gRPC
-// documents, is to return ErrNoSubConnAvailable and to publish a picker whenever an
-// attempt ends; but each new picker wakes all calls that wait, so that with W of them
-// each end of an attempt costs W picks, and their order is lost. gRPC calls Pick without
-// a lock, and so do the policies that can be parents of this one, but for rls, below
-// which calls should not wait (maxWaiting 0).
+// A call waits in Pick, on the goroutine that makes it. gRPC documents another way: to
+// return ErrNoSubConnAvailable, and to publish a picker whenever an attempt ends. But each
+// new picker wakes all calls that wait. With W of them each end of an attempt would cost W
+// picks, and their order would be lost. gRPC calls Pick without a lock, and so do the
+// parent policies except rls. Below rls calls should not wait (maxWaiting 0).
 
-// defaultMaxWaiting is how many calls may wait.
+// defaultMaxWaiting is how many calls may wait at a time.
 const defaultMaxWaiting = 1000
 
 // limitConfig is the parsed form of belfry.config.v1.EndpointLimit. Immutable.
@@ -73,33 +72,34 @@ func newLimitConfig(m *configv1.EndpointLimit) (*limitConfig, error) {
 	return c, nil
 }
 
-// limited reports whether an endpoint can be full.
+// limited reports whether endpoints can be full.
 func (c *config) limited() bool { return c.limit != nil || c.connections > 1 }
 
 // maxWaiting is how many calls may wait for an endpoint that is not full.
 func (c *config) maxWaiting() int {
 	if c.limit == nil {
-		return math.MaxInt // as in gRPC, where they would wait
+		return math.MaxInt // gRPC does not bound it either
 	}
 	return c.limit.maxWaiting
 }
 
-// room is the limit of an endpoint. It lives as long as what is known of the endpoint.
+// room is the limit of an endpoint, and other things that do not change when a new metric
+// replaces the meter.
 type room struct {
-	most  atomic.Int64               // how many attempts and streams may be in flight
-	found atomic.Pointer[foundLimit] // the algorithm that finds most; nil if none does
+	most  atomic.Int64               // how many attempts and open streams there may be
+	found atomic.Pointer[foundLimit] // the algorithm that finds most; nil if most is fixed or unlimited
 
-	// connections is where streams must be free, too; nil if the endpoint has one
-	// connection at most.
+	// connections is where a stream must be free too; nil if the endpoint may only have one
+	// connection.
 	connections atomic.Pointer[connections]
 
 	leaving leaving
 
-	failures atomic.Uint64
-	failure  atomic.Pointer[failure] // the last that was noted
+	failures atomic.Uint64           // how many attempts have failed
+	failure  atomic.Pointer[failure] // the last failure that was noted; nil if there was none
 }
 
-// state returns the limit, 0 if there is none, and what its algorithm thinks.
+// state returns the limit, 0 if there is none, and the state of its algorithm.
 func (r *room) state() (most int64, s limit.State) {
 	if most = r.most.Load(); most == math.MaxInt64 {
 		return 0, s
@@ -112,8 +112,8 @@ func (r *room) state() (most int64, s limit.State) {
 	return most, s
 }
 
-// limitLocked gives the endpoint the limit of a config, none if that is nil. What an
-// algorithm has learnt is kept. The caller holds policy.mu.
+// limitLocked gives the endpoint the limit of a config, or none if cfg is nil. An algorithm
+// keeps what it has learnt. The caller holds policy.mu.
 func (ep *endpoint) limitLocked(cfg *limitConfig) {
 	t := ep.candidate.meter.Load().room
 	switch {
@@ -135,12 +135,12 @@ func (ep *endpoint) limitLocked(cfg *limitConfig) {
 	}
 }
 
-// foundLimit is the limit of an endpoint that an algorithm finds.
+// foundLimit is a limit that an algorithm finds.
 type foundLimit struct {
-	limited atomic.Bool // the limit has held a call back since the last sample
+	limited atomic.Bool // whether the limit has made a call wait or go elsewhere since the last sample
 
-	mu   sync.Mutex  // guards auto; nothing is locked under it
-	auto *limit.Auto // OnStart needs no lock
+	mu   sync.Mutex // guards auto, except OnStart, which needs no lock; nothing is locked under it
+	auto *limit.Auto
 }
 
 func (f *foundLimit) configure(cfg limit.AutoConfig, wall func(limit.Instant) time.Time) (err error) {
@@ -161,16 +161,16 @@ func (f *foundLimit) limit() int64 {
 	return max(f.auto.Limit(), 1)
 }
 
-// begin makes a pick a sample of its endpoint's limit, if an algorithm finds that.
-// Streams are none: how long one lives says nothing about the server, and neither does
-// the time to a first response that may have to wait for an event.
+// begin makes the attempt a sample for the algorithm of its endpoint's limit, if there is
+// one. A stream is not a sample. Its duration says nothing about the server, and its first
+// response may have to wait for an event.
 func (k *pick) begin() {
 	if f := k.meter.room.found.Load(); f != nil && (k.track == nil || !k.track.stream) {
 		k.limit, k.began, k.mark = f, load.Instant(k.picker.policy.now()), f.auto.OnStart()
 	}
 }
 
-// end gives the end of a pick to the algorithm.
+// end gives the sample of a pick to the algorithm.
 func (f *foundLimit) end(k *pick, o load.Outcome, err error) {
 	now := load.Instant(k.picker.policy.now())
 	s := limit.Sample{Start: limit.Instant(k.began), RTT: max(time.Duration(now-k.began), 1), Result: limit.Void, Mark: k.mark}
@@ -210,19 +210,20 @@ func overloaded(err error) bool {
 }
 
 // queue is the calls of a channel that wait for an endpoint with room. An attempt that
-// ends gives its room to the first of them, so none overtakes another, and each end wakes
-// one.
+// ends gives its room to the first of them. So each end of an attempt wakes one call, and no
+// call overtakes another.
 type queue struct {
 	ready   *readySet    // immutable
-	waiting atomic.Int32 // how many there are; changes under mu
+	waiting atomic.Int32 // how many calls wait; changes under mu
 
-	mu     sync.Mutex // guards what follows; nothing is locked under it
+	mu     sync.Mutex // guards the fields below; nothing is locked under it
 	calls  waitlist.List[chan *candidate]
 	closed bool
 }
 
-// hold counts the attempt to an endpoint that has room for it: c, or the least loaded of
-// others, or the first that gets room. It returns the time, which passes meanwhile.
+// hold counts the attempt at an endpoint that has room for it, and returns that endpoint: c,
+// or the cheapest of some others, or the first that gets room. It also returns the time at
+// its end, because it may wait.
 func (p *picker) hold(ctx context.Context, c *candidate, now load.Instant, track *tracker, tried *attempt.Tried) (*candidate, load.Instant, error) {
 	q := &p.policy.queue
 	if q.waiting.Load() == 0 {
@@ -238,8 +239,9 @@ func (p *picker) hold(ctx context.Context, c *candidate, now load.Instant, track
 	return c, p.now(), err
 }
 
-// takeOther takes room at the cheapest of the first endpoints that have any, from a random
-// one on; at one that the call has tried only if no other has.
+// takeOther counts the attempt at the cheapest of choices endpoints with room. It looks for
+// them from a random endpoint on. An endpoint that the call has tried is taken only if no
+// other has room. It returns nil if all are full.
 func (p *picker) takeOther(now load.Instant, tried *attempt.Tried) *candidate {
 	slots := p.ready.view().slots
 	n := len(slots)
@@ -273,10 +275,10 @@ func (p *picker) takeOther(now load.Instant, tried *attempt.Tried) *candidate {
 	if best.take() {
 		return best
 	}
-	return takeAny(slots) // Another call was faster.
+	return takeAny(slots) // another call has taken the room of best
 }
 
-// takeAny takes room at any endpoint, nil if all are full.
+// takeAny counts the attempt at any endpoint with room. It returns nil if all are full.
 func takeAny(slots []atomic.Pointer[candidate]) *candidate {
 	for i := range slots {
 		if c := slots[i].Load(); c != nil && c.take() {
@@ -288,8 +290,8 @@ func takeAny(slots []atomic.Pointer[candidate]) *candidate {
 
 var errFull = status.Error(codes.Unavailable, Name+": every endpoint has as many attempts in flight as endpointLimit, or maxConnectionsPerSubchannel and the server, allow")
 
-// wait waits until an endpoint has room, as long as the call may. An error of
-// ErrNoSubConnAvailable lets gRPC ask the next picker, or end the call with its context.
+// wait waits until an endpoint has room, or the call may not wait any longer. After the error
+// ErrNoSubConnAvailable gRPC asks the next picker, or ends the call if its context has ended.
 func (q *queue) wait(ctx context.Context, most int, track *tracker) (*candidate, error) {
 	var room attempt.RoomOption
 	var end <-chan time.Time
@@ -319,7 +321,7 @@ func (q *queue) wait(ctx context.Context, most int, track *tracker) (*candidate,
 	}
 	q.calls.Push(w, waitlist.Rank{})
 	q.waiting.Add(1)
-	q.admitAnyLocked() // There may be room since the call has looked, and then nobody tells it.
+	q.admitAnyLocked() // an endpoint may have got room after hold has looked, and before the call was in the queue
 	q.mu.Unlock()
 
 	var err error
@@ -354,7 +356,7 @@ func admitted(c *candidate) (*candidate, error) {
 	return c, nil
 }
 
-// admit gives the room that an endpoint has to those who wait.
+// admit gives the room of an endpoint to the calls that wait.
 func (q *queue) admit(c *candidate) {
 	if q.waiting.Load() > 0 {
 		q.admitWaiting(c)
@@ -374,7 +376,7 @@ func (q *queue) admitWaiting(c *candidate) {
 	}
 }
 
-// admitAnyLocked gives the room that any endpoint has to those who wait.
+// admitAnyLocked gives the room of all endpoints to the calls that wait.
 func (q *queue) admitAnyLocked() {
 	for first := q.calls.First(false); first != nil; first = q.calls.First(false) {
 		c := takeAny(q.ready.view().slots)
@@ -385,7 +387,7 @@ func (q *queue) admitAnyLocked() {
 	}
 }
 
-// giveLocked gives a call the room that an endpoint has, if it has any.
+// giveLocked gives a call room at an endpoint. It reports false if the endpoint is full.
 func (q *queue) giveLocked(w *waitlist.Node[chan *candidate], c *candidate) bool {
 	if !c.take() {
 		return false
@@ -401,7 +403,8 @@ func (q *queue) endLocked(w *waitlist.Node[chan *candidate], c *candidate) {
 	w.Value <- c
 }
 
-// dismiss lets all calls that wait ask the next picker.
+// dismiss ends the wait of all calls, which then ask the next picker. If closed is set, no
+// call waits any more.
 func (q *queue) dismiss(closed bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -411,7 +414,7 @@ func (q *queue) dismiss(closed bool) {
 	}
 }
 
-// hasRoom reports whether one more attempt may be in flight to the endpoint.
+// hasRoom reports whether the endpoint has room for one more attempt.
 func (c *candidate) hasRoom() bool {
 	attempts, streams := c.tally.read()
 	r := c.meter.Load().room
@@ -422,7 +425,7 @@ func (c *candidate) hasRoom() bool {
 	return conns == nil || conns.free.Load() > 0
 }
 
-// take counts an attempt if there is room for it.
+// take counts an attempt if the endpoint has room for it. It reports whether it did.
 func (c *candidate) take() bool {
 	r := c.meter.Load().room
 	conns := r.connections.Load()
@@ -446,7 +449,7 @@ func (c *candidate) take() bool {
 	}
 }
 
-// untake gives back what take has counted for an attempt that was not made.
+// untake undoes take for an attempt that was not made.
 func (c *candidate) untake() {
 	c.tally.add(-oneAttempt)
 	if conns := c.meter.Load().room.connections.Load(); conns != nil {

@@ -174,7 +174,7 @@ func TestLimit(t *testing.T) {
 			w.start(limitedTo1, weighted("a", 1))
 			_, done := w.mustPick()
 			end := w.waiting(bg)
-			w.start(limitedTo1, weighted("a", 7)) // Another candidate stands in the place of the one that is picked.
+			w.start(limitedTo1, weighted("a", 7))
 			w.wantWaiting("the weight has changed", 1, end)
 			done(success)
 			if got := <-end; got.err != nil || got.addr != "a" {
@@ -233,8 +233,7 @@ func TestLimit(t *testing.T) {
 	})
 }
 
-// An algorithm finds the limit of each endpoint: that of one that answers slowly goes
-// down, that of another does not.
+// An algorithm finds the limit of each endpoint. It lowers that of a slow endpoint only.
 func TestLimitAuto(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		w.start(`{"endpointLimit":{"auto":{"initial":10}},"load":{"constant":{}}}`, some("fast", "slow")...)
@@ -273,9 +272,9 @@ func TestLimitAuto(t *testing.T) {
 	})
 }
 
-// However picks, ends, cancellations, new weights and new metrics fall together, an
-// endpoint has at most its limit in flight, and at the end nobody waits. A wake-up that is
-// lost would leave a call waiting for ever.
+// In any order of picks, ends, cancellations, new weights and new metrics an endpoint has at
+// most its limit in flight, and at the end no call waits. A lost wake-up would leave a call
+// waiting.
 func TestLimitRandom(t *testing.T) {
 	rng := newRand(t)
 	for range 10 {

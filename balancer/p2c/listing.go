@@ -15,21 +15,20 @@ import (
 	"github.com/belfry-go/belfry/internal/place"
 )
 
-// This file applies what the resolver lists. An update goes through the list once, beside
-// the list before it, and does more only for what differs: the children of the others are
-// not called.
+// This file applies the resolver's list of endpoints. An update compares the new list with the
+// old one in one pass, and works only on what differs. It does not call the children of
+// endpoints that have not changed.
 
-// A listing is an entry of the resolver's list. Several may be of one endpoint, that is, of
-// the same set of addresses: then it has the sum of their weights, and the attributes of the
-// first.
+// A listing is an entry of the resolver's list. Entries with the same set of addresses belong
+// to one endpoint, which then has the sum of their weights, and the attributes of the first.
 type listing struct {
 	endpoint resolver.Endpoint
 	ep       *endpoint
 	weight   uint32 // at least 1
 }
 
-// updateEndpoints makes, updates and closes children so that there is one for
-// each endpoint of the state. It returns the first error of a child.
+// updateEndpoints makes, updates and closes children, so that each endpoint of the state has
+// one. It returns the first error of a child.
 func (b *policy) updateEndpoints(state resolver.State) error {
 	d := b.diff(state.Endpoints)
 	if b.attributes == nil || !equalAttributes(b.received, state.Attributes) {
@@ -52,7 +51,7 @@ func (b *policy) updateEndpoints(state resolver.State) error {
 	b.countParts()
 
 	var firstErr error
-	// Starting at a random endpoint keeps a fleet of clients from opening all its
+	// A random first endpoint keeps many clients that start together from opening their
 	// first connections to the same server.
 	r := b.random()
 	for i := range d.touched {
@@ -88,7 +87,8 @@ func (b *policy) updateEndpoints(state resolver.State) error {
 	return firstErr
 }
 
-// updateEndpoint gives an endpoint its weight, and the child what has changed.
+// updateEndpoint sets the endpoint's weight, zone and draining, and updates its child if that
+// is necessary.
 func (b *policy) updateEndpoint(ep *endpoint) error {
 	ep.place(uint32(min(ep.capacity, math.MaxUint32)), place.Zone(ep.first))
 	ep.setDraining(place.Draining(ep.first))
@@ -109,8 +109,8 @@ func (b *policy) updateEndpoint(ep *endpoint) error {
 
 // A difference is what an update changes.
 type difference struct {
-	touched []*endpoint
-	members bool // an endpoint came or went
+	touched []*endpoint // the endpoints that may have changed
+	members bool        // whether an endpoint was added or removed
 }
 
 func (d *difference) touch(ep *endpoint) {
@@ -120,9 +120,9 @@ func (d *difference) touch(ep *endpoint) {
 	}
 }
 
-// diff replaces b.list, and makes the endpoints that are new.
+// diff replaces b.list, makes the endpoints that are new, and returns what has changed.
 func (b *policy) diff(endpoints []resolver.Endpoint) (d difference) {
-	several := b.endpoints.Len() < len(b.list) // an endpoint has several places, or had
+	several := b.endpoints.Len() < len(b.list) // whether an endpoint has several listings, before or after
 	moved := false
 	places, ok := b.replaced(endpoints)
 	var removed []listing
@@ -172,8 +172,9 @@ func (b *policy) diff(endpoints []resolver.Endpoint) (d difference) {
 	return d
 }
 
-// replaced returns the places of the entries that differ from those of the last update. It
-// reports false if anything else differs: an endpoint has another place, came, or went.
+// replaced returns the indexes of the entries that differ from those of the last update. It
+// reports false if more than entries in place differ: the length of the list, or the index of
+// an endpoint.
 func (b *policy) replaced(endpoints []resolver.Endpoint) (places []int, ok bool) {
 	if len(endpoints) != len(b.list) {
 		return nil, false
@@ -190,17 +191,17 @@ func (b *policy) replaced(endpoints []resolver.Endpoint) (places []int, ok bool)
 	return places, true
 }
 
-// match makes the list, and returns what was in the old one only, and the places of what is
-// in the new one only. It compares each entry with the one that follows the last match in the
-// old list, and looks an endpoint up only where they differ, which also says where the old
-// list goes on.
+// match replaces b.list. It returns the entries that are only in the old list, and the indexes
+// of those that are only in the new one. It compares each entry with the one after the last
+// match in the old list. Only if these differ it looks the endpoint up, which gives its index
+// in the old list, from where it continues.
 func (b *policy) match(endpoints []resolver.Endpoint, d *difference) (removed []listing, added []int) {
 	old, list := b.list, make([]listing, 0, len(endpoints))
 	kept := make([]bool, len(old))
 	next := 0
 	for _, e := range endpoints {
 		if len(e.Addresses) == 0 {
-			continue // its child would stay CONNECTING for ever
+			continue // its child would stay CONNECTING
 		}
 		if next >= len(old) || kept[next] || !sameEndpoint(old[next].endpoint, e) {
 			if ep, ok := b.endpoints.Get(e); ok && ep.at < len(old) && old[ep.at].ep == ep {
@@ -216,7 +217,7 @@ func (b *policy) match(endpoints []resolver.Endpoint, d *difference) (removed []
 		added = append(added, len(list))
 		list = append(list, b.newListing(e, d))
 		if next < len(old) && old[next].ep == list[len(list)-1].ep {
-			next++ // it has changed
+			next++ // the same endpoint, changed
 		}
 	}
 	for i := range old {
@@ -238,7 +239,7 @@ func (b *policy) newListing(e resolver.Endpoint, d *difference) listing {
 	return listing{e, ep, max(weight.FromEndpoint(e).Weight, 1)}
 }
 
-// sameEndpoint reports whether two endpoints are the same to a child and to the policy.
+// sameEndpoint reports whether two entries are equal for a child and for the policy.
 func sameEndpoint(a, b resolver.Endpoint) bool {
 	if len(a.Addresses) != len(b.Addresses) || len(a.Addresses) == 0 {
 		return false
@@ -255,14 +256,14 @@ func sameAddresses(a, b []resolver.Address) bool {
 		}
 		//lint:ignore SA1019 resolvers that are older than attributes set it
 		if x.Metadata != nil || y.Metadata != nil {
-			return false // it may not be comparable
+			return false // its type may not be comparable
 		}
 	}
 	return true
 }
 
-// equalAttributes compares attributes. Values without an Equal are compared with ==, which
-// panics on maps, slices and functions: what cannot be compared counts as changed.
+// equalAttributes reports whether attributes are equal. Values without a method Equal are
+// compared with ==, which panics on maps, slices and functions. Such values count as different.
 func equalAttributes(a, b *attributes.Attributes) bool { return a == b || equalValues(a, b) }
 
 func equalValues(a, b *attributes.Attributes) (equal bool) {

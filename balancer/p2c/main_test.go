@@ -26,15 +26,14 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// From here on the policy under its own name is the real one, but for two
-	// things that tests ask for: which policies were built for a target, and what
-	// they told their meters.
+	// The policy under its own name is from now on one that also notes, for tests, which
+	// policies were built for a target, and what they told their meters.
 	balancer.Register(observedBuilder{})
 	grpclog.SetLoggerV2(&logs)
 	leaktest.Main(m)
 }
 
-// logs notes what the policy logs, and drops the rest but for errors.
+// logs notes what the policy logs, prints errors, and drops the rest.
 var logs = logNotes{LoggerV2: grpclog.NewLoggerV2(io.Discard, io.Discard, os.Stderr)}
 
 type logNotes struct {

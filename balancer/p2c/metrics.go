@@ -13,8 +13,8 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-// The metrics of the policy, in grpc's registry of instruments. They are off
-// until a stats plugin, such as grpc's OpenTelemetry plugin, enables them.
+// The metrics of the policy, in gRPC's registry of instruments. They are off
+// until a stats plugin, such as gRPC's OpenTelemetry plugin, enables them.
 var (
 	picksMetric = estats.RegisterInt64Count(estats.MetricDescriptor{
 		Name:           "belfry.lb.p2c.picks",
@@ -25,14 +25,14 @@ var (
 	})
 	triedPicksMetric = estats.RegisterInt64Count(estats.MetricDescriptor{
 		Name:           "belfry.lb.p2c.tried_picks",
-		Description:    "EXPERIMENTAL. Number of picks of an endpoint to which the same call had been sent before, because no other was READY.",
+		Description:    "EXPERIMENTAL. Number of picks of an endpoint to which the same call had been sent before, because no other was READY or had room, or the others were much busier.",
 		Unit:           "{pick}",
 		Labels:         []string{"grpc.target"},
 		OptionalLabels: []string{"grpc.lb.locality"},
 	})
 	awayPicksMetric = estats.RegisterInt64Count(estats.MetricDescriptor{
 		Name:           "belfry.lb.p2c.away_picks",
-		Description:    "EXPERIMENTAL. Number of picks of an endpoint outside the caller's zone, while that is preferred.",
+		Description:    "EXPERIMENTAL. Number of picks of an endpoint outside the caller's zone, while the zone is preferred.",
 		Unit:           "{pick}",
 		Labels:         []string{"grpc.target"},
 		OptionalLabels: []string{"grpc.lb.locality"},
@@ -53,7 +53,7 @@ var (
 	})
 	conditionsMetric = estats.RegisterInt64UpDownCount(estats.MetricDescriptor{
 		Name:           "belfry.lb.p2c.endpoint_conditions",
-		Description:    "EXPERIMENTAL. Number of endpoints that do not take part as others do, by condition: aside (they fail), draining, ejected, or slow_start.",
+		Description:    "EXPERIMENTAL. Number of endpoints that get no calls or less than their share, by condition: aside (put aside by failure accrual), draining, ejected (with useEjected only), or slow_start.",
 		Unit:           "{endpoint}",
 		Labels:         []string{"grpc.target", "belfry.lb.p2c.condition"},
 		OptionalLabels: []string{"grpc.lb.locality"},
@@ -81,15 +81,15 @@ var (
 	})
 	droppedSamplesMetric = estats.RegisterInt64Count(estats.MetricDescriptor{
 		Name:           "belfry.lb.p2c.dropped_samples",
-		Description:    "EXPERIMENTAL. Number of attempts whose latency is not known, by reason: cancelled by the caller, or never sent.",
+		Description:    "EXPERIMENTAL. Number of attempts whose latency is not known, by reason: cancelled (by the caller), or not_sent.",
 		Unit:           "{sample}",
 		Labels:         []string{"grpc.target", "belfry.lb.p2c.reason"},
 		OptionalLabels: []string{"grpc.lb.locality"},
 	})
 )
 
-// metrics records for one channel, or one locality of it. The slices of labels
-// are made once, so that recording on the pick path allocates nothing.
+// metrics records the metrics of one channel, or of one locality of it. The slices of
+// labels are made once, so that recording in a pick allocates nothing.
 type metrics struct {
 	recorder estats.MetricsRecorder
 	locality string
@@ -135,8 +135,8 @@ func (m *metrics) full(refused bool) {
 	fullPicksMetric.Record(m.recorder, 1, labels...)
 }
 
-// moved records that an endpoint went from one state to another. SHUTDOWN is
-// before its beginning and after its end.
+// moved records that an endpoint went from one state to another. SHUTDOWN is the state
+// of an endpoint before it is listed and after it is removed.
 func (m *metrics) moved(from, to connectivity.State) {
 	if from == to {
 		return
@@ -149,7 +149,7 @@ func (m *metrics) moved(from, to connectivity.State) {
 	}
 }
 
-// condition records that n more endpoints are in a condition, if it is one that matters.
+// condition records that n more endpoints are in a condition, unless that is absent or well.
 func (m *metrics) condition(c condition, n int64) {
 	if name := conditionNames[c]; name != "" {
 		conditionsMetric.Record(m.recorder, n, m.target[0], name, m.locality)
@@ -172,7 +172,7 @@ func (m *metrics) panicked(n int64) { panicsMetric.Record(m.recorder, n, m.targe
 // connected records that endpoints have n more connections besides their first.
 func (m *metrics) connected(n int64) { addedConnectionsMetric.Record(m.recorder, n, m.target...) }
 
-// sampleDropped records an attempt whose latency does not count.
+// sampleDropped records an attempt whose latency is not known.
 func (m *metrics) sampleDropped(o load.Outcome) {
 	droppedSamplesMetric.Record(m.recorder, 1, m.dropped[o]...)
 }

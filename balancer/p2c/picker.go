@@ -19,34 +19,35 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-// This file is the hot path: Pick, and Done. It takes no lock, and allocates
-// nothing.
+// This file is the hot path: Pick, and Done. It takes no lock and allocates nothing, except
+// where a call waits for an endpoint with room and where an attempt fails.
 
-// picker picks the least loaded of a few READY endpoints: config.choices of them
-// at random, and those that were the least loaded at the last pick. With no more
-// endpoints than that it looks at them all.
+// picker picks the cheapest of a few READY endpoints: config.choices of them at random, and
+// config.memory of them that were the cheapest at the last pick. With no more endpoints than
+// both together it looks at all of them.
 //
-// It holds the READY set itself, not a copy, so it stays good while endpoints
-// come and go; there is a new picker for a new config.
+// It uses the READY set itself, not a copy, so it stays valid when endpoints come and go.
+// Only a new config makes a new picker.
 type picker struct {
 	policy *policy
 	config *config
 	metric load.Metric
 	ready  *readySet
 
-	// remembered holds the least loaded of the last pick, config.memory of them.
-	// Goroutines that pick at the same time overwrite each other's, which does no
-	// harm: any of them is a good candidate. One that is not READY any more is
-	// taken out, and is not picked even if a late write puts it back.
+	// remembered holds the config.memory cheapest candidates of the last pick. Goroutines
+	// that pick at the same time overwrite those of each other. That does no harm, because
+	// all of them are good candidates. One that leaves the READY set is removed. If a late
+	// write puts it back, it is still not picked.
 	remembered [maxMemory]atomic.Pointer[candidate]
 
-	// idle is in how many rounds of the endpoints picks saw nothing in flight, up to
-	// idleRounds. Where many cores pick it stays what it is, so they do not write it.
+	// idle counts the rounds, up to idleRounds, in which picks saw nothing in flight. A round
+	// is as many endpoints looked at as there are. Under load it stays 0, so that cores do
+	// not write it.
 	idle atomic.Uint32
 }
 
-// now reads the clock, for a metric that has use for the time. Reading it twice is
-// half of what a pick by pendingRequests would cost.
+// now returns the time, or 0 for a metric that does not use it. To read the clock twice would
+// be half of the cost of a pick with pendingRequests.
 func (p *picker) now() load.Instant {
 	if p.config.timeless {
 		return 0
@@ -84,15 +85,15 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	default:
 		c = p.chooseAny(now, call)
 	}
-	if c == nil { // What was drawn has left meanwhile.
+	if c == nil { // the drawn endpoints have left the READY set meanwhile
 		if c = p.ready.first(); c == nil {
-			// The last one has just left; the channel hears of it next.
+			// The last endpoint has just left. The channel gets a new picker next.
 			return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 		}
 	}
 	child := c.child.Load()
 	if child.ConnectivityState != connectivity.Ready {
-		// It has just left. The channel gets a new picker, and then it picks again.
+		// It is not READY any more. The channel gets a new picker, and picks again.
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
 	limited := p.config.limited()
@@ -123,12 +124,12 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	} else {
 		k = b.picks.Get().(*pick)
 		h = &k.handle
-		if k.uses++; k.uses&(k.uses-1) == 0 { // seldom, as it may take a while
+		if k.uses++; k.uses&(k.uses-1) == 0 { // seldom, because untracked may take long
 			b.untracked(info.FullMethodName)
 		}
 	}
 	k.picker, k.candidate, k.meter, k.ctx, k.tried, k.inner = p, c, c.meter.Load(), info.Ctx, tried, result.Done
-	if p.config.timeless && !k.meter.timeless { // the metric has just changed
+	if p.config.timeless && !k.meter.timeless { // a new config has just replaced the metric
 		now = k.now()
 	}
 	k.row = c.run.row()
@@ -140,7 +141,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		a.Method, a.Stream = info.FullMethodName, call.stream
 		c.fill(&a.Query, p, now, call.class)
 		if limited {
-			a.InFlight = max(a.InFlight-1, 0) // Its own is counted.
+			a.InFlight = max(a.InFlight-1, 0) // take has counted this attempt
 		}
 		k.sample.Ticket = k.meter.Start(a)
 	}
@@ -168,7 +169,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	return result, nil
 }
 
-// call is what the choice of an endpoint depends on besides the endpoints.
+// call is the properties of a call on which the choice of an endpoint depends.
 type call struct {
 	class  load.Class
 	stream bool
@@ -194,7 +195,7 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 		for i := range v.slots {
 			s.add(v.slots[i].Load())
 		}
-		m = 0 // it has seen them all
+		m = 0 // all endpoints are looked at
 	default:
 		if m > 0 && p.idle.Load() >= idleRounds {
 			d = min(d, restChoices)
@@ -212,7 +213,7 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 			last := uint32(n-d) + i
 			k := uint32(bits >> 32 * uint64(last+1) >> 32)
 			again := taken>>(k&63)&1 != 0
-			if n > 64 && again { // in this order: the first is foreseen
+			if n > 64 && again { // in this order, because the processor predicts the first condition
 				again = slices.Contains(index[:i], k)
 			}
 			if again {
@@ -235,7 +236,7 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 	s.drawn = s.count
 	for i := range m {
 		if c := p.remembered[i].Load(); c != nil && c.slot.Load() != notReady {
-			s.add(c) // It may be among the drawn, which does no harm.
+			s.add(c) // it may have been drawn too, which does no harm
 		}
 	}
 	best := s.choose(now)
@@ -245,8 +246,8 @@ func (p *picker) chooseAny(now load.Instant, call call) *candidate {
 	return best
 }
 
-// chooseOfTwo is the power of two choices among endpoints of one weight, by costs
-// without an error: chooseAny without what more needs.
+// chooseOfTwo is chooseAny for two choices, no memory, equal weights and costs without
+// errors, which needs less work.
 func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 	slots := p.ready.view().slots
 	switch len(slots) {
@@ -255,8 +256,8 @@ func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 	case 1:
 		return slots[0].Load()
 	}
-	// One random number is enough for both indexes: each takes a half of it, with
-	// a bias below n/2^32.
+	// One random number is enough for both indexes: each uses half of its bits, with a
+	// bias below n/2^32.
 	u := p.policy.random()
 	i := uint32(u >> 32 * uint64(len(slots)) >> 32)
 	j := uint32(u & math.MaxUint32 * uint64(len(slots)-1) >> 32)
@@ -290,9 +291,9 @@ func (p *picker) chooseOfTwo(now load.Instant, call call) *candidate {
 	return b
 }
 
-// rest reports whether the channel has nothing in flight, as far as its picks see. One pick
-// looks at some of its endpoints, so it takes several to tell, and with many endpoints
-// not each of them is counted.
+// rest reports whether the channel is at rest: nothing is in flight, as far as its picks see.
+// busy is whether this pick saw something in flight. One pick looks at some of the endpoints,
+// so several picks decide. Only one pick in a round is counted, at random.
 func (p *picker) rest(s *selection, busy bool) bool {
 	idle := p.idle.Load()
 	switch {
@@ -310,12 +311,12 @@ func (p *picker) rest(s *selection, busy bool) bool {
 	return false
 }
 
-// idleRounds is how many times as many endpoints as there are the picks in a row that saw
-// nothing in flight have to look at, on average.
+// idleRounds is how many rounds in a row without anything in flight are a rest, on average.
 const idleRounds = 4
 
-// restChoices is how many endpoints a pick draws at most while the channel is at rest. More only
-// help to find one with less in flight. The cheapest are remembered.
+// restChoices is how many endpoints a pick with a memory draws at most while the channel is at
+// rest. More draws would only help to find an endpoint with less in flight, and there is nothing
+// in flight. The cheapest endpoints are remembered.
 const restChoices = 4
 
 // rememberCheapest makes the next pick look again at the m cheapest of this one.
@@ -327,7 +328,7 @@ func (p *picker) rememberCheapest(s *selection, m int) {
 		if next := s.least(rank); next != noRank {
 			c, rank = s.seen[uint32(next)], next+1
 			if c == last {
-				continue // It was drawn twice.
+				continue // the same candidate a second time
 			}
 		}
 		if p.remembered[i].Load() != c {
@@ -338,7 +339,7 @@ func (p *picker) rememberCheapest(s *selection, m int) {
 	}
 }
 
-// remember takes over what another picker of the same READY set remembers.
+// remember copies what the picker of the config before remembers.
 func (p *picker) remember(old *picker) {
 	p.idle.Store(old.idle.Load())
 	for i := range p.config.memory {
@@ -353,58 +354,58 @@ func (p *picker) forget(c *candidate) {
 	}
 }
 
-// pick is an attempt in flight, from Pick to Done and, where a tracker has more
-// to say, to the end of the call. Without a tracker it comes from a pool.
+// pick is an attempt in flight, from Pick to Done, or with a tracker to the end of the call
+// if that is later. Without a tracker it comes from a pool.
 type pick struct {
-	handle handle     // unless it is a tracker's
-	pool   *sync.Pool // where it belongs, if not to a tracker
+	handle handle     // used without a tracker
+	pool   *sync.Pool // of the pick; nil with a tracker
 
 	picker    *picker
 	candidate *candidate
-	meter     *measure // that was told of the start
+	meter     *measure // of the candidate when it was picked
 	ctx       context.Context
 	tried     *attempt.Tried
 	inner     func(balancer.DoneInfo) // the child's Done
-	uses      uint32                  // how many attempts without a tracker it was
+	uses      uint32                  // how often it was used for an attempt, without a tracker
 	trailer   metadata.MD             // of the attempt
-	report    load.Report             // in the trailer
-	reported  bool                    // there is one
+	report    load.Report             // of the server, from the trailer
+	reported  bool                    // whether there is a report
 
-	// What the meter is told: the start, of which the end needs the ticket, and the end.
+	// The arguments of Start and Finish of the meter.
 	attempt load.Attempt
 	sample  load.Sample
 
-	// Of a pick that is a sample for the limit of its endpoint.
-	limit *foundLimit // nil if it is none
-	began load.Instant
-	mark  uint8
+	began load.Instant // set for a sample of a limit, and if slow endpoints are put aside
+	row   uint32       // the row in which the attempt was sent, see run
 
-	row uint32 // see run; began is set, too
+	// Of a pick that is a sample for the limit of its endpoint.
+	limit *foundLimit // nil if the pick is not a sample
+	mark  uint8
 
 	// Of a pick with a tracker.
 	track  *tracker
 	state  atomic.Uint32
-	doneAt load.Instant // when Done was called, before pickAwaiting is set
+	doneAt load.Instant // when Done was called; set before pickAwaiting
 }
 
 // Bits of pick.state. They are only ever set.
 const (
-	pickResponded = 1 << iota // the first response has been seen
-	pickAwaiting              // Done was called with a nil error: the true one comes from the tracker
-	pickFinished              // the meter has been told
+	pickResponded = 1 << iota // the first response has arrived
+	pickAwaiting              // Done was called with a nil error; the true one comes from the tracker
+	pickFinished              // the end of the attempt is counted
 	pickAnswered              // the first message of a stream has arrived
 )
 
-// handle is what grpc calls when an attempt is done. Its method value is made once, which
-// saves each pick an allocation: a pooled pick has a handle of its own, and a tracker's
-// takes one from a pool of handles.
+// handle holds the function that gRPC calls when an attempt is done. The method value is made
+// once for each handle, which saves an allocation at each pick. A pooled pick has a handle of
+// its own. A pick of a tracker takes one from a pool of handles.
 type handle struct {
 	done func(balancer.DoneInfo) // its onDone
 	pick *pick
 	pool *sync.Pool // of handles
 }
 
-// onDone is called by grpc exactly once for each pick.
+// onDone is called by gRPC exactly once for each pick.
 func (h *handle) onDone(info balancer.DoneInfo) {
 	k := h.pick
 	if h.pool != nil {
@@ -424,7 +425,7 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	}
 	now := k.now()
 	switch {
-	case info.Err == nil && info.BytesSent && k.track == nil: // as classify would say
+	case info.Err == nil && info.BytesSent && k.track == nil: // classify would return the same
 		k.finish(now, load.Completed, nil)
 	case !info.BytesSent:
 		outcome := classifyUnsent(k.ctx, info, k.picker.config.failures)
@@ -444,7 +445,7 @@ func (k *pick) onDone(info balancer.DoneInfo) {
 	}
 }
 
-// now reads the clock, if the meter has use for the time.
+// now returns the time, or 0 for a meter that does not use it.
 func (k *pick) now() load.Instant {
 	if k.meter.timeless {
 		return 0
@@ -452,8 +453,8 @@ func (k *pick) now() load.Instant {
 	return load.Instant(k.picker.policy.now())
 }
 
-// respond says that the first response of a stream has arrived. Headers are one, but no
-// answer yet: a server may send them, and then fail the call.
+// respond is called when the first response of a stream arrives. Headers are a response, but
+// not an answer: a server may send them and then fail the call.
 func (k *pick) respond() {
 	if k.state.CompareAndSwap(0, pickResponded) {
 		k.meter.Respond(load.Response{Now: k.now(), Ticket: k.sample.Ticket})
@@ -462,7 +463,7 @@ func (k *pick) respond() {
 	}
 }
 
-// message says that the first message of a stream has arrived.
+// message is called when the first message of a stream arrives.
 func (k *pick) message() {
 	k.answered()
 	if k.picker.config.accrual != nil && k.state.Or(pickAnswered)&(pickAnswered|pickFinished) == 0 {
@@ -470,8 +471,8 @@ func (k *pick) message() {
 	}
 }
 
-// pushback makes the endpoint dearer for as long as the server asked for when it failed the
-// attempt, and returns that.
+// pushback reads from the end of the attempt for how long the server asked not to be called,
+// and returns that time. The endpoint costs more until then.
 func (k *pick) pushback(err error) time.Duration {
 	after := min(attempt.WishOf(err, k.trailer).After, mostPushback)
 	if after > 0 {
@@ -480,8 +481,8 @@ func (k *pick) pushback(err error) time.Duration {
 	return after
 }
 
-// finish tells the meter, once, how an attempt ended. err is for people to look at, and for
-// the limit of the endpoint.
+// finish counts the end of an attempt, once, with the meter, the limit and the accrual of the
+// endpoint. err is the error of the attempt.
 func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	var before uint32 // bits of the state
 	if k.track != nil {
@@ -505,7 +506,7 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 		k.limit.end(k, o, err)
 	}
 	if accrual := k.picker.config.accrual; accrual != nil && before&pickAnswered == 0 {
-		// An answer changes nothing as a rule.
+		// As a rule an answer changes nothing.
 		if o != load.Completed || err != nil || accrual.slow > 0 || !k.candidate.run.quiet() {
 			k.accrue(o, err)
 		}
@@ -526,7 +527,7 @@ func (k *pick) finish(now load.Instant, o load.Outcome, err error) {
 	}
 }
 
-// answered notes that the server has answered an attempt.
+// answered notes that the endpoint has answered an attempt.
 func (k *pick) answered() {
 	if k.meter.note(everAnswered) {
 		k.candidate.changed()
@@ -536,7 +537,7 @@ func (k *pick) answered() {
 	}
 }
 
-// tell tells the meter how the attempt ended.
+// tell calls Finish of the meter.
 func (k *pick) tell(now load.Instant, o load.Outcome, err error, responded bool) {
 	s := &k.sample
 	s.Now, s.Outcome, s.Responded, s.Report, s.InFlight, s.Pushback = now, o, responded, nil, 0, 0

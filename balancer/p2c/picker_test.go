@@ -78,7 +78,7 @@ func TestEqualLoadsGetEqualShares(t *testing.T) {
 	}
 }
 
-// With two endpoints both are looked at, and the lesser load always wins.
+// With two endpoints a pick looks at both, and always takes the one with less load.
 func TestOfTwoTheLessLoadedIsPicked(t *testing.T) {
 	for _, config := range []string{pendingConfig, `{"load":{"peakEwma":{}}}`, `{}`} {
 		bubble(t, func(t *testing.T, w *world) {
@@ -97,8 +97,8 @@ func TestOfTwoTheLessLoadedIsPicked(t *testing.T) {
 	}
 }
 
-// Under two choices the busiest of n endpoints is never picked: it would have to
-// be drawn twice. So choices are distinct. There is no false failure.
+// With d distinct choices the d-1 busiest endpoints are never picked. There is no false
+// failure.
 func TestChoicesAreDistinct(t *testing.T) {
 	for _, choices := range []int{2, 3, 8} {
 		bubble(t, func(t *testing.T, w *world) {
@@ -224,8 +224,8 @@ func TestPicksRepeatFromASeed(t *testing.T) {
 	}
 }
 
-// One of 100 endpoints is idle. Two choices find it in 2 % of picks; with memory
-// it is found once and then known.
+// One of 100 endpoints is idle. Two choices find it in 2 % of picks. With memory a pick
+// finds it once, and the next ones remember it.
 func TestMemoryKeepsTheBestOfTheLastPick(t *testing.T) {
 	for _, memory := range []int{0, 1, 2, 8} {
 		bubble(t, func(t *testing.T, w *world) {
@@ -350,10 +350,10 @@ func TestMemoryForgetsWhatLeftReady(t *testing.T) {
 				p = s.Picker.(*picker)
 				for i := range p.remembered {
 					if p.remembered[i].Load() == c {
-						t.Errorf("%s: %s is still remembered, and with it all that hangs on it", leave.name, a)
+						t.Errorf("%s: %s is still remembered, which keeps its endpoint in memory", leave.name, a)
 					}
 				}
-				// A pick that was under way writes it back.
+				// A pick that started before writes it back.
 				p.remembered[0].Store(c)
 				if got := w.counts(200)[a]; got != 0 {
 					t.Fatalf("%s: %s got %d calls", leave.name, a, got)
@@ -463,7 +463,7 @@ func TestATriedEndpointIsPassedOverWhileAnotherIsReady(t *testing.T) {
 	}
 }
 
-// A tried endpoint is dearer, not forbidden.
+// A tried endpoint costs more, but may be picked.
 func TestATriedEndpointIsPickedWhereTheOthersAreMuchBusier(t *testing.T) {
 	for _, config := range []string{pendingConfig, `{}`, `{"load":{"peakEwma":{}}}`} {
 		for _, n := range []int{2, 3} {
@@ -486,7 +486,7 @@ func TestATriedEndpointIsPickedWhereTheOthersAreMuchBusier(t *testing.T) {
 							t.Fatalf("%s, %d endpoints: picked %q, %v; want %s, which was tried and is 15 times less busy", config, n, a, err, first)
 						}
 						done(balancer.DoneInfo{})
-						// It has gone back in vain, and does not do so again.
+						// A call goes back only once.
 						a, done, err = w.pickWith(tried(w.endpoint(first), w.endpoint(first)))
 						if err != nil || a == first {
 							t.Fatalf("%s, %d endpoints: picked %q, %v; want another than %s, which was tried twice", config, n, a, err, first)
@@ -848,7 +848,7 @@ func TestStressAgainstAModel(t *testing.T) {
 					}
 					a, done, err := w.pick()
 					switch {
-					case err == balancer.ErrNoSubConnAvailable && w.hopes():
+					case err == balancer.ErrNoSubConnAvailable && w.inGrace():
 					case err != nil && n > 0:
 						t.Fatalf("round %d: pick failed with %d endpoints READY: %v", round, n, err)
 					case err == nil && n == 0:
@@ -940,8 +940,8 @@ func TestADeadlineWhileWaitingForAStreamIsAFailureIfDeadlinesAre(t *testing.T) {
 	})
 }
 
-// grpc says of an attempt that it ended without an error, and makes another one:
-// it has retried it.
+// If gRPC reports the end of an attempt without an error, and then makes another attempt, it
+// has retried the first one.
 func TestAnAttemptThatIsFollowedByAnotherHasFailed(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		o, recorder := newObserver(t)
@@ -970,8 +970,8 @@ func TestAnAttemptThatIsFollowedByAnotherHasFailed(t *testing.T) {
 	})
 }
 
-// DialOptions above an interceptor that hedges: more than one attempt of what looks like
-// one call.
+// DialOptions above an interceptor that hedges: one call has several attempts at the same
+// time.
 func TestAttemptsSideBySideLeaveNothingInFlight(t *testing.T) {
 	for _, ends := range [][]int{{0, 1}, {1, 0}} {
 		bubble(t, func(t *testing.T, w *world) {

@@ -8,31 +8,32 @@ import (
 	"sync/atomic"
 )
 
-// readySet is the endpoints that are READY. Pickers read it without a lock while
-// it changes: a reader takes a view, and loads entries from it. An entry is a
-// candidate, whichever stands there at that moment, or nil where one was just
-// removed; a reader holds the candidate from then on and never an index.
+// readySet is the endpoints that picks can choose: the READY ones, without those that are
+// aside or draining, see seating. Pickers read it without a lock while it changes: a reader
+// takes a view, and loads slots of it. A slot has a candidate, or nil if one was just removed.
+// Which candidate it has may change at any time, so a reader keeps the candidate and not the
+// index of the slot.
 //
-// The endpoints at home come first, if zones count. See zones.go.
+// The endpoints at home have the first slots. See zones.go.
 //
 // add, remove, settle and reweigh take logarithmic time, add amortized. The caller holds
 // policy.mu.
 type readySet struct {
 	seats   atomic.Pointer[seats]
-	size    atomic.Int32
-	unequal atomic.Bool    // not all weights are the same
-	home    atomic.Int32   // how many are at home if zones count, else 0
-	atHome  int            // how many are at home
-	weights map[uint32]int // how many endpoints have which
+	size    atomic.Int32   // how many endpoints there are
+	unequal atomic.Bool    // whether weights differ
+	home    atomic.Int32   // atHome if zones count, else 0
+	atHome  int            // how many endpoints are at home
+	weights map[uint32]int // how many endpoints have each weight
 }
 
-// seats are the places in a set, some of them empty.
+// seats are the slots of a set. A set that grows gets new ones.
 type seats struct {
 	slots []atomic.Pointer[candidate]
 	// tree holds sums of weights (Fenwick, "A new data structure for cumulative
-	// frequency tables", 1994): tree[i] those of the i&-i slots before slot i. A
-	// reader may see a sum before or after its neighbour changes, and then draws
-	// what it would have drawn a moment sooner or later.
+	// frequency tables", 1994): tree[i] is the sum of the i&-i slots before slot i. A
+	// reader may see that one sum has changed and another not yet. Then its draw is
+	// wrong by one change.
 	tree  []atomic.Int64
 	total atomic.Int64
 }
@@ -52,7 +53,7 @@ func (s *readySet) view() view {
 	return view{seats.slots[:min(size, len(seats.slots))], seats}
 }
 
-// first returns any of the set, nil if it is empty.
+// first returns the candidate in the first slot, nil if the set is empty.
 func (s *readySet) first() *candidate {
 	if v := s.view(); len(v.slots) > 0 {
 		return v.slots[0].Load()
@@ -60,7 +61,7 @@ func (s *readySet) first() *candidate {
 	return nil
 }
 
-// relative returns the weight of a candidate in relation to the mean of the set.
+// relative returns the weight of a candidate divided by the mean weight of the set.
 func (s *readySet) relative(c *candidate) float64 {
 	if !s.unequal.Load() {
 		return 1
@@ -75,7 +76,7 @@ func (v view) draw(r *random) int {
 	return v.find(r, v.seats.total.Load())
 }
 
-// drawOf is draw of the first n slots.
+// drawOf is draw among the first n slots.
 func (v view) drawOf(r *random, n int) int {
 	sum := int64(0)
 	for k := n; k > 0; k -= k & -k {
@@ -84,7 +85,7 @@ func (v view) drawOf(r *random, n int) int {
 	return min(v.find(r, sum), n-1)
 }
 
-// find returns the index of the slot at a random part of the sum of the weights.
+// find returns the index of the slot at a random point of the first sum of the weights.
 func (v view) find(r *random, sum int64) int {
 	hi, _ := bits.Mul64(r.next(), uint64(max(sum, 0)))
 	left, i := int64(hi), 0
@@ -127,7 +128,8 @@ func (s *readySet) add(c *candidate) {
 	s.size.Store(int32(n + 1))
 }
 
-// settle brings a candidate to the endpoints at home, or away. It need not be in the set.
+// settle moves a candidate to the slots of endpoints at home, or of those away. A candidate
+// that is not in the set stays out of it.
 func (s *readySet) settle(c *candidate, home bool) {
 	i := int(c.slot.Load())
 	if i == notReady || home == (i < s.atHome) {
@@ -151,7 +153,7 @@ func (s *readySet) settle(c *candidate, home bool) {
 	seats.weigh(i, -d)
 }
 
-// remove moves the last entry into the place of c.
+// remove removes c, and moves the last candidate into its slot.
 func (s *readySet) remove(c *candidate) {
 	s.settle(c, false)
 	seats := s.seats.Load()
@@ -168,7 +170,7 @@ func (s *readySet) remove(c *candidate) {
 	s.count(c.weight.Load(), -1)
 }
 
-// reweigh gives a candidate another weight. It need not be in the set.
+// reweigh sets the weight of a candidate, which may be in the set or not.
 func (s *readySet) reweigh(c *candidate, w uint32) {
 	old := c.weight.Swap(w)
 	i := int(c.slot.Load())
@@ -180,7 +182,7 @@ func (s *readySet) reweigh(c *candidate, w uint32) {
 	s.count(w, 1)
 }
 
-// count counts n more endpoints of a weight.
+// count counts n more endpoints of a weight, or fewer if n is negative.
 func (s *readySet) count(w uint32, n int) {
 	if s.weights == nil {
 		s.weights = make(map[uint32]int)

@@ -9,13 +9,13 @@ import (
 	orcapb "github.com/cncf/xds/go/xds/data/orca/v3"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/connectivity"
-	"google.golang.org/grpc/orca" // makes grpc read the reports in trailers, too
+	"google.golang.org/grpc/orca" // registers the parser of reports in trailers too
 	"google.golang.org/grpc/resolver"
 
 	"github.com/belfry-go/belfry/load"
 )
 
-// This file takes in what servers say of their load by the ORCA protocol (gRFC A51, A64).
+// This file receives the reports of servers by the ORCA protocol (gRFC A51, A64).
 
 // reportOf returns the report that came with the end of an attempt.
 func reportOf(serverLoad any) (load.Report, bool) {
@@ -33,8 +33,8 @@ func reportOf(serverLoad any) (load.Report, bool) {
 	}, true
 }
 
-// NewSubConn asks the server of a connection that is READY for reports out of band, if the
-// config has an interval for them.
+// NewSubConn makes a SubConn that asks its server for reports out of band when it is READY, if
+// the config has an interval for them.
 func (ep *endpoint) NewSubConn(addrs []resolver.Address, opts balancer.NewSubConnOptions) (balancer.SubConn, error) {
 	if ep.policy.outOfBand.Load() == 0 {
 		//lint:ignore SA1019 the child gives it one address
@@ -57,7 +57,7 @@ func (ep *endpoint) NewSubConn(addrs []resolver.Address, opts balancer.NewSubCon
 type outOfBand struct {
 	ep      *endpoint
 	subConn balancer.SubConn
-	stop    func() // nil while not listening
+	stop    func() // stops listening; nil while it does not listen
 }
 
 func (o *outOfBand) moved(to connectivity.State) {

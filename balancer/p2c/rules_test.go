@@ -24,8 +24,8 @@ import (
 	"github.com/belfry-go/belfry/internal/test/race"
 )
 
-// bench is the policy in virtual time, of one goroutine and one seed: what it does
-// is the same in every run.
+// bench runs the policy in virtual time, on one goroutine and with one seed, so that every
+// run is the same.
 type bench struct {
 	t      *testing.T
 	cc     lbtest.Channel
@@ -162,8 +162,8 @@ var measuring = []string{`{}`, `{"choiceCount":2,"memory":0}`, `{"load":{"peakEw
 
 func TestAtRest(t *testing.T) {
 	t.Run("equal_endpoints_get_equal_shares", func(t *testing.T) {
-		// The first latency of an endpoint may be so long that it is left out for some hundred
-		// calls, so that one run alone says little.
+		// The first latency of an endpoint may be so long that the endpoint gets none of the next
+		// hundred calls, so one run is not enough.
 		const runs, most = 20, 2
 		for _, config := range []string{`{}`, `{"choiceCount":2,"memory":0}`, pendingConfig} {
 			uneven := 0
@@ -288,12 +288,12 @@ func TestColdStart(t *testing.T) {
 	}
 }
 
-// What a failure or a first answer changes is known to the next pick.
+// The next pick knows what a failure or a first answer has changed.
 func TestHealthIsKnownAtOnce(t *testing.T) {
 	failed := balancer.DoneInfo{BytesSent: true, BytesReceived: true, Err: status.Error(codes.Unavailable, "x")}
 	for _, config := range []string{pendingConfig, constantConfig} {
 		w := newBench(t, config, endpoints(2)...)
-		// picks returns how many of n calls the first endpoint got, which ends them so.
+		// picks makes n calls, and returns how many went to the first endpoint. These end as given.
 		picks := func(n int, with balancer.DoneInfo) (got int) {
 			for range n {
 				i, done := w.pick("/s/Get")
@@ -327,7 +327,7 @@ func TestWeights(t *testing.T) {
 				share := counts[0] / 20_000
 				lo, hi := 0.30, 0.37
 				if config != `{}` && config != pendingConfig {
-					lo, hi = 0.24, 0.44 // their measure of an idle endpoint is less sure
+					lo, hi = 0.24, 0.44 // their costs of an idle endpoint are less exact
 				}
 				if share < lo || share > hi {
 					t.Errorf("%s, %d callers: weight 1 beside 2 got %.3f of the calls, want %.2f to %.2f", config, callers, share, lo, hi)
@@ -344,7 +344,7 @@ func TestWeights(t *testing.T) {
 		}
 	})
 	t.Run("do_not_keep_calls_from_a_fast_one", func(t *testing.T) {
-		// Of the draws 28 % have it. It is picked for a third of the calls that it is idle at.
+		// It is in 28 % of the draws, and is picked for a third of the calls at which it is idle.
 		w := newBench(t, `{}`, weights(1, 10, 10, 10)...)
 		w.callers(4, 2000, 10*time.Millisecond)
 		calls, light := 4000, 0
@@ -383,7 +383,7 @@ func TestStreams(t *testing.T) {
 				w.after(w.around(10*time.Millisecond), answer)
 				w.run(time.Millisecond)
 			}
-			// Constant and the others with two choices see two endpoints at a time.
+			// constant, and the other metrics with two choices, look at two endpoints.
 			if most := slices.Max(open); most > 220 {
 				t.Errorf("of 2000 streams the endpoints have %v, want at most 220", open)
 			}
@@ -395,7 +395,7 @@ func TestStreams(t *testing.T) {
 				w.run(time.Millisecond)
 				answer()
 			}
-			// A server that was started again has none of them.
+			// A server that was restarted has no streams.
 			w.b.(*policy).endpoint(0).candidate.tally.add(-75 * oneStream)
 			counts := w.callers(8, 8000, 5*time.Millisecond)
 			if counts[0] < 1600 || counts[0] > 2400 {
@@ -418,53 +418,9 @@ func TestStreams(t *testing.T) {
 			for i := range silent {
 				got += counts[i]
 			}
-			if got < 1500 { // of few callers one endpoint alone may get little by chance
+			if got < 1500 { // with few callers one endpoint may get few calls by chance
 				t.Errorf("%d callers: the three endpoints with silent streams got %v of 10000 calls, want at least half their share", callers, got)
 			}
 		}
 	})
-}
-
-func TestMethodsThatAreNotAlike(t *testing.T) {
-	w := newBench(t, `{}`, endpoints(10)...)
-	exports := make([]int, 10)
-	var with, without [2]float64 // gets, and chances for them
-	most := 0
-	for range 60_000 {
-		method, took := "/s/Get", w.around(time.Millisecond)
-		if w.random.IntN(100) == 0 {
-			method, took = "/s/Export", w.around(10*time.Second)
-		}
-		i, done := w.pick(method)
-		if method == "/s/Export" {
-			exports[i]++
-			if w.now > 20*time.Second {
-				most = max(most, exports[i])
-			}
-			w.after(took, func() { exports[i]--; done(success) })
-		} else {
-			if w.now > 20*time.Second {
-				for _, n := range exports {
-					if n > 0 {
-						with[1]++
-					} else {
-						without[1]++
-					}
-				}
-				if exports[i] > 0 {
-					with[0]++
-				} else {
-					without[0]++
-				}
-			}
-			w.after(took, func() { done(success) })
-		}
-		w.run(5 * time.Millisecond)
-	}
-	if ratio := with[0] / with[1] / (without[0] / without[1]); ratio < 0.8 || ratio > 1.2 {
-		t.Errorf("a Get goes to an endpoint with an Export %.2f times as often as to one without, want 0.8 to 1.2", ratio)
-	}
-	if most > 4 {
-		t.Errorf("%d Exports at once on one endpoint, want at most 4, twice the mean", most)
-	}
 }

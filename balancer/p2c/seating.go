@@ -7,36 +7,37 @@ import (
 	"google.golang.org/grpc/connectivity"
 )
 
-// This file decides which endpoints take part: it is the only one that puts endpoints into
-// the READY set and takes them out. A pick does not know that there are others, so that
-// those who do not take part cost it nothing.
+// This file decides which endpoints are in the READY set. No other file adds endpoints to the
+// set or removes them. A pick sees only the endpoints in the set, so the others cost it
+// nothing.
 
-// A condition is why an endpoint takes part or does not.
+// A condition decides whether an endpoint is in the READY set.
 type condition int
 
 const (
 	absent  condition = iota // not READY
-	well                     // READY, and nothing speaks against it
+	well                     // READY, and none of the following
 	aside                    // READY, and put aside: see accrual
 	drains                   // READY, and discovery says that it is about to leave
-	ejected                  // taken out by a parent or a health check, and still connected
+	ejected                  // ejected by a parent or a health check, still connected, and the config has useEjected
 	conditions
 )
 
 var conditionNames = [conditions]string{aside: "aside", drains: "draining", ejected: "ejected"}
 
-// seating is which endpoints take part. policy.mu guards it.
+// seating is the conditions of all endpoints, and which of them are in the READY set. policy.mu
+// guards it.
 type seating struct {
-	count  [conditions]int // endpoints in each
-	others []*endpoint     // those that are aside, draining or ejected
-	seated [conditions]bool
+	count  [conditions]int  // how many endpoints are in each condition
+	others []*endpoint      // the endpoints that are aside, draining or ejected
+	seated [conditions]bool // whether endpoints in each condition are in the READY set
 }
 
-// decide says endpoints in which condition take part, from how many there are.
+// decide returns seated, as it follows from count.
 func (s *seating) decide(cfg *accrualConfig) (seated [conditions]bool) {
 	seated[well] = true
 	if n := s.count[aside]; n > 0 && cfg != nil {
-		// Panic: too many for each of them to be at fault.
+		// Panic: so many are aside that their fault is likely to be a common one.
 		seated[aside] = s.count[well] == 0 || float64(n) > cfg.maxAside*float64(s.count[well]+n)
 	}
 	seated[drains] = s.count[well]+s.count[aside] == 0
@@ -44,7 +45,7 @@ func (s *seating) decide(cfg *accrualConfig) (seated [conditions]bool) {
 	return seated
 }
 
-// conditionLocked returns what the endpoint is in.
+// conditionLocked returns the condition of the endpoint.
 func (ep *endpoint) conditionLocked() condition {
 	switch {
 	case ep.gone:
@@ -61,7 +62,8 @@ func (ep *endpoint) conditionLocked() condition {
 	return well
 }
 
-// seatLocked does what follows for the READY set from a change of the endpoint.
+// seatLocked updates the condition of the endpoint, and the READY set, after a change of the
+// endpoint or of the config.
 func (b *policy) seatLocked(ep *endpoint) {
 	s := &b.seating
 	if now := ep.conditionLocked(); now != ep.condition {
@@ -104,7 +106,7 @@ func (b *policy) seatLocked(ep *endpoint) {
 		ep.sitLocked(s.seated[ep.condition])
 		return
 	}
-	// First those who come, so that a pick never finds the set empty.
+	// Adds before it removes, so that a pick never finds the set empty.
 	for _, sit := range []bool{true, false} {
 		for _, other := range append(s.others[:len(s.others):len(s.others)], ep) {
 			if s.seated[other.condition] == sit {
@@ -117,7 +119,8 @@ func (b *policy) seatLocked(ep *endpoint) {
 	}
 }
 
-// panickedLocked does what follows when a panic has begun or ended.
+// panickedLocked records and logs that a panic has started or ended. At its end a call may try
+// each endpoint that is still aside.
 func (b *policy) panickedLocked() {
 	s := &b.seating
 	all := s.count[well] + s.count[aside]
@@ -133,12 +136,12 @@ func (b *policy) panickedLocked() {
 	logger.Warningf("%s: the panic has ended: %d of %d endpoints are put aside", b.opts.Target.String(), s.count[aside], all)
 	for _, ep := range s.others {
 		if ep.condition == aside {
-			ep.accrual().amnestyLocked()
+			ep.accrual().tryNowLocked()
 		}
 	}
 }
 
-// sitLocked puts the endpoint into the READY set or takes it out.
+// sitLocked adds the endpoint to the READY set, or removes it.
 func (ep *endpoint) sitLocked(sit bool) {
 	b, c := ep.policy, ep.candidate
 	if sit && ep.condition == ejected {
@@ -155,5 +158,5 @@ func (ep *endpoint) sitLocked(sit bool) {
 	}
 }
 
-// avoids reports whether the policy avoids a READY endpoint by a decision of its own.
+// avoids reports whether the policy itself keeps a READY endpoint in the condition from calls.
 func avoids(c condition) bool { return c == aside || c == drains }

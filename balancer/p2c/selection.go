@@ -11,24 +11,25 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-// selection is the candidates that one pick looks at, and finds the best of them.
-// It works in passes, first gathering, then measuring, then comparing: with many
-// endpoints each is a miss in the cache, and so the processor fetches them side by
-// side, where a comparison after each would make it wait.
+// selection is the candidates that one pick looks at. choose returns the best of them. It
+// works in three passes: it collects the candidates, then measures them, then compares them.
+// With many endpoints each candidate is a cache miss. In passes the processor fetches several
+// candidates at the same time. If it compared each one before the next, it would wait for
+// each.
 type selection struct {
 	picker *picker
 	call   call
 	random random
-	home   int32  // how many of the READY set are at home, 0 if zones do not count
-	away   uint32 // bits of those that are not
-	count  int
-	drawn  int // the first so many are random draws, the others remembered
+	home   int32  // how many endpoints of the READY set are at home; 0 if zones do not count
+	away   uint32 // the candidates that are not at home, as bits
+	count  int    // how many candidates there are
+	drawn  int    // how many of these, the first ones, were drawn; the others were remembered
 	seen   [maxChoices + maxMemory]*candidate
 	costs  [maxChoices + maxMemory]float32
 	// details are the errors of the costs, and the queues, as candidate.detail has them.
 	details [maxChoices + maxMemory]uint64
 
-	first, second uint64 // the least ranks
+	first, second uint64 // the two least ranks
 }
 
 // add adds a candidate, unless it is nil.
@@ -51,13 +52,17 @@ func (s *selection) has(c *candidate) bool {
 
 // choose measures the candidates and returns the best, nil if there are none.
 //
-// Costs that differ by less than four of their errors are equal, up to a limit.
-// While the channel is at rest, the limit is wide and one of the random draws is taken
-// at random: only latencies could tell them apart, and these latencies do not. Else
-// the limit is narrow, and the one with the fewest attempts in flight is taken, of those
-// the cheapest, or where weights differ and it is not idle any. A stream goes where the
-// fewest are open. Where zones count, it takes an endpoint of the cheapest's, or of any
-// other zone if that is away.
+// Costs that differ by no more than four of their errors are equal, up to a limit:
+//
+//   - While the channel is at rest, the limit is wide, because only latencies could tell
+//     the endpoints apart, and such latencies do not. choose takes one of the equal draws
+//     at random.
+//   - Otherwise the limit is narrow. choose takes the one with the fewest attempts in
+//     flight, and of several such ones the cheapest. But if weights differ, and they have
+//     attempts in flight, it takes any of them.
+//   - For a stream choose takes the one with the fewest open streams.
+//
+// If zones count, all equal candidates are at home if the cheapest is, and away if it is not.
 func (s *selection) choose(now load.Instant) *candidate {
 	if s.count == 0 {
 		return nil
@@ -86,7 +91,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 		limit, errors = equalStreams, math.MaxFloat32
 	}
 	least := s.costs[uint32(s.first)]
-	skipped := s.otherZones() // bits of candidates
+	skipped := s.otherZones() // the candidates that are not taken, as bits
 	if weighted && !s.call.stream && !p.config.exact {
 		if light := s.light(queue/float32(s.count)) &^ skipped; light != 0 {
 			heavy := s.leastBut(skipped | light)
@@ -106,7 +111,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 	if rest {
 		like.time = p.config.equalTime
 		if !s.call.stream && skipped == 0 {
-			// As a rule most are equal, so that a few draws among all find one.
+			// As a rule most are equal, so two draws among all are likely to find one.
 			for range 2 {
 				if i := s.random.below(uint32(count)); like.has(s.costs[i], s.details[i]) {
 					return s.seen[i]
@@ -114,7 +119,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 			}
 		}
 	}
-	// There are no branches in this loop: which costs are equal no processor can guess.
+	// This loop has no branches, because a processor cannot predict which costs are equal.
 	var equal [maxChoices + maxMemory]uint8
 	var equals uint32
 	for i, cost := range s.costs[:count] {
@@ -126,7 +131,7 @@ func (s *selection) choose(now load.Instant) *candidate {
 		equals += is &^ (skipped >> i)
 	}
 	switch {
-	case equals == 0: // The cheapest is a remembered one.
+	case equals == 0: // only draws count, and the cheapest candidate was remembered
 		return s.seen[uint32(s.first)]
 	case equals == 1:
 		return s.seen[equal[0]]
@@ -136,12 +141,13 @@ func (s *selection) choose(now load.Instant) *candidate {
 	return s.leastBusy(equal[:equals], rest, weighted)
 }
 
-// likeness says which costs are equal to the least: those above it by less than their relative
-// error times errors, up to limit, or times time.
+// likeness says which costs are equal to the least. With e for the error of a cost, divided by
+// the cost, these are the costs that exceed least by no more than min(errors*e, limit), or by
+// no more than time*e.
 type likeness struct{ least, limit, errors, time float32 }
 
-// has reports whether a cost is equal. The bits of numbers above 0 are in the order of the
-// numbers.
+// has reports whether a cost is equal to the least. It compares bits, which are in the order of
+// the numbers if these are not negative.
 func (l *likeness) has(cost float32, detail uint64) bool {
 	e := math.Float32frombits(uint32(detail >> 32))
 	within := min(math.Float32bits(l.errors*e), math.Float32bits(l.limit))
@@ -149,7 +155,8 @@ func (l *likeness) has(cost float32, detail uint64) bool {
 	return math.Float32bits(cost) <= math.Float32bits(l.least+math.Float32frombits(within))
 }
 
-// measure asks what the candidates cost, ranks them, and returns the sum of their queues.
+// measure sets the costs, the details and the least ranks of the candidates. It returns the sum
+// of their queues.
 func (s *selection) measure(now load.Instant) (queue float32) {
 	tick := tickOf(now)
 	first, second := uint64(noRank), uint64(noRank)
@@ -169,9 +176,9 @@ func (s *selection) measure(now load.Instant) (queue float32) {
 	return queue
 }
 
-// A rank is a cost above the index of its candidate. The bits of two costs are in the order
-// of the costs, so that ranks are compared without a branch: which of two costs is less no
-// processor can guess.
+// rankOf returns the rank of a candidate: the bits of its cost above its index. The bits of costs
+// are in the order of the costs. So ranks are compared without a branch, which a processor
+// could not predict.
 func rankOf(cost float32, i int) uint64 { return uint64(math.Float32bits(cost))<<32 | uint64(i) }
 
 const noRank = math.MaxUint64
@@ -193,8 +200,8 @@ func (s *selection) least(from uint64) uint64 {
 	return least
 }
 
-// leastBusy returns the one with the fewest attempts in flight of those that cost the
-// same, for a stream the one with the fewest streams.
+// leastBusy returns, of candidates with equal costs, the one with the fewest attempts in
+// flight, or for a stream the one with the fewest open streams. See choose.
 func (s *selection) leastBusy(equal []uint8, rest, weighted bool) *candidate {
 	best, ties := 0, 0
 	var bestQueue float32
@@ -224,8 +231,8 @@ func (s *selection) leastBusy(equal []uint8, rest, weighted bool) *candidate {
 	return s.seen[best]
 }
 
-// light returns which of the draws are idle endpoints of a small weight, as bits. queue is
-// what the candidates have in flight per weight, on average.
+// light returns, as bits, which of the draws are idle endpoints of a small weight. queue is the
+// mean queue of the candidates. See lightWeight.
 func (s *selection) light(queue float32) (bits uint32) {
 	for i, c := range s.seen[:s.drawn] {
 		attempts, _ := c.tally.read()
@@ -238,7 +245,7 @@ func (s *selection) light(queue float32) (bits uint32) {
 	return bits
 }
 
-// leastBut returns the cheapest draw that is not light, or -1.
+// leastBut returns the index of the cheapest draw that is not in light, or -1.
 func (s *selection) leastBut(light uint32) int {
 	heavy := -1
 	for i := range s.drawn {
@@ -249,8 +256,8 @@ func (s *selection) leastBut(light uint32) int {
 	return heavy
 }
 
-// onlyIdle reports whether those that are light cost no less than the heavy one would if it
-// were idle too, within the limit.
+// onlyIdle reports whether the light candidates are cheaper than the heavy one only because they
+// are idle: if that were idle too, it would cost no more than they do, within the limit.
 func (s *selection) onlyIdle(heavy int, light uint32, limit float32) bool {
 	idle := s.costs[heavy] / (1 + math.Float32frombits(uint32(s.details[heavy])))
 	for i := range s.drawn {
@@ -262,30 +269,32 @@ func (s *selection) onlyIdle(heavy int, light uint32, limit float32) bool {
 }
 
 const (
-	// equalErrors is how many standard errors of its cost make an endpoint equal to
-	// the cheapest. The cheapest of many is as a rule one or two below what it should
-	// be, and the other as much above.
+	// equalErrors is by how many standard errors a cost may exceed the least and still be
+	// equal to it. The cheapest of many is as a rule one or two errors below its true
+	// cost, and another one as many above.
 	equalErrors = 4
 
-	// Where weights differ, costs are equal up to so much at least, whatever their
-	// error: who gives weights wants shares. With few calls in flight an endpoint of
-	// weight 1 beside one of 2 has another number of them per weight, and its price is
-	// off by as much.
+	// If weights differ, equalWeighted is the least limit up to which costs are equal,
+	// whatever their errors, because a weight is meant to give a share. With few calls in
+	// flight, an endpoint of weight 1 and one of weight 2 cannot have the same number per
+	// weight, and their costs differ by that.
 	equalWeighted = 0.6
 
 	// An endpoint of less than lightWeight times the mean weight has more in flight per
-	// weight than the others if it has one attempt, and less if it has none. Where they have
-	// less than lightQueue of that one, it would be picked whenever it is idle and drawn. It is
-	// picked if it is the first of the draws, which is its share.
+	// weight than the others if it has one attempt, and less if it has none. If the others
+	// have less than lightQueue of what one attempt is for it, it would be picked whenever
+	// it is idle and drawn. So it is picked only if it is the first draw, which gives it its
+	// share.
 	lightWeight = 0.5
 	lightQueue  = 0.5
 
-	// A stream may last for hours, and its cost is that of its first response: how many
-	// there are matters more, unless an endpoint is much slower than others.
+	// For a stream costs are equal up to equalStreams. A stream may last for hours, and the
+	// cost is only that of its first response. So the number of streams matters more, unless
+	// an endpoint is much slower than others.
 	equalStreams = 2
 )
 
-// compare orders by the open streams, then by the queue.
+// compare compares open streams, and if these are equal queues.
 func compare(open, open2 float64, queue, queue2 float32) int {
 	switch {
 	case open != open2:
@@ -296,10 +305,10 @@ func compare(open, open2 float64, queue, queue2 float32) int {
 	return 0
 }
 
-// unheard returns the candidate that was not heard of for the longest, of those
-// with nothing in flight that were not heard of for config.exploreAfter. One that
-// has only failed so far is tried again too, and one of another zone for the first time:
-// calls that all have room at home would never tell what it is like.
+// unheard returns the candidate that answered or failed the longest time ago, of those with
+// nothing in flight for which that is longer than config.exploreAfter; nil if there is none.
+// Of endpoints for which no such time is known, only two kinds count: those that have only
+// failed, and those in another zone, to which no call would go while home has room.
 func (s *selection) unheard(now load.Instant) *candidate {
 	after := uint32(s.picker.config.exploreAfter >> heardBits)
 	tick := uint32(uint64(now) >> heardBits)
@@ -322,9 +331,9 @@ func (s *selection) unheard(now load.Instant) *candidate {
 	return oldest
 }
 
-// random is a generator for one pick: SplitMix64 (Steele, Lea, Flood, "Fast
-// splittable pseudorandom number generators", OOPSLA 2014), seeded by one number
-// of the policy's source.
+// random is a generator of random numbers for one pick: SplitMix64 (Steele, Lea, Flood,
+// "Fast splittable pseudorandom number generators", OOPSLA 2014). Its seed is one number of
+// the policy's source.
 type random uint64
 
 func (r *random) next() uint64 {

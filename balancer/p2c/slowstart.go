@@ -11,21 +11,21 @@ import (
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
-// This file is what the field slowStart does: the weight of an endpoint that is new, or was
-// away, rises over a window. A weight is a share of the draws and of what is in flight, so
-// an endpoint that looks idle gets no more than that, and one that looks dear no less.
+// This file implements the field slowStart. The weight of an endpoint that is new, or comes
+// back, rises over a window. A weight is a share of the draws and of the attempts in flight. So
+// the endpoint gets no more than that share if it looks idle, and no less if it looks slow.
 
 const (
 	defaultRampWindow = 30 * time.Second
 	defaultRampFloor  = 0.1
 	minRampFloor      = 0.01
 
-	// A weight rises in so many steps, and at least every second.
+	// A weight rises in rampSteps steps, or in more if these would be longer than rampEvery.
 	rampSteps = 64
 	rampEvery = time.Second
 
-	// While there is a slow start weights are counted in parts, so that a part of 1 can be
-	// told, as far as the greatest weight has room for them in 31 bits.
+	// With a slow start a weight of 1 counts as rampParts, so that it can be divided, or as
+	// fewer if the greatest weight would not fit in 31 bits.
 	rampParts = 1 << 10
 )
 
@@ -35,7 +35,7 @@ type slowStartConfig struct {
 	floor  float64
 }
 
-// newSlowStartConfig returns nil without an error if there is none.
+// newSlowStartConfig returns nil, without an error, if there is no slow start.
 func newSlowStartConfig(m *configv1.SlowStart) (*slowStartConfig, error) {
 	if m == nil {
 		return nil, nil
@@ -53,19 +53,19 @@ func newSlowStartConfig(m *configv1.SlowStart) (*slowStartConfig, error) {
 	return c, nil
 }
 
-// part returns which part of its share an endpoint has after a time.
+// part returns the part of its share that an endpoint has after a time, from floor to 1.
 func (c *slowStartConfig) part(after time.Duration) float64 {
 	return min(max(c.floor, float64(after)/float64(c.window)), 1)
 }
 
 // ramps is the endpoints whose share rises. policy.mu guards it.
 type ramps struct {
-	parts     uint64 // in how many a weight of 1 is counted; 1 without a slow start
-	endpoints []*endpoint
-	ticking   bool
+	parts     uint64      // as how much a weight of 1 counts; 1 without a slow start
+	endpoints []*endpoint // those whose share rises
+	ticking   bool        // whether a timer for stepRamps is set
 }
 
-// rampLocked makes the share of the endpoint rise from now on, if the config says so.
+// rampLocked starts a slow start of the endpoint, if the config has one.
 func (ep *endpoint) rampLocked() {
 	b := ep.policy
 	ep.cold = false
@@ -87,6 +87,7 @@ func (ep *endpoint) rampLocked() {
 	}
 }
 
+// step returns the time between two steps.
 func (c *slowStartConfig) step() time.Duration { return min(c.window/rampSteps, rampEvery) }
 
 // stepRamps raises the shares, until all have risen.
@@ -122,7 +123,7 @@ func (ep *endpoint) endRampLocked() {
 	}
 }
 
-// partLocked returns which part of its share the endpoint has.
+// partLocked returns the part of its share that the endpoint has now, from 0.01 to 1.
 func (ep *endpoint) partLocked() float64 {
 	cfg := ep.policy.picker.config.slowStart
 	if !ep.ramping || cfg == nil {
@@ -131,7 +132,7 @@ func (ep *endpoint) partLocked() float64 {
 	return cfg.part(time.Duration(ep.policy.now() - ep.rampFrom))
 }
 
-// weighLocked gives the endpoint its weight in the READY set.
+// weighLocked sets the weight of the endpoint in the READY set.
 func (ep *endpoint) weighLocked() {
 	w := float64(uint64(ep.weight)*ep.policy.ramps.parts) * ep.partLocked()
 	if weight := uint32(min(max(w, 1), math.MaxUint32)); weight != ep.candidate.weight.Load() {
@@ -140,7 +141,7 @@ func (ep *endpoint) weighLocked() {
 	}
 }
 
-// countParts sets in how many parts weights are counted.
+// countParts sets ramps.parts from the greatest weight.
 func (b *policy) countParts() {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -79,8 +79,8 @@ func TestSlowStart(t *testing.T) {
 		})
 	})
 
-	// What is in flight counts per weight, so a newcomer that looks idle is not flooded, and
-	// one that looks dear not forgotten.
+	// Attempts in flight count per weight. So a new endpoint gets no more than its share if it
+	// looks idle, and no less if it looks slow.
 	for _, metric := range []string{`"expectedLatency":{}`, `"pendingRequests":{}`} {
 		for _, callers := range []int{1, 100} {
 			t.Run("is neither flooded nor forgotten: "+metric, func(t *testing.T) {

@@ -18,7 +18,7 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-// A Snapshot says what a policy knows of its endpoints at a moment.
+// A Snapshot is what a policy knows of its endpoints at one moment.
 type Snapshot struct {
 	// Target is the target of the channel, as it was given to grpc.NewClient.
 	Target string
@@ -26,21 +26,21 @@ type Snapshot struct {
 	CanonicalTarget string
 	// Channel is how channelz and the log of gRPC name the channel, such as "Channel #3".
 	Channel string
-	// Locality is the locality that the policy balances within, if a parent policy
-	// divides the endpoints by locality.
+	// Locality is the locality whose endpoints the policy balances, if a parent policy
+	// divides the endpoints by locality, else "".
 	Locality string
 	// State is the state that the policy reports to the channel.
 	State connectivity.State
 	// Picks is the number of attempts that the policy has sent to the endpoints that are
 	// listed now.
 	Picks uint64
-	// Home is the caller's zone, "" if zones do not count or it is not known, and
+	// Home is the caller's zone, "" if it is not known or the config has no zones.
 	// PrefersHome is whether its endpoints are preferred now. See the field zones of the
 	// config.
 	Home        string
 	PrefersHome bool
-	// Waiting is the number of calls that wait for an endpoint with room for them, see the
-	// field endpointLimit of the config.
+	// Waiting is the number of calls that wait for an endpoint with room. See the fields
+	// endpointLimit and maxConnectionsPerSubchannel of the config.
 	Waiting int
 	// Panic is whether so many endpoints are put aside that all are used. See the field
 	// failureAccrual of the config.
@@ -49,18 +49,19 @@ type Snapshot struct {
 	Endpoints []EndpointSnapshot
 }
 
-// An EndpointSnapshot says what a policy knows of an endpoint.
+// An EndpointSnapshot is what a policy knows of an endpoint.
 type EndpointSnapshot struct {
 	// Addresses are those of the endpoint, the preferred one first. They must not be
 	// changed.
 	Addresses []string
 	// State is the state of the connection, or TRANSIENT_FAILURE if a health check or an
-	// outlier detector has ejected it. Only READY endpoints get calls.
+	// outlier detector has ejected the endpoint. Only READY endpoints get calls, and with
+	// useEjected also ejected ones if no other is left.
 	State connectivity.State
 	// Err says why the state is TRANSIENT_FAILURE, and is nil in other states.
 	Err error
-	// Weight is the relative capacity, at least 1. It is the sum of the weights of an
-	// endpoint that is listed several times.
+	// Weight is the relative capacity, at least 1. For an endpoint that is listed several
+	// times it is the sum of the weights.
 	Weight uint32
 	// Zone is where the endpoint is, "" if discovery does not say.
 	Zone string
@@ -68,49 +69,51 @@ type EndpointSnapshot struct {
 	InFlight int
 	// Streams is the number of open streams: those that have had a response.
 	Streams int
-	// Limit is how many attempts and open streams the endpoint may have together; 0 if
-	// there is no limit. Algorithm is what the algorithm thinks that finds it, and zero
-	// for a fixed one.
+	// Limit is how many attempts and open streams together may be in flight, 0 if there
+	// is no limit. Algorithm is the state of the algorithm that finds the limit, zero if
+	// the limit is fixed.
 	Limit     int64
 	Algorithm limit.State
 	// Connections is the number of READY connections. See the field
 	// maxConnectionsPerSubchannel of the config.
 	Connections int
-	// Load is what one more attempt costs, according to the metric. The unit is the
-	// metric's: nanoseconds for expectedLatency and peakEwma, attempts for pendingRequests.
+	// Load is what one more attempt costs, according to the metric. It is at least 0, in the
+	// unit of the metric: nanoseconds for expectedLatency and peakEwma, attempts for
+	// pendingRequests, none for constant.
 	Load float64
-	// Latency is how long a call takes that finds nothing else in flight, according to the
-	// metric, and Samples is the number of latencies that this stands on; those that are
-	// half forgotten count as half. They are 0 for a metric that does not know.
+	// Latency is how long the metric expects a call to take if nothing else is in flight.
+	// Samples is the number of latencies from which that follows; a latency that is half
+	// forgotten counts as half. Both are 0 for a metric that does not measure them.
 	Latency time.Duration
 	Samples float64
 	// Picks is the number of attempts that were sent to the endpoint since it was listed.
 	Picks uint64
-	// Share is the part of the channel's picks that the endpoint got, from 0 to 1, since
-	// the last snapshot that was taken a second ago or earlier, or since the policy began.
+	// Share is the part of the policy's recent picks that the endpoint got, from 0 to 1. It
+	// covers the last 1 to 2 seconds if snapshots are taken often, else the time since the
+	// snapshot before, or since the policy began.
 	Share float64
-	// Failures is the number of attempts that failed. LastFailure is the error of the last,
-	// nil if there was none, and FailedAt its time. Of failures that follow one another
-	// within 100 ms only the first has its error and time noted.
+	// Failures is the number of attempts that failed. LastFailure is the error of the last
+	// one that was noted, nil if there was none, and FailedAt its time. A failure within
+	// 100 ms after a noted one is not noted.
 	Failures    uint64
 	LastFailure error
 	FailedAt    time.Time
-	// AsideUntil is when the next call tries an endpoint that is put aside, and zero for one
-	// that is not. In a panic it gets calls nonetheless.
+	// AsideUntil is when a call may try an endpoint that is put aside. It is zero for other
+	// endpoints. In a panic an endpoint that is put aside gets calls before that time too.
 	AsideUntil time.Time
-	// AsideWhy is why it was put aside, "" for one that is not.
+	// AsideWhy is why the endpoint is put aside, "" if it is not.
 	AsideWhy string
 	// Draining is whether discovery says that the endpoint is about to leave.
 	Draining bool
-	// ShareAllowed is the part of its share of the calls that the endpoint may get now: 1, or
-	// less while that rises by a slow start.
+	// ShareAllowed is the part of its share of the calls that the endpoint may get now, from
+	// 0.01 to 1. It is below 1 only during a slow start.
 	ShareAllowed float64
 	// PassedOver says why calls go to other endpoints now.
 	PassedOver PassedOver
 }
 
-// Condition is the state as reports for people name it: ASIDE or DRAINING for a READY endpoint
-// that failure accrual has put aside or that is about to leave, else State.
+// Condition returns the state of the endpoint for a report: ASIDE for a READY endpoint that
+// failure accrual has put aside, DRAINING for one that is about to leave, else State.
 func (e *EndpointSnapshot) Condition() string {
 	switch {
 	case e.State != connectivity.Ready:
@@ -123,7 +126,7 @@ func (e *EndpointSnapshot) Condition() string {
 	return e.State.String()
 }
 
-// PassedOver says why an endpoint is passed over. It is empty for one that is not.
+// PassedOver says why calls go to other endpoints. It is "" for an endpoint that may be picked.
 type PassedOver string
 
 const (
@@ -135,36 +138,35 @@ const (
 	Draining PassedOver = "draining"
 	// OnlyFailed is an endpoint that has answered nothing yet, but failed.
 	OnlyFailed PassedOver = "all attempts have failed"
-	// Full is an endpoint with as many attempts and streams as its Limit, or as its
-	// Connections take.
+	// Full is an endpoint with as many attempts and streams as its Limit, or the streams of
+	// its Connections, allow.
 	Full PassedOver = "full"
 	// CostsMore is an endpoint whose Load is above that of the cheapest by more than the
 	// metric's error.
 	CostsMore PassedOver = "costs more"
-	// Away is an endpoint outside the caller's zone, while the cheapest at home costs less
-	// than one away is taken to cost.
+	// Away is an endpoint outside the caller's zone, while an endpoint at home is cheaper than
+	// all others, whose costs are multiplied by awayCost.
 	Away PassedOver = "in another zone"
-	// MoreInFlight is an endpoint with more attempts in flight, or open streams, than
-	// another of the same cost.
+	// MoreInFlight is an endpoint with more attempts in flight than another of equal cost.
 	MoreInFlight PassedOver = "more in flight"
 )
 
-// live is the policies that had an update and are not closed: *policy → nothing.
+// live is the set of the policies that had an update and are not closed: *policy → nil.
 var live sync.Map
 
-// Snapshots returns a snapshot of every policy in the process, in the order of their
-// targets. A channel has none before its first call or Connect, and while it is idle. It has
-// several if a parent policy divides the endpoints, such as by locality.
+// Snapshots returns a snapshot of every policy belfry.p2c in the process, in the order of
+// their targets. A channel has no policy before its first call or Connect, and while it is
+// idle. It has several if a parent policy divides the endpoints, such as by locality.
 //
-// It takes no lock that a call or an update waits for for long, and is cheap enough to be
-// called each second: some 4 ms and 2.6 MB for 10,000 endpoints (BenchmarkSnapshot). It is safe for
-// concurrent use.
+// Snapshots delays calls and updates only for short. It may be called each second: it takes
+// some 4 ms and 2.6 MB for 10,000 endpoints (BenchmarkSnapshot). It is safe for concurrent
+// use.
 func Snapshots() []Snapshot { return snapshots(func(*policy) bool { return true }) }
 
 // SnapshotsOf returns the snapshots of the policies of a channel. See [Snapshots].
 //
-// A channel without [DialOptions], or that has made no call since it left idle, is known by
-// its target only: then the snapshots are those of all such channels with its target.
+// If the channel has no [DialOptions], or has made no call since it was idle, only its
+// target is known. Then the snapshots are those of all such channels with the same target.
 func SnapshotsOf(conn *grpc.ClientConn) []Snapshot {
 	return snapshots(func(b *policy) bool {
 		if c := b.conn.Load(); c != nil {
@@ -190,15 +192,15 @@ func snapshots(of func(*policy) bool) []Snapshot {
 	return all
 }
 
-// counts is what the snapshots of an endpoint remember of its picks.
+// counts is the picks of an endpoint, as snapshots count them.
 type counts struct {
-	seen  uint32 // what the candidate's counter was
-	picks uint64 // all of them, which the counter is too small for
+	seen  uint32 // candidate.picks at the last snapshot
+	picks uint64 // all picks; candidate.picks has only 32 bits
 	last  uint64 // picks at policy.rotated
-	prior uint64 // picks at the time before
+	prior uint64 // picks at the rotation before that one
 }
 
-// shareAfter is the shortest time over which shares are counted.
+// shareAfter is the shortest time between two rotations of counts.
 const shareAfter = time.Second
 
 func (b *policy) snapshot() Snapshot {
@@ -305,7 +307,7 @@ func (b *policy) snapshot() Snapshot {
 	return s
 }
 
-// countPicks fills in the picks and shares.
+// countPicks sets the picks and shares of a snapshot.
 func (b *policy) countPicks(s *Snapshot, eps []*endpoint, now time.Time) {
 	b.countMu.Lock()
 	defer b.countMu.Unlock()
@@ -317,7 +319,7 @@ func (b *policy) countPicks(s *Snapshot, eps []*endpoint, now time.Time) {
 	for i, ep := range eps {
 		k := &ep.counts
 		picks := ep.candidate.picks()
-		if d := int32(picks - k.seen); d > 0 { // a lap may not be counted yet
+		if d := int32(picks - k.seen); d > 0 { // negative if picked has not added a lap yet
 			k.picks += uint64(d)
 			k.seen = picks
 		}

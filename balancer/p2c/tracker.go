@@ -18,17 +18,17 @@ import (
 // tracker follows one call, or one attempt of it if an outer interceptor repeats
 // the call.
 type tracker struct {
-	attempt attempt.Context // what grpc gets; inside is the caller's, which grpc does not cancel when the call is over
+	attempt attempt.Context // the context that grpc gets. It holds the caller's, which grpc does not cancel at the end of the call.
 	tried   attempt.Tried
 	conn    *grpc.ClientConn
 	stream  bool
-	room    attempt.RoomOption   // how long the call may wait for an endpoint with room; nil if its context says
-	used    atomic.Bool          // first is taken
-	first   pick                 // the first attempt's, to save an allocation
-	current atomic.Pointer[pick] // the last attempt's
-	err     error                // the call's, set before ended
+	room    attempt.RoomOption   // bounds the wait for an endpoint with room; nil if only the context does
+	used    atomic.Bool          // whether first is in use
+	first   pick                 // of the first attempt, to save an allocation
+	current atomic.Pointer[pick] // of the last attempt
+	err     error                // of the call; set before ended
 	ended   atomic.Bool
-	leaving atomic.Pointer[leaving] // of a stream that is to be told; nil for others
+	leaving atomic.Pointer[leaving] // where a stream with a LeaveOption is noted; nil for others
 }
 
 func newTracker(ctx context.Context, method string, cc *grpc.ClientConn) *tracker {
@@ -39,8 +39,8 @@ func newTracker(ctx context.Context, method string, cc *grpc.ClientConn) *tracke
 	t := &tracker{conn: cc}
 	t.attempt = attempt.Context{Context: ctx, Info: attempt.Info{Method: method, Target: target, Tried: &t.tried, Tracker: t}}
 	t.first.track = t
-	// A layer outside repeats the call, unless that is another call of the method, which
-	// has a tracker or was sent already, and in whose context this one is made.
+	// If the context has an Info of this method, an outer layer repeats the call. But an Info
+	// with a tracker is that of another call, in whose context this one is made.
 	if outer := attempt.FromContext(ctx, method, target, 0); outer != nil && outer.Tried != nil && outer.Tracker == nil {
 		t.attempt.Info.Tried = outer.Tried
 	}
@@ -56,25 +56,25 @@ func (t *tracker) pick() *pick {
 	return k
 }
 
-// errRetried is how an attempt failed that gRPC says ended without an error, and repeats.
+// errRetried is the error of an attempt that gRPC retries after it has reported its end
+// without an error.
 var errRetried = errors.New("gRPC retried the attempt, and does not tell its error")
 
-// begin makes a pick the last attempt's. If the one before still waits for its
-// true end, grpc has retried it, so it failed.
+// begin makes k the pick of the last attempt. If the attempt before still waits for its
+// true end, gRPC has retried it, so it failed.
 func (t *tracker) begin(k *pick) {
 	if last := t.current.Swap(k); last != nil && last.state.Load()&pickAwaiting != 0 {
 		last.finish(last.doneAt, load.Failed, errRetried)
 	}
 }
 
-// await is called when grpc says of an attempt that it ended without an error.
-// That is not always so: an attempt that the server ends before it has read all
-// of the request ends with io.EOF inside grpc, which reports it as none. The true
-// status is what the call returns, a moment later for a unary call, and when the
-// application reads it for a stream.
+// await is called when gRPC reports the end of an attempt without an error. That is not
+// always true: if the server ends an attempt before it has read the whole request, gRPC
+// gets io.EOF, and reports no error. The true status is what the call returns: at once
+// after this for a unary call, and when the application reads it for a stream.
 //
-// Of attempts that run side by side, because an interceptor hedges below this one,
-// the call's end is that of the last, and the others are taken at their word.
+// If an interceptor below hedges, several attempts are in flight at the same time. The end
+// of the call is that of the last. The others count as answered.
 func (t *tracker) await(k *pick) {
 	k.state.Or(pickAwaiting)
 	if t.current.Load() != k {
@@ -86,7 +86,7 @@ func (t *tracker) await(k *pick) {
 	}
 }
 
-// follow tells a stream that is open when its endpoint is about to leave.
+// follow notes that an open stream is to be told when its endpoint is about to leave.
 func (t *tracker) follow(o attempt.LeaveOption) {
 	k := t.current.Load()
 	if k == nil {
@@ -100,9 +100,8 @@ func (t *tracker) follow(o attempt.LeaveOption) {
 	}
 }
 
-// end is called when the call has ended, with its true status. Only its first
-// call counts: of a stream that could not be made both grpc and trackStream say
-// so.
+// end is called when the call has ended, with its true status. Only the first call of end
+// counts: if a stream cannot be made, both gRPC and the interceptor call it.
 func (t *tracker) end(err error) {
 	if t.ended.Load() {
 		return
@@ -117,12 +116,12 @@ func (t *tracker) end(err error) {
 	}
 }
 
-// interceptors are those of a channel.
+// interceptors are the interceptors of one channel.
 type interceptors struct {
-	warned atomic.Bool // that another policy balances its calls
+	warned atomic.Bool // whether the warning was logged that another policy balances the calls
 }
 
-// check warns, once, if a call was answered that the policy has not picked for.
+// check logs a warning, once, if a call was answered for which the policy has made no pick.
 func (i *interceptors) check(t *tracker, cc *grpc.ClientConn) {
 	if t.current.Load() == nil && !i.warned.Load() && !i.warned.Swap(true) {
 		logger.Warningf("%s: calls have p2c.DialOptions, but another policy balances them: the service config in use does not name %s in its loadBalancingConfig", cc.CanonicalTarget(), Name)
@@ -142,8 +141,8 @@ func (i *interceptors) unary(ctx context.Context, method string, req, reply any,
 func (i *interceptors) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	t := newTracker(ctx, method, cc)
 	t.stream, t.room = true, attempt.RoomOptionOf(opts)
-	// OnFinish is called once, with the true status, also for a stream that nobody
-	// reads any more. The caller's options are not ours to append to.
+	// OnFinish is called once, with the true status, also for a stream that is not read to
+	// its end. opts is the caller's slice, so append must copy it.
 	opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(t.end))
 	s, err := streamer(&t.attempt, desc, cc, method, opts...)
 	if err != nil {
@@ -157,30 +156,38 @@ func (i *interceptors) stream(ctx context.Context, desc *grpc.StreamDesc, cc *gr
 	return &trackedStream{ClientStream: s, track: t, many: desc.ServerStreams}, nil
 }
 
+// untracked logs a warning, once, if a call without a tracker is a stream. It is called for
+// some of the calls without a tracker.
+func (b *policy) untracked(method string) {
+	if !b.warned.Load() && attempt.Streams(method) && !b.warned.Swap(true) {
+		logger.Warningf("%s: %s is a stream, and the channel has no p2c.DialOptions: all its life counts as its latency", b.opts.Target.String(), method)
+	}
+}
+
 // trackedStream sees the first response: the headers, or a message.
 type trackedStream struct {
 	grpc.ClientStream
 	track     *tracker
-	many      bool // the server may send any number of messages
+	many      bool // whether the server may send any number of messages
 	responded atomic.Bool
-	received  bool // a message; used by RecvMsg only
+	received  bool // whether a message was received; used by RecvMsg only
 }
 
-// Context returns the context of the stream without what is for its attempt alone.
+// Context returns the context of the stream without the values of its attempt.
 func (s *trackedStream) Context() context.Context { return attempt.Hide(s.ClientStream.Context()) }
 
 func (s *trackedStream) Header() (metadata.MD, error) {
 	md, err := s.ClientStream.Header()
-	if err == nil && md != nil { // there are none if the stream ended without
+	if err == nil && md != nil { // nil if the stream ended without headers
 		s.respond()
 	}
 	return md, err
 }
 
 func (s *trackedStream) RecvMsg(m any) error {
-	// A server may send the headers at once and its first message hours later. A single
-	// message comes with them, and grpc takes it as an error if there is none, of which
-	// Header would not know.
+	// A server may send the headers at once and its first message hours later, so wait for
+	// the headers first. A single response message comes with the headers. If it is missing,
+	// gRPC returns an error from RecvMsg, but none from Header.
 	if s.many && !s.responded.Load() {
 		_, _ = s.Header()
 	}

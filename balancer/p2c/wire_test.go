@@ -247,8 +247,7 @@ func drain(recv func() error) error {
 	}
 }
 
-// Every kind of call and end: the attempts in flight are back at zero, and the
-// outcome is what really happened.
+// After every kind of call and end nothing is in flight, and the outcome is what happened.
 func TestWireAtRestNothingIsInFlightAndOutcomesAreTrue(t *testing.T) {
 	forever := delayed(time.Hour)
 	type kind struct {
@@ -391,8 +390,8 @@ func TestWireAtRestNothingIsInFlightAndOutcomesAreTrue(t *testing.T) {
 	}
 }
 
-// grpc tells the balancer no error of a call that the server ends before it has
-// read the request. DialOptions make up for it.
+// gRPC reports no error to the balancer if the server ends a call before it has read the
+// request. With DialOptions the policy sees the error.
 func TestWireEarlyRejectionsAreFailures(t *testing.T) {
 	t.Run("bidi ended with RESOURCE_EXHAUSTED", func(t *testing.T) {
 		t.Parallel()
@@ -460,7 +459,7 @@ func TestWireEarlyRejectionsAreFailures(t *testing.T) {
 		w.wantRest(n)
 		for i, got := range w.o.ended() {
 			if got != load.Failed {
-				t.Errorf("call %d: outcome is %v, want failed: nobody on this side cancelled it", i, got)
+				t.Errorf("call %d: outcome is %v, want failed: the client did not cancel it", i, got)
 			}
 		}
 	})
@@ -483,7 +482,7 @@ func TestWireAStreamIsAnAttemptInFlightUntilItsFirstResponse(t *testing.T) {
 	}
 	p := policiesOf(w.target)[0]
 	if attempts, streams := p.inFlight(); attempts != 0 || streams != 1 {
-		t.Errorf("%d attempts in flight and %d open streams while the stream goes on, want 0 and 1", attempts, streams)
+		t.Errorf("%d attempts in flight and %d open streams while the stream is open, want 0 and 1", attempts, streams)
 	}
 	if err := s.CloseSend(); err != nil {
 		t.Fatal(err)
@@ -752,10 +751,10 @@ func TestWireEndpointsThatComeAndGoFailNoCall(t *testing.T) {
 	w.wantRest(800)
 }
 
-// A server that accepts and never answers is found out by the age of what is in
-// flight to it, long before anything times out.
+// A server that accepts calls and never answers gets few calls, because of the age of its
+// attempts in flight, long before these time out.
 func TestWireABlackHoleGetsAlmostNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) { // On a busy machine the others look slow too.
+	synctest.Test(t, func(t *testing.T) { // in real time the others may look slow too
 		c := testserver.NewCluster(t, 3, func(int) []testserver.Option {
 			return []testserver.Option{testserver.InMemory(), testserver.ServiceTime(testserver.Fixed(2 * time.Millisecond))}
 		})
@@ -770,7 +769,7 @@ func TestWireABlackHoleGetsAlmostNothing(t *testing.T) {
 			wg.Go(func() {
 				for made.Add(1) <= calls {
 					ctx, cancel := context.WithTimeout(t.Context(), 250*time.Millisecond)
-					w.call(ctx, nil) // fails where it is lost
+					w.call(ctx, nil) // fails if the black hole gets it
 					cancel()
 				}
 			})

@@ -26,7 +26,7 @@ import (
 
 // world is the policy on a channel without a network, whose SubConns go where
 // the test says. Unless it races on purpose, a test runs in a synctest bubble,
-// so that settle knows when all is quiet.
+// so that settle knows when nothing happens any more.
 type world struct {
 	t    *testing.T
 	cc   *channel

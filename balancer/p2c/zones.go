@@ -14,17 +14,18 @@ import (
 	configv1 "github.com/belfry-go/belfry/proto/belfry/config/v1"
 )
 
-// This file prefers the endpoints of the caller's zone, home, to those away: these cost a
-// multiple of what they would, and some draws of a pick are from home. A cost says already
-// when home is too busy, so there is no switch between zones. The READY endpoints at home
-// are the first of the READY set.
+// This file implements the field zones. It prefers endpoints in the caller's zone, which are at
+// home, to all others, which are away. An endpoint away costs a multiple of its cost, and a
+// pick has additional draws from home. If home is too busy, its endpoints cost more, so no
+// other rule is needed to leave home. The endpoints at home are the first ones in the READY set.
 //
-// Simulated with three zones of seven servers, calls of 5 ms and 2 ms more between zones
-// (go run ./internal/sim/simulate -scenarios zones -policies oracle,default,zones): at 70 %
-// load 99 % of the calls stay at home, and 64 % without zones. Where a zone is asked for
-// 140 % of what it can do 28 % leave, which is the overflow, and the p99 is 37 % above that
-// without zones. With a cost of 1.4 it is 14 % above, and 98 % stay; but of one caller with
-// three real servers of four workers at home 85 % stay, where with 2 it is 93 %.
+// Simulated with three zones of seven servers, calls of 5 ms, and 2 ms more between zones (go
+// run ./internal/sim/simulate -scenarios zones -policies oracle,default,zones): at 70 % load
+// 99 % of the calls stay at home, and 64 % without zones. At 140 % of what a zone can do, 28 %
+// of its calls leave, which are those that are too many. The p99 is 37 % above that without
+// zones. With an awayCost of 1.4 the p99 is 14 % above, and 98 % stay at home at 70 % load. But
+// with one caller, and three real servers of four workers at home, 85 % stay with 1.4, and 93 %
+// with 2.
 
 const (
 	defaultAwayCost  = 2 // see above
@@ -75,7 +76,7 @@ func newZonesConfig(m *configv1.Zones, choices int) (*zonesConfig, error) {
 	return c, nil
 }
 
-// homeOf returns the caller's zone, "" if zones do not count.
+// homeOf returns the caller's zone, "" if the config has no zones or the zone is not known.
 func (c *zonesConfig) homeOf(state resolver.State) string {
 	switch {
 	case c == nil:
@@ -86,7 +87,7 @@ func (c *zonesConfig) homeOf(state resolver.State) string {
 	return place.Home(state)
 }
 
-// setHome applies the caller's zone to the endpoints that are there.
+// setHome sets the caller's zone, and applies it to the existing endpoints.
 func (b *policy) setHome(home string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -99,7 +100,7 @@ func (b *policy) setHome(home string) {
 	b.weighHomeLocked()
 }
 
-// settleLocked applies the zone of the endpoint.
+// settleLocked sets the zone of the endpoint, and whether that is the caller's.
 func (ep *endpoint) settleLocked(zone string) {
 	b := ep.policy
 	ep.zone = zone
@@ -120,8 +121,8 @@ func (ep *endpoint) settleLocked(zone string) {
 	b.weighHomeLocked()
 }
 
-// weighHomeLocked decides whether zones count, after a change of the endpoints at home or
-// of those that take part. In a panic those that are aside do take part, but are not well.
+// weighHomeLocked decides whether zones count. It is called after a change of the endpoints at
+// home or of the READY set. In a panic that has endpoints that are aside, which are not well.
 func (b *policy) weighHomeLocked() {
 	counts := 0
 	if z := b.picker.config.zones; z != nil && float64(b.homesWell) >= z.minReady*float64(b.homes) {
@@ -135,14 +136,14 @@ func (b *policy) weighHomeLocked() {
 	}
 }
 
-// isAway reports whether an endpoint is away.
+// isAway reports whether an endpoint is away, while zones count.
 func (p *picker) isAway(c *candidate) bool {
 	home := p.ready.home.Load()
 	return home > 0 && c.slot.Load() >= home
 }
 
-// awayCost returns the cost of an endpoint that is away. Where a cost may be 0 however far
-// the endpoint is, it counts as one more.
+// awayCost returns the cost of an endpoint that is away. With pendingRequests and constant a cost
+// may be 0, which no factor changes, so 1 is added.
 func (p *picker) awayCost(cost float32) float32 {
 	f := p.config.zones.awayCost
 	if p.config.timeless {
@@ -151,7 +152,7 @@ func (p *picker) awayCost(cost float32) float32 {
 	return cost * f
 }
 
-// drawHome adds draws from home, and notes who is away.
+// drawHome adds the draws from home, and sets home.
 func (s *selection) drawHome(v view) {
 	home := min(int(s.picker.ready.home.Load()), len(v.slots))
 	if home == 0 {
@@ -164,11 +165,11 @@ func (s *selection) drawHome(v view) {
 		for range draws {
 			s.add(v.slots[v.drawOf(&s.random, home)].Load())
 		}
-	case s.count == len(v.slots): // it has seen them all
+	case s.count == len(v.slots): // all endpoints are candidates already
 	default:
 		first := int(s.random.below(uint32(home)))
 		for i := range min(draws, home) {
-			k := first + i // of a few all are seen
+			k := first + i // with few endpoints at home, all of them
 			if home > draws {
 				k = int(s.random.below(uint32(home)))
 			}
@@ -180,13 +181,14 @@ func (s *selection) drawHome(v view) {
 	s.home = int32(home)
 }
 
-// chargeAway makes the candidates that are away dearer, and ranks all again.
+// chargeAway multiplies the costs of the candidates that are away, and ranks all again.
 //
-// A cost grows with what is in flight, and at home that is most of the caller's calls: one
-// that makes many would leave home long before its servers have a queue. So an endpoint away
-// is charged as if it had as much in flight as those at home have on average. Of the q + 1
-// that expectedLatency multiplies, latencies show (q + 1)^0.5 already, which stays as it is.
-// The metrics without latencies know nothing better than what is in flight.
+// A cost grows with the attempts in flight, and most of the caller's attempts are at home. So the
+// calls of a busy caller would leave home long before its servers have a queue. Therefore an
+// endpoint away costs what it would with as many attempts in flight as the endpoints at home
+// have on average. Of the factor q + 1 of expectedLatency, (q + 1)^0.5 is in the latencies
+// already, and stays. Metrics that measure no latencies know only the attempts in flight, so
+// their costs stay.
 func (s *selection) chargeAway() {
 	var homes, queue float32
 	for i, c := range s.seen[:s.count] {
@@ -220,8 +222,8 @@ func (s *selection) chargeAway() {
 	}
 }
 
-// otherZones returns who is not in the zone of the cheapest, as bits. All zones away are
-// one.
+// otherZones returns, as bits, the candidates that are away if the cheapest is at home, and
+// those at home if the cheapest is away.
 func (s *selection) otherZones() uint32 {
 	if s.away>>uint32(s.first)&1 != 0 {
 		return ^s.away

@@ -140,8 +140,8 @@ func TestZones(t *testing.T) {
 				done(success)
 				got[addr[:1]]++
 			}
-			// 50 picks explore; that one zone gets none of them happens in 1 of 1e14 runs: an
-			// endpoint that was not heard of comes first.
+			// 50 picks explore, and an endpoint that was never heard of comes first. That a zone
+			// gets none of these picks happens in 1 of 1e14 runs.
 			if got["b"] == 0 || got["c"] == 0 || got["a"] < n-10 {
 				t.Errorf("calls by zone are %v, want one or two to each away", got)
 			}
@@ -307,7 +307,7 @@ func TestZonesConfigRejects(t *testing.T) {
 	}
 }
 
-// The READY set against a model: who is in it and at home, and the sums of the weights.
+// The READY set equals a model: which endpoints are in it and at home, and the sums of weights.
 func TestReadySetAtHome(t *testing.T) {
 	r := newRand(t)
 	var s readySet

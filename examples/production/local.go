@@ -33,7 +33,7 @@ func runLocal(ctx context.Context, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	backends, err := testserver.StartCluster(3, nil)
 	if err != nil {
 		return err

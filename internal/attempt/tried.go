@@ -23,7 +23,7 @@ type Info struct {
 
 	// Tried holds the endpoints that earlier attempts of the same call were
 	// sent to, shared by all attempts of the call, hedges included. To a picker they
-	// are dearer than others, and it adds its choice. Nil if nobody repeats the call.
+	// cost more than others, and it adds its choice. Nil if no layer repeats the call.
 	Tried *Tried
 
 	// Tracker belongs to the balancing policy's own interceptor, which sees

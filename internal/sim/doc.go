@@ -39,8 +39,25 @@
 //
 // Besides percentiles the table shows, where a scenario is about that, the mean or
 // the shares of the servers: one caller who makes one call after the other, servers
-// of other sizes and weights, methods of unlike cost, heavy-tailed work.
+// of other sizes and weights, methods of unlike cost, heavy-tailed work, streams.
+//
+// A stream is answered once, after its work, and is then open until the run ends, or it
+// is never answered. It goes through the real dial options of package p2c, which tell the
+// policy what a picker does not see.
 //
 // A server that is stopped or slowed down in the middle of a call continues with
 // what is left of it.
+//
+// # Streams and long calls
+//
+// Three kinds of scenarios hold what a call that lasts does to others.
+//
+//   - Get beside Export: a Get takes 1 ms, one call in a hundred is an Export of 10 s, and
+//     none waits for a worker. The table has the most Exports that a server had at once, in
+//     units of the mean (crowd), and how often a Get went to a server with an Export, in
+//     ratio to one without (beside). Its percentiles are those of the Gets.
+//   - 2,000 long streams: the shares are those of the streams that servers have at the end.
+//   - Calls beside streams: a server comes back beside three with 100 open streams each, and
+//     gets its share of the calls; three of ten servers have a silent stream, and the p99 of
+//     the calls stays what it is without.
 package sim

@@ -186,6 +186,7 @@ func TestBadScenarios(t *testing.T) {
 		"Servers":  func(s *Scenario) { s.Servers = -1 },
 		"Workers":  func(s *Scenario) { s.Workers = -1 },
 		"Mean":     func(s *Scenario) { s.Mean = 0 },
+		"Calls":    func(s *Scenario) { s.Calls = -1 },
 		"InFlight": func(s *Scenario) { s.InFlight = -1 },
 		"Load":     func(s *Scenario) { s.Load = math.NaN() },
 		"Network":  func(s *Scenario) { s.Network = -1 },

@@ -11,13 +11,17 @@ import (
 	"time"
 
 	orcapb "github.com/cncf/xds/go/xds/data/orca/v3"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/balancer/randomsubsetting"
 	_ "google.golang.org/grpc/balancer/roundrobin" // registers round_robin
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/experimental/balancer/weight"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/orca"
 	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
 
 	"github.com/belfry-go/belfry/balancer/aperture"
 	"github.com/belfry-go/belfry/balancer/p2c"
@@ -47,7 +51,7 @@ type Policy struct {
 // neverAside is the default that puts no endpoints aside that fail, and slowStart the one that
 // lets the share of newcomers rise over five seconds.
 //
-// first is the first version of the default.
+// first is the first version of the default, for which a stream was in flight until its end.
 //
 // zones is the default with a preference for the zone of the client.
 //
@@ -108,6 +112,10 @@ type balanced struct {
 	picker   balancer.Picker
 	reports  bool // servers send reports with their replies
 	report   orcapb.OrcaLoadReport
+
+	untold bool             // streams are calls that do not end
+	conn   *grpc.ClientConn // to open streams with the dial options of p2c; nil before the first
+	picked balancer.PickResult
 }
 
 // newBalanced returns the policy of a client.
@@ -116,7 +124,12 @@ func newBalanced(c *cluster, p Policy, client int) (*balanced, error) {
 	if builder == nil {
 		return nil, fmt.Errorf("unknown policy %q", p.Balancer)
 	}
-	b := &balanced{cluster: c, channel: &lbtest.Channel{}, reports: strings.Contains(p.Config, `"reports"`)}
+	b := &balanced{
+		cluster: c,
+		channel: &lbtest.Channel{},
+		reports: strings.Contains(p.Config, `"reports"`),
+		untold:  p.Config == first,
+	}
 	b.report.NamedMetrics = make(map[string]float64)
 	b.state.ResolverState = simenv.Set(resolver.State{}, &simenv.Env{
 		Now:    func() int64 { return c.now },
@@ -196,6 +209,9 @@ func (b *balanced) listen(sc balancer.SubConn, l orca.OOBListener, o orca.OOBLis
 func zoneName(zone int) string { return fmt.Sprintf("zone-%d", zone) }
 
 func (b *balanced) close() {
+	if b.conn != nil {
+		b.conn.Close()
+	}
 	b.balancer.Close()
 	b.channel.Drain()
 }
@@ -214,17 +230,61 @@ func (c *callContext) Err() error {
 }
 
 func (b *balanced) choose(c *call) (*server, error) {
+	if c.stream && !b.untold {
+		return b.open(c)
+	}
 	c.context = callContext{context.Background(), c}
 	r, err := b.picker.Pick(balancer.PickInfo{FullMethodName: c.method, Ctx: &c.context})
 	if err != nil {
 		return nil, fmt.Errorf("pick: %w", err)
 	}
 	c.done = r.Done
-	return b.cluster.byAddr[r.SubConn.(*lbtest.SubConn).Address.Addr], nil
+	return b.server(r), nil
 }
 
+func (b *balanced) server(r balancer.PickResult) *server {
+	return b.cluster.byAddr[r.SubConn.(*lbtest.SubConn).Address.Addr]
+}
+
+// open opens a stream through the real interceptors, on a channel that they do not use.
+func (b *balanced) open(c *call) (*server, error) {
+	if b.conn == nil {
+		var err error
+		b.conn, err = grpc.NewClient(b.channel.Target(), append(p2c.DialOptions(),
+			grpc.WithChainStreamInterceptor(b.pick),
+			grpc.WithResolvers(manual.NewBuilderWithScheme("test")),
+			grpc.WithTransportCredentials(insecure.NewCredentials()))...)
+		if err != nil {
+			return nil, err
+		}
+	}
+	var err error
+	c.opened, err = b.conn.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, c.method)
+	if err != nil {
+		return nil, fmt.Errorf("pick of a stream: %w", err)
+	}
+	return b.server(b.picked), nil
+}
+
+// pick is the innermost interceptor of streams. What comes after it is the network.
+func (b *balanced) pick(ctx context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, method string, _ grpc.Streamer, _ ...grpc.CallOption) (s grpc.ClientStream, err error) {
+	b.picked, err = b.picker.Pick(balancer.PickInfo{FullMethodName: method, Ctx: ctx})
+	return stream{}, err
+}
+
+// stream is a stream that is read only when its response has arrived.
+type stream struct{ grpc.ClientStream }
+
+func (stream) Header() (metadata.MD, error) { return metadata.MD{}, nil }
+
+func (stream) RecvMsg(any) error { return nil }
+
 func (b *balanced) finished(c *call, err error) {
-	if c.done == nil {
+	switch {
+	case c.opened != nil:
+		_ = c.opened.RecvMsg(nil) // as stream does
+		return
+	case c.done == nil, c.stream:
 		return
 	}
 	info := balancer.DoneInfo{Err: err, BytesSent: true, BytesReceived: !c.lost}

@@ -37,7 +37,7 @@ type Scenario struct {
 	Demand []float64
 	// Between is what the one-way delay is longer between zones.
 	Between time.Duration
-	// Methods are what is called. Default one method.
+	// Methods are what is called. Default one unary method.
 	Methods []Method
 	// Mean is the mean service time at speed 1.
 	Mean time.Duration
@@ -57,6 +57,8 @@ type Scenario struct {
 	InFlight int
 	// Period is that of what goes wrong; the measurement covers whole ones.
 	Period time.Duration
+	// Calls, if not 0, is how many calls are measured, whatever Options.Calls says.
+	Calls int
 
 	// Show is what the table has besides percentiles.
 	Show Show
@@ -71,6 +73,10 @@ type Method struct {
 	Name  string
 	Share float64 // of the calls; the shares of all methods make 1
 	Work  float64 // its mean, in units of Scenario.Mean
+	// Stream makes a stream of each call, which is answered once after its work and is
+	// then open until the run ends. A policy is told of it as the dial options of p2c do.
+	// Servers must not fail then.
+	Stream bool
 }
 
 // Show is what a scenario is about besides percentiles.
@@ -80,6 +86,7 @@ const (
 	ShowMean   Show = 1 << iota // the mean latency
 	ShowShares                  // the least and the greatest share of a server, fair = 1
 	ShowHome                    // the share of the calls that stay in their zone, of those of zone 0, and of all
+	ShowBeside                  // how calls of the last method crowd on a server, and whether others avoid it; latencies are those of the others
 )
 
 func (s *Scenario) validate() error {
@@ -100,6 +107,8 @@ func (s *Scenario) validate() error {
 		return fmt.Errorf("sim: Scenario.WarmUp: %v, must not be negative", s.WarmUp)
 	case s.Deadline < 0:
 		return fmt.Errorf("sim: Scenario.Deadline: %v, must not be negative", s.Deadline)
+	case s.Calls < 0:
+		return fmt.Errorf("sim: Scenario.Calls: %d, must not be negative", s.Calls)
 	case s.InFlight < 0:
 		return fmt.Errorf("sim: Scenario.InFlight: %d, must not be negative", s.InFlight)
 	case s.InFlight == 0 && !(s.Load > 0 && s.Workers > 0):
@@ -331,6 +340,50 @@ func Scenarios() []Scenario {
 		s.methods(0.1, 20)
 	})
 	add("1 % of calls cost 100 times", func(s *Scenario) { s.methods(0.01, 100) })
+	add("Get of 1 ms beside 1 % Export of 10 s", func(s *Scenario) {
+		s.Clients, s.Servers, s.Workers = 1, 10, 100 // No call waits for a worker.
+		s.Mean, s.Load = time.Millisecond, 0.02      // Some 200 calls/s.
+		s.Methods = []Method{{Name: "/belfry.sim/Get", Share: 0.99, Work: 1}, {Name: "/belfry.sim/Export", Share: 0.01, Work: 10_000}}
+		s.Deadline = 0
+		s.Calls = 1_000_000 // Few servers have no Export, and Gets come in runs.
+		s.Show = ShowBeside
+	})
+	add("2,000 long streams, 10 servers", func(s *Scenario) {
+		s.Clients, s.Servers, s.Load = 1, 10, 0.25
+		s.Methods = []Method{{Name: watch, Share: 1, Work: 1, Stream: true}}
+		s.WarmUp, s.Calls = 0, 2000
+		s.Show = ShowShares
+	})
+	for _, streams := range []int{0, 100} {
+		add(fmt.Sprintf("a server comes back beside 3 with %d streams each", streams), func(s *Scenario) {
+			s.Clients, s.Servers, s.Mean = 1, 3, 5*time.Millisecond
+			s.Load, s.capacity = 0.5, 4./3
+			s.Show = ShowShares
+			s.faults = func(c *cluster) {
+				for i := range 3 * streams {
+					c.after(c.scenario.WarmUp/2+time.Duration(i)*time.Millisecond, func() { c.open(true) })
+				}
+				c.after(c.scenario.WarmUp, func() {
+					c.addServer(1)
+					c.update()
+				})
+			}
+		})
+	}
+	add("10 servers, 75 %", func(s *Scenario) { s.Clients, s.Servers, s.Load = 1, 10, 0.75 })
+	add("10 servers, 75 %, 3 with a silent stream", func(s *Scenario) {
+		s.Clients, s.Servers, s.Load = 1, 10, 0.75
+		s.faults = func(c *cluster) {
+			holders := make(map[*server]bool)
+			var hold func()
+			hold = func() {
+				if holders[c.open(false)] = true; len(holders) < 3 {
+					c.after(10*time.Millisecond, hold)
+				}
+			}
+			c.after(c.scenario.WarmUp/2, hold)
+		}
+	})
 	add("heavy tails, 1 client, 10 servers", func(s *Scenario) {
 		s.Clients, s.Servers, s.law, s.Show = 1, 10, heavy, ShowMean
 	})
@@ -445,7 +498,7 @@ func (s *Scenario) idle(n int) {
 // mean of all stays what it is.
 func (s *Scenario) methods(share, times float64) {
 	other := 1 / (1 - share + share*times)
-	s.Methods = []Method{{"/belfry.sim/Get", 1 - share, other}, {"/belfry.sim/Export", share, other * times}}
+	s.Methods = []Method{{Name: "/belfry.sim/Get", Share: 1 - share, Work: other}, {Name: "/belfry.sim/Export", Share: share, Work: other * times}}
 	s.Deadline = 10 * time.Second
 	s.Show = ShowMean
 }

@@ -51,7 +51,9 @@ type server struct {
 	free   []float64
 	onWire int
 
-	sent int // measured calls
+	sent    int // measured calls
+	last    int // calls of the last method in flight
+	streams int // open
 }
 
 // rate returns how fast the clock runs.
@@ -98,7 +100,7 @@ func (s *server) stop(stopped bool) {
 func (s *server) receive(c *call) {
 	s.onWire--
 	switch {
-	case s.behaviour == silent:
+	case s.behaviour == silent, c.silent:
 		c.lost = true
 		return
 	case s.behaviour == fails, s.behaviour == failsHalf && c.coins&1 == 0, s.behaviour == failsQuarter && c.coins&3 == 0:
@@ -184,6 +186,8 @@ func (s *server) popRunning() *call {
 // queues with many servers", 1955). With processor sharing there is no such
 // order: what a call gets depends on those that come after it, so the oracle is
 // only good, and can be beaten.
+//
+// It sends a stream where the fewest are open.
 type oracle struct {
 	cluster *cluster
 }
@@ -196,7 +200,9 @@ func (o *oracle) choose(c *call) (*server, error) {
 	least, equals := math.Inf(1), 0
 	for _, s := range o.cluster.servers {
 		delay := s.delay(mean, transit)
-		if s.zone != c.client.zone {
+		if c.stream {
+			delay = float64(s.streams)
+		} else if s.zone != c.client.zone {
 			delay = s.delay(mean, transit+between) + 2*between
 		}
 		switch {

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -49,6 +50,10 @@ type Result struct {
 	// calls from each zone. They are 0 where a scenario has no zones.
 	Home   float64
 	HomeOf []float64
+	// Crowd is the most calls of the last method that a server had in flight, in units of
+	// the mean. Beside is how often another call went to a server that had one, in ratio to
+	// one that had none. They are 0 unless the scenario shows them.
+	Crowd, Beside float64
 
 	// Elapsed is the time in which they were sent.
 	Elapsed time.Duration
@@ -77,6 +82,9 @@ func (r *Result) Mean() time.Duration {
 
 // Run simulates the scenario under the policy.
 func Run(s Scenario, p Policy, o Options) (*Result, error) {
+	if s.Calls > 0 {
+		o.Calls = s.Calls
+	}
 	if o.Calls < 1 && o.span == 0 {
 		return nil, fmt.Errorf("sim: Options.Calls: %d, must be at least 1", o.Calls)
 	}
@@ -94,6 +102,7 @@ func Run(s Scenario, p Policy, o Options) (*Result, error) {
 	c.result.Elapsed = time.Duration(c.end - c.begin)
 	c.shares()
 	c.stayed()
+	c.crowd.result(&c.result)
 	slices.Sort(c.result.latencies)
 	return &c.result, nil
 }
@@ -127,8 +136,39 @@ func (c *cluster) stayed() {
 // zone counts the measured calls of a zone, and those of them that stayed.
 type zone struct{ sent, home int }
 
-// defaultMethod is what is called where a scenario has no methods.
-const defaultMethod = "/belfry.sim/Call"
+// crowd is what measured calls met of the calls of the last method.
+type crowd struct {
+	most, sum, servers float64
+	// Of calls of other methods, by whether a server has a call of the last: those that were
+	// sent to one that has, and how many they could have been sent to.
+	sent, chances [2]float64
+}
+
+// meet looks at the servers when a call is sent to one of them.
+func (w *crowd) meet(k *call, all []*server) {
+	for _, s := range all {
+		n := float64(s.last)
+		w.most, w.sum, w.servers = max(w.most, n), w.sum+n, w.servers+1
+		if !k.last {
+			w.chances[min(s.last, 1)]++
+		}
+	}
+	if !k.last {
+		w.sent[min(k.server.last, 1)]++
+	}
+}
+
+func (w *crowd) result(r *Result) {
+	if w.sum > 0 {
+		r.Crowd = w.most / (w.sum / w.servers)
+		r.Beside = w.sent[1] / w.chances[1] / (w.sent[0] / w.chances[0])
+	}
+}
+
+const (
+	defaultMethod = "/belfry.sim/Call" // where a scenario has no methods
+	watch         = "/belfry.sim/Watch"
+)
 
 // cluster is a run: the servers, the clients, the calls between them, and the
 // clock. A single goroutine uses it.
@@ -147,6 +187,7 @@ type cluster struct {
 	byAddr  map[string]*server // those that ever were
 	clients []*client
 	zones   []zone
+	crowd   crowd
 	expiry  agenda.Queue[expiry] // the deadlines of the calls in flight, in order
 	idle    []*call              // to be used again
 	callID  uint64
@@ -185,6 +226,7 @@ type call struct {
 	there   int64 // time on the network to the server
 	back    int64 // and from it
 	method  string
+	last    bool    // it is the last of the scenario's methods
 	work    float64 // nanoseconds at speed 1
 	coins   uint64  // decide for a server that fails a part of its calls
 	doneAt  float64 // reading of the server's clock at which it is done
@@ -197,6 +239,10 @@ type call struct {
 	done     doneFunc
 	requests int // others at the server when it replied
 	context  callContext
+
+	stream bool
+	silent bool              // a stream that is never answered
+	opened grpc.ClientStream // nil if the policy is not told that it is a stream
 }
 
 func newCluster(s Scenario, o Options) *cluster {
@@ -365,8 +411,8 @@ func (c *cluster) exponential(mean float64) int64 {
 	return int64(math.Round(c.calls.ExpFloat64() * mean))
 }
 
-// send begins a call.
-func (c *cluster) send(cl *client) {
+// newCall returns a call of a client.
+func (c *cluster) newCall(cl *client) *call {
 	var k *call
 	if n := len(c.idle); n > 0 {
 		k = c.idle[n-1]
@@ -376,17 +422,38 @@ func (c *cluster) send(cl *client) {
 	}
 	c.callID++
 	*k = call{cluster: c, id: c.callID, client: cl, sentAt: c.now}
+	return k
+}
+
+// open opens a stream of the first client, which is not measured, and returns its server.
+// It draws no numbers, because how many streams a scenario opens may depend on the policy.
+// It is for open loops only.
+func (c *cluster) open(answered bool) *server {
+	k := c.newCall(c.clients[0])
+	k.method, k.stream, k.silent = watch, true, !answered
+	if answered {
+		k.work = float64(c.scenario.Mean)
+	}
+	k.there, k.back = int64(c.scenario.Network), int64(c.scenario.Network)
+	c.dispatch(k)
+	return k.server
+}
+
+// send begins a call.
+func (c *cluster) send(cl *client) {
+	k := c.newCall(cl)
 	sc := &c.scenario
 	k.work = sc.law(c.calls) * float64(sc.Mean)
 	if k.method = defaultMethod; len(sc.Methods) > 0 {
-		m := &sc.Methods[len(sc.Methods)-1]
+		last := len(sc.Methods) - 1
+		m := &sc.Methods[last]
 		for i, u := 0, c.calls.Float64(); i < len(sc.Methods); i++ {
 			if u -= sc.Methods[i].Share; u < 0 {
 				m = &sc.Methods[i]
 				break
 			}
 		}
-		k.method, k.work = m.Name, k.work*m.Work
+		k.method, k.work, k.stream, k.last = m.Name, k.work*m.Work, m.Stream, m == &sc.Methods[last]
 	}
 	k.there = int64(sc.Network) + c.exponential(float64(sc.Jitter))
 	k.back = int64(sc.Network) + c.exponential(float64(sc.Jitter))
@@ -403,13 +470,27 @@ func (c *cluster) send(cl *client) {
 			c.end = c.now
 		}
 	}
+	c.dispatch(k)
+}
 
+// dispatch sends the call to a server of its client's choice.
+func (c *cluster) dispatch(k *call) {
+	sc, cl := &c.scenario, k.client
 	s, err := cl.choose(k)
 	if err != nil {
 		c.err = err
 		return
 	}
 	k.server = s
+	if k.measured && sc.Show&ShowBeside != 0 {
+		c.crowd.meet(k, c.servers)
+	}
+	if k.last {
+		s.last++
+	}
+	if k.stream {
+		s.streams++
+	}
 	if s.zone != cl.zone {
 		k.there += int64(sc.Between)
 		k.back += int64(sc.Between)
@@ -430,7 +511,7 @@ func (c *cluster) send(cl *client) {
 		c.options.called(time.Duration(c.now), cl.zone, s)
 	}
 	c.agenda.Add(c.now+k.there, k)
-	if sc.Deadline > 0 {
+	if sc.Deadline > 0 && !k.stream {
 		c.expiry.Push(expiry{c.now + int64(sc.Deadline), k, k.id})
 	}
 }
@@ -449,7 +530,9 @@ func (k *call) fire(uint64) {
 	default:
 		k.finish(nil)
 	}
-	k.cluster.idle = append(k.cluster.idle, k)
+	if !k.stream { // A stream is still open.
+		k.cluster.idle = append(k.cluster.idle, k)
+	}
 }
 
 // reply sends the reply off, with a report of the server's load.
@@ -464,16 +547,19 @@ var (
 	errDeadline    = status.Error(codes.DeadlineExceeded, "the client gave up")
 )
 
-// finish ends the call for the client.
+// finish ends the call for the client, or is the first response of a stream.
 func (k *call) finish(err error) {
 	c := k.cluster
 	k.over = true
 	k.client.finished(k, err)
+	if k.last && !k.stream {
+		k.server.last--
+	}
 	if k.measured {
 		c.measured--
 		if k.failed && err != errDeadline {
 			c.result.Failed++
-		} else {
+		} else if !k.last || c.scenario.Show&ShowBeside == 0 {
 			c.result.latencies = append(c.result.latencies, c.now-k.sentAt)
 		}
 		if err == errDeadline {

@@ -106,7 +106,7 @@ func (c *conn) halve() {
 func (c *conn) swallow() {
 	_ = c.SetReadDeadline(time.Time{})
 	_, _ = io.Copy(io.Discard, c.Conn)
-	c.shut()
+	_ = c.shut()
 }
 
 // Close closes the connection for gRPC. The client of one that is half-open does not see it.

@@ -6,8 +6,9 @@
 // the latency in ms and, in parentheses, the ratio of the 99th to that of the
 // first policy, which is the oracle unless asked for otherwise. Where a scenario is
 // about it, also the mean latency, the least and the greatest share of the calls that
-// a server got, in units of its fair share, or the share of the calls that stayed in
-// their zone, of all and of those from the first zone.
+// a server got, in units of its fair share, the share of the calls that stayed in
+// their zone, of all and of those from the first zone, or how long calls crowd on a
+// server and whether others avoid it (see package sim).
 //
 //	go run ./internal/sim/simulate
 //	go run ./internal/sim/simulate -scenarios 'antagonists|stops' -policies oracle,default,random -runs 5
@@ -219,6 +220,13 @@ func (c *cell) format(first *cell, show sim.Show) string {
 			home, first = append(home, 100*r.Home), append(first, 100*r.HomeOf[0])
 		}
 		s += fmt.Sprintf(" home %.1f %%, zone 0 %.1f %%", median(home), median(first))
+	}
+	if show&sim.ShowBeside != 0 {
+		var crowd, beside []float64
+		for _, r := range c.results {
+			crowd, beside = append(crowd, r.Crowd), append(beside, r.Beside)
+		}
+		s += fmt.Sprintf(" crowd %.2f, beside %.2f", median(crowd), median(beside))
 	}
 	if f := median(failed); f > 0 {
 		s += fmt.Sprintf(" %.2f %% failed", f)

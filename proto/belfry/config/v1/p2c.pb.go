@@ -7,9 +7,10 @@
 // 	protoc        (unknown)
 // source: belfry/config/v1/p2c.proto
 
-// The parts of a gRPC service config that belong to belfry, as messages whose
-// proto3 JSON form is what the service config holds. Unknown fields are ignored
-// there; a value outside its range is an error that names the field.
+// The parts of a gRPC service config that belong to belfry. The service config has
+// these messages in their proto3 JSON form. Unknown fields are ignored, except that an
+// unknown metric is an error. A value outside its range is an error that names the
+// field.
 
 package configv1
 
@@ -42,17 +43,19 @@ const (
 // default.
 type P2C struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many distinct READY endpoints a pick looks at, drawn at random, besides those
-	// that it remembers. More choices find a less loaded endpoint and cost a little time
-	// for each. With no more READY endpoints than both together, a pick looks at them all.
-	// While nothing is in flight, a pick with a memory draws 4 at most.
+	// How many READY endpoints a pick draws at random and looks at, besides those that it
+	// remembers. They are distinct, unless weights differ. More choices find a less loaded
+	// endpoint, and each costs a little time. If there are no more READY endpoints than
+	// both together, and all weights are equal, a pick looks at all of them. While the
+	// channel has nothing in flight, and all weights are equal, a pick with a memory draws
+	// 4 at most.
 	//
 	// From 2 to 16. Unset: 8 with expected_latency, 12 if it uses reports, 2 with the
-	// other metrics, which herd towards a seemingly idle endpoint when they see many.
+	// other metrics, with which many choices send too many calls at once to an endpoint
+	// that looks idle.
 	ChoiceCount *uint32 `protobuf:"varint,1,opt,name=choice_count,json=choiceCount,proto3,oneof" json:"choice_count,omitempty"`
-	// How many endpoints a pick remembers for the next one: those that were the
-	// least loaded of the ones it looked at. The next pick looks at them besides
-	// its random ones.
+	// How many endpoints a pick remembers for the next one: the least loaded of those
+	// that it looked at. The next pick looks at them and at its random ones.
 	//
 	// From 0 (no memory) to 8. Unset: 2 with expected_latency, 8 if it uses reports, else
 	// 0.
@@ -62,65 +65,67 @@ type P2C struct {
 	Load *Load `protobuf:"bytes,3,opt,name=load,proto3" json:"load,omitempty"`
 	// The status codes that count as a failure of the server or of the path to
 	// it, by their gRPC names, such as "UNAVAILABLE". A failed attempt never
-	// makes an endpoint look fast. Every other code is an answer like OK, but for
-	// a call that its caller cancelled, which says at most that it took so long.
+	// makes an endpoint look fast. Every other code is an answer like OK. But a
+	// call that its caller cancelled, or whose deadline passed, is neither: only
+	// the time that it took may count.
 	//
 	// Names of the canonical codes other than OK, each at most once. Empty:
 	// UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL,
 	// UNAVAILABLE and DATA_LOSS.
 	FailureCodes []string `protobuf:"bytes,4,rep,name=failure_codes,json=failureCodes,proto3" json:"failure_codes,omitempty"`
 	// Costs that the samples cannot tell apart are equal: those that exceed the
-	// least by no more than four of their standard errors, up to this part of it.
-	// This one holds while the channel has no attempt in flight, as far as its picks
-	// see; then one of the random draws of a pick is taken at random. 0 takes the least.
-	// Only expected_latency has errors.
+	// least by no more than four of their standard errors, and by no more than this
+	// part of it. This field applies while the channel has no attempt in flight, as
+	// far as its picks see. Then a pick takes any of its random draws that have an
+	// equal cost. With 0 it takes the least. Only expected_latency has errors.
 	//
 	// From 0 to 10. Default 1.
 	EqualAtRest *float64 `protobuf:"fixed64,5,opt,name=equal_at_rest,json=equalAtRest,proto3,oneof" json:"equal_at_rest,omitempty"`
-	// The same while some have attempts in flight: then the endpoint with the
-	// fewest of them is taken, and of those the cheapest.
+	// The same while the channel has attempts in flight. Then a pick takes the endpoint
+	// with the fewest attempts in flight of those with equal costs, and of several such
+	// ones the cheapest.
 	//
 	// From 0 to 10. Default 0.1.
 	EqualUnderLoad *float64 `protobuf:"fixed64,6,opt,name=equal_under_load,json=equalUnderLoad,proto3,oneof" json:"equal_under_load,omitempty"`
-	// One pick in so many explores: of the endpoints that it looks at and that were
-	// not heard of for explore_after and have nothing in flight, it takes the one
-	// not heard of for the longest. An endpoint that was slow or failed is tried
-	// again so, however few calls there are.
+	// One pick in this many, on average, explores. Of the endpoints that it looks at, it
+	// considers those that have nothing in flight and have not answered or failed for
+	// explore_after. It takes the one for which this is longest. So an endpoint that was
+	// slow or failed is tried again, even if there are few calls.
 	//
-	// From 0 (none explores) to 1,000,000. Default 200.
+	// From 0 (no pick explores) to 1,000,000 picks. Default 200.
 	ExploreEvery *uint32 `protobuf:"varint,7,opt,name=explore_every,json=exploreEvery,proto3,oneof" json:"explore_every,omitempty"`
 	// After how long without an answer or a failure an endpoint may be explored.
 	//
-	// Above 0, at most 10 days. Default 10s.
+	// Above 0. More than 10 days count as 10 days. Default 10s.
 	ExploreAfter *durationpb.Duration `protobuf:"bytes,8,opt,name=explore_after,json=exploreAfter,proto3" json:"explore_after,omitempty"`
 	// How many attempts may be in flight to an endpoint at a time. Unset: no limit,
 	// which costs nothing.
 	EndpointLimit *EndpointLimit `protobuf:"bytes,9,opt,name=endpoint_limit,json=endpointLimit,proto3" json:"endpoint_limit,omitempty"`
 	// What pauses and first calls add to a single latency. While the channel has no attempt
-	// in flight, endpoints whose expected latencies differ by less than this time, multiplied
-	// by the standard error as a part of the latency, are equal too. The error of an
-	// endpoint of ten samples is about 0.2. Only expected_latency has errors.
+	// in flight, costs are equal too if they exceed the least by no more than this time,
+	// multiplied by their standard error divided by the cost. That is about 0.2 for an
+	// endpoint with ten samples. Only expected_latency has errors.
 	//
 	// At least 0. Default 0.002s.
 	EqualTime *durationpb.Duration `protobuf:"bytes,10,opt,name=equal_time,json=equalTime,proto3" json:"equal_time,omitempty"`
 	// Prefers endpoints in the caller's zone. Unset: zones do not count, which costs
 	// nothing.
 	Zones *Zones `protobuf:"bytes,14,opt,name=zones,proto3" json:"zones,omitempty"`
-	// Puts endpoints aside that fail, and tries each again with one call. Unset: on with its
+	// Puts endpoints that fail aside, and tries each again with one call. Unset: on, with the
 	// defaults.
 	FailureAccrual *FailureAccrual `protobuf:"bytes,15,opt,name=failure_accrual,json=failureAccrual,proto3" json:"failure_accrual,omitempty"`
-	// Lets the share of an endpoint that is new, or was away, rise over time. Unset: off,
+	// Lets the share of an endpoint that is new, or comes back, rise over time. Unset: off,
 	// which costs nothing.
 	SlowStart *SlowStart `protobuf:"bytes,16,opt,name=slow_start,json=slowStart,proto3" json:"slow_start,omitempty"`
 	// How many connections an endpoint may have (gRFC A105). A server may bound the streams
-	// of a connection: SETTINGS_MAX_CONCURRENT_STREAMS, of which a unary call takes one, too.
-	// When they are used up, the endpoint is full: calls go to others, and it gets another
+	// of a connection: SETTINGS_MAX_CONCURRENT_STREAMS. A unary call takes a stream too. When
+	// they are used up, the endpoint is full: calls go to others, and it gets another
 	// connection. If all are full calls wait for a stream or a connection, first come first
 	// served. A connection without calls for 30 to 60 seconds is closed, unless it is the
-	// last. To go from 1 to more, or back, connects all endpoints again.
+	// last. A change from 1 to more, or back, connects all endpoints again.
 	//
-	// Useful where a proxy or a virtual address stands for many servers; one server bounds
-	// streams for its own sake, and several connections go around that.
+	// Use it where a proxy or a virtual address is in front of many servers. A single server
+	// bounds streams to protect itself, and more connections would defeat that.
 	//
 	// From 1 to 10 connections. Unset: 1, which costs nothing.
 	MaxConnectionsPerSubchannel *uint32 `protobuf:"varint,17,opt,name=max_connections_per_subchannel,json=maxConnectionsPerSubchannel,proto3,oneof" json:"max_connections_per_subchannel,omitempty"`
@@ -256,10 +261,10 @@ func (x *P2C) GetMaxConnectionsPerSubchannel() uint32 {
 	return 0
 }
 
-// Zones prefers the endpoints of the caller's zone while they have capacity. An endpoint
-// elsewhere is away, and costs a multiple of what its metric says; some of the draws of a
-// pick are from home. So calls spill over in proportion as home becomes busy, and come
-// back by themselves. One pick in explore_every may still explore away.
+// Zones prefers the endpoints of the caller's zone, home, while they have capacity. An
+// endpoint elsewhere is away, and costs a multiple of what its metric says. A pick also has
+// additional draws from home. So the busier home is, the more calls go away, and they come
+// back when it is less busy. One pick in explore_every may still explore away.
 //
 // Discovery says in which zone an endpoint is: discover.Zone in Go. One without a zone is
 // away. While the caller's zone is not known, or no endpoint in it is READY, zones do not
@@ -271,22 +276,21 @@ type Zones struct {
 	// The environment variable that has the caller's zone, read once for each config.
 	// Unset or empty there: the zone that discovery says, with discover.WithZone in Go.
 	HomeEnv string `protobuf:"bytes,2,opt,name=home_env,json=homeEnv,proto3" json:"home_env,omitempty"`
-	// How many times as much an endpoint costs that is away. Less sends more calls away
-	// that need not go; more lets home become slower before they do. With pendingRequests
-	// an endpoint counts for this with one attempt in flight more than it has.
+	// How many times as much an endpoint away costs. A smaller number sends calls away that
+	// home could take. A larger one makes home slower before calls leave it. With
+	// pendingRequests and constant, 1 is added to the cost before.
 	//
-	// From 1 to 1000. Default 2, with which 93 % stay at 70 % load also in small zones that are
-	// no further apart.
+	// From 1 to 1000 times. Default 2, with which 93 % of the calls stay at home at 70 % load
+	// even in small zones that are close to each other.
 	AwayCost *float64 `protobuf:"fixed64,3,opt,name=away_cost,json=awayCost,proto3,oneof" json:"away_cost,omitempty"`
-	// How many draws of a pick are from home, besides the choice_count from all
-	// endpoints. Without them a small zone is seldom among the candidates.
+	// How many endpoints a pick draws from home, in addition to choice_count from all
+	// endpoints. Without them a pick seldom draws an endpoint of a small zone.
 	//
-	// From 0, together with choice_count at most 16. Default 4, or as many as there is
-	// room for.
+	// From 0 to 16 - choice_count. Default 4, or 16 - choice_count if that is less.
 	HomeDraws *uint32 `protobuf:"varint,4,opt,name=home_draws,json=homeDraws,proto3,oneof" json:"home_draws,omitempty"`
-	// Zones do not count while less than this part of the endpoints at home is well, that is
-	// READY and neither put aside by failure_accrual nor draining, so that the rest of home
-	// does not get the calls of all. 0: they count while one is READY.
+	// Zones do not count while less than this part of the endpoints at home is well, so that
+	// the few that are well do not get all calls. Well is READY, and neither put aside by
+	// failure_accrual nor draining. With 0 zones count while one endpoint at home is READY.
 	//
 	// From 0 to 1. Default 0.5.
 	MinReady      *float64 `protobuf:"fixed64,5,opt,name=min_ready,json=minReady,proto3,oneof" json:"min_ready,omitempty"`
@@ -359,23 +363,23 @@ func (x *Zones) GetMinReady() float64 {
 	return 0
 }
 
-// FailureAccrual puts an endpoint aside, for which it gets no calls, when too many of its
-// attempts fail: several in a row, or a part of those in a window. Then one call tries it.
-// If that is answered, the endpoint is back; if it fails, the endpoint is aside for twice as
-// long.
+// FailureAccrual puts an endpoint aside when too many of its attempts fail: several in a row,
+// or a part of those in a window. An endpoint that is aside gets no calls. After some time one
+// call tries it. If that is answered, the endpoint is back. If it fails, the endpoint stays
+// aside for twice as long.
 //
-// What counts as a failure is failure_codes. RESOURCE_EXHAUSTED counts for the rate and not
-// for the row, and a call that tries an endpoint and is refused so does not bring it back: the
-// server is there, and has too much to do. A stream counts by its first message. An attempt
-// that its caller gave up, or that was never sent, says nothing.
+// failure_codes says what a failure is. RESOURCE_EXHAUSTED counts for the rate but not for the
+// row, and does not bring an endpoint back: the server works, but has too much to do. A stream
+// is answered by its first message. An attempt that its caller gave up, or that was never sent,
+// does not count.
 //
-// It is on by default: while one of ten servers fails at once, some five calls fail instead of
-// dozens, and latencies are no worse while none fails. It is off, and costs nothing, with
-// failures 0 and success_rate 0.
+// It is on by default. While one of ten servers fails at once, some five calls fail instead of
+// dozens, and latencies are no worse while none fails. With failures 0, success_rate 0, slow 0
+// and use_ejected false it is off, and costs nothing.
 type FailureAccrual struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many attempts in a row must fail. Only attempts that were sent since the first of
-	// these count as an answer between them.
+	// How many attempts in a row must fail. An answer ends the row only if its attempt was sent
+	// after the first failure of the row.
 	//
 	// From 0 (a row is never enough) to 1,000,000 attempts. Default 5.
 	Failures *uint32 `protobuf:"varint,1,opt,name=failures,proto3,oneof" json:"failures,omitempty"`
@@ -384,8 +388,7 @@ type FailureAccrual struct {
 	//
 	// From 0 (a rate is never enough) to 1. Default 0.8.
 	SuccessRate *float64 `protobuf:"fixed64,2,opt,name=success_rate,json=successRate,proto3,oneof" json:"success_rate,omitempty"`
-	// How many attempts there must be in the window for success_rate to count: fewer say
-	// little.
+	// How many attempts there must be in the window for success_rate to count.
 	//
 	// From 1 to 1,000,000 attempts. Default 10.
 	MinAttempts *uint32 `protobuf:"varint,3,opt,name=min_attempts,json=minAttempts,proto3,oneof" json:"min_attempts,omitempty"`
@@ -393,35 +396,36 @@ type FailureAccrual struct {
 	//
 	// From 0.1s to 1h. Default 10s.
 	Window *durationpb.Duration `protobuf:"bytes,4,opt,name=window,proto3" json:"window,omitempty"`
-	// For how long an endpoint is aside at first, plus up to half of it at random, so that the
-	// clients of a server do not all try it at once. It doubles each time that the call which
-	// tries the endpoint fails, and if the endpoint is put aside again before it was back for
-	// as long. A server that sends a pushback or a RetryInfo sets the time itself, up to
-	// a minute.
+	// For how long an endpoint is aside at first. Up to half of it is added at random, so that
+	// the clients of a server do not all try it at once. The time doubles each time that the
+	// call which tries the endpoint fails. It also doubles if the endpoint is put aside again
+	// before it was back for as long as it was aside. A server that sends a pushback or a
+	// RetryInfo sets the time itself, from 0.1s to one minute.
 	//
 	// Above 0. Default 3s.
 	BaseTime *durationpb.Duration `protobuf:"bytes,5,opt,name=base_time,json=baseTime,proto3" json:"base_time,omitempty"`
 	// The longest time aside, without the random part.
 	//
-	// At least base_time. Default 60s.
+	// At least base_time. Default 60s, or base_time if that is more.
 	MaxTime *durationpb.Duration `protobuf:"bytes,6,opt,name=max_time,json=maxTime,proto3" json:"max_time,omitempty"`
-	// Panic: if more than this part of the READY endpoints failed so, all are used. Then the
-	// fault is likely to be common to them, and those that are left would be overloaded. At the
-	// end of a panic those that are still aside are tried at once.
+	// Panic: if more than this part of the READY endpoints is aside, all are used. Then they
+	// are likely to have a common fault, and the others would be overloaded. At the end of a
+	// panic one call each tries the endpoints that are still aside at once.
 	//
-	// From 0 to 1. Default 0.5. All are used too if none is left, whatever the part.
+	// From 0 to 1. Default 0.5. If all READY endpoints are aside, all are used in any case.
 	MaxAside *float64 `protobuf:"fixed64,7,opt,name=max_aside,json=maxAside,proto3,oneof" json:"max_aside,omitempty"`
-	// Puts an endpoint aside too if as many attempts in a row as failures says took longer than
-	// so many times what calls of the median endpoint take, those that were given up included.
-	// The call that tries it has to be faster. The metric avoids slow endpoints anyway; this is
-	// for those whose slow calls cost more than their share. It is for channels whose methods
-	// take about as long, and has no effect with other metrics than expected_latency.
+	// Puts an endpoint aside too if attempts in a row, as many as failures says, took longer
+	// than this many times what calls of the median endpoint take. Attempts that were given up
+	// count too. The call that tries the endpoint has to be faster. The metric avoids slow
+	// endpoints in any case. Use this field if even few slow calls do harm, and if all methods
+	// of the channel take about the same time. It needs three endpoints, and has an effect only
+	// with expected_latency.
 	//
 	// 0 (off), or from 2 to 1,000,000 times. Default 0.
 	Slow *float64 `protobuf:"fixed64,8,opt,name=slow,proto3,oneof" json:"slow,omitempty"`
-	// Uses endpoints that a parent, such as outlier_detection, or a health check has taken out,
-	// and whose connections still stand, once no other is left. Servers that are well again
-	// then get calls long before their ejection ends, and so do servers that say NOT_SERVING.
+	// Uses endpoints that a parent, such as outlier_detection, or a health check has ejected
+	// and that are still connected, if no other is left. Then servers that are well again get
+	// calls before their ejection ends. Servers that report NOT_SERVING get calls too.
 	//
 	// Default false: calls fail, or wait if they are to wait for ready.
 	UseEjected    bool `protobuf:"varint,9,opt,name=use_ejected,json=useEjected,proto3" json:"use_ejected,omitempty"`
@@ -523,12 +527,12 @@ func (x *FailureAccrual) GetUseEjected() bool {
 }
 
 // SlowStart gives an endpoint a part of its share of the calls at first, and all of it at the
-// end of a window: one that is listed after the policy's first endpoints, comes back from
-// being put aside or ejected, or could not be reached. A server that is cold is not flooded,
-// and gets calls nonetheless. The endpoints of the first list get their share at once.
+// end of a window. It applies to an endpoint that is listed after the policy's first
+// endpoints, was put aside or ejected, or could not be reached. So a cold server gets calls,
+// but not too many. The endpoints of the first list get their share at once.
 //
-// The share is of the draws and of what is in flight, as that of a weight is. While a
-// share rises, costs are compared as coarsely as where weights differ.
+// Like a weight, a share is one of the draws and of the attempts in flight. While a share
+// rises, costs are compared as coarsely as if weights differ.
 type SlowStart struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How long it takes. The share rises in proportion to the time, whatever the rate of calls.
@@ -589,10 +593,10 @@ func (x *SlowStart) GetFloor() float64 {
 
 // EndpointLimit limits how many attempts are in flight to each endpoint. A pick passes
 // over full endpoints. If all are full the call waits until an attempt ends, first come
-// first served, and each end wakes one call. A stream counts for its whole life.
+// first served, and each end of an attempt wakes one call. A stream counts until it ends.
 //
-// A call waits at most as long as its context, and as long as its stack allows: inside a
-// load shed, and with the policy's dial options, it is refused at once with reason
+// A call waits at most until its context ends. With the policy's dial options its stack
+// may end the wait earlier: inside a load shed the call is refused at once with reason
 // NOT_READY.
 type EndpointLimit struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -603,10 +607,10 @@ type EndpointLimit struct {
 	//	*EndpointLimit_Fixed
 	//	*EndpointLimit_Auto
 	Limit isEndpointLimit_Limit `protobuf_oneof:"limit"`
-	// How many calls may wait at a time. A further one fails with UNAVAILABLE. Below the
-	// policy rls calls should not wait, because it holds a lock meanwhile.
+	// How many calls may wait at a time. A further call fails with UNAVAILABLE. Below the
+	// policy rls calls should not wait, because rls holds a lock meanwhile.
 	//
-	// From 0 (none waits) calls. Unset: 1000.
+	// At least 0 (no call waits). Default 1000 calls.
 	MaxWaiting    *uint32 `protobuf:"varint,3,opt,name=max_waiting,json=maxWaiting,proto3,oneof" json:"max_waiting,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -685,11 +689,11 @@ type EndpointLimit_Fixed struct {
 }
 
 type EndpointLimit_Auto struct {
-	// Each endpoint's limit is found by the algorithm limit.Auto from its latencies, so
-	// that a slow endpoint does not lower the limit of the others. It learns from unary
-	// calls; without the policy's dial options streams are taken for such. Open streams
-	// count against it, so use a fixed limit where most calls are streams. It takes a
-	// lock at the end of each call.
+	// The algorithm limit.Auto finds the limit of each endpoint from the latencies of the
+	// endpoint, so a slow endpoint does not lower the limit of the others. It learns from
+	// unary calls. Without the policy's dial options it takes streams for unary calls. Open
+	// streams count against the limit, so use a fixed limit where most calls are streams.
+	// The algorithm takes a lock at the end of each call.
 	Auto *Auto `protobuf:"bytes,2,opt,name=auto,proto3,oneof"`
 }
 
@@ -697,8 +701,7 @@ func (*EndpointLimit_Fixed) isEndpointLimit_Limit() {}
 
 func (*EndpointLimit_Auto) isEndpointLimit_Limit() {}
 
-// Load chooses a load metric. Each endpoint is measured by itself; lower is
-// picked.
+// Load selects a load metric. A pick takes the endpoint with the least load.
 type Load struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The metric. Unset: expected_latency with its defaults.
@@ -802,18 +805,18 @@ type isLoad_Metric interface {
 }
 
 type Load_ExpectedLatency struct {
-	// What one more call to the endpoint is expected to take; the default.
+	// How long one more call to the endpoint is expected to take. The default.
 	ExpectedLatency *ExpectedLatency `protobuf:"bytes,1,opt,name=expected_latency,json=expectedLatency,proto3,oneof"`
 }
 
 type Load_PeakEwma struct {
 	// Tower's and Finagle's peak-sensitive moving average of the latency, times
-	// the calls in flight plus one.
+	// the calls in flight per weight plus one.
 	PeakEwma *PeakEwma `protobuf:"bytes,2,opt,name=peak_ewma,json=peakEwma,proto3,oneof"`
 }
 
 type Load_PendingRequests struct {
-	// The number of calls in flight.
+	// The number of calls in flight per weight.
 	PendingRequests *PendingRequests `protobuf:"bytes,3,opt,name=pending_requests,json=pendingRequests,proto3,oneof"`
 }
 
@@ -823,8 +826,7 @@ type Load_Constant struct {
 }
 
 type Load_Custom struct {
-	// A metric of the program's own, which it has registered in Go with
-	// load.Register.
+	// A metric that the program has registered in Go with load.Register.
 	Custom *Custom `protobuf:"bytes,5,opt,name=custom,proto3,oneof"`
 }
 
@@ -838,100 +840,106 @@ func (*Load_Constant) isLoad_Metric() {}
 
 func (*Load_Custom) isLoad_Metric() {}
 
-// ExpectedLatency estimates what one more call to an endpoint will take:
+// ExpectedLatency estimates how long one more call to an endpoint will take:
 //
 //	cost = L * (q + 1)
-//	L    = (S*f + A + n0*G) / (N*f + n0)
+//	L    = (S*f + A + n*G) / (N*f + n)
 //
-// Here q is the number of calls in flight to the endpoint; S and N are sum and
-// number of its latencies, each divided by (q at its sending + 1)^theta; A is
-// the sum of the ages, divided alike, of the calls in flight, which have no
-// latency yet but took that long already; G is the mean of the divided
-// latencies over all endpoints of the channel, the prior; and f forgets.
+// q is the number of calls in flight to the endpoint, divided by its weight. S and N are
+// the sum and the number of its latencies. Each latency is divided by (q + 1)^theta, with
+// the q when its call was sent, and multiplied by G/g, where g is the mean of the divided
+// latencies of its method. A is the sum of the ages of the calls in flight, divided and
+// multiplied in the same way: they have no latency yet, but took that long already. G is
+// the prior: the latency of the average call of the channel, the geometric mean of the g
+// of all methods. n is its weight, see prior_samples and spread_prior, and f forgets, see
+// forget_rounds and forget_after.
 //
-// It is the mean of an exponential law under a conjugate prior with
-// right-censored observations. A call that its caller cancelled, such as the
-// loser of a hedge, counts as a latency of its age if that is above L without
-// ages, and as nothing otherwise.
+// L is the mean of an exponential law under a conjugate prior with right-censored
+// observations. A call that its caller cancelled, such as the loser of a hedge, or whose
+// deadline passed, counts as a latency of its age if that is above the L without ages.
+// Otherwise it does not count.
 type ExpectedLatency struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// n0: how many samples the mean latency over all endpoints counts for in the
-	// estimate of one endpoint. A newcomer costs what the average endpoint costs;
-	// the larger this is, the longer it does.
+	// n0: the weight of the prior in the estimate of one endpoint, in samples. A new
+	// endpoint costs what the average endpoint costs. The larger n0 is, the longer it does.
 	//
 	// Above 0, at most 1000 samples. Default 1.
 	PriorSamples *float64 `protobuf:"fixed64,1,opt,name=prior_samples,json=priorSamples,proto3,oneof" json:"prior_samples,omitempty"`
-	// theta: how much of a latency is owed to the calls that were in flight when
-	// it was sent. A latency is divided by (calls in flight + 1)^theta, so that
-	// queueing, which the factor q + 1 charges, is not counted twice. 0: none of
-	// it; 1: all of it, as with a server that works on one call at a time.
+	// theta: how much of a latency is due to the calls that were in flight when
+	// its call was sent. A latency is divided by (q + 1)^theta, so that waiting behind
+	// these calls, for which the factor q + 1 is, does not count twice.
 	//
-	// From 0 to 1. Default 0.5.
+	// From 0 (nothing) to 1 (all, as with a server that works on one call at a time).
+	// Default 0.5.
 	QueueExponent *float64 `protobuf:"fixed64,2,opt,name=queue_exponent,json=queueExponent,proto3,oneof" json:"queue_exponent,omitempty"`
 	// keep: the number of an endpoint's samples that its estimate remembers. At
-	// each sample what is known is multiplied by 1 - 1/keep.
+	// each sample S and N are multiplied by 1 - 1/keep.
 	//
 	// From 1 (the last sample alone) to 1e6 samples. Default 32.
 	KeepSamples *float64 `protobuf:"fixed64,3,opt,name=keep_samples,json=keepSamples,proto3,oneof" json:"keep_samples,omitempty"`
-	// ticks: how fast an endpoint that gets no calls is forgotten, in rounds. A
-	// round is as many samples, from anywhere, as the channel has endpoints.
-	// After this many rounds without a sample of its own, what is known of the
-	// endpoint weighs 1/e of what it did, and it drifts back to the average.
+	// ticks: how fast the samples of an endpoint that gets no calls are forgotten, in
+	// rounds. A round is as many samples of any endpoints as the channel has endpoints.
+	// After this many rounds without a sample of its own, the weight of the endpoint's
+	// samples is 1/e of what it was, and its estimate is closer to the average.
 	//
 	// Above 0, at most 1e6 rounds. Default 40.
 	ForgetRounds *float64 `protobuf:"fixed64,4,opt,name=forget_rounds,json=forgetRounds,proto3,oneof" json:"forget_rounds,omitempty"`
-	// tau: the same by the clock. After this long without a sample of its own,
-	// what is known of an endpoint weighs 1/e of what it did.
+	// tau: the same by the clock. After this time without a sample of its own, the weight
+	// of the endpoint's samples is 1/e of what it was.
 	//
 	// Above 0. Default 60s.
 	ForgetAfter *durationpb.Duration `protobuf:"bytes,5,opt,name=forget_after,json=forgetAfter,proto3" json:"forget_after,omitempty"`
 	// fail: a failed attempt counts as a latency of at least this many times what
-	// an average endpoint costs, its calls in flight included, so that failing
-	// fast does not look fast.
+	// an average endpoint costs, its calls in flight included, so that an endpoint
+	// that fails fast does not look fast.
 	//
-	// From 1 to 1e6. Default 10.
+	// From 1 to 1e6 times. Default 10.
 	FailurePenalty *float64 `protobuf:"fixed64,6,opt,name=failure_penalty,json=failurePenalty,proto3,oneof" json:"failure_penalty,omitempty"`
 	// old: the age of a call in flight counts up to this many times the mean
-	// latency over all endpoints, so that a long stream does not look like a
-	// server that no longer answers.
+	// latency of all endpoints, which is not divided. The age of a call of a slow method
+	// counts only from the mean latency of slow methods on. A call of about twice the age
+	// up to which it counts does not count any more once the endpoint has answered another
+	// one.
 	//
-	// From 1 to 1e6. Default 20.
+	// From 1 to 1e6 times. Default 20.
 	AgeLimit *float64 `protobuf:"fixed64,7,opt,name=age_limit,json=ageLimit,proto3,oneof" json:"age_limit,omitempty"`
-	// How much more the prior counts where latencies vary: n0 times
+	// How much more the prior counts where latencies vary: n is n0 times
 	// 1 + spread_prior * v, where v is the variance of the latencies of one endpoint,
 	// divided by the square of their mean.
 	//
 	// From 0 to 100. Default 0.5.
 	SpreadPrior *float64 `protobuf:"fixed64,8,opt,name=spread_prior,json=spreadPrior,proto3,oneof" json:"spread_prior,omitempty"`
-	// The least v that is believed. The standard error of an endpoint's L is
-	// sqrt(v / (N*f + n)), as a part of it.
+	// The least v: a smaller measured one counts as this. The standard error of an
+	// endpoint's L, divided by L, is sqrt(v / (N*f + n)).
 	//
 	// From 0 to 100. Default 0.25.
 	MinSpread *float64 `protobuf:"fixed64,9,opt,name=min_spread,json=minSpread,proto3,oneof" json:"min_spread,omitempty"`
-	// What a failed attempt counts as at least while no latency is known yet.
+	// The latency that a failed attempt counts as at least while no latency is known.
 	//
 	// Above 0. Default 1s.
 	FirstFailure *durationpb.Duration `protobuf:"bytes,10,opt,name=first_failure,json=firstFailure,proto3" json:"first_failure,omitempty"`
-	// The latency of one attempt counts up to this many times the average, so that
-	// one answer after an hour is forgotten in minutes.
+	// The latency of one attempt counts up to this many times G, so that one answer
+	// after an hour is forgotten in minutes.
 	//
-	// From 1 to 1e6. Default 20.
+	// From 1 to 1e6 times. Default 20.
 	SampleLimit *float64 `protobuf:"fixed64,11,opt,name=sample_limit,json=sampleLimit,proto3,oneof" json:"sample_limit,omitempty"`
-	// The age of a stream that has no response yet counts up to this many times
-	// the mean time to a first response: a stream may have nothing to say.
+	// The age of a stream without a response counts up to this many times the mean time
+	// to a first response, because a server may have nothing to send. The same holds for
+	// a call of a method that was never answered. After age_limit such a stream counts as
+	// an open stream.
 	//
-	// From 0 to 1e6. Default 1.
+	// From 0 to 1e6 times. Default 1.
 	StreamAgeLimit *float64 `protobuf:"fixed64,12,opt,name=stream_age_limit,json=streamAgeLimit,proto3,oneof" json:"stream_age_limit,omitempty"`
-	// How many times the average latency a method takes whose calls in flight do
-	// not count for the calls of other methods.
+	// A method is slow if it takes more than this many times G. The calls in flight of
+	// slow methods do not count in the q of other calls.
 	//
-	// From 1 to 1e6. Default 64.
+	// From 1 to 1e6 times. Default 64.
 	SlowMethod *float64 `protobuf:"fixed64,13,opt,name=slow_method,json=slowMethod,proto3,oneof" json:"slow_method,omitempty"`
 	// The number of methods that have a mean of their own. All others share one.
 	//
-	// From 0 to 10,000. Default 100.
+	// From 0 to 10,000 methods. Default 100.
 	MaxMethods *uint32 `protobuf:"varint,14,opt,name=max_methods,json=maxMethods,proto3,oneof" json:"max_methods,omitempty"`
-	// What is taken from the reports of servers. Unset: nothing.
+	// How the reports of servers are used. Unset: not at all.
 	Reports       *Reports `protobuf:"bytes,15,opt,name=reports,proto3" json:"reports,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1072,44 +1080,46 @@ func (x *ExpectedLatency) GetReports() *Reports {
 	return nil
 }
 
-// Reports says what is taken from the reports that servers send by the ORCA protocol, with
-// the answer to each call or out of band. A client of many sends each server few calls, so
-// that its own calls in flight say little. The servers send what package orca of belfry
-// sends, or a metric of their own.
+// Reports says how reports are used that servers send by the ORCA protocol, with the answer
+// to each call or out of band. Where a server has many clients, each of them has few calls in
+// flight there, which say little about how busy the server is. The servers send what package
+// orca of belfry sends, or a metric of their own.
 //
-// The q of ExpectedLatency is then the calls of the client in flight, and the requests that
-// the server has from others. What a server reported drifts to the mean of all servers
-// within half a latency.
+// The q of ExpectedLatency then includes the requests that the server has from other clients,
+// divided by its weight. This number approaches the mean of all servers after each report: its
+// distance falls to 1/e in half a latency.
 type Reports struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The metric that has the requests at the server when it sent the report, the one that it
-	// answers not counted, by its name in gRFC A114: cpu_utilization, mem_utilization,
-	// application_utilization, rps_fractional, eps, or named_metrics. and a name.
+	// The name of the metric that has the number of requests at the server when it sent the
+	// report. The request that the report answers does not count. The names are those of gRFC
+	// A114: cpu_utilization, mem_utilization, application_utilization, rps_fractional, eps, or
+	// "named_metrics." followed by the name of one of the server's own metrics.
 	//
 	// Default named_metrics.belfry.in_flight, which package orca sends.
 	InFlight *string `protobuf:"bytes,1,opt,name=in_flight,json=inFlight,proto3,oneof" json:"in_flight,omitempty"`
-	// theta while reports are in use, in place of queue_exponent.
+	// theta, in place of queue_exponent of ExpectedLatency.
 	//
 	// From 0 to 1. Default 0.7.
 	QueueExponent *float64 `protobuf:"fixed64,2,opt,name=queue_exponent,json=queueExponent,proto3,oneof" json:"queue_exponent,omitempty"`
-	// For how long after the last report of any server reports count.
+	// For how long reports count after the last report of any server.
 	//
 	// Above 0. Default 10s.
 	Expiry *durationpb.Duration `protobuf:"bytes,3,opt,name=expiry,proto3" json:"expiry,omitempty"`
-	// For how long after its first report a server counts as the average of those that
-	// report, because a new one has not its usual load yet.
+	// For how long after its first report a server counts as the average of the servers that
+	// report, because a new server does not have its usual load yet.
 	//
 	// At least 0. Default 0s.
 	Blackout *durationpb.Duration `protobuf:"bytes,4,opt,name=blackout,proto3" json:"blackout,omitempty"`
-	// How often servers are asked for reports besides those that come with answers; a
-	// change is for endpoints that are listed later. A server that uses grpc-go sends them
-	// every 30s at most.
+	// The interval in which servers are asked to send reports out of band, besides those that
+	// come with answers. A change applies to endpoints that are listed later. A server that
+	// uses grpc-go sends one every 30s at most.
 	//
 	// At least 0.1s. Unset: never.
 	OutOfBand *durationpb.Duration `protobuf:"bytes,5,opt,name=out_of_band,json=outOfBand,proto3" json:"out_of_band,omitempty"`
-	// keep, in place of keep_samples, where all that servers have is from other clients: with
-	// the queues known, latencies say how fast servers are, and that changes sooner. Where
-	// servers have less from others, keep lies between the two.
+	// keep, in place of keep_samples of ExpectedLatency, where all requests of the servers are
+	// from other clients. If a part of them is, keep lies between the two. With the queues
+	// known, a change of latencies is a change of how fast servers are, so fewer samples are
+	// better.
 	//
 	// From 1 to 1e6 samples. Default 6.
 	KeepSamples   *float64 `protobuf:"fixed64,6,opt,name=keep_samples,json=keepSamples,proto3,oneof" json:"keep_samples,omitempty"`
@@ -1191,25 +1201,25 @@ func (x *Reports) GetKeepSamples() float64 {
 
 // PeakEwma is Tower's load metric of the same name: a moving average of the
 // latency that follows a rise at once and a fall over the decay time, times the
-// number of calls in flight plus one.
+// number of calls in flight per weight plus one.
 type PeakEwma struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The time over which an estimate loses all but 1/e of its distance to the
-	// lower latencies that follow it, and to zero while there are none.
+	// The time in which the distance of an estimate to lower latencies after it falls to
+	// 1/e. Without calls the estimate falls to 1/e in this time.
 	//
 	// Above 0. Default 10s.
 	Decay *durationpb.Duration `protobuf:"bytes,1,opt,name=decay,proto3" json:"decay,omitempty"`
-	// The latency that an endpoint without a sample is taken to have. A value
-	// above the true latencies lets a newcomer start with few calls.
+	// The estimate of an endpoint without a sample. If it is above the true latencies, a
+	// new endpoint starts with few calls.
 	//
 	// Above 0. Default 1s.
 	DefaultRtt *durationpb.Duration `protobuf:"bytes,2,opt,name=default_rtt,json=defaultRtt,proto3" json:"default_rtt,omitempty"`
 	// A failed attempt counts as a latency of at least this many times what an
-	// average endpoint costs, its calls in flight included, so that failing fast
-	// does not look fast. Tower knows no such thing, and gives an endpoint that
-	// fails at once most calls.
+	// average endpoint costs, its calls in flight included, so that an endpoint that
+	// fails fast does not look fast. Tower has no such penalty, and sends most calls
+	// to an endpoint that fails at once.
 	//
-	// From 1 to 1e6. Default 10.
+	// From 1 to 1e6 times. Default 10.
 	FailurePenalty *float64 `protobuf:"fixed64,3,opt,name=failure_penalty,json=failurePenalty,proto3,oneof" json:"failure_penalty,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
@@ -1266,8 +1276,10 @@ func (x *PeakEwma) GetFailurePenalty() float64 {
 	return 0
 }
 
-// PendingRequests is the number of calls in flight: a call weighs one from when
-// it is sent to its end, a stream to its first response.
+// PendingRequests is the number of calls in flight, divided by the weight of the
+// endpoint. A call counts from when it is sent to its end, a stream to its first
+// response. After two calls in a row that were cancelled without an answer, the
+// endpoint counts one more call for some picks.
 type PendingRequests struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1304,11 +1316,11 @@ func (*PendingRequests) Descriptor() ([]byte, []int) {
 	return file_belfry_config_v1_p2c_proto_rawDescGZIP(), []int{9}
 }
 
-// Constant is a load that never changes.
+// Constant is a load that never changes. Endpoints are picked at random, in proportion
+// to their weights.
 type Constant struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The load of every endpoint, in no unit. It is divided by the endpoint's
-	// weight, so that endpoints of greater weight are preferred.
+	// The load of every endpoint, in no unit.
 	//
 	// Finite, 0 or above. Default 1.
 	Load          *float64 `protobuf:"fixed64,1,opt,name=load,proto3,oneof" json:"load,omitempty"`
@@ -1358,8 +1370,7 @@ type Custom struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The name under which it is registered.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// What the metric is configured with, in a form of its own. Unset: an empty
-	// object.
+	// The config of the metric, which defines its form. Unset: an empty object.
 	Config        *structpb.Struct `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

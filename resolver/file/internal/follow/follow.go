@@ -50,7 +50,7 @@ func Texts(ctx context.Context, path string) iter.Seq2[[]byte, error] {
 		if err != nil {
 			logger.Warningf("%s: changes are seen within %v only: %v", path, ReadEvery, err)
 		} else {
-			defer watcher.Close()
+			defer func() { _ = watcher.Close() }()
 			changes, lost = watcher.Events, watcher.Errors
 		}
 		read := time.NewTicker(ReadEvery)

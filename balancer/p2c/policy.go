@@ -5,7 +5,6 @@ package p2c
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"reflect"
@@ -24,7 +23,6 @@ import (
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
 
-	"github.com/belfry-go/belfry/internal/attempt"
 	"github.com/belfry-go/belfry/internal/childpolicy"
 	"github.com/belfry-go/belfry/internal/seldom"
 	"github.com/belfry-go/belfry/internal/simenv"
@@ -88,46 +86,43 @@ var countedStates = []connectivity.State{
 	connectivity.Ready, connectivity.Connecting, connectivity.Idle, connectivity.TransientFailure,
 }
 
-// errNoEndpoints is what calls fail with when the resolver has given none. The
-// text is grpc-go's, for those who look for it.
-var errNoEndpoints = errors.New("no children to pick from")
-
 // policy is the balancer of one channel: a petiole with a pick_first child for
 // each endpoint.
 //
-// It keeps its endpoints itself instead of using grpc's endpointsharding, which
-// collects all children anew at each change of one: N endpoints that become
-// READY cost N² there. Here a change costs the same however many endpoints there
-// are. The READY ones stand in a set that the picker shares and that changes in
-// place; the picker itself is published again only when the state of the
-// channel changes, or when an endpoint leaves READY, because grpc holds back a
-// call that picked such an endpoint until the next picker.
+// It does not use grpc's endpointsharding, which collects all children again when
+// one of them changes, so that N endpoints that become READY cost N² there. Here a
+// change costs the same whatever the number of endpoints. The READY ones are in a
+// set that the picker shares and that changes in place. The picker itself is
+// published again only when the state of the channel changes, or when an endpoint
+// leaves READY, because gRPC lets a call that picked such an endpoint wait for the
+// next picker.
 type policy struct {
 	// Immutable.
-	cc                            balancer.ClientConn
-	opts                          balancer.BuildOptions
-	putAsides, returns, ejections seldom.Log // what is logged of them
-
-	target   string // the channel's, by which, and by id, it knows its calls
+	cc       balancer.ClientConn
+	opts     balancer.BuildOptions
+	target   string // of the channel. With id it identifies the calls of the policy.
 	id       uint64
 	children balancer.Builder
-	watcher  childpolicy.Watcher // nil if the parent is none
-	picks    sync.Pool           // of *pick
-	handles  sync.Pool           // of *handle, for trackers
-	queue    queue               // of calls that wait for an endpoint with room
+	watcher  childpolicy.Watcher // nil if the parent does not watch
+
+	// Safe for concurrent use.
+	putAsides, returns, ejections seldom.Log // limit how often these are logged
+	picks                         sync.Pool  // of *pick
+	handles                       sync.Pool  // of *handle, for trackers
+	queue                         queue      // of calls that wait for an endpoint with room
 
 	// Used only by the methods of balancer.Balancer, whose calls are serialized.
 	endpoints  *resolver.EndpointMap[*endpoint]
 	list       []listing              // of the last update
 	refused    []*endpoint            // whose children returned an error in the last update
 	received   *attributes.Attributes // of the last update
-	attributes *attributes.Attributes // what the children got of them; nil before the first
+	attributes *attributes.Attributes // received, as the children get them; nil before the first
 	metric     load.Metric
-	updated    bool                // an update was received
-	met        bool                // an endpoint was listed
-	recalled   map[string]*measure // kept from an earlier policy, until the first endpoints are there
+	updated    bool                // whether an update was received
+	started    bool                // whether the resolver has listed an endpoint
+	recalled   map[string]*measure // kept from an earlier policy; nil after the first endpoints are made
 
-	// Set before there is an endpoint.
+	// Set before the first endpoint is made.
 	now       func() int64
 	random    func() uint64
 	after     func(d time.Duration, f func()) (stop func())
@@ -135,23 +130,22 @@ type policy struct {
 	metrics   *metrics
 	reports   func(balancer.SubConn, orca.OOBListener, orca.OOBListenerOptions) (stop func())
 
-	outOfBand atomic.Int64 // how often servers are asked for reports, in nanoseconds; 0 for never
+	outOfBand atomic.Int64 // the interval of reports out of band, in nanoseconds; 0 for none
 
-	warned atomic.Bool // of streams without a tracker
+	warned atomic.Bool // whether the warning about streams without a tracker was logged
 
-	// conn is the channel, once a call with a tracker has been picked for.
+	// conn is the channel; nil before the first pick for a call with a tracker.
 	conn atomic.Pointer[grpc.ClientConn]
 
-	offers    atomic.Pointer[offer] // of endpoints to calls that are to try them
-	slowAfter atomic.Int64          // how long an attempt takes that is slow, in nanoseconds; 0 if not known
+	offers    atomic.Pointer[offer] // the endpoints that calls are to try, a linked list
+	slowAfter atomic.Int64          // from when on an attempt is slow, in nanoseconds; 0 if not known
 
 	// countMu guards rotated and the counts of all endpoints, for snapshots. Nothing is
 	// locked under it.
 	countMu sync.Mutex
-	rotated time.Time // when shares began to be counted
+	rotated time.Time // the start of the time over which shares are counted
 
-	// all is the endpoints of the last update, for the picker of a channel that
-	// has none READY. The slice is not changed.
+	// all is the endpoints of the last update. The slice is not changed.
 	all atomic.Pointer[[]*endpoint]
 
 	// mu guards the fields below, those of endpoint that say so, and writing to
@@ -160,9 +154,9 @@ type policy struct {
 	// Lock order: endpoint.childMu, mu, then the locks of cc. A child reports its
 	// state from within any call to it, so no child is called with mu held.
 	//
-	// An update from above sets inhibit, lets go of mu, goes through the children
-	// one by one, and at the end publishes once. Meanwhile children report to
-	// their endpoint and to the READY set, but nothing is published.
+	// An update from the channel sets inhibit, unlocks mu, calls the children one
+	// by one, and at the end publishes once. Meanwhile the reports of children change
+	// their endpoint and the READY set, but nothing is published.
 	mu         sync.Mutex
 	inhibit    bool
 	closed     bool
@@ -172,12 +166,12 @@ type policy struct {
 	count      [connectivity.Shutdown + 1]int
 	home       string             // the caller's zone, "" if zones do not count
 	homes      int                // how many endpoints are in it
-	homesWell  int                // and how many of them are well
-	published  connectivity.State // what cc was told last; SHUTDOWN before
+	homesWell  int                // how many of these are well
+	published  connectivity.State // the last state given to cc; SHUTDOWN before the first
 	seating    seating
-	hope       hope
+	grace      grace
 	ramps      ramps
-	measuring  bool // measureMedian will be called
+	measuring  bool // whether a timer for measureMedian is set
 }
 
 // UpdateClientConnState implements balancer.Balancer.
@@ -198,7 +192,7 @@ func (b *policy) UpdateClientConnState(ccs balancer.ClientConnState) error {
 	}
 	for _, ep := range b.endpoints.All() {
 		if ep.setConnections(cfg) {
-			b.attributes = nil // All are to be updated.
+			b.attributes = nil // makes updateEndpoints update all children
 		}
 	}
 	b.setHome(cfg.zones.homeOf(ccs.ResolverState))
@@ -229,8 +223,8 @@ func (b *policy) firstUpdate(state resolver.State) {
 	live.Store(b, nil)
 }
 
-// configure applies a config to the endpoints that are there, and inhibits
-// publishing. Meters are kept unless the metric is of another kind.
+// configure applies a config to the existing endpoints, and sets inhibit. The meters are
+// kept unless the metric is of another kind.
 func (b *policy) configure(cfg *config) error {
 	fresh := b.metric == nil || !cfg.metric.adopt(b.metric)
 	if fresh {
@@ -275,16 +269,16 @@ func (b *policy) configure(cfg *config) error {
 	return nil
 }
 
-// ResolverError implements balancer.Balancer. Children that have addresses and
-// have not failed ignore it; without any endpoint the channel fails with it.
+// ResolverError implements balancer.Balancer. Without any endpoint calls fail with the
+// error. Otherwise the children get it, and those ignore it that have not failed.
 func (b *policy) ResolverError(err error) {
 	if b.endpoints.Len() == 0 {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		b.cc.UpdateState(balancer.State{
 			ConnectivityState: connectivity.TransientFailure,
-			// Not wrapped: grpc ends all calls with the status that it finds in the
-			// error of a picker, those too that wait for READY.
+			// Not wrapped: if the error of a picker has a status, gRPC ends all calls with
+			// it, also calls that wait for READY.
 			Picker: base.NewErrPicker(fmt.Errorf("name resolver error: %v", err)),
 		})
 		b.published = connectivity.TransientFailure
@@ -304,26 +298,18 @@ func (b *policy) ExitIdle() {
 	b.forAll(func(ep *endpoint) { ep.call(func() { ep.child.ExitIdle() }) })
 }
 
-// Close implements balancer.Balancer. Attempts in flight go on; their Done finds
-// its meter through the pick.
+// Close implements balancer.Balancer. It does not end attempts in flight. Their Done
+// finds its meter through the pick.
 func (b *policy) Close() {
 	b.mu.Lock()
 	b.inhibit, b.closed = true, true
-	b.hope.endLocked()
+	b.grace.endLocked()
 	b.mu.Unlock()
 	b.queue.dismiss(true)
 	live.Delete(b)
 	b.keepMeters()
 	for _, ep := range b.endpoints.All() {
 		ep.close(b.opts.ChannelzParent != nil)
-	}
-}
-
-// untracked is told of some of the calls without a tracker, and logs the first that is a
-// stream.
-func (b *policy) untracked(method string) {
-	if !b.warned.Load() && attempt.Streams(method) && !b.warned.Swap(true) {
-		logger.Warningf("%s: %s is a stream, and the channel has no p2c.DialOptions: all its life counts as its latency", b.opts.Target.String(), method)
 	}
 }
 
@@ -341,14 +327,14 @@ func (b *policy) forAll(f func(*endpoint)) {
 	b.publishLocked()
 }
 
-// stateLocked returns the state of the channel: the best of the endpoints', unless there is
-// hope of a better one.
+// stateLocked returns the state of the channel: the best state of an endpoint, or
+// CONNECTING in a grace period.
 func (b *policy) stateLocked() connectivity.State {
-	if b.hopesLocked() {
+	if b.inGraceLocked() {
 		return connectivity.Connecting
 	}
 	if b.count[connectivity.Ready] == 0 && b.seating.seated[ejected] && b.seating.count[ejected] > 0 {
-		return connectivity.Ready // All that is left is used.
+		return connectivity.Ready // Ejected endpoints are used.
 	}
 	for _, s := range countedStates {
 		if b.count[s] > 0 {
@@ -358,8 +344,8 @@ func (b *policy) stateLocked() connectivity.State {
 	return connectivity.TransientFailure
 }
 
-// publishLocked tells cc the state and the picker. Calls that wait for a picker
-// try again.
+// publishLocked gives cc the state and the picker. Calls that wait for a picker then pick
+// again.
 func (b *policy) publishLocked() {
 	if b.closed || b.picker == nil {
 		return
@@ -381,31 +367,10 @@ func (b *policy) publishLocked() {
 	}
 }
 
-// reportLocked publishes after a child's report if the channel has to know: its
-// state has changed, or a call may be waiting that must pick again.
+// reportLocked publishes if the state of the channel has changed, or if wake is set because
+// a call may wait that must pick again.
 func (b *policy) reportLocked(wake bool) {
 	if !b.inhibit && (wake || b.stateLocked() != b.published) {
 		b.publishLocked()
 	}
-}
-
-// fallbackPicker is the picker of a channel that has no READY endpoint. It asks
-// the children whose state is the channel's, in turn: those that failed say why,
-// those that connect make the call wait.
-type fallbackPicker struct {
-	endpoints []*endpoint
-	state     connectivity.State
-	next      atomic.Uint32
-}
-
-func (p *fallbackPicker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
-	n := uint32(len(p.endpoints))
-	first := p.next.Add(1)
-	for i := range n {
-		s := p.endpoints[(first+i)%n].reported.Load()
-		if s.ConnectivityState == p.state {
-			return s.Picker.Pick(info)
-		}
-	}
-	return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 }

@@ -68,7 +68,7 @@ func TestEmptyUpdateAfterAGoodOneClosesTheEndpoints(t *testing.T) {
 	})
 }
 
-// The child of such an endpoint would be CONNECTING for ever, and calls with it.
+// The child of such an endpoint would stay CONNECTING, and calls would wait.
 func TestEndpointsWithoutAddressesAreLeftOut(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		if err := w.update(`{}`, one(), one()); !errors.Is(err, balancer.ErrBadResolverState) {
@@ -127,8 +127,8 @@ func TestAllEndpointsConnectEagerly(t *testing.T) {
 	})
 }
 
-// Tower's single_endpoint and two_endpoints_with_equal_load, but that an endpoint
-// that fails is not dropped.
+// Tower's tests single_endpoint and two_endpoints_with_equal_load, but an endpoint that
+// fails stays in use.
 func TestOnlyReadyEndpointsGetCalls(t *testing.T) {
 	for _, config := range []string{`{}`, pendingConfig, constantConfig, `{"load":{"peakEwma":{}}}`, `{"choiceCount":2,"memory":2}`} {
 		bubble(t, func(t *testing.T, w *world) {
@@ -246,8 +246,8 @@ func TestResolverErrorAfterAnEmptyUpdateIsWhatCallsFailWith(t *testing.T) {
 	})
 }
 
-// A source may itself be a gRPC client. Taken for the status of the call, its
-// error would end calls that wait for an endpoint, and with its code.
+// A source of endpoints may itself be a gRPC client. If the status of its error were that of
+// a call, it would end calls that wait for an endpoint.
 func TestAResolverErrorIsNoStatusOfACall(t *testing.T) {
 	denied := fmt.Errorf("watching: %w", status.Error(codes.PermissionDenied, "token has expired"))
 	for _, before := range []string{"nothing", "an empty update", "an endpoint that failed"} {
@@ -374,7 +374,7 @@ func TestALateReportOfARemovedEndpointIsIgnored(t *testing.T) {
 	})
 }
 
-// Tower's issue 856: a pick by index lands on another endpoint after a removal.
+// Tower's issue 856: after a removal a pick by index gets another endpoint.
 func TestAPickerFromBeforeARemovalPicksOnlyWhatIsReady(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		w.start(pendingConfig, some("a", "b", "c")...)
@@ -427,7 +427,7 @@ func TestTwoEndpointsWithOneAddressAreOne(t *testing.T) {
 	})
 }
 
-// What an endpoint's meter knows lives as long as the resolver lists it.
+// The meter of an endpoint keeps what it knows as long as the resolver lists the endpoint.
 func TestMetersSurviveWhatDoesNotRemoveTheEndpoint(t *testing.T) {
 	for _, test := range []struct {
 		name string
@@ -560,8 +560,8 @@ func TestDoneAfterItsEndpointWasRemoved(t *testing.T) {
 	})
 }
 
-// A metric that counts its endpoints, as expectedLatency does, must not go on
-// counting those that are gone.
+// A metric that counts its endpoints, as expectedLatency does, must not count those that
+// are gone.
 func TestEveryMeterIsClosedWhenItsEndpointOrItsMetricIsGone(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		var m openMeters
@@ -594,7 +594,7 @@ func TestEveryMeterIsClosedWhenItsEndpointOrItsMetricIsGone(t *testing.T) {
 		want("the metric again", 2)
 		w.b.Close()
 		want("the channel is closed", 0)
-		w.b = builder{}.Build(w.cc, balancer.BuildOptions{}) // for the bubble to close
+		w.b = builder{}.Build(w.cc, balancer.BuildOptions{}) // so that bubble has a policy to close
 	})
 }
 
@@ -636,7 +636,7 @@ func TestEndpointsConnectInAnOrderThatBeginsAnywhere(t *testing.T) {
 	})
 }
 
-// grpc replaces its picker, and wakes all calls that wait, at every publishing.
+// Each time that the policy publishes a picker, gRPC wakes all calls that wait.
 func TestHowOftenTheChannelIsTold(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		const n = 50
@@ -688,16 +688,16 @@ func TestTheStateOfTheChannelIsTheBestOfItsEndpoints(t *testing.T) {
 	})
 }
 
-// A picker that the channel still uses asks an endpoint that has left meanwhile.
-// The call must wait for the next picker, and not fail with the endpoint's error
-// while another endpoint is READY.
+// The channel still uses a picker that picks an endpoint that is not READY any more. The
+// call must wait for the next picker, and not fail with the endpoint's error while another
+// endpoint is READY.
 func TestAPickOfAnEndpointThatHasJustFailedWaits(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		o, recorder := newObserver(t)
 		w.start(`{`+recorder+`,"load":{"pendingRequests":{}}}`, some("a", "b")...)
 		busy, _ := w.mustPick()
 		idle := map[string]string{"a": "b", "b": "a"}[busy]
-		// The idle one, which is the next to be picked, fails while it is measured.
+		// The idle endpoint, which is the next to be picked, fails while the pick measures it.
 		var once sync.Once
 		o.onLoad = func() {
 			once.Do(func() { w.subConn(idle).SetHealth(connectivity.TransientFailure, errors.New("ejected")) })
@@ -712,8 +712,8 @@ func TestAPickOfAnEndpointThatHasJustFailedWaits(t *testing.T) {
 	})
 }
 
-// The same for an endpoint whose child reports READY again, with another
-// connection perhaps: the call goes to the new one.
+// The same for an endpoint whose child reports READY again, maybe with another connection:
+// the call goes to the new one.
 func TestAPickUsesTheLastReportOfAnEndpoint(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world) {
 		o, recorder := newObserver(t)
@@ -759,7 +759,7 @@ func TestEveryMetricIsRecordedWithItsLabels(t *testing.T) {
 		r.want(t, "two READY, one failed", map[string]int64{
 			"endpoints READY": 2, "endpoints TRANSIENT_FAILURE": 1, "endpoints CONNECTING": 0,
 		})
-		for _, a := range []string{"a", "b"} { // the failure below must not be all that is known
+		for _, a := range []string{"a", "b"} { // so that the endpoints have not only failed
 			w.endpoint(a).candidate.meter.Load().note(everAnswered)
 		}
 		for _, info := range []balancer.DoneInfo{

@@ -15,7 +15,7 @@ import (
 	"github.com/belfry-go/belfry/load"
 )
 
-func TestHope(t *testing.T) {
+func TestGrace(t *testing.T) {
 	failure := balancer.DoneInfo{Err: status.Error(codes.Unavailable, "always"), BytesSent: true, BytesReceived: true}
 	// failed is the world when the only READY endpoint has failed, and has another call.
 	failed := func(t *testing.T, w *world) (inFlight func(balancer.DoneInfo)) {
@@ -64,7 +64,7 @@ func TestHope(t *testing.T) {
 	t.Run("ends in time, until an endpoint has not failed", func(t *testing.T) {
 		bubble(t, func(t *testing.T, w *world) {
 			failed(t, w)(failure)
-			time.Sleep(mostHope)
+			time.Sleep(maxGrace)
 			w.settle()
 			w.wantState("calls have waited for long", connectivity.Ready)
 			_, done := w.mustPick()
@@ -80,7 +80,7 @@ func TestHope(t *testing.T) {
 			metric := must(load.NewExpectedLatency(load.DefaultExpectedLatencyConfig()))
 			bad := &measure{Meter: metric.NewMeter(load.Endpoint{}), room: &room{}}
 			bad.note(everFailed)
-			w.p.met, w.p.metric, w.p.recalled = true, metric, map[string]*measure{"bad:1": bad}
+			w.p.started, w.p.metric, w.p.recalled = true, metric, map[string]*measure{"bad:1": bad}
 			if err := w.update(`{}`, some("bad:1", "good:1")...); err != nil {
 				t.Fatal(err)
 			}
@@ -93,9 +93,9 @@ func TestHope(t *testing.T) {
 	})
 }
 
-// hopes reports whether calls wait although an endpoint is READY.
-func (w *world) hopes() bool {
+// inGrace reports whether calls wait although an endpoint is READY.
+func (w *world) inGrace() bool {
 	w.p.mu.Lock()
 	defer w.p.mu.Unlock()
-	return w.p.hopesLocked()
+	return w.p.inGraceLocked()
 }
