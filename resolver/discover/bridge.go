@@ -24,31 +24,31 @@ var logger = grpclog.Component("belfry-discover")
 
 const (
 	// Changes after the first set wait until none has come for coalesceQuiet,
-	// and at most coalesceMax: every update costs the channel a new picker, and
-	// a roll-out of a hundred servers comes as two hundred changes. Calls do
-	// not notice a delay of milliseconds in what took seconds to start.
+	// and at most coalesceMax, because every update costs the channel a new
+	// picker, and a roll-out of a hundred servers is two hundred changes. A server
+	// takes seconds to start, so milliseconds more do not matter.
 	coalesceQuiet = 5 * time.Millisecond
 	coalesceMax   = 50 * time.Millisecond
 
-	// reportEvery is the least time between two errors that the channel is told.
+	// reportEvery is the least time between two errors reported to the channel.
 	reportEvery = time.Second
 
-	// closeGrace is how long a source may take to heed its context before it is
-	// logged as left behind.
+	// closeGrace is how long a source may run after its context has ended before
+	// that is logged.
 	closeGrace = 5 * time.Second
 
-	// An address whose attributes have changed in so many updates in a row will
-	// be changed in every update.
+	// restlessUpdates is the number of updates in a row that change the attributes
+	// of a key's addresses before that is logged.
 	restlessUpdates = 3
 )
 
-// bridge is the resolver of one channel, from one Build to the next: it watches
-// the source and publishes the sets.
+// bridge is the resolver of one channel, from Build to Close. It watches the
+// source and publishes the sets.
 //
-// It has two goroutines and no mutex. One, watch, is inside the source and
-// passes on what it yields. The other, loop, owns the state and calls the
-// channel, which may take its time, or call back: nothing is held meanwhile,
-// and the source waits.
+// It has two goroutines and no mutex. The first, watch, runs the source and sends
+// its events to the second. The second, loop, owns the state and calls the
+// channel. Such a call may be slow, and may call the bridge: no lock is held, and
+// the source waits.
 type bridge struct {
 	// Immutable after build.
 	name            string
@@ -122,7 +122,7 @@ func newBridge(src Source, target resolver.Target, cc resolver.ClientConn, opts 
 	return b
 }
 
-// ResolveNow passes the hint on to the source, if it listens.
+// ResolveNow sends the source a nudge. It does nothing if one is pending.
 func (b *bridge) ResolveNow(resolver.ResolveNowOptions) {
 	select {
 	case b.nudge <- struct{}{}:
@@ -130,11 +130,12 @@ func (b *bridge) ResolveNow(resolver.ResolveNowOptions) {
 	}
 }
 
-// Close stops the watch and waits for nothing: gRPC holds up the calls of the
-// channel meanwhile. An update in progress is ignored by the channel.
+// Close stops the watch. It does not wait for it, because gRPC blocks the calls of
+// the channel meanwhile. The channel ignores an update that is in progress.
 func (b *bridge) Close() { b.cancel() }
 
-// expectEnd logs a source that does not end. It is called after Close.
+// expectEnd waits for the source to end, and logs an error if it does not end
+// within closeGrace. It is called after Close.
 func (b *bridge) expectEnd() {
 	t := time.NewTimer(closeGrace)
 	defer t.Stop()
@@ -187,7 +188,8 @@ func (b *bridge) loop(ctx context.Context) {
 	}
 }
 
-// hear acts upon what the source has to tell.
+// hear reports the errors of the source. It publishes a set that is complete at
+// once, and plans to publish other changes.
 func (b *bridge) hear(n news, now time.Time) {
 	b.note(n, now)
 	if n.err != nil {
@@ -230,9 +232,9 @@ func (b *bridge) tick(now time.Time) {
 	}
 }
 
-// report tells the channel of an error, or holds it until reportEvery has
-// passed since the last. The channel keeps its set if it has one; otherwise
-// calls begin to fail with the error instead of waiting.
+// report reports an error to the channel, or holds it until reportEvery has
+// passed since the last report. The channel keeps its set if it has one.
+// Otherwise calls fail with the error from now on, instead of waiting.
 func (b *bridge) report(err error, now time.Time) {
 	if now.Before(b.reportAt) {
 		b.held = err
@@ -245,8 +247,8 @@ func (b *bridge) report(err error, now time.Time) {
 	b.cc.ReportError(err)
 }
 
-// reportFaults tells the channel of faults in the data. It must not make calls
-// fail that the rest of the data would let pass, so it comes after a set.
+// reportFaults reports the faults in the data to the channel. It is called after
+// a set is published, so that calls do not fail if the rest of the data is good.
 func (b *bridge) reportFaults(now time.Time) {
 	switch {
 	case b.faults == 1:
@@ -257,8 +259,8 @@ func (b *bridge) reportFaults(now time.Time) {
 	b.fault, b.faults = nil, 0
 }
 
-// flush publishes the current set, if there is one and it is not what the
-// channel has already.
+// flush publishes the current set, if there is one that the channel does not have
+// yet. Then it reports the faults.
 func (b *bridge) flush(now time.Time) {
 	b.dirtySince, b.flushAt = time.Time{}, time.Time{}
 	if set := b.source.set; set != nil {
@@ -276,8 +278,8 @@ func (b *bridge) flush(now time.Time) {
 		}
 		parsed, badConfig := b.parse(set.serviceConfig)
 		first := !b.published && (len(items) > 0 || len(set.refused) == 0)
-		// A set that was rejected is offered again: by the time the source has
-		// something to say the policy, or its config, may be another.
+		// A set that was rejected is published again, because the policy or its config
+		// may have changed since.
 		if first || b.published && (b.differs || b.rejections > 0 || parsed != b.parsed) {
 			b.publish(items, parsed, now)
 		}
@@ -288,10 +290,12 @@ func (b *bridge) flush(now time.Time) {
 	b.reportFaults(now)
 }
 
-// keep sets kept, and differs accordingly, if the set has become empty, or is
-// not so any more. It had the items before until now.
+// keep sets kept to before, the old items, if the set has become empty and must
+// not be published so. It clears kept when that has ended. It sets differs to
+// match.
 func (b *bridge) keep(set *snapshot, before []keyedEndpoint) {
-	// Where endpoints were refused there are some, although they cannot be used.
+	// If endpoints were refused the set is not really empty: they exist but cannot
+	// be used.
 	keeps := len(b.set.items) == 0 && (b.cfg.keepOnEmpty || len(set.refused) > 0)
 	switch {
 	case keeps && b.kept == nil && len(before) > 0:
@@ -305,7 +309,7 @@ func (b *bridge) keep(set *snapshot, before []keyedEndpoint) {
 }
 
 func (b *bridge) publish(items []keyedEndpoint, parsed *serviceconfig.ParseResult, now time.Time) {
-	// Not nil, even if it is empty: gRPC would look for Addresses.
+	// It must not be nil, even if it is empty: gRPC would use Addresses instead.
 	endpoints := make([]resolver.Endpoint, len(items))
 	for i, it := range items {
 		endpoints[i] = it.endpoint
@@ -327,8 +331,8 @@ func (b *bridge) publish(items []keyedEndpoint, parsed *serviceconfig.ParseResul
 		b.rejections, b.nudgeAt = 0, time.Time{}
 		return
 	}
-	// An empty set is rejected by every policy, and the only cure, for a source
-	// that cannot tell by itself, is to look again.
+	// Every policy rejects an empty set. A source that is not told of changes must
+	// then look again.
 	b.rejections++
 	b.nudgeAt = now.Add(retryDelay(b.cfg.backoff, b.rejections))
 	if len(items) > 0 {
@@ -336,8 +340,9 @@ func (b *bridge) publish(items []keyedEndpoint, parsed *serviceconfig.ParseResul
 	}
 }
 
-// parse returns the service config to publish: nil if there is none, and the
-// one already published, with an error the first time, if json is bad.
+// parse returns the service config to publish, or nil if there is none. If json
+// does not parse it returns the config published last, and, the first time, an
+// error.
 func (b *bridge) parse(json string) (*serviceconfig.ParseResult, error) {
 	if json == "" || b.noServiceConfig {
 		return nil, nil
@@ -355,8 +360,9 @@ func (b *bridge) parse(json string) (*serviceconfig.ParseResult, error) {
 	return b.config, nil
 }
 
-// addressesOf lists all addresses for policies that know nothing of endpoints.
-// The endpoint's attributes go where gRPC puts them when it goes the other way.
+// addressesOf lists all addresses, for policies that do not read endpoints. It
+// puts the attributes of an endpoint into BalancerAttributes, from which gRPC
+// takes them when it makes endpoints out of addresses.
 func addressesOf(endpoints []resolver.Endpoint) []resolver.Address {
 	var addrs []resolver.Address
 	for _, ep := range endpoints {
@@ -370,8 +376,8 @@ func addressesOf(endpoints []resolver.Endpoint) []resolver.Address {
 }
 
 // isDelegating reports whether cc belongs to the resolver that gRPC puts
-// between ours and the channel when there is a proxy for the target. It has no
-// public name.
+// between the bridge and the channel when there is a proxy for the target. Its
+// type is not exported.
 func isDelegating(cc resolver.ClientConn) bool {
 	t := reflect.TypeOf(cc)
 	if t.Kind() == reflect.Pointer {
@@ -380,8 +386,8 @@ func isDelegating(cc resolver.ClientConn) bool {
 	return t.PkgPath() == "google.golang.org/grpc/internal/resolver/delegatingresolver"
 }
 
-// warnOfProxy logs, once, that the endpoints will not arrive as such. Two that
-// go through the proxy tell as much as all of them.
+// warnOfProxy logs, once, that gRPC replaces the endpoints by the proxy. It looks
+// at the first two endpoints only, because two are enough to lose something.
 func (b *bridge) warnOfProxy(endpoints []resolver.Endpoint) {
 	if !b.proxied || len(endpoints) < 2 {
 		return
@@ -398,7 +404,8 @@ func (b *bridge) warnOfProxy(endpoints []resolver.Endpoint) {
 	logger.Errorf("%s: gRPC sends every endpoint through the proxy %s, which makes them one endpoint without attributes to the balancing policy; dial with grpc.WithNoProxy(), or list them in NO_PROXY", b.name, proxy.Redacted())
 }
 
-// warnOfNames logs, once, that endpoints cannot be told apart.
+// warnOfNames logs, once, that endpoints differ in the server name only, so that
+// gRPC uses just one of them.
 func (b *bridge) warnOfNames(set *snapshot) {
 	if b.namesTold {
 		return
@@ -409,8 +416,8 @@ func (b *bridge) warnOfNames(set *snapshot) {
 	}
 }
 
-// warnOfAttributes logs, once, that attributes make needless updates, or break
-// connections again and again.
+// warnOfAttributes logs, once, that attributes cause needless updates, or that
+// they break the connections of an endpoint in every update.
 func (b *bridge) warnOfAttributes(replaced []replacement) {
 	if b.attributesTold || len(replaced) == 0 {
 		return

@@ -31,7 +31,7 @@ type option func(*config) error
 
 func (o option) apply(c *config) error { return o(c) }
 
-// config is what the options set. It is shared by the channels of a builder and
+// config holds what the options set. The channels of a builder share it. It is
 // immutable once built.
 type config struct {
 	backoff     backoff.Config
@@ -57,14 +57,16 @@ func newConfig(opts []Option) (*config, error) {
 
 // WithBackoff sets how long to wait before a failed watch is started again:
 // BaseDelay after the first failure, times Multiplier after each further one,
-// up to MaxDelay, each delay varied by up to the fraction Jitter to both
-// sides. After a watch that was synced, or that lasted as long as MaxDelay, it
-// starts over with BaseDelay. The zero fields of c are taken as they stand, so begin with
-// backoff.DefaultConfig. It holds for the sources of a [Merge] too.
+// up to MaxDelay. Each delay is then varied by plus or minus up to the fraction
+// Jitter. After a watch that was synced, or that lasted as long as MaxDelay, the
+// next delay is BaseDelay again. The zero fields of c have no defaults, so start
+// from backoff.DefaultConfig. The backoff also applies to the sources of a [Merge],
+// and to the failures of [Poll] and [DNS].
 //
-// By default it is gRPC's backoff for connections, backoff.DefaultConfig: 1 s,
-// 1.6, 120 s, 0.2. BaseDelay must be positive, MaxDelay at least BaseDelay,
-// Multiplier at least 1 and finite, Jitter from 0 to 1.
+// By default it is gRPC's backoff for connections, backoff.DefaultConfig:
+// BaseDelay 1 s, Multiplier 1.6, MaxDelay 120 s, Jitter 0.2. BaseDelay must be
+// positive, MaxDelay at least BaseDelay, Multiplier from 1 to 1e6, Jitter from 0
+// to 1.
 func WithBackoff(c backoff.Config) Option {
 	return option(func(cfg *config) error {
 		switch {
@@ -84,17 +86,17 @@ func WithBackoff(c backoff.Config) Option {
 
 // WithSyncTimeout sets how long a watch may take to say [Synced].
 //
-// As long as there is no set at all, what the watch has inserted after that time
-// is taken for the set. If it has inserted nothing, an error is reported to the
-// channel, so that calls fail instead of hanging (those that wait for ready still
-// wait), and the source gets as long again.
+// If there is no set yet when the time is over, the endpoints that the watch has
+// inserted by then become the set. If it has inserted none, an error is reported
+// to the channel, so that calls fail instead of hanging (calls that wait for ready
+// still wait), and the time starts again.
 //
-// Once there is a complete set, no timeout replaces it: a watch that was started
-// after a failure and is late is reported, and the set stays until it says
-// Synced.
+// Once there is a complete set, no timeout replaces it. If a watch that was
+// started after a failure is late, that is reported, and the set stays until the
+// watch says Synced.
 //
-// By default 15 s. It must be positive. A source that never says Synced must be
-// wrapped in [Settle].
+// By default 15 s. It must be positive. Wrap a source that never says Synced in
+// [Settle].
 func WithSyncTimeout(d time.Duration) Option {
 	return option(func(cfg *config) error {
 		if d <= 0 {
@@ -106,11 +108,11 @@ func WithSyncTimeout(d time.Duration) Option {
 }
 
 // WithKeepOnEmpty keeps the last set when the source says that the set has
-// become empty, until it has endpoints again. It guards against a discovery
-// system that forgets everything at once, at the price of calls to servers
-// that may be gone. The first set is published even if it is empty.
+// become empty, until it has endpoints again. It protects against a discovery
+// system that loses all its data at once. The price is that calls may go to
+// servers that are gone. The first set is published even if it is empty.
 //
-// By default an empty set is published as such, and calls fail.
+// By default an empty set is published, and calls fail.
 func WithKeepOnEmpty() Option {
 	return option(func(cfg *config) error {
 		cfg.keepOnEmpty = true
@@ -120,10 +122,10 @@ func WithKeepOnEmpty() Option {
 
 // WithAddresses also publishes the endpoints as the flat list of addresses
 // that balancing policies built on google.golang.org/grpc/balancer/base read.
-// Such a policy takes each address for a server of its own.
+// Such a policy treats each address as a separate server.
 //
-// By default only endpoints are published, which gRPC's own policies and
-// belfry's use.
+// By default only endpoints are published. gRPC's own policies and belfry's use
+// those.
 func WithAddresses() Option {
 	return option(func(cfg *config) error {
 		cfg.addresses = true
@@ -131,10 +133,12 @@ func WithAddresses() Option {
 	})
 }
 
-// WithZone says in which zone the caller is, by the name that [Zone] gives to the zone of
-// an endpoint. The policy belfry.p2c prefers endpoints in that zone if its field zones
-// says so, and takes a name in its config or in the environment before this one. The name
-// must not be empty.
+// WithZone says in which zone the caller is. The names are those that [Zone] gives to
+// endpoints. The policy belfry.p2c prefers endpoints in that zone if its field zones says
+// so. A zone that this field names, or takes from the environment, has precedence over
+// this one. The name must not be empty.
+//
+// By default the caller's zone is not known.
 func WithZone(name string) Option {
 	return option(func(cfg *config) error {
 		if name == "" {
@@ -145,11 +149,12 @@ func WithZone(name string) Option {
 	})
 }
 
-// WithAuthority sets what becomes of the target in the ":authority" header and
-// in the check of the server's certificate, for channels that have neither
-// grpc.WithAuthority nor a server name in their credentials. The result must be
-// a valid authority (RFC 3986, section 3.2). The function is called once per
-// channel, and must not block.
+// WithAuthority sets the function that makes the authority out of the target.
+// gRPC sends the authority in the ":authority" header and checks the server's
+// certificate against it. Channels with grpc.WithAuthority, or with a server name
+// in their credentials, do not use the function. The result must be a valid
+// authority (RFC 3986, section 3.2). The function is called once per channel, and
+// must not block.
 //
 // By default it is [DefaultAuthority].
 func WithAuthority(f func(resolver.Target) string) Option {
@@ -162,21 +167,21 @@ func WithAuthority(f func(resolver.Target) string) Option {
 	})
 }
 
-// WithSource makes a channel find its endpoints through src: the target's
-// scheme is "belfry", its path the name of the service, for the authority (see
+// WithSource makes a channel find its endpoints through src. The target's scheme
+// is "belfry". Its path is the name of the service, for the authority (see
 // [DefaultAuthority]) and for logs.
 //
 //	grpc.NewClient("belfry:///orders", discover.WithSource(src))
 //
 // A target with another scheme, or none, is resolved as if WithSource were not
-// there, by DNS as a rule. The option affects no other channel; it may be used
-// for several, each of which then watches src for itself.
+// there, usually by DNS. The option affects no other channel. It may be used for
+// several channels, each of which then watches src for itself.
 //
-// grpc.NewClient cannot refuse an option. If src is nil, an option is bad, a
-// channel is given two sources, or none for a target of this scheme, the channel
-// fails as soon as it connects: every call fails with UNAVAILABLE, and
-// belfry.WaitReady returns, with a message that says what to write. Use
-// [NewBuilder] to learn of bad options at once.
+// grpc.NewClient cannot refuse an option. The channel fails as soon as it connects
+// if src is nil, an option is bad, or the channel is given two sources, or none
+// for a target of this scheme. Then every call fails with UNAVAILABLE, and
+// belfry.WaitReady returns an error. Both messages say what to write. Use
+// [NewBuilder] to get the error of a bad option at once.
 func WithSource(src Source, opts ...Option) grpc.DialOption {
 	b := &builder{scheme: Scheme, only: true, cfg: &config{authority: DefaultAuthority}}
 	cfg, err := newConfig(opts)
@@ -191,7 +196,8 @@ func WithSource(src Source, opts ...Option) grpc.DialOption {
 	return grpc.WithResolvers(b)
 }
 
-// init serves the targets of channels that were given no source.
+// init registers a builder that fails with what to do, for channels that were given no
+// source.
 func init() {
 	resolver.Register(&builder{
 		scheme: Scheme,
@@ -203,12 +209,12 @@ func init() {
 // NewBuilder returns a resolver builder for grpc.WithResolvers that serves
 // targets of the given scheme with the sources that open returns for them.
 // open is called each time a channel leaves idle, and may return the same
-// source each time; it must not block, and must be safe for concurrent use. Its
-// error fails the calls on that channel.
+// source each time. It must not block, and must be safe for concurrent use. If it
+// returns an error, calls on that channel fail with it.
 //
 // NewBuilder returns an error if the scheme is not a lower-case URL scheme
-// (RFC 3986, section 3.1: gRPC finds no other), open is nil, or an option is
-// bad.
+// (RFC 3986, section 3.1; gRPC finds no other schemes), open is nil, or an option
+// is bad.
 func NewBuilder(scheme string, open func(target resolver.Target) (Source, error), opts ...Option) (resolver.Builder, error) {
 	if err := checkScheme(scheme); err != nil {
 		return nil, err
@@ -224,14 +230,14 @@ func NewBuilder(scheme string, open func(target resolver.Target) (Source, error)
 }
 
 // Register serves targets of the given scheme, in all channels of the program,
-// with the sources that open returns for them; see [NewBuilder]. What open needs
-// to know stands in the target: its authority in target.URL.Host, its path in
-// target.Endpoint(), options in target.URL.Query().
+// with the sources that open returns for them; see [NewBuilder]. open can read the
+// target's authority in target.URL.Host, its path in target.Endpoint(), and
+// options in target.URL.Query().
 //
-// Register returns the errors of NewBuilder, and one if the scheme has a
-// resolver already. Like resolver.Register it may only be called while the
-// program initialises (from an init function or early in main), not while
-// channels are made.
+// Register returns the errors of NewBuilder, and an error if the scheme already
+// has a resolver. Like resolver.Register it must be called while the program
+// initialises (from an init function or early in main), before channels are
+// created.
 func Register(scheme string, open func(target resolver.Target) (Source, error), opts ...Option) error {
 	b, err := NewBuilder(scheme, open, opts...)
 	if err != nil {
@@ -274,7 +280,7 @@ func (b *builder) Scheme() string { return b.scheme }
 // OverrideAuthority implements resolver.AuthorityOverrider.
 func (b *builder) OverrideAuthority(target resolver.Target) string { return b.cfg.authority(target) }
 
-// Build implements resolver.Builder: it begins to watch and does not wait.
+// Build implements resolver.Builder. It starts to watch and does not wait.
 func (b *builder) Build(target resolver.Target, cc resolver.ClientConn, opts resolver.BuildOptions) (resolver.Resolver, error) {
 	if b.err != nil {
 		return nil, b.err
@@ -303,8 +309,8 @@ func (b *builder) openSafely(target resolver.Target) (src Source, err error) {
 }
 
 // builders returns how many builders of this package a channel was given for a
-// scheme, or 0 if that cannot be seen. gRPC uses the first and says nothing of
-// the others, so this looks into the channel.
+// scheme, or 0 if it cannot find out. gRPC uses the first and silently ignores
+// the others, so this reads unexported fields of the channel.
 func builders(cc resolver.ClientConn, scheme string) (n int) {
 	defer func() {
 		if recover() != nil { // The fields are others now.
@@ -326,12 +332,13 @@ func builders(cc resolver.ClientConn, scheme string) (n int) {
 }
 
 // DefaultAuthority returns the authority of a target unless [WithAuthority]
-// says otherwise: its path as a DNS name, the last element first, so that
-// "belfry:///prod/payments" has the authority "payments.prod", which a
-// certificate can name. (gRPC's own default would be "prod%2Fpayments", which
-// none can.) A port after the last element goes to the end. Names without a
-// slash stand as they are, what an authority may not contain is escaped, and as
-// in gRPC's default a missing host is "localhost".
+// sets another function. It is the target's path as a DNS name, with the last
+// element first: "belfry:///prod/payments" has the authority "payments.prod". A
+// certificate can contain that name, but not gRPC's own default,
+// "prod%2Fpayments". A port after the last element goes to the end. A path without
+// a slash stays as it is, except that characters which an authority may not
+// contain are escaped. A path that is empty gives the target's host. As in gRPC's
+// default, a missing host becomes "localhost".
 func DefaultAuthority(target resolver.Target) string {
 	elems := strings.FieldsFunc(target.Endpoint(), func(r rune) bool { return r == '/' })
 	port := ""
@@ -351,8 +358,8 @@ func DefaultAuthority(target resolver.Target) string {
 	return escapeAuthority(name)
 }
 
-// escapeAuthority escapes what RFC 3986, section 3.2, does not allow in an
-// authority.
+// escapeAuthority escapes the characters that RFC 3986, section 3.2, does not
+// allow in an authority.
 func escapeAuthority(s string) string {
 	const allowed = "-_.~!$&'()*+,;=:[]@"
 	var b strings.Builder

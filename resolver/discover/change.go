@@ -95,28 +95,29 @@ func Remove(key string) Change {
 }
 
 // Synced says that the changes so far make a complete set, which may be empty.
-// It is due once per [Source.Watch], at the end of the snapshot that the watch
-// starts with, and welcome again at the end of every later group of changes.
+// A source yields it once per [Source.Watch], at the end of the snapshot that the
+// watch starts with. It may yield it again at the end of every later group of
+// changes, to publish the group at once.
 func Synced() Change {
 	return Change{Op: OpSynced}
 }
 
 // Final says that the changes so far make a complete set, and that nothing will
-// change any more. It ends the watch: nothing after it is read, and the source
-// is not watched again.
+// change any more. It ends the watch: nothing after it is read, and the channel
+// does not watch the source again until it has been idle.
 func Final() Change {
 	return Change{Op: OpFinal}
 }
 
 // Batch makes several changes in one element of the sequence, which costs less
-// than one element for each. They are published together. The slice must not
-// be modified afterwards.
+// than one element for each. They are published together. Do not modify the
+// slice afterwards.
 func Batch(changes ...Change) Change {
 	return Change{Op: OpBatch, Changes: changes}
 }
 
 // ServiceConfig sets the channel's service config to json, in the form of
-// grpc.WithDefaultServiceConfig, over which it takes precedence. A channel
+// grpc.WithDefaultServiceConfig. It takes precedence over that one. A channel
 // dialled with grpc.WithDisableServiceConfig ignores it. A config that does
 // not parse is reported, and the one before it stays in force.
 //
@@ -128,11 +129,11 @@ func ServiceConfig(json string) Change {
 
 // A Source knows a set of endpoints and how it changes.
 //
-// Watch returns a sequence that begins with the source's full set as it is now
-// (an [Insert] for each endpoint, in any order, then [Synced], also if there
-// are none) and continues with what changes, until ctx is done. The sequence is
-// ranged over once, on a goroutine of the caller's, so it may block between
-// changes as long as it likes, and need not be safe for concurrent use. Watch
+// Watch returns a sequence that starts with the source's full set as it is now:
+// an [Insert] for each endpoint, in any order, then [Synced], even if there are
+// no endpoints. It continues with the changes of the set until ctx is done. The
+// sequence is ranged over once, on a goroutine of the caller's. It may block
+// between changes, for any time, and need not be safe for concurrent use. Watch
 // itself must not block.
 //
 // Watch is called once for every channel, again each time a channel comes back
@@ -140,23 +141,22 @@ func ServiceConfig(json string) Change {
 // over from one sequence to the next: a key that is not inserted again before
 // Synced is gone.
 //
-// A sequence that ends has failed, with or without an error: Watch is called
-// again, with backoff, and the last complete set stays in use until the new
-// sequence says Synced, however long that takes. Only [Final] ends a source for
-// good. A panic in Watch or in the sequence is a failure too.
+// A sequence that ends without [Final] has failed, even if it yielded no error.
+// Watch is then called again, with backoff. The last complete set stays in use
+// until the new sequence says Synced, however long that takes. A panic in Watch
+// or in the sequence is a failure too.
 //
-// An error, yielded with a zero Change, does not end the sequence. It is
-// reported to the channel, at most one a second, and a source that can continue
-// may do so.
+// An error is yielded with a zero Change. It does not end the sequence: a source
+// may continue after it. It is reported to the channel, at most one a second.
 //
-// The sequence must end promptly when ctx is done and yield nothing more; an
+// When ctx is done the sequence must end promptly and yield nothing more; an
 // error yielded then is dropped. Nothing waits for it when a channel is closed
-// or becomes idle. A source that has not stopped after five seconds is logged
-// as an error and left behind, with the goroutine it holds.
+// or becomes idle. If a source has not stopped after five seconds, that is logged
+// as an error, and its goroutine is left behind.
 //
-// Endpoints that were yielded are not modified, and may share data with one
-// another. A source fills Address.ServerName only from data as trustworthy as
-// the program itself: it decides which certificate is accepted.
+// Do not modify an endpoint after it was yielded. Endpoints may share data with
+// one another. A source fills Address.ServerName only from data as trustworthy as
+// the program itself, because it decides which certificate is accepted.
 type Source interface {
 	Watch(ctx context.Context) iter.Seq2[Change, error]
 }
@@ -164,12 +164,12 @@ type Source interface {
 // Nudges returns a channel that receives a value when the gRPC channel would
 // like the source to look again: a connection failed or was lost, or the
 // balancing policy rejected the set. The context is the one passed to
-// [Source.Watch]; for any other the result is nil, from which receiving blocks
-// for ever.
+// [Source.Watch] or derived from it. For any other the result is nil, from which
+// receiving blocks for ever.
 //
-// A nudge is a hint. A source that is told of changes needs none of them; one
-// that asks for them may ask early, but keeps a distance between two requests,
-// since nudges come as often as connections fail.
+// A nudge is a hint. A source that is told of changes can ignore it. A source
+// that asks for them may ask early, but must leave time between two requests,
+// because nudges come as often as connections fail.
 func Nudges(ctx context.Context) <-chan struct{} {
 	return watchEnvOf(ctx).nudge
 }

@@ -12,19 +12,19 @@ import (
 	"google.golang.org/grpc/resolver"
 )
 
-// Channel returns a source of the changes that are sent on ch: for a program
+// Channel returns a source of the changes that are sent on ch, for a program
 // that knows by itself which servers there are. Send [Synced] after the first
-// set. Closing ch ends the source: the set stays as it is.
+// set. Closing ch after that ends the source, and the set stays as it is. If ch
+// is closed before Synced, every watch fails.
 //
 // The source remembers what it has received, so any number of gRPC channels may
-// use it at once, and each sees the same set, from the beginning. A change that
-// is not valid is ignored for all of them. ch belongs to the source: nothing
-// else may receive from it.
+// use it at once. Each sees the same set, from the start. A change that is not
+// valid is ignored for all of them. Nothing else may receive from ch.
 //
-// Nothing is received while no gRPC channel watches, which is so before the
-// first call and whenever all are idle or closed, and then sends block once ch
-// is full. A program that must not block gives ch room for what may change in
-// the meantime, or dials with grpc.WithIdleTimeout(0) and calls Connect.
+// Nothing is received while no gRPC channel watches: before the first call, and
+// whenever all channels are idle or closed. Sends then block once ch is full. A
+// program that must not block gives ch a buffer for the changes of that time, or
+// dials with grpc.WithIdleTimeout(0) and calls Connect.
 //
 // It returns an error if ch is nil.
 func Channel(ch <-chan Change) (Source, error) {
@@ -39,14 +39,14 @@ func Channel(ch <-chan Change) (Source, error) {
 	}, nil
 }
 
-// channelSource has no goroutine. Its watchers take turns to receive: the one
-// that holds reading does so for all of them, in the order of the sends.
+// channelSource has no goroutine of its own. Its watchers take turns to receive.
+// The one that holds reading receives for all of them, in the order of the sends.
 type channelSource struct {
 	ch      <-chan Change
 	reading chan struct{} // capacity 1; full while a watcher receives
 
-	// mu guards what follows, the fields of the watchers included. It is held
-	// for moments, and nothing else is locked or called under it.
+	// mu guards the fields below and those of the watchers. It is held briefly:
+	// nothing else is locked, received or yielded under it.
 	mu            sync.Mutex
 	endpoints     map[string]resolver.Endpoint
 	serviceConfig string
@@ -56,8 +56,8 @@ type channelSource struct {
 	watchers      map[*channelWatcher]struct{}
 }
 
-// channelWatcher is what one watch has yet to be told. However far behind it
-// falls, that is no more than the keys there are or were.
+// channelWatcher holds what one watch has not been told yet. However far the
+// watch falls behind, each key is queued at most once.
 type channelWatcher struct {
 	wake chan struct{} // capacity 1
 
@@ -73,7 +73,7 @@ func (s *channelSource) Watch(ctx context.Context) iter.Seq2[Change, error] {
 	return func(yield func(Change, error) bool) {
 		w := s.add()
 		defer s.remove(w)
-		// Begin with the set as it is, not as it was when the last watcher left.
+		// Start with the set as it is now, not as it was when the last watcher left.
 		select {
 		case s.reading <- struct{}{}:
 			s.receiveReady()
@@ -129,7 +129,8 @@ func (s *channelSource) remove(w *channelWatcher) {
 	delete(s.watchers, w)
 }
 
-// queue notes that the key is to be told. Caller must hold the source's mu.
+// queue adds the key to those that the watch must be told of. Caller must hold
+// the source's mu.
 func (w *channelWatcher) queue(key string) {
 	if _, ok := w.queued[key]; !ok {
 		w.queued[key] = struct{}{}
@@ -137,8 +138,8 @@ func (w *channelWatcher) queue(key string) {
 	}
 }
 
-// take returns what w has yet to be told, and whether the Go channel was closed
-// before it said enough.
+// take returns and forgets what w has not been told yet. It also reports whether
+// the Go channel was closed before Synced.
 func (s *channelSource) take(w *channelWatcher) (changes []Change, closed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -166,8 +167,8 @@ func (s *channelSource) take(w *channelWatcher) (changes []Change, closed bool) 
 	return changes, s.closed && !s.final
 }
 
-// receive waits for a change and applies it and those behind it. It reports
-// false if ctx ended first. Caller must hold reading.
+// receive waits for a change, and applies it and those that are ready after it.
+// It reports false if ctx ended first. Caller must hold reading.
 func (s *channelSource) receive(ctx context.Context) bool {
 	select {
 	case <-ctx.Done():
@@ -179,9 +180,9 @@ func (s *channelSource) receive(ctx context.Context) bool {
 	}
 }
 
-// receiveReady applies the changes that can be received without waiting, up to
-// a bound, lest a sender that never rests keeps them from being told. Caller
-// must hold reading.
+// receiveReady applies the changes that can be received without waiting. It
+// stops after a bound, because a sender that never pauses would keep the watches
+// from being told. Caller must hold reading.
 func (s *channelSource) receiveReady() {
 	for range 1024 {
 		select {
@@ -196,7 +197,8 @@ func (s *channelSource) receiveReady() {
 	}
 }
 
-// apply applies a change, or the end if ok is false, and tells the watchers.
+// apply applies a change, or the close of the Go channel if ok is false, and
+// wakes the watchers.
 func (s *channelSource) apply(c Change, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -217,8 +219,8 @@ func (s *channelSource) apply(c Change, ok bool) {
 	}
 }
 
-// applyOneLocked applies a change that is no batch, and notes what the watchers
-// are to be told. Caller must hold s.mu.
+// applyOneLocked applies a change that is not a batch, and queues it for the
+// watchers. Caller must hold s.mu.
 func (s *channelSource) applyOneLocked(c Change) {
 	tell := func(w *channelWatcher) { w.queue(c.Key) }
 	switch c.Op {

@@ -24,9 +24,10 @@ import (
 	"github.com/belfry-go/belfry/internal/dnsclient"
 )
 
-// DNSScheme is the URL scheme of targets that are served by [DNS] without
-// further ado: "belfry-dns:///orders.prod.svc.cluster.local:8080". An authority
-// is the DNS server to ask: "belfry-dns://10.96.0.10/orders.prod:8080".
+// DNSScheme is the URL scheme of targets that [DNS] serves without any option:
+// "belfry-dns:///orders.prod.svc.cluster.local:8080". The authority of the target,
+// if it has one, is the DNS server to ask, as in
+// "belfry-dns://10.96.0.10/orders.prod:8080".
 const DNSScheme = "belfry-dns"
 
 func init() {
@@ -43,8 +44,8 @@ func init() {
 	resolver.Register(b)
 }
 
-// dnsAuthority is the authority that gRPC's own "dns" scheme has, or the domain
-// of a service.
+// dnsAuthority returns the domain if the target is a service, and otherwise the
+// authority that gRPC's own "dns" scheme uses.
 func dnsAuthority(target resolver.Target) string {
 	name := target.Endpoint()
 	if labels := strings.SplitN(name, ".", 3); isService(labels) {
@@ -53,7 +54,7 @@ func dnsAuthority(target resolver.Target) string {
 	return escapeAuthority(name)
 }
 
-// isService reports whether the labels begin as the name of a service does.
+// isService reports whether the labels are "_service", "_proto" and a domain.
 func isService(labels []string) bool {
 	return len(labels) == 3 && strings.HasPrefix(labels[0], "_") && strings.HasPrefix(labels[1], "_") && labels[2] != ""
 }
@@ -63,11 +64,11 @@ var readDNSConfig = func() (dnsclient.Config, error) { return dnsclient.ReadConf
 
 const (
 	defaultDNSMinInterval = time.Second
-	// maxDNSInterval bounds what a TTL of days costs when a server moves.
+	// maxDNSInterval limits how long a moved server is missed if its TTL is days.
 	maxDNSInterval = 5 * time.Minute
 	dnsTimeout     = 30 * time.Second
-	// A look happens up to this fraction of the TTL before it ends, so that
-	// clients do not ask all at once.
+	// A look happens earlier than the end of the TTL, by a random part of it of up
+	// to this fraction, so that clients do not all ask at once.
 	dnsJitter = 0.1
 )
 
@@ -78,9 +79,9 @@ type dnsOption func(*dnsSource) error
 
 func (o dnsOption) apply(s *dnsSource) error { return o(s) }
 
-// DNSServer sets the server to ask, a host and port, or a host for port 53,
-// which must be an IP address. There is no search list then. By default the
-// servers of /etc/resolv.conf are asked.
+// DNSServer sets the DNS server to ask: an IP address and a port, or an IP address
+// alone for port 53. There is no search list then. By default the servers of
+// /etc/resolv.conf are asked.
 func DNSServer(address string) DNSOption {
 	return dnsOption(func(s *dnsSource) error {
 		host, port, err := net.SplitHostPort(address)
@@ -98,9 +99,10 @@ func DNSServer(address string) DNSOption {
 	})
 }
 
-// DNSMinInterval sets the least time between two looks, for servers whose
-// records have a TTL of 0 or that must be spared. By default 1 s; from 100 ms to
-// 5 minutes.
+// DNSMinInterval sets the least time from a successful look to the next one, for
+// records with a TTL of 0, or to reduce the load on the server. After a failed
+// look [WithBackoff] says how long to wait. By default 1 s. It must be from 100 ms
+// to 5 minutes.
 func DNSMinInterval(d time.Duration) DNSOption {
 	return dnsOption(func(s *dnsSource) error {
 		if d < 100*time.Millisecond || d > maxDNSInterval {
@@ -111,12 +113,12 @@ func DNSMinInterval(d time.Duration) DNSOption {
 	})
 }
 
-// DNSGroups publishes the SRV records of every priority, each as an endpoint of the
-// group that is numbered as its priority; see [Group]. It is for the policy
-// belfry.priority, which fails over from one priority to the next when the servers
-// cannot be reached. Other policies ignore groups and would call the spare servers
-// like all others. By default only the best priority that has an address is
-// published. Targets other than services have no priorities.
+// DNSGroups publishes the SRV records of every priority. The number of an endpoint's
+// group is the priority of its record; see [Group]. It is for the policy
+// belfry.priority, which fails over from one group to the next when the servers
+// cannot be reached. Other policies ignore groups, and would call the spare servers
+// like all others. By default only the records of the best priority that has an
+// address are published. Targets other than services have no priorities.
 func DNSGroups() DNSOption {
 	return dnsOption(func(s *dnsSource) error {
 		s.groups = true
@@ -124,10 +126,9 @@ func DNSGroups() DNSOption {
 	})
 }
 
-// DNS returns a source of the endpoints that DNS knows for a target, and looks
-// again before the TTL of the answer ends, so that it sees a change at the latest
-// one TTL after it. (gRPC's own "dns" scheme looks again only when a connection
-// breaks.)
+// DNS returns a source of the endpoints that DNS has for a target. It looks again
+// before the TTL of the answer ends, so that it sees a change at the latest one TTL
+// after it. (gRPC's own "dns" scheme looks again only when a connection breaks.)
 //
 //	src, err := discover.DNS("orders.prod.svc.cluster.local:8080")
 //
@@ -136,22 +137,29 @@ func DNSGroups() DNSOption {
 //   - "host:port": each A and AAAA record of the host is an endpoint;
 //   - "_service._proto.domain", such as "_grpc._tcp.orders.prod.svc.cluster.local":
 //     each SRV record is an endpoint, with its port, its weight, and the addresses
-//     of its target; a target with several addresses of one family is as many
-//     endpoints. Only the records of the best priority of which one has an
-//     address are used, unless [DNSGroups] is given;
-//   - "address:port" with an IP address, or "localhost:port": a fixed endpoint,
-//     without DNS.
+//     of its target. If the target has several addresses of one family, each of its
+//     addresses is an endpoint, and they share the weight. [WeightOf] returns 100
+//     times the weight of the record, and 1 for a record of weight 0. Only the
+//     records of the best priority that has an address are used, unless [DNSGroups]
+//     is given;
+//   - "address:port" with an IP address, or "localhost:port": one fixed endpoint,
+//     without DNS. That of localhost has the addresses 127.0.0.1 and ::1.
 //
-// A relative name is tried with the search list and ndots of /etc/resolv.conf,
-// which is read again for each look. The name that has answered is kept until it
-// no longer exists. Hosts files are not read.
+// Ports must be numbers. A relative name is tried with the search list and ndots
+// of /etc/resolv.conf, which is read again for each look. The name that was
+// answered is used until it no longer exists. The hosts file is not read.
 //
-// An answer that there is no such name or record is an error. The last set stays,
-// the error is reported, once until there is an answer, and the next look comes with
-// the backoff of [WithBackoff].
-// If only the A or the AAAA records cannot be had, the last ones are used. The
-// interval is the TTL less up to a tenth, at least [DNSMinInterval] and at most
-// 5 minutes. It is cut short, to the least interval, when a connection fails.
+// A look that takes longer than 30 s fails. An answer that there is no such name or
+// record is an error too. The last set stays, each different error is reported once
+// until a look succeeds, and the next look happens with the backoff of
+// [WithBackoff], after 5 minutes at most. If only the A or only the AAAA records of
+// a host cannot be looked up, the last known ones are used. The targets of a
+// service then have the addresses of the other family only.
+//
+// The interval between looks is the TTL less up to a tenth, at least
+// [DNSMinInterval] and at most 5 minutes. When a connection fails, the next look
+// happens as soon as DNSMinInterval has passed since the last, unless the last
+// failed.
 //
 // DNS returns an error if the target is none of these, or an option is bad. The
 // source may be used by any number of channels, each of which looks for itself.
@@ -206,7 +214,7 @@ func (s dnsSource) Watch(ctx context.Context) iter.Seq2[Change, error] {
 	return fullSets(poller{look: w.look, timeout: dnsTimeout, spacing: s.minInterval}.poll).Watch(ctx)
 }
 
-// dnsWatch is one watch. Its looks follow one another.
+// dnsWatch is one watch. Its looks do not overlap.
 type dnsWatch struct {
 	dnsSource
 	found string // the absolute name that has answered last; "": none yet
@@ -222,7 +230,8 @@ func (w *dnsWatch) look(ctx context.Context) ([]resolver.Endpoint, time.Duration
 	return endpoints, min(max(wait, w.minInterval), maxDNSInterval), nil
 }
 
-// resolve tries the names that w.name may stand for.
+// resolve tries the name that was answered last, and then all names that w.name can
+// mean.
 func (w *dnsWatch) resolve(ctx context.Context) ([]resolver.Endpoint, time.Duration, error) {
 	config := dnsclient.ForServer(w.server)
 	if w.server == "" {
@@ -256,7 +265,7 @@ func (w *dnsWatch) resolve(ctx context.Context) ([]resolver.Endpoint, time.Durat
 	return nil, 0, failed
 }
 
-// hosts returns an endpoint for each address of a name.
+// hosts returns one endpoint for each address of a name.
 func (w *dnsWatch) hosts(ctx context.Context, config dnsclient.Config, name string) ([]resolver.Endpoint, time.Duration, error) {
 	addrs, ttl, err := w.addresses(ctx, config, name)
 	if err != nil {
@@ -315,7 +324,7 @@ func (w *dnsWatch) services(ctx context.Context, config dnsclient.Config, name s
 		return nil, 0, err
 	}
 	srv, ttl := answer.SRV, answer.TTL
-	// Servers rotate their records.
+	// Servers rotate their records, so their order means nothing.
 	slices.SortStableFunc(srv, func(a, b dnsclient.SRV) int {
 		return cmp.Or(cmp.Compare(a.Priority, b.Priority), strings.Compare(a.Target, b.Target), cmp.Compare(a.Port, b.Port))
 	})
@@ -349,8 +358,9 @@ func (w *dnsWatch) services(ctx context.Context, config dnsclient.Config, name s
 	return nil, 0, fmt.Errorf("%w: no target of the service has an address", dnsclient.ErrNoRecords)
 }
 
-// completeGlue reports whether the addresses that came with the records are all
-// that there are. Servers leave out of a long answer what is in the way.
+// completeGlue reports whether all targets came with addresses of the same
+// families. Otherwise some addresses may be missing, because servers leave them out
+// of an answer that is too long.
 func completeGlue(srv []dnsclient.SRV) bool {
 	families := func(r dnsclient.SRV) (f [2]bool) {
 		for _, a := range r.Addrs {
@@ -370,11 +380,13 @@ func completeGlue(srv []dnsclient.SRV) bool {
 	return true
 }
 
-// maxDNSQuestions bounds the targets of a service that are asked for at once.
+// maxDNSQuestions is the largest number of targets of a service that are looked up
+// at the same time.
 const maxDNSQuestions = 16
 
-// addAddresses asks for the addresses of the targets. A target that has none, as
-// while it is being set up, is left out; one that cannot be asked for is an error.
+// addAddresses looks up the addresses of the targets. A target that has no address,
+// for example because it is being set up, is left out. A lookup that fails is an
+// error.
 func (w *dnsWatch) addAddresses(ctx context.Context, config dnsclient.Config, srv []dnsclient.SRV, ttl time.Duration) (time.Duration, error) {
 	var (
 		wg   sync.WaitGroup
@@ -403,12 +415,14 @@ func (w *dnsWatch) addAddresses(ctx context.Context, config dnsclient.Config, sr
 		})
 	}
 	wg.Wait()
-	// The first in their order, which is the same in the next look.
+	// The first error in the order of the records, so that the next look returns the
+	// same.
 	return ttl, cmp.Or(errs...)
 }
 
-// weightScale makes room for a weight of 0, which is less than 1 and not never,
-// and for a share of a weight.
+// weightScale multiplies the weights of SRV records. So a record of weight 0 gets
+// fewer calls than one of weight 1, but not none, and several addresses can share a
+// weight.
 const weightScale = 100
 
 // serviceEndpoints returns the endpoints of records of one priority.
@@ -428,7 +442,7 @@ func serviceEndpoints(group []dnsclient.SRV) (endpoints []resolver.Endpoint) {
 		}
 		weight := uint32(r.Weight) * weightScale
 		if several := v4 > 1 || len(addresses)-v4 > 1; !several {
-			// The addresses of one server.
+			// At most one address of each family: they belong to one server.
 			ep := MustEndpoint(addresses[0], Weight(max(1, weight)))
 			for _, a := range addresses[1:] {
 				ep.Addresses = append(ep.Addresses, resolver.Address{Addr: a})

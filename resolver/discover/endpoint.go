@@ -33,10 +33,10 @@ func (o endpointOption) apply(ep *resolver.Endpoint) error { return o(ep) }
 // understands; gRPC connects to it as it stands and gives it no default port.
 //
 // It returns an error if an address is empty or contains white space, or if
-// an option's value is out of range. Whether the address can be dialled is
-// checked by the channel, which knows whether it has a dialer of its own: one
-// without a port, with a scheme, or with a port that cannot be is reported, and
-// the endpoint ignored.
+// an option's value is out of range. Each channel checks whether it can dial
+// the address, because only the channel knows whether it has a dialer of its
+// own. Without one, an address that has a scheme, no port, or a port that does
+// not exist is reported, and the endpoint is ignored.
 func Endpoint(address string, opts ...EndpointOption) (resolver.Endpoint, error) {
 	var ep resolver.Endpoint
 	if err := Address(address).apply(&ep); err != nil {
@@ -102,8 +102,8 @@ func ServerName(name string) EndpointOption {
 	})
 }
 
-// Weight gives the endpoint a capacity relative to the others, from 1 up. An
-// endpoint without a weight counts as 1.
+// Weight gives the endpoint a capacity relative to the others. It must be at
+// least 1. An endpoint without a weight counts as 1.
 func Weight(w uint32) EndpointOption {
 	return endpointOption(func(ep *resolver.Endpoint) error {
 		if w == 0 {
@@ -128,8 +128,8 @@ func Zone(name string) EndpointOption {
 }
 
 // Draining says that the endpoint is about to leave. The policy belfry.p2c sends it no new
-// calls while another endpoint is READY, and keeps its connection, so that its calls end
-// where they are. Other policies ignore it.
+// calls while another endpoint is READY. It keeps the connection, so that calls in flight
+// can finish. gRPC's own policies ignore it.
 func Draining() EndpointOption {
 	return endpointOption(func(ep *resolver.Endpoint) error {
 		*ep = SetDraining(*ep, true)
@@ -137,9 +137,9 @@ func Draining() EndpointOption {
 	})
 }
 
-// Group puts the endpoint into a priority group, for the policy belfry.priority: those of
-// group 0, to which endpoints without a group belong, get the calls while enough of them
-// are healthy, else those of the next higher group that there is.
+// Group puts the endpoint into a priority group, for the policy belfry.priority. Group 0
+// gets the calls while enough of its endpoints are healthy. Otherwise the next higher
+// group that has endpoints gets them. An endpoint without a group belongs to group 0.
 func Group(group uint32) EndpointOption {
 	return endpointOption(func(ep *resolver.Endpoint) error {
 		*ep = SetGroup(*ep, group)
@@ -147,9 +147,9 @@ func Group(group uint32) EndpointOption {
 	})
 }
 
-// Key names the endpoint within its set, for [List], [Poll] and [FullSets],
-// which take its addresses for its name otherwise. An endpoint that keeps its
-// key may change its address: that replaces it. The key must not be empty.
+// Key names the endpoint within its set, for [List], [Poll] and [FullSets]. By
+// default its addresses are its key. A new set that has another address under
+// the same key replaces the endpoint. The key must not be empty.
 func Key(key string) EndpointOption {
 	return endpointOption(func(ep *resolver.Endpoint) error {
 		if key == "" {
@@ -166,8 +166,8 @@ func WeightOf(ep resolver.Endpoint) uint32 {
 	return max(1, weight.FromEndpoint(ep).Weight)
 }
 
-// A key has a type of its own, so that no other package's attributes can be taken for
-// it, and an Equal, by which attributes compare.
+// A key has a type of its own, so that it cannot collide with the attributes of another
+// package. Attributes are compared with its Equal method.
 type (
 	keyKey struct{}
 	key    string
@@ -179,7 +179,7 @@ func (k key) Equal(o any) bool {
 	return ok && other == k
 }
 
-// String lets logs of the attributes show the name.
+// String makes logs of the attributes show the key.
 func (k key) String() string { return string(k) }
 
 func (keyKey) String() string { return "belfry.key" }
@@ -195,8 +195,8 @@ func ZoneOf(ep resolver.Endpoint) string {
 	return place.Zone(ep)
 }
 
-// SetGroup returns a copy of the endpoint that belongs to a priority group, 0 being the
-// first. See [Group].
+// SetGroup returns a copy of the endpoint that belongs to the given priority group. The
+// first group is 0. See [Group].
 func SetGroup(ep resolver.Endpoint, group uint32) resolver.Endpoint {
 	return place.SetGroup(ep, group)
 }
@@ -206,7 +206,8 @@ func GroupOf(ep resolver.Endpoint) uint32 {
 	return place.Group(ep)
 }
 
-// SetDraining returns a copy of the endpoint that is draining, or is not. See [Draining].
+// SetDraining returns a copy of the endpoint that is draining if drains is true, and is
+// not draining otherwise. See [Draining].
 func SetDraining(ep resolver.Endpoint, drains bool) resolver.Endpoint {
 	return place.SetDraining(ep, drains)
 }
@@ -221,8 +222,8 @@ func SetKey(ep resolver.Endpoint, name string) resolver.Endpoint {
 	return ep
 }
 
-// KeyOf returns the endpoint's key, or "" if it has none. Of several keys with
-// one endpoint it is the smallest.
+// KeyOf returns the endpoint's key, or "" if it has none. A published endpoint
+// that several keys share has the smallest of them.
 func KeyOf(ep resolver.Endpoint) string {
 	k, _ := ep.Attributes.Value(keyKey{}).(key)
 	return string(k)
@@ -248,7 +249,7 @@ func checkDialable(ep resolver.Endpoint) error {
 		return err
 	}
 	for _, a := range ep.Addresses {
-		// Resolvers of gRPC say with an attribute what kind of address it is.
+		// gRPC's resolvers set an attribute that says what kind of address it is.
 		if a.Attributes != nil || strings.HasPrefix(a.Addr, "unix:") {
 			continue
 		}
@@ -264,7 +265,7 @@ func checkDialAddress(address string) error {
 		return fmt.Errorf("address %q: write %q", address, "unix:@"+name)
 	}
 	if _, rest, ok := strings.Cut(address, "://"); ok {
-		// A target such as dns:///orders:80 has an authority before its name.
+		// A target such as dns://server/orders:80 has an authority before its name.
 		rest = rest[strings.LastIndexByte(rest, '/')+1:]
 		return fmt.Errorf("address %q has a scheme: write %q", address, rest)
 	}
@@ -310,7 +311,7 @@ func isServiceName(port string) bool {
 }
 
 // addressID identifies an endpoint as gRPC's resolver.EndpointMap does: by the
-// unordered set of its addresses, attributes left aside.
+// unordered set of its addresses, without attributes.
 func addressID(ep resolver.Endpoint) string {
 	if len(ep.Addresses) == 1 {
 		return ep.Addresses[0].Addr
@@ -332,8 +333,8 @@ func nameOf(ep resolver.Endpoint) string {
 	return addressID(ep)
 }
 
-// keyed gives each endpoint of a full set its key. The same endpoint twice is
-// one endpoint; one key for two endpoints is an error.
+// keyed returns the endpoints of a full set by their keys. An endpoint that is
+// listed twice counts once. Two endpoints with one key are an error.
 func keyed(endpoints []resolver.Endpoint) (map[string]resolver.Endpoint, error) {
 	set := make(map[string]resolver.Endpoint, len(endpoints))
 	for i, ep := range endpoints {
@@ -347,8 +348,8 @@ func keyed(endpoints []resolver.Endpoint) (map[string]resolver.Endpoint, error) 
 	return set, nil
 }
 
-// equalEndpoints reports whether two endpoints would be the same to a
-// balancing policy and to the connections below it.
+// equalEndpoints reports whether two endpoints are the same for a balancing
+// policy and for the connections.
 func equalEndpoints(a, b resolver.Endpoint) (equal bool) {
 	if len(a.Addresses) == len(b.Addresses) && len(a.Addresses) > 0 && &a.Addresses[0] == &b.Addresses[0] && a.Attributes == b.Attributes {
 		return true
@@ -364,9 +365,9 @@ func equalAddresses(a, b []resolver.Address) (equal bool) {
 	return slices.EqualFunc(a, b, resolver.Address.Equal)
 }
 
-// notComparable is deferred where attributes are compared. Those without an
-// Equal are compared with ==, which panics on maps, slices and functions. What
-// cannot be compared counts as changed.
+// notComparable is deferred where attributes are compared. Values without an
+// Equal method are compared with ==, which panics on maps, slices and functions.
+// Values that cannot be compared count as changed.
 func notComparable(equal *bool) {
 	if recover() != nil {
 		*equal = false

@@ -14,11 +14,11 @@ import (
 )
 
 // List returns a source of a fixed set of endpoints. The key of each is the one
-// it was given with [Key], or else its addresses; an endpoint listed twice
-// counts once. No endpoints at all make a set that is known to be empty.
+// it was given with [Key], or else its addresses. An endpoint listed twice
+// counts once. Without arguments the set is empty, and is published as empty.
 //
-// It returns an error if an endpoint has no address, or if two different ones
-// have the same key. The source may be used by any number of channels.
+// List returns an error if an endpoint has no address, or if two different
+// endpoints have the same key. The source may be used by any number of channels.
 func List(endpoints ...resolver.Endpoint) (Source, error) {
 	for i, ep := range endpoints {
 		if err := checkEndpoint(ep); err != nil {

@@ -17,22 +17,22 @@ import (
 	"github.com/belfry-go/belfry/internal/isnil"
 )
 
-// Merge returns a source of the endpoints of all the sources together. Keys
-// are those of the sources behind the index of the source and a slash
-// ("0/a", "1/a"; "00/a" if there are more than ten), so that equal keys do not
-// meet, and of two sources with the same address the first wins, its attributes
-// included. Of several service configs the one of the first source that has one
-// holds.
+// Merge returns a source of the endpoints of all the sources together. A key is
+// the index of the source, a slash, and the key in that source: "0/a" and "1/a",
+// or "00/a" if there are more than ten sources. So equal keys of two sources do
+// not collide. If two sources have an endpoint with the same addresses, that of
+// the first source is used, with its attributes. The service config is that of the
+// first source that has one.
 //
-// The set is complete when all the sources' are, each as it would be alone. A
-// source that fails is reported, and watched again with the backoff of
-// [WithBackoff], while its last set stays and the others continue. One that has
-// no set yet, and fails or takes longer than [WithSyncTimeout], does not hold
-// back the first set of the others, unless that would be empty. The merged set
-// is final when all the sets are.
+// The merged set is complete when the set of every source is. A source that fails
+// is reported, and watched again with the backoff of [WithBackoff]. Its last set
+// stays meanwhile, and the other sources continue. A source without a set that
+// fails, or takes longer than [WithSyncTimeout], does not hold back the first
+// merged set, unless that would be empty. The merged set is final when the set of
+// every source is.
 //
-// It returns an error if there are no sources or one is nil. It may be used by
-// as many channels as the sources may.
+// Merge returns an error if there are no sources or one is nil. The source may be
+// used by as many channels as each of the sources may.
 func Merge(sources ...Source) (Source, error) {
 	if len(sources) == 0 {
 		return nil, errors.New("discover: Merge: no sources")
@@ -50,7 +50,7 @@ func Merge(sources ...Source) (Source, error) {
 	return m, nil
 }
 
-// merged is immutable. Its sources are supervised one by one.
+// merged is immutable. Each of its sources is supervised separately.
 type merged []part
 
 type part struct {
@@ -94,7 +94,7 @@ func (m merged) Watch(ctx context.Context) iter.Seq2[Change, error] {
 	}
 }
 
-// spread passes every nudge on to all.
+// spread sends every nudge to all sources.
 func spread(ctx context.Context, nudge <-chan struct{}, all []chan struct{}) {
 	for {
 		select {
@@ -132,7 +132,7 @@ type partWatch struct {
 	failing bool // it has failed, or was late, before its first set
 }
 
-// run ends when all parts are final, ctx is done or yield wants no more.
+// run ends when all parts are final, ctx is done or yield returns false.
 func (w *mergeWatch) run(ctx context.Context, events <-chan mergeEvent) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -167,8 +167,8 @@ func (w *mergeWatch) run(ctx context.Context, events <-chan mergeEvent) {
 	}
 }
 
-// tell yields what a part has to tell, as one element if it is no error. It
-// reports false when there is nothing more to tell.
+// tell yields the news of a part: an error first, if there is one, then all
+// changes as one element. It reports false when the watch is over.
 func (w *mergeWatch) tell(p *partWatch, n news) bool {
 	p.final = p.final || n.final
 	if n.err != nil {
@@ -178,8 +178,8 @@ func (w *mergeWatch) tell(p *partWatch, n news) bool {
 		}
 	}
 	var changes []Change
-	// Whoever watches us will find the same faults, and knows better when it is
-	// time to speak of them.
+	// The bridge finds the same faults in these changes, and reports them at the
+	// right time.
 	for _, f := range n.faults {
 		f.change.Key = p.prefix + f.change.Key
 		changes = append(changes, f.change)

@@ -15,15 +15,16 @@ import (
 	"github.com/belfry-go/belfry/internal/told"
 )
 
-// FullSets returns a source from one that delivers its whole set each time,
-// as most registries do: each set becomes the changes from the one before, and
-// [Synced]. The key of an endpoint is the one it was given with [Key], or else
-// its addresses; an endpoint that is in a set twice counts once. An empty set
+// FullSets returns a source for a watcher that delivers its whole set each time,
+// as most registries do. It turns each set into the changes from the set before,
+// and [Synced]. The key of an endpoint is the one it was given with [Key], or else
+// its addresses. An endpoint that is in a set twice counts once. An empty set
 // means that there are no endpoints.
 //
-// The function returns the sequence of one watch, and both are held to what
-// [Source] says of Watch, errors included. A set in which two different
-// endpoints have the same key is such an error, and the set before it stays.
+// The function watch returns the sequence of one watch. Both must do what
+// [Source] says of Watch and its sequence. An error does not end the sequence. A
+// set in which two different endpoints have the same key is an error too, and the
+// set before it stays.
 //
 // FullSets returns an error if watch is nil. If watch may be called
 // concurrently, the source may be used by any number of channels.
@@ -83,26 +84,28 @@ const (
 	pollJitter = 0.1
 	// pollTimeout is the least deadline that a poll is given.
 	pollTimeout = 10 * time.Second
-	// A nudge is answered no sooner after the last poll than a tenth of the
-	// interval, and within these bounds.
+	// A nudge waits until a tenth of the interval, at least minPollSpacing and at
+	// most maxPollSpacing, has passed since the last poll.
 	minPollSpacing = time.Second
 	maxPollSpacing = 30 * time.Second
 )
 
-// Poll returns a source that calls f, which returns the full set of endpoints
-// as it is now, at once and then every interval, plus or minus a tenth. The set
-// is taken as in [FullSets]; an empty one without an error means that there are
-// no endpoints.
+// Poll returns a source that calls f at once, and again at the given interval,
+// plus or minus a tenth, after each call has returned. f returns the full set of
+// endpoints as it is now. Keys and duplicates are as in [FullSets]. An empty set
+// without an error means that there are no endpoints.
 //
-// If f fails, the error is reported, once until f succeeds, the last set stays, and f is called again with the backoff of [WithBackoff], or after
-// interval if that is shorter.
-// When a connection fails or is lost, f is called early, but not within a tenth
-// of interval (at least 1 s, at most 30 s) of the last call, nor during a
-// backoff.
+// If f fails, the last set stays. Each different error is reported once until f
+// succeeds. f is called again with the backoff of [WithBackoff], or after interval
+// if that is shorter. A panic of f is a failure of the watch.
 //
-// The context that f is given ends with the watch, and after interval, or 10 s
-// if that is longer; f must heed it. Each channel polls for itself, so f must be
-// safe for concurrent use if the source is used by several.
+// When a connection fails or is lost, f is called early, but not sooner after the
+// last call than a tenth of interval (at least 1 s, at most 30 s, and no more than
+// interval), and not during a backoff.
+//
+// The context of f ends with the watch, or after interval, or after 10 s if
+// interval is shorter. f must return when it ends. Each channel polls for itself,
+// so f must be safe for concurrent use if several channels use the source.
 //
 // Poll returns an error if f is nil or interval is not positive.
 func Poll(f func(ctx context.Context) ([]resolver.Endpoint, error), interval time.Duration) (Source, error) {
@@ -122,7 +125,7 @@ func Poll(f func(ctx context.Context) ([]resolver.Endpoint, error), interval tim
 	}.poll), nil
 }
 
-// poller looks again and again.
+// poller calls look repeatedly.
 type poller struct {
 	look    func(ctx context.Context) (set []resolver.Endpoint, next time.Duration, err error)
 	timeout time.Duration // of a look
@@ -135,7 +138,7 @@ func (p poller) poll(ctx context.Context) iter.Seq2[[]resolver.Endpoint, error] 
 		failures := 0
 		var reported told.Errors // since the last set
 		for {
-			// This call answers the nudges so far.
+			// The call below answers any earlier nudge.
 			select {
 			case <-env.nudge:
 			default:
@@ -173,8 +176,7 @@ func (p poller) call(ctx context.Context) ([]resolver.Endpoint, time.Duration, e
 	return endpoints, next, nil
 }
 
-// sleepOrNudge waits for d or a nudge, and reports whether it was one of them
-// rather than ctx ending first.
+// sleepOrNudge waits for d or a nudge. It reports false if ctx ended first.
 func sleepOrNudge(ctx context.Context, d time.Duration, nudge <-chan struct{}) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()

@@ -12,8 +12,9 @@ import (
 )
 
 // A publishedSet holds endpoints as the channel sees them: in the order of the
-// keys, and of keys with the same addresses only the smallest. An update costs
-// what it changes, and a copy of the list if an endpoint comes or goes.
+// keys, and of several keys with the same addresses only the smallest. The cost
+// of an update grows with the number of changed keys. If an endpoint comes or
+// goes, the update also copies the list.
 type publishedSet struct {
 	items []keyedEndpoint     // as the channel sees them
 	ids   map[string]string   // the addressID of each key
@@ -33,16 +34,15 @@ func newPublishedSet() publishedSet {
 	return publishedSet{ids: make(map[string]string), keys: make(map[string][]string)}
 }
 
-// A replacement is a key that has another endpoint now.
+// A replacement is the old and the new endpoint of a key.
 type replacement struct{ before, after resolver.Endpoint }
 
-// update takes the dirty keys from entries. It reports whether the channel sees
-// a difference, and which of the endpoints it sees were replaced. An update that
-// leaves nothing does not touch the items before.
+// update copies the dirty keys from entries. It reports whether the endpoints that
+// the channel sees have changed, and which of them were replaced. An update that
+// leaves no endpoints does not modify the old slice of items.
 func (s *publishedSet) update(dirty map[string]struct{}, entries map[string]entry) (changed bool, replaced []replacement) {
-	// What happens to each key that the channel sees or will see: before, those
-	// that may go; after, those that are to be seen, with the same or another
-	// endpoint.
+	// before holds the keys that the channel no longer sees. after holds those
+	// that it will see, with the same or another endpoint.
 	before, after := make(map[string]struct{}), make(map[string]struct{})
 	affected := make(map[string]struct{}) // addressIDs
 	touch := func(id string) {
@@ -114,7 +114,7 @@ func (s *publishedSet) update(dirty map[string]struct{}, entries map[string]entr
 	return true, replaced
 }
 
-// find returns where in items the key is, or belongs.
+// find returns the index of the key in items, or the index to insert it at.
 func (s *publishedSet) find(items []keyedEndpoint, key string) (i int, found bool) {
 	return slices.BinarySearchFunc(items, key, func(it keyedEndpoint, key string) int { return strings.Compare(it.key, key) })
 }
@@ -137,8 +137,8 @@ func (s *publishedSet) drop(key, id string) {
 	delete(s.ids, key)
 }
 
-// hidden returns two endpoints with the same addresses, of which the channel
-// sees the first only, and which ask for different server names.
+// hidden returns two endpoints with the same addresses and different server
+// names. The channel sees only the first of them.
 func (s *publishedSet) hidden(dirty map[string]struct{}, entries map[string]entry) (seen, unseen resolver.Endpoint, ok bool) {
 	for k := range dirty {
 		keys := s.keys[entries[k].id]
@@ -152,7 +152,8 @@ func (s *publishedSet) hidden(dirty map[string]struct{}, entries map[string]entr
 	return seen, unseen, false
 }
 
-// serverNames returns the server names of the addresses, in the order of these.
+// serverNames returns the server name of a single address, or else a list of all
+// addresses with their server names, sorted by address.
 func serverNames(ep resolver.Endpoint) string {
 	if len(ep.Addresses) == 1 {
 		return ep.Addresses[0].ServerName

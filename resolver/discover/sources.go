@@ -13,18 +13,19 @@ import (
 // A SourceState says how the source of a channel is doing.
 type SourceState struct {
 	Target string // of the channel, with its scheme
-	// Err is why the watch failed, nil if it has not or a later one is Synced. The last
-	// complete set stays meanwhile.
+	// Err is the last error of the source, whether it ended the watch or not. It is nil
+	// if there was none since the source last said Synced. The last complete set stays
+	// in use.
 	Err   error
 	Since time.Time // of the first failure, zero if Err is nil
 }
 
-// live is the bridges that are not closed: *bridge → nothing.
+// live is the set of the bridges that are not closed. Its keys are of type *bridge.
 var live sync.Map
 
-// Sources returns the state of the source of each channel in the process that this package
-// resolves, in the order of their targets. A channel that is idle has none. It is safe for
-// concurrent use.
+// Sources returns how the source of each channel in this process is doing, sorted by
+// target. It lists the channels that this package resolves, except those that are idle. It
+// is safe for concurrent use.
 func Sources() []SourceState {
 	var all []SourceState
 	live.Range(func(k, _ any) bool {
@@ -40,7 +41,7 @@ func Sources() []SourceState {
 	return all
 }
 
-// note notes what is new of the source.
+// note updates the state that [Sources] returns.
 func (b *bridge) note(n news, now time.Time) {
 	switch {
 	case n.err != nil:

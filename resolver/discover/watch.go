@@ -16,8 +16,8 @@ import (
 	"google.golang.org/grpc/resolver"
 )
 
-// watchEnv is what the resolver tells the sources below it, nested ones
-// included, through the context of Watch.
+// watchEnv is what the resolver tells its source, and the sources inside that,
+// through the context of Watch.
 type watchEnv struct {
 	nudge       <-chan struct{} // nil: never
 	backoff     backoff.Config
@@ -38,18 +38,18 @@ func (env watchEnv) context(ctx context.Context) context.Context {
 	return context.WithValue(ctx, watchEnvKey{}, env)
 }
 
-// retryDelay returns how long to wait after so many failures in a row, at least
-// one. It is gRPC's connection backoff
-// (https://github.com/grpc/grpc/blob/master/doc/connection-backoff.md), with
-// the first delay jittered like the rest: the clients of a discovery service
-// that went down all lose it at the same moment.
+// retryDelay returns how long to wait after the given number of failures in a
+// row, which is at least 1. It is gRPC's connection backoff
+// (https://github.com/grpc/grpc/blob/master/doc/connection-backoff.md), except
+// that the first delay has jitter too, because all clients lose a discovery
+// service at the same moment.
 func retryDelay(c backoff.Config, failures int) time.Duration {
 	d := float64(c.BaseDelay) * math.Pow(c.Multiplier, float64(failures-1))
 	return jittered(min(d, float64(c.MaxDelay)), c.Jitter)
 }
 
-// jittered returns d nanoseconds, varied by up to the fraction jitter to both
-// sides. A delay that stands for never may be as long as a Duration can be.
+// jittered returns d nanoseconds, plus or minus up to the fraction jitter of it.
+// A result that is too large for a Duration becomes the largest Duration.
 func jittered(d, jitter float64) time.Duration {
 	d *= 1 + jitter*(2*rand.Float64()-1)
 	if d >= math.MaxInt64 {
@@ -58,7 +58,7 @@ func jittered(d, jitter float64) time.Duration {
 	return time.Duration(d)
 }
 
-// sleep waits for d and reports whether it did, rather than ctx ending first.
+// sleep waits for d. It reports false if ctx ended first.
 func sleep(ctx context.Context, d time.Duration) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -86,9 +86,9 @@ const (
 	eventFailed                  // it is over; another begins after the backoff
 )
 
-// supervise watches src, again after every failure, until it is final or ctx is
-// done. It calls emit, on its own goroutine, with what happens, and gives up
-// when emit returns false, which it does when ctx is done.
+// supervise watches src, and again after every failure, until it is final or ctx
+// is done. It calls emit with every event, on the goroutine that called
+// supervise. It returns when emit returns false, as emit does when ctx is done.
 func supervise(ctx context.Context, src Source, cfg backoff.Config, emit func(watchEvent) bool) {
 	for failures := 0; ; {
 		began := time.Now()
@@ -96,7 +96,7 @@ func supervise(ctx context.Context, src Source, cfg backoff.Config, emit func(wa
 		if ctx.Err() != nil || end.final {
 			return
 		}
-		// A source that never says Synced is well while it lives.
+		// A source that never says Synced counts as healthy if its watch lasts.
 		if end.synced || time.Since(began) >= cfg.MaxDelay {
 			failures = 0
 		}
@@ -139,8 +139,8 @@ func watchOnce(ctx context.Context, src Source, emit func(watchEvent) bool) (end
 	}
 	end.err = errEnded
 	stopped := false
-	// Called, not ranged over: a source that yields on after it was told to stop
-	// is to be refused, not to bring the program down.
+	// Called, not ranged over. A source that yields after it was told to stop would
+	// panic in a range loop; here it gets false again.
 	changes(func(c Change, err error) bool {
 		if stopped || ctx.Err() != nil {
 			stopped = true
@@ -168,7 +168,7 @@ type entry struct {
 	id       string            // addressID
 }
 
-// A snapshot is what one watch has said so far.
+// A snapshot is the state that one watch has yielded so far.
 type snapshot struct {
 	entries       map[string]entry
 	refused       map[string]struct{} // keys that were given an endpoint that cannot be used
@@ -179,10 +179,10 @@ func newSnapshot() *snapshot {
 	return &snapshot{entries: make(map[string]entry), refused: make(map[string]struct{})}
 }
 
-// A follower knows the state of one supervised source: the last complete set,
-// and the set that the running watch is still putting together. Whether a set
-// is complete is decided here and nowhere else. It has no lock and no clock;
-// its owner, one goroutine, has them.
+// A follower holds the state of one supervised source: the last complete set,
+// and the incomplete set of the running watch. It alone decides whether a set is
+// complete. It has no lock and no clock: one goroutine owns it and passes it the
+// time.
 type follower struct {
 	// Immutable.
 	check       func(resolver.Endpoint) error // what is wrong with an endpoint
@@ -201,15 +201,15 @@ type follower struct {
 
 // follow returns a follower of src.
 func follow(src Source, check func(resolver.Endpoint) error, syncTimeout, quiet time.Duration) follower {
-	// If both the outer and the inner had a timeout, the outer would end first
-	// and be told nothing of what the inner has.
+	// A merged source has a timeout for each of its sources. One around it would
+	// expire first, before it has heard what those have inserted.
 	if _, ok := src.(merged); ok {
 		syncTimeout = 0
 	}
 	return follower{check: check, syncTimeout: syncTimeout, quiet: quiet, dirty: make(map[string]struct{})}
 }
 
-// news is what an event means to the owner of a follower, who also looks at
+// news is what an event means to the owner of a follower. The owner also reads
 // dirty.
 type news struct {
 	synced bool // the set is complete: it can be published at once
@@ -244,7 +244,7 @@ func (f *follower) handle(ev watchEvent, now time.Time) (n news) {
 			}
 		}
 		if f.next != nil && f.quiet > 0 {
-			// An empty set cannot be told from one that has not arrived.
+			// An empty set looks the same as one that has not arrived yet.
 			f.quietAt = time.Time{}
 			if len(f.next.entries) > 0 {
 				f.quietAt = now.Add(f.quiet)
@@ -292,7 +292,7 @@ func (f *follower) promote() {
 }
 
 // apply applies a change of one key or of the service config. It returns an
-// error, having changed no endpoint, if the change is not a valid one.
+// error, and changes no endpoint, if the change is not valid.
 func (f *follower) apply(c Change) error {
 	set, dirty := f.next, map[string]struct{}(nil)
 	if set == nil {
@@ -329,7 +329,7 @@ func (f *follower) apply(c Change) error {
 	return nil
 }
 
-// deadline returns when expire is due, or the zero time.
+// deadline returns when expire is due, or the zero time if it is not.
 func (f *follower) deadline() time.Time {
 	if f.next == nil {
 		return time.Time{}
@@ -337,14 +337,16 @@ func (f *follower) deadline() time.Time {
 	return earliest(f.quietAt, f.syncBy)
 }
 
-// expire is called at the deadline.
+// expire handles the deadline: it completes a set that is quiet, and reports or
+// completes one that is late.
 func (f *follower) expire(now time.Time) (n news) {
 	switch have := len(f.next.entries); {
 	case due(f.quietAt, now):
 		f.promote()
 		n.synced = true
 	case f.set != nil:
-		// Slow is no reason to give up what was known to be complete.
+		// A complete set is worth more than an incomplete one, even if the new watch
+		// is slow.
 		n.err = fmt.Errorf("the source has failed, and its new watch has not said Synced within %v; the last set, of %d endpoints, stays (a source that never says Synced is to be wrapped in Settle)", f.syncTimeout, len(f.set.entries))
 		f.syncBy = time.Time{}
 	case have > 0:
@@ -352,7 +354,8 @@ func (f *follower) expire(now time.Time) (n news) {
 		f.promote()
 		n.synced = true
 	default:
-		// Calls fail with what was told last, and an error of the source says more.
+		// Calls fail with the last error reported. One from the source says more than
+		// this one.
 		if !f.told {
 			n.err, f.told = fmt.Errorf("the source has delivered no endpoints within %v", f.syncTimeout), true
 		}
