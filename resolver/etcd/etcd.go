@@ -25,7 +25,7 @@ const (
 	readEvery = time.Minute
 	// timeout is how long etcd may take to answer.
 	timeout = 5 * time.Second
-	// Between two tries after a failure.
+	// minDelay and maxDelay bound the time between two tries after a failure.
 	minDelay = 500 * time.Millisecond
 	maxDelay = 10 * time.Second
 )
@@ -35,7 +35,7 @@ const (
 //
 // It returns an error if client is nil, or if target is empty or ends with a
 // slash. The source may be used by any number of channels, each of which watches
-// for itself. The client must not be closed before them.
+// etcd separately. Do not close the client before the channels.
 func New(client *clientv3.Client, target string) (discover.Source, error) {
 	if err := check(client, target); err != nil {
 		return nil, err
@@ -83,8 +83,8 @@ type watch struct {
 	told   told.Errors // since the last read without one
 }
 
-// run ends when ctx is done. It reads all keys, watches them until it is time to
-// read again, and so on.
+// run reads all keys, watches them until it is time to read again, and repeats
+// that until ctx is done.
 func (w *watch) run(ctx context.Context) {
 	for failures := 0; ctx.Err() == nil; {
 		began := time.Now()
@@ -103,13 +103,13 @@ func (w *watch) run(ctx context.Context) {
 	}
 }
 
-// read yields the set as it is now, and returns the revision of etcd that it is
-// of.
+// read yields the set as it is now, and returns its revision in etcd.
 func (w *watch) read(ctx context.Context) (revision int64, err error) {
 	got, err := w.get(clientv3.WithRequireLeader(ctx))
 	if err != nil {
 		if !w.synced {
-			// A member without a majority behind it knows a set, if an old one.
+			// A member that is cut off from the majority still has a set, which may
+			// be old.
 			if got, err := w.get(ctx, clientv3.WithSerializable()); err == nil {
 				_ = w.replace(ctx, got)
 			}
@@ -152,7 +152,7 @@ func (w *watch) replace(ctx context.Context, got *clientv3.GetResponse) error {
 			w.remove(key, &changes)
 		}
 	}
-	// Where no value is valid there are endpoints, although nobody knows them.
+	// If there are values but none is valid, the set is not empty but unknown.
 	if len(w.known) > 0 || bad.n == 0 {
 		w.synced = true
 		w.tell(ctx, append(changes, discover.Synced()))
@@ -160,10 +160,11 @@ func (w *watch) replace(ctx context.Context, got *clientv3.GetResponse) error {
 	return bad.err()
 }
 
-// follow yields what changes from a revision on. It returns nil if all keys are
-// to be read again.
+// follow yields the changes from a revision on. It returns nil when it is time to
+// read all keys again.
 func (w *watch) follow(ctx context.Context, revision int64) error {
-	// What has arrived is told even if this has ended.
+	// Only the watch uses this context: events that have arrived are yielded even
+	// after it has ended.
 	watchCtx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), w.readEvery-rand.N(w.readEvery/10))
 	defer cancel()
 	for got := range w.client.Watch(watchCtx, w.prefix, clientv3.WithPrefix(), clientv3.WithRev(revision)) {
@@ -196,7 +197,7 @@ func (w *watch) follow(ctx context.Context, revision int64) error {
 	return nil
 }
 
-// put adds the change that a value means, or what is wrong with it.
+// put adds the change that a value makes to changes, or its error to bad.
 func (w *watch) put(key string, value []byte, changes *[]discover.Change, bad *faults) {
 	ep, err := decode(value)
 	if err != nil {
@@ -249,7 +250,7 @@ func (f *faults) err() error {
 	return f.first
 }
 
-// A record is a value of the layout.
+// A record is the value of a key.
 type record struct {
 	Addr     string
 	Metadata json.RawMessage
@@ -285,7 +286,8 @@ func decode(value []byte) (resolver.Endpoint, error) {
 	return discover.SetDraining(discover.SetGroup(ep, m.Group), m.Draining), err
 }
 
-// delay returns how long to wait after so many failures in a row.
+// delay returns how long to wait after a failure. failures is the number of those
+// before it in a row.
 func delay(failures int) time.Duration {
 	d := min(minDelay<<min(failures, 10), maxDelay)
 	return d - rand.N(d/5)

@@ -20,7 +20,7 @@ import (
 
 var logger = grpclog.Component("belfry-etcd")
 
-// defaultTTL is how long a server that vanished is still listed.
+// defaultTTL is how long a server that stopped without Leave is still listed.
 const defaultTTL = 15 * time.Second
 
 // A Registration keeps an endpoint registered.
@@ -39,22 +39,24 @@ type Registration struct {
 }
 
 // Register registers an endpoint under target and keeps it registered until
-// [Registration.Leave]. If it is lost, because etcd could not be reached for
-// longer than ttl or has lost its data, it is registered again, as often as it
-// takes. That is logged.
+// [Registration.Leave]. The registration is lost if etcd cannot be reached for
+// longer than ttl, or loses its data. Then a goroutine registers the endpoint
+// again. It tries until it succeeds, waits at most 10 s between two tries, and
+// logs that.
 //
 // The endpoint must have exactly one address, without a server name. Its key is
-// the one it was given with discover.Key, or else the address; its weight, zone,
-// group and whether it is draining are registered with it. Of two registrations
-// with the same key the later one replaces the earlier one, and outlives it.
+// the one it was given with discover.Key, or else the address. Its weight, zone,
+// group and whether it is draining are registered with it. If two registrations
+// have the same key, the later one replaces the earlier one, and stays when the
+// earlier one leaves.
 //
-// The ttl is how long a server that has vanished without Leave is still listed:
-// at least 1 s, and rounded up to seconds; 0 means 15 s. etcd raises one that is
-// shorter than its election takes.
+// The ttl is how long a server that stopped without Leave is still listed. It must
+// be at least 1 s, and is rounded up to whole seconds. 0 means 15 s. etcd raises a
+// ttl that is shorter than its election timeout.
 //
-// Register returns when the endpoint is registered, or with an error if an
-// argument is not valid, etcd refuses, or ctx ends before. The context is not used
-// afterwards. The client must not be closed before Leave.
+// Register returns when the endpoint is registered. It returns an error if an
+// argument is not valid, etcd refuses, or ctx ends first. The context is not used
+// afterwards. Do not close the client before Leave.
 func Register(ctx context.Context, client *clientv3.Client, target string, ep resolver.Endpoint, ttl time.Duration) (*Registration, error) {
 	if err := check(client, target); err != nil {
 		return nil, err
@@ -71,7 +73,7 @@ func Register(ctx context.Context, client *clientv3.Client, target string, ep re
 		return nil, fmt.Errorf("etcd: ttl %v: must be at least 1s", ttl)
 	}
 	addr := ep.Addresses[0].Addr
-	// What is registered must be an endpoint to those who read it.
+	// Those who read the key must be able to make an endpoint of it.
 	if _, err := discover.Endpoint(addr); err != nil {
 		return nil, fmt.Errorf("etcd: %w", err)
 	}
@@ -101,7 +103,7 @@ func Register(ctx context.Context, client *clientv3.Client, target string, ep re
 	return r, nil
 }
 
-// metadataOf returns nil if there is nothing to say.
+// metadataOf returns the metadata to register, or nil if all of it is the default.
 func metadataOf(ep resolver.Endpoint) any {
 	m := metadata{Zone: discover.ZoneOf(ep), Group: discover.GroupOf(ep), Draining: discover.IsDraining(ep)}
 	if w := discover.WeightOf(ep); w != 1 {
@@ -113,8 +115,8 @@ func metadataOf(ep resolver.Endpoint) any {
 	return m
 }
 
-// enter puts the endpoint under the lease, or under a new one if that has
-// expired.
+// enter writes the endpoint with the lease, or with a new lease if there is none
+// or it has expired.
 func (r *Registration) enter(ctx context.Context) error {
 	for {
 		if r.lease == 0 {
@@ -136,7 +138,8 @@ func (r *Registration) enter(ctx context.Context) error {
 	}
 }
 
-// keep ends when ctx is done.
+// keep keeps the lease alive, and registers the endpoint again when the lease is
+// lost, until ctx is done.
 func (r *Registration) keep(ctx context.Context) {
 	defer close(r.done)
 	for {
@@ -166,12 +169,12 @@ func (r *Registration) keep(ctx context.Context) {
 	}
 }
 
-// Leave removes the endpoint from etcd, so that clients stop calling it at once,
-// and ends the registration. Calls in flight are not disturbed; let them finish
-// with GracefulStop afterwards. If another server has registered the key since,
-// that stays.
+// Leave ends the registration and removes the endpoint from etcd, so that clients
+// stop calling it as soon as they see that. Calls in flight are not disturbed; let
+// them finish with GracefulStop afterwards. If another server has registered the
+// key since, that registration stays.
 //
-// Leave returns an error if etcd cannot be told before ctx ends. Then the endpoint
+// Leave returns an error if it cannot reach etcd before ctx ends. Then the endpoint
 // is listed until the ttl has passed, and Leave may be called again. It may be
 // called concurrently.
 func (r *Registration) Leave(ctx context.Context) error {
