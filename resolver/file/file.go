@@ -19,16 +19,16 @@ import (
 )
 
 // New returns a source of the endpoints that are listed in the file at path, in
-// the form that the package documentation says. The file need not exist yet: it
-// is read when a channel watches.
+// the form that the package documentation shows. The file need not exist yet,
+// because it is first read when a channel watches.
 //
 // New returns an error if path is empty. The source may be used by any number of
-// channels, each of which follows the file for itself.
+// channels, each of which follows the file separately.
 func New(path string) (discover.Source, error) {
 	if path == "" {
 		return nil, errors.New("file: the path is empty")
 	}
-	// The working directory may be another later.
+	// The working directory may change.
 	path, err := filepath.Abs(path)
 	if err != nil {
 		return nil, fmt.Errorf("file: %w", err)
@@ -53,7 +53,7 @@ func sets(ctx context.Context, path string) iter.Seq2[[]resolver.Endpoint, error
 	}
 }
 
-// entry is an entry of the list that is not a string.
+// entry is an entry of the list that has fields.
 type entry struct {
 	Address    string   `json:"address"`
 	Addresses  []string `json:"addresses"`
@@ -65,7 +65,7 @@ type entry struct {
 	ServerName *string  `json:"serverName"`
 }
 
-// parse returns the endpoints in a text. The path is for the errors.
+// parse returns the endpoints in a text. The path is used only in errors.
 func parse(path string, text []byte) ([]resolver.Endpoint, error) {
 	if len(bytes.TrimSpace(text)) == 0 {
 		return nil, fmt.Errorf("file: %s is empty: write [] if there are no endpoints", path)

@@ -16,8 +16,7 @@
 //	options := append(p2c.DialOptions(), file.Stack().DialOptions()...)
 //	conn, err := grpc.NewClient("belfry:///orders", append(options, discover.WithSource(src), creds)...)
 //
-// The file is YAML, or JSON, which is YAML too. It has two fields, of which either may
-// be left out:
+// The file is YAML, or JSON, which is YAML too. It has two fields. Both are optional:
 //
 //	loadBalancingConfig: # as in a service config; by default belfry.p2c
 //	- belfry.p2c: {choiceCount: 4}
@@ -29,27 +28,30 @@
 //	    - retry: {}
 //	    - {name: limit, concurrency: {limit: 100}}
 //
-// Package stackconfig says what a stack may hold. An unknown field is an error, and
-// so is one that is written twice. Of the policies in loadBalancingConfig the first
-// that the program has is used; belfry.p2c, belfry.aperture and belfry.priority come
-// with this package.
+// Package stackconfig says what a stack may contain. A field that is unknown, or that
+// is written twice, is an error. The channel uses the first policy in
+// loadBalancingConfig that is linked into the program. This package links
+// belfry.p2c, belfry.aperture and belfry.priority.
 //
 // # Changes
 //
-// The file is followed as package file follows a list of endpoints: a change is seen
-// some 100 ms after the last write, and within 5 s where the file system does not
-// report it, and a mounted ConfigMap may be replaced.
+// The file is followed as package file follows a list of endpoints. A change is seen
+// 100 ms after the last write, and at most 1 s after the first. Where the file system
+// does not report changes, a change is seen within 5 s. The file may be in a mounted
+// ConfigMap.
 //
-// A change is all or nothing. If the file is missing, cannot be read, or anything in
-// it is wrong, the last stack and the last balancing config stay, and the error is
-// reported once, with the path of the field. The stack changes first and the policy
-// right after it. Layers keep their state as [stackconfig.Stack.Update] says, and the
-// policy keeps what it has learnt of the endpoints unless another one takes its place.
+// A change takes effect as a whole or not at all. If the file is missing, cannot be
+// read, or has a fault, the last stack and the last balancing config stay, and the
+// error is reported once, with the path of the field if there is one. The stack
+// changes first and the policy after it, so for a moment calls may use the new stack
+// and the old policy. Layers keep their state as [stackconfig.Stack.Update] says. The
+// policy keeps what it has learnt of the endpoints, unless another policy replaces it.
 //
 // # Editors
 //
-// The JSON schema of the file is schema.json beside this package. In Visual Studio
-// Code and others with the YAML language server this is the first line of the file:
+// The JSON schema of the file is schema.json beside this package. Editors with the YAML
+// language server, such as Visual Studio Code, use it if this is the first line of the
+// file:
 //
 //	# yaml-language-server: $schema=https://raw.githubusercontent.com/belfry-go/belfry/main/resolver/file/stackfile/schema.json
 package stackfile

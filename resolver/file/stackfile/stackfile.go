@@ -40,24 +40,25 @@ type options struct {
 	onReload func(Reload)
 }
 
-// WithStackOptions supplies what is not data: observers, functions and layers of the
-// program. See [stackconfig.NewStackFromConfig].
+// WithStackOptions supplies what a file cannot contain: observers, functions, and layers
+// that the program defines. See [stackconfig.NewStackFromConfig]. If it is given more
+// than once, the options add up. By default there are none.
 func WithStackOptions(opts ...stackconfig.Option) Option {
 	return func(o *options) { o.stack = append(o.stack, opts...) }
 }
 
-// A Reload says what became of a change of the file.
+// A Reload says what a change of the file has done.
 type Reload struct {
 	// Changes are the layers and budgets whose state started or ended.
 	Changes stackconfig.Changes
-	// Err is why nothing has changed; nil if the file is in force. An error of the
-	// stack is a [*stackconfig.Error].
+	// Err is why nothing has changed, or nil if the file is in use. A fault in a field is
+	// a [*stackconfig.Error].
 	Err error
 }
 
-// WithOnReload calls f after each change of the file, whether it could be used or not,
-// and when a file that was missing is back. Calls do not overlap. The next change
-// waits for f, and so does [File.Close], which f must not call.
+// WithOnReload calls f after each change of the file, even if the file cannot be used,
+// and when a file that could not be read can be read again. Calls do not overlap. The
+// next change waits for f. So does [File.Close], so f must not call it.
 //
 // By default changes are only logged: errors as warnings, others as information.
 func WithOnReload(f func(Reload)) Option {
@@ -67,8 +68,8 @@ func WithOnReload(f func(Reload)) Option {
 	}
 }
 
-// File is a stack and a balancing config that follow a file. Its methods may be called
-// concurrently.
+// File is a stack and a balancing config that follow a file. Its methods are safe for
+// concurrent use.
 type File struct {
 	path     string
 	onReload func(Reload) // nil if there is none
@@ -82,8 +83,8 @@ type File struct {
 }
 
 // Open reads the file at path, makes a stack of it, and follows the file until Close.
-// It returns an error if the file cannot be read or anything in it is wrong, and an
-// [*interceptor.ConfigError] if an option or the path is.
+// It returns an error if the file cannot be read or has a fault, and an
+// [*interceptor.ConfigError] if an option is not valid or the path is empty.
 //
 // [*interceptor.ConfigError]: https://pkg.go.dev/github.com/belfry-go/belfry/interceptor#ConfigError
 func Open(path string, opts ...Option) (*File, error) {
@@ -137,8 +138,8 @@ func (f *File) begin(next func() ([]byte, error, bool), opts []stackconfig.Optio
 	return nil
 }
 
-// reload puts a text in force, if it can be, and reports what came of it. The error is
-// that of reading it.
+// reload applies a text, if it is valid, and reports the result. err is the error of
+// reading the file.
 func (f *File) reload(text []byte, err error) {
 	var r Reload
 	if err == nil {
@@ -176,29 +177,29 @@ func (f *File) apply(text []byte) (stackconfig.Changes, error) {
 	return changes, nil
 }
 
-// Stack returns the stack, which is the same for the life of the File. An Update of the
-// program's own holds until the file changes.
+// Stack returns the stack, which is the same for the life of the File. If the program
+// calls its Update, that holds until the file changes.
 func (f *File) Stack() *stackconfig.Stack { return f.stack }
 
 // Source returns a source of the endpoints of src that also gives channels the balancing
-// config of the file, in place of any service config of src's and of the program's
-// defaults. Channels must not be dialled with grpc.WithDisableServiceConfig. The keys
-// of the endpoints are those that [discover.Merge] makes.
+// config of the file. It replaces any service config of src and the program's default
+// service config. Do not dial the channels with grpc.WithDisableServiceConfig, which
+// ignores it. The keys of the endpoints are those that [discover.Merge] makes.
 //
-// It returns an error if src is nil. The source may be used by any number of channels,
-// and keeps the last balancing config after Close.
+// Source returns an error if src is nil. The source may be used by as many channels as
+// src may, and keeps the last balancing config after Close.
 func (f *File) Source(src discover.Source) (discover.Source, error) {
 	return discover.Merge(balancing{f}, src)
 }
 
-// Close stops to follow the file, and waits for a reload that is under way. The stack
-// remains as it is, and can be used. It may be called more than once.
+// Close stops following the file, and waits for a reload that is in progress. The stack
+// stays as it is and can still be used. Close may be called more than once.
 func (f *File) Close() {
 	f.cancel()
 	<-f.done
 }
 
-// balancing is a source without endpoints, of the service config of a file.
+// balancing is a source that has no endpoints, only the service config of a file.
 type balancing struct{ file *File }
 
 // Watch implements [discover.Source].
@@ -220,7 +221,7 @@ func (b balancing) Watch(ctx context.Context) iter.Seq2[discover.Change, error] 
 	}
 }
 
-// document is what a file says.
+// document is the parsed content of a file.
 type document struct {
 	stack         *configv1.Stack
 	serviceConfig string // JSON
@@ -229,7 +230,7 @@ type document struct {
 // defaultPolicies is the loadBalancingConfig of a file that has none.
 const defaultPolicies = `[{"` + p2c.Name + `":{}}]`
 
-// parse reads a document. It checks all but the values of the stack.
+// parse parses a document. It checks everything except the values in the stack.
 func parse(text []byte) (document, error) {
 	js, err := follow.JSON(text)
 	if err != nil {
@@ -260,8 +261,8 @@ func parse(text []byte) (document, error) {
 	return document{config, `{"loadBalancingConfig":` + string(policies) + `}`}, nil
 }
 
-// checkPolicies parses a loadBalancingConfig as gRPC does: the first policy that is
-// known counts.
+// checkPolicies parses a loadBalancingConfig as gRPC does: the first known policy is
+// used. It ignores the configs of the others.
 func checkPolicies(js []byte) error {
 	var policies []map[string]json.RawMessage
 	if err := json.Unmarshal(js, &policies); err != nil || policies == nil {
@@ -294,7 +295,7 @@ func checkPolicies(js []byte) error {
 
 func wrong(field string, err error) error { return &stackconfig.Error{Field: field, Err: err} }
 
-// below puts the path of the stack in front of that in an error of package stackconfig.
+// below puts "stack" in front of the field path in an error of package stackconfig.
 func below(err error) error {
 	var e *stackconfig.Error
 	if !errors.As(err, &e) {

@@ -1,8 +1,8 @@
 // Copyright 2026 The belfry Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package follow reads a file, and again after each change of it: what a list of
-// endpoints and a stack from a file share.
+// Package follow reads a file, and reads it again after each change. Packages file
+// and stackfile use it.
 package follow
 
 import (
@@ -23,24 +23,26 @@ import (
 
 var logger = grpclog.Component("belfry-file")
 
-// ReadEvery is how often a file is read where no change of it is reported. Tests
-// change it before they follow a file.
+// ReadEvery is how often a file is read again even if no change is reported. Tests
+// set it before they follow a file.
 var ReadEvery = 5 * time.Second
 
 const (
-	// quiet is how long the directory must be quiet before the file is read, so
-	// that a writer who writes in place may finish. quietMax bounds it.
+	// quiet is how long the directory must be without changes before the file is
+	// read, so that a program that writes in place can finish. quietMax is the
+	// longest time from the first change until the file is read.
 	quiet    = 100 * time.Millisecond
 	quietMax = time.Second
 
-	// maxSize is the largest file that is read, in bytes: a million endpoints.
+	// maxSize is the size in bytes of the largest file that is read. It is enough
+	// for about a million endpoints.
 	maxSize = 64 << 20
 )
 
 // Texts yields the text of the file at path, and again after every change, until ctx
-// ends. A file that cannot be read is an error, which is yielded once, and the text
-// is yielded again when it can be read. The path must be absolute, as the working
-// directory may be another later.
+// ends. If the file cannot be read it yields the error once, and the text when the
+// file can be read again. The path must be absolute, because the working directory
+// may change.
 func Texts(ctx context.Context, path string) iter.Seq2[[]byte, error] {
 	return func(yield func([]byte, error) bool) {
 		dir := filepath.Dir(path)
@@ -64,8 +66,9 @@ func Texts(ctx context.Context, path string) iter.Seq2[[]byte, error] {
 		var lastErr string
 		for {
 			if watcher != nil {
-				// Each time: the directory may be another by now. It is watched, not
-				// the file, because a file that is renamed over it is another file.
+				// The directory is added each time, because it may have been replaced.
+				// It is watched instead of the file, because a file that is renamed to
+				// path is a different file.
 				_ = watcher.Add(dir)
 			}
 			if text, err := readFile(path); err != nil {
@@ -124,6 +127,6 @@ func readFile(path string) ([]byte, error) {
 	return text, nil
 }
 
-// JSON returns the JSON of a text in YAML, or in JSON, which is YAML too. A key that
-// occurs twice is an error.
+// JSON converts a text in YAML to JSON. JSON is YAML too. A key that occurs twice is an
+// error.
 func JSON(text []byte) (json.RawMessage, error) { return yaml.YAMLToJSONStrict(text) }
