@@ -39,9 +39,9 @@ func (o option) apply(s *source) error { return o(s) }
 
 // Hints makes the source follow the hints of topology aware routing
 // (https://kubernetes.io/docs/concepts/services-networking/topology-aware-routing/)
-// for a client in the given zone, by the rule of kube-proxy: if all ready endpoints
-// have hints, and one of them is meant for the zone, only those that are meant for
-// it are used; otherwise all are. The zone must not be empty.
+// for a client in the given zone, by the rule of kube-proxy. If all ready endpoints
+// have hints, and the hints of at least one name the zone, only the endpoints whose
+// hints name it are used. Otherwise all are used. The zone must not be empty.
 //
 // By default hints are ignored.
 func Hints(zone string) Option {
@@ -56,12 +56,12 @@ func Hints(zone string) Option {
 
 // New returns a source of the endpoints of a service. The target is
 // "namespace/service:port". The port is the name of a port of the service, or the
-// number of the port that the servers listen on, its targetPort; it may be left out
-// if there is only one. Only TCP ports count.
+// number of its targetPort, which the servers listen on. It may be left out if the
+// service has only one port. Ports other than TCP are ignored.
 //
 // New returns an error if cfg is nil or not valid, if target has another form, or
-// an option is bad. It does not connect. The cfg is copied. The source may be used
-// by any number of channels, each of which watches the API server for itself.
+// if an option is bad. It does not connect. The cfg is copied. The source may be used
+// by any number of channels, each of which watches the API server separately.
 func New(cfg *rest.Config, target string, opts ...Option) (discover.Source, error) {
 	if cfg == nil {
 		return nil, errors.New("kubernetes: the config is nil")
@@ -103,8 +103,8 @@ func parseTarget(target string) (source, error) {
 	return s, nil
 }
 
-// newClient returns a client that knows EndpointSlices and nothing else: one that
-// knows all kinds is large.
+// newClient returns a client for EndpointSlices only, because one for all kinds of
+// objects makes the program much larger.
 func newClient(cfg *rest.Config) (rest.Interface, error) {
 	scheme := runtime.NewScheme()
 	if err := discoveryv1.AddToScheme(scheme); err != nil {
@@ -165,8 +165,8 @@ func (s source) Watch(ctx context.Context) iter.Seq2[discover.Change, error] {
 		}
 		informer := cache.NewSharedIndexInformer(lists, &discoveryv1.EndpointSlice{}, 0, cache.Indexers{})
 		err := informer.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
-			// The API server ends every watch after some minutes. Any other EOF is
-			// wrapped in the error of a request.
+			// These ends of a watch are normal: the API server ends every watch after
+			// some minutes. An EOF that is a failure is wrapped in another error.
 			if err == io.EOF || err == io.ErrUnexpectedEOF || apierrors.IsResourceExpired(err) || apierrors.IsGone(err) {
 				return
 			}
@@ -188,7 +188,7 @@ func (s source) Watch(ctx context.Context) iter.Seq2[discover.Change, error] {
 		}
 		running.Go(func() { informer.RunWithContext(ctx) })
 		running.Go(func() {
-			// No event tells that there are no slices.
+			// There is no event if the service has no slices.
 			if cache.WaitForCacheSync(ctx.Done(), informer.HasSynced) {
 				change()
 			}
@@ -226,16 +226,17 @@ type watch struct {
 	told told.Errors // since the API server answered last
 }
 
-// unavailable hides from client-go that the API server cannot be reached, or has too much
-// to do: client-go would go on trying without a word, and after the end of the watch too.
+// unavailable hides from client-go that the API server cannot be reached or is overloaded.
+// Otherwise client-go would try again without reporting the error, even after the watch
+// has ended.
 type unavailable struct{ err error }
 
 func (e *unavailable) Error() string { return e.err.Error() }
 
-// update yields what the slices change.
+// update yields the changes from the last set to the one in the slices.
 func (w *watch) update(ctx context.Context, slices []any) {
 	next, err := w.backends(slices)
-	// If all that is there cannot be used, the last set may still be good.
+	// If no endpoint can be used, the last set stays, because it may still be good.
 	if err == nil || len(next) > 0 {
 		var changes []discover.Change
 		for key, b := range next {
@@ -248,9 +249,9 @@ func (w *watch) update(ctx context.Context, slices []any) {
 				changes = append(changes, discover.Remove(key))
 			}
 		}
-		// Later sets are not synced, but to say that all is well again: an endpoint
-		// that moves from one slice to another may be in neither for a moment, which
-		// the resolver sits out.
+		// Later sets do not end with Synced, except the first good one after an error.
+		// So the resolver waits a moment before it publishes: an endpoint that moves
+		// from one slice to another may be in neither for that time.
 		if w.set == nil || w.failing && err == nil {
 			changes = append(changes, discover.Synced())
 			w.failing = false
@@ -263,8 +264,8 @@ func (w *watch) update(ctx context.Context, slices []any) {
 	}
 }
 
-// recovered is called when the API server has answered. If nothing has changed while it
-// did not, nothing else says that the set is good again.
+// recovered is called when the API server has answered. It says that the set is good
+// again after an error. If nothing has changed meanwhile, no update says so.
 func (w *watch) recovered(ctx context.Context) {
 	w.told.Forget()
 	if w.failing && !w.faulty && w.set != nil {
@@ -285,7 +286,7 @@ func (w *watch) report(ctx context.Context, err error) {
 	if hidden := (*unavailable)(nil); errors.As(err, &hidden) {
 		cause = hidden.err
 	}
-	// The whole text has a port or a timeout in it that is another each time.
+	// The whole text may contain a port or a timeout that is different each time.
 	var request *url.Error
 	var operation *net.OpError
 	switch {

@@ -20,7 +20,7 @@ import (
 	"github.com/belfry-go/belfry/resolver/discover"
 )
 
-// A backend is what becomes an endpoint. It can be compared.
+// A backend holds what an endpoint is made of. It can be compared with ==.
 type backend struct {
 	addrs    string // separated by spaces
 	zone     string
@@ -38,7 +38,7 @@ func (b backend) endpoint() resolver.Endpoint {
 	return discover.SetDraining(ep, b.draining)
 }
 
-// A candidate is one endpoint, from all slices that have it.
+// A candidate is one endpoint, put together from all slices that contain it.
 type candidate struct {
 	uid   types.UID // of the pod, if there is one
 	addrs []netip.AddrPort
@@ -56,7 +56,7 @@ func (s source) backends(objects []any) (map[string]backend, error) {
 			all = append(all, slice)
 		}
 	}
-	// What slices disagree about must not depend on the order they came in.
+	// If slices disagree, the result must not depend on the order they came in.
 	slices.SortFunc(all, func(a, b *discoveryv1.EndpointSlice) int { return strings.Compare(a.Name, b.Name) })
 	candidates := make(map[string]*candidate)
 	var fault error
@@ -88,19 +88,19 @@ func (s source) backends(objects []any) (map[string]backend, error) {
 	return set, fault
 }
 
-// state says what to do with an endpoint. What is not set is as the comments of
-// [discoveryv1.EndpointConditions] say.
+// state says whether an endpoint is ready or draining; one that is neither is left out.
+// The comments of [discoveryv1.EndpointConditions] give the defaults.
 func state(c discoveryv1.EndpointConditions) (ready, draining bool) {
 	isReady := c.Ready == nil || *c.Ready
 	serving := c.Serving == nil || *c.Serving
 	if c.Terminating != nil && *c.Terminating {
-		// A service with publishNotReadyAddresses calls it ready even so.
+		// Ready does not count: with publishNotReadyAddresses it may be true even now.
 		return false, serving
 	}
 	return isReady, false
 }
 
-// addrPort returns where an endpoint is reached. Addresses after the first have no
+// addrPort returns the address and port of an endpoint. Addresses after the first have no
 // meaning.
 func (s source) addrPort(slice *discoveryv1.EndpointSlice, ep *discoveryv1.Endpoint) (netip.AddrPort, error) {
 	port, err := s.portOf(slice)
@@ -148,7 +148,7 @@ func (s source) portOf(slice *discoveryv1.EndpointSlice) (uint16, error) {
 	return found[0], nil
 }
 
-// add adds what a slice says of an endpoint.
+// add adds what a slice says of an endpoint to its candidate.
 func add(candidates map[string]*candidate, ep *discoveryv1.Endpoint, addr netip.AddrPort, ready bool) {
 	key, uid := addr.String(), types.UID("")
 	if ref := ep.TargetRef; ref != nil && ref.Kind == "Pod" && ref.Name != "" {
@@ -156,15 +156,15 @@ func add(candidates map[string]*candidate, ep *discoveryv1.Endpoint, addr netip.
 	}
 	c := candidates[key]
 	if c == nil || c.uid != uid && ready && !c.ready {
-		// A pod of the same name is its successor, as a StatefulSet's.
+		// A ready pod replaces a draining one of the same name, as in a StatefulSet.
 		c = &candidate{uid: uid}
 		candidates[key] = c
 	}
 	if c.uid != uid {
 		return
 	}
-	// While an endpoint moves one of its slices may be out of date. To leave out a
-	// good one is worse than to use a bad one for a moment.
+	// While an endpoint moves, one of its slices may be out of date. It is worse to
+	// leave out a good endpoint than to use a bad one for a moment.
 	c.ready = c.ready || ready
 	if !slices.Contains(c.addrs, addr) {
 		c.addrs = append(c.addrs, addr)
@@ -179,7 +179,8 @@ func add(candidates map[string]*candidate, ep *discoveryv1.Endpoint, addr netip.
 	}
 }
 
-// followHints removes the candidates that are meant for other zones.
+// followHints removes the candidates whose hints do not name the zone, if the rule of
+// [Hints] says so.
 func (s source) followHints(candidates map[string]*candidate) {
 	if s.zone == "" {
 		return
