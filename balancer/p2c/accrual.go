@@ -554,8 +554,8 @@ func (a *accrual) againLocked(cfg *accrualConfig, k *pick, err error) {
 	}
 }
 
-// resumeLocked offers the endpoint if its time aside has passed while it was draining or
-// ejected.
+// resumeLocked is called when the endpoint is seated as one that is aside. It offers the
+// endpoint if its time aside has passed, as it may have while it was draining or ejected.
 func (a *accrual) resumeLocked() {
 	if a.until <= a.ep.policy.now() {
 		a.offerLocked()
@@ -570,13 +570,11 @@ func (a *accrual) tryNowLocked() {
 	a.offerLocked()
 }
 
-// reconnectedLocked is called when the endpoint has a new connection, or is not ejected any
-// more. If it is aside, a call may try it now.
-func (a *accrual) reconnectedLocked() {
+// dueLocked is called before the endpoint is seated with a new connection, or because it is
+// not ejected any more. If it is aside, a call may try it then.
+func (a *accrual) dueLocked() {
 	if a != nil && a.aside.Load() {
-		a.withdrawLocked()
 		a.until = a.ep.policy.now()
-		a.offerLocked()
 	}
 }
 

@@ -175,11 +175,11 @@ func (ep *endpoint) moveLocked(s balancer.State) connectivity.State {
 	if to == connectivity.Ready && ep.cold {
 		ep.rampLocked()
 	}
+	if to == connectivity.Ready && from != connectivity.Ready {
+		ep.accrual().dueLocked()
+	}
 	b.seatLocked(ep)
 	ep.judgeLocked()
-	if to == connectivity.Ready && from != connectivity.Ready {
-		ep.accrual().reconnectedLocked()
-	}
 	return from
 }
 
