@@ -267,6 +267,22 @@ type store interface {
 	remove(name string)
 }
 
+// addPod9 removes pod 9 and adds it again, at addr, and waits until the server behind it has
+// its share of the calls.
+func addPod9(t *testing.T, api store, channel *enginetest.Channel, model set, change func(int), addr, server string) {
+	t.Helper()
+	api.remove("orders-9-0")
+	api.remove("orders-9-1")
+	delete(model, "pod-9")
+	channel.WaitSet(t, model)
+	began := time.Now()
+	for model["pod-9"] != addr+"*1@z" {
+		change(9)
+	}
+	channel.WaitShare(t, server, len(model))
+	t.Logf("a new pod had its share of the calls %v after it was ready", time.Since(began))
+}
+
 // randomPod changes a pod in one of the ways that happen, and notes it in the model. The
 // pod has two slices of its own, and pod 0 is always ready.
 func randomPod(rng *rand.Rand, api store, i int, addr string, model set) {
@@ -369,14 +385,5 @@ func TestRandomChanges(t *testing.T) {
 		t.Log(err)
 	}
 
-	api.remove("orders-9-0")
-	api.remove("orders-9-1")
-	delete(model, "pod-9")
-	channel.WaitSet(t, model)
-	began := time.Now()
-	for model["pod-9"] != addrs[9]+"*1@z" {
-		change(9)
-	}
-	channel.WaitShare(t, addrs[9], len(model))
-	t.Logf("a new pod had its share of the calls %v after it was ready", time.Since(began))
+	addPod9(t, api, channel, model, change, addrs[9], addrs[9])
 }

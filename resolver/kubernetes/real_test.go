@@ -213,16 +213,7 @@ func TestRealAPIServer(t *testing.T) {
 	channel.WaitSet(t, model)
 	proxied.WaitSet(t, model)
 
-	api.remove("orders-9-0")
-	api.remove("orders-9-1")
-	delete(model, "pod-9")
-	channel.WaitSet(t, model)
-	began := time.Now()
-	for model["pod-9"] != addrs[9]+"*1@z" {
-		change(9)
-	}
-	channel.WaitShare(t, servers[9], len(model))
-	t.Logf("a new pod had its share of the calls %v after it was ready", time.Since(began))
+	addPod9(t, api, channel, model, change, addrs[9], servers[9])
 
 	round := 0
 	next := func() set {
